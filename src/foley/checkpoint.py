@@ -1,0 +1,173 @@
+"""Components on disk: `model.safetensors` beside a `config.json` that says how to build the module.
+
+A component's config is a plain mapping with Hydra's `_target_`. Configs may come from strangers, so only targets
+inside this package are built, and weights are only ever read as safetensors or with `weights_only`.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+ALLOWED_TARGET_PREFIX = "foley."
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_ASSET = "asset:"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, trusted or matched with its config."""
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a temporary file beside `path`, flush it to disk, and rename it into place.
+
+    A reader sees the old file or the new one, never a part; on any error the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def check_targets(config: Any, source: str) -> None:
+    """Refuse a config that would build anything outside this package; raises CheckpointError."""
+    if isinstance(config, Mapping):
+        target = config.get("_target_")
+        if target is not None and not str(target).startswith(ALLOWED_TARGET_PREFIX):
+            raise CheckpointError(
+                f"{source}: refusing to build `_target_: {target}`; only targets under "
+                f"`{ALLOWED_TARGET_PREFIX}` are allowed in a checkpoint's config"
+            )
+        for value in config.values():
+            check_targets(value, source)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_targets(value, source)
+
+
+def build_component(config: Mapping[str, Any], source: str = "config") -> Any:
+    """Instantiate a component from its plain config after checking every target in it."""
+    check_targets(config, source)
+    return instantiate(dict(config), _convert_="all")
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `module`, strictly; the error lists the keys and shapes that disagree."""
+    own = module.state_dict()
+    missing = sorted(set(own) - set(state))
+    unexpected = sorted(set(state) - set(own))
+    shapes = [
+        f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in sorted(set(own) & set(state))
+        if own[key].shape != state[key].shape
+    ]
+    if missing or unexpected or shapes:
+        raise CheckpointError(
+            f"{source} does not fit {type(module).__name__}: missing keys {missing}; "
+            f"unexpected keys {unexpected}; different shapes {shapes}. Use the config saved with the weights."
+        )
+    module.load_state_dict(state)
+
+
+def save_component(
+    module: nn.Module,
+    config: Mapping[str, Any],
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    assets: Mapping[str, Path] | None = None,
+) -> None:
+    """Write `module` and its plain `config` into `directory`.
+
+    Args:
+        dtype: store floating tensors in this type (half precision for shipping); None keeps them.
+        assets: config key to file; each file is copied along and the key then points into the directory.
+    """
+    check_targets(config, "config")
+    directory.mkdir(parents=True, exist_ok=True)
+    portable = dict(config)
+    for key, file in (assets or {}).items():
+        if file.resolve() != (directory / file.name).resolve():
+            shutil.copyfile(file, directory / file.name)
+        portable[key] = _ASSET + file.name
+    state = {
+        name: tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    atomic_write(directory / WEIGHTS_FILE, lambda temporary: save_file(state, temporary))
+    write_json(directory / CONFIG_FILE, portable)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config in `directory`, with `asset:` values turned into paths inside it."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: {directory} is not a component directory")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in config.items():
+        if isinstance(value, str) and value.startswith(_ASSET):
+            config[key] = str(directory / Path(value.removeprefix(_ASSET)).name)
+    return config
+
+
+def load_component(directory: Path) -> Any:
+    """Build the module described in `directory`, load its weights as float32, and put it in eval mode."""
+    config = read_config(directory)
+    module = build_component(config, str(directory / CONFIG_FILE))
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(directory / WEIGHTS_FILE).items()
+    }
+    load_state(module, state, str(directory / WEIGHTS_FILE))
+    return module.eval()
+
+
+def read_training_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint, read without unpickling code; raises CheckpointError where that is not possible."""
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read safely (weights_only): {error}") from error
+    if "foley" not in checkpoint:
+        raise CheckpointError(f"{path} was not written by foley: it has no `foley` entry")
+    return checkpoint
+
+
+def load_trained(path: Path, name: str) -> Any:
+    """Component `name` from a component directory or from a training checkpoint (averaged weights where kept)."""
+    if path.is_dir():
+        return load_component(path)
+    checkpoint = read_training_checkpoint(path)
+    components = checkpoint["foley"]["components"]
+    if name not in components:
+        raise CheckpointError(f"{path} holds no component {name!r}, only {sorted(components)}")
+    module = build_component(components[name], str(path))
+    prefix = f"{name}."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    load_state(module, state, f"{path} [{name}]")
+    return module.eval()

@@ -1,0 +1,50 @@
+"""What a sampling run tells the outside world: the run, the evaluation in progress, and the callback protocol."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One generation. `timesteps` is `[num_evaluations]`, noisiest first.
+
+    A solver may call the denoiser more than once a step (Heun), so accelerators index by evaluation, not by step.
+    """
+
+    solver: str
+    num_steps: int
+    timesteps: Tensor
+    guidance_scale: float
+    guidance_rescale: float
+    batch_size: int
+
+    @property
+    def num_evaluations(self) -> int:
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One evaluation of the denoiser: `evaluation` counts from 0, the noisiest.
+
+    `branch` tells apart the calls of guidance branches that run one after the other; a joint batch is "joint".
+    """
+
+    evaluation: int
+    timestep: Tensor
+    run: RunContext
+    branch: str = "joint"
+
+
+class SamplerCallback(Protocol):
+    """Hooks around a sampling run. `on_run_end` is called on error too."""
+
+    def on_run_start(self, run: RunContext) -> None: ...
+
+    def on_evaluation_start(self, context: StepContext) -> None: ...
+
+    def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None: ...
+
+    def on_run_end(self) -> None: ...

@@ -1,0 +1,35 @@
+"""Brings latents to zero mean and unit variance per channel, as the noise schedule assumes."""
+
+import torch
+from torch import Tensor, nn
+
+
+class LatentNormaliser(nn.Module):
+    """Holds the mean and standard deviation `[C]` measured over a latent cache; identity until set.
+
+    Args:
+        channels: latent channels C.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def set(self, mean: Tensor, std: Tensor) -> None:
+        """Adopt measured statistics, each `[C]`; raises ValueError where a standard deviation is not positive."""
+        if not bool((std > 0).all()):
+            raise ValueError(f"latent standard deviations must be positive, got a minimum of {std.min():.3g}")
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def normalise(self, latent: Tensor) -> Tensor:
+        """`[B, C, L]` codec latent to `[B, C, L]` diffusion latent."""
+        return (latent - self.mean[:, None]) / self.std[:, None]
+
+    def denormalise(self, latent: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return latent * self.std[:, None] + self.mean[:, None]
