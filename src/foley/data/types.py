@@ -1,0 +1,57 @@
+"""What travels through the data layer: one clip, one key, one batch."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypedDict
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AudioItem:
+    """One captioned clip: mono `audio [T]`, float32 in [-1, 1], at its source's sample rate and true length."""
+
+    audio: Tensor
+    caption: str
+    label: str = ""
+    id: str = ""
+
+
+class AudioSource(Protocol):
+    """A map-style collection of clips (files, procedural sounds, a mixture).
+
+    `render` is a function of (index, epoch) alone, so that order, workers and resumption do not matter.
+    A source that cannot produce item `index` raises `AudioError` (`foley.data.audio_io`).
+    """
+
+    sample_rate_hz: int
+
+    def __len__(self) -> int: ...
+
+    def render(self, index: int, epoch: int) -> AudioItem: ...
+
+
+class SampleKey(NamedTuple):
+    """What samplers yield: all randomness of an item is keyed by (seed, epoch, index)."""
+
+    index: int
+    epoch: int = 0
+
+
+class AudioBatch(TypedDict):
+    """`audio [B, 1, T]` zero-padded at the end; `length_samples [B]` (long) says where the padding starts."""
+
+    audio: Tensor
+    length_samples: Tensor
+    caption: list[str]
+    label: list[str]
+    id: list[str]
+
+
+class LatentBatch(TypedDict):
+    """`latent [B, C, L]` zero-padded at the end; `frame_mask [B, L]` is true on real frames."""
+
+    latent: Tensor
+    frame_mask: Tensor
+    caption: list[str]
+    label: list[str]
+    id: list[str]
