@@ -1,0 +1,47 @@
+# `make demo` and `make test` each work as the first command on a fresh machine.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# The first interpreter that really is Python 3.11 or newer; override with `make setup PYTHON=...`.
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-real test test-all lint format types clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## create the virtual environment and install the pinned dependencies (once, about 4 minutes)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found: install one, or run 'make $(MAKECMDGOALS) PYTHON=/path/to/python'."; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON): about 5 GB to fetch, a few minutes, once."
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { echo "Creating the environment failed; on Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
+	$(PY) -m pip install --progress-bar on --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## generate, accelerate and score sounds with the model that ships
+	$(PY) scripts/demo.py
+
+demo-real: $(STAMP)  ## train the whole system on real recordings, then score it (about an hour on 2 cores)
+	$(PY) scripts/demo_real.py
+
+test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
+	$(PY) -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## every test
+	$(PY) -m pytest
+
+lint: $(STAMP)  ## ruff: style and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)  ## let ruff mend style and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+types: $(STAMP)  ## mypy
+	$(PY) -m mypy
+
+clean:  ## remove outputs and caches, keep the environment
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache
