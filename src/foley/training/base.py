@@ -1,0 +1,92 @@
+"""The LightningModule that every trainer of this package builds on: checkpoints that describe themselves."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from foley.checkpoint import CheckpointError
+
+FOLEY_KEY = "foley"
+
+
+class FoleyModule(pl.LightningModule):
+    """A LightningModule whose checkpoints say, in plain data, how to rebuild the components whose weights they hold.
+
+    Attributes:
+        component_configs: component name (the prefix of its parameters) to a plain dict with `_target_`;
+            set by `foley.training.run.train` once the module is built.
+        checkpoint_metadata: further plain entries of `checkpoint["foley"]`, such as `codec_hash`.
+        unsaved_components: prefixes that checkpoints leave out, such as a frozen text encoder.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.component_configs: dict[str, dict[str, Any]] = {}
+        self.checkpoint_metadata: dict[str, Any] = {}
+        self.unsaved_components: tuple[str, ...] = ()
+
+    @property
+    def strict_loading(self) -> bool:
+        """False for Lightning, because `on_load_checkpoint` has compared all keys but the unsaved components'."""
+        return False
+
+    @strict_loading.setter
+    def strict_loading(self, value: bool) -> None:
+        raise AttributeError("loading is always strict, apart from `unsaved_components`; see on_load_checkpoint")
+
+    def saved_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` without the entries of `unsaved_components`."""
+        prefixes = tuple(f"{name}." for name in self.unsaved_components)
+        return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write `checkpoint["foley"]` and drop the weights that are found elsewhere."""
+        checkpoint[FOLEY_KEY] = {"components": self.component_configs, **self.checkpoint_metadata}
+        if "state_dict" in checkpoint:
+            checkpoint["state_dict"] = self.saved_state(checkpoint["state_dict"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that disagrees with this module; raises CheckpointError with every key concerned."""
+        complaints = [
+            *_differences(checkpoint.get(FOLEY_KEY, {}).get("components", {}), self.component_configs),
+            *_state_differences(checkpoint["state_dict"], self.saved_state(self.state_dict())),
+        ]
+        if complaints:
+            raise CheckpointError(
+                f"the checkpoint does not fit {type(self).__name__}:\n  "
+                + "\n  ".join(complaints)
+                + "\nResume with the config the run began with, or start a new run from its weights with `ckpt=`."
+            )
+
+
+def _flatten(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{path}.{key}" if path else str(key))
+    return flat
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """One line per config key whose value is not the same on both sides."""
+    absent = "(absent)"
+    left, right = _flatten(saved), _flatten(own)
+    return [
+        f"config {key}: {left.get(key, absent)} in the checkpoint, {right.get(key, absent)} in the run"
+        for key in sorted(set(left) | set(right))
+        if left.get(key, absent) != right.get(key, absent)
+    ]
+
+
+def _state_differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """One line per parameter or buffer that is on one side only or has another shape."""
+    lines = [f"missing in the checkpoint: {key}" for key in sorted(set(own) - set(saved))]
+    lines += [f"unexpected in the checkpoint: {key}" for key in sorted(set(saved) - set(own))]
+    return lines + [
+        f"shape of {key}: {tuple(saved[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the run"
+        for key in sorted(set(saved) & set(own))
+        if saved[key].shape != own[key].shape
+    ]
