@@ -1,0 +1,88 @@
+"""Classifier-free guidance: the one rule, and the joint batch that evaluates both of its branches at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""`(noisy [B, C, L], timestep [B]) -> prediction [B, C, L]`: all that a sampler knows of a model."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Text features `context [B, S, Dc]` with `mask [B, S]`, true where a token is valid."""
+
+    context: Tensor
+    mask: Tensor
+
+    def expand(self, batch_size: int) -> "Conditioning":
+        """One item's conditioning repeated (without a copy) over a batch."""
+        return Conditioning(self.context.expand(batch_size, -1, -1), self.mask.expand(batch_size, -1))
+
+    def cat(self, other: "Conditioning") -> "Conditioning":
+        """Both along the batch axis; the shorter is padded with masked tokens."""
+        tokens = max(self.mask.shape[1], other.mask.shape[1])
+        parts = [
+            (
+                pad(part.context, (0, 0, 0, tokens - part.mask.shape[1])),
+                pad(part.mask, (0, tokens - part.mask.shape[1])),
+            )
+            for part in (self, other)
+        ]
+        return Conditioning(torch.cat([context for context, _ in parts]), torch.cat([mask for _, mask in parts]))
+
+
+class ClassifierFreeGuidance:
+    """Equations (1)-(3) of EzAudio (Hai et al. 2024); the rescale is that of Lin et al. 2024, section 3.4.
+
+    Args:
+        scale: w in `v_neg + w (v_pos - v_neg)`; 1 is exactly the conditional model and skips the other branch.
+        rescale: phi in [0, 1]: how far the guided prediction is brought back to the conditional one's spread.
+    """
+
+    def __init__(self, scale: float = 3.0, rescale: float = 0.0) -> None:
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"guidance scale must be a finite number >= 0 (1 turns guidance off), got {scale}")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"guidance rescale must lie in [0, 1], got {rescale}")
+        self.scale = scale
+        self.rescale = rescale
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether the negative branch has any influence."""
+        return self.scale != 1
+
+    def combine(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """The guided prediction `[B, C, L]`; each item is rescaled by its own spread."""
+        if not self.needs_negative:
+            return positive
+        guided = negative + self.scale * (positive - negative)  # equation (1)
+        if not self.rescale:
+            return guided
+        axes = tuple(range(1, guided.ndim))
+        spread = positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+        return self.rescale * (guided * spread) + (1 - self.rescale) * guided  # equations (2) and (3)
+
+    def wrap(
+        self, denoiser: Callable[..., Tensor], positive: Conditioning, negative: Conditioning | None = None
+    ) -> Denoise:
+        """A guided callable over `denoiser(noisy, timestep, context, context_mask=...)`.
+
+        `positive` has one row per item. `negative` has one row per item or one in all; it may be None only when
+        the scale is 1. The two branches run as one joint batch, positive rows first.
+        """
+        if not self.needs_negative:
+            return lambda noisy, timestep: denoiser(noisy, timestep, positive.context, context_mask=positive.mask)
+        if negative is None:
+            raise ValueError(f"guidance scale {self.scale} needs the conditioning of the negative (empty) prompt")
+        both = positive.cat(negative.expand(len(positive.mask)))
+
+        def guided(noisy: Tensor, timestep: Tensor) -> Tensor:
+            prediction = denoiser(noisy.repeat(2, 1, 1), timestep.repeat(2), both.context, context_mask=both.mask)
+            return self.combine(*prediction.chunk(2))
+
+        return guided

@@ -1,0 +1,137 @@
+"""The forward process, and the conversions between what a denoiser predicts and what a sampler needs.
+
+With `noisy = alpha * clean + sigma * noise`, every prediction type is a linear combination of the same two tensors,
+`prediction = a * noise + b * clean`, so one 2x2 system converts any of them:
+
+========= ======= ======== =====================================
+type      a       b        reference
+========= ======= ======== =====================================
+v         alpha   -sigma   Salimans & Ho 2022, section 4
+epsilon   1       0        Ho et al. 2020, equation 14
+x0        0       1
+flow      1       -1       Lipman et al. 2023 (alpha = 1 - t, sigma = t)
+========= ======= ======== =====================================
+"""
+
+import torch
+from torch import Tensor
+
+PREDICTIONS = ("v", "epsilon", "x0", "flow")
+
+
+def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale `sqrt(alphas_cumprod)` `[num_train_steps]` so that the last step is pure noise.
+
+    Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
+    """
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+
+
+class DiffusionProcess:
+    """Adds noise, makes training targets, and converts predictions.
+
+    Timesteps are `[B]`: integers `0..num_train_steps - 1` for v, epsilon and x0; for flow, real numbers
+    `num_train_steps * t` with t in [0, 1], so that a denoiser's time embedding sees one range.
+
+    Args:
+        prediction: "v", "epsilon", "x0" or "flow".
+        num_train_steps: length of the noise schedule.
+        beta_start: first beta of the scaled-linear schedule (unused by flow).
+        beta_end: last beta of the scaled-linear schedule (unused by flow).
+        zero_terminal_snr: rescale the schedule so that the noisiest step holds no signal.
+
+    Raises ValueError for an unknown prediction, and for epsilon with zero terminal SNR: at the noisiest step the
+    noise then says nothing about the clean latent.
+    """
+
+    def __init__(
+        self,
+        prediction: str = "v",
+        num_train_steps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        zero_terminal_snr: bool = True,
+    ) -> None:
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"process.prediction must be one of {PREDICTIONS}, got {prediction!r}")
+        if prediction == "epsilon" and zero_terminal_snr:
+            raise ValueError(
+                "process.prediction=epsilon cannot be sampled from a zero-terminal-SNR schedule; "
+                "set process.zero_terminal_snr=false, or predict v or x0"
+            )
+        self.prediction = prediction
+        self.num_train_steps = num_train_steps
+        self.zero_terminal_snr = zero_terminal_snr
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64).square()
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if zero_terminal_snr:
+            alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
+        self.alphas_cumprod = alphas_cumprod
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether noise and signal are mixed along straight lines instead of on the unit circle."""
+        return self.prediction == "flow"
+
+    def levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal level alpha and noise level sigma, each `[B]` float32, at `timestep` `[B]`."""
+        if self.is_flow:
+            sigma = timestep.float() / self.num_train_steps
+            return 1 - sigma, sigma
+        signal_power = self.alphas_cumprod.to(timestep.device)[timestep]
+        return signal_power.sqrt().float(), (1 - signal_power).sqrt().float()
+
+    def snr(self, timestep: Tensor) -> Tensor:
+        """Signal-to-noise power ratio `alpha^2 / sigma^2`, `[B]`."""
+        alpha, sigma = self.levels(timestep)
+        return (alpha / sigma).square()
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """The noisy latent `[B, C, L]` at `timestep` `[B]`."""
+        alpha, sigma = self._columns(timestep, clean)
+        return alpha * clean + sigma * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """What the denoiser learns to predict, `[B, C, L]`."""
+        of_noise, of_clean = self._mixture(*self._columns(timestep, clean))
+        return of_noise * noise + of_clean * clean
+
+    def to_clean(self, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The clean latent that `prediction` implies, `[B, C, L]`."""
+        alpha, sigma = self._columns(timestep, noisy)
+        of_noise, of_clean = self._mixture(alpha, sigma)
+        return (of_noise * noisy - sigma * prediction) / (alpha * of_noise - sigma * of_clean)
+
+    def to_noise(self, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The noise that `prediction` implies, `[B, C, L]`."""
+        alpha, sigma = self._columns(timestep, noisy)
+        of_noise, of_clean = self._mixture(alpha, sigma)
+        return (alpha * prediction - of_clean * noisy) / (alpha * of_noise - sigma * of_clean)
+
+    def min_snr_weight(self, timestep: Tensor, gamma: float = 5.0) -> Tensor:
+        """Loss weight `[B]`: `min(SNR, gamma)` on the clean latent, restated for this prediction's squared error.
+
+        Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting", equations 4-6: `min(SNR, gamma) / SNR`
+        for epsilon and `/ (SNR + 1)` for v.
+        """
+        alpha, sigma = self.levels(timestep)
+        of_noise, of_clean = self._mixture(alpha, sigma)
+        clean_error_per_error = sigma / (alpha * of_noise - sigma * of_clean)
+        return (alpha / sigma).square().clamp(max=gamma) * clean_error_per_error.square()
+
+    def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Uniform timesteps `[batch_size]` on the generator's device."""
+        device = generator.device
+        if self.is_flow:
+            return torch.rand(batch_size, generator=generator, device=device) * self.num_train_steps
+        return torch.randint(self.num_train_steps, (batch_size,), generator=generator, device=device)
+
+    def _columns(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.levels(timestep.to(like.device))
+        return alpha.to(like.dtype)[:, None, None], sigma.to(like.dtype)[:, None, None]
+
+    def _mixture(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors a (of the noise) and b (of the clean latent) in the module's table."""
+        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+        return {"v": (alpha, -sigma), "epsilon": (one, zero), "x0": (zero, one), "flow": (one, -one)}[self.prediction]
