@@ -1,0 +1,45 @@
+"""Waveform decoder: the mirror of the encoder, with transposed convolutions and no final tanh."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from foley.models.vae.encoder import residual_units
+from foley.nn.conv import Snake, same_conv, up_conv
+
+
+class DecoderStage(nn.Module):
+    """Snake and a transposed convolution that multiplies the length by `stride`, then residual units."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, num_units: int) -> None:
+        super().__init__()
+        self.activation = Snake(in_channels)
+        self.resample = up_conv(in_channels, out_channels, stride)
+        self.units = residual_units(out_channels, num_units)
+
+    def forward(self, signal: Tensor) -> Tensor:
+        """`[B, C_in, T]` to `[B, C_out, T * stride]`."""
+        return self.units(self.resample(self.activation(signal)))
+
+
+class Decoder(nn.Module):
+    """Latent to audio.
+
+    Args:
+        in_channels: latent channels C.
+        widths, strides, num_units: as the encoder's, in the encoder's order; built here from the last to the first.
+    """
+
+    def __init__(
+        self, in_channels: int, widths: Sequence[int], strides: Sequence[int], num_units: Sequence[int]
+    ) -> None:
+        super().__init__()
+        up = list(reversed(widths))
+        self.stem = same_conv(in_channels, up[0], 7)
+        self.stages = nn.Sequential(*map(DecoderStage, up[:-1], up[1:], reversed(strides), reversed(num_units)))
+        self.activation = Snake(up[-1])
+        self.head = same_conv(up[-1], 1, 7, bias=False)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """`[B, C, L]` to `[B, 1, L * hop]`."""
+        return self.head(self.activation(self.stages(self.stem(latent))))

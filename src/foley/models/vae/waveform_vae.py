@@ -1,0 +1,84 @@
+"""The waveform VAE: what turns audio into the latents that diffusion works on, and back."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from foley.models.vae.bottleneck import GaussianPosterior
+from foley.models.vae.decoder import Decoder
+from foley.models.vae.encoder import Encoder
+from foley.nn.conv import fold_weight_norm
+
+
+class WaveformVAE(nn.Module):
+    """Fully convolutional VAE on mono waveforms (EzAudio section II-A; the Stable Audio / DAC family).
+
+    Args:
+        channels: width at the audio rate.
+        multipliers: width after each stage, in units of `channels`.
+        strides: down-sampling of each stage, even; their product is the hop.
+        latent_channels: C.
+        sample_rate_hz: rate of the audio.
+        num_units: residual units of each stage (dilations 1, 3, 9); fewer at the audio rate make a codec cheap.
+
+    Raises:
+        ValueError: where the stages disagree in number, or a stride is odd.
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 4, 8),
+        strides: Sequence[int] = (2, 4, 6, 10),
+        latent_channels: int = 128,
+        sample_rate_hz: int = 24000,
+        num_units: Sequence[int] = (3, 3, 3, 3),
+    ) -> None:
+        super().__init__()
+        if not len(multipliers) == len(strides) == len(num_units):
+            raise ValueError(
+                f"multipliers {list(multipliers)}, strides {list(strides)} and num_units {list(num_units)} "
+                "must have one entry for each stage"
+            )
+        widths = [channels, *(channels * multiplier for multiplier in multipliers)]
+        self.strides = tuple(strides)
+        self.latent_channels = latent_channels
+        self.sample_rate_hz = sample_rate_hz
+        self.encoder = Encoder(widths, strides, num_units, 2 * latent_channels)
+        self.decoder = Decoder(latent_channels, widths, strides, num_units)
+
+    @property
+    def hop_samples(self) -> int:
+        """Audio samples for each latent frame."""
+        return prod(self.strides)
+
+    def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, 1, T]` to the raw (mean, scale), each `[B, C, L]` with L = ceil(T / hop); the end is zero-padded.
+
+        Raises:
+            ValueError: where the audio is not mono `[B, 1, T]` with T > 0.
+        """
+        if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[2] == 0:
+            raise ValueError(f"audio must be mono [B, 1, T] with T > 0, got shape {list(audio.shape)}")
+        mean, scale = self.encoder(pad(audio, (0, -audio.shape[-1] % self.hop_samples))).chunk(2, dim=1)
+        return mean, scale
+
+    def posterior(self, audio: Tensor) -> GaussianPosterior:
+        """The distribution of the latent given `audio` `[B, 1, T]`."""
+        return GaussianPosterior.from_moments(*self.encode_moments(audio))
+
+    def encode(self, audio: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`[B, 1, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
+        return self.encode_moments(audio)[0] if generator is None else self.posterior(audio).sample(generator)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """`[B, C, L]` to audio `[B, 1, L * hop]`; not clipped."""
+        return self.decoder(latent)
+
+    def fold_weight_norm(self) -> "WaveformVAE":
+        """Fold the weight norm for inference, in place; afterwards the state dict no longer fits the config."""
+        fold_weight_norm(self)
+        return self

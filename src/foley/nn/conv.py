@@ -1,0 +1,84 @@
+"""Weight-normalised 1-D convolutions and the Snake activation, the two parts that waveform codecs are made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+
+_SMALLEST_BETA = 1e-9
+
+
+def same_conv(in_channels: int, out_channels: int, kernel: int, dilation: int = 1, bias: bool = True) -> nn.Conv1d:
+    """A weight-normalised convolution that keeps the length; `kernel` must be odd."""
+    padding = dilation * (kernel - 1) // 2
+    return weight_norm(nn.Conv1d(in_channels, out_channels, kernel, dilation=dilation, padding=padding, bias=bias))
+
+
+def down_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv1d:
+    """A weight-normalised convolution over `2 * stride` samples that divides the length by an even `stride`."""
+    check_stride(stride)
+    return weight_norm(nn.Conv1d(in_channels, out_channels, 2 * stride, stride, padding=stride // 2))
+
+
+def up_conv(in_channels: int, out_channels: int, stride: int) -> nn.ConvTranspose1d:
+    """The transposed counterpart of `down_conv`: multiplies the length by an even `stride`."""
+    check_stride(stride)
+    return weight_norm(nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, padding=stride // 2))
+
+
+def check_stride(stride: int) -> None:
+    """Raise ValueError for a stride whose padding of half a stride would not keep lengths exact."""
+    if stride < 2 or stride % 2:
+        raise ValueError(f"stride {stride} must be even and positive, so that lengths divide and multiply exactly")
+
+
+def fold_weight_norm(module: nn.Module) -> None:
+    """Replace every weight-normalised weight inside `module` by its value: faster, and no longer trainable as such."""
+    for part in module.modules():
+        if is_parametrized(part, "weight"):
+            remove_parametrizations(part, "weight")
+
+
+class Snake(nn.Module):
+    """Periodic activation `x + sin^2(alpha x) / beta` with one alpha and beta per channel, both in log scale.
+
+    Source: Ziyin et al. 2020 (Snake); the separate amplitude is BigVGAN's SnakeBeta.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.zeros(channels))
+        self.log_beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, signal: Tensor) -> Tensor:
+        """`[B, C, T]` to `[B, C, T]`."""
+        alpha = self.log_alpha.exp()[:, None]
+        gain = (self.log_beta.exp() + _SMALLEST_BETA).reciprocal()[:, None]
+        return snake(signal, alpha, gain)
+
+
+class _Snake(torch.autograd.Function):
+    """Snake that stores only its input: activations at the audio rate are bound by memory traffic."""
+
+    @staticmethod
+    def forward(ctx: Any, signal: Tensor, alpha: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(signal, alpha, gain)
+        return torch.addcmul(signal, (signal * alpha).sin_().square_(), gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        signal, alpha, gain = ctx.saved_tensors
+        double_angle = signal * (2 * alpha)
+        # sin^2(u) = (1 - cos 2u) / 2 and its derivative is sin 2u.
+        weighted = gradient * double_angle.sin()
+        by_gain = 0.5 * (gradient - gradient * double_angle.cos_()).sum((0, 2), keepdim=True)[0]
+        by_alpha = (weighted * signal).sum((0, 2), keepdim=True)[0] * gain
+        return torch.addcmul(gradient, weighted, alpha * gain), by_alpha, by_gain
+
+
+snake: Callable[[Tensor, Tensor, Tensor], Tensor] = _Snake.apply

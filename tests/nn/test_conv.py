@@ -1,0 +1,42 @@
+"""Snake's closed form and gradient; lengths of the resampling convolutions."""
+
+import pytest
+import torch
+
+from foley.nn.conv import Snake, down_conv, fold_weight_norm, same_conv, snake, up_conv
+
+
+def test_snake_is_its_formula() -> None:
+    layer = Snake(3)
+    torch.nn.init.normal_(layer.log_alpha)
+    torch.nn.init.normal_(layer.log_beta)
+    signal = torch.randn(2, 3, 5)
+    alpha, beta = layer.log_alpha.exp()[:, None], layer.log_beta.exp()[:, None]
+    torch.testing.assert_close(layer(signal), signal + torch.sin(alpha * signal) ** 2 / beta)
+
+
+def test_snake_gradient() -> None:
+    parts = (torch.randn(2, 3, 4), torch.rand(3, 1) + 0.5, torch.rand(3, 1) + 0.5)
+    inputs = [part.double().requires_grad_() for part in parts]
+    assert torch.autograd.gradcheck(snake, inputs)
+
+
+@pytest.mark.parametrize("stride", [2, 4, 6, 10])
+def test_lengths_are_exact(stride: int) -> None:
+    down, up = down_conv(1, 2, stride), up_conv(2, 1, stride)
+    assert down(torch.zeros(1, 1, 7 * stride)).shape == (1, 2, 7)
+    assert up(torch.zeros(1, 2, 7)).shape == (1, 1, 7 * stride)
+
+
+def test_odd_strides_are_refused() -> None:
+    with pytest.raises(ValueError, match="stride 5"):
+        down_conv(1, 1, 5)
+
+
+def test_folding_keeps_the_output_and_simplifies_the_state() -> None:
+    layer = same_conv(2, 3, 7, dilation=3)
+    signal = torch.randn(1, 2, 20)
+    before = layer(signal)
+    fold_weight_norm(layer)
+    torch.testing.assert_close(layer(signal), before)
+    assert set(layer.state_dict()) == {"weight", "bias"}
