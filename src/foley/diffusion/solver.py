@@ -1,0 +1,143 @@
+"""Solvers by name: schedulers of `diffusers`, set up for a `DiffusionProcess`.
+
+Zero terminal SNR makes the noisiest sigma infinite. DDIM and DDPM step in alpha space and take it as it is. Solvers
+that step in sigma or log-SNR space get a last `alphas_cumprod` of 2^-24 instead of 0 (a largest sigma of 4096), as
+diffusers does for its own rescaled schedules. Heun's second-order correction over such a first step would amplify
+every error of the model, so it starts at sigma 80 on the grid of Karras et al. 2022 (equation 5) instead.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.types import RunContext
+
+_SMALLEST_SIGNAL_POWER = 2.0**-24
+_HEUN_LARGEST_SIGMA = 80.0
+_KARRAS_RHO = 7.0
+_PREDICTION_TYPE = {"v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    scheduler: type
+    options: Mapping[str, Any] = field(default_factory=dict)
+    finite_sigma: bool = True
+
+
+_UNCLIPPED = {"clip_sample": False, "timestep_spacing": "trailing"}
+_DIFFUSION_SOLVERS = {
+    "ddim": _Entry(DDIMScheduler, _UNCLIPPED, finite_sigma=False),
+    "ddpm": _Entry(DDPMScheduler, _UNCLIPPED, finite_sigma=False),
+    "euler": _Entry(EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "heun": _Entry(HeunDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "dpmpp_2m": _Entry(DPMSolverMultistepScheduler, {"solver_order": 2, "timestep_spacing": "trailing"}),
+    "dpmpp_3m": _Entry(DPMSolverMultistepScheduler, {"solver_order": 3, "timestep_spacing": "trailing"}),
+    "dpmpp_2m_sde": _Entry(
+        DPMSolverMultistepScheduler,
+        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
+    ),
+    "dpmpp_3m_sde": _Entry(
+        DPMSolverMultistepScheduler,
+        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
+    ),
+    "unipc": _Entry(UniPCMultistepScheduler, {"timestep_spacing": "trailing"}),
+}
+_FLOW_SOLVERS = {
+    "euler_flow": _Entry(FlowMatchEulerDiscreteScheduler),
+    "heun_flow": _Entry(FlowMatchHeunDiscreteScheduler),
+}
+SOLVERS = (*_DIFFUSION_SOLVERS, *_FLOW_SOLVERS)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A solver's name and its number of steps; raises ValueError for an unknown name or fewer than one step.
+
+    Heun's solvers evaluate the denoiser `2 * num_steps - 1` times, all others `num_steps` times.
+    """
+
+    name: str = "ddim"
+    num_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if self.name not in SOLVERS:
+            raise ValueError(f"unknown solver {self.name!r}; choose one of {', '.join(SOLVERS)}")
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"the number of solver steps must be a whole number >= 1, got {self.num_steps!r}")
+
+    def build(self, process: DiffusionProcess) -> Any:
+        """A fresh `diffusers` scheduler with its timesteps set, noisiest first.
+
+        Raises ValueError where the solver does not fit the process's prediction type or schedule length.
+        """
+        table = _FLOW_SOLVERS if process.is_flow else _DIFFUSION_SOLVERS
+        if self.name not in table:
+            raise ValueError(
+                f"solver {self.name!r} cannot sample a model that predicts {process.prediction!r}; "
+                f"choose one of {', '.join(table)}"
+            )
+        if self.num_steps > process.num_train_steps:
+            raise ValueError(
+                f"{self.num_steps} solver steps asked for, but the model was trained on {process.num_train_steps}"
+            )
+        entry = table[self.name]
+        return self._build_flow(entry, process) if process.is_flow else self._build_diffusion(entry, process)
+
+    def run_context(self, scheduler: Any, guidance: ClassifierFreeGuidance, batch_size: int) -> RunContext:
+        """What callbacks learn about a run with `scheduler`."""
+        return RunContext(self.name, self.num_steps, scheduler.timesteps, guidance.scale, guidance.rescale, batch_size)
+
+    def _build_diffusion(self, entry: _Entry, process: DiffusionProcess) -> Any:
+        signal_power = process.alphas_cumprod.numpy()
+        if entry.finite_sigma:
+            signal_power = signal_power.clip(min=_SMALLEST_SIGNAL_POWER)
+        betas = 1 - signal_power / np.concatenate([[1.0], signal_power[:-1]])
+        scheduler = entry.scheduler(
+            num_train_timesteps=process.num_train_steps,
+            trained_betas=betas.tolist(),
+            prediction_type=_PREDICTION_TYPE[process.prediction],
+            **entry.options,
+        )
+        if self.name == "heun":
+            scheduler.set_timesteps(timesteps=_karras_timesteps(signal_power, self.num_steps))
+        else:
+            scheduler.set_timesteps(self.num_steps)
+            self._check_trailing(scheduler)
+        return scheduler
+
+    def _check_trailing(self, scheduler: Any) -> None:
+        # For a few step counts (463, for one) rounding in diffusers adds a step at timestep -1.
+        if len(scheduler.timesteps) != self.num_steps:
+            raise ValueError(f"no evenly spaced schedule of {self.num_steps} steps; take one step more or less")
+
+    def _build_flow(self, entry: _Entry, process: DiffusionProcess) -> Any:
+        scheduler = entry.scheduler(num_train_timesteps=process.num_train_steps)
+        if self.name == "euler_flow":
+            scheduler.set_timesteps(sigmas=np.linspace(1, 1 / self.num_steps, self.num_steps).tolist())
+        else:
+            scheduler.set_timesteps(self.num_steps)
+        return scheduler
+
+
+def _karras_timesteps(signal_power: np.ndarray, num_steps: int) -> list[float]:
+    """Fractional timesteps of a Karras grid between the smallest sigma and `_HEUN_LARGEST_SIGMA`."""
+    sigmas = np.sqrt((1 - signal_power) / signal_power)
+    largest, smallest = (float(end) ** (1 / _KARRAS_RHO) for end in (min(_HEUN_LARGEST_SIGMA, sigmas[-1]), sigmas[0]))
+    grid = np.linspace(largest, smallest, num_steps) ** _KARRAS_RHO
+    timesteps: list[float] = np.interp(np.log(grid), np.log(sigmas), np.arange(len(sigmas))).tolist()
+    return timesteps
