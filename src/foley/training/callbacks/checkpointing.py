@@ -1,0 +1,65 @@
+"""When checkpoints are written: every n steps, when validation improves, at the end, and at pre-emption."""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+
+class PeriodicCheckpoint(ModelCheckpoint):
+    """`step_000123.ckpt` every n steps and at the end or a termination of the run; `last.ckpt` links to the newest.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        every_n_train_steps: optimizer steps between checkpoints.
+        keep_all: keep every checkpoint, not only the newest.
+    """
+
+    def __init__(self, dirpath: str, every_n_train_steps: int, keep_all: bool = False) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step_{step:06d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every_n_train_steps,
+            save_top_k=-1 if keep_all else 1,
+            enable_version_counter=False,
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The weights that a finished run ends with are always on disk."""
+        self._save_now(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """SIGTERM and Ctrl-C end between two steps, so what they leave can be resumed; other errors need not."""
+        if isinstance(exception, SIGTERMException | KeyboardInterrupt):
+            self._save_now(trainer)
+
+    def _save_now(self, trainer: pl.Trainer) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Save, then point `last.ckpt` there by a rename; the parent removes the older file only after that."""
+        super()._save_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            last = Path(filepath).with_name("last.ckpt")
+            temporary = last.with_name(".last.ckpt.link")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(Path(filepath).name)
+            temporary.replace(last)
+        trainer.strategy.barrier()
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt`: the validated weights with the lowest `monitor`.
+
+    Args:
+        dirpath: folder of the checkpoint.
+        monitor: a metric that validation logs.
+    """
+
+    def __init__(self, dirpath: str, monitor: str = "val/loss") -> None:
+        super().__init__(
+            dirpath=dirpath, filename="best", monitor=monitor, save_top_k=1, mode="min", enable_version_counter=False
+        )

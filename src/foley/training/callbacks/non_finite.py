@@ -1,0 +1,72 @@
+"""Keeps one bad batch from ruining a run, and a broken run from going on."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.optim import Optimizer
+
+from foley.logs import get_logger
+
+_log = get_logger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """Too many steps in a row had gradients that were not finite."""
+
+
+class NonFiniteGuard(pl.Callback):
+    """Skips, counts and names the steps whose gradients are not finite.
+
+    The gradients are dropped (set to None), so that the optimizer moves neither weights nor moments, and averages
+    stay clean. Gradients are equal on all ranks by then, so all ranks decide alike.
+
+    Args:
+        max_consecutive: stop the run at this many skipped steps in a row.
+    """
+
+    def __init__(self, max_consecutive: int = 10) -> None:
+        if max_consecutive < 1:
+            raise ValueError(f"callbacks.non_finite.max_consecutive must be at least 1, got {max_consecutive}")
+        self.max_consecutive = max_consecutive
+        self.num_skipped = 0
+        self._consecutive_ids: list[list[str]] = []
+        self._batch_ids: list[str] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch_ids = list(batch.get("id", [])) if isinstance(batch, dict) else []
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+            self._consecutive_ids.clear()
+            return
+        optimizer.zero_grad(set_to_none=True)
+        self._count(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.num_skipped:
+            pl_module.log("train/skipped_steps", float(self.num_skipped))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.num_skipped = state_dict["num_skipped"]
+
+    def _count(self, step: int) -> None:
+        self.num_skipped += 1
+        self._consecutive_ids.append(self._batch_ids)
+        _log.warning("step %d skipped: gradients are not finite; batch ids %s", step, self._batch_ids)
+        if len(self._consecutive_ids) >= self.max_consecutive:
+            raise NonFiniteLossError(
+                f"gradients were not finite {self.max_consecutive} steps in a row, up to step {step}. "
+                f"Batch ids, oldest first: {self._consecutive_ids}. Look at those clips, lower optimizer.lr, or set "
+                "trainer.gradient_clip_val; the last checkpoint is from before."
+            )

@@ -1,0 +1,77 @@
+"""Parameter groups and learning-rate schedules; optimizers and schedules reach the modules as Hydra partials."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+_TABLE_NAMES = ("table", "embedding", "token", "vector")
+
+
+def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
+    """Two optimizer groups of the trainable parameters: matrices and kernels decay; biases, norms and tables do not.
+
+    The second group sets `weight_decay` to zero; the first takes the optimizer's own.
+    """
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for owner, name, parameter in _trainable(*modules):
+        (decayed if _decays(owner, name, parameter) else exempt).append(parameter)
+    groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _trainable(*modules: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    seen: set[nn.Parameter] = set()
+    for module in modules:
+        for owner in module.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if parameter.requires_grad and parameter not in seen:
+                    seen.add(parameter)
+                    yield owner, name, parameter
+
+
+def _decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    axes = sum(size > 1 for size in parameter.shape)
+    return axes >= 2 and not isinstance(owner, nn.Embedding) and not any(part in name for part in _TABLE_NAMES)
+
+
+def _warm_up(step: int, warmup_steps: int) -> float:
+    """Linear from `1 / warmup_steps` at step 0 to 1, so that no step is wasted at a rate of zero."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def constant_schedule(optimizer: Optimizer, warmup_steps: int = 0) -> LambdaLR:
+    """Linear warm-up, then the optimizer's rate."""
+    return LambdaLR(optimizer, lambda step: _warm_up(step, warmup_steps))
+
+
+def cosine_schedule(
+    optimizer: Optimizer, total_steps: int, warmup_steps: int = 0, final_ratio: float = 0.05
+) -> LambdaLR:
+    """Linear warm-up, then half a cosine down to `final_ratio` of the rate at `total_steps`, constant from there on.
+
+    Raises ValueError where `total_steps` does not exceed `warmup_steps`.
+    """
+    if total_steps <= warmup_steps:
+        raise ValueError(
+            f"lr_schedule.total_steps={total_steps} must exceed warmup_steps={warmup_steps}; "
+            "set trainer.max_steps, or choose lr_schedule=constant for a run without an end"
+        )
+
+    def factor(step: int) -> float:
+        progress = min(1.0, max(0, step - warmup_steps) / (total_steps - warmup_steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return _warm_up(step, warmup_steps) * (final_ratio + (1 - final_ratio) * cosine)
+
+    return LambdaLR(optimizer, factor)
+
+
+def inverse_power_schedule(
+    optimizer: Optimizer, inv_gamma: float = 200_000.0, power: float = 0.5, warmup_steps: int = 0
+) -> LambdaLR:
+    """Linear warm-up times `(1 + step / inv_gamma) ** -power`, the decay of Stable Audio's and EzAudio's autoencoders."""
+    return LambdaLR(optimizer, lambda step: _warm_up(step, warmup_steps) * (1 + step / inv_gamma) ** -power)

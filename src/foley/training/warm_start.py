@@ -1,0 +1,44 @@
+"""Begins a run from an earlier run's weights, and says exactly what was and was not taken over."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from foley.checkpoint import CheckpointError, read_training_checkpoint
+from foley.logs import get_logger
+from foley.training.base import FoleyModule
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class WarmStartReport:
+    """Keys taken over, keys only this run has (they keep their initial values), and keys only the old run has."""
+
+    loaded: tuple[str, ...]
+    new: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
+    """Load the (averaged) weights in checkpoint `path` into `module` where the names agree, and log the rest.
+
+    The optimizer starts afresh. Raises CheckpointError where no name agrees, or where a shape differs.
+    """
+    saved = read_training_checkpoint(path)["state_dict"]
+    own = module.saved_state(module.state_dict())
+    common = sorted(set(saved) & set(own))
+    reshaped = [f"{key}: {tuple(saved[key].shape)} -> {tuple(own[key].shape)}" for key in common
+                if saved[key].shape != own[key].shape]  # fmt: skip
+    if reshaped or not common:
+        raise CheckpointError(
+            f"ckpt={path} cannot start this run: "
+            + ("shapes differ: " + "; ".join(reshaped) if reshaped else "no parameter has the same name")
+            + ". Choose the model config of the earlier run."
+        )
+    module.load_state_dict({key: saved[key] for key in common}, strict=False)  # the rest is reported below
+    report = WarmStartReport(tuple(common), tuple(sorted(set(own) - set(saved))), tuple(sorted(set(saved) - set(own))))
+    _log.info("warm start from %s: %d tensors loaded", path, len(report.loaded))
+    for kind, keys in (("new (initial values kept)", report.new), ("dropped", report.dropped)):
+        if keys:
+            _log.warning("warm start: %d tensors %s: %s", len(keys), kind, ", ".join(keys))
+    return report
