@@ -1,6 +1,7 @@
 """A CSV logger that a restarted run goes on writing to."""
 
 import csv
+from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
@@ -26,7 +27,7 @@ class AppendingCSVLogger(CSVLogger):
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
 
     @property
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> Any:
         """The writer; created, with its folder, on first use."""
         if self._experiment is None:
             self._experiment = _AppendingWriter(log_dir=self.log_dir)

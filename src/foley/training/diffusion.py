@@ -1,7 +1,7 @@
-"""Trains a denoiser on cached latents: masked pre-training, text alignment and fine-tuning are settings of one module."""
+"""Trains a denoiser on cached latents: masked pre-training, text alignment, fine-tuning in one module."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from foley.training.base import FoleyModule
 from foley.training.optim import parameter_groups
 
 SpanMasking = Callable[[int, int, torch.Generator], Tensor]
-"""`(B, L, generator) -> hidden [B, L]`, true where the latent must be generated; `foley.models.dit.masking.SpanMask`."""
+"""`(B, L, generator) -> hidden [B, L]`, true where the latent must be generated."""
 
 
 class DiffusionTraining(FoleyModule):
@@ -113,7 +113,8 @@ class DiffusionTraining(FoleyModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss` and the losses by noise level, bin 0 the cleanest; averaged over all ranks."""
-        gathered = self.all_gather(self._bin_totals).reshape(-1, 2, self.noise_level_bins).sum(0)
+        gathered = cast(Tensor, self.all_gather(self._bin_totals))
+        gathered = gathered.reshape(-1, 2, self.noise_level_bins).sum(dim=0)
         self._bin_totals = torch.zeros_like(self._bin_totals)
         self.log("val/loss", gathered[0].sum() / gathered[1].sum().clamp(min=1), prog_bar=True, rank_zero_only=False)
         for index, (error, count) in enumerate(gathered.T):
@@ -141,13 +142,8 @@ class DiffusionTraining(FoleyModule):
             hidden = hidden.to(clean.device)
             counted = counted & hidden
             inputs = {"visible": clean, "hidden_mask": hidden}
-        prediction = self.denoiser(
-            self.process.add_noise(clean, noise, timestep),
-            timestep,
-            frame_mask=valid,
-            **self._context(captions),
-            **inputs,
-        )
+        noisy = self.process.add_noise(clean, noise, timestep)
+        prediction = self.denoiser(noisy, timestep, frame_mask=valid, **self._context(captions), **inputs)
         squared = (prediction.float() - self.process.target(clean, noise, timestep)).square().mean(dim=1)
         return (squared * counted).sum(dim=1), counted.sum(dim=1).to(squared)
 

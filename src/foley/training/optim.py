@@ -20,7 +20,7 @@ def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
     exempt: list[nn.Parameter] = []
     for owner, name, parameter in _trainable(*modules):
         (decayed if _decays(owner, name, parameter) else exempt).append(parameter)
-    groups = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -73,5 +73,5 @@ def cosine_schedule(
 def inverse_power_schedule(
     optimizer: Optimizer, inv_gamma: float = 200_000.0, power: float = 0.5, warmup_steps: int = 0
 ) -> LambdaLR:
-    """Linear warm-up times `(1 + step / inv_gamma) ** -power`, the decay of Stable Audio's and EzAudio's autoencoders."""
+    """Linear warm-up times `(1 + step / inv_gamma) ** -power`, the decay of EzAudio's autoencoder."""
     return LambdaLR(optimizer, lambda step: _warm_up(step, warmup_steps) * (1 + step / inv_gamma) ** -power)
