@@ -1,0 +1,86 @@
+"""LayerCache: the one mechanism that executes a cache schedule, whatever policy made it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from foley.accel.layers import Forward, find_cacheable_layers, replaced_forwards
+from foley.accel.schedule import CacheSchedule
+from foley.diffusion.types import RunContext, StepContext
+
+
+class SchedulePlan(Protocol):
+    """Decides on the schedule once the run is known; a CacheSchedule is its own plan."""
+
+    def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule: ...
+
+
+class LayerCache:
+    """Reuse the outputs of layers where the schedule says so; their norm, modulation and body are then not run.
+
+    Outputs are kept per (branch, layer) for one run, before gate and residual, which use the current step
+    (AudioCache, Fig. 2). The evaluation comes from the sampler's context; calls are never counted.
+    """
+
+    def __init__(self, plan: SchedulePlan) -> None:
+        self._plan = plan
+        self._denoiser: nn.Module | None = None
+        self.schedule: CacheSchedule | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._table: list[list[bool]] = []
+        self._row: Sequence[bool] | None = None
+        self._branches: dict[str, dict[int, Any]] = {}
+        self._outputs: dict[int, Any] = {}
+
+    @contextmanager
+    def attach(self, denoiser: nn.Module) -> Iterator[None]:
+        """Replace the forwards of the denoiser's cacheable layers inside the context, and restore them on any exit.
+
+        Raises:
+            ValueError: the denoiser has no cacheable layer.
+            RuntimeError: an accelerator is attached to it already.
+        """
+        with replaced_forwards(find_cacheable_layers(denoiser), self._caching_forward):
+            self._denoiser = denoiser
+            try:
+                yield
+            finally:
+                self._denoiser = None
+                self._reset()
+
+    def _caching_forward(self, index: int, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._row is None:
+                raise RuntimeError("a LayerCache is attached, but the sampler does not call it: pass it as a callback")
+            if self._row[index]:
+                self._outputs[index] = original(*args, **kwargs)
+            return self._outputs[index]
+
+        return forward
+
+    def on_run_start(self, run: RunContext) -> None:
+        """Clear the cache and decide on the schedule.
+
+        Raises:
+            RuntimeError: nothing is attached.
+            SignatureMismatchError: the schedule was made for another model, solver or number of steps.
+        """
+        if self._denoiser is None:
+            raise RuntimeError("LayerCache has no denoiser: generate inside its `attach(denoiser)` context")
+        self._reset()
+        self.schedule = self._plan.schedule_for(run, self._denoiser)
+        self._table = self.schedule.compute.tolist()
+
+    def on_evaluation_start(self, context: StepContext) -> None:
+        self._row = self._table[context.evaluation]
+        self._outputs = self._branches.setdefault(context.branch, {})
+
+    def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
+        self._row = None
+
+    def on_run_end(self) -> None:
+        self._reset()

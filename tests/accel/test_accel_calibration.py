@@ -1,0 +1,108 @@
+"""Change curves: their definition, their average over prompts and branches, and their way to disk."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foley.accel.calibration import Calibration, CalibrationRecorder, relative_change
+from foley.accel.plots import plot_calibration, plot_schedule
+from foley.accel.policies import audiocache_schedule
+from foley.accel.schedule import CacheSchedule
+from foley.accel.signature import SignatureMismatchError
+
+LAYER = "blocks.1.feed_forward"
+
+
+def _record(denoiser: Any, generate: Any, *runs: dict[str, Any]) -> Calibration:
+    recorder = CalibrationRecorder()
+    with recorder.attach(denoiser):
+        for run in runs:
+            generate(denoiser, [recorder], **run)
+    return recorder.calibration()
+
+
+def test_relative_change_is_l1_over_the_current_output_per_item() -> None:
+    current = torch.tensor([[[1.0, -1.0], [2.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    previous = torch.tensor([[[0.0, -1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    assert relative_change(current, previous).tolist() == [0.75, 0.0]
+
+
+def test_recording_changes_nothing_and_matches_outputs_seen_from_outside(denoiser: Any, generate: Any) -> None:
+    outputs: list[torch.Tensor] = []
+    hook = denoiser.get_submodule(LAYER).register_forward_hook(lambda module, args, output: outputs.append(output))
+    plain = generate(denoiser)
+    hook.remove()
+    recorder = CalibrationRecorder()
+    with recorder.attach(denoiser):
+        assert torch.equal(generate(denoiser, [recorder]), plain)
+    calibration = recorder.calibration()
+    row = calibration.layer_names.index(LAYER)
+    for distance in (1, 2, 3):
+        for evaluation in range(6):
+            expected = torch.zeros(2)
+            if evaluation >= distance:
+                change = relative_change(outputs[evaluation], outputs[evaluation - distance])
+                expected = change.view(2, 2).mean(dim=0)  # the two guidance branches of each prompt
+            torch.testing.assert_close(calibration.mean[row, distance - 1, evaluation], expected.mean())
+            torch.testing.assert_close(calibration.std[row, distance - 1, evaluation], expected.std(correction=0))
+
+
+def test_batching_of_prompts_does_not_matter(denoiser: Any, generate: Any) -> None:
+    together = _record(denoiser, generate, {"seeds": (0, 1, 2)})
+    apart = _record(denoiser, generate, {"seeds": (0, 1)}, {"seeds": (2,)})
+    torch.testing.assert_close(together.mean, apart.mean)
+    torch.testing.assert_close(together.std, apart.std, atol=1e-6, rtol=1e-4)
+    assert together.num_prompts == apart.num_prompts == 3
+
+
+def test_heun_is_indexed_by_evaluation(denoiser: Any, generate: Any) -> None:
+    calibration = _record(denoiser, generate, {"solver": "heun"})
+    assert calibration.signature.num_steps == 6
+    assert calibration.mean.shape == (6, 3, 11)
+    assert (calibration.mean[:, 0, 1:] > 0).all()
+
+
+def test_errors_and_changes_agree_on_their_indices(denoiser: Any, generate: Any) -> None:
+    calibration = _record(denoiser, generate, {})
+    errors, changes = calibration.errors(3)[LAYER], calibration.changes()[LAYER]
+    assert [len(curve) for curve in errors] == [5, 4, 3]
+    assert errors[0] == changes[1:]
+    with pytest.raises(ValueError, match="got 4"):
+        calibration.errors(4)
+
+
+def test_a_broken_run_is_left_out_and_nothing_stays_patched(denoiser: Any, generate: Any) -> None:
+    good = _record(denoiser, generate, {})
+    recorder, layer = CalibrationRecorder(), denoiser.get_submodule(LAYER)
+    with recorder.attach(denoiser):
+        layer.broken_at = layer.runs + 3
+        with pytest.raises(ArithmeticError):
+            generate(denoiser, [recorder])
+        generate(denoiser, [recorder])
+    assert not any("forward" in vars(module) for module in denoiser.modules())
+    assert torch.equal(recorder.calibration().mean, good.mean)
+
+
+def test_runs_of_two_kinds_are_not_mixed_and_none_is_an_error(denoiser: Any, generate: Any) -> None:
+    with pytest.raises(RuntimeError, match="nothing to average"):
+        CalibrationRecorder().calibration()
+    with pytest.raises(SignatureMismatchError, match="num_steps 6, but this run has 4"):
+        _record(denoiser, generate, {}, {"num_steps": 4})
+
+
+def test_calibrations_survive_the_disk_and_can_be_drawn(denoiser: Any, generate: Any, tmp_path: Path) -> None:
+    calibration = _record(denoiser, generate, {})
+    calibration.save(tmp_path / "ddim_6")
+    loaded = Calibration.load(tmp_path / "ddim_6")
+    assert torch.equal(loaded.mean, calibration.mean)
+    assert torch.equal(loaded.std, calibration.std)
+    assert (loaded.kinds, loaded.signature) == (calibration.kinds, calibration.signature)
+    assert loaded.num_prompts == 2
+    rows = audiocache_schedule(loaded.changes(), 0.2)
+    schedule = CacheSchedule.from_rows(rows, loaded.kinds, loaded.signature, {"name": "audiocache", "threshold": 0.2})
+    plot_calibration(loaded, tmp_path / "curves.png")
+    plot_schedule(schedule, tmp_path / "schedule.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
+    assert (tmp_path / "schedule.png").stat().st_size > 0
