@@ -1,0 +1,126 @@
+"""Captioned synthetic sounds, drawn from seeds when asked for: everything runs with no data on disk."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from foley.data.procedural.captions import MIXTURE, SEQUENCE, caption, combine
+from foley.data.procedural.classes import CLASS_NAMES, CLASSES
+from foley.data.procedural.synthesis import Canvas, Signal
+from foley.data.types import AudioItem
+from foley.seeding import numpy_generator
+
+LABEL_SEPARATOR = "+"
+MIN_SAMPLE_RATE_HZ = 16_000
+_QUIETEST, _LOUDEST = 0.3, 0.9
+_EDGE_SECONDS = 0.005
+_SHORTEST_DRAWN_SECONDS = 1.0
+
+
+def components_of(label: str) -> tuple[str, ...]:
+    """The classes in a label: ("bell", "rain") for "bell+rain"."""
+    return tuple(label.split(LABEL_SEPARATOR))
+
+
+def _fade(signal: Signal, sample_rate_hz: int) -> Signal:
+    """Ramps at both ends, in place, so that neither cutting nor joining clicks."""
+    edge = min(signal.size // 2, round(_EDGE_SECONDS * sample_rate_hz))
+    if edge:
+        ramp = (np.arange(edge) + 0.5) / edge
+        signal[:edge] *= ramp
+        signal[-edge:] *= ramp[::-1]
+    return signal
+
+
+def _window(signal: Signal, samples: int) -> Signal:
+    """`samples` of a signal around its peak: a short clip must not fall into a pause of the sound."""
+    start = int(np.abs(signal).argmax()) - samples // 2
+    start = min(max(start, 0), signal.size - samples)
+    return signal[start : start + samples].copy()
+
+
+def _scale_to(signal: Signal, peak: float) -> Signal:
+    return signal * (peak / max(float(np.abs(signal).max()), 1e-9))
+
+
+class ProceduralDataset:
+    """Item `index` is a function of (seed, epoch if `fresh_each_epoch`, index); classes alternate with the index.
+
+    Args:
+        size: number of items.
+        seed: names the collection; another seed gives other clips of the same classes.
+        duration_seconds: length of every clip.
+        sample_rate_hz: at least 16 kHz, so that every class keeps what tells it apart.
+        classes: subset of `CLASS_NAMES`; all by default.
+        combination_probability: share of clips that hold a second class, after the first or mixed with it.
+        fresh_each_epoch: draw new clips in each epoch instead of repeating the same ones.
+
+    Raises:
+        ValueError: for an unknown class, an empty clip or a low sample rate.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        duration_seconds: float,
+        sample_rate_hz: int = 24_000,
+        classes: Sequence[str] | None = None,
+        combination_probability: float = 0.0,
+        fresh_each_epoch: bool = False,
+    ) -> None:
+        self.classes = tuple(classes) if classes is not None else CLASS_NAMES
+        unknown = sorted(set(self.classes) - set(CLASS_NAMES))
+        if unknown or not self.classes:
+            raise ValueError(f"`classes` got {list(self.classes)}, unknown {unknown}; choose among {list(CLASS_NAMES)}")
+        if sample_rate_hz < MIN_SAMPLE_RATE_HZ:
+            raise ValueError(f"`sample_rate_hz` must be at least {MIN_SAMPLE_RATE_HZ}, got {sample_rate_hz}")
+        if duration_seconds * sample_rate_hz < 1:
+            raise ValueError(f"`duration_seconds` must be positive, got {duration_seconds}")
+        if not 0 <= combination_probability <= 1:
+            raise ValueError(f"`combination_probability` must lie in [0, 1], got {combination_probability}")
+        self.size = size
+        self.seed = seed
+        self.duration_seconds = duration_seconds
+        self.sample_rate_hz = sample_rate_hz
+        self.combination_probability = combination_probability
+        self.fresh_each_epoch = fresh_each_epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def render(self, index: int, epoch: int = 0) -> AudioItem:
+        """Clip `index`: float32 `[T]` with peak below 1; raises IndexError outside the collection."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"index {index} lies outside a procedural data set of {self.size} items")
+        epoch = epoch if self.fresh_each_epoch else 0
+        rng = numpy_generator("procedural", self.seed, epoch, index)
+        first = self.classes[index % len(self.classes)]
+        canvas = Canvas(round(self.duration_seconds * self.sample_rate_hz), self.sample_rate_hz, rng)
+        if len(self.classes) > 1 and rng.random() < self.combination_probability:
+            second = str(rng.choice([name for name in self.classes if name != first]))
+            signal, text, label = _combination(canvas, first, second)
+        else:
+            (signal, text), label = _single(canvas, first), first
+        audio = torch.from_numpy(signal.astype(np.float32))
+        return AudioItem(audio=audio, caption=text, label=label, id=f"procedural-{self.seed}-{epoch}-{index}")
+
+
+def _single(canvas: Canvas, class_name: str) -> tuple[Signal, str]:
+    """A clip of one class at a random loudness, and its caption."""
+    signal, slots = CLASSES[class_name].draw(canvas.part(max(canvas.duration_seconds, _SHORTEST_DRAWN_SECONDS)))
+    signal = _window(signal, canvas.samples)
+    level = float(canvas.rng.random())
+    signal = _scale_to(_fade(signal, canvas.sample_rate_hz), _QUIETEST * (_LOUDEST / _QUIETEST) ** level)
+    return signal, caption(class_name, slots, level, canvas.rng)
+
+
+def _combination(canvas: Canvas, first: str, second: str) -> tuple[Signal, str, str]:
+    """Two classes, one after the other or both at once: signal, caption and label."""
+    in_sequence = bool(canvas.rng.random() < 0.5)
+    half = canvas.part(canvas.duration_seconds / 2) if in_sequence else canvas
+    (a, text_a), (b, text_b) = _single(half, first), _single(half, second)
+    text = combine((text_a, text_b), SEQUENCE if in_sequence else MIXTURE, canvas.rng)
+    signal = np.resize(np.concatenate([a, b]), canvas.samples) if in_sequence else a + b
+    return _scale_to(signal, min(float(np.abs(signal).max()), _LOUDEST)), text, f"{first}{LABEL_SEPARATOR}{second}"
