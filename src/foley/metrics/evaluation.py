@@ -1,0 +1,200 @@
+"""Judge generated clips against reference clips under one protocol."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from foley.logs import get_logger
+from foley.metrics.clips import ClipFile, LabelledAudio, resolve_labels
+from foley.metrics.distribution import (
+    GaussianStatistics,
+    frechet_distance,
+    inception_score,
+    kl_marginal,
+    kl_sigmoid,
+    kl_softmax,
+    label_accuracy,
+)
+from foley.metrics.features import AudioLoader, ClipFeatures, extract_audio, extract_files
+from foley.metrics.protocols import EvaluationProtocol
+
+log = get_logger(__name__)
+
+SILENCE_PEAK = 1e-4  # -80 dBFS
+Pairing = Literal["auto", "required", "none"]
+
+
+class SilentAudioError(ValueError):
+    """Every clip of a set is silent: no score of it would mean anything."""
+
+
+class PairingError(ValueError):
+    """Pairing was asked for and a generated clip has no reference, or an id occurs twice."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy over `n` labelled clips when the classifier chooses among `choices` classes, and per class."""
+
+    accuracy: float
+    n: int
+    choices: int
+    per_class: dict[str, tuple[float, int]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one set of generated clips. Paired clips have `kl_softmax` and `kl_sigmoid`, others `kl_marginal`."""
+
+    protocol: dict[str, Any]
+    n_generated: int
+    n_reference: int
+    pairing: str
+    frechet_distance: float
+    inception_score: float
+    inception_score_std: float
+    kl_softmax: float | None
+    kl_sigmoid: float | None
+    kl_marginal: float | None
+    accuracy: dict[str, Accuracy]
+    n_unlabelled: int
+    silent: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def _check_silence(clips: ClipFeatures, name: str) -> list[str]:
+    silent = [id for id, peak in zip(clips.ids, clips.peaks.tolist(), strict=True) if peak < SILENCE_PEAK]
+    if len(silent) == len(clips):
+        raise SilentAudioError(
+            f"all {len(clips)} {name} clips are silent (peak below {SILENCE_PEAK:g}): {', '.join(silent[:10])}; check "
+            "the decoder and the sampling settings that made them"
+        )
+    if silent:
+        log.error("SILENT OUTPUT: %d of %d %s clips: %s", len(silent), len(clips), name, ", ".join(silent))
+    return silent
+
+
+def _pair(generated: ClipFeatures, reference: ClipFeatures, pairing: Pairing) -> list[int] | None:
+    """Index of each generated clip's reference, or None for unpaired sets."""
+    if pairing == "none":
+        return None
+    position = {id: index for index, id in enumerate(reference.ids)}
+    missing = [id for id in generated.ids if id not in position]
+    repeated = len(position) < len(reference) or len(set(generated.ids)) < len(generated)
+    if not missing and not repeated:
+        return [position[id] for id in generated.ids]
+    if pairing == "required":
+        raise PairingError(
+            f"pairing was asked for, but {len(missing)} of {len(generated)} generated clips have no reference "
+            f"(first: {missing[:5]}; repeated ids: {repeated}); give each clip its reference's id, or set pairing=none"
+        )
+    return None
+
+
+def _kl_scores(generated: ClipFeatures, reference: ClipFeatures, pairs: list[int] | None) -> dict[str, float | None]:
+    if pairs is None:
+        marginal = kl_marginal(reference.logits, generated.logits)
+        return {"kl_softmax": None, "kl_sigmoid": None, "kl_marginal": marginal}
+    paired = reference.logits[pairs]
+    return {
+        "kl_softmax": kl_softmax(paired, generated.logits),
+        "kl_sigmoid": kl_sigmoid(paired, generated.logits),
+        "kl_marginal": None,
+    }
+
+
+def restricted_accuracy(
+    logits: Tensor, labels: Sequence[str | None], all_labels: Sequence[str], choices: Sequence[str]
+) -> Accuracy | None:
+    """Accuracy of `logits [N, K]` over the clips labelled with one of `choices`, choosing among `choices` only.
+
+    None where no clip carries such a label.
+    """
+    rows = [index for index, label in enumerate(labels) if label in choices]
+    if not rows:
+        return None
+    columns = torch.tensor([all_labels.index(choice) for choice in choices])
+    chosen = logits[rows][:, columns]
+    targets = torch.tensor([list(choices).index(str(labels[row])) for row in rows])
+    per_class = {
+        choices[int(target)]: (label_accuracy(chosen[targets == target], targets[targets == target]), int(count))
+        for target, count in zip(*targets.unique(return_counts=True), strict=True)
+    }
+    return Accuracy(label_accuracy(chosen, targets), len(rows), len(choices), per_class)
+
+
+def _accuracies(generated: ClipFeatures, protocol: EvaluationProtocol) -> dict[str, Accuracy]:
+    labels = protocol.extractor.labels
+    groups = {"all": labels, **protocol.extractor.label_groups}
+    found = {
+        name: restricted_accuracy(generated.logits, generated.labels, labels, group) for name, group in groups.items()
+    }
+    return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
+
+
+def _statistics(clips: ClipFeatures) -> GaussianStatistics:
+    return GaussianStatistics(clips.features.shape[1]).update(clips.features)
+
+
+def evaluate_features(
+    generated: ClipFeatures, reference: ClipFeatures, protocol: EvaluationProtocol, pairing: Pairing = "auto"
+) -> Evaluation:
+    """All scores of a protocol from extracted features.
+
+    Args:
+        pairing: "required" raises PairingError for a generated clip without reference, "none" compares the sets
+            only, "auto" pairs where every generated clip has a reference.
+    Raises SilentAudioError where a whole set is silent.
+    """
+    silent = _check_silence(generated, "generated")
+    _check_silence(reference, "reference")
+    pairs = _pair(generated, reference, pairing)
+    unlabelled = sum(label not in protocol.extractor.labels for label in generated.labels)
+    if unlabelled:
+        log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))
+    score = inception_score(generated.logits, protocol.inception_splits)
+    return Evaluation(
+        protocol=protocol.describe(),
+        n_generated=len(generated),
+        n_reference=len(reference),
+        pairing="none" if pairs is None else "paired by id",
+        frechet_distance=frechet_distance(_statistics(reference), _statistics(generated)),
+        inception_score=score.mean,
+        inception_score_std=score.std,
+        **_kl_scores(generated, reference, pairs),
+        accuracy=_accuracies(generated, protocol),
+        n_unlabelled=unlabelled,
+        silent=silent,
+    )
+
+
+def evaluate_audio(
+    samples: Sequence[LabelledAudio],
+    reference: Sequence[LabelledAudio] | ClipFeatures,
+    protocol: EvaluationProtocol,
+    pairing: Pairing = "none",
+) -> Evaluation:
+    """Scores of clips in memory, at the protocol's rate; extract a reference that is used often once, and pass that."""
+    known = reference if isinstance(reference, ClipFeatures) else extract_audio(reference, protocol)
+    return evaluate_features(extract_audio(samples, protocol), known, protocol, pairing)
+
+
+def evaluate_files(
+    samples: Sequence[ClipFile],
+    reference: Sequence[ClipFile],
+    protocol: EvaluationProtocol,
+    load: AudioLoader,
+    pairing: Pairing = "auto",
+    cache_directory: Path | None = None,
+) -> Evaluation:
+    """Scores of audio files; `load` gives mono audio at the protocol's rate, labels come from `resolve_labels`."""
+    labels = resolve_labels(samples, reference, protocol.extractor.labels)
+    generated = extract_files(samples, protocol, load, cache_directory).with_labels(labels)
+    return evaluate_features(generated, extract_files(reference, protocol, load, cache_directory), protocol, pairing)
