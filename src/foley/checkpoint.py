@@ -158,16 +158,20 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def component_from_training(checkpoint: Mapping[str, Any], name: str, source: str) -> Any:
+    """Component `name` of a training checkpoint that has been read already; in eval mode."""
+    components = checkpoint["foley"]["components"]
+    if name not in components:
+        raise CheckpointError(f"{source} holds no component {name!r}, only {sorted(components)}")
+    module = build_component(components[name], source)
+    prefix = f"{name}."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    load_state(module, state, f"{source} [{name}]")
+    return module.eval()
+
+
 def load_trained(path: Path, name: str) -> Any:
     """Component `name` from a component directory or from a training checkpoint (averaged weights where kept)."""
     if path.is_dir():
         return load_component(path)
-    checkpoint = read_training_checkpoint(path)
-    components = checkpoint["foley"]["components"]
-    if name not in components:
-        raise CheckpointError(f"{path} holds no component {name!r}, only {sorted(components)}")
-    module = build_component(components[name], str(path))
-    prefix = f"{name}."
-    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    load_state(module, state, f"{path} [{name}]")
-    return module.eval()
+    return component_from_training(read_training_checkpoint(path), name, str(path))

@@ -1,0 +1,132 @@
+"""A text-to-audio system on disk: an exported directory, or a training checkpoint and the codec it names."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foley.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    build_component,
+    component_from_training,
+    load_component,
+    load_trained,
+    read_config,
+    read_training_checkpoint,
+    save_component,
+    write_json,
+)
+from foley.config import PROJECT_ROOT
+from foley.diffusion.process import DiffusionProcess
+from foley.hashing import hash_file, hash_module
+
+SYSTEM_FILE = "system.json"
+SYSTEM_FORMAT = "foley-system/1"
+COMPONENTS = ("denoiser", "text", "codec", "normaliser")
+
+
+@dataclass(frozen=True)
+class System:
+    """The modules of a system by component name, the process they were trained on, and how to build each of them.
+
+    `configs` has an entry for every component and for "process".
+    """
+
+    modules: Mapping[str, nn.Module]
+    process: DiffusionProcess
+    configs: Mapping[str, Mapping[str, Any]]
+
+
+def load_system(path: Path) -> System:
+    """Read an exported system directory or a diffusion training checkpoint (`.ckpt`).
+
+    Raises CheckpointError where something is missing, was altered, or does not belong together.
+    """
+    if path.is_dir():
+        return _load_directory(path)
+    return _load_training(path)
+
+
+def save_system(system: System, directory: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a system directory; floating weights are stored as `dtype` where one is given.
+
+    A frozen text encoder is stored as its config alone: its weights are published elsewhere. `system.json` is
+    written last, so that an interrupted export is not mistaken for a system.
+    """
+    for name in COMPONENTS:
+        module, config = system.modules[name], system.configs[name]
+        if name == "text" and not module.trainable:
+            write_json(directory / name / CONFIG_FILE, dict(config))
+        else:
+            save_component(module, config, directory / name, dtype, _files_in(config))
+    weights = {file.parent.name: hash_file(file) for file in sorted(directory.glob(f"*/{WEIGHTS_FILE}"))}
+    info = {
+        "format": SYSTEM_FORMAT,
+        "process": dict(system.configs["process"]),
+        "codec_hash": hash_module(system.modules["codec"]),
+        "weights_sha256": weights,
+    }
+    write_json(directory / SYSTEM_FILE, info)
+
+
+def _load_directory(directory: Path) -> System:
+    file = directory / SYSTEM_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} does not exist: {directory} is not an exported system (scripts/export_system.py)"
+        )
+    info = json.loads(file.read_text(encoding="utf-8"))
+    if info.get("format") != SYSTEM_FORMAT:
+        raise CheckpointError(
+            f"{file}: format {info.get('format')!r} is not {SYSTEM_FORMAT!r}; export the system again"
+        )
+    for name, expected in info["weights_sha256"].items():
+        weights = directory / name / WEIGHTS_FILE
+        if not weights.is_file() or hash_file(weights) != expected:
+            raise CheckpointError(f"{weights} is missing or is not the file that {file} describes (SHA-256 {expected})")
+    modules, configs = {}, {"process": info["process"]}
+    for name in COMPONENTS:
+        configs[name] = read_config(directory / name)
+        stored = (directory / name / WEIGHTS_FILE).is_file()
+        modules[name] = load_component(directory / name) if stored else build_component(configs[name], str(directory))
+    return System(modules, build_component(info["process"], str(file)), configs)
+
+
+def _load_training(path: Path) -> System:
+    checkpoint = read_training_checkpoint(path)
+    metadata = checkpoint["foley"]
+    configs = dict(metadata["components"])
+    modules = {name: component_from_training(checkpoint, name, str(path)) for name in ("denoiser", "normaliser")}
+    if any(key.startswith("text.") for key in checkpoint["state_dict"]):
+        modules["text"] = component_from_training(checkpoint, "text", str(path))
+    else:
+        modules["text"] = build_component(configs["text"], str(path)).eval()
+    modules["codec"], configs["codec"] = _load_codec(metadata, path)
+    return System(modules, build_component(configs["process"], str(path)), configs)
+
+
+def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The codec whose latents the denoiser was trained on, and its config."""
+    path = PROJECT_ROOT / metadata["codec_dir"]
+    if not path.exists():
+        raise CheckpointError(f"{source} was trained on the codec at {path}, which does not exist")
+    codec = load_trained(path, "codec")
+    actual, expected = hash_module(codec), metadata["codec_hash"]
+    if actual != expected:
+        raise CheckpointError(
+            f"{source} was trained on latents of the codec {expected[:12]}, but {path} now holds {actual[:12]}; "
+            "put the original codec back, or encode the latents and train again"
+        )
+    config = read_config(path) if path.is_dir() else read_training_checkpoint(path)["foley"]["components"]["codec"]
+    return codec, config
+
+
+def _files_in(config: Mapping[str, Any]) -> dict[str, Path]:
+    """The config's values that are files, such as a vocabulary; they travel with the component."""
+    return {key: Path(value) for key, value in config.items() if isinstance(value, str) and Path(value).is_file()}
