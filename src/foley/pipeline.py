@@ -22,6 +22,13 @@ from foley.system import System, load_system, save_system
 MAX_PROMPT_CHARACTERS = 10_000
 
 
+def resolve_device(name: str) -> torch.device:
+    """A torch device by name; "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
 class Accelerator(SamplerCallback, Protocol):
     """Attaches to a denoiser for the length of one run, and leaves no trace (see `foley.accel`)."""
 

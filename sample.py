@@ -1,0 +1,45 @@
+"""Generate audio from text: `python sample.py prompt="a dog barks"`; `--help` lists the options."""
+
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.progress import track
+
+import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.logs import get_logger
+from foley.pipeline import TextToAudio, resolve_device
+from foley.prompts import quote_overrides, request_clips
+from foley.reporting.samples import Sample, write_samples
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="sample")
+def main(cfg: DictConfig) -> None:
+    """Generate every clip asked for and write the folder."""
+    prompts, seeds = request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num)
+    system = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device), cfg.max_duration_seconds)
+    result = system.generate(
+        prompts,
+        cfg.duration_seconds,
+        seeds,
+        guidance=instantiate(cfg.guidance, scale=cfg.guidance_scale, rescale=cfg.guidance_rescale),
+        solver=cfg.solver.name,
+        num_steps=cfg.steps,
+        accelerator=instantiate(cfg.accel),
+        negative_prompt=cfg.negative_prompt,
+        batch_size=cfg.batch_size,
+        progress=partial(track, description="denoising"),
+    )
+    samples = [Sample(*item) for item in zip(result.prompts, result.seeds, result.audio[:, 0], strict=True)]
+    settings = result.settings | {"accelerator": cfg.accel.get("_target_"), "ckpt": str(cfg.ckpt)}
+    page = write_samples(Path(cfg.output_dir), samples, result.sample_rate_hz, settings, asdict(result.timings))
+    get_logger(__name__).info("%d clips: open %s", len(samples), page)
+
+
+if __name__ == "__main__":
+    sys.argv = quote_overrides(sys.argv, ("prompt", "negative_prompt"))
+    main()

@@ -1,0 +1,66 @@
+"""The page on which a batch of generated clips is looked at and listened to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+_STYLE = """
+:root { color-scheme: dark; }
+body { margin: 0 auto; padding: 2rem 1.5rem; max-width: 76rem; background: #0f1117; color: #e8e8ea;
+       font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.3rem; margin: 0 0 .3rem; }
+.settings { color: #9a9ca5; font-size: .85rem; margin: 0 0 1.5rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem; }
+figure { margin: 0; background: #181b24; border-radius: .6rem; overflow: hidden; }
+figure img { display: block; width: 100%; height: 8rem; object-fit: fill; }
+figcaption { padding: .7rem .9rem .9rem; overflow-wrap: anywhere; }
+figcaption small { display: block; color: #9a9ca5; margin: .1rem 0 .5rem; }
+audio { width: 100%; height: 2.2rem; }
+a { color: #f6a56b; }
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One clip on the page; the file names are relative to the page."""
+
+    prompt: str
+    audio_file: str
+    image_file: str
+    sidecar_file: str
+    facts: str
+
+
+def render_page(title: str, settings: Mapping[str, Any], cards: Sequence[Card]) -> str:
+    """A complete HTML document that refers to nothing but the files beside it."""
+    facts = " · ".join(f"{escape(str(key))} {escape(str(value))}" for key, value in settings.items())
+    body = "\n".join(_render_card(card) for card in cards)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+<p class="settings">{facts}</p>
+<div class="grid">
+{body}
+</div>
+</body>
+</html>
+"""
+
+
+def _render_card(card: Card) -> str:
+    prompt = escape(card.prompt) or "<em>(empty prompt: unconditional)</em>"
+    return f"""<figure>
+<img src="{escape(card.image_file)}" alt="log-mel spectrogram">
+<figcaption>{prompt}
+<small>{escape(card.facts)} · <a href="{escape(card.sidecar_file)}">settings</a></small>
+<audio controls preload="none" src="{escape(card.audio_file)}"></audio>
+</figcaption>
+</figure>"""

@@ -1,0 +1,59 @@
+"""A folder of generated clips: WAV and JSON for each, a sheet of spectrograms, and a page to listen on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log10
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foley.checkpoint import write_json, write_text
+from foley.reporting.audio_files import write_wav
+from foley.reporting.html import Card, render_page
+from foley.reporting.names import one_line, sample_stem
+from foley.reporting.spectrogram import draw_sheet, draw_spectrogram
+
+SHEET_FILE = "spectrograms.png"
+PAGE_FILE = "index.html"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip: `audio` `[T]`."""
+
+    prompt: str
+    seed: int
+    audio: Tensor
+
+
+def write_samples(
+    directory: Path,
+    samples: Sequence[Sample],
+    sample_rate_hz: int,
+    settings: Mapping[str, Any],
+    timings: Mapping[str, float],
+) -> Path:
+    """Write everything into `directory` and return the page.
+
+    Louder clips than -1 dBFS are attenuated to it; each JSON states the gain. `settings` and `timings` (seconds for
+    all samples together) are the same for all.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    common = {"settings": dict(settings), "timings_of_all_samples": dict(timings), "num_samples": len(samples)}
+    cards = [_write_sample(directory, i, sample, sample_rate_hz, common) for i, sample in enumerate(samples)]
+    clips, titles = [sample.audio for sample in samples], [sample.prompt for sample in samples]
+    draw_sheet(directory / SHEET_FILE, clips, titles, sample_rate_hz)
+    page = directory / PAGE_FILE
+    write_text(page, render_page(f"{len(samples)} generated sounds", settings, cards))
+    return page
+
+
+def _write_sample(directory: Path, index: int, sample: Sample, sample_rate_hz: int, common: Mapping[str, Any]) -> Card:
+    stem = sample_stem(sample.prompt, index, sample.seed)
+    gain = write_wav(directory / f"{stem}.wav", sample.audio, sample_rate_hz)
+    draw_spectrogram(directory / f"{stem}.png", sample.audio, sample_rate_hz)
+    sidecar = {"prompt": sample.prompt, "seed": sample.seed, "gain_db": round(20 * log10(gain), 3), **common}
+    write_json(directory / f"{stem}.json", sidecar)
+    facts = f"{len(sample.audio) / sample_rate_hz:.2f} s · seed {sample.seed}"
+    return Card(one_line(sample.prompt), f"{stem}.wav", f"{stem}.png", f"{stem}.json", facts)

@@ -1,0 +1,87 @@
+"""Log-mel spectrograms of clips, one image each or many on a sheet."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchaudio.functional import melscale_fbanks
+
+from foley.reporting.names import one_line
+
+_FFT_SAMPLES = 1024
+_HOP_SAMPLES = 256
+_MEL_BANDS = 96
+_DYNAMIC_RANGE_DB = 80.0
+_LOWEST_REFERENCE_DB = -40.0
+_MAX_TITLE_CHARACTERS = 60
+_BACKGROUND = "#0f1117"
+
+
+def log_mel(audio: Tensor, sample_rate_hz: int) -> Tensor:
+    """Mel power in dB, `[bands, frames]`, of `audio` `[T]`; clipped 80 dB below the loudest point."""
+    window = torch.hann_window(_FFT_SAMPLES)
+    spectrum = torch.stft(
+        audio.float().cpu(), _FFT_SAMPLES, _HOP_SAMPLES, window=window, pad_mode="constant", return_complex=True
+    )
+    bins = _FFT_SAMPLES // 2 + 1
+    bank = melscale_fbanks(bins, 0.0, sample_rate_hz / 2, _MEL_BANDS, sample_rate_hz)
+    power = bank.T @ (spectrum.abs() / window.sum()).square()
+    decibels = 10 * torch.log10(power.clamp(min=1e-12))
+    loudest = max(float(decibels.max()), _LOWEST_REFERENCE_DB)
+    return decibels.clamp(loudest - _DYNAMIC_RANGE_DB, loudest)
+
+
+def draw_spectrogram(path: Path, audio: Tensor, sample_rate_hz: int) -> None:
+    """A bare image of one clip `[T]`, without title or frame."""
+    figure = Figure(figsize=(6, 1.6), facecolor=_BACKGROUND)
+    axes = figure.add_axes((0, 0, 1, 1))
+    _show(axes, audio, sample_rate_hz)
+    axes.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def draw_sheet(path: Path, clips: Sequence[Tensor], titles: Sequence[str], sample_rate_hz: int) -> None:
+    """A grid of clips `[T]` with their captions as titles, mel axis in kHz and time in seconds."""
+    columns = min(3, len(clips))
+    rows = math.ceil(len(clips) / columns)
+    with matplotlib.style.context("dark_background"), warnings.catch_warnings():
+        # A caption may hold characters that the font lacks; it is drawn with boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = Figure(figsize=(5.2 * columns, 2.3 * rows + 0.3), facecolor=_BACKGROUND, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid[len(clips) :]:
+            axes.set_visible(False)
+        for axes, clip, title in zip(grid, clips, titles, strict=False):
+            _show(axes, clip, sample_rate_hz)
+            _label(axes, title, sample_rate_hz)
+        figure.savefig(path, dpi=110)
+
+
+def _show(axes: Axes, audio: Tensor, sample_rate_hz: int) -> None:
+    decibels = log_mel(audio, sample_rate_hz).numpy()
+    extent = (0.0, len(audio) / sample_rate_hz, 0.0, float(_MEL_BANDS))
+    axes.imshow(decibels, origin="lower", aspect="auto", cmap="magma", extent=extent, interpolation="bilinear")
+
+
+def _label(axes: Axes, title: str, sample_rate_hz: int) -> None:
+    text = one_line(title) or "(no caption)"
+    short = text if len(text) <= _MAX_TITLE_CHARACTERS else text[: _MAX_TITLE_CHARACTERS - 1] + "…"
+    axes.set_title(short, fontsize=9, loc="left", parse_math=False)
+    kilohertz = np.array([k for k in (0.25, 1.0, 4.0, 10.0) if 2000 * k < sample_rate_hz])
+    axes.set_yticks(_mel(1000 * kilohertz) / _mel(np.array(sample_rate_hz / 2)) * _MEL_BANDS)
+    axes.set_yticklabels([f"{k:g}k" for k in kilohertz])
+    axes.tick_params(labelsize=7, length=2, color="#666666")
+    axes.set_xlabel("seconds", fontsize=7)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _mel(hertz: np.ndarray) -> np.ndarray:
+    return 2595 * np.log10(1 + hertz / 700)
