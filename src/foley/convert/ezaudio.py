@@ -1,0 +1,125 @@
+"""The published EzAudio denoisers as `DiffusionTransformer`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foley.checkpoint import build_component, load_state
+from foley.models.dit.backbone import DiffusionTransformer
+from foley.nn.rotary import inverse_frequencies
+
+_SOURCE = "published EzAudio weights"
+_ROTARY_BUFFER = "rotary.inv_freq"
+
+# Applied in order to every published name.
+_RENAMES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^mask_embed$", "masked_input.mask_embedding"),
+        (r"^model\.", ""),
+        (r"^patch_embed\.proj\.", "input_projection."),
+        (r"^x_pe\.abs_pe$", "positions.table"),
+        (r"^time_embed\.", "time_embedding."),
+        (r"^time_ada_final\.", "output_layer.modulation."),
+        (r"^time_ada\.", "shared_modulation."),
+        (r"^context_embed\.", "context_embedding."),
+        (r"^final_block\.final_layer\.", "output_layer.conv."),
+        (r"^final_block\.", "output_layer."),
+        (r"\.skip_(norm|linear)\.", r".skip.\1."),
+        (r"\.adaln\.time_ada\.", ".modulation.projection."),
+        (r"\.adaln\.lora_a\.", ".modulation.down."),
+        (r"\.adaln\.lora_b\.", ".modulation.up."),
+        (r"\.adaln\.scale_shift_table$", ".modulation.table"),
+        (r"\.norm1\.", ".self_attention.norm."),
+        (r"\.norm2\.", ".cross_attention.norm."),
+        (r"\.norm_context\.", ".cross_attention.norm_context."),
+        (r"\.norm3\.", ".feed_forward.norm."),
+        (r"\.attn\.", ".self_attention.attention."),
+        (r"\.cross_attn\.", ".cross_attention.attention."),
+        (r"\.attention\.proj\.", ".attention.output."),
+        (r"\.mlp\.net\.0\.proj\.", ".feed_forward.layer.input."),
+        (r"\.mlp\.net\.2\.", ".feed_forward.layer.output."),
+    )
+)
+
+
+def _modulation(published: Mapping[str, Any]) -> dict[str, Any]:
+    schemes: dict[str, dict[str, Any]] = {
+        "ada": {"_target_": "foley.nn.adaln.AdaLN"},
+        "ada_single": {"_target_": "foley.nn.adaln.AdaLNSingle"},
+        "ada_sola_bias": {
+            "_target_": "foley.nn.adaln.AdaLNSola",
+            "rank": published["ada_sola_rank"],
+            "alpha": published["ada_sola_alpha"],
+        },
+    }
+    fusion = published["time_fusion"]
+    if fusion not in schemes:
+        raise ValueError(f"{_SOURCE}: `time_fusion: {fusion}` is not one of {sorted(schemes)}")
+    return schemes[fusion]
+
+
+def denoiser_config(published: Mapping[str, Any]) -> dict[str, Any]:
+    """Our component config for a published model config; raises ValueError for options we do not build."""
+    expected = {"mae": True, "norm_layer": "layernorm", "act_layer": "geglu", "use_conv": True, "context_norm": True}
+    unlike = {key: published[key] for key, value in expected.items() if published[key] != value}
+    if unlike:
+        raise ValueError(f"{_SOURCE}: unsupported options {unlike}; supported are {expected}")
+    return {
+        "_target_": "foley.models.dit.backbone.DiffusionTransformer",
+        "latent_channels": published["out_chans"],
+        "width": published["embed_dim"],
+        "depth": published["depth"],
+        "num_heads": published["num_heads"],
+        "context_dim": published["context_dim"],
+        "modulation": _modulation(published),
+        "feed_forward_ratio": published["mlp_ratio"],
+        "qk_norm": published["qk_norm"] is not None,
+        "long_skips": published["skip"],
+        "skip_norm": published["skip_norm"],
+        "rotary": published["rope_mode"] != "none",
+        "learned_positions": published["img_size"] if published["pe_method"] == "abs" else None,
+    }
+
+
+def rename(published_key: str) -> str:
+    """Our name of a published parameter."""
+    for pattern, replacement in _RENAMES:
+        published_key = pattern.sub(replacement, published_key)
+    return published_key
+
+
+def denoiser_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights under our names and shapes, without the rotary frequencies, which are not learned."""
+    state = {rename(key): value for key, value in state_dict.items() if not key.endswith(_ROTARY_BUFFER)}
+    state["input_projection.weight"] = state["input_projection.weight"].squeeze(-1)
+    if "positions.table" in state:
+        state["positions.table"] = state["positions.table"].squeeze(0)
+    return state
+
+
+def _check_rotary(state_dict: Mapping[str, Tensor], head_dim: int) -> None:
+    for key, value in state_dict.items():
+        if key.endswith(_ROTARY_BUFFER) and not torch.allclose(value.float().cpu(), inverse_frequencies(head_dim)):
+            raise ValueError(f"{_SOURCE}: {key} differs from the standard frequencies of head dimension {head_dim}")
+
+
+def ezaudio_denoiser(state_dict: Mapping[str, Tensor], model_config: Mapping[str, Any]) -> DiffusionTransformer:
+    """The published denoiser in eval mode.
+
+    Args:
+        state_dict: weights under their published names.
+        model_config: the published `model` section.
+
+    Raises:
+        ValueError: an option that we do not build, or rotary frequencies of another kind.
+        CheckpointError: weights and config that do not fit.
+    """
+    config = denoiser_config(model_config)
+    _check_rotary(state_dict, config["width"] // config["num_heads"])
+    denoiser: DiffusionTransformer = build_component(config, _SOURCE)
+    load_state(denoiser, denoiser_state(state_dict), _SOURCE)
+    return denoiser.eval()

@@ -1,0 +1,151 @@
+"""EzAudio-DiT and its ablation variants: one transformer, put together from the parts it is given."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from foley.models.dit.block import BlockInputs, BlockShape, SkipFusion, TransformerBlock
+from foley.models.dit.masking import MaskedInput
+from foley.models.dit.output import OutputLayer
+from foley.nn.adaln import ModulationScheme
+from foley.nn.embedding import LearnedPositions, TimeEmbedding
+from foley.nn.linear import normal_linear, xavier_linear
+from foley.nn.rotary import RotaryEmbedding
+
+
+class DiffusionTransformer(nn.Module):
+    """Denoiser over 1-D latents (EzAudio, Hai et al. 2024, Section 3.2).
+
+    Args:
+        latent_channels: C.
+        width: D.
+        depth: even; the model has `depth + 1` blocks: depth / 2 in-blocks, a mid block, depth / 2 out-blocks.
+        num_heads: H, for self-attention and cross-attention.
+        context_dim: Dc of the text embeddings; None builds no cross-attention (stage-1 masked pre-training).
+        modulation: how the diffusion time reaches the blocks.
+        feed_forward_ratio: hidden width of the feed-forward layer over D.
+        qk_norm: LayerNorm on queries and keys.
+        long_skips: out-block i joins the output of the matching in-block.
+        skip_norm: LayerNorm on what a long skip joins.
+        rotary: rotary positions in self-attention.
+        learned_positions: number of learned absolute positions, the longest input in frames; None for none.
+        gradient_checkpointing: recompute blocks in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        context_dim: int | None,
+        modulation: ModulationScheme,
+        feed_forward_ratio: float = 4.0,
+        qk_norm: bool = True,
+        long_skips: bool = True,
+        skip_norm: bool = True,
+        rotary: bool = True,
+        learned_positions: int | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if depth % 2:
+            raise ValueError(f"depth must be even, half of it on each side of the mid block; got {depth}")
+        self.latent_channels = latent_channels
+        self.gradient_checkpointing = gradient_checkpointing
+        self.prepends_time_token = modulation.prepends_time_token
+        self.masked_input = MaskedInput(latent_channels)
+        self.input_projection = xavier_linear(2 * latent_channels + 1, width)
+        self.positions = LearnedPositions(learned_positions, width) if learned_positions else None
+        self.rotary = RotaryEmbedding(width // num_heads) if rotary else None
+        self.time_embedding = TimeEmbedding(width)
+        self.context_embedding = _context_embedding(context_dim, width) if context_dim else None
+        self.shared_modulation = modulation.build_shared(width)
+        shape = BlockShape(width, num_heads, int(feed_forward_ratio * width), qk_norm, context_dim is not None)
+        half = range(depth // 2)
+        self.in_blocks = nn.ModuleList(TransformerBlock(shape, modulation) for _ in half)
+        self.mid_block = TransformerBlock(shape, modulation)
+        self.out_blocks = nn.ModuleList(
+            TransformerBlock(shape, modulation, SkipFusion(width, skip_norm) if long_skips else None) for _ in half
+        )
+        self.output_layer = OutputLayer(width, latent_channels, modulated=not self.prepends_time_token)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timestep: Tensor,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        visible: Tensor | None = None,
+        hidden_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction `[B, C, L]` for a noisy latent `[B, C, L]` at `timestep [B]`.
+
+        Args:
+            context: text `[B, S, Dc]`, needed (ValueError) by a model with cross-attention, ignored by one without.
+            context_mask: `[B, S]`, true = valid.
+            frame_mask: `[B, L]`, true = valid; padded frames are not attended to.
+            visible: latent `[B, C, L]` of known frames, for masked training and for editing.
+            hidden_mask: `[B, L]`, true where the visible latent is hidden and must be generated.
+        """
+        x = self.input_projection(self.masked_input(noisy, visible, hidden_mask).transpose(1, 2))
+        if self.positions is not None:
+            x = self.positions(x)
+        time = nn.functional.silu(self.time_embedding(timestep))
+        if self.prepends_time_token:
+            x = torch.cat([time.unsqueeze(1), x], dim=1)
+        x = self._run_blocks(x, self._block_inputs(x, time, context, context_mask, frame_mask))
+        return self.output_layer(x[:, 1:] if self.prepends_time_token else x, time)
+
+    def _block_inputs(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        frame_mask: Tensor | None,
+    ) -> BlockInputs:
+        if self.prepends_time_token and frame_mask is not None:
+            frame_mask = nn.functional.pad(frame_mask, (1, 0), value=True)
+        return BlockInputs(
+            time=time,
+            shared_modulation=self.shared_modulation(time) if self.shared_modulation is not None else None,
+            rotary=self.rotary(x.shape[1], x.device, x.dtype) if self.rotary is not None else None,
+            frame_mask=_key_mask(frame_mask),
+            context=self._embed_context(context),
+            context_mask=_key_mask(context_mask),
+        )
+
+    def _embed_context(self, context: Tensor | None) -> Tensor | None:
+        if self.context_embedding is None:
+            return None
+        if context is None:
+            raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
+        return self.context_embedding(context)
+
+    def _run_blocks(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        skips = []
+        for block in self.in_blocks:
+            x = self._run(block, x, inputs)
+            skips.append(x)
+        x = self._run(self.mid_block, x, inputs)
+        for block in self.out_blocks:
+            x = self._run(block, x, inputs, skips.pop())
+        return x
+
+    def _run(self, block: nn.Module, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, inputs, skip, use_reentrant=False)
+        return block(x, inputs, skip)
+
+
+def _context_embedding(context_dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(normal_linear(context_dim, width), nn.SiLU(), normal_linear(width, width))
+
+
+def _key_mask(mask: Tensor | None) -> Tensor | None:
+    """`[B, N]` to `[B, 1, 1, N]`, or None where nothing is masked: attention without a mask is faster."""
+    if mask is None or bool(mask.all()):
+        return None
+    return mask[:, None, None]

@@ -1,0 +1,64 @@
+"""Masked modelling of latents: which frames are hidden, and how a visible latent enters the model."""
+
+import torch
+from torch import Tensor, nn
+
+
+class SpanMask:
+    """Draws the frames to hide, as spans on a grid with a random phase (EzAudio, Section 3.3).
+
+    Args:
+        span_frames: frames per span.
+        ratio: bounds of the uniformly drawn share of spans to hide.
+        partial_probability: share of items that are masked in part; the others are hidden in full.
+    """
+
+    def __init__(
+        self, span_frames: int = 10, ratio: tuple[float, float] = (0.25, 1.0), partial_probability: float = 1.0
+    ) -> None:
+        low, high = ratio
+        if span_frames < 1 or not 0 < low <= high <= 1:
+            raise ValueError(f"need span_frames >= 1 and 0 < low <= high <= 1, got {span_frames} and ratio {ratio}")
+        self.span_frames = span_frames
+        self.low, self.high = low, high
+        self.partial_probability = partial_probability
+
+    def __call__(self, batch_size: int, num_frames: int, generator: torch.Generator) -> Tensor:
+        """`hidden_mask [B, L]` on the CPU, true = hidden; every item hides one frame or more."""
+        num_spans = -(-num_frames // self.span_frames)
+        ratio = self.low + (self.high - self.low) * torch.rand(batch_size, 1, generator=generator)
+        num_hidden = (ratio * num_spans).round().clamp(min=1)
+        rank = torch.rand(batch_size, num_spans, generator=generator).argsort(dim=1).argsort(dim=1)
+        phase = torch.randint(self.span_frames, (batch_size, 1), generator=generator)
+        frame_span = (torch.arange(num_frames) + phase) // self.span_frames % num_spans
+        full = torch.rand(batch_size, 1, generator=generator) >= self.partial_probability
+        return (rank < num_hidden).gather(1, frame_span) | full
+
+
+class MaskedInput(nn.Module):
+    """Builds the input channels `[noisy C, visible C, mask 1]`.
+
+    Args:
+        latent_channels: C.
+    """
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        self.mask_embedding = nn.Parameter(torch.empty(latent_channels))
+        nn.init.normal_(self.mask_embedding, std=0.02)
+
+    def forward(self, noisy: Tensor, visible: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
+        """Noisy and visible latents `[B, C, L]` and `hidden_mask [B, L]` to `[B, 2 C + 1, L]`.
+
+        Hidden frames of the visible latent hold the learned vector; no visible latent means that all are hidden.
+        Raises ValueError where a visible latent comes without its mask.
+        """
+        embedding = self.mask_embedding[:, None].to(noisy.dtype)
+        if visible is None:
+            filled, mask = embedding.expand_as(noisy), noisy.new_ones(()).expand_as(noisy[:, :1])
+        elif hidden_mask is None:
+            raise ValueError("a visible latent needs `hidden_mask [B, L]`, true where frames are to be generated")
+        else:
+            hidden = hidden_mask.unsqueeze(1)
+            filled, mask = torch.where(hidden, embedding, visible), hidden.to(noisy.dtype)
+        return torch.cat([noisy, filled, mask], dim=1)

@@ -1,0 +1,37 @@
+"""The last layer of the denoiser."""
+
+from torch import Tensor, nn
+
+from foley.nn.adaln import Modulation
+from foley.nn.linear import xavier_linear, zero_linear
+from foley.nn.norm import ModulatedNorm
+
+
+class OutputLayer(nn.Module):
+    """Modulated norm, linear to the latent channels and a convolution over time that starts at zero.
+
+    Args:
+        width: D.
+        latent_channels: C.
+        modulated: shift and scale by the time embedding.
+    """
+
+    def __init__(self, width: int, latent_channels: int, modulated: bool) -> None:
+        super().__init__()
+        self.norm = ModulatedNorm(width)
+        self.modulation = zero_linear(width, 2 * width) if modulated else None
+        self.linear = xavier_linear(width, latent_channels)
+        self.conv = nn.Conv1d(latent_channels, latent_channels, kernel_size=3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Tokens `[B, L, D]` and time `[B, D]` to a latent `[B, C, L]`."""
+        latent = self.linear(self.norm(x, self._modulate(time)))
+        return self.conv(latent.transpose(1, 2))
+
+    def _modulate(self, time: Tensor) -> Modulation | None:
+        if self.modulation is None:
+            return None
+        shift, scale = self.modulation(time).unsqueeze(1).chunk(2, dim=-1)
+        return Modulation(shift, 1 + scale, gate=scale.new_ones(()))

@@ -1,0 +1,74 @@
+"""Multi-head attention around a swappable core."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foley.nn.linear import xavier_linear, zero_linear
+from foley.nn.rotary import RotaryTable, apply_rotary
+
+AttentionCore = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""`(query, key, value, mask)`, each `[B, H, N, head_dim]`, to `[B, H, N, head_dim]`.
+
+The mask is boolean, true = attend, and broadcasts to `[B, H, N_query, N_key]`; None attends to everything."""
+
+
+def dense_core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention over all keys."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Projections, query and key norms, rotary positions, core and output projection.
+
+    Args:
+        width: D, divided by `num_heads`; raises ValueError where that leaves a remainder.
+        num_heads: H.
+        qk_norm: LayerNorm on the queries and keys of each head.
+        zero_output: start the output projection at zero.
+    """
+
+    core: AttentionCore
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool = True, zero_output: bool = False) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} does not divide into {num_heads} heads; change width or num_heads")
+        self.num_heads = num_heads
+        head_dim = width // num_heads
+        self.to_q = xavier_linear(width, width, bias=False)
+        self.to_k = xavier_linear(width, width, bias=False)
+        self.to_v = xavier_linear(width, width, bias=False)
+        self.norm_q = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.norm_k = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.output = (zero_linear if zero_output else xavier_linear)(width, width)
+        self.core = dense_core
+
+    def keys_values(self, source: Tensor, rotary: RotaryTable | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, N, head_dim]` of `[B, N, D]`; for a context they do not change between steps."""
+        key = self.norm_k(self._split_heads(self.to_k(source)))
+        if rotary is not None:
+            key = apply_rotary(key, rotary)
+        return key.transpose(1, 2), self._split_heads(self.to_v(source)).transpose(1, 2)
+
+    def attend(
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        rotary: RotaryTable | None = None,
+    ) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`: queries from `x`, over given keys and values."""
+        query = self.norm_q(self._split_heads(self.to_q(x)))
+        if rotary is not None:
+            query = apply_rotary(query, rotary)
+        attended = self.core(query.transpose(1, 2), *keys_values, mask)
+        return self.output(attended.transpose(1, 2).flatten(-2))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rotary: RotaryTable | None = None) -> Tensor:
+        """Self-attention, `[B, N, D]` to `[B, N, D]`."""
+        return self.attend(x, self.keys_values(x, rotary), mask, rotary)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))

@@ -1,0 +1,191 @@
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from foley.checkpoint import build_component, load_component, save_component
+from foley.config import PROJECT_ROOT
+from foley.models.dit.backbone import DiffusionTransformer
+from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, TimeToken
+
+CHANNELS, FRAMES, TOKENS, CONTEXT_DIM = 4, 20, 5, 6
+KINDS = {"self_attention", "cross_attention", "feed_forward"}
+OFF = {"qk_norm": False, "long_skips": False, "rotary": False, "learned_positions": FRAMES}
+VARIANTS = {
+    "ezaudio": {"modulation": AdaLNSola(rank=2, alpha=2)},
+    "crossdit": {"modulation": AdaLN(), **OFF},
+    "pixart": {"modulation": AdaLNSingle(), **OFF},
+    "stable_audio": {"modulation": AdaLN(), "long_skips": False},
+    "time_token": {"modulation": TimeToken(), "long_skips": False},
+}
+
+
+def make_model(variant="ezaudio", randomise=True, **changes):
+    """A small model; `randomise` moves every parameter away from its start, so that nothing is hidden by a zero."""
+    torch.manual_seed(0)
+    options = {"width": 24, "depth": 2, "num_heads": 2, "context_dim": CONTEXT_DIM, **VARIANTS[variant], **changes}
+    model = DiffusionTransformer(latent_channels=CHANNELS, **options).eval()
+    if randomise:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "noisy": torch.randn(2, CHANNELS, FRAMES, generator=generator),
+        "timestep": torch.tensor([3, 800]),
+        "context": torch.randn(2, TOKENS, CONTEXT_DIM, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_predicts_a_latent_and_trains_every_parameter(variant, inputs):
+    model = make_model(variant)
+    hidden = torch.zeros(2, FRAMES, dtype=torch.bool)
+    hidden[:, 5:12] = True
+    prediction = model(**inputs, visible=torch.randn_like(inputs["noisy"]), hidden_mask=hidden)
+    assert prediction.shape == inputs["noisy"].shape
+    prediction.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_starts_by_predicting_zero_and_ignoring_text(inputs):
+    model = make_model(randomise=False)
+    assert not model(**inputs).any()
+    torch.nn.init.normal_(model.output_layer.conv.weight)
+    other = {**inputs, "context": torch.randn(2, TOKENS, CONTEXT_DIM)}
+    assert torch.equal(model(**inputs), model(**other))
+
+
+def test_has_depth_plus_one_blocks_and_long_skips_in_the_second_half():
+    model = make_model(depth=4)
+    assert (len(model.in_blocks), len(model.out_blocks)) == (2, 2)
+    assert all(block.skip is not None for block in model.out_blocks)
+    assert model.mid_block.skip is None
+
+
+def test_each_block_holds_three_cacheable_layers_whose_forward_is_all_they_do(inputs):
+    model = make_model()
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "cacheable_kind")}
+    blocks = ["in_blocks.0", "mid_block", "out_blocks.0"]
+    assert set(layers) == {f"{block}.{kind}" for block in blocks for kind in KINDS}
+    assert all(name.endswith(layer.cacheable_kind) for name, layer in layers.items())
+    outputs = {}
+    handles = [
+        layer.register_forward_hook(lambda _m, _i, output, name=name: outputs.__setitem__(name, output))
+        for name, layer in layers.items()
+    ]
+    expected = model(**inputs)
+    for handle in handles:
+        handle.remove()
+    for name, layer in layers.items():
+        layer.forward = lambda *_args, name=name: outputs[name]
+    assert torch.equal(model(**inputs), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_full_mask_of_valid_positions_changes_nothing(variant, inputs):
+    model = make_model(variant)
+    full = model(
+        **inputs,
+        frame_mask=torch.ones(2, FRAMES, dtype=torch.bool),
+        context_mask=torch.ones(2, TOKENS, dtype=torch.bool),
+    )
+    assert torch.equal(full, model(**inputs))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_reaches_no_valid_frame_but_the_last(variant, inputs):
+    """The output convolution, three frames wide, lets the last valid frame see one padded frame."""
+    model, valid = make_model(variant), 12
+    frame_mask = (torch.arange(FRAMES) < valid).expand(2, -1)
+    masked = model(**inputs, frame_mask=frame_mask)
+    short = model(**{**inputs, "noisy": inputs["noisy"][..., :valid]})
+    torch.testing.assert_close(masked[..., : valid - 1], short[..., : valid - 1], atol=1e-4, rtol=1e-3)
+
+
+def test_masked_text_tokens_are_as_if_absent(inputs):
+    model = make_model()
+    mask = (torch.arange(TOKENS) < 3).expand(2, -1)
+    short = model(**{**inputs, "context": inputs["context"][:, :3]})
+    torch.testing.assert_close(model(**inputs, context_mask=mask), short, atol=1e-4, rtol=1e-3)
+
+
+def test_hiding_every_frame_is_the_ordinary_model(inputs):
+    model = make_model()
+    hidden = torch.ones(2, FRAMES, dtype=torch.bool)
+    assert torch.equal(model(**inputs, visible=torch.randn(2, CHANNELS, FRAMES), hidden_mask=hidden), model(**inputs))
+
+
+def test_hidden_frames_of_the_visible_latent_are_not_seen(inputs):
+    model, visible = make_model(), torch.randn(2, CHANNELS, FRAMES)
+    hidden = torch.zeros(2, FRAMES, dtype=torch.bool)
+    hidden[:, :7] = True
+    altered = torch.where(hidden[:, None], 100.0, visible)
+    first, second = (model(**inputs, visible=v, hidden_mask=hidden) for v in (visible, altered))
+    assert torch.equal(first, second)
+
+
+def test_gradient_checkpointing_changes_neither_output_nor_gradient(inputs):
+    plain, frugal = make_model(), make_model(gradient_checkpointing=True)
+    for model in (plain, frugal):
+        model(**inputs).square().mean().backward()
+    for first, second in zip(plain.parameters(), frugal.parameters(), strict=True):
+        assert torch.equal(first.grad, second.grad)
+
+
+def test_stage_one_has_no_text_and_stage_two_adds_only_cross_attention():
+    stage_one, stage_two = make_model(context_dim=None).state_dict(), make_model().state_dict()
+    assert set(stage_one) < set(stage_two)
+    added = set(stage_two) - set(stage_one)
+    assert all("cross_attention" in key or "context_embedding" in key for key in added)
+
+
+def test_stage_two_starts_as_the_stage_one_model(inputs):
+    stage_one = make_model(context_dim=None)
+    stage_two = make_model(randomise=False)
+    stage_two.load_state_dict(stage_one.state_dict(), strict=False)
+    expected = stage_one(inputs["noisy"], inputs["timestep"])
+    torch.testing.assert_close(stage_two(**inputs), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_works_under_bfloat16_autocast_and_in_bfloat16(inputs):
+    model = make_model()
+    expected = model(**inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(**inputs)
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    pure = model.bfloat16()(**half)
+    for output in (mixed, pure):
+        torch.testing.assert_close(output.float(), expected, atol=0.1 * float(expected.detach().std()), rtol=0.1)
+
+
+def test_errors_say_what_to_do(inputs):
+    with pytest.raises(ValueError, match="depth must be even"):
+        make_model(depth=3)
+    with pytest.raises(ValueError, match="give `context`"):
+        make_model()(inputs["noisy"], inputs["timestep"])
+    with pytest.raises(ValueError, match="needs `hidden_mask"):
+        make_model()(**inputs, visible=inputs["noisy"])
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (PROJECT_ROOT / "configs/model").glob("*.yaml") if path.stem != "base")
+)
+def test_every_model_config_builds(name, tmp_path):
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        composed = compose(overrides=[f"+model={name}", "+codec.latent_channels=8", "+text.dim=12"])
+    config = OmegaConf.to_container(composed, resolve=True)["model"]
+    with torch.device("meta" if not name.endswith("tiny") else "cpu"):
+        model = build_component(config)
+    assert model.latent_channels == 8
+    if name.endswith("tiny"):
+        save_component(model, config, tmp_path / name)
+        latent, context = torch.randn(1, 8, 16), torch.randn(1, 3, 12)
+        loaded = load_component(tmp_path / name)
+        timestep = torch.tensor([500])
+        assert torch.equal(loaded(latent, timestep, context), model.eval()(latent, timestep, context))
