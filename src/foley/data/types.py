@@ -33,7 +33,7 @@ class AudioSource(Protocol):
 class SampleKey(NamedTuple):
     """What samplers yield: all randomness of an item is keyed by (seed, epoch, index)."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # a named tuple may hide `tuple.index`
     epoch: int = 0
 
 

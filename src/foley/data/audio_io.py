@@ -1,0 +1,130 @@
+"""Audio files of any rate and channel count, read as mono at one rate, or refused with the path.
+
+The content decides the format, not the file's name. Channels are averaged (six as well as two), which keeps the
+range [-1, 1]; other rates go through a polyphase Kaiser filter. Floating files keep samples beyond 1, up to a limit.
+"""
+
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+from scipy.signal import firwin, resample_poly
+
+MAX_ABS_SAMPLE = 16.0
+_DURATION_TOLERANCE_SECONDS = 0.1
+# What libsndfile reports of a data chunk that ends early, and the size that a streaming writer puts there.
+_SIZE_DISAGREES = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_UNKNOWN_BYTES = 0x7FFFFFFF
+_FILTER_ZERO_CROSSINGS = 16
+_KAISER_BETA = 8.0
+
+FloatArray = NDArray[np.float32]
+
+
+class AudioError(RuntimeError):
+    """A clip that cannot be used; the message starts with its path."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+
+def read_audio(
+    path: Path,
+    sample_rate_hz: int,
+    max_duration_seconds: float | None = None,
+    expected_seconds: float | None = None,
+) -> FloatArray:
+    """Mono samples `[T]` of the file at `path`, at `sample_rate_hz`.
+
+    Args:
+        max_duration_seconds: read no more than the beginning of this length.
+        expected_seconds: the duration that the manifest promises; a clip that is shorter is truncated.
+
+    Raises:
+        AudioError: missing, empty, truncated or undecodable file; NaN, Inf or samples beyond `MAX_ABS_SAMPLE`.
+    """
+    try:
+        with open_audio(path, expected_seconds) as file:
+            rate = file.samplerate
+            limit = file.frames if max_duration_seconds is None else math.ceil(max_duration_seconds * rate)
+            wanted = min(file.frames, limit)
+            samples = file.read(wanted, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise AudioError(path, f"cannot be decoded ({error})") from error
+    _refuse_truncated(path, len(samples) / rate, wanted / rate)
+    check_samples(path, samples)
+    return resample(mix_down(samples), rate, sample_rate_hz)
+
+
+def open_audio(path: Path, expected_seconds: float | None = None) -> soundfile.SoundFile:
+    """The file, opened, with its header checked; raises AudioError as `read_audio` does."""
+    if not path.is_file():
+        raise AudioError(path, "the file does not exist")
+    if path.stat().st_size == 0:
+        raise AudioError(path, "is empty")
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.SoundFileError as error:
+        raise AudioError(path, f"cannot be decoded ({error})") from error
+    try:
+        if file.frames == 0:
+            raise AudioError(path, "holds no samples")
+        here = file.frames / file.samplerate
+        _refuse_truncated(path, here, max(expected_seconds or 0.0, here * _missing_factor(file)))
+    except AudioError:
+        file.close()
+        raise
+    return file
+
+
+def _missing_factor(file: soundfile.SoundFile) -> float:
+    """By how much the header of an uncompressed file says it is longer; streamed files, which do not know, give 1."""
+    match = _SIZE_DISAGREES.search(file.extra_info)
+    if match is None or int(match[1]) >= _UNKNOWN_BYTES or int(match[2]) == 0:
+        return 1.0
+    return int(match[1]) / int(match[2])
+
+
+def _refuse_truncated(path: Path, here_seconds: float, promised_seconds: float) -> None:
+    if here_seconds < promised_seconds - _DURATION_TOLERANCE_SECONDS:
+        raise AudioError(path, f"is truncated: it holds {here_seconds:.3f} of {promised_seconds:.3f} s")
+
+
+def check_samples(path: Path | str, samples: FloatArray) -> None:
+    """Refuse samples that no recording holds; raises AudioError."""
+    if samples.size == 0:
+        raise AudioError(path, "holds no samples")
+    peak = float(np.abs(samples).max())
+    if not math.isfinite(peak):
+        raise AudioError(path, "holds NaN or infinite samples")
+    if peak > MAX_ABS_SAMPLE:
+        raise AudioError(path, f"holds a sample of {peak:.3g}, beyond the limit of {MAX_ABS_SAMPLE:g}")
+
+
+def mix_down(samples: FloatArray) -> FloatArray:
+    """`[T, channels]` to `[T]`: the mean of the channels."""
+    mono: FloatArray = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    return mono
+
+
+def resample(samples: FloatArray, from_hz: int, to_hz: int) -> FloatArray:
+    """`[T]` at `from_hz` to `[ceil(T * to_hz / from_hz)]` at `to_hz`."""
+    if from_hz == to_hz:
+        return samples
+    divisor = math.gcd(from_hz, to_hz)
+    up, down = to_hz // divisor, from_hz // divisor
+    resampled: FloatArray = resample_poly(samples, up, down, window=_low_pass(up, down)).astype(np.float32, copy=False)
+    return resampled
+
+
+@lru_cache(maxsize=32)
+def _low_pass(up: int, down: int) -> FloatArray:
+    widest = max(up, down)
+    taps = firwin(2 * _FILTER_ZERO_CROSSINGS * widest + 1, 1.0 / widest, window=("kaiser", _KAISER_BETA))
+    return taps.astype(np.float32)

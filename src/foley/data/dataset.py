@@ -1,0 +1,118 @@
+"""Clips ready for training: levelled, cropped, augmented, collated; unusable ones replaced by the next good one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from foley.data.audio_io import AudioError, check_samples
+from foley.data.augment import Augmentation, PeakLevel, RmsLevel, crop_start, is_silent
+from foley.data.types import AudioBatch, AudioItem, AudioSource, SampleKey
+from foley.logs import get_logger
+from foley.seeding import numpy_generator
+
+_log = get_logger(__name__)
+
+
+class DataFaultError(RuntimeError):
+    """So many clips cannot be used that training should not go on."""
+
+
+class AudioDataset(Dataset[AudioItem]):
+    """Crops of the clips of `source`, keyed by `SampleKey`: item = f(seed, epoch, index).
+
+    An item that cannot be used (see `AudioError`) is replaced by the next usable index, the same one on every run.
+    Faulty clips are counted in `faults` (by each loader process for itself) and end the run when they are too many.
+
+    Args:
+        num_samples: longest item T; longer clips are cropped, shorter ones kept (`AudioCollate` pads); None: no crop.
+        level: `PeakLevel`, `RmsLevel` or None.
+        augmentation: applied last; None for evaluation.
+        random_crop: crop anywhere; otherwise at the start.
+        drop_silent: count silent clips as faulty; otherwise they are kept, silent.
+        max_fault_fraction: of the source's size; more faulty clips than that, and than one, raise `DataFaultError`.
+    """
+
+    def __init__(
+        self,
+        source: AudioSource,
+        num_samples: int | None,
+        seed: int = 0,
+        level: PeakLevel | RmsLevel | None = None,
+        augmentation: Augmentation | None = None,
+        random_crop: bool = True,
+        drop_silent: bool = False,
+        max_fault_fraction: float = 0.05,
+    ) -> None:
+        self.source = source
+        self.num_samples = num_samples
+        self.seed = seed
+        self.level = level
+        self.augmentation = augmentation
+        self.random_crop = random_crop
+        self.drop_silent = drop_silent
+        self.max_fault_fraction = max_fault_fraction
+        self.faults: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: SampleKey) -> AudioItem:
+        """The item at `key`; raises DataFaultError."""
+        index, epoch = key
+        for candidate in range(index, index + len(self)):
+            try:
+                return self.load(SampleKey(candidate % len(self), epoch))
+            except AudioError as error:
+                self._count_fault(error)
+        raise DataFaultError(f"none of {len(self)} clips can be used: {self.faults}")
+
+    def load(self, key: SampleKey) -> AudioItem:
+        """The item at `key` itself; raises AudioError where it cannot be used."""
+        item = self.source.render(*key)
+        check_samples(item.id, item.audio.numpy())
+        if self.drop_silent and is_silent(item.audio):
+            raise AudioError(item.id, "is silent")
+        generator = numpy_generator("audio", self.seed, key.epoch, key.index)
+        return replace(item, audio=self._prepare(item.audio, generator))
+
+    def _prepare(self, audio: Tensor, generator: np.random.Generator) -> Tensor:
+        level = audio if self.level is None else self.level(audio)
+        if self.num_samples is not None:
+            start = crop_start(len(level), self.num_samples, generator if self.random_crop else None)
+            level = level[start : start + self.num_samples]
+        return level if self.augmentation is None else self.augmentation(level, generator)
+
+    def _count_fault(self, error: AudioError) -> None:
+        if error.path in self.faults:
+            return
+        self.faults[error.path] = error.reason
+        _log.warning("skipping a clip (%d so far): %s", len(self.faults), error)
+        if len(self.faults) > max(1.0, self.max_fault_fraction * len(self)):
+            raise DataFaultError(
+                f"{len(self.faults)} of {len(self)} clips cannot be used, more than the fraction "
+                f"{self.max_fault_fraction:g}; mend the data or raise max_fault_fraction. The last: {error}"
+            )
+
+
+class AudioCollate:
+    """Items to an `AudioBatch` of `num_samples`, zero-padded at the end; None pads to the longest."""
+
+    def __init__(self, num_samples: int | None) -> None:
+        self.num_samples = num_samples
+
+    def __call__(self, items: Sequence[AudioItem]) -> AudioBatch:
+        lengths = [len(item.audio) for item in items]
+        width = self.num_samples or max(lengths)
+        padded = [functional.pad(item.audio, (0, width - len(item.audio))) for item in items]
+        return AudioBatch(
+            audio=torch.stack(padded)[:, None],
+            length_samples=torch.tensor(lengths),
+            caption=[item.caption for item in items],
+            label=[item.label for item in items],
+            id=[item.id for item in items],
+        )

@@ -1,0 +1,81 @@
+"""Cached latents ready for training: sampled from the posterior, cropped, padded, masked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from foley.data.augment import crop_start
+from foley.data.latent_cache import LatentCacheError, LatentCacheIndex
+from foley.data.types import LatentBatch, SampleKey
+from foley.seeding import numpy_generator, torch_generator
+
+
+@dataclass(frozen=True)
+class LatentItem:
+    """One clip's `latent [C, L]`, not normalised, at its true number of frames."""
+
+    latent: Tensor
+    caption: str
+    label: str
+    id: str
+
+
+class LatentDataset(Dataset[LatentItem]):
+    """The latents of one split of a cache, keyed by `SampleKey`: item = f(seed, epoch, index).
+
+    Shards are memory-mapped, so that processes share one copy.
+
+    Args:
+        num_frames: longest item L; longer latents are cropped, shorter ones are kept (`LatentCollate` pads).
+        random: crop anywhere and sample the posterior; otherwise crop at the start and take the posterior's mean.
+    """
+
+    def __init__(
+        self, index: LatentCacheIndex, split: str, num_frames: int, seed: int = 0, random: bool = True
+    ) -> None:
+        self.entries = [entry for entry in index.entries if entry.split == split]
+        if not self.entries:
+            raise LatentCacheError(f"{index.directory} has no split {split!r}, only {index.splits}")
+        self.num_frames = num_frames
+        self.seed = seed
+        self.random = random
+        names = {entry.shard for entry in self.entries}
+        self._shards = {name: load_file(index.directory / name) for name in names}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, key: SampleKey) -> LatentItem:
+        entry = self.entries[key.index]
+        generator = numpy_generator("latent_crop", self.seed, key.epoch, key.index) if self.random else None
+        start = entry.first_frame + crop_start(entry.num_frames, self.num_frames, generator)
+        rows = slice(start, start + min(entry.num_frames, self.num_frames))
+        shard = self._shards[entry.shard]
+        latent = shard["mean"][rows].float()
+        if self.random:
+            noise = torch.randn(latent.shape, generator=torch_generator("posterior", self.seed, key.epoch, key.index))
+            latent = latent + shard["std"][rows].float() * noise
+        return LatentItem(latent.T, entry.caption, entry.label, entry.id)
+
+
+class LatentCollate:
+    """Items to a `LatentBatch` of `num_frames`, zero-padded at the end and masked."""
+
+    def __init__(self, num_frames: int) -> None:
+        self.num_frames = num_frames
+
+    def __call__(self, items: Sequence[LatentItem]) -> LatentBatch:
+        lengths = torch.tensor([item.latent.shape[1] for item in items])
+        padded = [functional.pad(item.latent, (0, self.num_frames - item.latent.shape[1])) for item in items]
+        return LatentBatch(
+            latent=torch.stack(padded),
+            frame_mask=torch.arange(self.num_frames) < lengths[:, None],
+            caption=[item.caption for item in items],
+            label=[item.label for item in items],
+            id=[item.id for item in items],
+        )

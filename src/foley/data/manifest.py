@@ -1,0 +1,141 @@
+"""Captioned clips listed in JSON Lines: one object a line, refused with the line number where it is wrong.
+
+Fields: `path` (relative to the manifest's folder), `caption`; optional `id` (default: the path), `duration_seconds`
+(alias `seconds`), `split`, `label`, `speaker`, `source`, `license`. Other fields are ignored.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+_MAX_LISTED = 20
+_BOM = b"\xef\xbb\xbf"
+
+Row = tuple[int, Mapping[str, Any] | str]
+"""A line number with either the fields of that line or what is wrong with it."""
+
+
+class ManifestError(ValueError):
+    """A manifest that must be mended; the message names the file, the lines and the values."""
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """One clip: where it is, what it sounds like, where it comes from."""
+
+    path: Path
+    caption: str
+    id: str
+    duration_seconds: float | None = None
+    split: str = ""
+    label: str = ""
+    speaker: str = ""
+    source: str = ""
+    license: str = ""
+    line: int = 0
+
+
+def read_manifest(path: Path | str, root: Path | str | None = None) -> list[ManifestEntry]:
+    """The entries of the JSONL manifest at `path`; clips lie under `root` (default: the manifest's folder).
+
+    Raises:
+        ManifestError: bad JSON or encoding, a byte-order mark, a missing field, an empty caption, a duplicate id, a
+            path that leaves the folder; every wrong line is named (the first 20).
+    """
+    path = Path(path)
+    return build_entries(_json_rows(read_bytes(path)), path, Path(root) if root else path.parent)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The manifest's bytes; raises ManifestError where it is absent or starts with a byte-order mark."""
+    if not path.is_file():
+        raise ManifestError(f"{path} does not exist: give the path of a manifest")
+    content = path.read_bytes()
+    if content.startswith(_BOM):
+        raise ManifestError(f"{path}, line 1: starts with a byte-order mark; save it as UTF-8 without BOM")
+    return content
+
+
+def build_entries(rows: Iterable[Row], manifest: Path, root: Path) -> list[ManifestEntry]:
+    """Check `rows` and make entries of them; raises ManifestError that lists each wrong line."""
+    entries: list[ManifestEntry] = []
+    problems: list[str] = []
+    first_line: dict[str, int] = {}
+    for line, fields in rows:
+        try:
+            entry = _build_entry(line, fields, root)
+            if entry.id in first_line:
+                raise ValueError(f"duplicate id {entry.id!r}, first used on line {first_line[entry.id]}")
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+            continue
+        first_line[entry.id] = line
+        entries.append(entry)
+    if problems:
+        more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+        listed = "\n  ".join(problems[:_MAX_LISTED])
+        raise ManifestError(f"{manifest} has {len(problems)} wrong lines; mend or remove them:\n  {listed}{more}")
+    if not entries:
+        raise ManifestError(f"{manifest} lists no clips")
+    return entries
+
+
+def _json_rows(content: bytes) -> Iterator[Row]:
+    for line, raw in enumerate(content.split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        try:
+            fields = json.loads(raw.decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            yield line, f"not valid UTF-8 JSON ({error})"
+            continue
+        yield line, fields if isinstance(fields, dict) else f"expected a JSON object, got {type(fields).__name__}"
+
+
+def _build_entry(line: int, fields: Mapping[str, Any] | str, root: Path) -> ManifestEntry:
+    if isinstance(fields, str):
+        raise ValueError(fields)
+    path = _text(fields, "path", required=True)
+    caption = _text(fields, "caption", required=True)
+    optional = {name: _text(fields, name) for name in ("split", "label", "speaker", "source", "license")}
+    return ManifestEntry(
+        path=root / check_relative(path),
+        caption=caption,
+        id=_text(fields, "id") or path,
+        duration_seconds=_duration(fields),
+        line=line,
+        **optional,
+    )
+
+
+def _text(fields: Mapping[str, Any], name: str, required: bool = False) -> str:
+    value = fields.get(name)
+    if value is None and not required:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` must be text, got {value!r}")
+    if required and not value.strip():
+        raise ValueError(f"`{name}` is empty")
+    return value.strip()
+
+
+def _duration(fields: Mapping[str, Any]) -> float | None:
+    value = fields.get("duration_seconds", fields.get("seconds"))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"`duration_seconds` must be a positive number, got {value!r}")
+    return float(value)
+
+
+def check_relative(path: str) -> str:
+    """`path` where it stays inside its folder on every system; raises ValueError otherwise."""
+    parts = {*PurePosixPath(path).parts, *PureWindowsPath(path).parts}
+    if path.startswith(("/", "\\")) or PureWindowsPath(path).drive or ".." in parts or "\0" in path:
+        raise ValueError(f"path {path!r} leaves the manifest's folder; give it relative, without `..`")
+    return path

@@ -1,0 +1,122 @@
+"""Train, validation and test sources by name, as the configs compose them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from foley.data.importers import read_audiocaps, read_table
+from foley.data.manifest import ManifestEntry, read_manifest
+from foley.data.preflight import preflight
+from foley.data.procedural import ProceduralDataset
+from foley.data.sources import ClipSource, MixtureSource
+from foley.data.types import AudioSource
+from foley.logs import get_logger
+from foley.seeding import derive_seed
+
+_log = get_logger(__name__)
+SPLIT_NAMES = ("train", "val", "test")
+
+Splits = Mapping[str, AudioSource]
+
+
+def clip_splits(
+    manifest: str,
+    sample_rate_hz: int,
+    audio_dir: str | None = None,
+    max_duration_seconds: float | None = 30.0,
+    cache_megabytes: int = 0,
+    check_files: bool = True,
+    optional: bool = False,
+) -> Splits:
+    """Sources of a JSONL, CSV or TSV manifest, by its `split` field; rows without one are for training.
+
+    Args:
+        check_files: list files that cannot be used before training starts.
+        optional: an absent manifest gives no sources, and says so, instead of an error.
+    """
+    path = Path(manifest)
+    if optional and not path.is_file():
+        _log.warning("%s does not exist: going on without it", path)
+        return {}
+    entries = read_manifest(path, audio_dir) if path.suffix == ".jsonl" else read_table(path, audio_dir)
+    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files)
+
+
+def audiocaps_splits(
+    captions_dir: str,
+    audio_dir: str,
+    sample_rate_hz: int,
+    file_pattern: str = "{youtube_id}_{start_time}.wav",
+    max_duration_seconds: float | None = 10.0,
+    cache_megabytes: int = 0,
+    check_files: bool = True,
+) -> Splits:
+    """Sources of AudioCaps' train.csv, val.csv and test.csv in `captions_dir`, with audio in `audio_dir`."""
+    entries = [
+        entry
+        for split in SPLIT_NAMES
+        for entry in read_audiocaps(Path(captions_dir) / f"{split}.csv", audio_dir, file_pattern, split)
+    ]
+    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files)
+
+
+def procedural_splits(
+    sizes: Mapping[str, int],
+    seed: int,
+    duration_seconds: float,
+    sample_rate_hz: int,
+    classes: Sequence[str] | None = None,
+    combination_probability: float = 0.0,
+    fresh_each_epoch: bool = False,
+) -> Splits:
+    """Synthesised clips, `sizes` of them by split; the splits share classes and no clip."""
+    return {
+        split: ProceduralDataset(
+            size,
+            derive_seed("procedural", seed, split),
+            duration_seconds,
+            sample_rate_hz,
+            classes,
+            combination_probability,
+            fresh_each_epoch=fresh_each_epoch and split == "train",
+        )
+        for split, size in sizes.items()
+    }
+
+
+def joined_splits(
+    parts: Sequence[Splits], train_weights: Sequence[float] | None = None, train_size: int | None = None, seed: int = 0
+) -> Splits:
+    """Several sets of splits as one; training takes them whole or by weight (see `MixtureSource`), the rest whole.
+
+    A part without sources (an absent optional manifest) is left out, with its weight.
+    """
+    present = [i for i, part in enumerate(parts) if part]
+    weights = None if train_weights is None or len(present) < len(parts) else train_weights
+    if weights is not train_weights:
+        _log.warning("train_weights are not used: only %d of %d parts are present", len(present), len(parts))
+    joined: dict[str, AudioSource] = {}
+    for split in SPLIT_NAMES:
+        sources = [parts[i][split] for i in present if split in parts[i]]
+        if split == "train":
+            joined[split] = MixtureSource(sources, weights, train_size if weights else None, seed)
+        elif sources:
+            joined[split] = MixtureSource(sources, seed=seed)
+    return joined
+
+
+def _sources(
+    entries: Sequence[ManifestEntry],
+    sample_rate_hz: int,
+    max_duration_seconds: float | None,
+    cache_megabytes: int,
+    check_files: bool,
+) -> Splits:
+    if check_files:
+        preflight(entries)
+    by_split: dict[str, list[ManifestEntry]] = {}
+    for entry in entries:
+        by_split.setdefault(entry.split or "train", []).append(entry)
+    return {
+        split: ClipSource(clips, sample_rate_hz, max_duration_seconds, cache_megabytes)
+        for split, clips in by_split.items()
+    }
