@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.seeding import torch_generator
+
+
+def predictions() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 3, 4, 20, generator=torch_generator("guidance")).unbind()
+
+
+def conditioning(batch: int, tokens: int) -> Conditioning:
+    context = torch.randn(batch, tokens, 6, generator=torch_generator("context", tokens))
+    return Conditioning(context, torch.ones(batch, tokens, dtype=torch.bool))
+
+
+def mean_model(noisy, timestep, context, context_mask):
+    """A stand-in denoiser whose output depends on every valid token."""
+    mask = context_mask[..., None].float()
+    pooled = (context * mask).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
+    return noisy * timestep[:, None, None] + pooled[:, None, None]
+
+
+def test_equation_1():
+    positive, negative = predictions()
+    guided = ClassifierFreeGuidance(3.0).combine(positive, negative)
+    torch.testing.assert_close(guided, negative + 3 * (positive - negative))
+
+
+def test_full_rescale_restores_the_conditional_spread_item_by_item():
+    positive, negative = predictions()
+    positive = positive * torch.tensor([1.0, 2.0, 5.0])[:, None, None]
+    guided = ClassifierFreeGuidance(5.0, 1.0).combine(positive, negative)
+    torch.testing.assert_close(guided.std(dim=(1, 2)), positive.std(dim=(1, 2)))
+    alone = ClassifierFreeGuidance(5.0, 1.0).combine(positive[1:2], negative[1:2])
+    torch.testing.assert_close(guided[1:2], alone)
+
+
+def test_equations_2_and_3():
+    positive, negative = predictions()
+    plain = ClassifierFreeGuidance(5.0).combine(positive, negative)
+    full = ClassifierFreeGuidance(5.0, 1.0).combine(positive, negative)
+    torch.testing.assert_close(
+        ClassifierFreeGuidance(5.0, 0.75).combine(positive, negative), 0.75 * full + 0.25 * plain
+    )
+
+
+def test_scale_1_is_exactly_conditional_and_skips_the_other_branch():
+    batches = []
+
+    def model(noisy, timestep, context, context_mask):
+        batches.append(len(noisy))
+        return mean_model(noisy, timestep, context, context_mask)
+
+    positive, noisy, timestep = conditioning(3, 5), torch.ones(3, 4, 20), torch.ones(3)
+    out = ClassifierFreeGuidance(1.0, 0.75).wrap(model, positive)(noisy, timestep)
+    assert torch.equal(out, mean_model(noisy, timestep, positive.context, positive.mask))
+    assert batches == [3]
+
+
+def test_joint_batch_equals_two_calls_with_contexts_of_different_lengths():
+    positive, negative = conditioning(3, 5), conditioning(1, 2)
+    noisy, timestep = torch.randn(3, 4, 20, generator=torch_generator("joint")), torch.full((3,), 7.0)
+    joint = ClassifierFreeGuidance(4.0, 0.5).wrap(mean_model, positive, negative)(noisy, timestep)
+    apart = ClassifierFreeGuidance(4.0, 0.5).combine(
+        mean_model(noisy, timestep, positive.context, positive.mask),
+        mean_model(noisy, timestep, negative.expand(3).context, negative.expand(3).mask),
+    )
+    torch.testing.assert_close(joint, apart)
+
+
+@pytest.mark.parametrize(("scale", "rescale"), [(-1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), (3.0, 1.5)])
+def test_impossible_guidance_is_refused(scale, rescale):
+    with pytest.raises(ValueError, match="guidance"):
+        ClassifierFreeGuidance(scale, rescale)
+
+
+def test_a_missing_negative_is_refused():
+    with pytest.raises(ValueError, match="negative"):
+        ClassifierFreeGuidance(3.0).wrap(mean_model, conditioning(1, 2))

@@ -1,0 +1,158 @@
+"""Solvers against a case that is known in closed form: data drawn from one Gaussian."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.sampler import sample
+from foley.diffusion.solver import SOLVERS, Solver
+from foley.seeding import torch_generator
+
+MEAN, STD = 0.7, 0.5
+FLOW = ("euler_flow", "heun_flow")
+CONDITIONAL = ClassifierFreeGuidance(1.0)
+
+
+def optimal_denoiser(process: DiffusionProcess):
+    """The exact prediction when every latent value is normal with MEAN and STD."""
+
+    def levels(timestep):
+        if process.is_flow:
+            return process.levels(timestep)
+        # Heun's fractional timesteps: interpolate sigma as diffusers does.
+        power = process.alphas_cumprod.clamp(min=2**-24)
+        sigmas = ((1 - power) / power).sqrt()
+        low = timestep.long()
+        sigma = torch.lerp(sigmas[low], sigmas[(low + 1).clamp(max=999)], timestep.double() - low)
+        alpha = (1 + sigma.square()).rsqrt()
+        return alpha.float(), (alpha * sigma).float()
+
+    def denoise(noisy, timestep):
+        alpha, sigma = (level[:, None, None] for level in levels(timestep))
+        clean = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (noisy - alpha * MEAN)
+        noise = (noisy - alpha * clean) / sigma
+        return {"v": alpha * noise - sigma * clean, "flow": noise - clean, "x0": clean}[process.prediction]
+
+    return denoise
+
+
+def run(process, solver, denoise=None, callbacks=(), frames=4000, seeds=(0, 1)):
+    scheduler = solver.build(process)
+    noise = torch.stack([torch.randn(4, frames, generator=torch_generator("noise", seed)) for seed in seeds])
+    generators = [torch_generator("solver", seed) for seed in seeds]
+    context = solver.run_context(scheduler, CONDITIONAL, len(seeds))
+    return sample(denoise or optimal_denoiser(process), noise, scheduler, context, callbacks, generators)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_reaches_the_data_distribution_from_zero_snr(name):
+    process = DiffusionProcess("flow" if name in FLOW else "v")
+    out = run(process, Solver(name, 40))
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert out.std().item() == pytest.approx(STD, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "heun_flow"])
+def test_second_order_beats_first_order(name):
+    first = "euler_flow" if name in FLOW else "ddim"
+    process = DiffusionProcess("flow" if name in FLOW else "v")
+    error = {solver: abs(run(process, Solver(solver, 20)).std().item() - STD) for solver in (name, first)}
+    assert error[name] < error[first]
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m_sde", "euler_flow"])
+def test_an_item_does_not_depend_on_its_batch(name):
+    process = DiffusionProcess("flow" if name in FLOW else "v")
+    both = run(process, Solver(name, 5), frames=30, seeds=(3, 4))
+    alone = run(process, Solver(name, 5), frames=30, seeds=(4,))
+    torch.testing.assert_close(both[1:], alone, atol=1e-6, rtol=0)
+
+
+class Recorder:
+    def __init__(self):
+        self.events, self.timesteps, self.run = [], [], None
+
+    def on_run_start(self, run):
+        self.run = run
+        self.events.append("start")
+
+    def on_evaluation_start(self, context):
+        assert context.evaluation == len(self.timesteps)
+        self.timesteps.append(float(context.timestep))
+
+    def on_evaluation_end(self, context, prediction):
+        self.events.append(context.evaluation)
+
+    def on_run_end(self):
+        self.events.append("end")
+
+
+@pytest.mark.parametrize(("name", "evaluations"), [("ddim", 4), ("heun", 7), ("dpmpp_2m", 4)])
+def test_callbacks_hear_of_every_evaluation(name, evaluations):
+    recorder = Recorder()
+    run(DiffusionProcess(), Solver(name, 4), callbacks=[recorder], frames=10)
+    assert recorder.events == ["start", *range(evaluations), "end"]
+    assert recorder.run.num_evaluations == evaluations
+    assert recorder.timesteps == [float(t) for t in recorder.run.timesteps]
+    assert recorder.timesteps == sorted(recorder.timesteps, reverse=True)
+
+
+def test_run_end_follows_an_error():
+    def fails(noisy, timestep):
+        raise RuntimeError("out of memory")
+
+    recorder = Recorder()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(DiffusionProcess(), Solver("ddim", 4), denoise=fails, callbacks=[recorder], frames=10)
+    assert recorder.events == ["start", "end"]
+
+
+def test_trailing_spacing_starts_at_the_noisiest_timestep():
+    assert Solver("ddim", 4).build(DiffusionProcess()).timesteps.tolist() == [999, 749, 499, 249]
+    assert Solver("euler_flow", 4).build(DiffusionProcess("flow")).timesteps.tolist() == [1000, 750, 500, 250]
+
+
+@pytest.mark.parametrize(("prediction", "name"), [("v", "euler_flow"), ("flow", "ddim"), ("x0", "heun_flow")])
+def test_solver_and_prediction_must_fit(prediction, name):
+    with pytest.raises(ValueError, match="cannot sample a model that predicts"):
+        Solver(name, 10).build(DiffusionProcess(prediction))
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5])
+def test_impossible_step_counts_are_refused(steps):
+    with pytest.raises(ValueError, match="whole number >= 1"):
+        Solver("ddim", steps)
+
+
+def test_step_counts_beyond_the_schedule_are_refused():
+    with pytest.raises(ValueError, match="1001 solver steps"):
+        Solver("ddim", 1001).build(DiffusionProcess())
+    with pytest.raises(ValueError, match="one step more or less"):
+        Solver("ddim", 463).build(DiffusionProcess())
+
+
+def test_unknown_solvers_are_refused():
+    with pytest.raises(ValueError, match="dpmpp_2m"):
+        Solver("magic")
+
+
+def test_golden_guided_ddim(shared):
+    """Ten guided steps of the published implementation, weights and all."""
+    from foley.convert.ezaudio import ezaudio_denoiser
+
+    with safe_open(shared / "golden" / "ezaudio_dit_tiny.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        config = json.loads(file.metadata()["config"])
+    weights = {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
+    process, solver, guidance = DiffusionProcess("v"), Solver("ddim", 10), ClassifierFreeGuidance(5.0, 0.75)
+    scheduler = solver.build(process)
+    assert torch.equal(scheduler.timesteps, tensors["sample.timesteps"])
+    positive = Conditioning(tensors["in.context"][:1], tensors["in.context_mask"][:1])
+    negative = Conditioning(tensors["sample.uncond"], tensors["sample.uncond_mask"])
+    denoise = guidance.wrap(ezaudio_denoiser(weights, config), positive, negative)
+    latents = sample(denoise, tensors["sample.noise"], scheduler, solver.run_context(scheduler, guidance, 1))
+    torch.testing.assert_close(latents, tensors["sample.latents"], atol=1e-4, rtol=1e-3)
