@@ -43,6 +43,12 @@ class System:
     configs: Mapping[str, Mapping[str, Any]]
 
 
+def build_system(configs: Mapping[str, Mapping[str, Any]]) -> System:
+    """A system with fresh, untrained weights, out of a plain config for each component and for "process"."""
+    modules = {name: build_component(configs[name]).eval() for name in COMPONENTS}
+    return System(modules, build_component(configs["process"]), configs)
+
+
 def load_system(path: Path) -> System:
     """Read an exported system directory or a diffusion training checkpoint (`.ckpt`).
 
@@ -102,6 +108,9 @@ def _load_training(path: Path) -> System:
     checkpoint = read_training_checkpoint(path)
     metadata = checkpoint["foley"]
     configs = dict(metadata["components"])
+    absent = [name for name in ("denoiser", "normaliser", "text", "process") if configs.get(name) is None]
+    if absent:
+        raise CheckpointError(f"{path} is no text-to-audio model: it holds no {', '.join(absent)}")
     modules = {name: component_from_training(checkpoint, name, str(path)) for name in ("denoiser", "normaliser")}
     if any(key.startswith("text.") for key in checkpoint["state_dict"]):
         modules["text"] = component_from_training(checkpoint, "text", str(path))
@@ -113,6 +122,10 @@ def _load_training(path: Path) -> System:
 
 def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, Mapping[str, Any]]:
     """The codec whose latents the denoiser was trained on, and its config."""
+    if not metadata.get("codec_dir"):
+        raise CheckpointError(
+            f"{source} does not say which codec it was trained on (`codec_dir`); train with `codec_path=` set"
+        )
     path = PROJECT_ROOT / metadata["codec_dir"]
     if not path.exists():
         raise CheckpointError(f"{source} was trained on the codec at {path}, which does not exist")
