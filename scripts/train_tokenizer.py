@@ -1,0 +1,27 @@
+"""Train the small text encoder's tokenizer on a column of captions in a CSV file."""
+
+import csv
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.checkpoint import atomic_write
+from foley.logs import get_logger
+from foley.models.text.tokenizer import train_tokenizer
+
+logger = get_logger(__name__)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train_tokenizer")
+def main(cfg: DictConfig) -> None:
+    with Path(cfg.captions_file).open(encoding="utf-8-sig", newline="") as stream:
+        captions = [row[cfg.caption_column] for row in csv.DictReader(stream)]
+    tokenizer = train_tokenizer(captions, cfg.vocabulary_size)
+    atomic_write(Path(cfg.tokenizer_file), lambda temporary: tokenizer.save(str(temporary), pretty=False))
+    logger.info("%s: %d tokens from %d captions", cfg.tokenizer_file, tokenizer.get_vocab_size(), len(captions))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""What every text conditioner gives, and the care that prompts from outside need."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from foley.logs import get_logger
+
+logger = get_logger(__name__)
+
+# No tokenizer used here makes tokens this long on average, so cutting at this length never changes what is kept,
+# while a prompt of a megabyte costs no more than a long one.
+_MAX_CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class TextEmbedding:
+    """`embeddings [B, S, Dc]` and `mask [B, S]` (bool, true = valid; at least one valid token per prompt)."""
+
+    embeddings: Tensor
+    mask: Tensor
+
+
+class TextConditioner(nn.Module):
+    """Prompts to embeddings. The empty prompt is valid: it is the unconditional one.
+
+    Attributes:
+        dim: width Dc of the embeddings.
+        trainable: whether the parameters are trained with the denoiser.
+    """
+
+    dim: int
+    trainable: bool
+
+    def forward(self, prompts: list[str]) -> TextEmbedding:
+        """B prompts to embeddings `[B, S, Dc]`; S is the longest prompt's number of tokens."""
+        raise NotImplementedError
+
+
+def bounded(prompt: str, max_length: int) -> str:
+    """A prompt of which at most `max_length` tokens count, ready for a tokenizer.
+
+    Bounds the work that a huge prompt can ask for; lone surrogates, which no tokenizer takes, become "?".
+    """
+    return prompt[: _MAX_CHARACTERS_PER_TOKEN * max_length].encode(errors="replace").decode()
+
+
+def warn_truncated(prompt: str, max_length: int) -> None:
+    """Say that only the beginning of `prompt` counts."""
+    logger.warning(
+        "prompt of %d characters (%r...) exceeds %d tokens; only its beginning is used",
+        len(prompt),
+        prompt[:40],
+        max_length,
+    )

@@ -1,0 +1,68 @@
+"""Embeddings of prompts seen before: the last ones in memory, all of them on disk where a directory is given."""
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from foley.checkpoint import atomic_write
+from foley.logs import get_logger
+
+logger = get_logger(__name__)
+
+
+class EmbeddingCache:
+    """Maps a prompt to its unpadded embedding `[S, Dc]`.
+
+    Args:
+        identity: everything besides the prompt that the embedding depends on (model, revision, length, type).
+        directory: where embeddings stay between runs, one file per prompt named by content hash; None keeps none.
+        memory_items: how many of the most recently used embeddings stay in memory.
+    """
+
+    def __init__(self, identity: str, directory: Path | None = None, memory_items: int = 256) -> None:
+        self.identity = identity
+        self.directory = directory
+        self.memory_items = memory_items
+        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+
+    def path(self, prompt: str) -> Path | None:
+        """The file of a prompt, whether it exists or not."""
+        if self.directory is None:
+            return None
+        digest = hashlib.sha256(f"{self.identity}\x1f{prompt}".encode(errors="surrogatepass")).hexdigest()
+        return self.directory / digest[:2] / f"{digest}.safetensors"
+
+    def get(self, prompt: str, device: torch.device) -> Tensor | None:
+        """The embedding on `device`, or None where it is not known; an unreadable file counts as not known."""
+        if prompt in self._memory:
+            self._memory.move_to_end(prompt)
+            return self._memory[prompt].to(device)
+        path = self.path(prompt)
+        if path is None or not path.is_file():
+            return None
+        try:
+            embedding = load_file(path)["embedding"].to(device)
+        except (SafetensorError, KeyError, OSError) as error:
+            logger.warning("%s cannot be read (%s); the embedding is computed again", path, error)
+            return None
+        self._remember(prompt, embedding)
+        return embedding
+
+    def put(self, prompt: str, embedding: Tensor) -> None:
+        """Keep an embedding `[S, Dc]`; the file appears whole or not at all."""
+        self._remember(prompt, embedding)
+        path = self.path(prompt)
+        if path is not None:
+            tensors = {"embedding": embedding.detach().cpu().contiguous()}
+            atomic_write(path, lambda temporary: save_file(tensors, temporary))
+
+    def _remember(self, prompt: str, embedding: Tensor) -> None:
+        self._memory[prompt] = embedding
+        self._memory.move_to_end(prompt)
+        if len(self._memory) > self.memory_items:
+            self._memory.popitem(last=False)

@@ -1,0 +1,91 @@
+"""A small transformer over captions, trained together with the denoiser."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Encoding, Tokenizer
+from torch import Tensor, nn
+
+from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
+from foley.nn.attention import Attention
+from foley.nn.embedding import LearnedPositions
+from foley.nn.feedforward import GegluFeedForward
+
+
+class _Block(nn.Module):
+    """Pre-norm self-attention and feed-forward, without dropout."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, num_heads)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = GegluFeedForward(width, 2 * width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`[B, S, Dc]` to `[B, S, Dc]`; `mask [B, 1, 1, S]` is true on keys that count."""
+        x = x + self.attention(self.attention_norm(x), mask)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class SmallTextEncoder(TextConditioner):
+    """Tokens of a `tokenizers` file through `depth` pre-norm transformer blocks with learned positions.
+
+    The tokenizer must put a beginning-of-text token before every prompt, so that the empty one has a token too.
+
+    Args:
+        tokenizer_file: written by `scripts/train_tokenizer.py`.
+        dim: width Dc.
+        depth: number of blocks.
+        num_heads: heads per block.
+        max_length: longest prompt in tokens; what lies beyond is dropped with a warning.
+
+    Raises:
+        ValueError: where the tokenizer file is missing or gives the empty prompt no token.
+    """
+
+    trainable = True
+
+    def __init__(self, tokenizer_file: str, dim: int, depth: int, num_heads: int, max_length: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.max_length = max_length
+        self.tokenizer = _load_tokenizer(tokenizer_file, max_length)
+        self.tokens = nn.Embedding(self.tokenizer.get_vocab_size(), dim)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.positions = LearnedPositions(max_length, dim)
+        self.blocks = nn.ModuleList(_Block(dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def tokenise(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """B prompts to token ids `[B, S]` and mask `[B, S]`, on the CPU."""
+        short = [bounded(prompt, self.max_length) for prompt in prompts]
+        encodings: Sequence[Encoding] = self.tokenizer.encode_batch(short)
+        for prompt, encoding in zip(prompts, encodings, strict=True):
+            if encoding.overflowing:
+                warn_truncated(prompt, self.max_length)
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        return ids, torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
+
+    def forward(self, prompts: list[str]) -> TextEmbedding:
+        """B prompts to embeddings `[B, S, Dc]`."""
+        ids, mask = (tensor.to(self.tokens.weight.device) for tensor in self.tokenise(prompts))
+        x = self.positions(self.tokens(ids))
+        for block in self.blocks:
+            x = block(x, mask[:, None, None])
+        return TextEmbedding(self.norm(x), mask)
+
+
+def _load_tokenizer(tokenizer_file: str, max_length: int) -> Tokenizer:
+    if not Path(tokenizer_file).is_file():
+        raise ValueError(
+            f"tokenizer file {tokenizer_file} does not exist; write one with scripts/train_tokenizer.py "
+            "or point `text.tokenizer_file` at data/tokenizer/audiocaps.json"
+        )
+    tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding()
+    if not tokenizer.encode("").ids:
+        raise ValueError(f"{tokenizer_file}: the empty prompt has no token; the tokenizer must add a beginning token")
+    return tokenizer

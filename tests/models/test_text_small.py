@@ -1,0 +1,110 @@
+"""The small trainable text encoder and its tokenizer."""
+
+import csv
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from tokenizers import Tokenizer
+
+from foley.checkpoint import load_component, save_component
+from foley.config import PROJECT_ROOT
+from foley.models.text import SmallTextEncoder
+from foley.models.text.tokenizer import BEGINNING, train_tokenizer
+
+TOKENIZER = PROJECT_ROOT / "data" / "tokenizer" / "audiocaps.json"
+
+
+@pytest.fixture
+def text() -> SmallTextEncoder:
+    torch.manual_seed(0)
+    return SmallTextEncoder(str(TOKENIZER), dim=32, depth=2, num_heads=4, max_length=16)
+
+
+def test_shapes_and_the_empty_prompt(text: SmallTextEncoder) -> None:
+    result = text(["A dog barks, then rain falls", "", "rain"])
+    assert text.trainable
+    assert result.embeddings.shape == (3, 8, 32)
+    assert result.mask.sum(1).tolist() == [8, 1, 2]
+    assert bool(torch.isfinite(result.embeddings).all())
+
+
+def test_padding_does_not_change_a_prompt(text: SmallTextEncoder) -> None:
+    alone = text(["rain"]).embeddings[0]
+    batched = text(["rain", "a dog barks while rain falls on a roof"]).embeddings[0, : len(alone)]
+    torch.testing.assert_close(batched, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_case_does_not_count_and_words_and_order_do(text: SmallTextEncoder) -> None:
+    assert torch.equal(text(["A Dog BARKS"]).embeddings, text(["a dog barks"]).embeddings)
+    assert not torch.allclose(text(["a cat barks"]).embeddings, text(["a dog barks"]).embeddings)
+    assert not torch.allclose(text(["dog a barks"]).embeddings[:, -1], text(["a dog barks"]).embeddings[:, -1])
+
+
+def test_every_parameter_learns(text: SmallTextEncoder) -> None:
+    (text(["a dog barks", "rain"]).embeddings * torch.randn(32)).sum().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in text.parameters())
+
+
+def test_a_huge_prompt_is_cut_with_a_warning(text: SmallTextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = text(["rain " * 200_000, "\ud800 🎉\x00\n"])
+    assert result.mask[0].sum() == 16
+    assert "1000000 characters" in caplog.text
+    caplog.clear()
+    text(["rain"])
+    assert not caplog.records
+
+
+def test_round_trip_as_a_portable_component(text: SmallTextEncoder, tmp_path: Path) -> None:
+    config = {
+        "_target_": "foley.models.text.SmallTextEncoder",
+        "tokenizer_file": str(TOKENIZER),
+        "dim": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "max_length": 16,
+    }
+    save_component(text, config, tmp_path / "a", assets={"tokenizer_file": TOKENIZER})
+    assert str(PROJECT_ROOT) not in (tmp_path / "a" / "config.json").read_text()
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    loaded = load_component(tmp_path / "elsewhere")
+    assert torch.equal(loaded(["a dog barks", ""]).embeddings, text(["a dog barks", ""]).embeddings)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.json does not exist.*train_tokenizer"):
+        SmallTextEncoder(str(tmp_path / "nowhere.json"), 32, 1, 4, 16)
+
+
+def test_a_tokenizer_without_a_beginning_is_refused(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a dog barks"], 300)
+    tokenizer.post_processor = None  # type: ignore[assignment]
+    tokenizer.save(str(tmp_path / "bare.json"))
+    with pytest.raises(ValueError, match="empty prompt"):
+        SmallTextEncoder(str(tmp_path / "bare.json"), 32, 1, 4, 16)
+
+
+def test_the_tokenizer_knows_every_byte() -> None:
+    tokenizer = train_tokenizer(["a dog barks"], 300)
+    for prompt in ("a dog barks", "čeština 🎉 雨", "tab\tnull\x00"):
+        assert tokenizer.decode(tokenizer.encode(prompt).ids).strip() == prompt
+
+
+def test_the_shipped_tokenizer_is_what_the_script_trains(shared: Path) -> None:
+    with (shared / "data" / "audiocaps" / "train.csv").open(encoding="utf-8-sig", newline="") as stream:
+        captions = [row["caption"] for row in csv.DictReader(stream)]
+    shipped = Tokenizer.from_file(str(TOKENIZER))
+    trained = train_tokenizer(captions, shipped.get_vocab_size())
+    assert trained.get_vocab() == shipped.get_vocab()
+    assert shipped.encode("").tokens == [BEGINNING]
+
+
+def test_every_text_config_composes() -> None:
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        for file in sorted((PROJECT_ROOT / "configs" / "text").glob("*.yaml")):
+            config = compose(overrides=[f"+text={file.stem}"]).text
+            assert config._target_.startswith("foley.models.text.")
+            assert config.max_length >= 64
