@@ -107,7 +107,7 @@ def engine(canvas: Canvas, rate_hz: float) -> Signal:
     firing = canvas.part(0.06)
     tone = sine(cycles(firing, 85.0)) + 0.5 * sine(cycles(firing, 190.0))
     kernels = [
-        (tone + 0.5 * shaped_noise(firing, bandpass(80, 900, order=1))) * decay(firing, 0.016, attack_seconds=0.003)
+        (tone + 0.35 * shaped_noise(firing, bandpass(80, 900, order=2))) * decay(firing, 0.016, attack_seconds=0.003)
         for _ in range(8)
     ]
     onsets = regular_onsets(canvas, rate_hz, jitter=0.06)
