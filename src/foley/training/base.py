@@ -43,14 +43,17 @@ class FoleyModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write `checkpoint["foley"]` and drop the weights that are found elsewhere."""
-        checkpoint[FOLEY_KEY] = {"components": self.component_configs, **self.checkpoint_metadata}
+        checkpoint[FOLEY_KEY] = self._description()
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = self.saved_state(checkpoint["state_dict"])
+
+    def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
+        """Take over what the data knows (such as latent statistics) before training; nothing by default."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that disagrees with this module; raises CheckpointError with every key concerned."""
         complaints = [
-            *_differences(checkpoint.get(FOLEY_KEY, {}).get("components", {}), self.component_configs),
+            *_differences(_comparable(checkpoint.get(FOLEY_KEY, {})), _comparable(self._description())),
             *_state_differences(checkpoint["state_dict"], self.saved_state(self.state_dict())),
         ]
         if complaints:
@@ -59,6 +62,14 @@ class FoleyModule(pl.LightningModule):
                 + "\n  ".join(complaints)
                 + "\nResume with the config the run began with, or start a new run from its weights with `ckpt=`."
             )
+
+    def _description(self) -> dict[str, Any]:
+        return {"components": self.component_configs, **self.checkpoint_metadata}
+
+
+def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that resuming must not change; paths may."""
+    return {key: description[key] for key in ("components", "codec_hash") if key in description}
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any, cast
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from foley.data.datamodule import LatentDataModule
 from foley.data.types import LatentBatch
 from foley.diffusion.process import DiffusionProcess
 from foley.models.normaliser import LatentNormaliser
@@ -70,6 +72,12 @@ class DiffusionTraining(FoleyModule):
         if text is not None and not text.trainable:
             text.requires_grad_(False)
             self.unsaved_components = ("text",)
+
+    def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
+        """Normalise by the statistics of the latents, and note which codec made them."""
+        latents = cast(LatentDataModule, datamodule)
+        self.normaliser.set(*latents.latent_statistics)
+        self.checkpoint_metadata["codec_hash"] = latents.codec_hash
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(parameter_groups(self))

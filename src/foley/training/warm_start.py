@@ -22,9 +22,12 @@ class WarmStartReport:
 def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
     """Load the (averaged) weights in checkpoint `path` into `module` where the names agree, and log the rest.
 
-    The optimizer starts afresh. Raises CheckpointError where no name agrees, or where a shape differs.
+    The optimizer starts afresh, the latent normaliser is the earlier run's. Raises CheckpointError where no name
+    agrees, a shape differs, or the latents come from another codec.
     """
-    saved = read_training_checkpoint(path)["state_dict"]
+    checkpoint = read_training_checkpoint(path)
+    saved = checkpoint["state_dict"]
+    _check_codec(path, checkpoint["foley"].get("codec_hash"), module.checkpoint_metadata.get("codec_hash"))
     own = module.saved_state(module.state_dict())
     common = sorted(set(saved) & set(own))
     reshaped = [f"{key}: {tuple(saved[key].shape)} -> {tuple(own[key].shape)}" for key in common
@@ -42,3 +45,11 @@ def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
         if keys:
             _log.warning("warm start: %d tensors %s: %s", len(keys), kind, ", ".join(keys))
     return report
+
+
+def _check_codec(path: Path, saved: str | None, own: str | None) -> None:
+    if saved and own and saved != own:
+        raise CheckpointError(
+            f"ckpt={path} was trained on latents of codec {saved}, this run's latents are of codec {own}; "
+            "encode the data with the earlier codec, or train from the beginning"
+        )

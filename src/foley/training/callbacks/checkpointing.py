@@ -1,6 +1,7 @@
 """When checkpoints are written: every n steps, when validation improves, at the end, and at pre-emption."""
 
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -25,6 +26,25 @@ class PeriodicCheckpoint(ModelCheckpoint):
             save_top_k=-1 if keep_all else 1,
             enable_version_counter=False,
         )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the next epoch where the checkpoint was of an epoch's last batch.
+
+        Lightning takes that for a restart inside the epoch and never counts the next one as started, so that a second
+        restart would repeat an epoch.
+        """
+        super().on_train_start(trainer, pl_module)
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
+            trainer.fit_loop.reset_restart_stage()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save as the parent does; and at the last step of all, while the loops still stand inside their epoch."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._save_now(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The weights that a finished run ends with are always on disk."""

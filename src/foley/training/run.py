@@ -1,0 +1,108 @@
+"""One training run: from a composed config to its metrics."""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
+
+from foley.checkpoint import ALLOWED_TARGET_PREFIX, CheckpointError
+from foley.logs import get_logger
+from foley.training.base import FoleyModule
+from foley.training.checkpoint_io import AtomicCheckpointIO
+from foley.training.warm_start import warm_start
+
+_log = get_logger(__name__)
+
+# A run's loggers find each other's earlier lives by an id that follows from the output folder alone.
+OmegaConf.register_new_resolver(
+    "run_id", lambda folder: hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:12], replace=True
+)
+
+# Lightning looks for state on the loader; ours is on the data module.
+warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train as `configs/train.yaml` describes; returns the last value of every metric.
+
+    `cfg.ckpt_path` resumes exactly (a path, or "auto": this output folder's `last.ckpt` where there is one);
+    `cfg.ckpt` starts a new run from the weights of an earlier one.
+    """
+    output_dir = Path(cfg.paths.output_dir)
+    resume_from = find_checkpoint(cfg.ckpt_path, output_dir)
+    _snapshot(cfg, output_dir)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    datamodule = instantiate(cfg.data, _convert_="all")
+    module: FoleyModule = instantiate(cfg.task, _convert_="all")
+    module.component_configs = component_configs(cfg.task)
+    module.checkpoint_metadata["codec_dir"] = cfg.codec_path
+    module.adopt_data(datamodule)
+    if cfg.ckpt and not resume_from:
+        warm_start(module, Path(cfg.ckpt))
+    trainer = _build_trainer(cfg)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(plain(cfg))
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def optimized_metric(cfg: DictConfig, metrics: Mapping[str, float]) -> float | None:
+    """The number a sweep minimises, `cfg.optimized_metric`; raises KeyError where the run did not log it."""
+    if not cfg.optimized_metric:
+        return None
+    if cfg.optimized_metric not in metrics:
+        raise KeyError(f"optimized_metric={cfg.optimized_metric} was not logged; this run logged {sorted(metrics)}")
+    value = metrics[cfg.optimized_metric]
+    return value if math.isfinite(value) else math.inf
+
+
+def plain(config: DictConfig) -> Any:
+    """The resolved config as plain dicts, lists, strings and numbers."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def component_configs(task: DictConfig) -> dict[str, dict[str, Any]]:
+    """The sub-configs of a task that build components of this package, by name; partials are not components."""
+    return {
+        name: config
+        for name, config in plain(task).items()
+        if isinstance(config, dict)
+        and str(config.get("_target_", "")).startswith(ALLOWED_TARGET_PREFIX)
+        and not config.get("_partial_", False)
+    }
+
+
+def find_checkpoint(ckpt_path: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to resume from; raises CheckpointError where a named one is absent."""
+    if not ckpt_path:
+        return None
+    path = output_dir / "checkpoints" / "last.ckpt" if ckpt_path == "auto" else Path(ckpt_path)
+    if path.is_file():
+        return path
+    if ckpt_path == "auto":
+        _log.info("ckpt_path=auto: no checkpoint at %s yet, starting from the beginning", path)
+        return None
+    raise CheckpointError(f"ckpt_path={ckpt_path} does not exist; give a .ckpt file, or auto")
+
+
+def _build_trainer(cfg: DictConfig) -> pl.Trainer:
+    """Callbacks and loggers are dictionaries in the config, so that `callbacks.ema=null` takes one out."""
+    callbacks = [instantiate(config, _convert_="all") for config in (cfg.callbacks or {}).values() if config]
+    loggers = [instantiate(config, _convert_="all") for config in (cfg.logger or {}).values() if config]
+    trainer: pl.Trainer = instantiate(
+        cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], _convert_="all"
+    )
+    return trainer
+
+
+@rank_zero_only
+def _snapshot(cfg: DictConfig, output_dir: Path) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, output_dir / "config.yaml", resolve=True)

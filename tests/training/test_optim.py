@@ -1,0 +1,54 @@
+"""Parameter groups and schedules."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from foley.training.optim import constant_schedule, cosine_schedule, inverse_power_schedule, parameter_groups
+
+
+def rates(make, steps: int, **options) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = make(optimizer, **options)
+    seen = []
+    for _ in range(steps):
+        seen.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_only_matrices_and_kernels_decay() -> None:
+    module = nn.ModuleDict(
+        {
+            "linear": nn.Linear(3, 2),
+            "conv": weight_norm(nn.Conv1d(3, 2, 3)),
+            "norm": nn.LayerNorm(3),
+            "table": nn.Embedding(5, 3),
+        }
+    )
+    module.register_parameter("bias_table", nn.Parameter(torch.zeros(6, 3)))
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    decayed, exempt = parameter_groups(module)
+    assert {names[p] for p in decayed["params"]} == {"linear.weight", "conv.parametrizations.weight.original1"}
+    assert exempt["weight_decay"] == 0
+    assert len(decayed["params"]) + len(exempt["params"]) == len(names)
+
+
+def test_frozen_and_shared_parameters() -> None:
+    linear = nn.Linear(3, 3)
+    linear.bias.requires_grad_(False)
+    assert [len(group["params"]) for group in parameter_groups(linear, nn.Sequential(linear))] == [1]
+
+
+def test_schedules_in_closed_form() -> None:
+    assert rates(constant_schedule, 4, warmup_steps=2) == [1.0, 2.0, 2.0, 2.0]
+    cosine = rates(cosine_schedule, 7, total_steps=6, warmup_steps=2, final_ratio=0.1)
+    assert cosine == pytest.approx([1.0, 2.0, 2.0, 2 * (0.1 + 0.9 * 0.853553), 1.1, 2 * (0.1 + 0.9 * 0.146447), 0.2])
+    assert rates(inverse_power_schedule, 4, inv_gamma=1.0, power=1.0) == pytest.approx([2.0, 1.0, 2 / 3, 0.5])
+
+
+def test_a_cosine_needs_an_end() -> None:
+    with pytest.raises(ValueError, match="total_steps=-1"):
+        rates(cosine_schedule, 1, total_steps=-1)

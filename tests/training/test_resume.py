@@ -1,0 +1,161 @@
+"""Reliability rows 7-11: a resumed run repeats an uninterrupted one bit for bit, whatever stopped it."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_parts import TinyData, build_module, run
+
+from foley.checkpoint import CheckpointError, read_training_checkpoint
+from foley.training.callbacks.non_finite import NonFiniteLossError
+
+SCRIPT = Path(__file__).with_name("training_parts.py")
+
+
+def assert_same(left, right, path: str = "") -> None:
+    """Equal bit for bit, to every leaf."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_same(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        for index, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{path}[{index}]")
+    else:
+        assert left == right, path
+
+
+def training_state(path: Path) -> dict:
+    """All of a checkpoint that training depends on."""
+    checkpoint = read_training_checkpoint(path)
+    keys = ("state_dict", "current_weights", "optimizer_states", "lr_schedulers", "TinyData", "global_step", "foley")
+    return {key: checkpoint[key] for key in keys}
+
+
+@pytest.mark.parametrize("resume_step", [4, 8, 12])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resume_is_exact(tmp_path: Path, resume_step: int, num_workers: int) -> None:
+    """Five batches an epoch, validation every seven: the steps are in, and next to, both kinds of boundary."""
+    if num_workers and resume_step != 8:
+        pytest.skip("worker processes are slow to start; one case shows that drawing ahead does no harm")
+    _, _, whole = run(tmp_path / "whole", 16, data=TinyData(num_workers=num_workers))
+    start = tmp_path / f"whole/checkpoints/step_{resume_step:06d}.ckpt"
+    _, _, resumed = run(tmp_path / "resumed", 16, start, data=TinyData(num_workers=num_workers))
+    assert resumed.ids == whole.ids[resume_step:]
+    assert resumed.losses == whole.losses[resume_step:]
+    ends = [training_state(tmp_path / name / "checkpoints/step_000016.ckpt") for name in ("whole", "resumed")]
+    assert_same(*ends)
+
+
+@pytest.mark.parametrize("every", [5, 7])
+def test_resume_from_a_boundary(tmp_path: Path, every: int) -> None:
+    """A checkpoint of the last batch of an epoch (5), and one at which validation follows (7)."""
+    _, _, whole = run(tmp_path / "whole", 16, every=every)
+    _, _, resumed = run(tmp_path / "resumed", 16, tmp_path / f"whole/checkpoints/step_{every:06d}.ckpt", every=every)
+    assert resumed.ids == whole.ids[every:]
+    _, _, twice = run(tmp_path / "twice", 16, tmp_path / f"resumed/checkpoints/step_{2 * every:06d}.ckpt", every=every)
+    assert twice.ids == whole.ids[2 * every :]
+    ends = [training_state(tmp_path / name / "checkpoints/step_000016.ckpt") for name in ("whole", "resumed")]
+    assert_same(*ends)
+
+
+def test_a_finished_run_can_be_extended(tmp_path: Path) -> None:
+    _, _, whole = run(tmp_path / "whole", 13)
+    run(tmp_path / "part", 6)
+    _, _, rest = run(tmp_path / "part", 13, tmp_path / "part/checkpoints/last.ckpt")
+    assert rest.ids == whole.ids[6:]
+    assert_same(*(training_state(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "part")))
+
+
+def test_accumulated_gradients_resume_exactly(tmp_path: Path) -> None:
+    _, _, whole = run(tmp_path / "whole", 8, accumulate_grad_batches=2, every=3)
+    start = tmp_path / "whole/checkpoints/step_000003.ckpt"
+    _, _, resumed = run(tmp_path / "resumed", 8, start, accumulate_grad_batches=2, every=3)
+    assert resumed.ids == whole.ids[-len(resumed.ids) :]
+    ends = [training_state(tmp_path / name / "checkpoints/step_000008.ckpt") for name in ("whole", "resumed")]
+    assert_same(*ends)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended early"
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+def start_child(folder: Path, max_steps: int, every: int) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder), str(max_steps), str(every)], env=environment, stderr=subprocess.PIPE
+    )
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_restart_goes_on(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.csv"
+    child = start_child(tmp_path, 1_000_000, every=500_000)
+    wait_for(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > 20, child)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(60) == 0
+    last = tmp_path / "checkpoints/last.ckpt"
+    step = read_training_checkpoint(last)["global_step"]
+    run(tmp_path, step + 5, last)
+    steps = [int(row["step"]) for row in csv.DictReader(metrics.open()) if row["train/loss"]]
+    assert steps == list(range(step + 5)), "one logger run, without gap or repetition"
+
+
+def test_sigkill_while_saving_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    child = start_child(tmp_path, 1_000_000, every=1)
+    wait_for(lambda: (folder / "last.ckpt").exists() and list(folder.glob(".step_*")), child)
+    child.kill()
+    child.wait()
+    step = read_training_checkpoint(folder / "last.ckpt")["global_step"]
+    _, _, log = run(tmp_path, step + 2, folder / "last.ckpt")
+    assert len(log.ids) == 2
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, 4)
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+
+    def refuse(checkpoint, path) -> None:
+        Path(path).write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(CheckpointError, match=r"No space left.*MiB free"):
+        run(tmp_path, 8, tmp_path / "checkpoints/last.ckpt")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before
+    assert read_training_checkpoint(tmp_path / "checkpoints/last.ckpt")["global_step"] == 4
+
+
+def test_non_finite_step_is_skipped_and_counted(tmp_path: Path) -> None:
+    trainer, module, log = run(tmp_path, 5, data=TinyData(poisoned=frozenset({3})))
+    assert sum(loss != loss for loss in log.losses) == 1
+    assert trainer.callback_metrics["train/skipped_steps"] == 1
+    checkpoint = read_training_checkpoint(tmp_path / "checkpoints/last.ckpt")
+    for state in (checkpoint["state_dict"], checkpoint["current_weights"], module.state_dict()):
+        assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    assert all(slot["step"] == 4 for slot in checkpoint["optimizer_states"][0]["state"].values())
+
+
+def test_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLossError, match=r"3 steps in a row, up to step 2.*'0/"):
+        run(tmp_path, 20, data=TinyData(poisoned=frozenset(range(20))))
+
+
+def test_resuming_with_another_config_lists_the_keys(tmp_path: Path) -> None:
+    run(tmp_path, 4)
+    other = build_module(context_dim=None)
+    with pytest.raises(CheckpointError, match=r"(?s)config components.denoiser.context_dim.*denoiser.cross_attention"):
+        run(tmp_path, 8, tmp_path / "checkpoints/last.ckpt", module=other)
