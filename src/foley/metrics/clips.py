@@ -64,17 +64,17 @@ def label_from_text(text: str, labels: Iterable[str]) -> str | None:
     return longest[0] if len(longest) == 1 else None
 
 
-def resolve_labels(clips: Sequence[ClipFile], reference: Sequence[ClipFile], labels: Sequence[str]) -> list[str | None]:
-    """A label per clip: its own; else that of the reference clips with its caption; else the one its prompt names."""
-    by_caption = _unambiguous((clip.caption, clip.label) for clip in reference)
+def resolve_labels(clips: Sequence[ClipFile], labels: Sequence[str], captions: Mapping[str, str]) -> list[str | None]:
+    """A label per clip: its own; else the label that `captions` gives its prompt; else the one its prompt names."""
     resolved = []
     for clip in clips:
         prompt = clip.caption or ""
-        resolved.append(clip.label or by_caption.get(prompt) or label_from_text(prompt, labels))
+        resolved.append(clip.label or captions.get(prompt) or label_from_text(prompt, labels))
     return resolved
 
 
-def _unambiguous(pairs: Iterable[tuple[str | None, str | None]]) -> Mapping[str, str]:
+def labels_by_caption(pairs: Iterable[tuple[str | None, str | None]]) -> dict[str, str]:
+    """Caption to label from pairs of both, without captions that stand for several labels."""
     found: dict[str, set[str]] = {}
     for caption, label in pairs:
         if caption and label:

@@ -1,6 +1,6 @@
 """Judge generated clips against reference clips under one protocol."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foley.logs import get_logger
-from foley.metrics.clips import ClipFile, LabelledAudio, resolve_labels
+from foley.metrics.clips import ClipFile, LabelledAudio, labels_by_caption, resolve_labels
 from foley.metrics.distribution import (
     GaussianStatistics,
     frechet_distance,
@@ -193,8 +193,16 @@ def evaluate_files(
     load: AudioLoader,
     pairing: Pairing = "auto",
     cache_directory: Path | None = None,
+    captions: Iterable[tuple[str, str]] = (),
 ) -> Evaluation:
-    """Scores of audio files; `load` gives mono audio at the protocol's rate, labels come from `resolve_labels`."""
-    labels = resolve_labels(samples, reference, protocol.extractor.labels)
+    """Scores of audio files.
+
+    Args:
+        load: gives mono audio at the protocol's rate.
+        captions: known (caption, label) pairs, beside those of the reference; a clip without label of its own takes
+            that of its prompt (see `resolve_labels`).
+    """
+    known = labels_by_caption([*captions, *((clip.caption, clip.label) for clip in reference)])
+    labels = resolve_labels(samples, protocol.extractor.labels, known)
     generated = extract_files(samples, protocol, load, cache_directory).with_labels(labels)
     return evaluate_features(generated, extract_files(reference, protocol, load, cache_directory), protocol, pairing)

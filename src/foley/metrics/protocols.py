@@ -54,7 +54,7 @@ class EvaluationProtocol:
             "version": self.version,
             "sample_rate_hz": self.sample_rate_hz,
             "channels": self.channels,
-            "padding": f"zeros at the end, to a multiple of {self.pad_seconds:g} s, at least {self.minimum_seconds:g} s",
+            "padding": f"zeros at the end to a multiple of {self.pad_seconds:g} s, at least {self.minimum_seconds:g} s",
             "extractor": type(self.extractor).__name__,
             "extractor_hash": self.extractor_hash,
             "feature_dim": self.extractor.feature_dim,

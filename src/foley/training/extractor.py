@@ -1,33 +1,35 @@
 """Train the embedded extractor: a classifier of sounds that must also judge noisy, filtered and generated ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from foley.data.types import AudioItem
 from foley.metrics.extractors.embedded import EmbeddedExtractor
 from foley.seeding import numpy_generator, torch_generator
 
 
 @dataclass(frozen=True)
 class TrainingClip:
-    """`audio [T]` float mono and the index of its label."""
+    """Mel power `[M, F]` of a clip and the index of its label."""
 
-    audio: Tensor
+    power: Tensor
     target: int
 
 
 class WindowDataset(Dataset[tuple[Tensor, int]]):
-    """Windows `[T]` of one length. Keys are (clip, draw): the draw alone decides where the window lies.
+    """Windows `[M, window_frames]` of clips; the draw in the key (clip, draw) decides where the window lies.
 
-    A longer clip is cropped anywhere, a shorter one lies anywhere in silence. `draw = -1` takes the beginning.
+    A longer clip is cropped anywhere, a shorter one lies anywhere in silence.
     """
 
-    def __init__(self, clips: Sequence[TrainingClip], window_samples: int, seed: int) -> None:
-        self._clips, self._window_samples, self._seed = clips, window_samples, seed
+    def __init__(self, clips: Sequence[TrainingClip], window_frames: int, seed: int) -> None:
+        self._clips, self._window_frames, self._seed = clips, window_frames, seed
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -35,13 +37,11 @@ class WindowDataset(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         index, draw = key
         clip = self._clips[index]
-        room = clip.audio.numel() - self._window_samples
-        fraction = 0.0 if draw < 0 else numpy_generator("extractor_window", self._seed, draw).random()
+        room = clip.power.shape[1] - self._window_frames
+        offset = round(float(numpy_generator("extractor_window", self._seed, draw).random()) * abs(room))
         if room >= 0:
-            start = round(fraction * room)
-            return clip.audio[start : start + self._window_samples], clip.target
-        before = round(-fraction * room)
-        return nn.functional.pad(clip.audio, (before, -room - before)), clip.target
+            return clip.power[:, offset : offset + self._window_frames], clip.target
+        return nn.functional.pad(clip.power, (offset, -room - offset)), clip.target
 
 
 class BalancedSampler(Sampler[tuple[int, int]]):
@@ -126,8 +126,6 @@ class ExtractorTraining(pl.LightningModule):
 
     Args:
         steps: length of the learning-rate cycle, in optimizer steps.
-        silence_share: share of examples of which a random part of the frames is muted, so that clips of all
-            lengths are seen.
     """
 
     def __init__(
@@ -147,19 +145,17 @@ class ExtractorTraining(pl.LightningModule):
         self._seed = seed
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """`batch` is (audio `[B, T]`, targets `[B]`)."""
-        audio, targets = batch
-        spectrogram = self.extractor.spectrogram
-        power = self._augmentation(
-            spectrogram.power(audio).cpu(), torch_generator("extractor_augmentation", self._seed, self.global_step)
-        )
-        logits = self.extractor.from_spectrogram(spectrogram.scale(power.to(audio.device))).logits
+        """`batch` is (mel power `[B, M, F]`, targets `[B]`)."""
+        power, targets = batch
+        generator = torch_generator("extractor_augmentation", self._seed, self.global_step)
+        damaged = self._augmentation(power.cpu(), generator).to(power.device)
+        logits = self.extractor.from_spectrogram(self.extractor.spectrogram.scale(damaged)).logits
         loss: Tensor = self._loss(logits, targets)
         accuracy = (logits.argmax(dim=1) == targets).float().mean()
         self.log_dict({"train/loss": loss, "train/accuracy": accuracy}, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a one-cycle schedule per step."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self._learning_rate, weight_decay=self._weight_decay)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self._learning_rate, total_steps=self._steps + 1)
@@ -167,9 +163,26 @@ class ExtractorTraining(pl.LightningModule):
 
 
 def training_loader(
-    clips: Sequence[TrainingClip], window_samples: int, batch_size: int, steps: int, balance: float, seed: int
+    groups: Mapping[str, Sequence[AudioItem]],
+    extractor: EmbeddedExtractor,
+    seed: int,
+    window_seconds: float,
+    batch_size: int,
+    steps: int,
+    balance: float,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """`steps` batches of (audio `[B, T]`, targets `[B]`)."""
+    """`steps` batches of (mel power `[B, M, F]`, targets `[B]`) drawn from all `groups` of clips.
+
+    The spectrograms are computed once: they are the larger half of a step, and a quarter of the waveforms' memory.
+    """
+    index = {label: position for position, label in enumerate(extractor.labels)}
+    spectrogram = extractor.spectrogram
+    clips = [
+        TrainingClip(spectrogram.power(item.audio.unsqueeze(0))[0], index[item.label])
+        for group in groups.values()
+        for item in group
+    ]
     sampler = BalancedSampler([clip.target for clip in clips], batch_size * steps, balance, seed)
-    dataset = WindowDataset(clips, window_samples, seed)
+    window_frames = round(window_seconds * extractor.sample_rate_hz / spectrogram.hop_samples) + 1
+    dataset = WindowDataset(clips, window_frames, seed)
     return DataLoader(dataset, batch_size=batch_size, sampler=sampler)  # type: ignore[arg-type]

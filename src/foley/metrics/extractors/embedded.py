@@ -33,7 +33,14 @@ class RelativeLogMel(nn.Module):
 
     def power(self, audio: Tensor) -> Tensor:
         """Mel power `[B, mel_bands, frames]` of `audio [B, T]`."""
-        spectrum = torch.stft(audio, self.window_samples, self.hop_samples, window=self.window, return_complex=True)
+        spectrum = torch.stft(
+            audio,
+            self.window_samples,
+            self.hop_samples,
+            window=self.window,
+            pad_mode="constant",
+            return_complex=True,
+        )
         return self.filters @ torch.view_as_real(spectrum).square().sum(dim=-1)
 
     def scale(self, power: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""Train the extractor of protocol `embedded`, and measure it on clips that it has not seen.
+
+python scripts/train_extractor.py [output_dir=data/extractor] [loader.steps=600]
+"""
+
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from pytorch_lightning import Trainer
+
+import foley.config  # noqa: F401
+from foley.checkpoint import save_component, write_json
+from foley.data.manifest import read_manifest
+from foley.metrics.extractors.embedded import EmbeddedExtractor
+from foley.metrics.protocols import load_protocol
+from foley.seeding import derive_seed
+from foley.training.extractor import ExtractorTraining, MelAugmentation, training_loader
+from foley.training.extractor_data import build_labels, load_splits, measure
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train_extractor")
+def main(config: DictConfig) -> None:
+    """Compose, train, save, measure."""
+    entries = read_manifest(config.manifest)
+    labels = build_labels([entry for entry in entries if entry.split == "train"], config.minimum_clips)
+    rate = config.sample_rate_hz
+    splits = load_splits(entries, labels, rate, config.max_seconds, config.seed, **config.procedural)
+    component = {"labels": labels.labels, "label_groups": labels.groups, "sample_rate_hz": rate}
+    torch.manual_seed(derive_seed("extractor_weights", config.seed))
+    extractor = EmbeddedExtractor(**component)
+    loader = training_loader(splits.pop("train"), extractor, config.seed, **config.loader)
+    steps = config.loader.steps
+    module = ExtractorTraining(extractor, MelAugmentation(), steps, seed=config.seed, **config.optimization)
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=config.output_dir)
+    trainer.fit(module, loader)
+    directory = Path(config.output_dir)
+    target = f"{EmbeddedExtractor.__module__}.{EmbeddedExtractor.__qualname__}"
+    save_component(extractor, {"_target_": target, **component}, directory, dtype=torch.float16)
+    write_json(directory / "metrics.json", measure(splits, load_protocol("embedded", directory)))
+
+
+if __name__ == "__main__":
+    main()
