@@ -146,6 +146,6 @@ def _context_embedding(context_dim: int, width: int) -> nn.Sequential:
 
 def _key_mask(mask: Tensor | None) -> Tensor | None:
     """`[B, N]` to `[B, 1, 1, N]`, or None where nothing is masked: attention without a mask is faster."""
-    if mask is None or bool(mask.all()):
+    if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
         return None
     return mask[:, None, None]
