@@ -53,7 +53,13 @@ def _write_sample(directory: Path, index: int, sample: Sample, sample_rate_hz: i
     stem = sample_stem(sample.prompt, index, sample.seed)
     gain = write_wav(directory / f"{stem}.wav", sample.audio, sample_rate_hz)
     draw_spectrogram(directory / f"{stem}.png", sample.audio, sample_rate_hz)
-    sidecar = {"prompt": sample.prompt, "seed": sample.seed, "gain_db": round(20 * log10(gain), 3), **common}
+    sidecar = {
+        "index": index,
+        "prompt": sample.prompt,
+        "seed": sample.seed,
+        "gain_db": round(20 * log10(gain), 3),
+        **common,
+    }
     write_json(directory / f"{stem}.json", sidecar)
     facts = f"{len(sample.audio) / sample_rate_hz:.2f} s · seed {sample.seed}"
     return Card(one_line(sample.prompt), f"{stem}.wav", f"{stem}.png", f"{stem}.json", facts)

@@ -1,0 +1,79 @@
+"""Seconds to generate one clip on this machine, split into text, denoising and decoding."""
+
+import json
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.checkpoint import write_json
+from foley.pipeline import Generation, TextToAudio, resolve_device
+from foley.system import build_system, load_system
+
+PROMPT = "a dog barks while rain falls on a tin roof"
+
+
+def untrained_configs(cfg: DictConfig) -> dict[str, Any]:
+    """The component configs of the composed architecture."""
+    names = {"denoiser": cfg.model, "text": cfg.text, "codec": cfg.codec, "process": cfg.process}
+    configs: dict[str, Any] = {name: OmegaConf.to_container(node, resolve=True) for name, node in names.items()}
+    configs["normaliser"] = {
+        "_target_": "foley.models.normaliser.LatentNormaliser",
+        "channels": cfg.codec.latent_channels,
+    }
+    return configs
+
+
+def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> dict[str, Any]:
+    """Medians over the runs; `real_time_ratio` is seconds of audio for each second of work."""
+    stages = {key: median(asdict(run.timings)[key] for run in runs) for key in asdict(runs[0].timings)}
+    total = median(run.timings.total_seconds for run in runs)
+    gpu = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else None
+    return {
+        **{key: round(seconds, 4) for key, seconds in stages.items()},
+        "total_seconds": round(total, 4),
+        "real_time_ratio": round(runs[0].settings["duration_seconds"] / total, 3),
+        "repeats": len(runs),
+        "trained_weights": trained,
+        "denoiser_parameters": sum(p.numel() for p in pipeline.denoiser.parameters()),
+        "codec_parameters": sum(p.numel() for p in pipeline.codec.parameters()),
+        "settings": runs[0].settings,
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "gpu": gpu,
+            "torch_threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
+    }
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="bench_sampling")
+def main(cfg: DictConfig) -> None:
+    trained = Path(cfg.ckpt).exists()
+    system = load_system(Path(cfg.ckpt)) if trained else build_system(untrained_configs(cfg))
+    pipeline = TextToAudio(system, resolve_device(cfg.device))
+    runs = [
+        pipeline.generate(
+            [PROMPT],
+            cfg.duration_seconds,
+            guidance=instantiate(cfg.guidance),
+            solver=cfg.solver.name,
+            num_steps=cfg.steps,
+        )
+        for _ in range(cfg.repeats + 1)
+    ]
+    result = summarise(runs[1:], pipeline, trained)
+    write_json(Path(cfg.results_file), result)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
