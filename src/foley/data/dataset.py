@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from foley.data.audio_io import AudioError, check_samples
 from foley.data.augment import Augmentation, PeakLevel, RmsLevel, crop_start, is_silent
-from foley.data.types import AudioBatch, AudioItem, AudioSource, SampleKey
+from foley.data.types import AudioBatch, AudioItem, AudioSource, SampleKey, sample_key
 from foley.logs import get_logger
 from foley.seeding import numpy_generator
 
@@ -61,9 +61,9 @@ class AudioDataset(Dataset[AudioItem]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: SampleKey) -> AudioItem:
+    def __getitem__(self, key: SampleKey | int) -> AudioItem:
         """The item at `key`; raises DataFaultError."""
-        index, epoch = key
+        index, epoch = sample_key(key)
         for candidate in range(index, index + len(self)):
             try:
                 return self.load(SampleKey(candidate % len(self), epoch))

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from foley.data.audio_io import AudioError
 from foley.data.dataset import AudioDataset, DataFaultError
-from foley.data.latent_cache import LatentCacheWriter, latent_cache_writer
+from foley.data.latent_writer import LatentCacheWriter, latent_cache_writer
 from foley.data.types import AudioItem, SampleKey
 from foley.hashing import hash_module
 from foley.logs import get_logger

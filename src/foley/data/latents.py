@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from foley.data.augment import crop_start
 from foley.data.latent_cache import LatentCacheError, LatentCacheIndex
-from foley.data.types import LatentBatch, SampleKey
+from foley.data.types import LatentBatch, SampleKey, sample_key
 from foley.seeding import numpy_generator, torch_generator
 
 
@@ -50,15 +50,16 @@ class LatentDataset(Dataset[LatentItem]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, key: SampleKey) -> LatentItem:
-        entry = self.entries[key.index]
-        generator = numpy_generator("latent_crop", self.seed, key.epoch, key.index) if self.random else None
+    def __getitem__(self, key: SampleKey | int) -> LatentItem:
+        index, epoch = sample_key(key)
+        entry = self.entries[index]
+        generator = numpy_generator("latent_crop", self.seed, epoch, index) if self.random else None
         start = entry.first_frame + crop_start(entry.num_frames, self.num_frames, generator)
         rows = slice(start, start + min(entry.num_frames, self.num_frames))
         shard = self._shards[entry.shard]
         latent = shard["mean"][rows].float()
         if self.random:
-            noise = torch.randn(latent.shape, generator=torch_generator("posterior", self.seed, key.epoch, key.index))
+            noise = torch.randn(latent.shape, generator=torch_generator("posterior", self.seed, epoch, index))
             latent = latent + shard["std"][rows].float() * noise
         return LatentItem(latent.T, entry.caption, entry.label, entry.id)
 

@@ -1,7 +1,7 @@
 """The order of samples: a permutation by (seed, epoch), shared out over ranks, continued exactly after a restart."""
 
-from collections.abc import Iterator
-from typing import TypedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -13,8 +13,15 @@ from foley.seeding import numpy_generator
 _log = get_logger(__name__)
 
 
+class Position(NamedTuple):
+    """A place in the order: `consumed` samples, over all ranks, of `epoch`."""
+
+    epoch: int = 0
+    consumed: int = 0
+
+
 class SamplerState(TypedDict):
-    """A place in the order: `consumed` samples, over all ranks, of `epoch` in a data set of `size`."""
+    """A `Position` in a data set of `size` samples."""
 
     epoch: int
     consumed: int
@@ -22,16 +29,20 @@ class SamplerState(TypedDict):
 
 
 class ResumableSampler(Sampler[SampleKey]):
-    """Yields this rank's `SampleKey`s: of the present epoch from where the loaded state stopped, then of whole epochs.
+    """Yields this rank's `SampleKey`s: of the present epoch from the present position, then of whole epochs.
 
-    The sampler does not count what it yields, because loaders draw ahead of training; whoever consumes the samples
-    counts and passes the number to `state_dict`. Its length is always that of a whole epoch.
+    Loaders draw ahead of training, so what the sampler has yielded says nothing about what was trained on. With
+    `progress` the position at which an iteration starts, and that is saved, follows from the batches trained on;
+    without it, each iteration goes to the end of the epoch and the next one starts after it. The length is always
+    that of a whole epoch.
 
     Args:
         size: number of samples in the data set.
+        batch_size: samples in one batch of one rank.
         shuffle: without it the order is 0, 1, 2, ... in every epoch.
         drop_last: leave out the remainder, so that every rank gets whole batches; without it ranks may differ by one.
-        batch_size: samples in one batch of one rank.
+        max_batches: an epoch ends after this many batches of each rank.
+        progress: number of batches that were trained on since the start, or since the loaded state.
     """
 
     def __init__(
@@ -43,48 +54,56 @@ class ResumableSampler(Sampler[SampleKey]):
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        max_batches: int | None = None,
+        progress: Callable[[], int] | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         self.size, self.seed, self.shuffle = size, seed, shuffle
         self.rank, self.world_size = rank, world_size
-        unit = batch_size * world_size
-        self.samples_per_epoch = size // unit * unit if drop_last else size
+        self._unit = batch_size * world_size
+        whole_batches = size // self._unit
+        self.samples_per_epoch = whole_batches * self._unit if drop_last else size
         if self.samples_per_epoch == 0:
             raise ValueError(f"{size} samples do not fill one batch of {batch_size} on each of {world_size} ranks")
-        self.epoch = 0
-        self._consumed = 0
+        self.batches_per_epoch = max(1, whole_batches if max_batches is None else min(whole_batches, max_batches))
+        self._progress = progress
+        self._start = Position()
 
     def __len__(self) -> int:
         return len(range(self.rank, self.samples_per_epoch, self.world_size))
 
     def __iter__(self) -> Iterator[SampleKey]:
-        epoch, start = self.epoch, self._consumed + self.rank
-        for index in self._order(epoch)[start : self.samples_per_epoch : self.world_size].tolist():
+        epoch, consumed = self.position
+        for index in self._order(epoch)[consumed + self.rank : self.samples_per_epoch : self.world_size].tolist():
             yield SampleKey(index, epoch)
-        self.set_epoch(epoch + 1)
+        if self._progress is None:
+            self._start = Position(epoch + 1)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of `epoch`; nothing happens where that is the present one, so a loaded position is kept."""
-        if epoch != self.epoch:
-            self.epoch, self._consumed = epoch, 0
+    @property
+    def position(self) -> Position:
+        """Where the next iteration starts."""
+        if self._progress is None:
+            return self._start
+        batches = self._start.consumed // self._unit + self._progress()
+        epochs, batches = divmod(batches, self.batches_per_epoch)
+        return Position(self._start.epoch + epochs, batches * self._unit)
 
-    def state_dict(self, epoch: int, consumed: int) -> SamplerState:
-        """The position after `consumed` samples, over all ranks, of `epoch`; after all of them it is the next epoch."""
-        if consumed >= self.samples_per_epoch:
-            epoch, consumed = epoch + 1, 0
+    def state_dict(self) -> SamplerState:
+        """The present position."""
+        epoch, consumed = self.position
         return {"epoch": epoch, "consumed": consumed, "size": self.size}
 
     def load_state_dict(self, state: SamplerState) -> None:
         """Continue from `state`; with another data set its epoch begins anew, and a warning says so."""
-        self.epoch, self._consumed = state["epoch"], state["consumed"]
+        self._start = Position(state["epoch"], state["consumed"])
         if state["size"] != self.size:
-            self._consumed = 0
+            self._start = Position(state["epoch"])
             _log.warning(
                 "the data set has %d samples, and had %d when the state was saved: epoch %d begins anew",
                 self.size,
                 state["size"],
-                self.epoch,
+                state["epoch"],
             )
 
     def _order(self, epoch: int) -> np.ndarray:

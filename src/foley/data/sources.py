@@ -1,12 +1,13 @@
-"""Sources of clips: files listed in a manifest, and mixtures of sources."""
+"""Sources of clips: files listed in a manifest, a cache, and mixtures."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 import torch
 
-from foley.data.audio_io import FloatArray, read_audio
+from foley.data.audio_io import check_samples, read_audio
 from foley.data.manifest import ManifestEntry
 from foley.data.types import AudioItem, AudioSource
 from foley.seeding import numpy_generator
@@ -15,27 +16,17 @@ _INT16_MAX = 32767
 
 
 class ClipSource:
-    """The clips of a manifest, mono at one rate.
-
-    Args:
-        max_duration_seconds: only the beginning of longer files is read.
-        cache_megabytes: memory, in each process, for decoded clips as 16-bit integers; 0 decodes at every access. With
-            a cache every clip is rounded to 16 bits below its peak, kept or not, so that a full cache changes nothing.
-    """
+    """The clips of a manifest, mono at one rate; of longer files only the first `max_duration_seconds` are read."""
 
     def __init__(
         self,
         entries: Sequence[ManifestEntry],
         sample_rate_hz: int = 24000,
         max_duration_seconds: float | None = 30.0,
-        cache_megabytes: int = 0,
     ) -> None:
         self.entries = list(entries)
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_seconds = max_duration_seconds
-        self.cache_megabytes = cache_megabytes
-        self._cache: dict[int, tuple[np.ndarray, float]] = {}
-        self._free_bytes = cache_megabytes << 20
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -43,31 +34,42 @@ class ClipSource:
     def render(self, index: int, epoch: int) -> AudioItem:
         """Clip `index`, the same in every epoch; raises AudioError where the file cannot be used."""
         entry = self.entries[index]
-        return AudioItem(torch.from_numpy(self._samples(index)), entry.caption, entry.label, entry.id)
-
-    def _samples(self, index: int) -> FloatArray:
-        if not self.cache_megabytes:
-            return self._decode(index)
-        if index not in self._cache:
-            rounded = _to_int16(self._decode(index))
-            if rounded[0].nbytes > self._free_bytes:
-                return _from_int16(*rounded)
-            self._free_bytes -= rounded[0].nbytes
-            self._cache[index] = rounded
-        return _from_int16(*self._cache[index])
-
-    def _decode(self, index: int) -> FloatArray:
-        entry = self.entries[index]
-        return read_audio(entry.path, self.sample_rate_hz, self.max_duration_seconds, entry.duration_seconds)
+        audio = read_audio(entry.path, self.sample_rate_hz, self.max_duration_seconds, entry.duration_seconds)
+        return AudioItem(torch.from_numpy(audio), entry.caption, entry.label, entry.id)
 
 
-def _to_int16(samples: FloatArray) -> tuple[np.ndarray, float]:
-    step = float(np.abs(samples).max()) / _INT16_MAX or 1.0
-    return np.rint(samples / step).astype(np.int16), step
+class CachedSource:
+    """Keeps the clips of a source that is the same in every epoch, as 16-bit integers scaled to each clip's peak.
 
+    Every clip is rounded, kept or not, so that what is in the cache changes nothing but the time.
 
-def _from_int16(rounded: np.ndarray, step: float) -> FloatArray:
-    return rounded.astype(np.float32) * np.float32(step)
+    Args:
+        megabytes: of memory, in each process; clips that no longer fit are rendered at every access.
+    """
+
+    def __init__(self, source: AudioSource, megabytes: int) -> None:
+        self.source = source
+        self.sample_rate_hz = source.sample_rate_hz
+        self._free_bytes = megabytes << 20
+        self._kept: dict[int, tuple[AudioItem, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def render(self, index: int, epoch: int) -> AudioItem:
+        """Clip `index`; raises what the source raises."""
+        item, step = self._kept.get(index) or self._round(index)
+        return replace(item, audio=item.audio.float() * step)
+
+    def _round(self, index: int) -> tuple[AudioItem, float]:
+        item = self.source.render(index, 0)
+        check_samples(item.id, item.audio.numpy())
+        step = float(item.audio.abs().amax()) / _INT16_MAX or 1.0
+        rounded = replace(item, audio=(item.audio / step).round().to(torch.int16)), step
+        if rounded[0].audio.nbytes <= self._free_bytes:
+            self._free_bytes -= rounded[0].audio.nbytes
+            self._kept[index] = rounded
+        return rounded
 
 
 class MixtureSource:

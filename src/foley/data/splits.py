@@ -7,7 +7,7 @@ from foley.data.importers import read_audiocaps, read_table
 from foley.data.manifest import ManifestEntry, read_manifest
 from foley.data.preflight import preflight
 from foley.data.procedural import ProceduralDataset
-from foley.data.sources import ClipSource, MixtureSource
+from foley.data.sources import CachedSource, ClipSource, MixtureSource
 from foley.data.types import AudioSource
 from foley.logs import get_logger
 from foley.seeding import derive_seed
@@ -67,41 +67,53 @@ def procedural_splits(
     classes: Sequence[str] | None = None,
     combination_probability: float = 0.0,
     fresh_each_epoch: bool = False,
+    cache_megabytes: int = 0,
 ) -> Splits:
-    """Synthesised clips, `sizes` of them by split; the splits share classes and no clip."""
-    return {
-        split: ProceduralDataset(
-            size,
-            derive_seed("procedural", seed, split),
-            duration_seconds,
-            sample_rate_hz,
-            classes,
-            combination_probability,
-            fresh_each_epoch=fresh_each_epoch and split == "train",
+    """Synthesised clips, `sizes` of them by split; the splits share classes and no clip.
+
+    Args:
+        fresh_each_epoch: new training clips in every epoch, which no cache can keep.
+    """
+
+    def source(split: str, size: int) -> AudioSource:
+        own_seed = derive_seed("procedural", seed, split)
+        fresh = fresh_each_epoch and split == "train"
+        clips = ProceduralDataset(
+            size, own_seed, duration_seconds, sample_rate_hz, classes, combination_probability, fresh
         )
-        for split, size in sizes.items()
-    }
+        return clips if fresh else _cached(clips, cache_megabytes)
+
+    return {split: source(split, size) for split, size in sizes.items()}
 
 
 def joined_splits(
-    parts: Sequence[Splits], train_weights: Sequence[float] | None = None, train_size: int | None = None, seed: int = 0
+    parts: Mapping[str, Splits],
+    train_weights: Mapping[str, float] | None = None,
+    train_size: int | None = None,
+    seed: int = 0,
 ) -> Splits:
-    """Several sets of splits as one; training takes them whole or by weight (see `MixtureSource`), the rest whole.
+    """Several sets of splits as one; a part without sources (an absent optional manifest) is left out.
 
-    A part without sources (an absent optional manifest) is left out, with its weight.
+    Args:
+        train_weights: shares of the parts in training, by name (see `MixtureSource`); None takes them whole.
+        train_size: training samples in an epoch with weights.
+
+    Raises:
+        ValueError: a part has no weight.
     """
-    present = [i for i, part in enumerate(parts) if part]
-    weights = None if train_weights is None or len(present) < len(parts) else train_weights
-    if weights is not train_weights:
-        _log.warning("train_weights are not used: only %d of %d parts are present", len(present), len(parts))
+    if train_weights is not None and set(train_weights) != set(parts):
+        raise ValueError(f"train_weights are for {sorted(train_weights)}, but the parts are {sorted(parts)}")
     joined: dict[str, AudioSource] = {}
     for split in SPLIT_NAMES:
-        sources = [parts[i][split] for i in present if split in parts[i]]
-        if split == "train":
-            joined[split] = MixtureSource(sources, weights, train_size if weights else None, seed)
-        elif sources:
-            joined[split] = MixtureSource(sources, seed=seed)
+        sources = {name: part[split] for name, part in parts.items() if split in part}
+        weights = [train_weights[name] for name in sources] if train_weights and split == "train" else None
+        if sources:
+            joined[split] = MixtureSource(list(sources.values()), weights, train_size if weights else None, seed)
     return joined
+
+
+def _cached(source: AudioSource, megabytes: int) -> AudioSource:
+    return CachedSource(source, megabytes) if megabytes else source
 
 
 def _sources(
@@ -117,6 +129,6 @@ def _sources(
     for entry in entries:
         by_split.setdefault(entry.split or "train", []).append(entry)
     return {
-        split: ClipSource(clips, sample_rate_hz, max_duration_seconds, cache_megabytes)
+        split: _cached(ClipSource(clips, sample_rate_hz, max_duration_seconds), cache_megabytes)
         for split, clips in by_split.items()
     }

@@ -37,6 +37,11 @@ class SampleKey(NamedTuple):
     epoch: int = 0
 
 
+def sample_key(key: SampleKey | int) -> SampleKey:
+    """`key`, or the key of an index in epoch 0: loaders that bring their own sampler give plain indices."""
+    return key if isinstance(key, SampleKey) else SampleKey(key)
+
+
 class AudioBatch(TypedDict):
     """`audio [B, 1, T]` zero-padded at the end; `length_samples [B]` (long) says where the padding starts."""
 

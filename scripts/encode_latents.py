@@ -1,0 +1,27 @@
+"""Encode every clip of a data set with a trained codec, once, so that diffusion training reads latents."""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.checkpoint import load_trained
+from foley.data.encoding import encode_latents
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="encode_latents")
+def main(cfg: DictConfig) -> None:
+    data = hydra.utils.instantiate(cfg.data, _convert_="all")
+    encode_latents(
+        load_trained(Path(cfg.codec_ckpt), "codec"),
+        data.whole_clips(cfg.max_duration_seconds),
+        Path(cfg.output_dir),
+        cfg.batch_size,
+        cfg.min_duration_seconds,
+        cfg.device,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Loaders for a Lightning trainer (`use_distributed_sampler=False`), continued exactly after a restart."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytorch_lightning as pl
+from pytorch_lightning.loops.progress import _ProcessedTracker
+from torch.utils.data import DataLoader, Dataset
+
+from foley.data.sampler import ResumableSampler, SamplerState
+
+
+class ResumableDataModule(pl.LightningDataModule):
+    """Loaders by split, and the state that continues training at the next batch.
+
+    The position follows from the number of batches that the trainer has processed: neither what loaders have drawn
+    ahead nor the trainer's count of epochs (which a restart at the end of an epoch may advance twice) matters.
+    Training has a new order in every epoch; validation and test keep theirs.
+
+    Args:
+        batch_size: samples in one batch of one rank.
+        num_workers: loader processes; they persist between epochs. 0 loads in the training process.
+    """
+
+    collate: Callable[..., Any]
+
+    def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0, pin_memory: bool = False) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.pin_memory = pin_memory
+        self.datasets: dict[str, Dataset[Any]] = {}
+        self._train_sampler: ResumableSampler | None = None
+        self._batches_before = 0
+
+    @property
+    def train_sampler(self) -> ResumableSampler:
+        """The sampler of the training loader, made once so that a loaded state reaches it."""
+        if self._train_sampler is None:
+            self._train_sampler = self._sampler("train")
+        return self._train_sampler
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", self.train_sampler)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loader("val", self._sampler("val")) if "val" in self.datasets else []
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loader("test", self._sampler("test")) if "test" in self.datasets else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the order of samples after the batches that training has processed."""
+        return {**self.train_sampler.state_dict(), "batches": self._batches_processed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train_sampler.load_state_dict(cast(SamplerState, state_dict))
+        self._batches_before = state_dict["batches"]
+
+    def _batches_processed(self) -> int:
+        """By this rank, since training began, in earlier runs too."""
+        if self.trainer is None:
+            return self._batches_before
+        return cast(_ProcessedTracker, self.trainer.fit_loop.epoch_loop.batch_progress.total).processed
+
+    def _batches_since(self) -> int:
+        return self._batches_processed() - self._batches_before
+
+    def _sampler(self, split: str) -> ResumableSampler:
+        if split not in self.datasets:
+            raise ValueError(f"the data has no split {split!r}, only {sorted(self.datasets)}")
+        training = split == "train"
+        size = len(self.datasets[split])  # type: ignore[arg-type]
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return ResumableSampler(
+            size,
+            self.seed,
+            self.batch_size,
+            shuffle=training,
+            drop_last=training,
+            rank=rank,
+            world_size=world_size,
+            max_batches=self._max_batches(size // (self.batch_size * world_size)) if training else None,
+            progress=self._batches_since if training else _always_at_the_start,
+        )
+
+    def _max_batches(self, batches: int) -> int:
+        """Batches that the trainer takes of an epoch of `batches`."""
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return int(batches * limit) if isinstance(limit, float) else limit or batches
+
+    def _loader(self, split: str, sampler: ResumableSampler) -> DataLoader[Any]:
+        return DataLoader(
+            self.datasets[split],
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=self.collate,
+            pin_memory=self.pin_memory,
+        )
+
+
+def _always_at_the_start() -> int:
+    return 0

@@ -1,0 +1,113 @@
+import json
+
+import pytest
+
+from foley.data.importers import read_audiocaps, read_table
+from foley.data.manifest import ManifestError, read_manifest
+
+GOOD = {"path": "a.wav", "caption": "a dog barks"}
+
+
+def test_fields_aliases_and_defaults(tmp_path, write_jsonl):
+    path = write_jsonl(GOOD | {"seconds": 1.5, "split": "val", "label": "dog", "extra": [1]}, GOOD | {"id": 7})
+    first, second = read_manifest(path)
+    assert first.path == tmp_path / "a.wav"
+    assert (first.id, first.duration_seconds, first.split, first.label, first.line) == ("a.wav", 1.5, "val", "dog", 1)
+    assert (second.id, second.duration_seconds, second.split) == ("7", None, "")
+    assert read_manifest(path, root="/elsewhere")[0].path.as_posix() == "/elsewhere/a.wav"
+
+
+def test_shared_clips_load_as_they_are(shared):
+    entries = read_manifest(shared / "data" / "clips.jsonl")
+    assert len(entries) == 3637
+    assert all(entry.path.is_file() for entry in entries)
+    assert {entry.split for entry in entries} == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"caption": "x"}, "`path` is empty|must be text"),
+        (GOOD | {"caption": "  "}, "`caption` is empty"),
+        (GOOD | {"caption": None}, "`caption` must be text"),
+        (GOOD | {"path": "../b.wav"}, r"'\.\./b\.wav' leaves"),
+        (GOOD | {"path": "x/../../b.wav"}, "leaves"),
+        (GOOD | {"path": "/etc/passwd"}, "leaves"),
+        (GOOD | {"path": "C:\\b.wav"}, "leaves"),
+        (GOOD | {"path": "..\\b.wav"}, "leaves"),
+        (GOOD | {"duration_seconds": float("nan")}, "positive number"),
+        (GOOD | {"duration_seconds": True}, "positive number"),
+        (GOOD | {"seconds": 0}, "positive number"),
+        (GOOD, "duplicate id 'a.wav', first used on line 1"),
+        ([1, 2], "expected a JSON object"),
+    ],
+)
+def test_wrong_lines_are_refused_with_their_number(bad, message, tmp_path):
+    path = tmp_path / "clips.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(bad)}\n")
+    with pytest.raises(ManifestError, match=rf"(?s)line 3: .*({message})"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("line", [b"{not json", b'{"path": "a\xff.wav", "caption": "x"}'])
+def test_bad_json_and_encoding_are_refused_with_their_number(line, tmp_path):
+    path = tmp_path / "clips.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line)
+    with pytest.raises(ManifestError, match="line 2: not valid UTF-8 JSON"):
+        read_manifest(path)
+
+
+def test_byte_order_mark_missing_and_empty_manifests(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    with pytest.raises(ManifestError, match="does not exist"):
+        read_manifest(path)
+    path.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    with pytest.raises(ManifestError, match=r"line 1: .*byte-order mark"):
+        read_manifest(path)
+    path.write_text("\n")
+    with pytest.raises(ManifestError, match="lists no clips"):
+        read_manifest(path)
+
+
+def test_every_wrong_line_is_listed(tmp_path, write_jsonl):
+    path = write_jsonl(*[GOOD] * 30)
+    with pytest.raises(ManifestError, match=r"(?s)29 wrong lines.*line 2:.*line 21:.*and 9 more"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])
+def test_tables(suffix, delimiter, tmp_path):
+    path = tmp_path / f"clips{suffix}"
+    rows = [
+        ["audio_path", "caption", "split", "seconds"],
+        ["a.wav", '"one, two"', "val", "1.5"],
+        ["b.wav", "x", "", ""],
+    ]
+    path.write_text("\n".join(delimiter.join(row) for row in rows))
+    first, second = read_table(path, split="train")
+    assert (first.caption, first.split, first.duration_seconds) == ("one, two", "val", 1.5)
+    assert (second.path, second.split, second.duration_seconds) == (tmp_path / "b.wav", "train", None)
+
+
+def test_wrong_tables_are_refused_with_the_line(tmp_path):
+    path = tmp_path / "clips.csv"
+    path.write_text("audio_path,words\na.wav,x\n")
+    with pytest.raises(ManifestError, match=r"line 1: lacks the columns \['caption'\]"):
+        read_table(path)
+    path.write_text("audio_path,caption\na.wav,x\n../a.wav,y\n")
+    with pytest.raises(ManifestError, match="line 3: path"):
+        read_table(path)
+    path.write_text("audio_path,caption,seconds\na.wav,x,long\n")
+    with pytest.raises(ManifestError, match="line 2: `duration_seconds`"):
+        read_table(path)
+    path.write_bytes(b"audio_path,caption\na.wav,\xff\n")
+    with pytest.raises(ManifestError, match="line 2: not valid UTF-8"):
+        read_table(path)
+    with pytest.raises(ManifestError, match="expected a table"):
+        read_table(tmp_path / "clips.xlsx")
+
+
+def test_audiocaps(shared, tmp_path):
+    entries = read_audiocaps(shared / "data" / "audiocaps" / "test.csv", tmp_path, "{youtube_id}.flac")
+    assert len(entries) == 4875
+    assert (entries[0].id, entries[0].path, entries[0].split) == ("103549", tmp_path / "7fmOlUlwoNg.flac", "test")

@@ -1,0 +1,160 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from foley.data.resumable import ResumableDataModule
+from foley.data.sampler import ResumableSampler
+from foley.data.types import SampleKey
+
+
+def test_each_epoch_is_a_new_permutation():
+    sampler = ResumableSampler(10, seed=3)
+    epochs = [list(sampler), list(sampler)]
+    for epoch, keys in enumerate(epochs):
+        assert sorted(keys) == [SampleKey(index, epoch) for index in range(10)]
+    assert [key.index for key in epochs[0]] != [key.index for key in epochs[1]]
+    assert epochs[1] == list(_at(ResumableSampler(10, seed=3), 1))
+    assert epochs[0] == list(ResumableSampler(10, seed=3))
+    assert list(ResumableSampler(4, shuffle=False)) == [SampleKey(index, 0) for index in range(4)]
+
+
+def _at(sampler, epoch, consumed=0):
+    sampler.load_state_dict({"epoch": epoch, "consumed": consumed, "size": sampler.size})
+    return sampler
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_ranks_share_the_samples(drop_last):
+    ranks = [list(ResumableSampler(23, 0, 2, True, drop_last, rank, 3)) for rank in range(3)]
+    joined = [key.index for keys in ranks for key in keys]
+    assert len(set(joined)) == len(joined) == (18 if drop_last else 23)
+    if drop_last:
+        assert {len(keys) for keys in ranks} == {6}
+
+
+@pytest.mark.parametrize("consumed", [0, 4, 8, 12])
+def test_a_loaded_state_goes_on_where_it_stopped_and_later_epochs_are_whole(consumed):
+    def sampler():
+        return ResumableSampler(17, 1, batch_size=2, rank=1, world_size=2)
+
+    straight = [key for epoch in (5, 6) for key in _at(sampler(), epoch)]
+    resumed = _at(sampler(), 5, consumed)
+    assert len(resumed) == 8
+    assert list(resumed) == straight[consumed // 2 : 8]
+    assert resumed.state_dict() == {"epoch": 6, "consumed": 0, "size": 17}
+    assert list(resumed) == straight[8:]
+
+
+def test_position_follows_the_progress_of_training_and_not_what_was_drawn():
+    trained = 0
+    sampler = _at(ResumableSampler(20, batch_size=2, max_batches=4, progress=lambda: trained), 3, 4)
+    ahead = iter(sampler)
+    drawn = [next(ahead) for _ in range(6)]
+    assert sampler.state_dict() == {"epoch": 3, "consumed": 4, "size": 20}
+    trained = 1
+    assert sampler.state_dict() == {"epoch": 3, "consumed": 6, "size": 20}
+    assert list(sampler)[:4] == drawn[2:]
+    trained = 2 + 4 + 3
+    assert sampler.state_dict() == {"epoch": 5, "consumed": 6, "size": 20}
+
+
+def test_another_number_of_samples_begins_the_epoch_anew(caplog):
+    sampler = ResumableSampler(12)
+    sampler.load_state_dict({"epoch": 2, "consumed": 4, "size": 10})
+    assert len(list(sampler)) == 12
+    assert "12 samples, and had 10" in caplog.text
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="rank 2"):
+        ResumableSampler(10, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="do not fill one batch"):
+        ResumableSampler(3, batch_size=4)
+
+
+class _Keys(Dataset):
+    def __getitem__(self, key):
+        return torch.tensor(key)
+
+    def __len__(self):
+        return 15
+
+
+class _KeyModule(ResumableDataModule):
+    collate = staticmethod(torch.stack)
+
+    def __init__(self, num_workers):
+        super().__init__(batch_size=2, num_workers=num_workers, seed=7)
+        self.datasets = {"train": _Keys(), "val": _Keys()}
+
+
+class _Recorder(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.automatic_optimization = True
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.global_step, batch.tolist()))
+        return self.weight.square()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _fit(folder, max_steps, resume=None, num_workers=0, **options):
+    recorder = _Recorder()
+    callbacks = [
+        pl.callbacks.ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1),
+        pl.callbacks.ModelCheckpoint(
+            folder, filename="end-{step}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True
+        ),
+    ]
+    trainer = pl.Trainer(
+        max_steps=max_steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        accelerator="cpu",
+        **options,
+    )
+    trainer.fit(recorder, datamodule=_KeyModule(num_workers), ckpt_path=resume, weights_only=True)
+    return recorder.seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("num_workers", "options"),
+    [(0, {}), (1, {}), (0, {"limit_train_batches": 5}), (0, {"val_check_interval": 3, "limit_val_batches": 1})],
+)
+def test_trainer_resumes_at_the_next_batch(num_workers, options, tmp_path):
+    straight = _fit(tmp_path, 18, num_workers=num_workers, **options)
+    assert [step for step, _ in straight] == list(range(18))
+    checkpoints = sorted(tmp_path.glob("*.ckpt"))
+    assert any(path.name.startswith("end-") for path in checkpoints)
+    chosen = (
+        checkpoints if num_workers == 0 else [path for path in checkpoints if "=7." in path.name or "=4." in path.name]
+    )
+    for checkpoint in chosen:
+        step = int(checkpoint.stem.split("=")[1])
+        if step < 18:
+            resumed = _fit(tmp_path / "resumed", 18, checkpoint, num_workers, **options)
+            assert resumed == straight[step:], checkpoint.name
+
+
+def test_evaluation_order_is_fixed_and_complete():
+    module = _KeyModule(0)
+    loader = module.val_dataloader()
+    for _ in range(2):
+        keys = torch.cat(list(loader))
+        assert keys.tolist() == [[index, 0] for index in range(15)]
+    assert module.test_dataloader() == []
+    assert isinstance(module.train_dataloader(), DataLoader)
