@@ -1,0 +1,50 @@
+"""Adversarial losses over discriminators that return, for each scale, their feature maps with the logits last."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import l1_loss, relu
+
+FeatureMaps = Sequence[Sequence[Tensor]]
+
+
+class HingeLoss:
+    """Hinge loss (Lim & Ye 2017): the discriminator stops pushing beyond a margin of 1."""
+
+    def discriminator(self, real: FeatureMaps, generated: FeatureMaps) -> Tensor:
+        """What the discriminator minimises; a scalar, the mean over scales."""
+        return _mean_over_scales(lambda logits: relu(1 - logits), real) + _mean_over_scales(
+            lambda logits: relu(1 + logits), generated
+        )
+
+    def generator(self, generated: FeatureMaps) -> Tensor:
+        """What the codec minimises; a scalar, the mean over scales."""
+        return _mean_over_scales(torch.neg, generated)
+
+
+class LeastSquaresLoss:
+    """LSGAN (Mao et al. 2017): logits are regressed to 1 for real and 0 for generated audio."""
+
+    def discriminator(self, real: FeatureMaps, generated: FeatureMaps) -> Tensor:
+        """What the discriminator minimises; a scalar, the mean over scales."""
+        return _mean_over_scales(lambda logits: (1 - logits).square(), real) + _mean_over_scales(
+            torch.square, generated
+        )
+
+    def generator(self, generated: FeatureMaps) -> Tensor:
+        """What the codec minimises; a scalar, the mean over scales."""
+        return _mean_over_scales(lambda logits: (1 - logits).square(), generated)
+
+
+def feature_matching(real: FeatureMaps, generated: FeatureMaps) -> Tensor:
+    """L1 between hidden feature maps, averaged over layers, then over scales (MelGAN; Kumar et al. 2019, eq. 3)."""
+    scales = [
+        torch.stack([l1_loss(fake, true.detach()) for fake, true in zip(fakes[:-1], trues[:-1], strict=True)]).mean()
+        for fakes, trues in zip(generated, real, strict=True)
+    ]
+    return torch.stack(scales).mean()
+
+
+def _mean_over_scales(penalty: Callable[[Tensor], Tensor], maps: FeatureMaps) -> Tensor:
+    return torch.stack([penalty(scale[-1]).mean() for scale in maps]).mean()

@@ -1,0 +1,90 @@
+"""Spectral distances between waveforms, the main reconstruction terms of the codec."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
+
+
+def magnitude(audio: Tensor, window: Tensor) -> Tensor:
+    """`[B, T]` to STFT magnitudes `[B, F, frames]` with a hop of a quarter of the window."""
+    return torch.stft(audio, len(window), len(window) // 4, window=window, return_complex=True).abs()
+
+
+def a_weighting(frequencies_hz: Tensor) -> Tensor:
+    """Amplitude gain of the A-weighting curve (IEC 61672-1), 1 at 1 kHz and 0 at 0 Hz; same shape as the input."""
+    square = frequencies_hz.double().square()
+    corners = ((square + 107.7**2) * (square + 737.9**2)).sqrt()
+    response = 12194.0**2 * square.square() / ((square + 20.6**2) * corners * (square + 12194.0**2))
+    return (response * 10 ** (2.0 / 20)).float()
+
+
+class MultiResolutionSTFTLoss(nn.Module):
+    """Spectral convergence plus L1 of log magnitudes, averaged over resolutions (Yamamoto et al. 2020, eqs. 3-6).
+
+    A-weighting is applied to the bins of the spectrum, where it is exact, rather than as a filter on the waveform.
+
+    Args:
+        sample_rate_hz: of the audio; it places the bins on the weighting curve.
+        fft_sizes: window lengths in samples; the hop is a quarter of each.
+        floor: smallest magnitude told apart from silence.
+    """
+
+    def __init__(
+        self,
+        sample_rate_hz: int,
+        fft_sizes: Sequence[int] = (1280, 640, 320, 160, 80, 40, 20),
+        floor: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.fft_sizes = tuple(fft_sizes)
+        self.floor = floor
+        for size in fft_sizes:
+            weighting = a_weighting(torch.fft.rfftfreq(size, 1 / sample_rate_hz))
+            self.register_buffer(f"window_{size}", torch.hann_window(size), persistent=False)
+            self.register_buffer(f"weighting_{size}", weighting[:, None], persistent=False)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Two waveforms `[B, 1, T]` to a scalar; T must exceed half the longest window."""
+        distances = [self._distance(prediction.flatten(0, 1), target.flatten(0, 1), size) for size in self.fft_sizes]
+        return torch.stack(distances).mean()
+
+    def _distance(self, prediction: Tensor, target: Tensor, size: int) -> Tensor:
+        predicted, wanted = self._magnitude(prediction, size), self._magnitude(target, size)
+        # Norms over the batch, not per item: a silent item would divide by next to nothing.
+        convergence = torch.linalg.vector_norm(wanted - predicted) / torch.linalg.vector_norm(wanted)
+        return convergence + (predicted.log() - wanted.log()).abs().mean()
+
+    def _magnitude(self, audio: Tensor, size: int) -> Tensor:
+        window, weighting = self.get_buffer(f"window_{size}"), self.get_buffer(f"weighting_{size}")
+        return (magnitude(audio, window) * weighting).clamp(min=self.floor)
+
+
+class LogMelLoss(nn.Module):
+    """L1 between natural-log mel spectrograms.
+
+    Args:
+        sample_rate_hz: of the audio.
+        fft_size: window length in samples; the hop is a quarter of it.
+        mel_bands: number of triangular bands from 0 Hz to half the rate.
+        floor: smallest mel magnitude told apart from silence.
+    """
+
+    window: Tensor
+    bands: Tensor
+
+    def __init__(self, sample_rate_hz: int, fft_size: int = 1024, mel_bands: int = 80, floor: float = 1e-3) -> None:
+        super().__init__()
+        self.floor = floor
+        self.register_buffer("window", torch.hann_window(fft_size), persistent=False)
+        bands = melscale_fbanks(fft_size // 2 + 1, 0.0, sample_rate_hz / 2, mel_bands, sample_rate_hz)
+        self.register_buffer("bands", bands, persistent=False)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Two waveforms `[B, 1, T]` to a scalar."""
+        return (self._log_mel(prediction) - self._log_mel(target)).abs().mean()
+
+    def _log_mel(self, audio: Tensor) -> Tensor:
+        magnitudes = magnitude(audio.flatten(0, 1), self.window)
+        return (magnitudes.transpose(1, 2) @ self.bands).clamp(min=self.floor).log()

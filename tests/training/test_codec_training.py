@@ -1,0 +1,103 @@
+"""The codec's trainer: what it updates and when, repeatability, checkpoints."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from foley.checkpoint import load_trained
+from foley.losses.adversarial import HingeLoss
+from foley.losses.spectral import MultiResolutionSTFTLoss
+from foley.models.vae.discriminator import MultiScaleSTFTDiscriminator
+from foley.models.vae.waveform_vae import WaveformVAE
+from foley.training.callbacks.reconstructions import Reconstructions
+from foley.training.codec import CodecTraining
+from foley.training.optim import inverse_power_schedule
+
+CODEC = {"channels": 4, "multipliers": [2], "strides": [10], "num_units": [1], "latent_channels": 2}
+WEIGHTS = {"stft": 1.0, "waveform": 0.0, "kl": 1e-4, "adversarial": 0.1, "feature_matching": 5.0}
+
+
+def build(adversarial_start_step: int | None = None) -> CodecTraining:
+    torch.manual_seed(0)
+    with_discriminator = adversarial_start_step is not None
+    module = CodecTraining(
+        WaveformVAE(**CODEC),
+        {"stft": MultiResolutionSTFTLoss(24000, (80, 40)), "waveform": torch.nn.L1Loss()},
+        WEIGHTS,
+        partial(torch.optim.AdamW, lr=1e-3, betas=(0.8, 0.99)),
+        inverse_power_schedule,
+        discriminator=MultiScaleSTFTDiscriminator((80,), 2) if with_discriminator else None,
+        adversarial=HingeLoss(),
+        adversarial_start_step=adversarial_start_step or 0,
+        gradient_clip_norm=1.0,
+    )
+    module.component_configs = {"codec": {"_target_": "foley.models.vae.waveform_vae.WaveformVAE", **CODEC}}
+    return module
+
+
+def fit(module: CodecTraining, folder: Path, steps: int = 4, callbacks: list | None = None) -> pl.Trainer:
+    generator = torch.Generator().manual_seed(1)
+    audio = 0.1 * torch.randn(8, 1, 1200, generator=generator)
+    batches = [{"audio": item, "length_samples": 1200, "id": str(index)} for index, item in enumerate(audio)]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=2), DataLoader(batches, batch_size=4))
+    return trainer
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize(("start", "expected"), [(None, {"codec"}), (9, {"codec"}), (2, {"codec", "discriminator"})])
+def test_each_part_learns_from_its_start(start: int | None, expected: set[str], tmp_path: Path) -> None:
+    module = build(start)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    trainer = fit(module, tmp_path)
+    assert trainer.global_step == 4
+    assert changed(before, module.state_dict()) == expected
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert {"train/loss", "train/stft", "val/loss", "val/si_sdr_db", "val/mel_distance"} <= set(
+        trainer.callback_metrics
+    )
+    assert ("train/adversarial" in trainer.callback_metrics) == (start == 2)
+
+
+def test_runs_repeat_bit_for_bit(tmp_path: Path) -> None:
+    first, second = build(1), build(1)
+    for module in (first, second):
+        fit(module, tmp_path)
+        torch.rand(3)
+    assert not changed(first.state_dict(), second.state_dict())
+
+
+def test_the_codec_loads_from_the_checkpoint_and_its_examples_are_written(tmp_path: Path) -> None:
+    module = build(1)
+    trainer = fit(module, tmp_path, callbacks=[Reconstructions(str(tmp_path / "sounds"))])
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    codec = load_trained(tmp_path / "run.ckpt", "codec")
+    audio = torch.randn(1, 1, 480)
+    torch.testing.assert_close(codec.encode(audio), module.codec.encode(audio))
+    names = {path.name for path in (tmp_path / "sounds" / "step_000004").iterdir()}
+    assert {"00_original.wav", "00_reconstruction.wav"} <= names
+
+
+def test_terms_and_weights_must_agree() -> None:
+    make = partial(torch.optim.AdamW, lr=1e-3)
+    with pytest.raises(ValueError, match="no weight for"):
+        CodecTraining(WaveformVAE(**CODEC), {"stft": torch.nn.L1Loss()}, {"kl": 1.0}, make)
+    with pytest.raises(ValueError, match="not among"):
+        CodecTraining(WaveformVAE(**CODEC), {}, {"kl": 1.0, "typo": 1.0}, make)
