@@ -22,9 +22,10 @@ def calibration_stem(directory: Path, solver: str, num_steps: int) -> Path:
     return directory / f"{solver}_{num_steps}"
 
 
-def calibration_directory(checkpoint: Path) -> Path:
+def calibration_directory(checkpoint: str | Path) -> Path:
     """`calibration/` inside a system directory, or beside a checkpoint file."""
-    return (checkpoint.parent if checkpoint.is_file() else checkpoint) / "calibration"
+    path = Path(checkpoint)
+    return (path.parent if path.is_file() else path) / "calibration"
 
 
 class Policy(Protocol):
@@ -45,9 +46,11 @@ class CalibratedPlan:
         """Raises FileNotFoundError if there is no such calibration, SignatureMismatchError if it is another model's."""
         stem = calibration_stem(self.directory, run.solver, run.num_steps)
         if not info_path(stem).is_file():
+            system = self.directory.parent
+            checkpoint = system if (system / "system.json").is_file() else "CHECKPOINT"
             raise FileNotFoundError(
                 f"{info_path(stem)} does not exist: this system is not calibrated for solver {run.solver!r} with "
-                f"{run.num_steps} steps. Make it with: python scripts/calibrate.py ckpt=CHECKPOINT "
+                f"{run.num_steps} steps. Make it with: python scripts/calibrate.py ckpt={checkpoint} prompts=FILE "
                 f"solver={run.solver} steps={run.num_steps} guidance_scale={run.guidance_scale:g} "
                 f"output_dir={self.directory}"
             )

@@ -1,5 +1,6 @@
 """Figures of calibrations and schedules; drawn without a display."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,7 @@ def _plot_kind(axes: Axes, calibration: Calibration, kind: str, colors: ListedCo
     axes.set(title=kind.replace("_", "-"), xlabel="evaluation (noisiest first)")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    _tidy(axes)
 
 
 def plot_schedule(schedule: CacheSchedule, path: Path) -> None:
@@ -71,6 +71,30 @@ def plot_schedule(schedule: CacheSchedule, path: Path) -> None:
         title=f"{policy}: {schedule.computed_fraction:.0%} of the layer calls compute (dark)",
     )
     _save(figure, path)
+
+
+def plot_tradeoff(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Speed-ups, wall-clock and MACs, and the latent error over the threshold.
+
+    Each row holds `threshold`, `wall_speedup`, `mac_speedup` and `latent_error`.
+    """
+    thresholds = [row["threshold"] for row in rows]
+    figure = Figure(figsize=(2 * _PANEL_WIDTH_INCHES, _PANEL_HEIGHT_INCHES), layout="constrained")
+    speed, error = figure.subplots(1, 2)
+    speed.plot(thresholds, [row["mac_speedup"] for row in rows], "o--", color="#7a8fa6", label="MACs")
+    speed.plot(thresholds, [row["wall_speedup"] for row in rows], "o-", color="#31688e", label="wall clock")
+    speed.set(title="denoising speed-up", xlabel="threshold", ylim=(0, None))
+    speed.legend(frameon=False)
+    error.plot(thresholds, [row["latent_error"] for row in rows], "o-", color="#31688e")
+    error.set(title="relative L2 distance to the uncached latent", xlabel="threshold", ylim=(0, None))
+    for axes in (speed, error):
+        _tidy(axes)
+    _save(figure, path)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -1,0 +1,44 @@
+"""Record the change curves that AudioCache and SmoothCache need, and draw them.
+
+python scripts/calibrate.py ckpt=SYSTEM prompts=FILE solver=ddim steps=50 guidance_scale=3
+"""
+
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.accel.accelerators import calibration_directory, calibration_stem
+from foley.accel.calibration import CalibrationRecorder
+from foley.accel.plots import plot_calibration
+from foley.accel.storage import info_path
+from foley.logs import get_logger
+from foley.pipeline import TextToAudio, resolve_device
+from foley.prompts import read_prompts
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="calibrate")
+def main(cfg: DictConfig) -> None:
+    prompts = read_prompts(Path(cfg.prompts))
+    recorder = CalibrationRecorder(cfg.max_distance)
+    TextToAudio.load(cfg.ckpt, resolve_device(cfg.device)).generate(
+        prompts[:: max(1, len(prompts) // cfg.num_prompts)][: cfg.num_prompts],
+        cfg.duration_seconds,
+        guidance=instantiate(cfg.guidance, scale=cfg.guidance_scale),
+        solver=cfg.solver.name,
+        num_steps=cfg.steps,
+        accelerator=recorder,
+        batch_size=cfg.batch_size,
+    )
+    calibration = recorder.calibration()
+    directory = Path(cfg.output_dir) if cfg.output_dir else calibration_directory(cfg.ckpt)
+    stem = calibration_stem(directory, cfg.solver.name, cfg.steps)
+    calibration.save(stem)
+    plot_calibration(calibration, stem.with_name(stem.name + ".png"))
+    get_logger(__name__).info("%d prompts: wrote %s, .safetensors and .png", calibration.num_prompts, info_path(stem))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""From the command line's configs: calibrate a system, sample it accelerated, and measure the trade-off."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from foley.accel.accelerators import AudioCache
+from foley.accel.callback import NoAcceleration
+from foley.config import PROJECT_ROOT
+from foley.pipeline import TextToAudio
+from foley.system import build_system, save_system
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "denoiser": {
+        "_target_": "foley.models.dit.backbone.DiffusionTransformer",
+        **{"latent_channels": 4, "width": 32, "depth": 2, "num_heads": 2, "context_dim": 16},
+        "modulation": {"_target_": "foley.nn.adaln.AdaLNSola", "rank": 2, "alpha": 2},
+    },
+    "text": {
+        "_target_": "foley.models.text.SmallTextEncoder",
+        "tokenizer_file": str(PROJECT_ROOT / "data" / "tokenizer" / "audiocaps.json"),
+        **{"dim": 16, "depth": 1, "num_heads": 2, "max_length": 32},
+    },
+    "codec": {
+        "_target_": "foley.models.vae.waveform_vae.WaveformVAE",
+        **{"channels": 4, "multipliers": [1, 2], "strides": [4, 10], "latent_channels": 4, "num_units": [1, 1]},
+        "sample_rate_hz": 2000,
+    },
+    "normaliser": {"_target_": "foley.models.normaliser.LatentNormaliser", "channels": 4},
+    "process": {"_target_": "foley.diffusion.process.DiffusionProcess"},
+}
+QUICK = ("steps=4", "duration_seconds=0.5", "device=cpu")
+
+
+def _config(name: str, *overrides: str) -> Any:
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def _run_script(name: str, *overrides: str) -> None:
+    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name}.py"))["main"](_config(name, *overrides))
+
+
+@pytest.fixture(scope="module")
+def system_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    system, directory = build_system(CONFIGS), tmp_path_factory.mktemp("system")
+    with torch.no_grad():  # layers that start at zero would have nothing to cache
+        for parameter in system.modules["denoiser"].parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_system(system, directory)
+    (directory / "prompts.txt").write_text("rain\na dog barks\na bell\n")
+    _run_script("calibrate", f"ckpt={directory}", f"prompts={directory}/prompts.txt", "num_prompts=2", *QUICK)
+    return directory
+
+
+def _accelerator(name: str, system_dir: Path, *overrides: str) -> Any:
+    return instantiate(_config("sample", f"ckpt={system_dir}", f"accel={name}", *overrides).accel)
+
+
+def test_calibration_lands_where_the_accelerators_look(system_dir: Path) -> None:
+    files = sorted(file.name for file in (system_dir / "calibration").iterdir())
+    assert files == ["ddim_4.json", "ddim_4.png", "ddim_4.safetensors"]
+    info = json.loads((system_dir / "calibration" / "ddim_4.json").read_text())
+    assert info["num_prompts"] == 2
+    assert info["signature"]["solver"] == "ddim"
+
+
+@pytest.mark.parametrize("name", ["none", "audiocache", "smoothcache", "fora"])
+def test_every_accelerator_of_the_configs_generates(name: str, system_dir: Path) -> None:
+    pipeline = TextToAudio.load(system_dir)
+    accelerator = _accelerator(name, system_dir)
+    result = pipeline.generate(["rain", "wind"], 0.5, num_steps=4, accelerator=accelerator, batch_size=1)
+    assert result.audio.shape == (2, 1, 1000)
+
+
+def test_threshold_zero_is_bitwise_equal_through_the_pipeline(system_dir: Path) -> None:
+    pipeline = TextToAudio.load(system_dir)
+    neutral = _accelerator("audiocache", system_dir, "accel.threshold=0")
+    audio = [
+        pipeline.generate(["rain"], 0.5, num_steps=4, accelerator=a).audio for a in (None, NoAcceleration(), neutral)
+    ]
+    assert torch.equal(audio[0], audio[1])
+    assert torch.equal(audio[0], audio[2])
+
+
+def test_the_missing_calibration_of_a_system_is_a_command_to_copy(system_dir: Path) -> None:
+    pipeline = TextToAudio.load(system_dir)
+    with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={system_dir} prompts=FILE solver=ddim steps=3 "):
+        pipeline.generate(["rain"], 0.5, num_steps=3, accelerator=_accelerator("audiocache", system_dir))
+
+
+def test_the_calibration_directory_can_be_given(system_dir: Path, tmp_path: Path) -> None:
+    assert isinstance(_accelerator("audiocache", system_dir, f"accel.calibration_dir={tmp_path}"), AudioCache)
+
+
+def test_the_benchmark_reports_each_threshold(system_dir: Path, tmp_path: Path) -> None:
+    arguments = (f"ckpt={system_dir}", f"prompts={system_dir}/prompts.txt", "thresholds=[0.0,9.0]", "repeats=1")
+    _run_script("bench_caching", *arguments, f"output_dir={tmp_path}", *QUICK)
+    rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
+    assert [row["threshold"] for row in rows] == [0.0, 9.0]
+    assert (rows[0]["latent_error"], rows[0]["mac_speedup"], rows[0]["computed_fraction"]) == (0.0, 1.0, 1.0)
+    assert rows[1]["latent_error"] > 0
+    assert rows[1]["mac_speedup"] > 1
+    assert (tmp_path / "caching.png").stat().st_size > 0
