@@ -149,7 +149,7 @@ def test_warm_start_refuses_another_shape_or_codec(tmp_path: Path) -> None:
         warm_start(build_module(context_dim=5), path)
     other = build_module()
     other.checkpoint_metadata["codec_hash"] = "two"
-    with pytest.raises(CheckpointError, match="codec one.*codec two"):
+    with pytest.raises(CheckpointError, match=r"codec one.*codec two"):
         warm_start(other, path)
 
 

@@ -45,7 +45,7 @@ def test_frozen_and_shared_parameters() -> None:
 def test_schedules_in_closed_form() -> None:
     assert rates(constant_schedule, 4, warmup_steps=2) == [1.0, 2.0, 2.0, 2.0]
     cosine = rates(cosine_schedule, 7, total_steps=6, warmup_steps=2, final_ratio=0.1)
-    assert cosine == pytest.approx([1.0, 2.0, 2.0, 2 * (0.1 + 0.9 * 0.853553), 1.1, 2 * (0.1 + 0.9 * 0.146447), 0.2])
+    assert cosine == pytest.approx([1.0, 2.0, 2.0, 2 * (0.1 + 0.9 * 0.8535534), 1.1, 2 * (0.1 + 0.9 * 0.1464466), 0.2])
     assert rates(inverse_power_schedule, 4, inv_gamma=1.0, power=1.0) == pytest.approx([2.0, 1.0, 2 / 3, 0.5])
 
 

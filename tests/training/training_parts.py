@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from foley.data.datamodule import ResumableDataModule
+from foley.data.resumable import ResumableDataModule
 from foley.data.types import LatentBatch, SampleKey
 from foley.diffusion.process import DiffusionProcess
 from foley.models.dit.masking import SpanMask
@@ -71,16 +71,18 @@ class TinyText(nn.Module):
 
 
 class LatentSamples(torch.utils.data.Dataset):
-    """Latents that are functions of (index, epoch); those in `poisoned` are NaN."""
+    """Latents that are functions of index and, in training, of epoch; those in `poisoned` are NaN."""
 
-    def __init__(self, size: int, poisoned: frozenset[int] = frozenset()) -> None:
-        self.size, self.poisoned = size, poisoned
+    def __init__(self, size: int, poisoned: frozenset[int] = frozenset(), fixed: bool = False) -> None:
+        self.size, self.poisoned, self.fixed = size, poisoned, fixed
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, key: SampleKey) -> tuple[SampleKey, Tensor]:
-        latent = torch.randn(CHANNELS, FRAMES, generator=torch_generator("latent", key.index, key.epoch))
+        latent = torch.randn(
+            CHANNELS, FRAMES, generator=torch_generator("latent", key.index, 0 if self.fixed else key.epoch)
+        )
         return key, latent * (float("nan") if key.index in self.poisoned else 1.0)
 
 
@@ -98,7 +100,7 @@ class TinyData(ResumableDataModule):
     def __init__(self, train_size: int = 20, poisoned: frozenset[int] = frozenset(), num_workers: int = 0) -> None:
         super().__init__(batch_size=4, num_workers=num_workers)
         self.collate = collate
-        self.datasets = {"train": LatentSamples(train_size, poisoned), "val": LatentSamples(6)}
+        self.datasets = {"train": LatentSamples(train_size, poisoned), "val": LatentSamples(6, fixed=True)}
 
 
 class BatchLog(pl.Callback):

@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
+import foley.config  # noqa: F401  (registers the resolvers that the configs use)
 from foley.checkpoint import ALLOWED_TARGET_PREFIX, CheckpointError
 from foley.logs import get_logger
 from foley.training.base import FoleyModule

@@ -1,0 +1,151 @@
+"""`train.py` from the outside: compose, train, resume, warm-start, sweep, and train in parallel."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from foley.checkpoint import CheckpointError, load_trained, read_training_checkpoint
+from foley.config import PROJECT_ROOT
+from foley.data.latent_writer import latent_cache_writer
+from foley.seeding import torch_generator
+from foley.training.run import find_checkpoint, optimized_metric, train
+
+SMALL = [
+    "model.width=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "data.batch_size=4",
+    "trainer.max_time=null",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=1",
+    "callbacks.checkpoint.every_n_train_steps=2",
+    "callbacks.progress=null",
+    "lr_schedule.warmup_steps=1",
+]
+DIFFUSION = ["ezaudio_pretrain", "ezaudio_align", "ezaudio_finetune", "ezaudio_xl", "ezaudio_l"]
+DIFFUSION += ["tiny_pretrain", "tiny_align", "tiny_finetune", "tiny_ddp_smoke"]
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        return compose("train", ["name=test", *overrides])
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty-four random two-second clips as the tiny codec's latents."""
+    folder = tmp_path_factory.mktemp("latents") / "cache"
+    with latent_cache_writer(folder, "hash", 24000, 480) as writer:
+        for index in range(24):
+            mean = torch.randn(32, 100, generator=torch_generator("clip", index))
+            split = "val" if index >= 20 else "train"
+            writer.add(mean, torch.ones_like(mean), f"clip{index:02d}", "a dog barks", "dog", split, 2.0)
+    return folder
+
+
+def small(cache: Path, folder: Path, experiment: str, *overrides: str) -> DictConfig:
+    data = [f"data.cache_dir={cache}", f"paths.output_dir={folder}"]
+    return config(f"experiment={experiment}", *SMALL, *data, *overrides)
+
+
+def command(cache: Path, *overrides: str) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, str(PROJECT_ROOT / "train.py"), f"data.cache_dir={cache}", *SMALL, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.mark.parametrize("experiment", DIFFUSION)
+def test_experiments_compose(experiment: str) -> None:
+    cfg = config(f"experiment={experiment}")
+    assert cfg.task._target_ == "foley.training.diffusion.DiffusionTraining"
+    assert cfg.task.denoiser.latent_channels == cfg.codec.latent_channels
+    assert (cfg.task.text is None) == (cfg.model.context_dim is None) == ("pretrain" in experiment)
+
+
+def test_published_numbers() -> None:
+    stages = [config(f"experiment=ezaudio_{stage}") for stage in ("pretrain", "align", "finetune")]
+    assert [stage.trainer.max_steps for stage in stages] == [100_000, 50_000, 30_000]
+    assert [stage.optimizer.lr for stage in stages] == [1e-4, 5e-5, 1e-5]
+    assert {stage.data.batch_size for stage in stages} == {128}
+
+
+@pytest.mark.parametrize("group", ["trainer=gpu", "trainer=ddp", "trainer=fsdp", "logger=many", "debug=fdr"])
+def test_groups_compose(group: str) -> None:
+    cfg = config("experiment=tiny_pretrain", "data.cache_dir=x", group)
+    assert cfg.trainer._target_ == "pytorch_lightning.Trainer"
+    assert (cfg.callbacks.ema is None) == (group == "trainer=fsdp")
+
+
+def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:
+    first = tmp_path / "pretrain"
+    metrics = train(small(cache, first, "tiny_pretrain"))
+    assert {"train/loss", "val/loss", "val/loss_noise_level_0"} <= metrics.keys()
+    assert (first / "config.yaml").is_file()
+    last = first / "checkpoints/last.ckpt"
+    assert read_training_checkpoint(last)["foley"]["codec_hash"] == "hash"
+    assert load_trained(last, "denoiser").latent_channels == 32
+    assert (load_trained(last, "normaliser").std > 1).all()
+
+    train(small(cache, first, "tiny_pretrain", "ckpt_path=auto", "trainer.max_steps=6", "lr_schedule.total_steps=4"))
+    assert read_training_checkpoint(last)["global_step"] == 6
+    rows = list(csv.DictReader((first / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(6))
+
+    second = tmp_path / "align"
+    train(small(cache, second, "tiny_align", f"ckpt={last}"))
+    checkpoint = read_training_checkpoint(second / "checkpoints/last.ckpt")
+    assert checkpoint["global_step"] == 4
+    assert any("cross_attention" in key for key in checkpoint["state_dict"])
+    assert any(key.startswith("text.") for key in checkpoint["state_dict"])
+
+
+def test_a_checkpoint_to_resume_from_must_exist(tmp_path: Path) -> None:
+    assert find_checkpoint(None, tmp_path) is None
+    assert find_checkpoint("auto", tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"ckpt_path=nowhere\.ckpt does not exist"):
+        find_checkpoint("nowhere.ckpt", tmp_path)
+
+
+def test_a_sweep_gets_a_number() -> None:
+    cfg = config("experiment=tiny_pretrain", "optimized_metric=val/loss")
+    assert optimized_metric(cfg, {"val/loss": 2.0}) == 2.0
+    assert optimized_metric(cfg, {"val/loss": float("nan")}) == float("inf")
+    with pytest.raises(KeyError, match="val/loss was not logged"):
+        optimized_metric(cfg, {})
+
+
+@pytest.mark.slow
+def test_multirun_and_many_loggers(cache: Path, tmp_path: Path) -> None:
+    overrides = ["-m", "experiment=tiny_pretrain", "logger=many", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+    result = command(cache, *overrides)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for job in ("0", "1"):
+        assert (tmp_path / job / "checkpoints/last.ckpt").is_file()
+        assert list((tmp_path / job / "wandb").glob("offline-run-*"))
+        assert list((tmp_path / job / "tensorboard").glob("events*"))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_samples(cache: Path, tmp_path: Path) -> None:
+    overrides = ["experiment=tiny_ddp_smoke", "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
+    result = command(cache, *overrides, "data.batch_size=2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    checkpoint = read_training_checkpoint(tmp_path / "checkpoints/last.ckpt")
+    assert checkpoint["global_step"] == 4
+
+
+@pytest.mark.slow
+def test_optuna_searches(cache: Path, tmp_path: Path) -> None:
+    overrides = ["-m", "experiment=tiny_pretrain", "hparams_search=optuna", "hydra.sweeper.n_trials=2"]
+    result = command(cache, *overrides, f"hydra.sweep.dir={tmp_path}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "val/loss" not in result.stderr
+    assert (tmp_path / "optimization_results.yaml").is_file()
