@@ -1,0 +1,169 @@
+"""Gather what `make demo-real` measured into one Markdown page with its pictures."""
+
+import csv
+import datetime
+import json
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from foley.checkpoint import write_text
+from foley.config import PROJECT_ROOT
+from foley.logs import get_logger
+
+Curve = tuple[list[int], list[float]]
+Rows = list[tuple[str, ...]]
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_curve(metrics_file: Path, name: str) -> Curve:
+    """Steps and values of one metric in a Lightning `metrics.csv`; empty lists where it was never logged."""
+    with metrics_file.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row.get(name)]
+    return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+
+def draw_curves(runs: dict[str, Path], names: dict[str, list[str]], file: Path) -> None:
+    """One panel per run with the curves that its metrics file has."""
+    figure = Figure(figsize=(4.2 * len(runs), 3.2), layout="constrained")
+    for axes, (title, metrics_file) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+        for name in names[title]:
+            steps, values = read_curve(metrics_file, name)
+            axes.plot(steps, values, label=name, linewidth=1.2, marker="." if len(steps) < 40 else None)
+        axes.set(title=title, xlabel="optimizer step")
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def table(header: tuple[str, ...], rows: Rows) -> str:
+    """A Markdown table, first column left, the others right."""
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on, and of which state of the code."""
+    processor = next(
+        (line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
+        platform.machine(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "commit": commit or "unknown",
+        "date": datetime.date.today().isoformat(),
+        "processor": f"{processor}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def stage_section(work_dir: Path, names: list[str]) -> str:
+    """Every stage's command and seconds, in order."""
+    notes = {name: read_json(work_dir / "stages" / f"{name}.json") for name in names}
+    rows: Rows = [(name, f"`{note['command']}`", f"{note['seconds']:.0f}") for name, note in notes.items()]
+    minutes = sum(note["seconds"] for note in notes.values()) / 60
+    return table(("stage", "command", "seconds"), rows) + f"\n\n{minutes:.1f} minutes in all."
+
+
+def codec_section(work_dir: Path) -> str:
+    """Reconstruction of the test split."""
+    summary = read_json(work_dir / "score_codec" / "codec.json")["summary"]
+    rows: Rows = [
+        ("SI-SDR, mean (dB)", f"{summary['si_sdr_db']:.2f}"),
+        ("SI-SDR, median (dB)", f"{summary['si_sdr_db_median']:.2f}"),
+        ("mel distance (natural log)", f"{summary['mel_distance']:.3f}"),
+        ("multi-resolution STFT distance (natural log)", f"{summary['stft_distance']:.3f}"),
+    ]
+    return table((f"real test clips, n = {summary['n']}", "value"), rows)
+
+
+def score_section(work_dir: Path) -> str:
+    """Label accuracy and distances of generated audio, and the classes that fail most."""
+    scores = read_json(work_dir / "scores" / "evaluation.json")
+    rows: Rows = [
+        (f"label accuracy, {name} ({group['choices']} choices, chance {1 / group['choices']:.1%})",
+         f"{group['accuracy']:.1%}", str(group["n"]))
+        for name, group in scores["accuracy"].items()
+    ]  # fmt: skip
+    rows += [
+        ("Frechet distance", f"{scores['frechet_distance']:.3f}", f"{scores['n_reference']} / {scores['n_generated']}"),
+        ("inception score", f"{scores['inception_score']:.2f}", str(scores["n_generated"])),
+    ]
+    per_class = scores["accuracy"]["procedural"]["per_class"]
+    worst = sorted(per_class.items(), key=lambda item: item[1][0])
+    missed = ", ".join(f"{name} {value:.0%}" for name, (value, _) in worst if value < 1) or "none"
+    facts = ", ".join(f"{key} {value}" for key, value in scores["protocol"].items() if not isinstance(value, list))
+    return table(("score", "value", "n"), rows) + f"\n\nClasses below 100 %: {missed}.\n\nProtocol: {facts}."
+
+
+def caching_section(work_dir: Path) -> str:
+    """AudioCache threshold against speed-up and latent error."""
+    caching = read_json(work_dir / "caching" / "caching.json")
+    rows: Rows = [
+        (f"{row['threshold']:g}", f"{row['wall_speedup']:.2f}x", f"{row['mac_speedup']:.2f}x",
+         f"{row['computed_fraction']:.0%}", f"{row['latent_error']:.4f}")
+        for row in caching["rows"]
+    ]  # fmt: skip
+    settings = ", ".join(f"{key} {value}" for key, value in caching["settings"].items() if key != "model_hash")
+    header = ("threshold", "wall-clock speed-up", "MAC speed-up", "layers computed", "relative latent error")
+    return table(header, rows) + f"\n\nSettings: {settings}."
+
+
+def copy_pictures(work_dir: Path, picture_dir: Path) -> None:
+    """The pictures that the stages drew."""
+    sources = {
+        "spectrograms.png": work_dir / "samples" / "spectrograms.png",
+        "codec_pairs.png": work_dir / "score_codec" / "pairs" / "pairs.png",
+        "caching.png": work_dir / "caching" / "caching.png",
+    }
+    for name, source in sources.items():
+        shutil.copyfile(source, picture_dir / name)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="demo_real")
+def main(cfg: DictConfig) -> None:
+    """Write the report and its pictures."""
+    work_dir, report = PROJECT_ROOT / cfg.work_dir, PROJECT_ROOT / cfg.report
+    picture_dir = report.with_suffix("")
+    picture_dir.mkdir(parents=True, exist_ok=True)
+    copy_pictures(work_dir, picture_dir)
+    runs = {name: work_dir / name / "metrics.csv" for name in ("codec", "pretrain", "align", "finetune")}
+    diffusion = ["train/loss", "val/loss"]
+    curves = {"codec": ["train/mel", "train/stft"], "pretrain": diffusion, "align": diffusion, "finetune": diffusion}
+    draw_curves(runs, curves, picture_dir / "losses.png")
+    facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
+    sections = {
+        "How it was made": "`make demo-real`, which runs:\n\n" + stage_section(work_dir, list(cfg.stages)),
+        "Losses": f"![losses]({picture_dir.name}/losses.png)",
+        "Codec on the test split": codec_section(work_dir) + f"\n\n![pairs]({picture_dir.name}/codec_pairs.png)",
+        "Generated audio": score_section(work_dir) + f"\n\n![spectrograms]({picture_dir.name}/spectrograms.png)",
+        "AudioCache": caching_section(work_dir) + f"\n\n![caching]({picture_dir.name}/caching.png)",
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    intro = (
+        "Real recordings and synthesised clips in, a trained system out, on a CPU. This page is written by a command."
+    )
+    write_text(report, f"# First light\n\n{intro}\n\n{facts}\n\n{body}\n")
+    get_logger(__name__).info("wrote %s", report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Reconstruct a test split with a codec: SI-SDR, mel and STFT distance of each clip, and pairs to listen to."""
+
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.progress import track
+from torch import Tensor
+
+import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.checkpoint import load_trained, write_json
+from foley.data.types import AudioItem, AudioSource
+from foley.hashing import hash_module
+from foley.logs import get_logger
+from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
+from foley.reporting.audio_files import write_wav
+from foley.reporting.samples import draw_sheet
+
+
+@torch.no_grad()
+def reconstruct(codec: Any, audio: Tensor) -> Tensor:
+    """`[T]` through the codec and back, at the posterior's mean."""
+    return codec.decode(codec.encode(audio[None, None]))[0, 0, : len(audio)]
+
+
+def score(codec: Any, item: AudioItem) -> dict[str, Any]:
+    """The distances of one clip."""
+    original = item.audio[None, None]
+    restored = reconstruct(codec, item.audio)[None, None]
+    return {
+        "id": item.id,
+        "label": item.label,
+        "seconds": len(item.audio) / codec.sample_rate_hz,
+        "si_sdr_db": float(si_sdr(restored, original)),
+        "mel_distance": float(mel_distance(restored, original, codec.sample_rate_hz)),
+        "stft_distance": float(stft_distance(restored, original)),
+    }
+
+
+def summarise(clips: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over clips, and the median of the SI-SDR, which a few inaudible clips would drown."""
+    means = {name: mean(clip[name] for clip in clips) for name in ("si_sdr_db", "mel_distance", "stft_distance")}
+    return {"n": len(clips), **means, "si_sdr_db_median": median(clip["si_sdr_db"] for clip in clips)}
+
+
+def keep_pairs(codec: Any, source: AudioSource, count: int, directory: Path) -> None:
+    """Originals and reconstructions of clips spread over the split, and a sheet of their spectrograms."""
+    directory.mkdir(parents=True, exist_ok=True)
+    clips, titles = [], []
+    for index in range(0, len(source), max(1, len(source) // count)):
+        item = source.render(index, 0)
+        pair = {"original": item.audio, "reconstruction": reconstruct(codec, item.audio)}
+        for kind, audio in pair.items():
+            write_wav(directory / f"{index:04d}_{kind}.wav", audio, codec.sample_rate_hz)
+            clips.append(audio)
+            titles.append(f"{item.caption} ({kind})")
+    draw_sheet(directory / "pairs.png", clips, titles, codec.sample_rate_hz)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="score_codec")
+def main(cfg: DictConfig) -> None:
+    """Write `codec.json` and the pairs."""
+    codec = load_trained(Path(cfg.codec), "codec")
+    source: AudioSource = instantiate(cfg.data.splits, _convert_="all")[cfg.split]
+    items = (source.render(index, 0) for index in track(range(len(source)), description="reconstructing"))
+    clips = [score(codec, item) for item in items if len(item.audio) >= cfg.minimum_seconds * codec.sample_rate_hz]
+    summary = summarise(clips)
+    result = {"codec_hash": hash_module(codec), "split": cfg.split, "summary": summary, "clips": clips}
+    write_json(Path(cfg.output_dir) / "codec.json", result)
+    keep_pairs(codec, source, cfg.num_pairs, Path(cfg.output_dir) / "pairs")
+    get_logger(__name__).info("%s", {name: round(value, 3) for name, value in summary.items()})
+
+
+if __name__ == "__main__":
+    main()
