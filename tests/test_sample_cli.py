@@ -1,0 +1,66 @@
+"""`sample.py` as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import soundfile
+from test_pipeline import CONFIGS
+
+from foley.config import PROJECT_ROOT
+from foley.system import build_system, save_system
+
+HOSTILE = 'rain, it\'s "loud" ../../x\n🐕 ${oc.env:HOME} <b>'
+
+
+def run_sample(*overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PROJECT_ROOT / "sample.py"), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def system_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("system")
+    save_system(build_system(CONFIGS), directory)
+    return directory
+
+
+def test_a_prompt_becomes_a_folder_to_listen_to(system_dir, tmp_path):
+    out = tmp_path / "out"
+    done = run_sample(
+        f"prompt={HOSTILE}", "num=2", "seed=7", "steps=3", "duration_seconds=0.3", "guidance_scale=4",
+        "solver=dpmpp_2m", f"ckpt={system_dir}", f"output_dir={out}", "device=cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(out / "index.html") in done.stdout + done.stderr
+    sidecars = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
+    assert [sidecar["prompt"] for sidecar in sidecars] == [HOSTILE] * 2
+    assert [sidecar["seed"] for sidecar in sidecars] == [7, 8]
+    settings = sidecars[0]["settings"]
+    assert (settings["num_steps"], settings["guidance_scale"], settings["solver"]) == (3, 4, "dpmpp_2m")
+    waves = sorted(out.glob("*.wav"))
+    assert [soundfile.info(wave).frames for wave in waves] == [600, 600]
+    assert (out / "spectrograms.png").is_file()
+    assert not (tmp_path.parent / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompt=rain", "steps=0"], "whole number >= 1"),
+        ([], "give either prompt"),
+    ],
+)
+def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overrides, message):
+    done = run_sample(*overrides, f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not list(tmp_path.glob("*.wav"))
+
+
+def test_help_lists_the_options():
+    done = run_sample("--help")
+    assert done.returncode == 0, done.stderr
+    for option in ("prompt", "prompts", "duration_seconds", "guidance_scale", "solver", "steps", "accel", "output_dir"):
+        assert option in done.stdout
