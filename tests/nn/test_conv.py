@@ -40,3 +40,13 @@ def test_folding_keeps_the_output_and_simplifies_the_state() -> None:
     fold_weight_norm(layer)
     torch.testing.assert_close(layer(signal), before)
     assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize(
+    "layer", [same_conv(64, 64, 7), same_conv(64, 64, 7, dilation=9), down_conv(64, 64, 10), up_conv(64, 64, 10)]
+)
+def test_fresh_convolutions_keep_the_variance(layer: torch.nn.Module) -> None:
+    torch.manual_seed(0)
+    output = layer(torch.randn(8, 64, 1000))
+    margin = output.shape[-1] // 4  # away from the zeros beyond the ends
+    assert output[..., margin:-margin].std().item() == pytest.approx(1.0, abs=0.1)

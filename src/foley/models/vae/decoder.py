@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from foley.models.vae.encoder import residual_units
 from foley.nn.conv import Snake, same_conv, up_conv
 
+_HEAD_GAIN = 0.1  # training starts from a quiet output, not from loud noise
+
 
 class DecoderStage(nn.Module):
     """Snake and a transposed convolution that multiplies the length by `stride`, then residual units."""
@@ -38,7 +40,7 @@ class Decoder(nn.Module):
         self.stem = same_conv(in_channels, up[0], 7)
         self.stages = nn.Sequential(*map(DecoderStage, up[:-1], up[1:], reversed(strides), reversed(num_units)))
         self.activation = Snake(up[-1])
-        self.head = same_conv(up[-1], 1, 7, bias=False)
+        self.head = same_conv(up[-1], 1, 7, bias=False, gain=_HEAD_GAIN)
 
     def forward(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to `[B, 1, L * hop]`."""

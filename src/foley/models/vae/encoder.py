@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from foley.nn.conv import Snake, down_conv, same_conv
 
+_BRANCH_GAIN = 0.3  # units start near the identity, so that deep stacks keep their variance
+
 
 class ResidualUnit(nn.Module):
     """`x + conv1(snake(conv7_dilated(snake(x))))`, keeping channels and length."""
@@ -16,7 +18,7 @@ class ResidualUnit(nn.Module):
             Snake(channels),
             same_conv(channels, channels, 7, dilation),
             Snake(channels),
-            same_conv(channels, channels, 1),
+            same_conv(channels, channels, 1, gain=_BRANCH_GAIN),
         )
 
     def forward(self, signal: Tensor) -> Tensor:
