@@ -30,6 +30,7 @@ def plot_calibration(calibration: Calibration, path: Path) -> None:
     for axes, kind in zip(panels, kinds, strict=True):
         _plot_kind(axes, calibration, kind, colors)
     panels[0].set_ylabel("relative L1 change")
+    panels[0].set_ylim(bottom=0)  # last: it fixes the top of the shared axis as well
     blocks = ScalarMappable(BoundaryNorm(np.arange(depth + 1) - 0.5, depth), colors)
     ticks = np.unique(np.linspace(0, depth - 1, min(depth, 8)).round())
     figure.colorbar(blocks, ax=panels, label="block", ticks=ticks, aspect=30, pad=0.01)
@@ -49,7 +50,6 @@ def _plot_kind(axes: Axes, calibration: Calibration, kind: str, colors: ListedCo
         axes.plot(evaluations, mean, color=colors(block), linewidth=1.3)
         axes.fill_between(evaluations, mean - std, mean + std, color=colors(block), alpha=0.15, linewidth=0)
     axes.set(title=kind.replace("_", "-"), xlabel="evaluation (noisiest first)")
-    axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
     _tidy(axes)
 

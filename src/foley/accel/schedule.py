@@ -57,7 +57,7 @@ class CacheSchedule:
     @property
     def computed_fraction(self) -> float:
         """The share of layer calls that compute, 1 without caching."""
-        return self.compute.float().mean().item()
+        return self.compute.double().mean().item()
 
     def check(self, run: RunContext, denoiser: nn.Module) -> None:
         """Raises SignatureMismatchError if this run has another model, solver or number of steps."""
