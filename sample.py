@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
@@ -34,8 +34,8 @@ def main(cfg: DictConfig) -> None:
         batch_size=cfg.batch_size,
         progress=partial(track, description="denoising"),
     )
-    samples = [Sample(*item) for item in zip(result.prompts, result.seeds, result.audio[:, 0], strict=True)]
-    settings = result.settings | {"accelerator": cfg.accel.get("_target_"), "ckpt": str(cfg.ckpt)}
+    samples = list(map(Sample, result.prompts, result.seeds, result.audio[:, 0]))
+    settings = result.settings | {"accelerator": OmegaConf.to_container(cfg.accel), "ckpt": str(cfg.ckpt)}
     page = write_samples(Path(cfg.output_dir), samples, result.sample_rate_hz, settings, asdict(result.timings))
     get_logger(__name__).info("%d clips: open %s", len(samples), page)
 
