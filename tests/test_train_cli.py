@@ -57,7 +57,7 @@ def small(cache: Path, folder: Path, experiment: str, *overrides: str) -> DictCo
 
 
 def command(cache: Path, *overrides: str) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, str(PROJECT_ROOT / "train.py"), f"data.cache_dir={cache}", *SMALL, *overrides]
+    arguments = [sys.executable, str(PROJECT_ROOT / "train.py"), *overrides, f"data.cache_dir={cache}", *SMALL]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=250, check=False)
 
@@ -136,10 +136,12 @@ def test_multirun_and_many_loggers(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_the_samples(cache: Path, tmp_path: Path) -> None:
     overrides = ["experiment=tiny_ddp_smoke", "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
-    result = command(cache, *overrides, "data.batch_size=2")
+    result = command(cache, *overrides)
     assert result.returncode == 0, result.stderr[-3000:]
     checkpoint = read_training_checkpoint(tmp_path / "checkpoints/last.ckpt")
     assert checkpoint["global_step"] == 4
+    # 20 clips are 2 steps of 2 x 4 different clips: 4 steps are 2 epochs.
+    assert checkpoint["LatentDataModule"]["epoch"] == 2
 
 
 @pytest.mark.slow
@@ -147,5 +149,4 @@ def test_optuna_searches(cache: Path, tmp_path: Path) -> None:
     overrides = ["-m", "experiment=tiny_pretrain", "hparams_search=optuna", "hydra.sweeper.n_trials=2"]
     result = command(cache, *overrides, f"hydra.sweep.dir={tmp_path}")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "val/loss" not in result.stderr
     assert (tmp_path / "optimization_results.yaml").is_file()

@@ -155,11 +155,11 @@ def build_trainer(folder: Path, max_steps: int, callbacks=(), every: int = 4, **
     )
 
 
-def run(folder: Path, max_steps: int, ckpt_path: Path | None = None, module=None, data=None, every: int = 4, **options):
+def run(folder: Path, max_steps: int, ckpt_path: Path | None = None, module=None, data=None, callbacks=(), **options):
     """Train and return (trainer, module, batch log)."""
     log = BatchLog()
     module = module or build_module()
-    trainer = build_trainer(folder, max_steps, [log], every, **options)
+    trainer = build_trainer(folder, max_steps, [log, *callbacks], **options)
     trainer.fit(module, datamodule=data or TinyData(), ckpt_path=ckpt_path, weights_only=True)
     return trainer, module, log
 

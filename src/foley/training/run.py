@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
@@ -50,7 +51,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
     trainer = _build_trainer(cfg)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(cfg))
-    trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+    finally:
+        _finish_wandb(trainer)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -101,6 +105,14 @@ def _build_trainer(cfg: DictConfig) -> pl.Trainer:
         cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], _convert_="all"
     )
     return trainer
+
+
+@rank_zero_only
+def _finish_wandb(trainer: pl.Trainer) -> None:
+    """End the W&B run, which would otherwise take in the next run of a sweep."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 @rank_zero_only
