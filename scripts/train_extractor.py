@@ -1,6 +1,6 @@
 """Train the extractor of protocol `embedded`, and measure it on clips that it has not seen.
 
-python scripts/train_extractor.py [output_dir=data/extractor] [loader.steps=600]
+python scripts/train_extractor.py [output_dir=data/extractor] [loader.steps=700]
 """
 
 from pathlib import Path

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from foley.checkpoint import save_component
+from foley.config import PROJECT_ROOT
+from foley.metrics.clips import LabelledAudio
 from foley.metrics.extractors.embedded import EmbeddedExtractor
+from foley.metrics.features import extract_audio
 from foley.metrics.protocols import ProtocolError, load_protocol
 
 CONFIG = {"labels": ["a", "b"], "label_groups": {}, "widths": [4, 4, 4, 4, 4], "feature_dim": 8}
@@ -48,3 +51,12 @@ def test_absent_and_foreign_weights_are_refused(extractor_directory, tmp_path) -
         load_protocol("embedded", tmp_path / "nothing", "abc")
     with pytest.raises(ProtocolError, match="expected abc"):
         load_protocol("embedded", extractor_directory, "abc")
+
+
+def test_the_shipped_extractor_tells_procedural_sounds_apart() -> None:
+    protocol = load_protocol("embedded", PROJECT_ROOT / "data" / "extractor")
+    time = torch.arange(2 * protocol.sample_rate_hz) / protocol.sample_rate_hz
+    noise = torch.randn(time.shape, generator=torch.Generator().manual_seed(0))
+    clips = [LabelledAudio(0.5 * torch.sin(2 * torch.pi * 700 * time)), LabelledAudio(0.1 * noise)]
+    chosen = extract_audio(clips, protocol).logits.argmax(1)
+    assert [protocol.extractor.labels[index] for index in chosen] == ["pure tone", "white noise"]
