@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
     )
     samples = list(map(Sample, result.prompts, result.seeds, result.audio[:, 0]))
     settings = result.settings | {"accelerator": OmegaConf.to_container(cfg.accel), "ckpt": str(cfg.ckpt)}
-    page = write_samples(Path(cfg.output_dir), samples, result.sample_rate_hz, settings, asdict(result.timings))
+    page, _ = write_samples(Path(cfg.output_dir), samples, result.sample_rate_hz, settings, asdict(result.timings))
     get_logger(__name__).info("%d clips: open %s", len(samples), page)
 
 

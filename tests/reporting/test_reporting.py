@@ -85,7 +85,7 @@ class Page(HTMLParser):
 
 def test_a_folder_of_samples_is_complete(tmp_path):
     samples = [Sample(prompt, seed, tone(0.3 * seed, 0.1)) for seed, prompt in enumerate(HOSTILE)]
-    page_file = write_samples(tmp_path, samples, RATE, {"num_steps": 50}, {"denoise_seconds": 1.0})
+    page_file, _ = write_samples(tmp_path, samples, RATE, {"num_steps": 50}, {"denoise_seconds": 1.0})
     page = Page()
     page.feed(page_file.read_text(encoding="utf-8"))
     assert "script" not in page.tags

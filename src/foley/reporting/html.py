@@ -10,6 +10,7 @@ _STYLE = """
 body { margin: 0 auto; padding: 2rem 1.5rem; max-width: 76rem; background: #0f1117; color: #e8e8ea;
        font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.3rem; margin: 0 0 .3rem; }
+h2 { font-size: 1rem; font-weight: 500; margin: 0; white-space: pre-line; }
 .settings { color: #9a9ca5; font-size: .85rem; margin: 0 0 1.5rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem; }
 figure { margin: 0; background: #181b24; border-radius: .6rem; overflow: hidden; }
@@ -33,9 +34,30 @@ class Card:
 
 
 def render_page(title: str, settings: Mapping[str, Any], cards: Sequence[Card]) -> str:
-    """A complete HTML document that refers to nothing but the files beside it."""
-    facts = " · ".join(f"{escape(str(key))} {escape(str(value))}" for key, value in settings.items())
+    """A page of clips; it refers to nothing but the files beside it."""
+    facts = " · ".join(f"{key} {value}" for key, value in settings.items())
+    return _document(title, facts, _grid(cards))
+
+
+def render_comparison(title: str, facts: str, columns: Mapping[str, Sequence[Card]]) -> str:
+    """A page that shows the same clips made in several ways, the columns, side by side."""
+    heads = "".join(f"<h2>{escape(name)}</h2>" for name in columns)
+    rows = "\n".join(_grid(row, len(columns)) for row in zip(*columns.values(), strict=True))
+    return _document(title, facts, f'<div class="grid" style="{_columns(len(columns))}">{heads}</div>\n{rows}')
+
+
+def _columns(count: int) -> str:
+    return f"grid-template-columns: repeat({count}, 1fr); margin-bottom: 1.2rem"
+
+
+def _grid(cards: Sequence[Card], columns: int | None = None) -> str:
+    style = f' style="{_columns(columns)}"' if columns else ""
     body = "\n".join(_render_card(card) for card in cards)
+    return f'<div class="grid"{style}>\n{body}\n</div>'
+
+
+def _document(title: str, facts: str, body: str) -> str:
+    """A complete HTML document."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -46,10 +68,8 @@ def render_page(title: str, settings: Mapping[str, Any], cards: Sequence[Card]) 
 </head>
 <body>
 <h1>{escape(title)}</h1>
-<p class="settings">{facts}</p>
-<div class="grid">
+<p class="settings">{escape(facts)}</p>
 {body}
-</div>
 </body>
 </html>
 """

@@ -33,8 +33,9 @@ def write_samples(
     sample_rate_hz: int,
     settings: Mapping[str, Any],
     timings: Mapping[str, float],
-) -> Path:
-    """Write everything into `directory` and return the page.
+    title: str | None = None,
+) -> tuple[Path, list[Card]]:
+    """Write everything into `directory`; returns the page and the cards on it.
 
     Louder clips than -1 dBFS are attenuated to it; each JSON states the gain. `settings` and `timings` (seconds for
     all samples together) are the same for all.
@@ -45,8 +46,8 @@ def write_samples(
     clips, titles = [sample.audio for sample in samples], [sample.prompt for sample in samples]
     draw_sheet(directory / SHEET_FILE, clips, titles, sample_rate_hz)
     page = directory / PAGE_FILE
-    write_text(page, render_page(f"{len(samples)} generated sounds", settings, cards))
-    return page
+    write_text(page, render_page(title or f"{len(samples)} generated sounds", settings, cards))
+    return page, cards
 
 
 def _write_sample(directory: Path, index: int, sample: Sample, sample_rate_hz: int, common: Mapping[str, Any]) -> Card:
