@@ -1,12 +1,12 @@
 """Score generated clips: `python evaluate.py samples=FOLDER reference=FOLDER_OR_MANIFEST protocol=embedded`."""
 
+from functools import partial
 from pathlib import Path
 
 import hydra
-import torch
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+import foley.config  # noqa: F401  (registers resolvers)
 from foley.data.audio_io import read_audio
 from foley.data.manifest import read_manifest
 from foley.data.procedural import CLASS_NAMES, captions_for
@@ -20,7 +20,7 @@ def read_reference(path: Path, split: str | None) -> list[ClipFile]:
     """The clips of a folder, or of a manifest (one split of it, or all)."""
     if path.is_dir():
         return scan_directory(path)
-    entries = [entry for entry in read_manifest(path) if split in (None, entry.split)]
+    entries = (entry for entry in read_manifest(path) if split in (None, entry.split))
     return [ClipFile(entry.path, entry.id, entry.label or None, entry.caption) for entry in entries]
 
 
@@ -30,8 +30,9 @@ def main(cfg: DictConfig) -> None:
     protocol = load_protocol(cfg.protocol, Path(cfg.extractor_dir), cfg.extractor_sha256)
     samples, reference = scan_directory(Path(cfg.samples)), read_reference(Path(cfg.reference), cfg.split)
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]
-    load = lambda path: torch.from_numpy(read_audio(path, protocol.sample_rate_hz))  # noqa: E731
-    evaluation = evaluate_files(samples, reference, protocol, load, cfg.pairing, Path(cfg.cache_dir), captions)
+    load = partial(read_audio, sample_rate_hz=protocol.sample_rate_hz)
+    cache_dir = Path(cfg.cache_dir)
+    evaluation = evaluate_files(samples, reference, protocol, load, cfg.pairing, cache_dir, captions, CLASS_NAMES)
     write_report(evaluation, Path(cfg.output_dir))
     show(evaluation)
 

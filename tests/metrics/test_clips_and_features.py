@@ -32,7 +32,7 @@ def test_labels_come_from_the_sidecar_then_known_captions_then_words(tmp_path) -
     assert known == {"it pours": "rain"}
     captions = [("it pours", "bell"), ("it pours", None), ("an alarm", None), ("ding", None)]
     clips = [ClipFile(tmp_path / "a.wav", "a", label, caption) for caption, label in captions]
-    assert resolve_labels(clips, LABELS, known) == ["bell", "rain", "alarm", None]
+    assert resolve_labels(clips, known, LABELS) == ["bell", "rain", "alarm", None]
 
 
 def test_scan_reads_sidecars_and_refuses_empty_folders_and_bad_json(tmp_path) -> None:

@@ -64,12 +64,14 @@ def label_from_text(text: str, labels: Iterable[str]) -> str | None:
     return longest[0] if len(longest) == 1 else None
 
 
-def resolve_labels(clips: Sequence[ClipFile], labels: Sequence[str], captions: Mapping[str, str]) -> list[str | None]:
-    """A label per clip: its own; else the label that `captions` gives its prompt; else the one its prompt names."""
+def resolve_labels(
+    clips: Sequence[ClipFile], captions: Mapping[str, str], named_labels: Sequence[str]
+) -> list[str | None]:
+    """A label per clip: its own; else the label that `captions` gives its prompt; else the one of `named_labels` in its prompt."""
     resolved = []
     for clip in clips:
         prompt = clip.caption or ""
-        resolved.append(clip.label or captions.get(prompt) or label_from_text(prompt, labels))
+        resolved.append(clip.label or captions.get(prompt) or label_from_text(prompt, named_labels))
     return resolved
 
 

@@ -194,6 +194,7 @@ def evaluate_files(
     pairing: Pairing = "auto",
     cache_directory: Path | None = None,
     captions: Iterable[tuple[str, str]] = (),
+    named_labels: Sequence[str] = (),
 ) -> Evaluation:
     """Scores of audio files.
 
@@ -201,8 +202,9 @@ def evaluate_files(
         load: gives mono audio at the protocol's rate.
         captions: known (caption, label) pairs, beside those of the reference; a clip without label of its own takes
             that of its prompt (see `resolve_labels`).
+        named_labels: labels that a prompt may name in words; leave out those that mean other things too ("wood").
     """
     known = labels_by_caption([*captions, *((clip.caption, clip.label) for clip in reference)])
-    labels = resolve_labels(samples, protocol.extractor.labels, known)
+    labels = resolve_labels(samples, known, named_labels)
     generated = extract_files(samples, protocol, load, cache_directory).with_labels(labels)
     return evaluate_features(generated, extract_files(reference, protocol, load, cache_directory), protocol, pairing)

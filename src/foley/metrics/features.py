@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,7 +24,7 @@ log = get_logger(__name__)
 _CHUNK_CLIPS = 16
 _LOADER_THREADS = 2
 
-AudioLoader = Callable[[Path], Tensor]
+AudioLoader = Callable[[Path], Tensor | NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def extract_files(
     chunks = [list(missing.items())[start : start + _CHUNK_CLIPS] for start in range(0, len(missing), _CHUNK_CLIPS)]
     with ThreadPoolExecutor(_LOADER_THREADS) as pool:
         for chunk in track(chunks, description="extracting features", disable=not chunks):
-            audio = list(pool.map(load, [path for _, path in chunk]))
+            audio = [torch.as_tensor(samples) for samples in pool.map(load, [path for _, path in chunk])]
             extracted = _extract(audio, [str(path) for _, path in chunk], protocol)
             for (key, _), row in zip(chunk, extracted, strict=True):
                 cache.save(key, row)
