@@ -30,9 +30,8 @@ def main(cfg: DictConfig) -> None:
     protocol = load_protocol(cfg.protocol, Path(cfg.extractor_dir), cfg.extractor_sha256)
     samples, reference = scan_directory(Path(cfg.samples)), read_reference(Path(cfg.reference), cfg.split)
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]
-    load = partial(read_audio, sample_rate_hz=protocol.sample_rate_hz)
-    cache_dir = Path(cfg.cache_dir)
-    evaluation = evaluate_files(samples, reference, protocol, load, cfg.pairing, cache_dir, captions, CLASS_NAMES)
+    load, cache = partial(read_audio, sample_rate_hz=protocol.sample_rate_hz), Path(cfg.cache_dir)
+    evaluation = evaluate_files(samples, reference, protocol, load, cfg.pairing, cache, captions, CLASS_NAMES)
     write_report(evaluation, Path(cfg.output_dir))
     show(evaluation)
 
