@@ -67,7 +67,7 @@ def label_from_text(text: str, labels: Iterable[str]) -> str | None:
 def resolve_labels(
     clips: Sequence[ClipFile], captions: Mapping[str, str], named_labels: Sequence[str]
 ) -> list[str | None]:
-    """A label per clip: its own; else that of its prompt in `captions`; else the one of `named_labels` in its prompt."""
+    """A label per clip: its own; else that of its prompt in `captions`; else the one named in its prompt."""
     resolved = []
     for clip in clips:
         prompt = clip.caption or ""
