@@ -20,12 +20,12 @@ from foley.reporting.samples import Sample, write_samples
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
-    prompts, seeds = request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num)
+    clips = request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num)
     system = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device), cfg.max_duration_seconds)
     result = system.generate(
-        prompts,
+        [clip.prompt for clip in clips],
         cfg.duration_seconds,
-        seeds,
+        [clip.seed for clip in clips],
         guidance=instantiate(cfg.guidance, scale=cfg.guidance_scale, rescale=cfg.guidance_rescale),
         solver=cfg.solver.name,
         num_steps=cfg.steps,
@@ -34,7 +34,8 @@ def main(cfg: DictConfig) -> None:
         batch_size=cfg.batch_size,
         progress=partial(track, description="denoising"),
     )
-    samples = list(map(Sample, result.prompts, result.seeds, result.audio[:, 0]))
+    notes = [clip.notes for clip in clips]
+    samples = list(map(Sample, result.prompts, result.seeds, result.audio[:, 0], notes))
     settings = result.settings | {"accelerator": OmegaConf.to_container(cfg.accel), "ckpt": str(cfg.ckpt)}
     page, _ = write_samples(Path(cfg.output_dir), samples, result.sample_rate_hz, settings, asdict(result.timings))
     get_logger(__name__).info("%d clips: open %s", len(samples), page)

@@ -2,7 +2,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from foley.prompts import quote_overrides, read_prompts, request_clips
+from foley.prompts import ClipRequest, quote_overrides, read_prompts, request_clips
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_missing_files_are_refused(tmp_path):
 
 
 def test_clips_are_prompts_times_seeds():
-    assert request_clips("dog", None, 3, 2) == (["dog", "dog"], [3, 4])
-    assert request_clips("", None, 0, 1) == ([""], [0])
+    assert request_clips("dog", None, 3, 2) == [ClipRequest("dog", 3), ClipRequest("dog", 4)]
+    assert request_clips("", None, 0, 1) == [ClipRequest("", 0)]
     for bad in [(None, None, 0, 1), ("dog", "file", 0, 1), ("dog", None, 0, 0)]:
         with pytest.raises(ValueError, match=r"prompt=|num must"):
             request_clips(*bad)
@@ -69,3 +69,12 @@ def test_a_prompt_survives_the_command_line(prompt):
 
 def test_prompts_that_are_quoted_already_are_left_alone():
     assert quote_overrides(["prompt='a, b'"], ["prompt"]) == ["prompt='a, b'"]
+
+
+def test_a_files_labels_and_ids_travel_with_its_prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"caption": "a bell", "label": "bell", "id": "b1"}\n{"caption": "rain"}\n')
+    once, twice = request_clips(None, str(file), 5, 1), request_clips(None, str(file), 5, 2)
+    assert once == [ClipRequest("a bell", 5, {"label": "bell", "id": "b1"}), ClipRequest("rain", 6)]
+    assert [clip.notes for clip in twice[:2]] == [{"label": "bell"}] * 2
+    assert len({clip.seed for clip in twice}) == 4

@@ -1,13 +1,23 @@
 """Loggers that speak on rank zero only."""
 
 import logging
+import os
 
-from pytorch_lightning.utilities import rank_zero_only
+from torch import distributed
+
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+
+
+def process_rank() -> int:
+    """This process's rank; before the process group exists, what the launcher put into the environment, or 0."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
 
 
 class _RankZeroFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return getattr(rank_zero_only, "rank", 0) == 0
+        return process_rank() == 0
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -3,15 +3,31 @@
 import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 COLUMN = "caption"
+_NOTES = ("label", "id")
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """One clip asked for; `notes` are the prompt's label and id where its file gives them."""
+
+    prompt: str
+    seed: int
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts out of a file: a `caption` column of .csv or .jsonl, or else one prompt on each non-empty line.
+    """The captions of `read_prompt_rows`."""
+    return [row[COLUMN] for row in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows with a `caption` out of a .csv or .jsonl file, or else one caption on each non-empty line.
 
     Raises ValueError, with the line number, where there is none.
     """
@@ -19,14 +35,14 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"prompts={path}: there is no such file")
     text = path.read_text(encoding="utf-8-sig")
     readers = {".csv": _from_csv, ".jsonl": _from_jsonl}
-    prompts = readers.get(path.suffix.lower(), _from_lines)(text, path)
-    if not prompts:
+    rows = readers.get(path.suffix.lower(), _from_lines)(text, path)
+    if not rows:
         raise ValueError(f"prompts={path}: the file holds no prompt")
-    return prompts
+    return rows
 
 
-def request_clips(prompt: str | None, file: str | None, first_seed: int, num: int) -> tuple[list[str], list[int]]:
-    """Every clip asked for, as equally long lists of prompts and seeds: `num` clips of each prompt.
+def request_clips(prompt: str | None, file: str | None, first_seed: int, num: int) -> list[ClipRequest]:
+    """Every clip asked for: `num` clips of each prompt, with seeds that count up from `first_seed`.
 
     Raises ValueError unless exactly one of `prompt` and `file` is given and `num` is at least 1.
     """
@@ -34,8 +50,14 @@ def request_clips(prompt: str | None, file: str | None, first_seed: int, num: in
         raise ValueError('give either prompt="a dog barks" or prompts=FILE')
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}")
-    prompts = read_prompts(Path(file)) if file is not None else [str(prompt)]
-    return [p for p in prompts for _ in range(num)], [first_seed + i for _ in prompts for i in range(num)]
+    rows = read_prompt_rows(Path(file)) if file is not None else [{COLUMN: str(prompt)}]
+    repeated = [row for row in rows for _ in range(num)]
+    # An id names one clip: it pairs a generated clip with its reference.
+    kept = _NOTES if num == 1 else ("label",)
+    return [
+        ClipRequest(row[COLUMN], seed, {name: row[name] for name in kept if row.get(name)})
+        for seed, row in enumerate(repeated, start=first_seed)
+    ]
 
 
 def quote_overrides(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -52,31 +74,30 @@ def _quote(override: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def _from_lines(text: str, path: Path) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _from_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    return [{COLUMN: line.strip()} for line in text.splitlines() if line.strip()]
 
 
-def _from_csv(text: str, path: Path) -> list[str]:
+def _from_csv(text: str, path: Path) -> list[dict[str, Any]]:
     reader = csv.DictReader(text.splitlines())
     if COLUMN not in (reader.fieldnames or ()):
         raise ValueError(f"prompts={path}: no {COLUMN!r} column, only {reader.fieldnames}")
-    return [_caption(row, path, reader.line_num) for row in reader]
+    return [_checked(row, path, reader.line_num) for row in reader]
 
 
-def _from_jsonl(text: str, path: Path) -> list[str]:
-    prompts = []
+def _from_jsonl(text: str, path: Path) -> list[dict[str, Any]]:
+    rows = []
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"prompts={path}, line {number}: not JSON ({error})") from error
-            prompts.append(_caption(row, path, number))
-    return prompts
+            rows.append(_checked(row, path, number))
+    return rows
 
 
-def _caption(row: Any, path: Path, line_number: int) -> str:
-    caption = row.get(COLUMN) if isinstance(row, dict) else None
-    if not isinstance(caption, str):
+def _checked(row: Any, path: Path, line_number: int) -> dict[str, Any]:
+    if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
         raise ValueError(f"prompts={path}, line {line_number}: no {COLUMN!r}")
-    return caption
+    return row

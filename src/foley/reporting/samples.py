@@ -1,7 +1,7 @@
 """A folder of generated clips: WAV and JSON for each, a sheet of spectrograms, and a page to listen on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import log10
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ PAGE_FILE = "index.html"
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip: `audio` `[T]`."""
+    """One clip: `audio` `[T]`; `notes`, such as a label, go into its JSON."""
 
     prompt: str
     seed: int
     audio: Tensor
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_samples(
@@ -59,6 +60,7 @@ def _write_sample(directory: Path, index: int, sample: Sample, sample_rate_hz: i
         "prompt": sample.prompt,
         "seed": sample.seed,
         "gain_db": round(20 * log10(gain), 3),
+        **sample.notes,
         **common,
     }
     write_json(directory / f"{stem}.json", sidecar)
