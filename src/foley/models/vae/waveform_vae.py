@@ -12,6 +12,8 @@ from foley.models.vae.decoder import Decoder
 from foley.models.vae.encoder import Encoder
 from foley.nn.conv import fold_weight_norm
 
+_INITIAL_SCALE = -5.0  # before the softplus: a standard deviation of 0.007
+
 
 class WaveformVAE(nn.Module):
     """Fully convolutional VAE on mono waveforms (EzAudio section II-A; the Stable Audio / DAC family).
@@ -49,6 +51,12 @@ class WaveformVAE(nn.Module):
         self.sample_rate_hz = sample_rate_hz
         self.encoder = Encoder(widths, strides, num_units, 2 * latent_channels)
         self.decoder = Decoder(latent_channels, widths, strides, num_units)
+        self._start_narrow()
+
+    def _start_narrow(self) -> None:
+        """Give the posterior little noise at first: from a wide one the decoder learns no waveform for a long time."""
+        if self.encoder.head.bias is not None:
+            nn.init.constant_(self.encoder.head.bias[self.latent_channels :], _INITIAL_SCALE)
 
     @property
     def hop_samples(self) -> int:
