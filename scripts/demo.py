@@ -1,7 +1,6 @@
 """`make demo`: generate the same prompts without and with acceleration, score them, and put them on one page."""
 
 import dataclasses
-import json
 import resource
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from foley.metrics.evaluation import restricted_accuracy
 from foley.metrics.features import extract_audio
 from foley.metrics.protocols import EvaluationProtocol, load_protocol
 from foley.pipeline import Generation, TextToAudio
+from foley.prompts import read_prompt_rows
 from foley.reporting.html import Card, render_comparison
 from foley.reporting.names import slug
 from foley.reporting.samples import Sample, write_samples
@@ -58,7 +58,7 @@ def peak_memory_gigabytes() -> float:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="demo")
 def main(cfg: DictConfig) -> None:
     """Write the page and `demo.json`."""
-    rows = [json.loads(line) for line in Path(cfg.prompts).read_text(encoding="utf-8").splitlines()]
+    rows = read_prompt_rows(Path(cfg.prompts))
     prompts, labels = [row["caption"] for row in rows], [row["label"] for row in rows]
     system = TextToAudio.load(cfg.ckpt)
     protocol = load_protocol("embedded", Path(cfg.extractor_dir))

@@ -36,7 +36,8 @@ def main(cfg: DictConfig) -> None:
             log.info("%s: done before (%s)", name, work_dir / stage.product)
             continue
         seconds = run_stage(name, stage.command)
-        write_json(note, {"command": f"python {stage.command}", "seconds": round(seconds, 1)})
+        portable = stage.command.replace(f"{PROJECT_ROOT}/", "")
+        write_json(note, {"command": f"python {portable}", "seconds": round(seconds, 1)})
     run_stage("report", f"scripts/report_first_light.py work_dir={cfg.work_dir} report={cfg.report}")
     log.info("report: %s", Path(PROJECT_ROOT / cfg.report))
 

@@ -95,19 +95,19 @@ def codec_section(work_dir: Path) -> str:
     return table((f"real test clips, n = {summary['n']}", "value"), rows)
 
 
-def score_section(work_dir: Path) -> str:
-    """Label accuracy and distances of generated audio, and the classes that fail most."""
-    scores = read_json(work_dir / "scores" / "evaluation.json")
+def score_section(scores_dir: Path, group: str) -> str:
+    """Label accuracy and distances of generated audio, and the classes of `group` that fail."""
+    scores = read_json(scores_dir / "evaluation.json")
     rows: Rows = [
-        (f"label accuracy, {name} ({group['choices']} choices, chance {1 / group['choices']:.1%})",
-         f"{group['accuracy']:.1%}", str(group["n"]))
-        for name, group in scores["accuracy"].items()
+        (f"label accuracy, {name} ({found['choices']} choices, chance {1 / found['choices']:.1%})",
+         f"{found['accuracy']:.1%}", str(found["n"]))
+        for name, found in scores["accuracy"].items()
     ]  # fmt: skip
     rows += [
         ("Frechet distance", f"{scores['frechet_distance']:.3f}", f"{scores['n_reference']} / {scores['n_generated']}"),
         ("inception score", f"{scores['inception_score']:.2f}", str(scores["n_generated"])),
     ]
-    per_class = scores["accuracy"]["procedural"]["per_class"]
+    per_class = scores["accuracy"][group]["per_class"]
     worst = sorted(per_class.items(), key=lambda item: item[1][0])
     missed = ", ".join(f"{name} {value:.0%}" for name, (value, _) in worst if value < 1) or "none"
     facts = ", ".join(f"{key} {value}" for key, value in scores["protocol"].items() if not isinstance(value, list))
@@ -131,6 +131,7 @@ def copy_pictures(work_dir: Path, picture_dir: Path) -> None:
     """The pictures that the stages drew."""
     sources = {
         "spectrograms.png": work_dir / "samples" / "spectrograms.png",
+        "digits.png": work_dir / "samples_digits" / "spectrograms.png",
         "codec_pairs.png": work_dir / "score_codec" / "pairs" / "pairs.png",
         "caching.png": work_dir / "caching" / "caching.png",
     }
@@ -154,7 +155,9 @@ def main(cfg: DictConfig) -> None:
         "How it was made": "`make demo-real`, which runs:\n\n" + stage_section(work_dir, list(cfg.stages)),
         "Losses": f"![losses]({picture_dir.name}/losses.png)",
         "Codec on the test split": codec_section(work_dir) + f"\n\n![pairs]({picture_dir.name}/codec_pairs.png)",
-        "Generated audio": score_section(work_dir) + f"\n\n![spectrograms]({picture_dir.name}/spectrograms.png)",
+        "Generated audio, procedural classes": score_section(work_dir / "scores", "procedural") + f"\n\n![spectrograms]({picture_dir.name}/spectrograms.png)",
+        "Generated audio, spoken digits": score_section(work_dir / "scores_digits", "all")
+        + f"\n\n![digits]({picture_dir.name}/digits.png)",
         "AudioCache": caching_section(work_dir) + f"\n\n![caching]({picture_dir.name}/caching.png)",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())

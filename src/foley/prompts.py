@@ -1,6 +1,7 @@
 """Prompts from files and from the command line."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ def _from_lines(text: str, path: Path) -> list[dict[str, Any]]:
 
 
 def _from_csv(text: str, path: Path) -> list[dict[str, Any]]:
-    reader = csv.DictReader(text.splitlines())
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     if COLUMN not in (reader.fieldnames or ()):
         raise ValueError(f"prompts={path}: no {COLUMN!r} column, only {reader.fieldnames}")
     return [_checked(row, path, reader.line_num) for row in reader]
@@ -87,7 +88,8 @@ def _from_csv(text: str, path: Path) -> list[dict[str, Any]]:
 
 def _from_jsonl(text: str, path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: JSON strings may hold other line separators than the newline.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -1,0 +1,25 @@
+"""List the authors and licences of the recordings that a model was trained on: what its card must carry."""
+
+from collections import Counter
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.checkpoint import write_text
+from foley.data.manifest import read_manifest
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="write_attributions")
+def main(cfg: DictConfig) -> None:
+    """Write a table of source, licence and number of clips."""
+    entries = [entry for entry in read_manifest(Path(cfg.manifest)) if entry.split == cfg.split]
+    counts = Counter((entry.source, entry.license) for entry in entries)
+    rows = [f"| {source} | {license} | {n} |" for (source, license), n in sorted(counts.items())]
+    header = f"# Recordings in training\n\n{len(entries)} clips.\n\n| source | licence | clips |\n|---|---|---:|"
+    write_text(Path(cfg.output), "\n".join([header, *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
