@@ -3,11 +3,15 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _CHUNK_BYTES = 1 << 20
+_known_hashes: WeakKeyDictionary[nn.Module, tuple[list[Any], str]] = WeakKeyDictionary()
 
 
 def hash_file(path: Path) -> str:
@@ -25,10 +29,29 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def hash_module(module: nn.Module) -> str:
-    """SHA-256 of everything in the module's state dict."""
-    return hash_tensors(module.state_dict())
+    """SHA-256 of everything in the module's state dict; remembered until a tensor of it is replaced or written to.
+
+    Writes that PyTorch does not count, those through `tensor.data` or a NumPy view, go unnoticed.
+    """
+    tensors = module.state_dict()
+    if any(tensor.is_inference() for tensor in tensors.values()):  # no writes to these are counted
+        return hash_tensors(tensors)
+    state = [_identity(name, tensor) for name, tensor in tensors.items()]
+    known = _known_hashes.get(module)
+    if known is None or known[0] != state:
+        known = _known_hashes[module] = (state, hash_tensors(tensors))
+    return known[1]
+
+
+def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """Equal as long as the tensor holds the same values.
+
+    The weak reference keeps no memory, but keeps the storage's address from being given to another.
+    """
+    view = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+    return name, StorageWeakRef(tensor.untyped_storage()), tensor._version, *view

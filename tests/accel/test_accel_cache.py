@@ -9,7 +9,8 @@ import torch
 from foley.accel.cache import LayerCache
 from foley.accel.layers import find_cacheable_layers
 from foley.accel.schedule import CacheSchedule
-from foley.accel.signature import RunSignature, SignatureMismatchError, model_hash
+from foley.accel.signature import RunSignature, SignatureMismatchError
+from foley.hashing import hash_module
 
 NUM_STEPS = 6
 
@@ -17,7 +18,7 @@ NUM_STEPS = 6
 def _schedule(denoiser: Any, num_steps: int = NUM_STEPS, every: int = 1, **changed: Any) -> CacheSchedule:
     layers = find_cacheable_layers(denoiser)
     signature = {
-        "model_hash": model_hash(denoiser),
+        "model_hash": hash_module(denoiser),
         "solver": "ddim",
         "num_steps": num_steps,
         "num_evaluations": num_steps,

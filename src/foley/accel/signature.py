@@ -1,10 +1,8 @@
 """The conditions under which change curves and cache schedules hold, and the refusal of any other."""
 
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
 from foley.diffusion.types import RunContext
 from foley.hashing import hash_module
@@ -12,7 +10,6 @@ from foley.logs import get_logger
 
 _logger = get_logger(__name__)
 _DECISIVE_FIELDS = ("model_hash", "solver", "num_steps", "num_evaluations")
-_known_hashes: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = WeakKeyDictionary()
 
 
 class SignatureMismatchError(ValueError):
@@ -31,7 +28,7 @@ class RunSignature:
 
     @classmethod
     def of(cls, run: RunContext, denoiser: nn.Module) -> "RunSignature":
-        return cls(model_hash(denoiser), run.solver, run.num_steps, run.num_evaluations, run.guidance_scale)
+        return cls(hash_module(denoiser), run.solver, run.num_steps, run.num_evaluations, run.guidance_scale)
 
     def require(self, actual: "RunSignature", subject: str) -> None:
         """Refuse to use `subject`, made under this signature, in a run of signature `actual`.
@@ -56,18 +53,3 @@ class RunSignature:
                 self.guidance_scale,
                 actual.guidance_scale,
             )
-
-
-def model_hash(module: nn.Module) -> str:
-    """`hash_module`, remembered for as long as no tensor of the module is replaced or written to."""
-    state = tuple(_tensor_state(tensor) for tensor in module.state_dict(keep_vars=True).values())
-    known = _known_hashes.get(module)
-    if known is None or known[0] != state:
-        known = _known_hashes[module] = (state, hash_module(module))
-    return known[1]
-
-
-def _tensor_state(tensor: Any) -> tuple[int, int]:
-    """Address and write count of a tensor; inference tensors keep no count."""
-    assert isinstance(tensor, Tensor)
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
