@@ -61,6 +61,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors`, no two of which may share memory, as safetensors, atomically."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda temporary: save_file(contiguous, temporary))
+
+
 def check_targets(config: Any, source: str) -> None:
     """Refuse a config that would build anything outside this package; raises CheckpointError."""
     if isinstance(config, Mapping):
@@ -122,10 +128,10 @@ def save_component(
             shutil.copyfile(file, directory / file.name)
         portable[key] = _ASSET + file.name
     state = {
-        name: tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype).contiguous()
+        name: tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in module.state_dict().items()
     }
-    atomic_write(directory / WEIGHTS_FILE, lambda temporary: save_file(state, temporary))
+    write_tensors(directory / WEIGHTS_FILE, state)
     write_json(directory / CONFIG_FILE, portable)
 
 

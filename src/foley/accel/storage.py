@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from foley.checkpoint import atomic_write, write_json
+from foley.checkpoint import write_json, write_tensors
 from foley.hashing import hash_file
 
 
@@ -24,8 +24,7 @@ def info_path(stem: Path) -> Path:
 
 def save_record(stem: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
     """Write `tensors` and `info`; the JSON comes last and holds the hash of the tensors it belongs to."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomic_write(tensor_path(stem), lambda temporary: save_file(contiguous, temporary))
+    write_tensors(tensor_path(stem), tensors)
     write_json(info_path(stem), {**info, "tensors_sha256": hash_file(tensor_path(stem))})
 
 

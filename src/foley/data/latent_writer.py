@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from foley.checkpoint import atomic_write, write_json
+from foley.checkpoint import write_json, write_tensors
 from foley.data.latent_cache import FORMAT, INDEX_FILE, LatentCacheError, LatentEntry
 
 _FRAMES_PER_SHARD = 1 << 19
@@ -71,7 +70,7 @@ class LatentCacheWriter:
 
     def _write_shard(self) -> None:
         tensors = {"mean": torch.cat(self._means), "std": torch.cat(self._stds)}
-        atomic_write(self._directory / self._shard, lambda temporary: save_file(tensors, temporary))
+        write_tensors(self._directory / self._shard, tensors)
         self._num_shards += 1
         self._means, self._stds, self._frames = [], [], 0
 

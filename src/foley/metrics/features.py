@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from foley.checkpoint import atomic_write
+from foley.checkpoint import write_tensors
 from foley.hashing import hash_file
 from foley.logs import get_logger
 from foley.metrics.clips import ClipFile, LabelledAudio
@@ -104,8 +104,7 @@ class FeatureCache:
         """Keep `row` for the audio with this content."""
         path = self._path(content_hash)
         if path is not None:
-            copies = {key: value.clone() for key, value in row.items()}
-            atomic_write(path, lambda temporary: save_file(copies, temporary))
+            write_tensors(path, {key: value.clone() for key, value in row.items()})
 
     def _path(self, content_hash: str) -> Path | None:
         return None if self._directory is None else self._directory / f"{content_hash}.safetensors"

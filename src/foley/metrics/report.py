@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from foley.checkpoint import atomic_write, write_json
+from foley.checkpoint import write_json, write_text
 from foley.metrics.evaluation import Evaluation
 
 Row = tuple[str, str, str]
@@ -70,9 +70,4 @@ def show(evaluation: Evaluation, console: Console | None = None) -> None:
 def write_report(evaluation: Evaluation, directory: Path) -> None:
     """Write `evaluation.json` and `evaluation.md` into `directory`."""
     write_json(directory / "evaluation.json", evaluation.to_dict())
-    markdown = to_markdown(evaluation)
-
-    def write(path: Path) -> None:
-        path.write_text(markdown, encoding="utf-8")
-
-    atomic_write(directory / "evaluation.md", write)
+    write_text(directory / "evaluation.md", to_markdown(evaluation))

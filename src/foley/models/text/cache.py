@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from foley.checkpoint import atomic_write
+from foley.checkpoint import write_tensors
 from foley.logs import get_logger
 
 logger = get_logger(__name__)
@@ -58,8 +58,7 @@ class EmbeddingCache:
         self._remember(prompt, embedding)
         path = self.path(prompt)
         if path is not None:
-            tensors = {"embedding": embedding.detach().cpu().contiguous()}
-            atomic_write(path, lambda temporary: save_file(tensors, temporary))
+            write_tensors(path, {"embedding": embedding.detach().cpu()})
 
     def _remember(self, prompt: str, embedding: Tensor) -> None:
         self._memory[prompt] = embedding
