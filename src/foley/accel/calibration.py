@@ -132,10 +132,11 @@ class CalibrationRecorder:
         if self._context is None:
             raise RuntimeError("a CalibrationRecorder is attached, but the sampler does not call it as a callback")
         evaluation, batch_size = self._context.evaluation, self._context.run.batch_size
+        self._totals = self._totals.to(output.device)  # stays there for the run: to read it would wait for the device
         history = self._history.setdefault((self._context.branch, index), deque(maxlen=self._max_distance))
         for distance, previous in enumerate(reversed(history)):
             branches = relative_change(output, previous).view(-1, batch_size)
-            self._totals[index, distance, evaluation] += branches.sum(dim=0).cpu()
+            self._totals[index, distance, evaluation] += branches.sum(dim=0)
         self._counts[index, evaluation] += output.shape[0] // batch_size
         history.append(output)
 
@@ -159,7 +160,7 @@ class CalibrationRecorder:
 
     def on_run_end(self) -> None:
         if self._counts.numel() and (self._counts > 0).all():
-            self._finished_runs.append(self._totals / self._counts[:, None, :, None])
+            self._finished_runs.append(self._totals.cpu() / self._counts[:, None, :, None])
         self._context = None
         self._forget_run()
 

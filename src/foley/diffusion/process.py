@@ -68,6 +68,7 @@ class DiffusionProcess:
         if zero_terminal_snr:
             alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
         self.alphas_cumprod = alphas_cumprod
+        self._signal_power = {alphas_cumprod.device: alphas_cumprod}
 
     @property
     def is_flow(self) -> bool:
@@ -79,7 +80,7 @@ class DiffusionProcess:
         if self.is_flow:
             sigma = timestep.float() / self.num_train_steps
             return 1 - sigma, sigma
-        signal_power = self.alphas_cumprod.to(timestep.device)[timestep]
+        signal_power = self._signal_power_on(timestep.device)[timestep]
         return signal_power.sqrt().float(), (1 - signal_power).sqrt().float()
 
     def snr(self, timestep: Tensor) -> Tensor:
@@ -126,6 +127,12 @@ class DiffusionProcess:
         if self.is_flow:
             return torch.rand(batch_size, generator=generator, device=device) * self.num_train_steps
         return torch.randint(self.num_train_steps, (batch_size,), generator=generator, device=device)
+
+    def _signal_power_on(self, device: torch.device) -> Tensor:
+        """`alphas_cumprod`, copied to each device once."""
+        if device not in self._signal_power:
+            self._signal_power[device] = self.alphas_cumprod.to(device)
+        return self._signal_power[device]
 
     def _columns(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.levels(timestep.to(like.device))

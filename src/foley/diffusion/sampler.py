@@ -40,6 +40,8 @@ def sample(
     # Schedulers that step in the model's own space (flow) do not define an input scaling.
     scale_input = getattr(scheduler, "scale_model_input", lambda latent, timestep: latent)
     latent = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    # One copy for all evaluations: each would wait for the device. The scheduler keeps its own on the CPU.
+    timesteps = scheduler.timesteps.to(noise.device)
     with ExitStack() as stack:
         for callback in callbacks:
             stack.callback(callback.on_run_end)
@@ -49,7 +51,7 @@ def sample(
             context = StepContext(evaluation, timestep, run)
             for callback in callbacks:
                 callback.on_evaluation_start(context)
-            prediction = denoise(scale_input(latent, timestep), timestep.to(noise.device).expand(len(noise)))
+            prediction = denoise(scale_input(latent, timestep), timesteps[evaluation].expand(len(noise)))
             for callback in callbacks:
                 callback.on_evaluation_end(context, prediction)
             latent = scheduler.step(prediction, timestep, latent, return_dict=False, **extras)[0]

@@ -145,7 +145,11 @@ def _context_embedding(context_dim: int, width: int) -> nn.Sequential:
 
 
 def _key_mask(mask: Tensor | None) -> Tensor | None:
-    """`[B, N]` to `[B, 1, 1, N]`, or None where nothing is masked: attention without a mask is faster."""
-    if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
+    """`[B, N]` to `[B, 1, 1, N]`, or None where nothing is masked: attention without a mask is faster.
+
+    Only a mask on the CPU is looked into; to read one from another device would wait for all work queued there.
+    """
+    readable = mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if mask is None or (readable and bool(mask.all())):
         return None
     return mask[:, None, None]
