@@ -1,12 +1,10 @@
 """Generate audio from text: `python sample.py prompt="a dog barks"`; `--help` lists the options."""
 
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import hydra
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
@@ -14,31 +12,27 @@ import foley.config  # noqa: F401  (registers the resolvers that the configs use
 from foley.logs import get_logger
 from foley.pipeline import TextToAudio, resolve_device
 from foley.prompts import quote_overrides, request_clips
-from foley.reporting.samples import Sample, write_samples
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
     clips = request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num)
-    system = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device), cfg.max_duration_seconds)
-    result = system.generate(
+    result = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device), cfg.max_duration_seconds).generate(
         [clip.prompt for clip in clips],
         cfg.duration_seconds,
         [clip.seed for clip in clips],
-        guidance=instantiate(cfg.guidance, scale=cfg.guidance_scale, rescale=cfg.guidance_rescale),
+        guidance=hydra.utils.instantiate(cfg.guidance, scale=cfg.guidance_scale, rescale=cfg.guidance_rescale),
         solver=cfg.solver.name,
         num_steps=cfg.steps,
-        accelerator=instantiate(cfg.accel),
+        accelerator=hydra.utils.instantiate(cfg.accel),
         negative_prompt=cfg.negative_prompt,
         batch_size=cfg.batch_size,
         progress=partial(track, description="denoising"),
     )
-    notes = [clip.notes for clip in clips]
-    samples = list(map(Sample, result.prompts, result.seeds, result.audio[:, 0], notes))
-    settings = result.settings | {"accelerator": OmegaConf.to_container(cfg.accel), "ckpt": str(cfg.ckpt)}
-    page, _ = write_samples(Path(cfg.output_dir), samples, result.sample_rate_hz, settings, asdict(result.timings))
-    get_logger(__name__).info("%d clips: open %s", len(samples), page)
+    settings = {"accelerator": OmegaConf.to_container(cfg.accel), "ckpt": str(cfg.ckpt)}
+    page, _ = result.write(Path(cfg.output_dir), notes=[clip.notes for clip in clips], more_settings=settings)
+    get_logger(__name__).info("%d clips: open %s", len(clips), page)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ not whether it sounds worse: that is for the metrics.
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -21,16 +20,15 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.accel.callback import NoAcceleration
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.plots import plot_tradeoff
 from foley.checkpoint import write_json
+from foley.diffusion.generate import clip_size, embed, generate_latents
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
-from foley.diffusion.sampler import sample
 from foley.diffusion.solver import Solver
+from foley.diffusion.types import Accelerator
 from foley.pipeline import TextToAudio, resolve_device
 from foley.prompts import read_prompts
-from foley.seeding import torch_generator
 
 
 @dataclass(frozen=True)
@@ -48,40 +46,43 @@ class Workload:
     def build(cls, cfg: DictConfig) -> "Workload":
         pipeline = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device))
         prompts = read_prompts(Path(cfg.prompts))[: cfg.num_prompts]
-        positive, negative = (Conditioning(text.embeddings, text.mask) for text in map(pipeline.text, (prompts, [""])))
-        num_frames = math.ceil(cfg.duration_seconds * pipeline.codec.sample_rate_hz / pipeline.codec.hop_samples)
+        positive, negative = embed(pipeline.text, prompts), embed(pipeline.text, [""])
+        _, num_frames = clip_size(cfg.duration_seconds, pipeline.sample_rate_hz, pipeline.codec.hop_samples)
         guidance = instantiate(cfg.guidance, scale=cfg.guidance_scale)
         return cls(pipeline, Solver(cfg.solver.name, cfg.steps), guidance, positive, negative, num_frames)
 
-    def noise(self) -> Tensor:
-        shape = (len(self.positive.mask), self.pipeline.denoiser.latent_channels, self.num_frames)
-        return torch.randn(shape, generator=torch_generator("bench noise")).to(self.pipeline.device)
-
-    def run(self, accelerator: Any) -> tuple[Tensor, float]:
+    def run(self, accelerator: Accelerator | None = None) -> tuple[Tensor, float]:
         """The latent `[B, C, L]`, and the seconds it took."""
-        noise, scheduler = self.noise(), self.solver.build(self.pipeline.process)
-        generators = [torch_generator("bench solver noise", i) for i in range(len(noise))]
-        denoise = self.guidance.wrap(self.pipeline.denoiser, self.positive, self.negative)
-        run = self.solver.run_context(scheduler, self.guidance, len(noise))
         start = time.perf_counter()
-        with accelerator.attach(self.pipeline.denoiser):
-            latent = sample(denoise, noise, scheduler, run, [accelerator], generators).cpu()
-        return latent, time.perf_counter() - start
+        latent = generate_latents(
+            self.pipeline.denoiser,
+            self.pipeline.process,
+            self.positive,
+            self.negative,
+            range(len(self.positive.mask)),
+            self.num_frames,
+            self.guidance,
+            self.solver,
+            accelerator,
+            self.pipeline.device,
+        )
+        return latent.cpu(), time.perf_counter() - start
 
     def macs(self) -> EvaluationMacs:
-        noise = self.noise()
         denoise = self.guidance.wrap(self.pipeline.denoiser, self.positive, self.negative)
-        timestep = torch.ones(len(noise), device=noise.device)
-        return count_evaluation_macs(self.pipeline.denoiser, lambda: denoise(noise, timestep))
+        batch_size, device = len(self.positive.mask), self.pipeline.device
+        noisy = torch.zeros(batch_size, self.pipeline.denoiser.latent_channels, self.num_frames, device=device)
+        timestep = torch.ones(batch_size, device=device)
+        return count_evaluation_macs(self.pipeline.denoiser, lambda: denoise(noisy, timestep))
 
 
 def measure(workload: Workload, accelerators: Mapping[float, Any], repeats: int) -> list[dict[str, float]]:
     """One row per threshold. Speed-ups are medians over rounds, each against the uncached run of its own round."""
-    macs, (reference, _) = workload.macs(), workload.run(NoAcceleration())
+    macs, (reference, _) = workload.macs(), workload.run()
     speedups: dict[float, list[float]] = {threshold: [] for threshold in accelerators}
     errors: dict[float, float] = {}
     for _ in range(repeats):
-        uncached_seconds = workload.run(NoAcceleration())[1]
+        uncached_seconds = workload.run()[1]
         for threshold, accelerator in accelerators.items():
             latent, seconds = workload.run(accelerator)
             speedups[threshold].append(uncached_seconds / seconds)

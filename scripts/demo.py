@@ -22,7 +22,6 @@ from foley.pipeline import Generation, TextToAudio
 from foley.prompts import read_prompt_rows
 from foley.reporting.html import Card, render_comparison
 from foley.reporting.names import slug
-from foley.reporting.samples import Sample, write_samples
 
 log = get_logger(__name__)
 
@@ -39,15 +38,9 @@ def label_accuracy(result: Generation, labels: list[str], protocol: EvaluationPr
 
 def write_variant(directory: Path, name: str, result: Generation) -> list[Card]:
     """The folder of one variant; returns its cards, with file names relative to the parent folder."""
-    samples = [Sample(*item) for item in zip(result.prompts, result.seeds, result.audio[:, 0], strict=True)]
     folder = directory / slug(name)
-    timings = dataclasses.asdict(result.timings)
-    _, cards = write_samples(folder, samples, result.sample_rate_hz, result.settings, timings, title=name)
-    files = ("audio_file", "image_file", "sidecar_file")
-    return [
-        dataclasses.replace(card, **{field: f"{folder.name}/{getattr(card, field)}" for field in files})
-        for card in cards
-    ]
+    _, cards = result.write(folder, name)
+    return [card.inside(folder.name) for card in cards]
 
 
 def peak_memory_gigabytes() -> float:

@@ -1,22 +1,23 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
-import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
-from foley.diffusion.sampler import Progress, sample
+from foley.diffusion.generate import clip_size, embed, generate_latents
+from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.diffusion.sampler import Progress
 from foley.diffusion.solver import Solver
-from foley.diffusion.types import SamplerCallback
+from foley.diffusion.types import Accelerator
 from foley.hashing import hash_module
-from foley.seeding import torch_generator
+from foley.reporting.html import Card
+from foley.reporting.samples import Sample, write_samples
 from foley.system import System, load_system, save_system
 
 MAX_PROMPT_CHARACTERS = 10_000
@@ -27,12 +28,6 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
-
-
-class Accelerator(SamplerCallback, Protocol):
-    """Attaches to a denoiser for the length of one run, and leaves no trace (see `foley.accel`)."""
-
-    def attach(self, denoiser: nn.Module) -> AbstractContextManager[Any]: ...
 
 
 @dataclass
@@ -59,6 +54,24 @@ class Generation:
     settings: dict[str, Any]
     timings: Timings
 
+    def write(
+        self,
+        directory: Path,
+        title: str | None = None,
+        notes: Sequence[Mapping[str, str]] | None = None,
+        more_settings: Mapping[str, Any] | None = None,
+    ) -> tuple[Path, list[Card]]:
+        """A folder of the clips, as `foley.reporting.samples.write_samples` describes; returns its page and cards.
+
+        Args:
+            notes: what else the JSON of each clip is to hold, such as its label.
+            more_settings: what the caller knows of how the clips were made.
+        """
+        rows = zip(self.prompts, self.seeds, self.audio[:, 0], notes or [{}] * len(self.prompts), strict=True)
+        samples = [Sample(*row) for row in rows]
+        settings = {**self.settings, **(more_settings or {})}
+        return write_samples(directory, samples, self.sample_rate_hz, settings, asdict(self.timings), title)
+
 
 class TextToAudio:
     """Generates audio from captions with a trained system.
@@ -81,7 +94,7 @@ class TextToAudio:
         self.model_hash = hash_module(self.denoiser)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0) -> Any:
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0) -> Self:
         """From an exported system directory or a diffusion training checkpoint; raises CheckpointError."""
         return cls(load_system(Path(path)), device, max_duration_seconds)
 
@@ -131,19 +144,28 @@ class TextToAudio:
         self._check(prompts, duration_seconds, seeds, negative_prompt, batch_size)
         plan = Solver(solver, num_steps)
         plan.build(self.process)  # refuses a mismatch before anything is computed
-        num_samples = max(1, round(duration_seconds * self.sample_rate_hz))
-        num_frames = math.ceil(num_samples / self.codec.hop_samples)
+        num_samples, num_frames = clip_size(duration_seconds, self.sample_rate_hz, self.codec.hop_samples)
         timings = Timings()
         with self._timed(timings, "text_seconds"):
-            negative = self._embed([negative_prompt]) if guidance.needs_negative else None
+            negative = embed(self.text, [negative_prompt]) if guidance.needs_negative else None
         rows = []
         for start in range(0, len(prompts), batch_size):
             items = slice(start, start + batch_size)
             with self._timed(timings, "text_seconds"):
-                positive = self._embed(prompts[items])
+                positive = embed(self.text, prompts[items])
             with self._timed(timings, "denoise_seconds"):
-                latent = self._denoise(
-                    positive, negative, seeds[items], num_frames, guidance, plan, accelerator, progress
+                latent = generate_latents(
+                    self.denoiser,
+                    self.process,
+                    positive,
+                    negative,
+                    seeds[items],
+                    num_frames,
+                    guidance,
+                    plan,
+                    accelerator,
+                    self.device,
+                    progress,
                 )
             with self._timed(timings, "decode_seconds"):
                 rows.append(self.codec.decode(self.normaliser.denormalise(latent))[..., :num_samples].cpu())
@@ -170,34 +192,6 @@ class TextToAudio:
             "sample_rate_hz": self.sample_rate_hz,
             "model_hash": self.model_hash,
         }
-
-    def _denoise(
-        self,
-        positive: Conditioning,
-        negative: Conditioning | None,
-        seeds: Sequence[int],
-        num_frames: int,
-        guidance: ClassifierFreeGuidance,
-        solver: Solver,
-        accelerator: Accelerator | None,
-        progress: Progress,
-    ) -> Tensor:
-        """Latents `[B, C, num_frames]`, one per seed."""
-        shape = (self.denoiser.latent_channels, num_frames)
-        noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
-        generators = [torch_generator("solver noise", seed) for seed in seeds]
-        scheduler = solver.build(self.process)
-        run = solver.run_context(scheduler, guidance, len(seeds))
-        denoise = guidance.wrap(self.denoiser, positive, negative)
-        with ExitStack() as stack:
-            if accelerator is not None:
-                stack.enter_context(accelerator.attach(self.denoiser))
-            callbacks = [] if accelerator is None else [accelerator]
-            return sample(denoise, noise.to(self.device), scheduler, run, callbacks, generators, progress)
-
-    def _embed(self, prompts: list[str]) -> Conditioning:
-        embedding = self.text(prompts)
-        return Conditioning(embedding.embeddings, embedding.mask)
 
     def _check(
         self, prompts: list[str], duration_seconds: float, seeds: list[int], negative_prompt: str, batch_size: int

@@ -6,6 +6,7 @@ import soundfile
 import torch
 
 from foley.reporting.audio_files import PEAK_CEILING, write_wav
+from foley.reporting.html import Card
 from foley.reporting.names import sample_stem, slug
 from foley.reporting.samples import Sample, write_samples
 from foley.reporting.spectrogram import draw_sheet, log_mel
@@ -98,3 +99,9 @@ def test_a_folder_of_samples_is_complete(tmp_path):
     assert sidecars[-1]["gain_db"] < 0
     assert {file.stem for file in tmp_path.glob("*.wav")} == {file.stem for file in tmp_path.glob("*.json")}
     assert len(list(tmp_path.iterdir())) == 3 * len(HOSTILE) + 2
+
+
+def test_a_card_can_be_put_on_the_page_above():
+    card = Card("rain", "a.wav", "a.png", "a.json", "1.00 s").inside("folder")
+    assert (card.audio_file, card.image_file, card.sidecar_file) == ("folder/a.wav", "folder/a.png", "folder/a.json")
+    assert card.prompt == "rain"

@@ -3,12 +3,15 @@
 import csv
 from pathlib import Path
 
+import pytest
 import soundfile
 import torch
 from training_parts import build_module, run
 
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import Solver
+from foley.pipeline import TextToAudio
+from foley.system import System
 from foley.training.callbacks import audio_samples
 from foley.training.callbacks.audio_samples import AudioSamples
 from foley.training.callbacks.throughput import Throughput
@@ -19,6 +22,7 @@ class Codec(torch.nn.Module):
     """Ten samples a frame."""
 
     sample_rate_hz = 1000
+    hop_samples = 10
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return latent.mean(dim=1, keepdim=True).repeat_interleave(10, dim=-1)
@@ -26,7 +30,7 @@ class Codec(torch.nn.Module):
 
 def samples(folder: Path, every: int = 1) -> AudioSamples:
     prompts = ["A dog!", "../rain"]
-    return AudioSamples("codec", str(folder), prompts, 100, ClassifierFreeGuidance(2.0), Solver("ddim", 3), every)
+    return AudioSamples("codec", str(folder), prompts, 0.995, ClassifierFreeGuidance(2.0), Solver("ddim", 3), every)
 
 
 def test_audio_samples_are_written(tmp_path: Path, monkeypatch) -> None:
@@ -34,16 +38,31 @@ def test_audio_samples_are_written(tmp_path: Path, monkeypatch) -> None:
     run(tmp_path, 14, callbacks=[samples(tmp_path / "samples", every=2)])
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step_000007"}
     names = sorted(path.name for path in (tmp_path / "samples/step_000007").iterdir())
-    assert names == ["00_a_dog_.png", "00_a_dog_.wav", "01__rain.png", "01__rain.wav"]
-    assert soundfile.info(tmp_path / "samples/step_000007/00_a_dog_.wav").frames == 1000
+    stems = ["000_a-dog_seed0", "001_rain_seed1"]
+    assert names == [f"{stem}.{suffix}" for stem in stems for suffix in ("png", "wav")]
+    assert soundfile.info(tmp_path / "samples/step_000007/000_a-dog_seed0.wav").frames == 995
 
 
-def test_samples_repeat_and_ignore_their_batch(tmp_path: Path, monkeypatch) -> None:
+def test_a_sample_is_what_the_pipeline_makes_of_its_prompt_and_seed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec())
     module = build_module()
-    both, alone = samples(tmp_path), samples(tmp_path)
-    alone.prompts = alone.prompts[:1]
-    torch.testing.assert_close(both.generate(module)[:1], alone.generate(module))
+    parts = {"denoiser": module.denoiser, "text": module.text, "codec": Codec(), "normaliser": module.normaliser}
+    pipeline, guidance = TextToAudio(System(parts, module.process, {})), ClassifierFreeGuidance(2.0)
+    alone = pipeline.generate(["../rain"], 0.995, seeds=[1], guidance=guidance, num_steps=3)
+    torch.testing.assert_close(samples(tmp_path).generate(module)[1:], alone.audio)
+
+
+def test_a_restart_goes_on_counting_validations(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec())
+    run(tmp_path, 8, callbacks=[samples(tmp_path / "samples", every=2)])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    run(tmp_path, 14, last, callbacks=[samples(tmp_path / "samples", every=2)])
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step_000007"}
+
+
+def test_samples_without_a_codec_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set codec_path="):
+        AudioSamples(None, str(tmp_path), ["rain"], 1.0, ClassifierFreeGuidance(), Solver())
 
 
 def test_a_stage_without_text_has_no_samples(tmp_path: Path) -> None:

@@ -1,18 +1,11 @@
-"""What an accelerator is: something that attaches to a denoiser from outside and follows one generation."""
+"""The plainest `foley.diffusion.types.Accelerator`."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from foley.diffusion.types import RunContext, SamplerCallback, StepContext
-
-
-class Accelerator(SamplerCallback, Protocol):
-    """A sampler callback that patches a denoiser for as long as its `attach` context is open."""
-
-    def attach(self, denoiser: nn.Module) -> AbstractContextManager[None]: ...
+from foley.diffusion.types import RunContext, StepContext
 
 
 class NoAcceleration:

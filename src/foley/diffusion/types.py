@@ -1,9 +1,10 @@
-"""What a sampling run tells the outside world: the run, the evaluation in progress, and the callback protocol."""
+"""What a sampling run tells the outside world, and what may be attached to one: the protocols of callbacks."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,9 @@ class SamplerCallback(Protocol):
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None: ...
 
     def on_run_end(self) -> None: ...
+
+
+class Accelerator(SamplerCallback, Protocol):
+    """A callback that patches a denoiser for as long as its `attach` context is open, and leaves no trace."""
+
+    def attach(self, denoiser: nn.Module) -> AbstractContextManager[object]: ...

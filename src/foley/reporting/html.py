@@ -1,7 +1,7 @@
 """The page on which a batch of generated clips is looked at and listened to."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -31,6 +31,11 @@ class Card:
     image_file: str
     sidecar_file: str
     facts: str
+
+    def inside(self, folder: str) -> "Card":
+        """The card for a page that lies beside `folder`, which holds the files."""
+        files = {"audio_file": self.audio_file, "image_file": self.image_file, "sidecar_file": self.sidecar_file}
+        return replace(self, **{field: f"{folder}/{file}" for field, file in files.items()})
 
 
 def render_page(title: str, settings: Mapping[str, Any], cards: Sequence[Card]) -> str:

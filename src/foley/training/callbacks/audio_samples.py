@@ -1,106 +1,123 @@
 """Lets one hear a run: fixed prompts with fixed noise, generated after validation."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import soundfile
 import torch
-from matplotlib.figure import Figure
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from foley.checkpoint import load_trained
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
-from foley.diffusion.sampler import sample
+from foley.diffusion.generate import clip_size, embed, generate_latents
+from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import Solver
-from foley.seeding import torch_generator
+from foley.logs import get_logger
+from foley.reporting.audio_files import write_wav
+from foley.reporting.names import sample_stem
+from foley.reporting.spectrogram import draw_spectrogram
+from foley.training.diffusion import DiffusionTraining
+
+log = get_logger(__name__)
 
 
 class AudioSamples(pl.Callback):
     """Writes a WAV and a spectrogram for each prompt, and a table of them to W&B where that is the logger.
 
-    The weights are those of validation: the averaged ones. A module without text (stage 1) has nothing to say.
+    The weights are those of validation: the averaged ones. Prompt i has the seed `seed + i`, with which sample.py makes
+    the same clip. A module that takes no prompts (stage 1, a codec) has nothing to say and is left in peace.
 
     Args:
         codec_path: component directory or training checkpoint of the codec; loaded at the first use.
-        output_dir: receives `step_000123/00_<prompt>.wav` and `.png`.
-        prompts: what to generate; the noise of prompt i depends on `seed` and i only.
-        num_frames: latent length L.
-        every_n_validations: generate at every n-th validation.
+        output_dir: receives `step_000123/000_<prompt>_seed0.wav` and `.png`.
+        prompts: what to generate.
+        duration_seconds: length of each clip.
+        every_n_validations: generate at the first validation and at every n-th after it.
+
+    Raises ValueError without a codec.
     """
 
     def __init__(
         self,
-        codec_path: str,
+        codec_path: str | None,
         output_dir: str,
         prompts: Sequence[str],
-        num_frames: int,
+        duration_seconds: float,
         guidance: ClassifierFreeGuidance,
         solver: Solver,
         every_n_validations: int = 1,
         seed: int = 0,
     ) -> None:
+        if codec_path is None:
+            raise ValueError(
+                "audio samples need the codec that made the latents, got codec_path=null; set codec_path=..."
+            )
         self.codec_path = Path(codec_path)
         self.output_dir = Path(output_dir)
         self.prompts = list(prompts)
-        self.num_frames = num_frames
+        self.duration_seconds = duration_seconds
         self.guidance = guidance
         self.solver = solver
         self.every_n_validations = every_n_validations
-        self.seed = seed
+        self.seeds = range(seed, seed + len(self.prompts))
         self._codec: Any = None
         self._validations = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations = state_dict["validations"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not _takes_prompts(pl_module):
+            log.warning("no audio samples: this %s takes no prompts", type(pl_module).__name__)
 
     # Callbacks' `on_validation_epoch_end` comes before the averaged weights are swapped out in `on_validation_end`.
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or not _takes_prompts(pl_module):
+            return
         self._validations += 1
-        if trainer.sanity_checking or pl_module.text is None or (self._validations - 1) % self.every_n_validations:
+        if (self._validations - 1) % self.every_n_validations:
             return
         audio = self.generate(pl_module)
+        if not bool(audio.isfinite().all()):
+            log.warning("step %d: no audio samples, for they are not finite", trainer.global_step)
+            return
         folder = self.output_dir / f"step_{trainer.global_step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [self._write(folder, index, item[0]) for index, item in enumerate(audio)]
+        files = [self._write(folder, index, clip) for index, clip in enumerate(audio[:, 0])]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log_table(logger, files, trainer.global_step)
 
     @torch.no_grad()
     def generate(self, module: Any) -> Tensor:
-        """Audio `[len(prompts), 1, T]` in [-1, 1] from the module's present weights."""
-        device = module.device
+        """Audio `[len(prompts), 1, T]` from the module's present weights, on the CPU."""
         if self._codec is None:
             self._codec = load_trained(self.codec_path, "codec")
-        text = module.text([*self.prompts, ""])
-        conditioning = Conditioning(text.embeddings[:-1], text.mask[:-1])
-        unconditional = Conditioning(text.embeddings[-1:], text.mask[-1:])
-        shape = (module.denoiser.latent_channels, self.num_frames)
-        generators = [torch_generator("sample", self.seed, index) for index in range(len(self.prompts))]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-        scheduler = self.solver.build(module.process)
-        latent = sample(
-            self.guidance.wrap(module.denoiser, conditioning, unconditional),
-            noise,
-            scheduler,
-            self.solver.run_context(scheduler, self.guidance, len(noise)),
-            generators=generators,
+        codec = self._codec.to(module.device)
+        num_samples, num_frames = clip_size(self.duration_seconds, codec.sample_rate_hz, codec.hop_samples)
+        latent = generate_latents(
+            module.denoiser,
+            module.process,
+            embed(module.text, self.prompts),
+            embed(module.text, [""]),
+            self.seeds,
+            num_frames,
+            self.guidance,
+            self.solver,
+            device=module.device,
         )
-        audio: Tensor = self._codec.to(device).decode(module.normaliser.denormalise(latent))
-        return audio.clamp(-1, 1).cpu()
+        audio: Tensor = codec.decode(module.normaliser.denormalise(latent))
+        return audio[..., :num_samples].cpu()
 
-    def _write(self, folder: Path, index: int, waveform: Tensor) -> Path:
-        name = re.sub(r"[^a-z0-9]+", "_", self.prompts[index].lower())[:40]
-        path = folder / f"{index:02d}_{name}.wav"
-        soundfile.write(path, waveform.numpy(), self._codec.sample_rate_hz)
-        figure = Figure(figsize=(6, 3))
-        axes = figure.subplots()
-        axes.specgram(waveform.numpy() + 1e-7, NFFT=512, noverlap=384, Fs=self._codec.sample_rate_hz)
-        axes.set(title=self.prompts[index], xlabel="seconds", ylabel="Hz")
-        figure.savefig(path.with_suffix(".png"), bbox_inches="tight")
+    def _write(self, folder: Path, index: int, clip: Tensor) -> Path:
+        path = folder / f"{sample_stem(self.prompts[index], index, self.seeds[index])}.wav"
+        write_wav(path, clip, self._codec.sample_rate_hz)
+        draw_spectrogram(path.with_suffix(".png"), clip, self._codec.sample_rate_hz)
         return path
 
     def _log_table(self, logger: WandbLogger, files: Sequence[Path], step: int) -> None:
@@ -111,3 +128,7 @@ class AudioSamples(pl.Callback):
             for prompt, file in zip(self.prompts, files, strict=True)
         ]
         logger.log_table("samples", columns=["caption", "audio", "spectrogram"], data=rows, step=step)
+
+
+def _takes_prompts(module: pl.LightningModule) -> bool:
+    return isinstance(module, DiffusionTraining) and module.text is not None

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytorch_lightning as pl
-import soundfile
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from foley.reporting.audio_files import write_wav
 from foley.training.codec import CodecTraining
 
 
@@ -25,12 +25,11 @@ class Reconstructions(pl.Callback):
         if trainer.sanity_checking or not isinstance(pl_module, CodecTraining):
             return
         folder = self.output_dir / f"step_{trainer.global_step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
         files = []
         for index, pair in enumerate(pl_module.examples):
             for kind, audio in zip(("original", "reconstruction"), pair, strict=True):
                 files.append(folder / f"{index:02d}_{kind}.wav")
-                soundfile.write(files[-1], audio[0].clamp(-1, 1).numpy(), pl_module.codec.sample_rate_hz)
+                write_wav(files[-1], audio[0], pl_module.codec.sample_rate_hz)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_audio("reconstructions", [str(file) for file in files], step=trainer.global_step)

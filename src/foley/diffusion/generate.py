@@ -1,0 +1,63 @@
+"""From prompts' features and seeds to latents: the one way in which anything here is generated."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.sampler import Progress, sample
+from foley.diffusion.solver import Solver
+from foley.diffusion.types import Accelerator
+from foley.seeding import torch_generator
+
+
+def embed(text: Callable[[list[str]], Any], prompts: Sequence[str]) -> Conditioning:
+    """What `text`, which returns `embeddings [B, S, Dc]` and their `mask [B, S]`, makes of `prompts`."""
+    embedding = text(list(prompts))
+    return Conditioning(embedding.embeddings, embedding.mask)
+
+
+def clip_size(duration_seconds: float, sample_rate_hz: int, hop_samples: int) -> tuple[int, int]:
+    """The samples T of a clip, at least one, and the latent frames L that cover them."""
+    num_samples = max(1, round(duration_seconds * sample_rate_hz))
+    return num_samples, math.ceil(num_samples / hop_samples)
+
+
+def generate_latents(
+    denoiser: Any,
+    process: DiffusionProcess,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    seeds: Sequence[int],
+    num_frames: int,
+    guidance: ClassifierFreeGuidance,
+    solver: Solver,
+    accelerator: Accelerator | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = iter,
+) -> Tensor:
+    """Latents `[B, C, num_frames]`, one per seed and row of `positive`; an item ignores the rest of its batch.
+
+    Args:
+        denoiser: a module that has `latent_channels`, and is called as `ClassifierFreeGuidance.wrap` says.
+        negative: one row in all or one per item; None only where the guidance scale is 1.
+        accelerator: attached to the denoiser for the length of the run.
+        device: where the denoiser is. Noise is drawn on the CPU, so that a seed means the same everywhere.
+        progress: wraps the range of evaluations.
+
+    Raises ValueError where the solver does not fit the process.
+    """
+    scheduler = solver.build(process)
+    shape = (denoiser.latent_channels, num_frames)
+    noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
+    generators = [torch_generator("solver noise", seed) for seed in seeds]
+    run = solver.run_context(scheduler, guidance, len(seeds))
+    denoise = guidance.wrap(denoiser, positive, negative)
+    with nullcontext() if accelerator is None else accelerator.attach(denoiser):
+        callbacks = [] if accelerator is None else [accelerator]
+        return sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress)
