@@ -14,6 +14,7 @@ from foley.accel.accelerators import calibration_directory, calibration_stem
 from foley.accel.calibration import CalibrationRecorder
 from foley.accel.plots import plot_calibration
 from foley.accel.storage import info_path
+from foley.data.sampler import evenly_spaced
 from foley.logs import get_logger
 from foley.pipeline import TextToAudio, resolve_device
 from foley.prompts import read_prompts
@@ -24,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     prompts = read_prompts(Path(cfg.prompts))
     recorder = CalibrationRecorder(cfg.max_distance)
     TextToAudio.load(cfg.ckpt, resolve_device(cfg.device)).generate(
-        prompts[:: max(1, len(prompts) // cfg.num_prompts)][: cfg.num_prompts],
+        [prompts[index] for index in evenly_spaced(len(prompts), cfg.num_prompts)],
         cfg.duration_seconds,
         guidance=instantiate(cfg.guidance, scale=cfg.guidance_scale),
         solver=cfg.solver.name,

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import load_trained
 from foley.data.encoding import encode_latents
+from foley.pipeline import resolve_device
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="encode_latents")
@@ -19,7 +20,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.output_dir),
         cfg.batch_size,
         cfg.min_duration_seconds,
-        cfg.device,
+        resolve_device(cfg.device),
     )
 
 

@@ -13,18 +13,21 @@ from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
 from foley.checkpoint import load_trained, write_json
+from foley.data.sampler import evenly_spaced
 from foley.data.types import AudioItem, AudioSource
 from foley.hashing import hash_module
 from foley.logs import get_logger
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
+from foley.pipeline import resolve_device
 from foley.reporting.audio_files import write_wav
 from foley.reporting.samples import draw_sheet
 
 
 @torch.no_grad()
 def reconstruct(codec: Any, audio: Tensor) -> Tensor:
-    """`[T]` through the codec and back, at the posterior's mean."""
-    return codec.decode(codec.encode(audio[None, None]))[0, 0, : len(audio)]
+    """`[T]` through the codec, where that is, and back, at the posterior's mean."""
+    latent = codec.encode(audio[None, None].to(next(codec.parameters()).device))
+    return codec.decode(latent)[0, 0, : len(audio)].cpu()
 
 
 def score(codec: Any, item: AudioItem) -> dict[str, Any]:
@@ -47,11 +50,11 @@ def summarise(clips: list[dict[str, Any]]) -> dict[str, float]:
     return {"n": len(clips), **means, "si_sdr_db_median": median(clip["si_sdr_db"] for clip in clips)}
 
 
-def keep_pairs(codec: Any, source: AudioSource, count: int, directory: Path) -> None:
-    """Originals and reconstructions of clips spread over the split, and a sheet of their spectrograms."""
+def keep_pairs(codec: Any, source: AudioSource, indices: list[int], directory: Path) -> None:
+    """Originals and reconstructions of the clips at `indices`, and a sheet of their spectrograms."""
     directory.mkdir(parents=True, exist_ok=True)
     clips, titles = [], []
-    for index in range(0, len(source), max(1, len(source) // count)):
+    for index in indices:
         item = source.render(index, 0)
         pair = {"original": item.audio, "reconstruction": reconstruct(codec, item.audio)}
         for kind, audio in pair.items():
@@ -64,14 +67,19 @@ def keep_pairs(codec: Any, source: AudioSource, count: int, directory: Path) -> 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="score_codec")
 def main(cfg: DictConfig) -> None:
     """Write `codec.json` and the pairs."""
-    codec = load_trained(Path(cfg.codec), "codec")
+    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(resolve_device(cfg.device))
     source: AudioSource = instantiate(cfg.data.splits, _convert_="all")[cfg.split]
-    items = (source.render(index, 0) for index in track(range(len(source)), description="reconstructing"))
-    clips = [score(codec, item) for item in items if len(item.audio) >= cfg.minimum_seconds * codec.sample_rate_hz]
-    summary = summarise(clips)
-    result = {"codec_hash": hash_module(codec), "split": cfg.split, "summary": summary, "clips": clips}
+    shortest = cfg.minimum_seconds * codec.sample_rate_hz
+    clips = {}
+    for index in track(range(len(source)), description="reconstructing"):
+        item = source.render(index, 0)
+        if len(item.audio) >= shortest:
+            clips[index] = score(codec, item)
+    summary = summarise(list(clips.values()))
+    result = {"codec_hash": hash_module(codec), "split": cfg.split, "summary": summary, "clips": list(clips.values())}
     write_json(Path(cfg.output_dir) / "codec.json", result)
-    keep_pairs(codec, source, cfg.num_pairs, Path(cfg.output_dir) / "pairs")
+    kept = [list(clips)[place] for place in evenly_spaced(len(clips), cfg.num_pairs)]
+    keep_pairs(codec, source, kept, Path(cfg.output_dir) / "pairs")
     get_logger(__name__).info("%s", {name: round(value, 3) for name, value in summary.items()})
 
 

@@ -33,7 +33,14 @@ def main(config: DictConfig) -> None:
     loader = training_loader(splits.pop("train"), extractor, config.seed, **config.loader)
     steps = config.loader.steps
     module = ExtractorTraining(extractor, MelAugmentation(), steps, seed=config.seed, **config.optimization)
-    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, default_root_dir=config.output_dir)
+    trainer = Trainer(
+        max_epochs=1,
+        devices=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        default_root_dir=config.output_dir,
+    )
     trainer.fit(module, loader)
     directory = Path(config.output_dir)
     target = f"{EmbeddedExtractor.__module__}.{EmbeddedExtractor.__qualname__}"

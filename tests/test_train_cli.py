@@ -11,17 +11,20 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from foley.checkpoint import CheckpointError, load_trained, read_training_checkpoint
+from foley.checkpoint import (
+    CheckpointError,
+    build_component,
+    load_trained,
+    read_training_checkpoint,
+    save_component,
+)
 from foley.config import PROJECT_ROOT
+from foley.data.latent_cache import StaleCacheError
 from foley.data.latent_writer import latent_cache_writer
 from foley.seeding import torch_generator
 from foley.training.run import find_checkpoint, optimized_metric, train
 
-SMALL = [
-    "model.width=16",
-    "model.depth=2",
-    "model.num_heads=2",
-    "data.batch_size=4",
+QUICK = [
     "trainer.max_time=null",
     "trainer.max_steps=4",
     "trainer.val_check_interval=2",
@@ -30,6 +33,7 @@ SMALL = [
     "callbacks.progress=null",
     "lr_schedule.warmup_steps=1",
 ]
+SMALL = ["model.width=16", "model.depth=2", "model.num_heads=2", "data.batch_size=4", *QUICK]
 DIFFUSION = ["ezaudio_pretrain", "ezaudio_align", "ezaudio_finetune", "ezaudio_xl", "ezaudio_l"]
 DIFFUSION += ["tiny_pretrain", "tiny_align", "tiny_finetune", "tiny_ddp_smoke"]
 
@@ -42,10 +46,11 @@ def config(*overrides: str) -> DictConfig:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty-four random two-second clips as the tiny codec's latents."""
+    channels = config().codec.latent_channels
     folder = tmp_path_factory.mktemp("latents") / "cache"
     with latent_cache_writer(folder, "hash", 24000, 480) as writer:
         for index in range(24):
-            mean = torch.randn(32, 100, generator=torch_generator("clip", index))
+            mean = torch.randn(channels, 100, generator=torch_generator("clip", index))
             split = "val" if index >= 20 else "train"
             writer.add(mean, torch.ones_like(mean), f"clip{index:02d}", "a dog barks", "dog", split, 2.0)
     return folder
@@ -56,8 +61,8 @@ def small(cache: Path, folder: Path, experiment: str, *overrides: str) -> DictCo
     return config(f"experiment={experiment}", *SMALL, *data, *overrides)
 
 
-def command(cache: Path, *overrides: str) -> subprocess.CompletedProcess:
-    arguments = [sys.executable, str(PROJECT_ROOT / "train.py"), *overrides, f"data.cache_dir={cache}", *SMALL]
+def command(*overrides: str) -> subprocess.CompletedProcess:
+    arguments = [sys.executable, str(PROJECT_ROOT / "train.py"), *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=250, check=False)
 
@@ -81,7 +86,9 @@ def test_published_numbers() -> None:
 def test_groups_compose(group: str) -> None:
     cfg = config("experiment=tiny_pretrain", "data.cache_dir=x", group)
     assert cfg.trainer._target_ == "pytorch_lightning.Trainer"
-    assert (cfg.callbacks.ema is None) == (group == "trainer=fsdp")
+    for whole_tensors_only in (cfg.callbacks.ema, cfg.callbacks.non_finite):
+        assert (whole_tensors_only is None) == (group == "trainer=fsdp")
+    assert (cfg.trainer.precision == "bf16-mixed") or "trainer" not in group
 
 
 def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:
@@ -91,7 +98,7 @@ def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:
     assert (first / "config.yaml").is_file()
     last = first / "checkpoints/last.ckpt"
     assert read_training_checkpoint(last)["foley"]["codec_hash"] == "hash"
-    assert load_trained(last, "denoiser").latent_channels == 32
+    assert load_trained(last, "denoiser").latent_channels == config().codec.latent_channels
     assert (load_trained(last, "normaliser").std > 1).all()
 
     train(small(cache, first, "tiny_pretrain", "ckpt_path=auto", "trainer.max_steps=6", "lr_schedule.total_steps=4"))
@@ -105,6 +112,30 @@ def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:
     assert checkpoint["global_step"] == 4
     assert any("cross_attention" in key for key in checkpoint["state_dict"])
     assert any(key.startswith("text.") for key in checkpoint["state_dict"])
+
+
+def test_only_a_codec_asks_for_unused_parameters() -> None:
+    assert config("experiment=tiny_vae", "trainer=ddp").trainer.strategy == "ddp_find_unused_parameters_true"
+    assert config("experiment=tiny_align", "trainer=ddp").trainer.strategy == "ddp"
+
+
+def test_the_codec_must_have_made_the_latents(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = {"_target_": "foley.models.vae.waveform_vae.WaveformVAE", "channels": 2, "latent_channels": 2}
+    save_component(build_component(codec), codec, tmp_path / "codec")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StaleCacheError, match="encoded by the codec hash, but the codec in use is"):
+        train(small(cache, tmp_path / "run", "tiny_pretrain", "codec_path=codec"))
+    monkeypatch.setattr("foley.training.run.hash_module", lambda module: "hash")
+    train(small(cache, tmp_path / "run", "tiny_pretrain", "codec_path=codec", "trainer.max_steps=2"))
+    stored = read_training_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["foley"]["codec_dir"]
+    assert not Path(stored).is_absolute()
+    assert (PROJECT_ROOT / stored).resolve() == (tmp_path / "codec").resolve()
+
+
+def test_diffusion_needs_latents(tmp_path: Path) -> None:
+    clips = ["data=procedural", "data.splits.sizes={train: 4}", f"paths.output_dir={tmp_path}"]
+    with pytest.raises(TypeError, match="task=diffusion needs data=latents, got AudioDataModule"):
+        train(config("experiment=tiny_pretrain", *clips))
 
 
 def test_a_checkpoint_to_resume_from_must_exist(tmp_path: Path) -> None:
@@ -125,7 +156,7 @@ def test_a_sweep_gets_a_number() -> None:
 @pytest.mark.slow
 def test_multirun_and_many_loggers(cache: Path, tmp_path: Path) -> None:
     overrides = ["-m", "experiment=tiny_pretrain", "logger=many", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
-    result = command(cache, *overrides)
+    result = command(*overrides, f"data.cache_dir={cache}", *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     for job in ("0", "1"):
         assert (tmp_path / job / "checkpoints/last.ckpt").is_file()
@@ -136,7 +167,7 @@ def test_multirun_and_many_loggers(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_the_samples(cache: Path, tmp_path: Path) -> None:
     overrides = ["experiment=tiny_ddp_smoke", "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
-    result = command(cache, *overrides)
+    result = command(*overrides, f"data.cache_dir={cache}", *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     checkpoint = read_training_checkpoint(tmp_path / "checkpoints/last.ckpt")
     assert checkpoint["global_step"] == 4
@@ -145,8 +176,21 @@ def test_two_processes_share_the_samples(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_train_a_codec_and_its_discriminator(tmp_path: Path) -> None:
+    """Two steps without the discriminator, which has no gradients then, and two with it."""
+    clips = ["data=procedural", "data.splits.sizes={train: 16, val: 4}", "data.splits.duration_seconds=0.5"]
+    sizes = ["data.duration_seconds=0.1", "data.batch_size=2", "codec.channels=2", "codec.latent_channels=4"]
+    parallel = ["trainer=ddp_cpu", "trainer.devices=2", "task.adversarial_start_step=2"]
+    result = command("experiment=tiny_vae", f"hydra.run.dir={tmp_path}", *clips, *sizes, *parallel, *QUICK)
+    assert result.returncode == 0, result.stderr[-3000:]
+    checkpoint = read_training_checkpoint(tmp_path / "checkpoints/last.ckpt")
+    updates = [{slot["step"].item() for slot in state["state"].values()} for state in checkpoint["optimizer_states"]]
+    assert updates == [{4}, {2}]
+
+
+@pytest.mark.slow
 def test_optuna_searches(cache: Path, tmp_path: Path) -> None:
     overrides = ["-m", "experiment=tiny_pretrain", "hparams_search=optuna", "hydra.sweeper.n_trials=2"]
-    result = command(cache, *overrides, f"hydra.sweep.dir={tmp_path}")
+    result = command(*overrides, f"hydra.sweep.dir={tmp_path}", f"data.cache_dir={cache}", *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "optimization_results.yaml").is_file()

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 ALLOWED_TARGET_PREFIX = "foley."
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+FOLEY_KEY = "foley"
+"""Entry of a training checkpoint that says how to build the components whose weights it holds."""
+
 _ASSET = "asset:"
 
 
@@ -89,20 +93,39 @@ def build_component(config: Mapping[str, Any], source: str = "config") -> Any:
     return instantiate(dict(config), _convert_="all")
 
 
+@dataclass(frozen=True)
+class StateComparison:
+    """A saved state dict beside a module's own: the keys that both have, and a line for each of unequal shape."""
+
+    common: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+
+    @property
+    def complaints(self) -> list[str]:
+        """A line for each key on which the two disagree; empty where the save fits exactly."""
+        lines = [f"missing in the checkpoint: {key}" for key in self.missing]
+        return lines + [f"unexpected in the checkpoint: {key}" for key in self.unexpected] + self.reshaped
+
+
+def compare_states(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> StateComparison:
+    """Compare the names and shapes of a saved state dict with a module's `own`."""
+    common = sorted(set(own) & set(saved))
+    reshaped = [
+        f"shape of {key}: {tuple(saved[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the model"
+        for key in common
+        if own[key].shape != saved[key].shape
+    ]
+    return StateComparison(common, sorted(set(own) - set(saved)), sorted(set(saved) - set(own)), reshaped)
+
+
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load `state` into `module`, strictly; the error lists the keys and shapes that disagree."""
-    own = module.state_dict()
-    missing = sorted(set(own) - set(state))
-    unexpected = sorted(set(state) - set(own))
-    shapes = [
-        f"{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model"
-        for key in sorted(set(own) & set(state))
-        if own[key].shape != state[key].shape
-    ]
-    if missing or unexpected or shapes:
+    if complaints := compare_states(state, module.state_dict()).complaints:
         raise CheckpointError(
-            f"{source} does not fit {type(module).__name__}: missing keys {missing}; "
-            f"unexpected keys {unexpected}; different shapes {shapes}. Use the config saved with the weights."
+            "\n  ".join([f"{source} does not fit {type(module).__name__}:", *complaints])
+            + "\nUse the config saved with the weights."
         )
     module.load_state_dict(state)
 
@@ -167,14 +190,14 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not exist") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read safely (weights_only): {error}") from error
-    if "foley" not in checkpoint:
-        raise CheckpointError(f"{path} was not written by foley: it has no `foley` entry")
+    if FOLEY_KEY not in checkpoint:
+        raise CheckpointError(f"{path} was not written by foley: it has no `{FOLEY_KEY}` entry")
     return checkpoint
 
 
 def component_from_training(checkpoint: Mapping[str, Any], name: str, source: str) -> Any:
     """Component `name` of a training checkpoint that has been read already; in eval mode."""
-    components = checkpoint["foley"]["components"]
+    components = checkpoint[FOLEY_KEY]["components"]
     if name not in components:
         raise CheckpointError(f"{source} holds no component {name!r}, only {sorted(components)}")
     module = build_component(components[name], source)

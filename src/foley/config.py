@@ -1,5 +1,6 @@
 """Paths of the project, and the OmegaConf resolvers that the configs use."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -14,10 +15,16 @@ def cpu_precision() -> str:
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
 
+def run_id(folder: str) -> str:
+    """An id that follows from the output folder alone: by it a restarted run's loggers find its earlier lives."""
+    return hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:12]
+
+
 def register_resolvers() -> None:
-    """`${project_root:}` is the checkout's root, wherever the command is run from; `${cpu_precision:}` as above."""
+    """`${project_root:}` is the root of the checkout, wherever the command runs; the others are the functions above."""
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
 
 
 register_resolvers()

@@ -11,6 +11,7 @@ from torch import nn
 
 from foley.checkpoint import (
     CONFIG_FILE,
+    FOLEY_KEY,
     WEIGHTS_FILE,
     CheckpointError,
     build_component,
@@ -106,7 +107,7 @@ def _load_directory(directory: Path) -> System:
 
 def _load_training(path: Path) -> System:
     checkpoint = read_training_checkpoint(path)
-    metadata = checkpoint["foley"]
+    metadata = checkpoint[FOLEY_KEY]
     configs = dict(metadata["components"])
     absent = [name for name in ("denoiser", "normaliser", "text", "process") if configs.get(name) is None]
     if absent:
@@ -136,7 +137,7 @@ def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, M
             f"{source} was trained on latents of the codec {expected[:12]}, but {path} now holds {actual[:12]}; "
             "put the original codec back, or encode the latents and train again"
         )
-    config = read_config(path) if path.is_dir() else read_training_checkpoint(path)["foley"]["components"]["codec"]
+    config = read_config(path) if path.is_dir() else read_training_checkpoint(path)[FOLEY_KEY]["components"]["codec"]
     return codec, config
 
 

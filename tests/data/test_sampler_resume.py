@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from foley.data.resumable import ResumableDataModule
-from foley.data.sampler import ResumableSampler
+from foley.data.sampler import ResumableSampler, evenly_spaced
 from foley.data.types import SampleKey
 
 
@@ -158,3 +158,9 @@ def test_evaluation_order_is_fixed_and_complete():
         assert keys.tolist() == [[index, 0] for index in range(15)]
     assert module.test_dataloader() == []
     assert isinstance(module.train_dataloader(), DataLoader)
+
+
+def test_indices_are_spread_evenly():
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 8) == [0, 1, 2]
+    assert evenly_spaced(0, 8) == []

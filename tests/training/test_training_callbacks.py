@@ -2,10 +2,13 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
 import torch
+from pytorch_lightning.utilities import rank_zero_only
+from torch import distributed
 from training_parts import build_module, run
 
 from foley.diffusion.guidance import ClassifierFreeGuidance
@@ -14,6 +17,7 @@ from foley.pipeline import TextToAudio
 from foley.system import System
 from foley.training.callbacks import audio_samples
 from foley.training.callbacks.audio_samples import AudioSamples
+from foley.training.callbacks.non_finite import NonFiniteGuard
 from foley.training.callbacks.throughput import Throughput
 from foley.training.csv_logger import AppendingCSVLogger
 
@@ -84,3 +88,26 @@ def test_csv_log_goes_on(tmp_path: Path) -> None:
         logger.save()
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     assert [(row["step"], row["a"], row["b"]) for row in rows] == [("0", "1.0", ""), ("1", "2.0", "3.0")]
+
+
+def test_other_ranks_write_no_csv(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    AppendingCSVLogger(str(tmp_path / "log")).experiment.log_metrics({"a": 1.0}, 0)
+    assert not (tmp_path / "log").exists()
+
+
+def test_skipped_steps_name_the_clips_of_all_ranks(monkeypatch, caplog) -> None:
+    def gather(results: list, ids: list[str]) -> None:
+        results[:] = [["from rank 0"], ids]
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.tensor([float("nan")])
+    guard = NonFiniteGuard(max_consecutive=2)
+    guard.on_train_batch_start(None, None, {"id": ["from rank 1"]}, 0)
+    guard.on_before_optimizer_step(SimpleNamespace(global_step=3), None, torch.optim.SGD([parameter], lr=0.1))
+    assert parameter.grad is None
+    assert "step 3 skipped: gradients are not finite; batch ids ['from rank 0', 'from rank 1']" in caplog.text

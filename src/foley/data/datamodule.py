@@ -84,10 +84,9 @@ class LatentDataModule(ResumableDataModule):
     Args:
         cache_dir: what `scripts/encode_latents.py` wrote.
         duration_seconds: length of every batch item; longer latents are cropped, at random in training.
-        expected_codec_hash: of the codec that training will decode with; None accepts any.
 
     Raises:
-        StaleCacheError: the cache was made by another codec.
+        LatentCacheError: `cache_dir` is no latent cache.
     """
 
     def __init__(
@@ -97,13 +96,10 @@ class LatentDataModule(ResumableDataModule):
         batch_size: int,
         num_workers: int = 0,
         seed: int = 0,
-        expected_codec_hash: str | None = None,
         pin_memory: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory)
         self.index = LatentCacheIndex.read(Path(cache_dir))
-        if expected_codec_hash is not None:
-            self.require_codec(expected_codec_hash)
         self.num_frames = max(1, round(duration_seconds * self.index.sample_rate_hz / self.index.hop_samples))
         self.collate = LatentCollate(self.num_frames)
         self.datasets = {

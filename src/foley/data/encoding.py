@@ -19,7 +19,16 @@ from foley.logs import get_logger
 
 _log = get_logger(__name__)
 _MAX_WAITING = 512
-_MIN_STD = 1e-4
+
+
+class Posterior(Protocol):
+    """A diagonal Gaussian over latents: mean and standard deviation, each `[B, C, L]`."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def std(self) -> Tensor: ...
 
 
 class Encoder(Protocol):
@@ -28,8 +37,8 @@ class Encoder(Protocol):
     sample_rate_hz: int
     hop_samples: int
 
-    def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, 1, T]` to raw mean and scale, each `[B, C, L]`."""
+    def posterior(self, audio: Tensor) -> Posterior:
+        """Of the latents of `audio` `[B, 1, T]`."""
         ...
 
 
@@ -39,7 +48,7 @@ def encode_latents(
     output_dir: Path,
     batch_size: int = 16,
     min_duration_seconds: float = 0.0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> None:
     """Write a latent cache of all clips in `datasets` (by split) to `output_dir`, all of it or nothing.
 
@@ -108,13 +117,17 @@ def _equal_length_batches(
 
 @torch.no_grad()
 def _encode_batch(
-    codec: Encoder, items: list[AudioItem], split: str, min_samples: int, writer: LatentCacheWriter, device: str
+    codec: Encoder,
+    items: list[AudioItem],
+    split: str,
+    min_samples: int,
+    writer: LatentCacheWriter,
+    device: str | torch.device,
 ) -> None:
     hop = codec.hop_samples
     width = math.ceil(max(len(items[0].audio), min_samples) / hop) * hop
     audio = torch.stack([functional.pad(item.audio, (0, width - len(item.audio))) for item in items])[:, None]
-    means, scales = codec.encode_moments(audio.to(device))
-    stds = functional.softplus(scales) + _MIN_STD
-    for item, mean, std in zip(items, means, stds, strict=True):
+    posterior = codec.posterior(audio.to(device))
+    for item, mean, std in zip(items, posterior.mean, posterior.std, strict=True):
         seconds = len(item.audio) / codec.sample_rate_hz
         writer.add(mean, std, item.id, item.caption, item.label, split, seconds)

@@ -110,3 +110,9 @@ class ResumableSampler(Sampler[SampleKey]):
         if not self.shuffle:
             return np.arange(self.size)
         return numpy_generator("order", self.seed, epoch).permutation(self.size)
+
+
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """At most `count` indices into `size` items, spread evenly from the first item on."""
+    chosen = min(count, size)
+    return [index * size // chosen for index in range(chosen)]

@@ -6,9 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from foley.checkpoint import CheckpointError
-
-FOLEY_KEY = "foley"
+from foley.checkpoint import FOLEY_KEY, CheckpointError, compare_states
 
 
 class FoleyModule(pl.LightningModule):
@@ -54,7 +52,7 @@ class FoleyModule(pl.LightningModule):
         """Refuse a checkpoint that disagrees with this module; raises CheckpointError with every key concerned."""
         complaints = [
             *_differences(_comparable(checkpoint.get(FOLEY_KEY, {})), _comparable(self._description())),
-            *_state_differences(checkpoint["state_dict"], self.saved_state(self.state_dict())),
+            *compare_states(checkpoint["state_dict"], self.saved_state(self.state_dict())).complaints,
         ]
         if complaints:
             raise CheckpointError(
@@ -89,15 +87,4 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
         f"config {key}: {left.get(key, absent)} in the checkpoint, {right.get(key, absent)} in the run"
         for key in sorted(set(left) | set(right))
         if left.get(key, absent) != right.get(key, absent)
-    ]
-
-
-def _state_differences(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """One line per parameter or buffer that is on one side only or has another shape."""
-    lines = [f"missing in the checkpoint: {key}" for key in sorted(set(own) - set(saved))]
-    lines += [f"unexpected in the checkpoint: {key}" for key in sorted(set(saved) - set(own))]
-    return lines + [
-        f"shape of {key}: {tuple(saved[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the run"
-        for key in sorted(set(saved) & set(own))
-        if saved[key].shape != own[key].shape
     ]

@@ -3,6 +3,7 @@
 import csv
 from typing import Any
 
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
@@ -27,8 +28,9 @@ class AppendingCSVLogger(CSVLogger):
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer; created, with its folder, on first use."""
+        """The writer, created on first use; a dummy on other ranks than zero."""
         if self._experiment is None:
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return self._experiment

@@ -74,10 +74,14 @@ class DiffusionTraining(FoleyModule):
             self.unsaved_components = ("text",)
 
     def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
-        """Normalise by the statistics of the latents, and note which codec made them."""
-        latents = cast(LatentDataModule, datamodule)
-        self.normaliser.set(*latents.latent_statistics)
-        self.checkpoint_metadata["codec_hash"] = latents.codec_hash
+        """Normalise by the statistics of the latents, and note which codec made them; TypeError for other data."""
+        if not isinstance(datamodule, LatentDataModule):
+            raise TypeError(
+                f"task=diffusion needs data=latents, got {type(datamodule).__name__}; "
+                "scripts/encode_latents.py makes latents of audio"
+            )
+        self.normaliser.set(*datamodule.latent_statistics)
+        self.checkpoint_metadata["codec_hash"] = datamodule.codec_hash
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(parameter_groups(self))

@@ -1,7 +1,7 @@
 """One training run: from a composed config to its metrics."""
 
-import hashlib
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import ALLOWED_TARGET_PREFIX, CheckpointError
+from foley.checkpoint import ALLOWED_TARGET_PREFIX, CheckpointError, load_trained
+from foley.config import PROJECT_ROOT
+from foley.data.datamodule import LatentDataModule
+from foley.hashing import hash_module
 from foley.logs import get_logger
 from foley.training.base import FoleyModule
 from foley.training.checkpoint_io import AtomicCheckpointIO
 from foley.training.warm_start import warm_start
 
 _log = get_logger(__name__)
-
-# A run's loggers find each other's earlier lives by an id that follows from the output folder alone.
-OmegaConf.register_new_resolver(
-    "run_id", lambda folder: hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:12], replace=True
-)
 
 # Lightning looks for state on the loader; ours is on the data module.
 warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
@@ -44,7 +41,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     datamodule = instantiate(cfg.data, _convert_="all")
     module: FoleyModule = instantiate(cfg.task, _convert_="all")
     module.component_configs = component_configs(cfg.task)
-    module.checkpoint_metadata["codec_dir"] = cfg.codec_path
+    if cfg.codec_path:
+        _note_codec(module, datamodule, cfg.codec_path)
     module.adopt_data(datamodule)
     if cfg.ckpt and not resume_from:
         warm_start(module, Path(cfg.ckpt))
@@ -95,6 +93,13 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path) -> Path | None:
         _log.info("ckpt_path=auto: no checkpoint at %s yet, starting from the beginning", path)
         return None
     raise CheckpointError(f"ckpt_path={ckpt_path} does not exist; give a .ckpt file, or auto")
+
+
+def _note_codec(module: FoleyModule, datamodule: pl.LightningDataModule, codec_path: str) -> None:
+    """Store where the codec is, as seen from the checkout; raises StaleCacheError where it did not make the latents."""
+    if isinstance(datamodule, LatentDataModule):
+        datamodule.require_codec(hash_module(load_trained(Path(codec_path), "codec")))
+    module.checkpoint_metadata["codec_dir"] = os.path.relpath(codec_path, PROJECT_ROOT)
 
 
 def _build_trainer(cfg: DictConfig) -> pl.Trainer:

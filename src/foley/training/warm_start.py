@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from foley.checkpoint import CheckpointError, read_training_checkpoint
+from foley.checkpoint import FOLEY_KEY, CheckpointError, compare_states, read_training_checkpoint
 from foley.logs import get_logger
 from foley.training.base import FoleyModule
 
@@ -27,19 +27,16 @@ def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
     """
     checkpoint = read_training_checkpoint(path)
     saved = checkpoint["state_dict"]
-    _check_codec(path, checkpoint["foley"].get("codec_hash"), module.checkpoint_metadata.get("codec_hash"))
-    own = module.saved_state(module.state_dict())
-    common = sorted(set(saved) & set(own))
-    reshaped = [f"{key}: {tuple(saved[key].shape)} -> {tuple(own[key].shape)}" for key in common
-                if saved[key].shape != own[key].shape]  # fmt: skip
-    if reshaped or not common:
+    _check_codec(path, checkpoint[FOLEY_KEY].get("codec_hash"), module.checkpoint_metadata.get("codec_hash"))
+    states = compare_states(saved, module.saved_state(module.state_dict()))
+    if states.reshaped or not states.common:
         raise CheckpointError(
             f"ckpt={path} cannot start this run: "
-            + ("shapes differ: " + "; ".join(reshaped) if reshaped else "no parameter has the same name")
+            + ("; ".join(states.reshaped) or "no parameter has the same name")
             + ". Choose the model config of the earlier run."
         )
-    module.load_state_dict({key: saved[key] for key in common}, strict=False)  # the rest is reported below
-    report = WarmStartReport(tuple(common), tuple(sorted(set(own) - set(saved))), tuple(sorted(set(saved) - set(own))))
+    module.load_state_dict({key: saved[key] for key in states.common}, strict=False)  # the rest is reported below
+    report = WarmStartReport(tuple(states.common), tuple(states.missing), tuple(states.unexpected))
     _log.info("warm start from %s: %d tensors loaded", path, len(report.loaded))
     for kind, keys in (("new (initial values kept)", report.new), ("dropped", report.dropped)):
         if keys:

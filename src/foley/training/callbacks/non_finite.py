@@ -4,6 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import distributed
 from torch.optim import Optimizer
 
 from foley.logs import get_logger
@@ -19,7 +20,8 @@ class NonFiniteGuard(pl.Callback):
     """Skips, counts and names the steps whose gradients are not finite.
 
     The gradients are dropped (set to None), so that the optimizer moves neither weights nor moments, and averages
-    stay clean. Gradients are equal on all ranks by then, so all ranks decide alike.
+    stay clean. Gradients are equal on all ranks by then, so all ranks decide alike; sharded gradients are not, so FSDP
+    runs without this guard.
 
     Args:
         max_consecutive: stop the run at this many skipped steps in a row.
@@ -62,11 +64,21 @@ class NonFiniteGuard(pl.Callback):
 
     def _count(self, step: int) -> None:
         self.num_skipped += 1
-        self._consecutive_ids.append(self._batch_ids)
-        _log.warning("step %d skipped: gradients are not finite; batch ids %s", step, self._batch_ids)
+        batch_ids = _of_all_ranks(self._batch_ids)
+        self._consecutive_ids.append(batch_ids)
+        _log.warning("step %d skipped: gradients are not finite; batch ids %s", step, batch_ids)
         if len(self._consecutive_ids) >= self.max_consecutive:
             raise NonFiniteLossError(
                 f"gradients were not finite {self.max_consecutive} steps in a row, up to step {step}. "
                 f"Batch ids, oldest first: {self._consecutive_ids}. Look at those clips, lower optimizer.lr, or set "
                 "trainer.gradient_clip_val; the last checkpoint is from before."
             )
+
+
+def _of_all_ranks(ids: list[str]) -> list[str]:
+    """The ids of every rank's batch; all ranks must ask."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ids
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, ids)
+    return [item for part in gathered for item in part]
