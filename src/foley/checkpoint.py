@@ -1,9 +1,10 @@
 """Components on disk: `model.safetensors` beside a `config.json` that says how to build the module.
 
-A component's config is a plain mapping with Hydra's `_target_`. Configs may come from strangers, so only targets
-inside this package are built, and weights are only ever read as safetensors or with `weights_only`.
+A component's config is a plain mapping with Hydra's `_target_`. Configs may come from strangers, so only classes
+of this package are built, and weights are only ever read as safetensors or with `weights_only`.
 """
 
+import importlib
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-ALLOWED_TARGET_PREFIX = "foley."
+ALLOWED_PACKAGES = ("foley.models.", "foley.nn.", "foley.diffusion.", "foley.losses.", "foley.metrics.extractors.")
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FOLEY_KEY = "foley"
@@ -72,19 +73,38 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_targets(config: Any, source: str) -> None:
-    """Refuse a config that would build anything outside this package; raises CheckpointError."""
+    """Refuse a config that could build or resolve anything but this package's component classes.
+
+    Raises CheckpointError. Interpolations are refused too: they would be resolved after this check.
+    """
     if isinstance(config, Mapping):
-        target = config.get("_target_")
-        if target is not None and not str(target).startswith(ALLOWED_TARGET_PREFIX):
-            raise CheckpointError(
-                f"{source}: refusing to build `_target_: {target}`; only targets under "
-                f"`{ALLOWED_TARGET_PREFIX}` are allowed in a checkpoint's config"
-            )
+        if "_target_" in config:
+            _require_component_class(str(config["_target_"]), source)
         for value in config.values():
             check_targets(value, source)
     elif isinstance(config, list | tuple):
         for value in config:
             check_targets(value, source)
+    elif isinstance(config, str) and "${" in config:
+        raise CheckpointError(
+            f"{source}: refusing the interpolation {config!r}; a checkpoint's config holds plain values"
+        )
+
+
+def _require_component_class(target: str, source: str) -> None:
+    """Functions and re-exported modules are no components: the target must be a class that this package defines."""
+    module_name, _, name = target.rpartition(".")
+    if f"{module_name}.".startswith(ALLOWED_PACKAGES):
+        try:
+            found = vars(importlib.import_module(module_name)).get(name)
+        except ModuleNotFoundError:
+            found = None
+        if isinstance(found, type) and f"{found.__module__}.".startswith(ALLOWED_PACKAGES):
+            return
+    raise CheckpointError(
+        f"{source}: refusing to build `_target_: {target}`; a checkpoint's config may only name classes under "
+        f"{', '.join(ALLOWED_PACKAGES)}"
+    )
 
 
 def build_component(config: Mapping[str, Any], source: str = "config") -> Any:

@@ -143,4 +143,5 @@ def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, M
 
 def _files_in(config: Mapping[str, Any]) -> dict[str, Path]:
     """The config's values that are files, such as a vocabulary; they travel with the component."""
-    return {key: Path(value) for key, value in config.items() if isinstance(value, str) and Path(value).is_file()}
+    files = {key: PROJECT_ROOT / value for key, value in config.items() if isinstance(value, str)}
+    return {key: file for key, file in files.items() if file.is_file()}

@@ -59,7 +59,9 @@ def test_a_missing_pair_is_refused_where_pairing_is_asked_for(protocol) -> None:
         evaluate_audio(samples, REFERENCE, protocol, pairing="required")
     with pytest.raises(PairingError, match="repeated ids: True"):
         evaluate_audio([REFERENCE[0], REFERENCE[0]], REFERENCE, protocol, pairing="required")
-    unpaired = evaluate_audio(samples, REFERENCE, protocol, pairing="auto")
+    with pytest.raises(PairingError, match=r"1 of 4.*stranger"):
+        evaluate_audio(samples, REFERENCE, protocol, pairing="auto")
+    unpaired = evaluate_audio(samples, REFERENCE, protocol, pairing="none")
     assert unpaired.pairing == "none"
     assert unpaired.kl_softmax is None
     assert unpaired.kl_marginal is not None

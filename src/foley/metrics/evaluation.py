@@ -90,10 +90,11 @@ def _pair(generated: ClipFeatures, reference: ClipFeatures, pairing: Pairing) ->
     repeated = len(position) < len(reference) or len(set(generated.ids)) < len(generated)
     if not missing and not repeated:
         return [position[id] for id in generated.ids]
-    if pairing == "required":
+    # Some ids that match and some that do not are a mistake, not two unrelated sets.
+    if pairing == "required" or 0 < len(missing) < len(generated):
         raise PairingError(
-            f"pairing was asked for, but {len(missing)} of {len(generated)} generated clips have no reference "
-            f"(first: {missing[:5]}; repeated ids: {repeated}); give each clip its reference's id, or set pairing=none"
+            f"{len(missing)} of {len(generated)} generated clips have no reference (first: {missing[:5]}; repeated "
+            f"ids: {repeated}); give each clip its reference's id, or set pairing=none"
         )
     return None
 

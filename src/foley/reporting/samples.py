@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log10
+from math import ceil, log10
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from foley.reporting.spectrogram import draw_sheet, draw_spectrogram
 
 SHEET_FILE = "spectrograms.png"
 PAGE_FILE = "index.html"
+MAX_SHEET_CLIPS = 24
+"""A larger folder has a sheet of evenly spread clips."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def write_samples(
     directory.mkdir(parents=True, exist_ok=True)
     common = {"settings": dict(settings), "timings_of_all_samples": dict(timings), "num_samples": len(samples)}
     cards = [_write_sample(directory, i, sample, sample_rate_hz, common) for i, sample in enumerate(samples)]
-    clips, titles = [sample.audio for sample in samples], [sample.prompt for sample in samples]
+    shown = samples[:: ceil(len(samples) / MAX_SHEET_CLIPS)]
+    clips, titles = [sample.audio for sample in shown], [sample.prompt for sample in shown]
     draw_sheet(directory / SHEET_FILE, clips, titles, sample_rate_hz)
     page = directory / PAGE_FILE
     write_text(page, render_page(title or f"{len(samples)} generated sounds", settings, cards))

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from foley.checkpoint import ALLOWED_TARGET_PREFIX, CheckpointError, load_trained
+from foley.checkpoint import ALLOWED_PACKAGES, CheckpointError, load_trained
 from foley.config import PROJECT_ROOT
 from foley.data.datamodule import LatentDataModule
 from foley.hashing import hash_module
@@ -72,14 +72,21 @@ def plain(config: DictConfig) -> Any:
 
 
 def component_configs(task: DictConfig) -> dict[str, dict[str, Any]]:
-    """The sub-configs of a task that build components of this package, by name; partials are not components."""
+    """The sub-configs of a task that build components of this package, by name; partials are not components.
+
+    Files inside the checkout are named relative to it, so that a checkpoint still loads where the checkout moved.
+    """
     return {
-        name: config
+        name: {key: _relative_to_checkout(value) for key, value in config.items()}
         for name, config in plain(task).items()
         if isinstance(config, dict)
-        and str(config.get("_target_", "")).startswith(ALLOWED_TARGET_PREFIX)
+        and str(config.get("_target_", "")).startswith(ALLOWED_PACKAGES)
         and not config.get("_partial_", False)
     }
+
+
+def _relative_to_checkout(value: Any) -> Any:
+    return value.removeprefix(f"{PROJECT_ROOT}/") if isinstance(value, str) else value
 
 
 def find_checkpoint(ckpt_path: str | None, output_dir: Path) -> Path | None:
@@ -104,7 +111,11 @@ def _note_codec(module: FoleyModule, datamodule: pl.LightningDataModule, codec_p
 
 def _build_trainer(cfg: DictConfig) -> pl.Trainer:
     """Callbacks and loggers are dictionaries in the config, so that `callbacks.ema=null` takes one out."""
-    callbacks = [instantiate(config, _convert_="all") for config in (cfg.callbacks or {}).values() if config]
+    callbacks = [
+        instantiate(config, _convert_="all")
+        for config in (cfg.callbacks or {}).values()
+        if config and "_target_" in config
+    ]
     loggers = [instantiate(config, _convert_="all") for config in (cfg.logger or {}).values() if config]
     trainer: pl.Trainer = instantiate(
         cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], _convert_="all"
@@ -118,6 +129,11 @@ def _finish_wandb(trainer: pl.Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
+
+
+def _active(group: DictConfig | None) -> list[DictConfig]:
+    """The entries of a group that build something; a setting of an entry taken out (`ema: null`) builds nothing."""
+    return [config for config in (group or {}).values() if config and "_target_" in config]
 
 
 @rank_zero_only

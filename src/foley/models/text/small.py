@@ -1,12 +1,12 @@
 """A small transformer over captions, trained together with the denoiser."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor, nn
 
+from foley.config import PROJECT_ROOT
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
 from foley.nn.attention import Attention
 from foley.nn.embedding import LearnedPositions
@@ -35,7 +35,7 @@ class SmallTextEncoder(TextConditioner):
     The tokenizer must put a beginning-of-text token before every prompt, so that the empty one has a token too.
 
     Args:
-        tokenizer_file: written by `scripts/train_tokenizer.py`.
+        tokenizer_file: written by `scripts/train_tokenizer.py`; absolute, or relative to the checkout.
         dim: width Dc.
         depth: number of blocks.
         num_heads: heads per block.
@@ -78,12 +78,13 @@ class SmallTextEncoder(TextConditioner):
 
 
 def _load_tokenizer(tokenizer_file: str, max_length: int) -> Tokenizer:
-    if not Path(tokenizer_file).is_file():
+    path = PROJECT_ROOT / tokenizer_file
+    if not path.is_file():
         raise ValueError(
             f"tokenizer file {tokenizer_file} does not exist; write one with scripts/train_tokenizer.py "
             "or point `text.tokenizer_file` at data/tokenizer/audiocaps.json"
         )
-    tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer: Tokenizer = Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding()
     if not tokenizer.encode("").ids:

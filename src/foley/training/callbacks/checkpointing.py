@@ -51,8 +51,8 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self._save_now(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """SIGTERM and Ctrl-C end between two steps, so what they leave can be resumed; other errors need not."""
-        if isinstance(exception, SIGTERMException | KeyboardInterrupt):
+        """SIGTERM ends a run between two steps, so what it leaves can be resumed; Ctrl-C may strike within one."""
+        if isinstance(exception, SIGTERMException):
             self._save_now(trainer)
 
     def _save_now(self, trainer: pl.Trainer) -> None:
