@@ -13,8 +13,9 @@ from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
 from foley.checkpoint import load_trained, write_json
+from foley.data.dataset import AudioDataset
 from foley.data.sampler import evenly_spaced
-from foley.data.types import AudioItem, AudioSource
+from foley.data.types import AudioItem
 from foley.hashing import hash_module
 from foley.logs import get_logger
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
@@ -50,12 +51,12 @@ def summarise(clips: list[dict[str, Any]]) -> dict[str, float]:
     return {"n": len(clips), **means, "si_sdr_db_median": median(clip["si_sdr_db"] for clip in clips)}
 
 
-def keep_pairs(codec: Any, source: AudioSource, indices: list[int], directory: Path) -> None:
+def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory: Path) -> None:
     """Originals and reconstructions of the clips at `indices`, and a sheet of their spectrograms."""
     directory.mkdir(parents=True, exist_ok=True)
     clips, titles = [], []
     for index in indices:
-        item = source.render(index, 0)
+        item = dataset[index]
         pair = {"original": item.audio, "reconstruction": reconstruct(codec, item.audio)}
         for kind, audio in pair.items():
             write_wav(directory / f"{index:04d}_{kind}.wav", audio, codec.sample_rate_hz)
@@ -68,18 +69,19 @@ def keep_pairs(codec: Any, source: AudioSource, indices: list[int], directory: P
 def main(cfg: DictConfig) -> None:
     """Write `codec.json` and the pairs."""
     codec = load_trained(Path(cfg.codec_ckpt), "codec").to(resolve_device(cfg.device))
-    source: AudioSource = instantiate(cfg.data.splits, _convert_="all")[cfg.split]
+    # Levelled as in training and encoding: elsewhere quiet clips would be strangers to the codec.
+    dataset = instantiate(cfg.data, _convert_="all").whole_clips(cfg.max_duration_seconds)[cfg.split]
     shortest = cfg.minimum_seconds * codec.sample_rate_hz
     clips = {}
-    for index in track(range(len(source)), description="reconstructing"):
-        item = source.render(index, 0)
+    for index in track(range(len(dataset)), description="reconstructing"):
+        item = dataset[index]
         if len(item.audio) >= shortest:
             clips[index] = score(codec, item)
     summary = summarise(list(clips.values()))
     result = {"codec_hash": hash_module(codec), "split": cfg.split, "summary": summary, "clips": list(clips.values())}
     write_json(Path(cfg.output_dir) / "codec.json", result)
     kept = [list(clips)[place] for place in evenly_spaced(len(clips), cfg.num_pairs)]
-    keep_pairs(codec, source, kept, Path(cfg.output_dir) / "pairs")
+    keep_pairs(codec, dataset, kept, Path(cfg.output_dir) / "pairs")
     get_logger(__name__).info("%s", {name: round(value, 3) for name, value in summary.items()})
 
 

@@ -20,11 +20,13 @@ class WarmStartReport:
 
 
 def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
-    """Load the (averaged) weights in checkpoint `path` into `module` where the names agree, and log the rest.
+    """Load the (averaged) weights of `path`, a .ckpt or a run's folder, into `module` where the names agree.
 
-    The optimizer starts afresh, the latent normaliser is the earlier run's. Raises CheckpointError where no name
-    agrees, a shape differs, or the latents come from another codec.
+    The rest is logged. The optimizer starts afresh, the latent normaliser is the earlier run's.
+    Raises CheckpointError where no name agrees, a shape differs, or the latents come from another codec.
     """
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
     checkpoint = read_training_checkpoint(path)
     saved = checkpoint["state_dict"]
     _check_codec(path, checkpoint[FOLEY_KEY].get("codec_hash"), module.checkpoint_metadata.get("codec_hash"))
