@@ -155,6 +155,8 @@ def main(cfg: DictConfig) -> None:
         "How it was made": "`make demo-real`, which runs:\n\n" + stage_section(work_dir, list(cfg.stages)),
         "Losses": f"![losses]({picture_dir.name}/losses.png)",
         "Codec on the test split": codec_section(work_dir) + f"\n\n![pairs]({picture_dir.name}/codec_pairs.png)",
+        "What the codec allows": "The procedural reference clips themselves, through the codec and back.\n\n"
+        + score_section(work_dir / "scores_bound", "procedural"),
         "Generated audio, procedural classes": score_section(work_dir / "scores", "procedural")
         + f"\n\n![spectrograms]({picture_dir.name}/spectrograms.png)",
         "Generated audio, spoken digits": score_section(work_dir / "scores_digits", "all")

@@ -30,13 +30,12 @@ class AudioSamples(pl.Callback):
     the same clip. A module that takes no prompts (stage 1, a codec) has nothing to say and is left in peace.
 
     Args:
-        codec_path: component directory or training checkpoint of the codec; loaded at the first use.
+        codec_path: component directory or training checkpoint of the codec; loaded at the first use. None, with a
+            warning, leaves the run silent.
         output_dir: receives `step_000123/000_<prompt>_seed0.wav` and `.png`.
         prompts: what to generate.
         duration_seconds: length of each clip.
         every_n_validations: generate at the first validation and at every n-th after it.
-
-    Raises ValueError without a codec.
     """
 
     def __init__(
@@ -50,11 +49,7 @@ class AudioSamples(pl.Callback):
         every_n_validations: int = 1,
         seed: int = 0,
     ) -> None:
-        if codec_path is None:
-            raise ValueError(
-                "audio samples need the codec that made the latents, got codec_path=null; set codec_path=..."
-            )
-        self.codec_path = Path(codec_path)
+        self.codec_path = None if codec_path is None else Path(codec_path)
         self.output_dir = Path(output_dir)
         self.prompts = list(prompts)
         self.duration_seconds = duration_seconds
@@ -72,18 +67,20 @@ class AudioSamples(pl.Callback):
         self._validations = state_dict["validations"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _takes_prompts(pl_module):
+        if self.codec_path is None:
+            log.warning("no audio samples: they need the codec that made the latents; set codec_path=...")
+        elif not _takes_prompts(pl_module):
             log.warning("no audio samples: this %s takes no prompts", type(pl_module).__name__)
 
     # Callbacks' `on_validation_epoch_end` comes before the averaged weights are swapped out in `on_validation_end`.
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not _takes_prompts(pl_module):
+        if self.codec_path is None or trainer.sanity_checking or not _takes_prompts(pl_module):
             return
         self._validations += 1
         if (self._validations - 1) % self.every_n_validations:
             return
-        audio = self.generate(pl_module)
+        audio = self.generate(pl_module, self.codec_path)
         if not bool(audio.isfinite().all()):
             log.warning("step %d: no audio samples, for they are not finite", trainer.global_step)
             return
@@ -94,10 +91,10 @@ class AudioSamples(pl.Callback):
                 self._log_table(logger, files, trainer.global_step)
 
     @torch.no_grad()
-    def generate(self, module: Any) -> Tensor:
+    def generate(self, module: Any, codec_path: Path) -> Tensor:
         """Audio `[len(prompts), 1, T]` from the module's present weights, on the CPU."""
         if self._codec is None:
-            self._codec = load_trained(self.codec_path, "codec")
+            self._codec = load_trained(codec_path, "codec")
         codec = self._codec.to(module.device)
         num_samples, num_frames = clip_size(self.duration_seconds, codec.sample_rate_hz, codec.hop_samples)
         latent = generate_latents(

@@ -1,0 +1,40 @@
+"""Pass the clips of a manifest through a codec: scored with evaluate.py, they bound what any denoiser can reach."""
+
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from rich.progress import track
+
+import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.checkpoint import load_trained, write_json
+from foley.data.audio_io import read_audio
+from foley.data.augment import PeakLevel
+from foley.data.manifest import read_manifest
+from foley.logs import get_logger
+from foley.pipeline import resolve_device
+from foley.reporting.audio_files import write_wav
+from foley.reporting.names import sample_stem
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="reconstruct")
+@torch.no_grad()
+def main(cfg: DictConfig) -> None:
+    """Write a WAV and a JSON with id, label and caption for each clip."""
+    device = resolve_device(cfg.device)
+    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(device)
+    entries = [entry for entry in read_manifest(Path(cfg.manifest)) if cfg.split in (None, entry.split)]
+    directory, level = Path(cfg.output_dir), PeakLevel(peak_db=-1.0)
+    directory.mkdir(parents=True, exist_ok=True)
+    for index, entry in enumerate(track(entries, description="reconstructing")):
+        audio = level(torch.from_numpy(read_audio(entry.path, codec.sample_rate_hz)))
+        restored = codec.decode(codec.encode(audio[None, None].to(device)))[0, 0, : len(audio)]
+        stem = sample_stem(entry.caption, index, 0)
+        write_wav(directory / f"{stem}.wav", restored, codec.sample_rate_hz)
+        write_json(directory / f"{stem}.json", {"id": entry.id, "label": entry.label, "prompt": entry.caption})
+    get_logger(__name__).info("%d reconstructions: %s", len(entries), directory)
+
+
+if __name__ == "__main__":
+    main()
