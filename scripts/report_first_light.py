@@ -127,6 +127,20 @@ def caching_section(work_dir: Path) -> str:
     return table(header, rows) + f"\n\nSettings: {settings}."
 
 
+def speed_section(work_dir: Path) -> str:
+    """Seconds for one clip of five seconds, and what `make demo` took."""
+    sampling, demo = read_json(work_dir / "sampling.json"), read_json(work_dir / "demo" / "demo.json")
+    rows: Rows = [
+        (f"{sampling['settings']['duration_seconds']:g} s of audio, {sampling['settings']['num_steps']} guided steps",
+         f"{sampling['total_seconds']:.2f} s (text {sampling['text_seconds']:.2f}, denoising "
+         f"{sampling['denoise_seconds']:.2f}, decoding {sampling['decode_seconds']:.2f})"),
+        *((f"the demo's clips, {name}", f"{variant['seconds']:.2f} s, label accuracy {variant['label_accuracy']:.0%}")
+          for name, variant in demo["variants"].items()),
+        ("peak memory of the demo", f"{demo['peak_memory_gigabytes']:.2f} GB"),
+    ]  # fmt: skip
+    return table(("what", "measured"), rows)
+
+
 def copy_pictures(work_dir: Path, picture_dir: Path) -> None:
     """The pictures that the stages drew."""
     sources = {
@@ -162,6 +176,7 @@ def main(cfg: DictConfig) -> None:
         "Generated audio, spoken digits": score_section(work_dir / "scores_digits", "all")
         + f"\n\n![digits]({picture_dir.name}/digits.png)",
         "AudioCache": caching_section(work_dir) + f"\n\n![caching]({picture_dir.name}/caching.png)",
+        "Speed and memory": speed_section(work_dir),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     intro = (
