@@ -4,6 +4,7 @@ python scripts/train_extractor.py [output_dir=data/extractor] [loader.steps=700]
 """
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -11,13 +12,26 @@ from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
 import foley.config  # noqa: F401
-from foley.checkpoint import save_component, write_json
+from foley.checkpoint import load_trained, save_component, write_json
 from foley.data.manifest import read_manifest
+from foley.data.types import AudioItem
 from foley.metrics.extractors.embedded import EmbeddedExtractor
 from foley.metrics.protocols import load_protocol
 from foley.seeding import derive_seed
 from foley.training.extractor import ExtractorTraining, MelAugmentation, training_loader
-from foley.training.extractor_data import build_labels, load_splits, measure
+from foley.training.extractor_data import build_labels, load_splits, measure, through_codec
+
+Splits = dict[str, dict[str, list[AudioItem]]]
+"""Clips by split and group."""
+
+
+def with_codec(splits: Splits, codec: Any, stride: int) -> Splits:
+    """Add every `stride`-th training clip as the codec gives it back, and all test clips as groups of their own."""
+    codec.fold_weight_norm()
+    train, test = splits["train"], splits["test"]
+    added = {group: [*items, *through_codec(codec, items[::stride])] for group, items in train.items()}
+    restored = {f"{group}, through the codec": through_codec(codec, items) for group, items in test.items()}
+    return {**splits, "train": added, "test": {**test, **restored}}
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_extractor")
@@ -27,6 +41,8 @@ def main(config: DictConfig) -> None:
     labels = build_labels([entry for entry in entries if entry.split == "train"], config.minimum_clips)
     rate = config.sample_rate_hz
     splits = load_splits(entries, labels, rate, config.max_seconds, config.seed, **config.procedural)
+    if config.codec_ckpt:
+        splits = with_codec(splits, load_trained(Path(config.codec_ckpt), "codec"), config.codec_stride)
     component = {"labels": labels.labels, "label_groups": labels.groups, "sample_rate_hz": rate}
     torch.manual_seed(derive_seed("extractor_weights", config.seed))
     extractor = EmbeddedExtractor(**component)

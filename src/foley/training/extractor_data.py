@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchaudio.functional import lowpass_biquad
 
+from foley.data.augment import PeakLevel
 from foley.data.manifest import ManifestEntry
 from foley.data.procedural import CLASS_NAMES, ProceduralDataset
 from foley.data.sources import ClipSource
@@ -90,6 +91,18 @@ def load_splits(
         real = [entry for entry in entries if entry.split == split]
         splits[split] = groups | real_clips(real, labels.labels, sample_rate_hz, max_seconds)
     return splits
+
+
+@torch.no_grad()
+def through_codec(codec: Any, items: Sequence[AudioItem]) -> list[AudioItem]:
+    """The clips as the codec gives them back, levelled as its training clips were."""
+    level = PeakLevel()
+    return [replace(item, audio=_reconstruct(codec, level(item.audio)), id=f"{item.id} (codec)") for item in items]
+
+
+def _reconstruct(codec: Any, audio: Tensor) -> Tensor:
+    restored: Tensor = codec.decode(codec.encode(audio[None, None]))[0, 0, : len(audio)]
+    return restored
 
 
 def _noisy(audio: Tensor, snr_db: float) -> Tensor:
