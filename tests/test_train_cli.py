@@ -79,7 +79,8 @@ def test_published_numbers() -> None:
     stages = [config(f"experiment=ezaudio_{stage}") for stage in ("pretrain", "align", "finetune")]
     assert [stage.trainer.max_steps for stage in stages] == [100_000, 50_000, 30_000]
     assert [stage.optimizer.lr for stage in stages] == [1e-4, 5e-5, 1e-5]
-    assert {stage.data.batch_size for stage in stages} == {128}
+    gpus = 8
+    assert {stage.data.batch_size * gpus for stage in stages} == {128}
 
 
 @pytest.mark.parametrize("group", ["trainer=gpu", "trainer=ddp", "trainer=fsdp", "logger=many", "debug=fdr"])
