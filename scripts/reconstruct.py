@@ -22,14 +22,13 @@ from foley.reporting.names import sample_stem
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""
-    device = resolve_device(cfg.device)
-    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(device)
+    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(resolve_device(cfg.device))
     entries = [entry for entry in read_manifest(Path(cfg.manifest)) if cfg.split in (None, entry.split)]
-    directory, level = Path(cfg.output_dir), PeakLevel(peak_db=-1.0)
+    directory, level = Path(cfg.output_dir), PeakLevel()
     directory.mkdir(parents=True, exist_ok=True)
     for index, entry in enumerate(track(entries, description="reconstructing")):
         audio = level(torch.from_numpy(read_audio(entry.path, codec.sample_rate_hz)))
-        restored = codec.decode(codec.encode(audio[None, None].to(device)))[0, 0, : len(audio)]
+        restored = codec.reconstruct(audio[None, None])[0, 0]
         stem = sample_stem(entry.caption, index, 0)
         write_wav(directory / f"{stem}.wav", restored, codec.sample_rate_hz)
         write_json(directory / f"{stem}.json", {"id": entry.id, "label": entry.label, "prompt": entry.caption})

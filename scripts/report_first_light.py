@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from foley.checkpoint import write_text
 from foley.config import PROJECT_ROOT
 from foley.logs import get_logger
+from foley.metrics.report import markdown_table
 
 Curve = tuple[list[int], list[float]]
 Rows = list[tuple[str, ...]]
@@ -47,12 +48,6 @@ def draw_curves(runs: dict[str, Path], names: dict[str, list[str]], file: Path) 
     figure.savefig(file, dpi=120)
 
 
-def table(header: tuple[str, ...], rows: Rows) -> str:
-    """A Markdown table, first column left, the others right."""
-    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def machine() -> dict[str, str]:
     """What the numbers were measured on, and of which state of the code."""
     processor = next(
@@ -80,7 +75,7 @@ def stage_section(work_dir: Path, names: list[str]) -> str:
     notes = {name: read_json(work_dir / "stages" / f"{name}.json") for name in names}
     rows: Rows = [(name, f"`{note['command']}`", f"{note['seconds']:.0f}") for name, note in notes.items()]
     minutes = sum(note["seconds"] for note in notes.values()) / 60
-    return table(("stage", "command", "seconds"), rows) + f"\n\n{minutes:.1f} minutes in all."
+    return markdown_table(("stage", "command", "seconds"), rows) + f"\n\n{minutes:.1f} minutes in all."
 
 
 def codec_section(work_dir: Path) -> str:
@@ -92,7 +87,7 @@ def codec_section(work_dir: Path) -> str:
         ("mel distance (natural log)", f"{summary['mel_distance']:.3f}"),
         ("multi-resolution STFT distance (natural log)", f"{summary['stft_distance']:.3f}"),
     ]
-    return table((f"real test clips, n = {summary['n']}", "value"), rows)
+    return markdown_table((f"real test clips, n = {summary['n']}", "value"), rows)
 
 
 def score_section(scores_dir: Path, group: str) -> str:
@@ -111,7 +106,7 @@ def score_section(scores_dir: Path, group: str) -> str:
     worst = sorted(per_class.items(), key=lambda item: item[1][0])
     missed = ", ".join(f"{name} {value:.0%}" for name, (value, _) in worst if value < 1) or "none"
     facts = ", ".join(f"{key} {value}" for key, value in scores["protocol"].items() if not isinstance(value, list))
-    return table(("score", "value", "n"), rows) + f"\n\nClasses below 100 %: {missed}.\n\nProtocol: {facts}."
+    return markdown_table(("score", "value", "n"), rows) + f"\n\nClasses below 100 %: {missed}.\n\nProtocol: {facts}."
 
 
 def caching_section(work_dir: Path) -> str:
@@ -124,7 +119,7 @@ def caching_section(work_dir: Path) -> str:
     ]  # fmt: skip
     settings = ", ".join(f"{key} {value}" for key, value in caching["settings"].items() if key != "model_hash")
     header = ("threshold", "wall-clock speed-up", "MAC speed-up", "layers computed", "relative latent error")
-    return table(header, rows) + f"\n\nSettings: {settings}."
+    return markdown_table(header, rows) + f"\n\nSettings: {settings}."
 
 
 def speed_section(work_dir: Path) -> str:
@@ -138,7 +133,7 @@ def speed_section(work_dir: Path) -> str:
           for name, variant in demo["variants"].items()),
         ("peak memory of the demo", f"{demo['peak_memory_gigabytes']:.2f} GB"),
     ]  # fmt: skip
-    return table(("what", "measured"), rows)
+    return markdown_table(("what", "measured"), rows)
 
 
 def copy_pictures(work_dir: Path, picture_dir: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import track
-from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
 from foley.checkpoint import load_trained, write_json
@@ -24,17 +23,10 @@ from foley.reporting.audio_files import write_wav
 from foley.reporting.samples import draw_sheet
 
 
-@torch.no_grad()
-def reconstruct(codec: Any, audio: Tensor) -> Tensor:
-    """`[T]` through the codec, where that is, and back, at the posterior's mean."""
-    latent = codec.encode(audio[None, None].to(next(codec.parameters()).device))
-    return codec.decode(latent)[0, 0, : len(audio)].cpu()
-
-
 def score(codec: Any, item: AudioItem) -> dict[str, Any]:
     """The distances of one clip."""
     original = item.audio[None, None]
-    restored = reconstruct(codec, item.audio)[None, None]
+    restored = codec.reconstruct(original).cpu()
     return {
         "id": item.id,
         "label": item.label,
@@ -57,7 +49,7 @@ def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory:
     clips, titles = [], []
     for index in indices:
         item = dataset[index]
-        pair = {"original": item.audio, "reconstruction": reconstruct(codec, item.audio)}
+        pair = {"original": item.audio, "reconstruction": codec.reconstruct(item.audio[None, None])[0, 0].cpu()}
         for kind, audio in pair.items():
             write_wav(directory / f"{index:04d}_{kind}.wav", audio, codec.sample_rate_hz)
             clips.append(audio)
@@ -66,6 +58,7 @@ def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory:
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="score_codec")
+@torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write `codec.json` and the pairs."""
     codec = load_trained(Path(cfg.codec_ckpt), "codec").to(resolve_device(cfg.device))

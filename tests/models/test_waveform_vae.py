@@ -49,6 +49,12 @@ def test_encoding_is_the_mean_or_a_repeatable_draw(codec: WaveformVAE) -> None:
     torch.testing.assert_close(first, mean + noise * (torch.nn.functional.softplus(scale) + 1e-4))
 
 
+def test_a_reconstruction_is_as_long_as_its_original(codec: WaveformVAE) -> None:
+    audio = torch.randn(2, 1, 1001, generator=torch.Generator().manual_seed(3))
+    restored = codec.reconstruct(audio)
+    torch.testing.assert_close(restored, codec.decode(codec.encode(audio))[..., :1001])
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 480), (1, 480), (1, 1, 0)])
 def test_audio_that_is_not_mono_is_refused(codec: WaveformVAE, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="mono"):

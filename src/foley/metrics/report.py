@@ -1,5 +1,6 @@
 """An evaluation as a table on the console, as JSON and as Markdown."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -37,8 +38,9 @@ def class_rows(evaluation: Evaluation) -> list[Row]:
     return [(label, f"{value:.1%}", str(n)) for label, (value, n) in sorted(per_class.items(), key=lambda kv: kv[1])]
 
 
-def _markdown_table(header: Row, rows: list[Row]) -> str:
-    lines = [header, ("---", "---:", "---:"), *rows]
+def markdown_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -48,10 +50,10 @@ def to_markdown(evaluation: Evaluation) -> str:
     parts = [
         f"# Evaluation, protocol `{evaluation.protocol['protocol']}`",
         "\n".join([*facts, f"- pairing: {evaluation.pairing}", f"- clips without label: {evaluation.n_unlabelled}"]),
-        _markdown_table(("metric", "value", "n (reference / generated)"), score_rows(evaluation)),
+        markdown_table(("metric", "value", "n (reference / generated)"), score_rows(evaluation)),
     ]
     if classes := class_rows(evaluation):
-        parts += ["## Accuracy per class", _markdown_table(("class", "accuracy", "n"), classes)]
+        parts += ["## Accuracy per class", markdown_table(("class", "accuracy", "n"), classes)]
     if evaluation.silent:
         parts += ["## ALARM: silent clips", "\n".join(f"- {id}" for id in evaluation.silent)]
     return "\n\n".join(parts) + "\n"

@@ -97,12 +97,8 @@ def load_splits(
 def through_codec(codec: Any, items: Sequence[AudioItem]) -> list[AudioItem]:
     """The clips as the codec gives them back, levelled as its training clips were."""
     level = PeakLevel()
-    return [replace(item, audio=_reconstruct(codec, level(item.audio)), id=f"{item.id} (codec)") for item in items]
-
-
-def _reconstruct(codec: Any, audio: Tensor) -> Tensor:
-    restored: Tensor = codec.decode(codec.encode(audio[None, None]))[0, 0, : len(audio)]
-    return restored
+    restored = [codec.reconstruct(level(item.audio)[None, None])[0, 0].cpu() for item in items]
+    return [replace(item, audio=audio, id=f"{item.id} (codec)") for item, audio in zip(items, restored, strict=True)]
 
 
 def _noisy(audio: Tensor, snr_db: float) -> Tensor:

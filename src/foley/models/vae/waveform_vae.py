@@ -82,6 +82,11 @@ class WaveformVAE(nn.Module):
         """`[B, 1, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
         return self.encode_moments(audio)[0] if generator is None else self.posterior(audio).sample(generator)
 
+    def reconstruct(self, audio: Tensor) -> Tensor:
+        """`[B, 1, T]` to `[B, 1, T]` through the mean of the posterior, on the codec's device."""
+        device = next(self.parameters()).device
+        return self.decode(self.encode(audio.to(device)))[..., : audio.shape[-1]]
+
     def decode(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to audio `[B, 1, L * hop]`; not clipped."""
         return self.decoder(latent)
