@@ -15,6 +15,10 @@ AttentionCore = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 The mask is boolean, true = attend, and broadcasts to `[B, H, N_query, N_key]`; None attends to everything."""
 
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of an attention layer, each `[B, H, N, head_dim]`."""
+
+
 def dense_core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax attention over all keys."""
     # The backward pass of the CPU kernel is several times slower in bfloat16 than in float32.
@@ -50,8 +54,8 @@ class Attention(nn.Module):
         self.output = (zero_linear if zero_output else xavier_linear)(width, width)
         self.core = dense_core
 
-    def keys_values(self, source: Tensor, rotary: RotaryTable | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, N, head_dim]` of `[B, N, D]`; for a context they do not change between steps."""
+    def keys_values(self, source: Tensor, rotary: RotaryTable | None = None) -> KeysValues:
+        """Keys and values of `[B, N, D]`; for a context they do not change between steps."""
         key = self.norm_k(self._split_heads(self.to_k(source)))
         if rotary is not None:
             key = apply_rotary(key, rotary)
@@ -60,7 +64,7 @@ class Attention(nn.Module):
     def attend(
         self,
         x: Tensor,
-        keys_values: tuple[Tensor, Tensor],
+        keys_values: KeysValues,
         mask: Tensor | None = None,
         rotary: RotaryTable | None = None,
     ) -> Tensor:

@@ -1,10 +1,15 @@
 """EzAudio-DiT and its ablation variants: one transformer, put together from the parts it is given."""
 
+from dataclasses import replace
+from itertools import zip_longest
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from foley.models.dit.block import BlockInputs, BlockShape, SkipFusion, TransformerBlock
+from foley.models.dit.block import BlockInputs, BlockShape, HoistedBlock, SkipFusion, TransformerBlock
+from foley.models.dit.conditions import Conditions, RunConditions
 from foley.models.dit.masking import MaskedInput
 from foley.models.dit.output import OutputLayer
 from foley.nn.adaln import ModulationScheme
@@ -79,6 +84,7 @@ class DiffusionTransformer(nn.Module):
         frame_mask: Tensor | None = None,
         visible: Tensor | None = None,
         hidden_mask: Tensor | None = None,
+        run: RunConditions | None = None,
     ) -> Tensor:
         """The prediction `[B, C, L]` for a noisy latent `[B, C, L]` at `timestep [B]`.
 
@@ -88,34 +94,71 @@ class DiffusionTransformer(nn.Module):
             frame_mask: `[B, L]`, true = valid; padded frames are not attended to.
             visible: latent `[B, C, L]` of known frames, for masked training and for editing.
             hidden_mask: `[B, L]`, true where the visible latent is hidden and must be generated.
+            run: what `prepare` made of all of these; they are then not looked at.
         """
-        x = self.input_projection(self.masked_input(noisy, visible, hidden_mask).transpose(1, 2))
-        if self.positions is not None:
-            x = self.positions(x)
-        time = nn.functional.silu(self.time_embedding(timestep))
+        if run is None:
+            frames = noisy.shape[-1]
+            conditions = self._condition(timestep, frames, context, context_mask, frame_mask, visible, hidden_mask)
+        else:
+            conditions = run.at(timestep)
+        x = nn.functional.linear(noisy.transpose(1, 2), self.input_projection.weight[:, : self.latent_channels])
+        x = x + conditions.static_input
         if self.prepends_time_token:
-            x = torch.cat([time.unsqueeze(1), x], dim=1)
-        x = self._run_blocks(x, self._block_inputs(x, time, context, context_mask, frame_mask))
-        return self.output_layer(x[:, 1:] if self.prepends_time_token else x, time)
+            x = torch.cat([conditions.block_inputs.time.unsqueeze(1).expand(len(x), -1, -1), x], dim=1)
+        x = self._run_blocks(x, conditions)
+        return self.output_layer(x[:, 1:] if self.prepends_time_token else x, conditions.output_modulation)
 
-    def _block_inputs(
+    def prepare(
         self,
-        x: Tensor,
-        time: Tensor,
+        timesteps: Tensor,
+        num_frames: int,
+        context: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        visible: Tensor | None = None,
+        hidden_mask: Tensor | None = None,
+    ) -> RunConditions:
+        """Everything that the evaluations at `timesteps [E]` of one generation share, for `forward(..., run=...)`.
+
+        All modulations, the context's keys and values, rotary tables and the visible latent's share of the tokens are
+        computed here, once. The other arguments are those of `forward`.
+        """
+        conditions = self._condition(timesteps, num_frames, context, context_mask, frame_mask, visible, hidden_mask)
+        hoisted = [block.hoist(conditions.block_inputs) for block in self._blocks()]
+        return RunConditions(timesteps, replace(conditions, hoisted=hoisted))
+
+    def _condition(
+        self,
+        timestep: Tensor,
+        num_frames: int,
         context: Tensor | None,
         context_mask: Tensor | None,
         frame_mask: Tensor | None,
-    ) -> BlockInputs:
+        visible: Tensor | None,
+        hidden_mask: Tensor | None,
+    ) -> Conditions:
+        time = nn.functional.silu(self.time_embedding(timestep))
+        num_tokens = num_frames + self.prepends_time_token
         if self.prepends_time_token and frame_mask is not None:
             frame_mask = nn.functional.pad(frame_mask, (1, 0), value=True)
-        return BlockInputs(
+        inputs = BlockInputs(
             time=time,
             shared_modulation=self.shared_modulation(time) if self.shared_modulation is not None else None,
-            rotary=self.rotary(x.shape[1], x.device, x.dtype) if self.rotary is not None else None,
+            rotary=self.rotary(num_tokens, time.device, time.dtype) if self.rotary is not None else None,
             frame_mask=_key_mask(frame_mask),
             context=self._embed_context(context),
             context_mask=_key_mask(context_mask),
         )
+        static = self._static_input(num_frames, visible, hidden_mask)
+        return Conditions(static, inputs, self.output_layer.modulate(time))
+
+    def _static_input(self, num_frames: int, visible: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
+        """What the input projection makes of all channels but the noisy ones, and the positions, `[B, L, D]`."""
+        weight, bias = self.input_projection.weight[:, self.latent_channels :], self.input_projection.bias
+        static = nn.functional.linear(self.masked_input(visible, hidden_mask), weight, bias)
+        if self.positions is None:
+            return static
+        return self.positions(static.expand(-1, num_frames, -1))
 
     def _embed_context(self, context: Tensor | None) -> Tensor | None:
         if self.context_embedding is None:
@@ -124,20 +167,30 @@ class DiffusionTransformer(nn.Module):
             raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
         return self.context_embedding(context)
 
-    def _run_blocks(self, x: Tensor, inputs: BlockInputs) -> Tensor:
-        skips = []
-        for block in self.in_blocks:
-            x = self._run(block, x, inputs)
-            skips.append(x)
-        x = self._run(self.mid_block, x, inputs)
-        for block in self.out_blocks:
-            x = self._run(block, x, inputs, skips.pop())
+    def _blocks(self) -> list[TransformerBlock]:
+        return cast(list[TransformerBlock], [*self.in_blocks, self.mid_block, *self.out_blocks])
+
+    def _run_blocks(self, x: Tensor, conditions: Conditions) -> Tensor:
+        skips: list[Tensor] = []
+        for index, (block, hoisted) in enumerate(zip_longest(self._blocks(), conditions.hoisted)):
+            skip = skips.pop() if index > len(self.in_blocks) else None
+            x = self._run(block, x, conditions.block_inputs, skip, hoisted)
+            if index < len(self.in_blocks):
+                skips.append(x)
         return x
 
-    def _run(self, block: nn.Module, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
+    def _run(
+        self,
+        block: TransformerBlock,
+        x: Tensor,
+        inputs: BlockInputs,
+        skip: Tensor | None,
+        hoisted: HoistedBlock | None,
+    ) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, inputs, skip, use_reentrant=False)
-        return block(x, inputs, skip)
+            output: Tensor = checkpoint(block, x, inputs, skip, hoisted, use_reentrant=False)
+            return output
+        return cast(Tensor, block(x, inputs, skip, hoisted))
 
 
 def _context_embedding(context_dim: int, width: int) -> nn.Sequential:

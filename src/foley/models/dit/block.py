@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from foley.nn.adaln import Modulation, ModulationScheme
-from foley.nn.attention import Attention
+from foley.nn.adaln import BlockModulation, Modulation, ModulationScheme
+from foley.nn.attention import Attention, KeysValues
 from foley.nn.feedforward import GegluFeedForward
 from foley.nn.linear import xavier_linear
 from foley.nn.norm import ModulatedNorm
@@ -31,6 +31,14 @@ class BlockInputs:
     frame_mask: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HoistedBlock:
+    """What one block makes of time and text alone: computed once for a whole generation."""
+
+    modulation: BlockModulation
+    keys_values: KeysValues | None
 
 
 class SelfAttentionLayer(nn.Module):
@@ -61,9 +69,13 @@ class CrossAttentionLayer(nn.Module):
         self.norm_context = nn.LayerNorm(width)
         self.attention = Attention(width, num_heads, qk_norm, zero_output=True)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """`[B, N, D]` and context `[B, S, D]` to `[B, N, D]`."""
-        keys_values = self.attention.keys_values(self.norm_context(context))
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Of a context `[B, S, D]`, whatever the stream and the time."""
+        return self.attention.keys_values(self.norm_context(context))
+
+    def forward(self, x: Tensor, context: Tensor | KeysValues, mask: Tensor | None) -> Tensor:
+        """`[B, N, D]` and a context `[B, S, D]`, or its keys and values, to `[B, N, D]`."""
+        keys_values = self.keys_values(context) if isinstance(context, Tensor) else context
         return self.attention.attend(self.norm(x), keys_values, mask)
 
 
@@ -125,15 +137,23 @@ class TransformerBlock(nn.Module):
         )
         self.feed_forward = FeedForwardLayer(shape.width, shape.hidden)
 
-    def forward(self, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
-        """`[B, N, D]` to `[B, N, D]`."""
+    def hoist(self, inputs: BlockInputs) -> HoistedBlock:
+        """Modulation for each of the times `inputs.time [E, D]`, and the context's keys and values."""
+        keys_values = None if self.cross_attention is None else self.cross_attention.keys_values(inputs.context)
+        return HoistedBlock(self.modulation(inputs.time, inputs.shared_modulation), keys_values)
+
+    def forward(
+        self, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None, hoisted: HoistedBlock | None = None
+    ) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; what is `hoisted` is not computed again."""
         if self.skip is not None:
             x = self.skip(x, skip)
-        modulation = self.modulation(inputs.time, inputs.shared_modulation)
+        modulation = hoisted.modulation if hoisted else self.modulation(inputs.time, inputs.shared_modulation)
         attended = self.self_attention(x, modulation.self_attention, inputs.frame_mask, inputs.rotary)
         x = _add_gated(x, attended, modulation.self_attention)
         if self.cross_attention is not None:
-            x = x + self.cross_attention(x, inputs.context, inputs.context_mask)
+            context = hoisted.keys_values if hoisted else inputs.context
+            x = x + self.cross_attention(x, context, inputs.context_mask)
         return _add_gated(x, self.feed_forward(x, modulation.feed_forward), modulation.feed_forward)
 
 

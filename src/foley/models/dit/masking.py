@@ -36,7 +36,7 @@ class SpanMask:
 
 
 class MaskedInput(nn.Module):
-    """Builds the input channels `[noisy C, visible C, mask 1]`.
+    """Builds the input channels that do not change during a generation: `[visible C, mask 1]`.
 
     Args:
         latent_channels: C.
@@ -47,18 +47,16 @@ class MaskedInput(nn.Module):
         self.mask_embedding = nn.Parameter(torch.empty(latent_channels))
         nn.init.normal_(self.mask_embedding, std=0.02)
 
-    def forward(self, noisy: Tensor, visible: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
-        """Noisy and visible latents `[B, C, L]` and `hidden_mask [B, L]` to `[B, 2 C + 1, L]`.
+    def forward(self, visible: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
+        """A visible latent `[B, C, L]` and `hidden_mask [B, L]` to tokens `[B, L, C + 1]`; `[1, 1, C + 1]` without one.
 
         Hidden frames of the visible latent hold the learned vector; no visible latent means that all are hidden.
         Raises ValueError where a visible latent comes without its mask.
         """
-        embedding = self.mask_embedding[:, None].to(noisy.dtype)
         if visible is None:
-            filled, mask = embedding.expand_as(noisy), noisy.new_ones(()).expand_as(noisy[:, :1])
-        elif hidden_mask is None:
+            return torch.cat([self.mask_embedding, self.mask_embedding.new_ones(1)])[None, None]
+        if hidden_mask is None:
             raise ValueError("a visible latent needs `hidden_mask [B, L]`, true where frames are to be generated")
-        else:
-            hidden = hidden_mask.unsqueeze(1)
-            filled, mask = torch.where(hidden, embedding, visible), hidden.to(noisy.dtype)
-        return torch.cat([noisy, filled, mask], dim=1)
+        hidden = hidden_mask.unsqueeze(-1)
+        filled = torch.where(hidden, self.mask_embedding, visible.transpose(1, 2).to(self.mask_embedding.dtype))
+        return torch.cat([filled, hidden.to(filled.dtype)], dim=-1)

@@ -1,5 +1,6 @@
 """The last layer of the denoiser."""
 
+import torch
 from torch import Tensor, nn
 
 from foley.nn.adaln import Modulation
@@ -25,13 +26,14 @@ class OutputLayer(nn.Module):
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """Tokens `[B, L, D]` and time `[B, D]` to a latent `[B, C, L]`."""
-        latent = self.linear(self.norm(x, self._modulate(time)))
-        return self.conv(latent.transpose(1, 2))
-
-    def _modulate(self, time: Tensor) -> Modulation | None:
+    def modulate(self, time: Tensor) -> Modulation | None:
+        """Shift and scale for times `[B, D]`; None where the time does not modulate."""
         if self.modulation is None:
             return None
         shift, scale = self.modulation(time).unsqueeze(1).chunk(2, dim=-1)
-        return Modulation(shift, 1 + scale, gate=scale.new_ones(()))
+        return Modulation(shift, 1 + scale, gate=torch.ones_like(scale))
+
+    def forward(self, x: Tensor, modulation: Modulation | None) -> Tensor:
+        """Tokens `[B, L, D]` to a latent `[B, C, L]`."""
+        latent = self.linear(self.norm(x, modulation))
+        return self.conv(latent.transpose(1, 2))
