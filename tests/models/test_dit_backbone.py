@@ -222,3 +222,11 @@ def test_a_hoisted_evaluation_computes_nothing_of_time_and_text_again(inputs):
     in_self_attention = [name for name in called if "self_attention" in name]
     assert any(name.endswith("to_k") for name in in_self_attention)
     assert [n for n in called if n not in in_self_attention and any(part in n for part in constant)] == []
+
+
+def test_a_model_in_half_precision_takes_and_returns_float32(inputs):
+    model = make_model()
+    expected = model(**inputs)
+    half = model.to(torch.bfloat16)(**inputs)
+    assert half.dtype == torch.float32
+    assert ((half - expected).norm() / expected.norm()).item() < 0.05

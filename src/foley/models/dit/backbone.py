@@ -88,6 +88,8 @@ class DiffusionTransformer(nn.Module):
     ) -> Tensor:
         """The prediction `[B, C, L]` for a noisy latent `[B, C, L]` at `timestep [B]`.
 
+        A model held in half precision takes and returns the latent in the latent's own type.
+
         Args:
             context: text `[B, S, Dc]`, needed (ValueError) by a model with cross-attention, ignored by one without.
             context_mask: `[B, S]`, true = valid.
@@ -101,12 +103,13 @@ class DiffusionTransformer(nn.Module):
             conditions = self._condition(timestep, frames, context, context_mask, frame_mask, visible, hidden_mask)
         else:
             conditions = run.at(timestep)
-        x = nn.functional.linear(noisy.transpose(1, 2), self.input_projection.weight[:, : self.latent_channels])
-        x = x + conditions.static_input
+        weight = self.input_projection.weight[:, : self.latent_channels]
+        x = nn.functional.linear(noisy.transpose(1, 2).to(weight.dtype), weight) + conditions.static_input
         if self.prepends_time_token:
             x = torch.cat([conditions.block_inputs.time.unsqueeze(1).expand(len(x), -1, -1), x], dim=1)
         x = self._run_blocks(x, conditions)
-        return self.output_layer(x[:, 1:] if self.prepends_time_token else x, conditions.output_modulation)
+        x = x[:, 1:] if self.prepends_time_token else x
+        return self.output_layer(x, conditions.output_modulation).to(noisy.dtype)
 
     def prepare(
         self,
@@ -165,7 +168,7 @@ class DiffusionTransformer(nn.Module):
             return None
         if context is None:
             raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
-        return self.context_embedding(context)
+        return self.context_embedding(context.to(self.input_projection.weight.dtype))
 
     def _blocks(self) -> list[TransformerBlock]:
         return cast(list[TransformerBlock], [*self.in_blocks, self.mid_block, *self.out_blocks])

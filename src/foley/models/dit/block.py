@@ -139,8 +139,10 @@ class TransformerBlock(nn.Module):
 
     def hoist(self, inputs: BlockInputs) -> HoistedBlock:
         """Modulation for each of the times `inputs.time [E, D]`, and the context's keys and values."""
-        keys_values = None if self.cross_attention is None else self.cross_attention.keys_values(inputs.context)
-        return HoistedBlock(self.modulation(inputs.time, inputs.shared_modulation), keys_values)
+        modulation = self.modulation(inputs.time, inputs.shared_modulation)
+        if self.cross_attention is None or inputs.context is None:
+            return HoistedBlock(modulation, None)
+        return HoistedBlock(modulation, self.cross_attention.keys_values(inputs.context))
 
     def forward(
         self, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None, hoisted: HoistedBlock | None = None
