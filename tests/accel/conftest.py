@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
-from foley.diffusion.sampler import sample
+from foley.diffusion.sampler import Start, sample
 from foley.diffusion.solver import Solver
 from foley.seeding import torch_generator
 
@@ -77,7 +77,7 @@ def denoiser() -> ToyDenoiser:
 
 @pytest.fixture
 def generate() -> Generate:
-    """`generate(denoiser, callbacks=(), solver="ddim", num_steps=6, guidance_scale=3, seeds=(0, 1)) -> latent`."""
+    """`generate(denoiser, callbacks=(), solver="ddim", num_steps=6, guidance_scale=3, seeds=(0, 1), ...) -> latent`."""
 
     def run(
         denoiser: nn.Module,
@@ -86,6 +86,7 @@ def generate() -> Generate:
         num_steps: int = 6,
         guidance_scale: float = 3.0,
         seeds: Sequence[int] = (0, 1),
+        start: Start | None = None,
     ) -> Tensor:
         choice, guidance = Solver(solver, num_steps), ClassifierFreeGuidance(guidance_scale)
         scheduler = choice.build(DiffusionProcess("v"))
@@ -95,6 +96,6 @@ def generate() -> Generate:
         noise = torch.stack([torch.randn(CHANNELS, TOKENS, generator=torch_generator("noise", s)) for s in seeds])
         context = choice.run_context(scheduler, guidance, len(seeds))
         denoise = guidance.wrap(denoiser, positive, negative)
-        return sample(denoise, noise, scheduler, context, callbacks)
+        return sample(denoise, noise, scheduler, context, callbacks, start=start)
 
     return run

@@ -10,6 +10,7 @@ from foley.accel.cache import LayerCache
 from foley.accel.layers import find_cacheable_layers
 from foley.accel.schedule import CacheSchedule
 from foley.accel.signature import RunSignature, SignatureMismatchError
+from foley.diffusion.sampler import Start
 from foley.hashing import hash_module
 
 NUM_STEPS = 6
@@ -67,6 +68,17 @@ def test_reused_layers_do_not_run_and_return_their_last_output(denoiser: Any, ge
     assert denoiser.runs() == {n: NUM_STEPS - 2 * (n == name) for n in schedule.layer_names}
     assert outputs[1] is outputs[2] is outputs[3]
     assert not torch.equal(outputs[3], outputs[4])
+
+
+def test_a_run_that_begins_later_computes_every_layer_first_and_then_follows_the_schedule(
+    denoiser: Any, generate: Any
+) -> None:
+    start = Start(torch.zeros(1, 4, 3), 4)  # the schedule computes at 0 and 3 and reuses at 1, 2, 4, 5
+    cache = LayerCache(_schedule(denoiser, every=3))
+    with cache.attach(denoiser):
+        latent = generate(denoiser, [cache], start=start)
+    assert set(denoiser.runs().values()) == {1}
+    assert not torch.equal(latent, generate(denoiser, start=start))
 
 
 def test_two_generations_in_a_row_are_equal_and_cached_alike(denoiser: Any, generate: Any) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
 from foley.seeding import torch_generator
 
 
@@ -67,6 +67,37 @@ def test_joint_batch_equals_two_calls_with_contexts_of_different_lengths():
         mean_model(noisy, timestep, negative.expand(3).context, negative.expand(3).mask),
     )
     torch.testing.assert_close(joint, apart)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0, 50.0])
+def test_guiding_away_from_the_prompt_itself_is_the_conditional_prediction(scale):
+    positive, noisy, timestep = conditioning(1, 5), torch.randn(3, 4, 20), torch.ones(3)
+    batch = positive.expand(3)
+    guided = ClassifierFreeGuidance(scale, 0.5).wrap(mean_model, batch, positive)(noisy, timestep)
+    torch.testing.assert_close(guided, mean_model(noisy, timestep, batch.context, batch.mask))
+
+
+def test_scale_0_is_the_negative_prediction():
+    positive, negative = conditioning(2, 5), conditioning(2, 7)
+    noisy, timestep = torch.randn(2, 4, 20), torch.ones(2)
+    guided = ClassifierFreeGuidance(0.0).wrap(mean_model, positive, negative)(noisy, timestep)
+    torch.testing.assert_close(guided, mean_model(noisy, timestep, negative.context, negative.mask))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_known_latent_reaches_every_branch_in_the_order_of_the_items(scale, rows):
+    visible, hidden = torch.randn(rows, 4, 20), torch.rand(rows, 20) > 0.5
+
+    def model(noisy, timestep, context, context_mask, visible, hidden_mask):
+        return mean_model(noisy, timestep, context, context_mask) + torch.where(hidden_mask[:, None], 7.0, visible)
+
+    positive, negative = conditioning(2, 5), conditioning(1, 2)
+    noisy, timestep = torch.randn(2, 4, 20), torch.ones(2)
+    guidance = ClassifierFreeGuidance(scale)
+    plain = guidance.wrap(mean_model, positive, negative)(noisy, timestep)
+    out = guidance.wrap(model, positive, negative, KnownLatent(visible, hidden))(noisy, timestep)
+    torch.testing.assert_close(out, plain + torch.where(hidden[:, None], 7.0, visible).expand(2, -1, -1))
 
 
 @pytest.mark.parametrize(("scale", "rescale"), [(-1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), (3.0, 1.5)])

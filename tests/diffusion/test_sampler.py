@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
-from foley.diffusion.sampler import sample
+from foley.diffusion.sampler import Start, sample
 from foley.diffusion.solver import SOLVERS, Solver
 from foley.seeding import torch_generator
 
@@ -17,22 +17,26 @@ FLOW = ("euler_flow", "heun_flow")
 CONDITIONAL = ClassifierFreeGuidance(1.0)
 
 
-def optimal_denoiser(process: DiffusionProcess):
-    """The exact prediction when every latent value is normal with MEAN and STD."""
-
-    def levels(timestep):
-        if process.is_flow:
-            return process.levels(timestep)
+def levels(process, timestep):
+    """Signal and noise level `[B, 1, 1]` of what a solver gives the denoiser at `timestep` `[B]`."""
+    if process.is_flow:
+        alpha, sigma = process.levels(timestep)
+    else:
         # Heun's fractional timesteps: interpolate sigma as diffusers does.
         power = process.alphas_cumprod.clamp(min=2**-24)
         sigmas = ((1 - power) / power).sqrt()
         low = timestep.long()
-        sigma = torch.lerp(sigmas[low], sigmas[(low + 1).clamp(max=999)], timestep.double() - low)
-        alpha = (1 + sigma.square()).rsqrt()
-        return alpha.float(), (alpha * sigma).float()
+        ratio = torch.lerp(sigmas[low], sigmas[(low + 1).clamp(max=999)], timestep.double() - low)
+        alpha = (1 + ratio.square()).rsqrt()
+        alpha, sigma = alpha.float(), (alpha * ratio).float()
+    return alpha[:, None, None], sigma[:, None, None]
+
+
+def optimal_denoiser(process: DiffusionProcess):
+    """The exact prediction when every latent value is normal with MEAN and STD."""
 
     def denoise(noisy, timestep):
-        alpha, sigma = (level[:, None, None] for level in levels(timestep))
+        alpha, sigma = levels(process, timestep)
         clean = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (noisy - alpha * MEAN)
         noise = (noisy - alpha * clean) / sigma
         return {"v": alpha * noise - sigma * clean, "flow": noise - clean, "x0": clean}[process.prediction]
@@ -40,12 +44,13 @@ def optimal_denoiser(process: DiffusionProcess):
     return denoise
 
 
-def run(process, solver, denoise=None, callbacks=(), frames=4000, seeds=(0, 1)):
+def run(process, solver, denoise=None, callbacks=(), frames=4000, seeds=(0, 1), start=None):
     scheduler = solver.build(process)
     noise = torch.stack([torch.randn(4, frames, generator=torch_generator("noise", seed)) for seed in seeds])
     generators = [torch_generator("solver", seed) for seed in seeds]
     context = solver.run_context(scheduler, CONDITIONAL, len(seeds))
-    return sample(denoise or optimal_denoiser(process), noise, scheduler, context, callbacks, generators)
+    denoise = denoise or optimal_denoiser(process)
+    return sample(denoise, noise, scheduler, context, callbacks, generators, start=start)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -75,13 +80,14 @@ def test_an_item_does_not_depend_on_its_batch(name):
 class Recorder:
     def __init__(self):
         self.events, self.timesteps, self.run = [], [], None
+        self.evaluations = []
 
     def on_run_start(self, run):
         self.run = run
         self.events.append("start")
 
     def on_evaluation_start(self, context):
-        assert context.evaluation == len(self.timesteps)
+        self.evaluations.append(context.evaluation)
         self.timesteps.append(float(context.timestep))
 
     def on_evaluation_end(self, context, prediction):
@@ -97,8 +103,50 @@ def test_callbacks_hear_of_every_evaluation(name, evaluations):
     run(DiffusionProcess(), Solver(name, 4), callbacks=[recorder], frames=10)
     assert recorder.events == ["start", *range(evaluations), "end"]
     assert recorder.run.num_evaluations == evaluations
+    assert recorder.evaluations == list(range(evaluations))
     assert recorder.timesteps == [float(t) for t in recorder.run.timesteps]
     assert recorder.timesteps == sorted(recorder.timesteps, reverse=True)
+
+
+def data(frames=4000):
+    return MEAN + STD * torch.randn(1, 4, frames, generator=torch_generator("data"))
+
+
+def process_of(name):
+    return DiffusionProcess("flow" if name in FLOW else "v")
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_start_is_noised_to_the_level_of_its_own_step(name):
+    process, clean, first, inputs = process_of(name), data(30), 3, []
+
+    def denoise(noisy, timestep):
+        inputs.append((noisy, timestep))
+        return optimal_denoiser(process)(noisy, timestep)
+
+    recorder = Recorder()
+    run(process, Solver(name, 8), denoise, [recorder], frames=30, start=Start(clean, first))
+    alpha, sigma = levels(process, inputs[0][1])
+    noise = torch.stack([torch.randn(4, 30, generator=torch_generator("noise", seed)) for seed in (0, 1)])
+    torch.testing.assert_close(inputs[0][0], alpha * clean + sigma * noise, atol=2e-3, rtol=0)
+    total = recorder.run.num_evaluations
+    assert recorder.evaluations == list(range(2 * first if total == 15 else first, total))
+    assert recorder.timesteps == [float(t) for t in recorder.run.timesteps[recorder.evaluations[0] :]]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_data_noised_part_of_the_way_come_back_as_data(name):
+    out = run(process_of(name), Solver(name, 40), start=Start(data(), 20))
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert out.std().item() == pytest.approx(STD, rel=0.15)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_ends_of_a_start_are_plain_sampling_and_the_start_itself(name):
+    process, solver, clean = process_of(name), Solver(name, 5), data(30)
+    plain = run(process, solver, frames=30)
+    assert torch.equal(run(process, solver, frames=30, start=Start(clean, 0)), plain)
+    assert torch.equal(run(process, solver, frames=30, start=Start(clean, 5)), clean.expand(2, -1, -1))
 
 
 def test_run_end_follows_an_error():

@@ -21,7 +21,8 @@ class LayerCache:
     """Reuse the outputs of layers where the schedule says so; their norm, modulation and body are then not run.
 
     Outputs are kept per (branch, layer) for one run, before gate and residual, which use the current step
-    (AudioCache, Fig. 2). The evaluation comes from the sampler's context; calls are never counted.
+    (AudioCache, Fig. 2). The evaluation comes from the sampler's context; calls are never counted. A run that begins
+    in the middle of the schedule computes each layer at its first call, whatever the schedule says.
     """
 
     def __init__(self, plan: SchedulePlan) -> None:
@@ -56,7 +57,7 @@ class LayerCache:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._row is None:
                 raise RuntimeError("a LayerCache is attached, but the sampler does not call it: pass it as a callback")
-            if self._row[index]:
+            if self._row[index] or index not in self._outputs:
                 self._outputs[index] = original(*args, **kwargs)
             return self._outputs[index]
 

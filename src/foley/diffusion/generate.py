@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
 from foley.diffusion.process import DiffusionProcess
-from foley.diffusion.sampler import Progress, sample
+from foley.diffusion.sampler import Progress, Start, sample
 from foley.diffusion.solver import Solver
 from foley.diffusion.types import Accelerator
 from foley.seeding import torch_generator
@@ -40,6 +40,8 @@ def generate_latents(
     accelerator: Accelerator | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = iter,
+    known: KnownLatent | None = None,
+    start: Start | None = None,
 ) -> Tensor:
     """Latents `[B, C, num_frames]`, one per seed and row of `positive`; an item ignores the rest of its batch.
 
@@ -49,6 +51,8 @@ def generate_latents(
         accelerator: attached to the denoiser for the length of the run.
         device: where the denoiser is. Noise is drawn on the CPU, so that a seed means the same everywhere.
         progress: wraps the range of evaluations.
+        known: frames that the denoiser sees and that come back as given, on `device`.
+        start: a latent to begin at instead of pure noise, on `device`.
 
     Raises ValueError where the solver does not fit the process.
     """
@@ -57,7 +61,8 @@ def generate_latents(
     noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
     generators = [torch_generator("solver noise", seed) for seed in seeds]
     run = solver.run_context(scheduler, guidance, len(seeds))
-    denoise = guidance.wrap(denoiser, positive, negative)
+    denoise = guidance.wrap(denoiser, positive, negative, known)
     with nullcontext() if accelerator is None else accelerator.attach(denoiser):
         callbacks = [] if accelerator is None else [accelerator]
-        return sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress)
+        latent = sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start)
+    return latent if known is None else known.fill(latent)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,23 @@ class Conditioning:
             for part in (self, other)
         ]
         return Conditioning(torch.cat([context for context, _ in parts]), torch.cat([mask for _, mask in parts]))
+
+
+@dataclass(frozen=True)
+class KnownLatent:
+    """Frames that are given: a latent `visible` `[B, C, L]`, and `hidden_mask` `[B, L]`, true where it is generated."""
+
+    visible: Tensor
+    hidden_mask: Tensor
+
+    def repeat(self, batch_size: int) -> "KnownLatent":
+        """All rows, in order, again and again until they fill a batch; one row serves every item."""
+        times = batch_size // len(self.visible)
+        return KnownLatent(self.visible.repeat(times, 1, 1), self.hidden_mask.repeat(times, 1))
+
+    def fill(self, generated: Tensor) -> Tensor:
+        """`generated` `[B, C, L]` where hidden, the visible latent elsewhere."""
+        return torch.where(self.hidden_mask[:, None], generated, self.visible)
 
 
 class ClassifierFreeGuidance:
@@ -68,21 +87,34 @@ class ClassifierFreeGuidance:
         return self.rescale * (guided * spread) + (1 - self.rescale) * guided  # equations (2) and (3)
 
     def wrap(
-        self, denoiser: Callable[..., Tensor], positive: Conditioning, negative: Conditioning | None = None
+        self,
+        denoiser: Callable[..., Tensor],
+        positive: Conditioning,
+        negative: Conditioning | None = None,
+        known: KnownLatent | None = None,
     ) -> Denoise:
-        """A guided callable over `denoiser(noisy, timestep, context, context_mask=...)`.
+        """A guided callable over `denoiser(noisy, timestep, context=..., context_mask=...)`.
 
         `positive` has one row per item. `negative` has one row per item or one in all; it may be None only when
-        the scale is 1. The two branches run as one joint batch, positive rows first.
+        the scale is 1. The two branches run as one joint batch, positive rows first. `known`, with one row per item
+        or one in all, reaches both branches, as `visible` and `hidden_mask`; without it neither is passed.
         """
         if not self.needs_negative:
-            return lambda noisy, timestep: denoiser(noisy, timestep, positive.context, context_mask=positive.mask)
+            return _condition(denoiser, positive, known)
         if negative is None:
             raise ValueError(f"guidance scale {self.scale} needs the conditioning of the negative (empty) prompt")
-        both = positive.cat(negative.expand(len(positive.mask)))
+        predict = _condition(denoiser, positive.cat(negative.expand(len(positive.mask))), known)
 
         def guided(noisy: Tensor, timestep: Tensor) -> Tensor:
-            prediction = denoiser(noisy.repeat(2, 1, 1), timestep.repeat(2), both.context, context_mask=both.mask)
-            return self.combine(*prediction.chunk(2))
+            return self.combine(*predict(noisy.repeat(2, 1, 1), timestep.repeat(2)).chunk(2))
 
         return guided
+
+
+def _condition(denoiser: Callable[..., Tensor], text: Conditioning, known: KnownLatent | None) -> Denoise:
+    """The denoiser with everything bound to it that stays the same throughout a run."""
+    inputs: dict[str, Any] = {"context": text.context, "context_mask": text.mask}
+    if known is not None:
+        rows = known.repeat(len(text.mask))
+        inputs |= {"visible": rows.visible, "hidden_mask": rows.hidden_mask}
+    return partial(denoiser, **inputs)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,18 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 """Wraps the loop's range to draw a progress bar; `iter` draws none."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """Begin at a noised latent instead of at pure noise (SDEdit, Meng et al. 2022, algorithm 1).
+
+    `clean` `[B, C, L]`, or one row for all items, is brought to the noise level at which solver step `step` begins.
+    Step 0 is pure noise, whatever `clean` is; the number of steps is no noise at all, and returns `clean`.
+    """
+
+    clean: Tensor
+    step: int
+
+
 @torch.no_grad()
 def sample(
     denoise: Denoise,
@@ -24,6 +37,7 @@ def sample(
     callbacks: Sequence[SamplerCallback] = (),
     generators: list[torch.Generator] | None = None,
     progress: Progress = iter,
+    start: Start | None = None,
 ) -> Tensor:
     """Integrate from `noise` `[B, C, L]` to a clean latent `[B, C, L]`.
 
@@ -35,18 +49,19 @@ def sample(
         callbacks: told of the run and of each evaluation; `on_run_end` follows every `on_run_start`, on error too.
         generators: one per item, for solvers that add noise on the way, so that an item ignores its batch.
         progress: wraps the range of evaluations.
+        start: where to begin; evaluations before it are left out, and the others keep their numbers.
     """
     extras = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     # Schedulers that step in the model's own space (flow) do not define an input scaling.
     scale_input = getattr(scheduler, "scale_model_input", lambda latent, timestep: latent)
-    latent = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    latent, first_evaluation = _begin(noise, scheduler, start)
     # One copy for all evaluations: each would wait for the device. The scheduler keeps its own on the CPU.
     timesteps = scheduler.timesteps.to(noise.device)
     with ExitStack() as stack:
         for callback in callbacks:
             stack.callback(callback.on_run_end)
             callback.on_run_start(run)
-        for evaluation in progress(range(run.num_evaluations)):
+        for evaluation in progress(range(first_evaluation, run.num_evaluations)):
             timestep = scheduler.timesteps[evaluation]
             context = StepContext(evaluation, timestep, run)
             for callback in callbacks:
@@ -56,3 +71,20 @@ def sample(
                 callback.on_evaluation_end(context, prediction)
             latent = scheduler.step(prediction, timestep, latent, return_dict=False, **extras)[0]
     return latent
+
+
+def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, int]:
+    """The latent `[B, C, L]`, in the scheduler's own scaling, of the first evaluation, and the number of that."""
+    if start is None or start.step == 0:
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), 0
+    # A second-order solver evaluates twice in each step but the last; its timesteps repeat, so only an index is exact.
+    evaluation = start.step * scheduler.order
+    clean = start.clean.expand_as(noise)
+    if evaluation >= len(scheduler.timesteps):
+        return clean, evaluation
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(evaluation)
+    timestep = scheduler.timesteps[evaluation].expand(len(noise))
+    if hasattr(scheduler, "scale_noise"):
+        return scheduler.scale_noise(clean, timestep, noise), evaluation
+    return scheduler.add_noise(clean, noise, timestep), evaluation

@@ -28,7 +28,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class StepContext:
-    """One evaluation of the denoiser: `evaluation` counts from 0, the noisiest.
+    """One evaluation of the denoiser: `evaluation` counts from 0, the noisiest, also in a run that begins later.
 
     `branch` tells apart the calls of guidance branches that run one after the other; a joint batch is "joint".
     """
