@@ -21,6 +21,8 @@ ALLOWED = {
     "accel": {"accel", "nn", "diffusion.types"},
     "convert": {"convert", "models", "nn"},
     "training": EVERYTHING,
+    "editing": {"editing", "data"},
+    "generation": {"generation", "diffusion", "reporting"},
     "pipeline": EVERYTHING,
     "system": EVERYTHING,
 }

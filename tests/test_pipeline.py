@@ -9,8 +9,9 @@ import torch
 from foley.checkpoint import CheckpointError
 from foley.config import PROJECT_ROOT
 from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.generation import MAX_PROMPT_CHARACTERS
 from foley.hashing import hash_module
-from foley.pipeline import MAX_PROMPT_CHARACTERS, TextToAudio
+from foley.pipeline import TextToAudio
 from foley.system import build_system, load_system, save_system
 
 TOKENIZER = PROJECT_ROOT / "data" / "tokenizer" / "audiocaps.json"

@@ -3,7 +3,9 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,16 +13,12 @@ import torch
 from torch import Tensor
 
 from foley.diffusion.generate import clip_size, embed, generate_latents
-from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.diffusion.sampler import Progress
-from foley.diffusion.solver import Solver
-from foley.diffusion.types import Accelerator
+from foley.diffusion.guidance import KnownLatent
+from foley.diffusion.sampler import Start
+from foley.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
+from foley.generation import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
 from foley.hashing import hash_module
-from foley.reporting.html import Card
-from foley.reporting.samples import Sample, write_samples
 from foley.system import System, load_system, save_system
-
-MAX_PROMPT_CHARACTERS = 10_000
 
 
 def resolve_device(name: str) -> torch.device:
@@ -28,49 +26,6 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
-
-
-@dataclass
-class Timings:
-    """Wall-clock seconds spent in each stage of a generation, all items together."""
-
-    text_seconds: float = 0.0
-    denoise_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    @property
-    def total_seconds(self) -> float:
-        return self.text_seconds + self.denoise_seconds + self.decode_seconds
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What came out: `audio` `[N, 1, T]` on the CPU, one row per prompt, and everything needed to make it again."""
-
-    audio: Tensor
-    sample_rate_hz: int
-    prompts: list[str]
-    seeds: list[int]
-    settings: dict[str, Any]
-    timings: Timings
-
-    def write(
-        self,
-        directory: Path,
-        title: str | None = None,
-        notes: Sequence[Mapping[str, str]] | None = None,
-        more_settings: Mapping[str, Any] | None = None,
-    ) -> tuple[Path, list[Card]]:
-        """A folder of the clips, as `foley.reporting.samples.write_samples` describes; returns its page and cards.
-
-        Args:
-            notes: what else the JSON of each clip is to hold, such as its label.
-            more_settings: what the caller knows of how the clips were made.
-        """
-        rows = zip(self.prompts, self.seeds, self.audio[:, 0], notes or [{}] * len(self.prompts), strict=True)
-        samples = [Sample(*row) for row in rows]
-        settings = {**self.settings, **(more_settings or {})}
-        return write_samples(directory, samples, self.sample_rate_hz, settings, asdict(self.timings), title)
 
 
 class TextToAudio:
@@ -108,110 +63,164 @@ class TextToAudio:
         rate: int = self.codec.sample_rate_hz
         return rate
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
         duration_seconds: float = 5.0,
         seeds: Sequence[int] | None = None,
-        guidance: ClassifierFreeGuidance | None = None,
-        solver: str = "ddim",
-        num_steps: int = 50,
-        accelerator: Accelerator | None = None,
-        negative_prompt: str = "",
-        batch_size: int = 8,
-        progress: Progress = iter,
+        **options: Any,
     ) -> Generation:
         """Audio for each prompt. An item depends on its prompt, seed and settings, not on the rest of its batch.
 
         Args:
             prompts: captions; the empty one asks for an unconditional sample.
             seeds: one per prompt; by default 0, 1, 2, ...
-            guidance: by default w = 3 without rescale.
-            solver: a name out of `foley.diffusion.solver.SOLVERS`.
-            accelerator: attached to the denoiser for the length of each run.
-            negative_prompt: what guidance leads away from.
-            batch_size: prompts denoised together.
-            progress: wraps the range of evaluations of each batch.
+            options: the fields of `GenerationSettings`.
 
         Raises:
             ValueError: for a request that cannot be met; nothing has been computed then.
             RuntimeError: where the result is not finite.
         """
-        prompts = list(prompts)
-        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        guidance = guidance or ClassifierFreeGuidance()
-        self._check(prompts, duration_seconds, seeds, negative_prompt, batch_size)
-        plan = Solver(solver, num_steps)
-        plan.build(self.process)  # refuses a mismatch before anything is computed
+        request = self._request(prompts, seeds, options)
+        self._check_duration("duration_seconds", duration_seconds)
         num_samples, num_frames = clip_size(duration_seconds, self.sample_rate_hz, self.codec.hop_samples)
+        canvas = Canvas(num_frames, lambda audio: audio[..., :num_samples], {"duration_seconds": duration_seconds})
+        return self._run(request, canvas, Timings())
+
+    def edit(
+        self,
+        prompts: Sequence[str],
+        file: str | Path,
+        mask: EditMask,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The recording in `file` with the masked part generated anew for each prompt; see `foley.editing`.
+
+        The denoiser sees the codec's mean latent of the kept frames of the window, so it must have been trained with
+        masks, as the EzAudio stages are. A mask over everything is plain generation of its length.
+
+        Args and raises as for `generate`.
+        """
+        request = self._request(prompts, seeds, options)
+        recording = Recording.read(Path(file), self.sample_rate_hz, "edit")
+        window = mask.window(recording)
+        self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
         timings = Timings()
+        hidden = window.hidden_mask(self.codec.hop_samples)
+        known = None
+        if not bool(hidden.all()):
+            known = KnownLatent(self._encode(window.crop(recording.samples), timings), hidden.to(self.device))
+        description = {
+            "duration_seconds": window.total / self.sample_rate_hz,
+            "edit": {**recording.describe(), **asdict(mask), "cross_fade_seconds": CROSS_FADE_SECONDS},
+        }
+        finish = partial(paste, recording.samples, window=window)
+        canvas = Canvas(hidden.shape[1], finish, description, known=known, peak_ceiling=inf)
+        return self._run(request, canvas, timings)
+
+    def vary(
+        self,
+        prompts: Sequence[str],
+        file: str | Path,
+        strength: float = 0.5,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Variations of the recording in `file`: its latent, noised and denoised again for each prompt (`Start`).
+
+        Args:
+            strength: the share of solver steps to take, to the nearest step. 1 takes them all, from pure noise, and
+                is plain generation; 0 takes none and gives the recording back through the codec.
+
+        Other args and raises as for `generate`.
+        """
+        request = self._request(prompts, seeds, options)
+        if not 0 <= strength <= 1:
+            raise ValueError(
+                "strength must lie between 0 (the recording through the codec) and 1 (plain generation), "
+                f"got {strength}"
+            )
+        recording = Recording.read(Path(file), self.sample_rate_hz, "init")
+        self._check_duration(f"init={file}", recording.duration_seconds)
+        timings = Timings()
+        first_step = round((1 - strength) * request.settings.num_steps)
+        start = Start(self._encode(recording.samples, timings), first_step)
+        description = {
+            "duration_seconds": recording.duration_seconds,
+            "init": {**recording.describe(), "strength": strength, "first_step": first_step},
+        }
+        num_samples = len(recording.samples)
+        canvas = Canvas(start.clean.shape[-1], lambda audio: audio[..., :num_samples], description, start=start)
+        return self._run(request, canvas, timings)
+
+    def _request(
+        self, prompts: Sequence[str], seeds: Sequence[int] | None, options: Mapping[str, Any]
+    ) -> GenerationRequest:
+        """Checked against this system, so that an impossible request is refused before anything is computed."""
+        request = GenerationRequest.of(prompts, seeds, GenerationSettings(**options))
+        request.settings.plan.build(self.process)
+        return request
+
+    @torch.no_grad()
+    def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
+        """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]`."""
+        with self._timed(timings, "encode_seconds"):
+            latent: Tensor = self.normaliser.normalise(self.codec.encode(samples[None, None].to(self.device)))
+            return latent
+
+    @torch.no_grad()
+    def _run(self, request: GenerationRequest, canvas: Canvas, timings: Timings) -> Generation:
+        settings = request.settings
         with self._timed(timings, "text_seconds"):
-            negative = embed(self.text, [negative_prompt]) if guidance.needs_negative else None
+            negative = embed(self.text, [settings.negative_prompt]) if settings.guidance.needs_negative else None
         rows = []
-        for start in range(0, len(prompts), batch_size):
-            items = slice(start, start + batch_size)
+        for start in range(0, len(request.prompts), settings.batch_size):
+            items = slice(start, start + settings.batch_size)
             with self._timed(timings, "text_seconds"):
-                positive = embed(self.text, prompts[items])
+                positive = embed(self.text, request.prompts[items])
             with self._timed(timings, "denoise_seconds"):
                 latent = generate_latents(
                     self.denoiser,
                     self.process,
                     positive,
                     negative,
-                    seeds[items],
-                    num_frames,
-                    guidance,
-                    plan,
-                    accelerator,
+                    request.seeds[items],
+                    canvas.num_frames,
+                    settings.guidance,
+                    settings.plan,
+                    settings.accelerator,
                     self.device,
-                    progress,
+                    settings.progress,
+                    canvas.known,
+                    canvas.start,
                 )
             with self._timed(timings, "decode_seconds"):
-                rows.append(self.codec.decode(self.normaliser.denormalise(latent))[..., :num_samples].cpu())
-        audio = torch.cat(rows)
+                rows.append(canvas.finish(self.codec.decode(self.normaliser.denormalise(latent)).cpu()))
+        return self._generation(torch.cat(rows), request, canvas, timings)
+
+    def _generation(self, audio: Tensor, request: GenerationRequest, canvas: Canvas, timings: Timings) -> Generation:
+        settings = request.settings
         if not bool(audio.isfinite().all()):
             raise RuntimeError(
-                f"solver {solver!r} with {num_steps} steps and guidance scale {guidance.scale} gave audio that is not "
-                "finite; lower the guidance scale, or take more steps"
+                f"solver {settings.solver!r} with {settings.num_steps} steps and guidance scale "
+                f"{settings.guidance.scale} gave audio that is not finite; lower the guidance scale, or take more steps"
             )
-        settings = self._settings(duration_seconds, guidance, plan, negative_prompt)
-        return Generation(audio, self.sample_rate_hz, prompts, seeds, settings, timings)
-
-    def _settings(
-        self, duration_seconds: float, guidance: ClassifierFreeGuidance, solver: Solver, negative_prompt: str
-    ) -> dict[str, Any]:
-        return {
-            "duration_seconds": duration_seconds,
-            "guidance_scale": guidance.scale,
-            "guidance_rescale": guidance.rescale,
-            "solver": solver.name,
-            "num_steps": solver.num_steps,
-            "negative_prompt": negative_prompt,
+        description = {
+            **canvas.description,
+            **settings.describe(),
             "prediction": self.process.prediction,
             "sample_rate_hz": self.sample_rate_hz,
             "model_hash": self.model_hash,
         }
+        prompts, seeds = request.prompts, request.seeds
+        return Generation(audio, self.sample_rate_hz, prompts, seeds, description, timings, canvas.peak_ceiling)
 
-    def _check(
-        self, prompts: list[str], duration_seconds: float, seeds: list[int], negative_prompt: str, batch_size: int
-    ) -> None:
-        if not prompts:
-            raise ValueError("no prompts given; the empty string asks for an unconditional sample")
-        for prompt in (*prompts, negative_prompt):
-            if len(prompt) > MAX_PROMPT_CHARACTERS:
-                raise ValueError(
-                    f"a prompt has {len(prompt)} characters ({prompt[:40]!r}...); at most {MAX_PROMPT_CHARACTERS}"
-                )
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
-        if not 0 < duration_seconds <= self.max_duration_seconds:
+    def _check_duration(self, name: str, seconds: float) -> None:
+        if not 0 < seconds <= self.max_duration_seconds:
             raise ValueError(
-                f"duration_seconds must be above 0 and at most {self.max_duration_seconds} (max_duration_seconds), "
-                f"got {duration_seconds}"
+                f"{name} must be above 0 and at most {self.max_duration_seconds} (max_duration_seconds), got {seconds}"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
     @contextmanager
     def _timed(self, timings: Timings, field: str) -> Iterator[None]:

@@ -11,15 +11,16 @@ PEAK_CEILING = 10 ** (-1 / 20)
 """-1 dBFS: louder audio is attenuated to this peak, quieter audio is never made louder."""
 
 
-def write_wav(path: Path, audio: Tensor, sample_rate_hz: int) -> float:
+def write_wav(path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: float = PEAK_CEILING) -> float:
     """Write `audio` `[T]` or `[channels, T]` as PCM16, atomically; returns the gain applied (1 or less).
 
-    Raises ValueError where a sample is not finite; nothing is written then.
+    Audio read from PCM16 comes back bit by bit with an infinite `peak_ceiling`: nothing is attenuated then, and what
+    exceeds full scale is clipped. Raises ValueError where a sample is not finite; nothing is written then.
     """
     if not bool(audio.isfinite().all()):
         raise ValueError(f"{path}: refusing to write audio that holds NaN or infinity")
     peak = float(audio.abs().max()) if audio.numel() else 0.0
-    gain = min(1.0, PEAK_CEILING / peak) if peak else 1.0
+    gain = min(1.0, peak_ceiling / peak) if peak else 1.0
     samples = (audio * gain).float().cpu().numpy().T
 
     def write(temporary: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from foley.checkpoint import write_json, write_text
-from foley.reporting.audio_files import write_wav
+from foley.reporting.audio_files import PEAK_CEILING, write_wav
 from foley.reporting.html import Card, render_page
 from foley.reporting.names import one_line, sample_stem
 from foley.reporting.spectrogram import draw_sheet, draw_spectrogram
@@ -37,15 +37,19 @@ def write_samples(
     settings: Mapping[str, Any],
     timings: Mapping[str, float],
     title: str | None = None,
+    peak_ceiling: float = PEAK_CEILING,
 ) -> tuple[Path, list[Card]]:
     """Write everything into `directory`; returns the page and the cards on it.
 
-    Louder clips than -1 dBFS are attenuated to it; each JSON states the gain. `settings` and `timings` (seconds for
-    all samples together) are the same for all.
+    Louder clips than `peak_ceiling` are attenuated to it; each JSON states the gain. `settings` and `timings`
+    (seconds for all samples together) are the same for all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     common = {"settings": dict(settings), "timings_of_all_samples": dict(timings), "num_samples": len(samples)}
-    cards = [_write_sample(directory, i, sample, sample_rate_hz, common) for i, sample in enumerate(samples)]
+    cards = [
+        _write_sample(directory, index, sample, sample_rate_hz, common, peak_ceiling)
+        for index, sample in enumerate(samples)
+    ]
     shown = samples[:: ceil(len(samples) / MAX_SHEET_CLIPS)]
     clips, titles = [sample.audio for sample in shown], [sample.prompt for sample in shown]
     draw_sheet(directory / SHEET_FILE, clips, titles, sample_rate_hz)
@@ -54,9 +58,16 @@ def write_samples(
     return page, cards
 
 
-def _write_sample(directory: Path, index: int, sample: Sample, sample_rate_hz: int, common: Mapping[str, Any]) -> Card:
+def _write_sample(
+    directory: Path,
+    index: int,
+    sample: Sample,
+    sample_rate_hz: int,
+    common: Mapping[str, Any],
+    peak_ceiling: float,
+) -> Card:
     stem = sample_stem(sample.prompt, index, sample.seed)
-    gain = write_wav(directory / f"{stem}.wav", sample.audio, sample_rate_hz)
+    gain = write_wav(directory / f"{stem}.wav", sample.audio, sample_rate_hz, peak_ceiling)
     draw_spectrogram(directory / f"{stem}.png", sample.audio, sample_rate_hz)
     sidecar = {
         "index": index,

@@ -1,0 +1,164 @@
+"""How audio is asked for, and what comes back."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
+from foley.diffusion.sampler import Progress, Start
+from foley.diffusion.solver import Solver
+from foley.diffusion.types import Accelerator
+from foley.logs import get_logger
+from foley.reporting.audio_files import PEAK_CEILING
+from foley.reporting.html import Card
+from foley.reporting.samples import Sample, write_samples
+
+MAX_PROMPT_CHARACTERS = 10_000
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate, the same for every item of a request.
+
+    Args:
+        guidance: by default w = 3 without rescale.
+        solver: a name out of `foley.diffusion.solver.SOLVERS`.
+        num_steps: of the solver; Heun's evaluate the denoiser nearly twice as often.
+        accelerator: attached to the denoiser for the length of each run.
+        negative_prompt: what guidance leads away from; without effect at w = 1.
+        batch_size: prompts denoised together; ValueError below 1.
+        progress: wraps the range of evaluations of each batch.
+    """
+
+    guidance: ClassifierFreeGuidance = field(default_factory=ClassifierFreeGuidance)
+    solver: str = "ddim"
+    num_steps: int = 50
+    accelerator: Accelerator | None = None
+    negative_prompt: str = ""
+    batch_size: int = 8
+    progress: Progress = iter
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        _check_length(self.negative_prompt)
+        if self.negative_prompt and not self.guidance.needs_negative:
+            _log.warning("negative_prompt=%r has no effect at guidance scale 1", self.negative_prompt)
+
+    @property
+    def plan(self) -> Solver:
+        """Raises ValueError for an unknown solver or an impossible number of steps."""
+        return Solver(self.solver, self.num_steps)
+
+    def describe(self) -> dict[str, Any]:
+        """What the JSON of each clip says of these settings."""
+        return {
+            "guidance_scale": self.guidance.scale,
+            "guidance_rescale": self.guidance.rescale,
+            "solver": self.solver,
+            "num_steps": self.num_steps,
+            "negative_prompt": self.negative_prompt,
+        }
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Clips asked for: prompts, a seed for each, and settings that they share."""
+
+    prompts: list[str]
+    seeds: list[int]
+    settings: GenerationSettings
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[str], seeds: Sequence[int] | None, settings: GenerationSettings
+    ) -> "GenerationRequest":
+        """With the seeds 0, 1, 2, ... by default.
+
+        Raises ValueError where there is no prompt, one is too long, or there are more or fewer seeds.
+        """
+        if not prompts:
+            raise ValueError("no prompts given; the empty string asks for an unconditional sample")
+        for prompt in prompts:
+            _check_length(prompt)
+        seeds = range(len(prompts)) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
+        return cls(list(prompts), list(seeds), settings)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a request is generated onto.
+
+    Args:
+        num_frames: L.
+        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, on the CPU.
+        description: what the JSON of each clip says of it.
+        known: latent frames that are given.
+        start: a latent to begin at instead of pure noise.
+        peak_ceiling: as `foley.reporting.audio_files.write_wav` takes it.
+    """
+
+    num_frames: int
+    finish: Callable[[Tensor], Tensor]
+    description: Mapping[str, Any]
+    known: KnownLatent | None = None
+    start: Start | None = None
+    peak_ceiling: float = PEAK_CEILING
+
+
+@dataclass
+class Timings:
+    """Wall-clock seconds spent in each stage of a generation, all items together."""
+
+    encode_seconds: float = 0.0
+    text_seconds: float = 0.0
+    denoise_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def total_seconds(self) -> float:
+        return self.encode_seconds + self.text_seconds + self.denoise_seconds + self.decode_seconds
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out: `audio` `[N, 1, T]` on the CPU, one row per prompt, and everything needed to make it again."""
+
+    audio: Tensor
+    sample_rate_hz: int
+    prompts: list[str]
+    seeds: list[int]
+    settings: dict[str, Any]
+    timings: Timings
+    peak_ceiling: float = PEAK_CEILING
+
+    def write(
+        self,
+        directory: Path,
+        title: str | None = None,
+        notes: Sequence[Mapping[str, str]] | None = None,
+        more_settings: Mapping[str, Any] | None = None,
+    ) -> tuple[Path, list[Card]]:
+        """A folder of the clips, as `foley.reporting.samples.write_samples` describes; returns its page and cards.
+
+        Args:
+            notes: what else the JSON of each clip is to hold, such as its label.
+            more_settings: what the caller knows of how the clips were made.
+        """
+        rows = zip(self.prompts, self.seeds, self.audio[:, 0], notes or [{}] * len(self.prompts), strict=True)
+        samples = [Sample(*row) for row in rows]
+        settings = {**self.settings, **(more_settings or {})}
+        timings = asdict(self.timings)
+        return write_samples(directory, samples, self.sample_rate_hz, settings, timings, title, self.peak_ceiling)
+
+
+def _check_length(prompt: str) -> None:
+    """Raises ValueError for a prompt that no one can have meant."""
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"a prompt has {len(prompt)} characters ({prompt[:40]!r}...); at most {MAX_PROMPT_CHARACTERS}")
