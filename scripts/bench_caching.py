@@ -24,7 +24,7 @@ from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.plots import plot_tradeoff
 from foley.checkpoint import write_json
 from foley.diffusion.generate import clip_size, embed, generate_latents
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid
 from foley.diffusion.solver import Solver
 from foley.diffusion.types import Accelerator
 from foley.pipeline import TextToAudio, resolve_device
@@ -69,10 +69,11 @@ class Workload:
         return latent.cpu(), time.perf_counter() - start
 
     def macs(self) -> EvaluationMacs:
-        denoise = self.guidance.wrap(self.pipeline.denoiser, self.positive, self.negative)
         batch_size, device = len(self.positive.mask), self.pipeline.device
         noisy = torch.zeros(batch_size, self.pipeline.denoiser.latent_channels, self.num_frames, device=device)
         timestep = torch.ones(batch_size, device=device)
+        grid = EvaluationGrid(timestep[:1], self.num_frames)
+        denoise = self.guidance.wrap(self.pipeline.denoiser, self.positive, self.negative, grid=grid)
         return count_evaluation_macs(self.pipeline.denoiser, lambda: denoise(noisy, timestep))
 
 

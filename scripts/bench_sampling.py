@@ -1,7 +1,6 @@
 """Seconds to generate one clip on this machine, split into text, denoising and decoding."""
 
 import json
-import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,13 +8,13 @@ from statistics import median
 from typing import Any
 
 import hydra
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
 from foley.pipeline import Generation, TextToAudio, resolve_device
+from foley.reporting.provenance import provenance
 from foley.system import build_system, load_system
 
 PROMPT = "a dog barks while rain falls on a tin roof"
@@ -36,7 +35,6 @@ def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> d
     """Medians over the runs; `real_time_ratio` is seconds of audio for each second of work."""
     stages = {key: median(asdict(run.timings)[key] for run in runs) for key in asdict(runs[0].timings)}
     total = median(run.timings.total_seconds for run in runs)
-    gpu = torch.cuda.get_device_name(pipeline.device) if pipeline.device.type == "cuda" else None
     return {
         **{key: round(seconds, 4) for key, seconds in stages.items()},
         "total_seconds": round(total, 4),
@@ -46,12 +44,7 @@ def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> d
         "denoiser_parameters": sum(p.numel() for p in pipeline.denoiser.parameters()),
         "codec_parameters": sum(p.numel() for p in pipeline.codec.parameters()),
         "settings": runs[0].settings,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "gpu": gpu,
-            "torch_threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "provenance": provenance(),
     }
 
 

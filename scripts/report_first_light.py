@@ -1,16 +1,12 @@
 """Gather what `make demo-real` measured into one Markdown page with its pictures."""
 
 import csv
-import datetime
 import json
-import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
@@ -18,6 +14,7 @@ from foley.checkpoint import write_text
 from foley.config import PROJECT_ROOT
 from foley.logs import get_logger
 from foley.metrics.report import markdown_table
+from foley.reporting.provenance import provenance
 
 Curve = tuple[list[int], list[float]]
 Rows = list[tuple[str, ...]]
@@ -46,28 +43,6 @@ def draw_curves(runs: dict[str, Path], names: dict[str, list[str]], file: Path) 
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on, and of which state of the code."""
-    processor = next(
-        (line.split(":")[1].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
-        platform.machine(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "commit": commit or "unknown",
-        "date": datetime.date.today().isoformat(),
-        "processor": f"{processor}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def stage_section(work_dir: Path, names: list[str]) -> str:
@@ -159,7 +134,7 @@ def main(cfg: DictConfig) -> None:
     diffusion = ["train/loss", "val/loss"]
     curves = {"codec": ["train/mel", "train/stft"], "pretrain": diffusion, "align": diffusion, "finetune": diffusion}
     draw_curves(runs, curves, picture_dir / "losses.png")
-    facts = "\n".join(f"- {name}: {value}" for name, value in machine().items())
+    facts = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
     sections = {
         "How it was made": "`make demo-real`, which runs:\n\n" + stage_section(work_dir, list(cfg.stages)),
         "Losses": f"![losses]({picture_dir.name}/losses.png)",

@@ -20,10 +20,16 @@ def run_id(folder: str) -> str:
     return hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:12]
 
 
+def fused_optimizer(accelerator: str, precision: str) -> bool:
+    """Whether AdamW takes one fused kernel: on GPUs, but not with loss scaling, whose gradients are clipped outside."""
+    return torch.cuda.is_available() and accelerator in ("gpu", "cuda", "auto") and not precision.startswith("16")
+
+
 def register_resolvers() -> None:
     """`${project_root:}` is the root of the checkout, wherever the command runs; the others are the functions above."""
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    OmegaConf.register_new_resolver("fused_optimizer", fused_optimizer, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
 
 

@@ -5,6 +5,10 @@ from omegaconf import OmegaConf
 
 from foley.checkpoint import build_component, load_component, save_component
 from foley.config import PROJECT_ROOT
+from foley.diffusion.generate import generate_latents
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.solver import Solver
 from foley.models.dit.backbone import DiffusionTransformer
 from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, TimeToken
 
@@ -230,3 +234,21 @@ def test_a_model_in_half_precision_takes_and_returns_float32(inputs):
     half = model.to(torch.bfloat16)(**inputs)
     assert half.dtype == torch.float32
     assert ((half - expected).norm() / expected.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize("solver", ["ddim", "heun", "dpmpp_2m"])
+def test_a_generation_hoists_and_gives_what_plain_calls_give(solver, inputs, monkeypatch):
+    model = make_model()
+    positive = Conditioning(inputs["context"], torch.ones(2, TOKENS, dtype=torch.bool))
+    negative = Conditioning(torch.randn(1, 2, CONTEXT_DIM), torch.ones(1, 2, dtype=torch.bool))
+    guidance = ClassifierFreeGuidance(5.0, 0.75)
+
+    def generate():
+        return generate_latents(
+            model, DiffusionProcess(), positive, negative, [0, 1], FRAMES, guidance, Solver(solver, 4)
+        )
+
+    hoisted = generate()
+    # A denoiser without `prepare` is called with everything at each evaluation.
+    monkeypatch.setattr(DiffusionTransformer, "prepare", None)
+    torch.testing.assert_close(hoisted, generate(), atol=1e-4, rtol=1e-4)

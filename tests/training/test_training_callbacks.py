@@ -16,6 +16,7 @@ from foley.pipeline import TextToAudio
 from foley.system import System
 from foley.training.callbacks import audio_samples
 from foley.training.callbacks.audio_samples import AudioSamples
+from foley.training.callbacks.memory import TrainingMemory
 from foley.training.callbacks.non_finite import NonFiniteGuard
 from foley.training.callbacks.throughput import Throughput
 from foley.training.csv_logger import AppendingCSVLogger
@@ -112,3 +113,8 @@ def test_skipped_steps_name_the_clips_of_all_ranks(monkeypatch, caplog) -> None:
     guard.on_before_optimizer_step(SimpleNamespace(global_step=3), None, torch.optim.SGD([parameter], lr=0.1))
     assert parameter.grad is None
     assert "step 3 skipped: gradients are not finite; batch ids ['from rank 0', 'from rank 1']" in caplog.text
+
+
+def test_the_activations_of_the_first_step_are_logged(tmp_path: Path) -> None:
+    trainer, *_ = run(tmp_path, 2, callbacks=[TrainingMemory()])
+    assert 0 < trainer.callback_metrics["memory/activation_mib"] < 1

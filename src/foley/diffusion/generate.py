@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Progress, Start, sample
 from foley.diffusion.solver import Solver
@@ -28,6 +28,7 @@ def clip_size(duration_seconds: float, sample_rate_hz: int, hop_samples: int) ->
     return num_samples, math.ceil(num_samples / hop_samples)
 
 
+@torch.no_grad()
 def generate_latents(
     denoiser: Any,
     process: DiffusionProcess,
@@ -61,7 +62,8 @@ def generate_latents(
     noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
     generators = [torch_generator("solver noise", seed) for seed in seeds]
     run = solver.run_context(scheduler, guidance, len(seeds))
-    denoise = guidance.wrap(denoiser, positive, negative, known)
+    grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames)
+    denoise = guidance.wrap(denoiser, positive, negative, known, grid)
     with nullcontext() if accelerator is None else accelerator.attach(denoiser):
         callbacks = [] if accelerator is None else [accelerator]
         latent = sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start)

@@ -54,6 +54,14 @@ class KnownLatent:
         return torch.where(self.hidden_mask[:, None], generated, self.visible)
 
 
+@dataclass(frozen=True)
+class EvaluationGrid:
+    """Where a run evaluates the denoiser: at `timesteps [E]`, on latents of `num_frames` L."""
+
+    timesteps: Tensor
+    num_frames: int
+
+
 class ClassifierFreeGuidance:
     """Equations (1)-(3) of EzAudio (Hai et al. 2024); the rescale is that of Lin et al. 2024, section 3.4.
 
@@ -92,18 +100,20 @@ class ClassifierFreeGuidance:
         positive: Conditioning,
         negative: Conditioning | None = None,
         known: KnownLatent | None = None,
+        grid: EvaluationGrid | None = None,
     ) -> Denoise:
         """A guided callable over `denoiser(noisy, timestep, context=..., context_mask=...)`.
 
         `positive` has one row per item. `negative` has one row per item or one in all; it may be None only when
         the scale is 1. The two branches run as one joint batch, positive rows first. `known`, with one row per item
         or one in all, reaches both branches, as `visible` and `hidden_mask`; without it neither is passed.
+        With a `grid`, a denoiser that has `prepare` does there, once, all that every evaluation of the run repeats.
         """
         if not self.needs_negative:
-            return _condition(denoiser, positive, known)
+            return _condition(denoiser, positive, known, grid)
         if negative is None:
             raise ValueError(f"guidance scale {self.scale} needs the conditioning of the negative (empty) prompt")
-        predict = _condition(denoiser, positive.cat(negative.expand(len(positive.mask))), known)
+        predict = _condition(denoiser, positive.cat(negative.expand(len(positive.mask))), known, grid)
 
         def guided(noisy: Tensor, timestep: Tensor) -> Tensor:
             return self.combine(*predict(noisy.repeat(2, 1, 1), timestep.repeat(2)).chunk(2))
@@ -111,10 +121,15 @@ class ClassifierFreeGuidance:
         return guided
 
 
-def _condition(denoiser: Callable[..., Tensor], text: Conditioning, known: KnownLatent | None) -> Denoise:
+def _condition(
+    denoiser: Callable[..., Tensor], text: Conditioning, known: KnownLatent | None, grid: EvaluationGrid | None
+) -> Denoise:
     """The denoiser with everything bound to it that stays the same throughout a run."""
     inputs: dict[str, Any] = {"context": text.context, "context_mask": text.mask}
     if known is not None:
         rows = known.repeat(len(text.mask))
         inputs |= {"visible": rows.visible, "hidden_mask": rows.hidden_mask}
-    return partial(denoiser, **inputs)
+    prepare = getattr(denoiser, "prepare", None)
+    if grid is None or prepare is None:
+        return partial(denoiser, **inputs)
+    return partial(denoiser, run=prepare(grid.timesteps, grid.num_frames, **inputs))

@@ -1,0 +1,30 @@
+"""Bytes that a forward pass keeps for its backward pass."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from foley.training.memory import activation_bytes
+
+FLOAT = 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_two_layers_keep(device: str) -> None:
+    with torch.device(device):
+        model, x = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5)), torch.ones(3, 10)
+    # The input of each linear layer; the ReLU's output is the second's input and counts once. No weight counts.
+    assert activation_bytes(model, lambda: model(x).sum()) == FLOAT * (3 * 10 + 3 * 20)
+
+
+def test_checkpointing_keeps_only_the_input() -> None:
+    model, x = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5)), torch.ones(3, 10)
+    kept = activation_bytes(model, lambda: checkpoint(model, x, use_reentrant=False).sum())
+    assert kept == FLOAT * 3 * 10
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    model = nn.Linear(10, 20)
+    with torch.no_grad():
+        assert activation_bytes(model, lambda: model(torch.ones(3, 10)).sum()) == 0
