@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.accel.accelerators import calibration_directory, calibration_stem
-from foley.accel.calibration import CalibrationRecorder
 from foley.accel.plots import plot_calibration
+from foley.accel.recorder import CalibrationRecorder
 from foley.accel.storage import info_path
 from foley.data.sampler import evenly_spaced
 from foley.logs import get_logger

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from foley.accel.accelerators import AudioCache, Fora, SmoothCache, calibration_directory, calibration_stem
-from foley.accel.calibration import CalibrationRecorder
 from foley.accel.callback import NoAcceleration
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
+from foley.accel.recorder import CalibrationRecorder
 from foley.accel.signature import SignatureMismatchError
 
 CHANNELS, WIDTH, TOKENS = 4, 8, 3

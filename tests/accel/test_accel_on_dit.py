@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from foley.accel.accelerators import AudioCache, Fora, calibration_stem
-from foley.accel.calibration import CalibrationRecorder
 from foley.accel.cost import count_evaluation_macs, run_cost
 from foley.accel.layers import find_cacheable_layers
+from foley.accel.recorder import CalibrationRecorder
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import sample

@@ -28,21 +28,20 @@ def test_audiocache_with_delta_zero_computes_always(curve: list[float]) -> None:
 def test_smoothcache_matches_every_published_schedule(shared: Path) -> None:
     golden = json.loads((shared / "golden" / "smoothcache_schedules.json").read_text())
     errors = golden["errors_by_layer_then_distance_then_step"]
-    kinds = {layer: layer.rpartition(".")[2] for layer in errors}
     for case in golden["cases"]:
-        schedule = smoothcache_schedule(errors, kinds, case["alpha"], golden["steps"])
+        schedule = smoothcache_schedule(errors, case["alpha"], golden["steps"])
         assert schedule == {kind: [bool(bit) for bit in bits] for kind, bits in case["schedule"].items()}
 
 
 def test_smoothcache_takes_the_largest_passing_lookahead_and_computes_the_ends() -> None:
-    errors = {"a": [[0.1, 0.9, 0.9, 0.9, 0.1], [0.9, 0.9, 0.1, 0.9], [0.9, 0.9, 0.9]]}
-    assert smoothcache_schedule(errors, {"a": "ff"}, 0.5, 6)["ff"] == [True, False, True, False, False, True]
+    errors = {"0.ff": [[0.1, 0.9, 0.9, 0.9, 0.1], [0.9, 0.9, 0.1, 0.9], [0.9, 0.9, 0.9]]}
+    assert smoothcache_schedule(errors, 0.5, 6)["ff"] == [True, False, True, False, False, True]
 
 
 def test_smoothcache_averages_over_the_blocks_of_a_kind() -> None:
-    errors = {"x": [[0.0, 0.0]], "y": [[0.6, 0.9]]}
-    together = smoothcache_schedule(errors, {"x": "k", "y": "k"}, 0.4, 3)
-    apart = smoothcache_schedule(errors, {"x": "k", "y": "l"}, 0.4, 3)
+    curves = [[0.0, 0.0]], [[0.6, 0.9]]
+    together = smoothcache_schedule(dict(zip(("0.k", "1.k"), curves, strict=True)), 0.4, 3)
+    apart = smoothcache_schedule(dict(zip(("0.k", "0.l"), curves, strict=True)), 0.4, 3)
     assert together == {"k": [True, False, True]}
     assert apart == {"k": [True, False, True], "l": [True, True, True]}
 
@@ -56,6 +55,6 @@ def test_parameters_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got -0\.1"):
         audiocache_schedule({}, -0.1)
     with pytest.raises(ValueError, match="got -1"):
-        smoothcache_schedule({}, {}, -1, 3)
+        smoothcache_schedule({}, -1, 3)
     with pytest.raises(ValueError, match="got 0"):
         fora_schedule(5, 0)

@@ -1,16 +1,18 @@
 """The caching accelerators that configs name: a LayerCache whose schedule is decided when the run is known."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
+from foley.accel.budget import budget_schedule
 from foley.accel.cache import LayerCache
 from foley.accel.calibration import Calibration
 from foley.accel.layers import find_cacheable_layers
-from foley.accel.policies import audiocache_schedule, fora_schedule, smoothcache_schedule
+from foley.accel.policies import audiocache_schedule, fora_schedule, layer_kind, smoothcache_schedule
+from foley.accel.reuse import reuse_by_name
 from foley.accel.schedule import CacheSchedule
 from foley.accel.signature import RunSignature
 from foley.accel.storage import info_path
@@ -28,36 +30,57 @@ def calibration_directory(checkpoint: str | Path) -> Path:
     return (path.parent if path.is_file() else path) / "calibration"
 
 
-class Policy(Protocol):
-    """From change curves to one list of decisions per layer."""
+Changes = Mapping[str, Sequence[float]]
 
-    def __call__(self, calibration: Calibration) -> Mapping[str, Sequence[bool]]: ...
+
+class Policy(Protocol):
+    """From a calibration, and the changes between the run's evaluations, to one list of decisions per layer."""
+
+    def __call__(self, calibration: Calibration, changes: Changes) -> Mapping[str, Sequence[bool]]: ...
 
 
 @dataclass(frozen=True)
 class CalibratedPlan:
-    """Reads the calibration for the run's solver and step count, and applies a policy to its curves."""
+    """Reads the calibration for the run's solver and step count, and applies a policy to its curves.
+
+    `calibrated_steps` reads the calibration of another number of steps of the same solver instead.
+    """
 
     directory: Path
     policy: Policy
     description: Mapping[str, Any]
+    calibrated_steps: int | None = None
 
     def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
         """Raises FileNotFoundError if there is no such calibration, SignatureMismatchError if it is another model's."""
-        stem = calibration_stem(self.directory, run.solver, run.num_steps)
+        calibration = self._calibration_for(run, denoiser)
+        rows = self.policy(calibration, self._changes(calibration, run))
+        return CacheSchedule.from_rows(rows, calibration.kinds, RunSignature.of(run, denoiser), self.description)
+
+    def _calibration_for(self, run: RunContext, denoiser: nn.Module) -> Calibration:
+        steps = self.calibrated_steps or run.num_steps
+        stem = calibration_stem(self.directory, run.solver, steps)
         if not info_path(stem).is_file():
             system = self.directory.parent
             checkpoint = system if (system / "system.json").is_file() else "CHECKPOINT"
             raise FileNotFoundError(
                 f"{info_path(stem)} does not exist: this system is not calibrated for solver {run.solver!r} with "
-                f"{run.num_steps} steps. Make it with: python scripts/calibrate.py ckpt={checkpoint} prompts=FILE "
-                f"solver={run.solver} steps={run.num_steps} guidance_scale={run.guidance_scale:g} "
+                f"{steps} steps. Make it with: python scripts/calibrate.py ckpt={checkpoint} prompts=FILE "
+                f"solver={run.solver} steps={steps} guidance_scale={run.guidance_scale:g} "
                 f"output_dir={self.directory}"
             )
         calibration = Calibration.load(stem)
-        calibration.signature.require(RunSignature.of(run, denoiser), f"the calibration {stem}")
-        rows = self.policy(calibration)
-        return CacheSchedule.from_rows(rows, calibration.kinds, calibration.signature, self.description)
+        actual = RunSignature.of(run, denoiser)
+        if self.calibrated_steps is not None:
+            made_for = calibration.signature
+            actual = replace(actual, num_steps=made_for.num_steps, num_evaluations=made_for.num_evaluations)
+        calibration.signature.require(actual, f"the calibration {stem}")
+        return calibration
+
+    def _changes(self, calibration: Calibration, run: RunContext) -> dict[str, list[float]]:
+        if run.num_steps == calibration.signature.num_steps:
+            return calibration.changes()
+        return calibration.changes_at(run.timesteps.tolist())
 
 
 @dataclass(frozen=True)
@@ -78,36 +101,70 @@ class AudioCache(LayerCache):
 
     Args:
         calibration_dir: holds `<solver>_<steps>.json` and `.safetensors`, as scripts/calibrate.py writes them.
+        reuse: "hold" or "taylor", see `foley.accel.reuse`.
+        calibrated_steps: take the calibration of that many steps, and read its cumulative curves at this run's steps.
     """
 
-    def __init__(self, calibration_dir: str | Path, threshold: float = 0.3) -> None:
-        def policy(calibration: Calibration) -> dict[str, list[bool]]:
-            return audiocache_schedule(calibration.changes(), threshold)
+    def __init__(
+        self,
+        calibration_dir: str | Path,
+        threshold: float = 0.3,
+        reuse: str = "hold",
+        calibrated_steps: int | None = None,
+    ) -> None:
+        def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
+            return audiocache_schedule(changes, threshold)
 
-        description = {"name": "audiocache", "threshold": threshold}
-        super().__init__(CalibratedPlan(Path(calibration_dir), policy, description))
+        description = {"name": "audiocache", "threshold": threshold, "reuse": reuse}
+        plan = CalibratedPlan(Path(calibration_dir), policy, description, calibrated_steps)
+        super().__init__(plan, reuse_by_name(reuse))
 
 
 class SmoothCache(LayerCache):
     """All layers of a kind share one schedule, which looks ahead while the mean error is at most `alpha`.
 
     Args:
-        calibration_dir: as for AudioCache.
+        calibration_dir, reuse: as for AudioCache.
         max_lookahead: the largest number of evaluations in a row that reuse one output.
     """
 
-    def __init__(self, calibration_dir: str | Path, alpha: float, max_lookahead: int = 3) -> None:
-        def policy(calibration: Calibration) -> dict[str, list[bool]]:
-            errors, kinds = calibration.errors(max_lookahead), calibration.kinds
-            by_kind = smoothcache_schedule(errors, kinds, alpha, calibration.signature.num_evaluations)
-            return {name: by_kind[kind] for name, kind in kinds.items()}
+    def __init__(self, calibration_dir: str | Path, alpha: float, max_lookahead: int = 3, reuse: str = "hold") -> None:
+        def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
+            errors, num_evaluations = calibration.errors(max_lookahead), calibration.signature.num_evaluations
+            by_kind = smoothcache_schedule(errors, alpha, num_evaluations)
+            return {name: by_kind[layer_kind(name)] for name in calibration.layer_names}
 
-        description = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead}
-        super().__init__(CalibratedPlan(Path(calibration_dir), policy, description))
+        description = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead, "reuse": reuse}
+        super().__init__(CalibratedPlan(Path(calibration_dir), policy, description), reuse_by_name(reuse))
+
+
+class Budget(LayerCache):
+    """The schedule of least summed change whose multiply-accumulates are those of `target_speedup`.
+
+    Args:
+        calibration_dir, reuse, calibrated_steps: as for AudioCache.
+        method: "dynamic" or "greedy", see `foley.accel.budget`.
+    """
+
+    def __init__(
+        self,
+        calibration_dir: str | Path,
+        target_speedup: float,
+        method: str = "dynamic",
+        reuse: str = "hold",
+        calibrated_steps: int | None = None,
+    ) -> None:
+        def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
+            macs = calibration.macs
+            return budget_schedule(changes, macs.layers, macs.total, target_speedup, method)
+
+        description = {"name": "budget", "target_speedup": target_speedup, "method": method, "reuse": reuse}
+        plan = CalibratedPlan(Path(calibration_dir), policy, description, calibrated_steps)
+        super().__init__(plan, reuse_by_name(reuse))
 
 
 class Fora(LayerCache):
     """Every layer computes at every `interval`-th evaluation and is reused in between."""
 
-    def __init__(self, interval: int) -> None:
-        super().__init__(IntervalPlan(interval))
+    def __init__(self, interval: int, reuse: str = "hold") -> None:
+        super().__init__(IntervalPlan(interval), reuse_by_name(reuse))

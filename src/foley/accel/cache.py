@@ -1,12 +1,13 @@
 """LayerCache: the one mechanism that executes a cache schedule, whatever policy made it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from foley.accel.layers import Forward, find_cacheable_layers, replaced_forwards
+from foley.accel.reuse import Hold, Reuse
 from foley.accel.schedule import CacheSchedule
 from foley.diffusion.types import RunContext, StepContext
 
@@ -23,10 +24,15 @@ class LayerCache:
     Outputs are kept per (branch, layer) for one run, before gate and residual, which use the current step
     (AudioCache, Fig. 2). The evaluation comes from the sampler's context; calls are never counted. A run that begins
     in the middle of the schedule computes each layer at its first call, whatever the schedule says.
+
+    Args:
+        plan: decides what is computed.
+        reuse: makes what stands in for a layer that is not.
     """
 
-    def __init__(self, plan: SchedulePlan) -> None:
+    def __init__(self, plan: SchedulePlan, reuse: Callable[[], Reuse] = Hold) -> None:
         self._plan = plan
+        self._make_reuse = reuse
         self._denoiser: nn.Module | None = None
         self.schedule: CacheSchedule | None = None
         self._reset()
@@ -34,8 +40,9 @@ class LayerCache:
     def _reset(self) -> None:
         self._table: list[list[bool]] = []
         self._row: Sequence[bool] | None = None
-        self._branches: dict[str, dict[int, Any]] = {}
-        self._outputs: dict[int, Any] = {}
+        self._evaluation = 0
+        self._branches: dict[str, dict[int, Reuse]] = {}
+        self._memories: dict[int, Reuse] = {}
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
@@ -57,9 +64,14 @@ class LayerCache:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._row is None:
                 raise RuntimeError("a LayerCache is attached, but the sampler does not call it: pass it as a callback")
-            if self._row[index] or index not in self._outputs:
-                self._outputs[index] = original(*args, **kwargs)
-            return self._outputs[index]
+            memory = self._memories.get(index)
+            if memory is not None and not self._row[index]:
+                return memory.recall(self._evaluation)
+            output = original(*args, **kwargs)
+            if memory is None:
+                memory = self._memories[index] = self._make_reuse()
+            memory.store(self._evaluation, output)
+            return output
 
         return forward
 
@@ -77,8 +89,9 @@ class LayerCache:
         self._table = self.schedule.compute.tolist()
 
     def on_evaluation_start(self, context: StepContext) -> None:
+        self._evaluation = context.evaluation
         self._row = self._table[context.evaluation]
-        self._outputs = self._branches.setdefault(context.branch, {})
+        self._memories = self._branches.setdefault(context.branch, {})
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         self._row = None

@@ -28,20 +28,24 @@ def _accumulate(curve: Sequence[float], delta: float) -> list[bool]:
     return decisions
 
 
+def layer_kind(layer: str) -> str:
+    """The kind of a layer is the last part of its name: `in_blocks.0.feed_forward`, `transformer_blocks.3.attn1`."""
+    return layer.rpartition(".")[2]
+
+
 def smoothcache_schedule(
-    errors: Mapping[str, Sequence[Sequence[float]]], kinds: Mapping[str, str], alpha: float, num_steps: int
+    errors: Mapping[str, Sequence[Sequence[float]]], alpha: float, num_steps: int
 ) -> dict[str, list[bool]]:
-    """One schedule per kind, from errors averaged over its blocks (SmoothCache, section 2).
+    """One schedule per kind of layer, from errors averaged over its blocks (SmoothCache, section 2).
 
     Args:
         errors: for each layer, at `[k - 1][i]`, its relative-L1 change from step i to step i + k; the number of
             distances is the largest lookahead.
-        kinds: the kind of each layer.
         alpha: the largest mean error that is let pass.
     """
     if alpha < 0:
         raise ValueError(f"SmoothCache's alpha must be at least 0, got {alpha}")
-    by_kind = groupby(sorted(errors, key=kinds.__getitem__), key=kinds.__getitem__)
+    by_kind = groupby(sorted(errors, key=layer_kind), key=layer_kind)
     return {
         kind: _look_ahead(_mean_errors([errors[layer] for layer in layers]), alpha, num_steps)
         for kind, layers in by_kind
