@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,14 +141,18 @@ def compare_states(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> St
     return StateComparison(common, sorted(set(own) - set(saved)), sorted(set(saved) - set(own)), reshaped)
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` into `module`, strictly; the error lists the keys and shapes that disagree."""
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
+    """Load `state` into `module`, strictly; the error lists the keys and shapes that disagree.
+
+    Args:
+        assign: adopt the tensors themselves instead of copying their values.
+    """
     if complaints := compare_states(state, module.state_dict()).complaints:
         raise CheckpointError(
             "\n  ".join([f"{source} does not fit {type(module).__name__}:", *complaints])
             + "\nUse the config saved with the weights."
         )
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def save_component(
@@ -202,14 +207,23 @@ def load_component(directory: Path) -> Any:
     return module.eval()
 
 
-def read_training_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint, read without unpickling code; raises CheckpointError where that is not possible."""
+def read_pickle(path: Path, mmap: bool = False) -> Any:
+    """What `torch.save` wrote, read without unpickling code; raises CheckpointError where that is not possible.
+
+    Args:
+        mmap: leave tensors on disk until they are used, where the format allows it.
+    """
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read safely (weights_only): {error}") from error
+
+
+def read_training_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint, read as `read_pickle` does."""
+    checkpoint: dict[str, Any] = read_pickle(path)
     if FOLEY_KEY not in checkpoint:
         raise CheckpointError(f"{path} was not written by foley: it has no `{FOLEY_KEY}` entry")
     return checkpoint

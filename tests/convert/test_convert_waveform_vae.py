@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from foley.checkpoint import CheckpointError, build_component, load_component, save_component
-from foley.convert.waveform_vae import codec_config, rename_key, waveform_vae
+from foley.checkpoint import CheckpointError, load_component, save_component
+from foley.convert.waveform_vae import codec_config, waveform_vae
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def test_matches_the_published_outputs(golden: dict, published: dict, tmp_path: 
 def test_covers_the_official_checkpoint(shared: Path) -> None:
     official = json.loads((shared / "golden" / "vae_official_shapes.json").read_text())
     with torch.device("meta"):
-        model = build_component(codec_config(official["config"]))
-    shapes = {rename_key(key, len(model.strides)): tuple(shape) for key, shape in dict(official["keys"]).items()}
-    assert shapes == {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        published = {key: torch.empty(shape) for key, shape in official["keys"].items()}
+    model = waveform_vae(published, official["config"])  # refuses keys left over on either side
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in model.parameters()) == official["n_params"] == 43_846_785
 
 
@@ -50,5 +50,13 @@ def test_refuses_left_over_and_unknown_keys(golden: dict, published: dict) -> No
     short = {key: value for key, value in published.items() if key != "encoder.layers.0.bias"}
     with pytest.raises(CheckpointError, match=r"encoder\.stem\.bias"):
         waveform_vae(short, golden["config"])
-    with pytest.raises(KeyError):
-        waveform_vae({**published, "encoder.other.bias": torch.zeros(1)}, golden["config"])
+    for foreign in ("encoder.other.bias", "encoder.layers.9.bias", "decoder.layers.1.layers.7.bias", "flat"):
+        with pytest.raises(CheckpointError, match=f"unexpected in the checkpoint: {foreign}"):
+            waveform_vae({**published, foreign: torch.zeros(1)}, golden["config"])
+
+
+def test_refuses_other_architectures_and_incomplete_configs(golden: dict, published: dict) -> None:
+    with pytest.raises(ValueError, match=r"does not say bottleneck\.type"):
+        waveform_vae(published, {key: value for key, value in golden["config"].items() if key != "bottleneck"})
+    with pytest.raises(ValueError, match="`io_channels: 2` is not supported"):
+        waveform_vae(published, {**golden["config"], "io_channels": 2})

@@ -1,6 +1,15 @@
 """Published checkpoints as foley components."""
 
+from foley.convert.conversion import SOURCES, convert_checkpoint, load_converted
 from foley.convert.ezaudio import ezaudio_denoiser
+from foley.convert.files import read_model_config
 from foley.convert.waveform_vae import waveform_vae
 
-__all__ = ["ezaudio_denoiser", "waveform_vae"]
+__all__ = [
+    "SOURCES",
+    "convert_checkpoint",
+    "ezaudio_denoiser",
+    "load_converted",
+    "read_model_config",
+    "waveform_vae",
+]

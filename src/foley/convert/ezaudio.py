@@ -7,12 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foley.checkpoint import build_component, load_state
+from foley.convert.component import build_around
+from foley.convert.options import check_options
 from foley.models.dit.backbone import DiffusionTransformer
 from foley.nn.rotary import inverse_frequencies
 
 _SOURCE = "published EzAudio weights"
 _ROTARY_BUFFER = "rotary.inv_freq"
+_NEEDED = (
+    *("out_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "context_dim", "img_size"),
+    *("skip", "skip_norm", "ada_sola_rank", "ada_sola_alpha"),
+)
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "mae": (True,),
+    "patch_size": (1,),
+    "input_type": ("1d",),
+    "norm_layer": ("layernorm",),
+    "act_layer": ("geglu",),
+    "qkv_bias": (False,),
+    "qk_scale": (None,),
+    "qk_norm": (None, "layernorm"),
+    "time_fusion": ("ada", "ada_single", "ada_sola_bias"),
+    "cls_dim": (None,),
+    "context_norm": (True,),
+    "context_fusion": ("cross",),
+    "context_pe_method": ("none",),
+    "pe_method": ("none", "abs"),
+    "rope_mode": ("none", "shared"),
+    "use_conv": (True,),
+}
 
 # Applied in order to every published name.
 _RENAMES = tuple(
@@ -56,18 +79,17 @@ def _modulation(published: Mapping[str, Any]) -> dict[str, Any]:
             "alpha": published["ada_sola_alpha"],
         },
     }
-    fusion = published["time_fusion"]
-    if fusion not in schemes:
-        raise ValueError(f"{_SOURCE}: `time_fusion: {fusion}` is not one of {sorted(schemes)}")
-    return schemes[fusion]
+    return schemes[published["time_fusion"]]
 
 
-def denoiser_config(published: Mapping[str, Any]) -> dict[str, Any]:
-    """Our component config for a published model config; raises ValueError for options we do not build."""
-    expected = {"mae": True, "norm_layer": "layernorm", "act_layer": "geglu", "use_conv": True, "context_norm": True}
-    unlike = {key: published[key] for key, value in expected.items() if published[key] != value}
-    if unlike:
-        raise ValueError(f"{_SOURCE}: unsupported options {unlike}; supported are {expected}")
+def denoiser_config(published: Mapping[str, Any], source: str = _SOURCE) -> dict[str, Any]:
+    """Our component config for a published model config; one of ours is returned as it is.
+
+    Raises ValueError for options that are missing or that we do not build.
+    """
+    if "_target_" in published:
+        return dict(published)
+    check_options(published, _NEEDED, _SUPPORTED, source)
     return {
         "_target_": "foley.models.dit.backbone.DiffusionTransformer",
         "latent_channels": published["out_chans"],
@@ -95,31 +117,40 @@ def rename(published_key: str) -> str:
 def denoiser_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights under our names and shapes, without the rotary frequencies, which are not learned."""
     state = {rename(key): value for key, value in state_dict.items() if not key.endswith(_ROTARY_BUFFER)}
-    state["input_projection.weight"] = state["input_projection.weight"].squeeze(-1)
-    if "positions.table" in state:
-        state["positions.table"] = state["positions.table"].squeeze(0)
+    for name, axis in (("input_projection.weight", -1), ("positions.table", 0)):
+        if name in state:
+            state[name] = state[name].squeeze(axis)
     return state
 
 
-def _check_rotary(state_dict: Mapping[str, Tensor], head_dim: int) -> None:
+def _check_rotary(state_dict: Mapping[str, Tensor], head_dim: int, source: str) -> None:
+    expected = inverse_frequencies(head_dim)
     for key, value in state_dict.items():
-        if key.endswith(_ROTARY_BUFFER) and not torch.allclose(value.float().cpu(), inverse_frequencies(head_dim)):
-            raise ValueError(f"{_SOURCE}: {key} differs from the standard frequencies of head dimension {head_dim}")
+        if not key.endswith(_ROTARY_BUFFER):
+            continue
+        rounding = 10 * torch.finfo(value.dtype).eps
+        if value.shape != expected.shape or not torch.allclose(value.float().cpu(), expected, rtol=rounding):
+            raise ValueError(
+                f"{source}: {key} differs from the standard frequencies of head dimension {head_dim}; "
+                "use the config published with these weights"
+            )
 
 
-def ezaudio_denoiser(state_dict: Mapping[str, Tensor], model_config: Mapping[str, Any]) -> DiffusionTransformer:
-    """The published denoiser in eval mode.
+def ezaudio_denoiser(
+    state_dict: Mapping[str, Tensor], model_config: Mapping[str, Any], source: str = _SOURCE
+) -> DiffusionTransformer:
+    """The published denoiser in eval mode, around the tensors given.
 
     Args:
         state_dict: weights under their published names.
-        model_config: the published `model` section.
+        model_config: the published `model` section, or a plain config of ours with `_target_`.
+        source: where the weights are from, for errors.
 
     Raises:
-        ValueError: an option that we do not build, or rotary frequencies of another kind.
+        ValueError: an option that is missing or that we do not build, or rotary frequencies of another kind.
         CheckpointError: weights and config that do not fit.
     """
-    config = denoiser_config(model_config)
-    _check_rotary(state_dict, config["width"] // config["num_heads"])
-    denoiser: DiffusionTransformer = build_component(config, _SOURCE)
-    load_state(denoiser, denoiser_state(state_dict), _SOURCE)
-    return denoiser.eval()
+    config = denoiser_config(model_config, source)
+    _check_rotary(state_dict, config["width"] // config["num_heads"], source)
+    denoiser: DiffusionTransformer = build_around(config, denoiser_state(state_dict), source)
+    return denoiser

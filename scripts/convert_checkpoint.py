@@ -1,0 +1,26 @@
+"""Turn a published checkpoint into a component directory that foley loads.
+
+python scripts/convert_checkpoint.py source=ezaudio|waveform_vae ckpt=FILE.pt config=FILE.yml out=DIRECTORY
+"""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.convert import convert_checkpoint, read_model_config
+from foley.logs import get_logger
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="convert_checkpoint")
+def main(cfg: DictConfig) -> None:
+    module = convert_checkpoint(cfg.source, Path(cfg.ckpt), read_model_config(Path(cfg.config)), Path(cfg.out))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    get_logger(__name__).info(
+        "%s: %s parameters, every key of %s found its place", cfg.out, f"{parameters:,}", cfg.ckpt
+    )
+
+
+if __name__ == "__main__":
+    main()
