@@ -1,6 +1,7 @@
 """Generate audio from text: `python sample.py prompt="a dog barks"`; `--help` lists the options."""
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,19 +10,36 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.editing import EditMask
+from foley.generation import Generation
 from foley.logs import get_logger
 from foley.pipeline import TextToAudio, resolve_device
 from foley.prompts import quote_overrides, request_clips
+
+
+def choose_method(cfg: DictConfig) -> Callable[..., Generation]:
+    """What makes the clips: the method of `TextToAudio` for an edit, a variation, or plain generation."""
+    if cfg.edit is not None and cfg.init is not None:
+        raise ValueError(f"edit={cfg.edit} and init={cfg.init} exclude each other; give one of them")
+    if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
+        raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
+    if cfg.edit is not None:
+        mask = EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds)
+        return partial(TextToAudio.edit, file=cfg.edit, mask=mask)
+    if cfg.init is not None:
+        return partial(TextToAudio.vary, file=cfg.init, strength=cfg.strength)
+    return partial(TextToAudio.generate, duration_seconds=cfg.duration_seconds)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
     clips = request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num)
-    result = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device), cfg.max_duration_seconds).generate(
+    make = choose_method(cfg)
+    result = make(
+        TextToAudio.load(cfg.ckpt, resolve_device(cfg.device), cfg.max_duration_seconds),
         [clip.prompt for clip in clips],
-        cfg.duration_seconds,
-        [clip.seed for clip in clips],
+        seeds=[clip.seed for clip in clips],
         guidance=hydra.utils.instantiate(cfg.guidance, scale=cfg.guidance_scale, rescale=cfg.guidance_rescale),
         solver=cfg.solver.name,
         num_steps=cfg.steps,
@@ -36,5 +54,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = quote_overrides(sys.argv, ("prompt", "negative_prompt"))
+    sys.argv = quote_overrides(sys.argv, ("prompt", "negative_prompt", "edit", "init"))
     main()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import soundfile
 from test_pipeline import CONFIGS
@@ -45,11 +46,48 @@ def test_a_prompt_becomes_a_folder_to_listen_to(system_dir, tmp_path):
     assert not (tmp_path.parent / "x").exists()
 
 
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    path = tmp_path_factory.mktemp("in") / "a dog, it's=loud.wav"
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 2000).astype(np.int16)
+    soundfile.write(path, samples, 2000, subtype="PCM_16")
+    return path
+
+
+def test_an_edited_file_keeps_every_sample_outside_the_mask(system_dir, recording, tmp_path):
+    done = run_sample(
+        f"edit={recording}", "mask_start_seconds=0.4", "mask_length_seconds=1", "boundary_seconds=0.2", "prompt=rain",
+        "num=2", "steps=3", f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    clips = [soundfile.read(wave, dtype="int16")[0] for wave in sorted(tmp_path.glob("*.wav"))]
+    assert [len(clip) for clip in clips] == [2800, 2800]
+    for clip in clips:
+        assert np.array_equal(clip[:800], soundfile.read(recording, dtype="int16")[0][:800])
+    assert not np.array_equal(*clips)
+    settings = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))["settings"]
+    assert (settings["edit"]["mask_start_seconds"], settings["edit"]["boundary_seconds"]) == (0.4, 0.2)
+
+
+def test_a_variation_has_the_length_of_its_file(system_dir, recording, tmp_path):
+    done = run_sample(
+        f"init={recording}", "strength=0.34", "prompt=rain", "negative_prompt=a dog, barking", "steps=3",
+        "solver=heun", f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info(next(tmp_path.glob("*.wav"))).frames == 2000
+    settings = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))["settings"]
+    assert (settings["init"]["first_step"], settings["negative_prompt"]) == (2, "a dog, barking")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["prompt=rain", "steps=0"], "whole number >= 1"),
         ([], "give either prompt"),
+        (["prompt=rain", "edit=a.wav", "init=b.wav"], "exclude each other"),
+        (["prompt=rain", "mask_start_seconds=1"], "give edit=FILE too"),
+        (["prompt=rain", "edit=a.wav"], "mask_start_seconds must be a number of seconds"),
     ],
 )
 def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overrides, message):
@@ -62,5 +100,17 @@ def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overr
 def test_help_lists_the_options():
     done = run_sample("--help")
     assert done.returncode == 0, done.stderr
-    for option in ("prompt", "prompts", "duration_seconds", "guidance_scale", "solver", "steps", "accel", "output_dir"):
+    for option in (
+        "prompt",
+        "prompts",
+        "edit",
+        "init",
+        "strength",
+        "duration_seconds",
+        "guidance_scale",
+        "solver",
+        "steps",
+        "accel",
+        "output_dir",
+    ):
         assert option in done.stdout
