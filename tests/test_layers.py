@@ -20,6 +20,7 @@ ALLOWED = {
     "reporting": {"reporting"},
     "accel": {"accel", "nn", "diffusion.types"},
     "convert": {"convert", "models", "nn"},
+    "published": EVERYTHING,
     "training": EVERYTHING,
     "editing": {"editing", "data"},
     "generation": {"generation", "diffusion", "reporting"},

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -28,6 +29,11 @@ FOLEY_KEY = "foley"
 """Entry of a training checkpoint that says how to build the components whose weights it holds."""
 
 _ASSET = "asset:"
+# What the unpickler raises, depending on the bytes, on a file that is cut short or no pickle at all.
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(ValueError, LookupError, TypeError, AttributeError, struct.error),
+)
 
 
 class CheckpointError(RuntimeError):
@@ -217,8 +223,11 @@ def read_pickle(path: Path, mmap: bool = False) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read safely (weights_only): {error}") from error
+    except _UNREADABLE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{path} cannot be read safely (weights_only), it is damaged or of another kind: {reason}"
+        ) from error
 
 
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
