@@ -1,12 +1,14 @@
 """`sample.py` as a user runs it."""
 
 import json
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
+from omegaconf import OmegaConf
 from test_pipeline import CONFIGS
 
 from foley.config import PROJECT_ROOT
@@ -85,9 +87,6 @@ def test_a_variation_has_the_length_of_its_file(system_dir, recording, tmp_path)
     [
         (["prompt=rain", "steps=0"], "whole number >= 1"),
         ([], "give either prompt"),
-        (["prompt=rain", "edit=a.wav", "init=b.wav"], "exclude each other"),
-        (["prompt=rain", "mask_start_seconds=1"], "give edit=FILE too"),
-        (["prompt=rain", "edit=a.wav"], "mask_start_seconds must be a number of seconds"),
     ],
 )
 def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overrides, message):
@@ -97,20 +96,26 @@ def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overr
     assert not list(tmp_path.glob("*.wav"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edit": "a.wav", "init": "b.wav"}, "exclude each other"),
+        ({"mask_start_seconds": 1}, "give edit=FILE too"),
+        ({"edit": "a.wav", "mask_length_seconds": 1}, "mask_start_seconds must be a number of seconds"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(options, message):
+    choose_method = runpy.run_path(str(PROJECT_ROOT / "sample.py"), run_name="sample")["choose_method"]
+    defaults = OmegaConf.load(PROJECT_ROOT / "configs" / "sample.yaml")
+    with pytest.raises(ValueError, match=message):
+        choose_method(OmegaConf.merge(defaults, options))
+
+
 def test_help_lists_the_options():
     done = run_sample("--help")
     assert done.returncode == 0, done.stderr
     for option in (
-        "prompt",
-        "prompts",
-        "edit",
-        "init",
-        "strength",
-        "duration_seconds",
-        "guidance_scale",
-        "solver",
-        "steps",
-        "accel",
-        "output_dir",
+        *("prompt", "prompts", "duration_seconds", "edit", "init", "strength", "guidance_scale"),
+        *("solver", "steps", "accel", "output_dir"),
     ):
         assert option in done.stdout
