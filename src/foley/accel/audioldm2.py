@@ -1,0 +1,129 @@
+"""The self-attention layers of AudioLDM2's U-Net in diffusers, and ways to change them for a while."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.pipelines.audioldm2 import AudioLDM2UNet2DConditionModel
+from torch import Tensor, nn
+
+Attend = Callable[[Attention, Tensor], Tensor]
+"""Self-attention, with the weights of the given layer, of tokens `[B, N, D]` to `[B, N, D]`."""
+
+
+@dataclass(frozen=True)
+class UNetSelfAttention:
+    """One self-attention layer: its dotted name inside the U-Net, and the modules around it."""
+
+    name: str
+    attention: Attention
+    block: BasicTransformerBlock
+    transformer: Transformer2DModel
+
+
+def find_self_attention(denoiser: nn.Module, blocks: Sequence[str]) -> list[UNetSelfAttention]:
+    """The self-attention layers in the named blocks ("down_blocks.1") of the AudioLDM2 U-Net that `denoiser` is or has.
+
+    A transformer without text has two of them: there `attn2` attends to the tokens themselves as well.
+
+    Raises:
+        ValueError: there is not exactly one such U-Net, or it has no such block, or that has no self-attention.
+    """
+    unets = [module for module in denoiser.modules() if isinstance(module, AudioLDM2UNet2DConditionModel)]
+    if len(unets) != 1:
+        raise ValueError(
+            f"{type(denoiser).__name__} holds {len(unets)} AudioLDM2UNet2DConditionModel, and this accelerator needs "
+            "exactly one: it works on models with a frequency axis; for waveform latents take accel=local_global"
+        )
+    layers: list[UNetSelfAttention] = []
+    for name, module in unets[0].named_modules():
+        if isinstance(module, Transformer2DModel) and any(name.startswith(f"{block}.") for block in blocks):
+            layers += _of_transformer(name, module)
+    missing = [block for block in blocks if not any(layer.name.startswith(f"{block}.") for layer in layers)]
+    if missing:
+        present = [f"{side}.{i}" for side in ("down_blocks", "up_blocks") for i in range(len(getattr(unets[0], side)))]
+        raise ValueError(f"no self-attention in {missing} of the U-Net, whose blocks are mid_block and {present}")
+    return layers
+
+
+def _of_transformer(name: str, transformer: Transformer2DModel) -> Iterator[UNetSelfAttention]:
+    blocks = cast(Iterable[BasicTransformerBlock], transformer.transformer_blocks)
+    for index, block in enumerate(blocks):
+        for part in ("attn1", "attn2"):
+            attention = getattr(block, part)
+            if attention is not None and not attention.is_cross_attention:
+                yield UNetSelfAttention(f"{name}.transformer_blocks.{index}.{part}", attention, block, transformer)
+
+
+class BorrowedProcessor:
+    """A diffusers attention processor that lets `attend` do the work, in the place of the layer's own."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; raises ValueError for a context or a mask, which AudioLDM2 never gives here."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            given = "encoder_hidden_states" if encoder_hidden_states is not None else "attention_mask"
+            raise ValueError(f"sparse self-attention got {given}: run the U-Net without it, or without the accelerator")
+        return self._attend(attn, hidden_states)
+
+
+@contextmanager
+def replaced_attention(
+    layers: Sequence[UNetSelfAttention], wrap: Callable[[UNetSelfAttention], Attend]
+) -> Iterator[None]:
+    """Give every layer the processor that `wrap` makes for it inside the context, and its own again on any exit.
+
+    Raises:
+        RuntimeError: a layer's processor is replaced already.
+    """
+    taken = [layer.name for layer in layers if isinstance(layer.attention.processor, BorrowedProcessor)]
+    if taken:
+        raise RuntimeError(
+            f"the attention of {taken[0]!r} ({len(taken)} of {len(layers)} layers) is replaced already: LiteFocus and "
+            "Token Merging exclude each other; leave the other's `attach` context first"
+        )
+    with ExitStack() as stack:
+        for layer in layers:
+            processor = cast(AttnProcessor, BorrowedProcessor(wrap(layer)))  # diffusers itself takes any callable
+            stack.callback(layer.attention.set_processor, layer.attention.processor)
+            layer.attention.set_processor(processor)
+        yield
+
+
+FeatureMapSizes = Mapping[nn.Module, tuple[int, int]]
+"""Frames and frequencies of the feature map `[B, C, T, F]` that a transformer was last called with.
+
+It flattens them to tokens `t * F + f`."""
+
+
+@contextmanager
+def watched_feature_maps(layers: Sequence[UNetSelfAttention]) -> Iterator[FeatureMapSizes]:
+    """Keeps the sizes up to date inside the context, for the transformers of `layers`."""
+    sizes: dict[nn.Module, tuple[int, int]] = {}
+
+    def note_size(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        frames, frequencies = first_input(args, kwargs).shape[-2:]
+        sizes[module] = frames, frequencies
+
+    with ExitStack() as stack:
+        for transformer in dict.fromkeys(layer.transformer for layer in layers):
+            stack.callback(transformer.register_forward_pre_hook(note_size, with_kwargs=True).remove)
+        yield sizes
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The `hidden_states` of a call, given by position or by name."""
+    tensor: Tensor = args[0] if args else kwargs["hidden_states"]
+    return tensor

@@ -1,0 +1,46 @@
+"""Several accelerators as one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from foley.diffusion.types import Accelerator, RunContext, StepContext
+
+
+class Combined:
+    """Attaches and calls all its accelerators, which must change different things; their order does not matter."""
+
+    def __init__(self, accelerators: Sequence[Accelerator]) -> None:
+        self.accelerators = tuple(accelerators)
+
+    @classmethod
+    def of(cls, **accelerators: Accelerator) -> "Combined":
+        """Of named ones, so that a config can change one of them (`accel.attention.ratio=0.2`)."""
+        return cls(tuple(accelerators.values()))
+
+    @contextmanager
+    def attach(self, denoiser: nn.Module) -> Iterator[None]:
+        """Attach all of them inside the context; detach those that are attached on any exit, and raise as they do."""
+        with ExitStack() as stack:
+            for accelerator in self.accelerators:
+                stack.enter_context(accelerator.attach(denoiser))
+            yield
+
+    def on_run_start(self, run: RunContext) -> None:
+        for accelerator in self.accelerators:
+            accelerator.on_run_start(run)
+
+    def on_evaluation_start(self, context: StepContext) -> None:
+        for accelerator in self.accelerators:
+            accelerator.on_evaluation_start(context)
+
+    def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
+        for accelerator in self.accelerators:
+            accelerator.on_evaluation_end(context, prediction)
+
+    def on_run_end(self) -> None:
+        """Called of each, even if another one's fails."""
+        with ExitStack() as stack:
+            for accelerator in self.accelerators:
+                stack.callback(accelerator.on_run_end)
