@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Start, sample
 from foley.diffusion.solver import SOLVERS, Solver
@@ -44,13 +44,13 @@ def optimal_denoiser(process: DiffusionProcess):
     return denoise
 
 
-def run(process, solver, denoise=None, callbacks=(), frames=4000, seeds=(0, 1), start=None):
+def run(process, solver, denoise=None, callbacks=(), frames=4000, seeds=(0, 1), start=None, known=None):
     scheduler = solver.build(process)
     noise = torch.stack([torch.randn(4, frames, generator=torch_generator("noise", seed)) for seed in seeds])
     generators = [torch_generator("solver", seed) for seed in seeds]
     context = solver.run_context(scheduler, CONDITIONAL, len(seeds))
     denoise = denoise or optimal_denoiser(process)
-    return sample(denoise, noise, scheduler, context, callbacks, generators, start=start)
+    return sample(denoise, noise, scheduler, context, callbacks, generators, start=start, known=known)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -132,6 +132,24 @@ def test_a_start_is_noised_to_the_level_of_its_own_step(name):
     total = recorder.run.num_evaluations
     assert recorder.evaluations == list(range(2 * first if total == 15 else first, total))
     assert recorder.timesteps == [float(t) for t in recorder.run.timesteps[recorder.evaluations[0] :]]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_known_frames_are_noised_data_at_every_evaluation_and_come_back(name):
+    process, clean, hidden = process_of(name), data(30), torch.arange(30)[None] >= 10
+    noise = torch.stack([torch.randn(4, 30, generator=torch_generator("noise", seed)) for seed in (0, 1)])
+
+    def denoise(noisy, timestep):
+        alpha, sigma = levels(process, timestep)
+        expected = alpha * clean + sigma * noise
+        torch.testing.assert_close(noisy[..., :10], expected[..., :10], atol=2e-3, rtol=0)
+        prediction = optimal_denoiser(process)(noisy, timestep)
+        return torch.where(hidden[:, None], prediction, 1e3)
+
+    out = run(process, Solver(name, 6), denoise, frames=30, known=KnownLatent(clean, hidden))
+    assert torch.equal(out[..., :10], clean[..., :10].expand(2, -1, -1))
+    plain = run(process, Solver(name, 6), frames=30)
+    torch.testing.assert_close(out[..., 10:], plain[..., 10:])
 
 
 @pytest.mark.parametrize("name", SOLVERS)

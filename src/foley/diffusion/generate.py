@@ -66,5 +66,4 @@ def generate_latents(
     denoise = guidance.wrap(denoiser, positive, negative, known, grid)
     with nullcontext() if accelerator is None else accelerator.attach(denoiser):
         callbacks = [] if accelerator is None else [accelerator]
-        latent = sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start)
-    return latent if known is None else known.fill(latent)
+        return sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start, known)

@@ -49,9 +49,9 @@ class KnownLatent:
         times = batch_size // len(self.visible)
         return KnownLatent(self.visible.repeat(times, 1, 1), self.hidden_mask.repeat(times, 1))
 
-    def fill(self, generated: Tensor) -> Tensor:
-        """`generated` `[B, C, L]` where hidden, the visible latent elsewhere."""
-        return torch.where(self.hidden_mask[:, None], generated, self.visible)
+    def fill(self, generated: Tensor, visible: Tensor) -> Tensor:
+        """`generated` where hidden and `visible` elsewhere, each `[B, C, L]` or one row."""
+        return torch.where(self.hidden_mask[:, None], generated, visible)
 
 
 @dataclass(frozen=True)

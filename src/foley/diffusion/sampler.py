@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foley.diffusion.guidance import Denoise
+from foley.diffusion.guidance import Denoise, KnownLatent
 from foley.diffusion.types import RunContext, SamplerCallback, StepContext
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -38,6 +38,7 @@ def sample(
     generators: list[torch.Generator] | None = None,
     progress: Progress = iter,
     start: Start | None = None,
+    known: KnownLatent | None = None,
 ) -> Tensor:
     """Integrate from `noise` `[B, C, L]` to a clean latent `[B, C, L]`.
 
@@ -50,6 +51,9 @@ def sample(
         generators: one per item, for solvers that add noise on the way, so that an item ignores its batch.
         progress: wraps the range of evaluations.
         start: where to begin; evaluations before it are left out, and the others keep their numbers.
+        known: frames, in one row or one per item, that come back as given. Before each evaluation they are brought to
+            its noise level (Lugmayr et al. 2022, equation 8a), as they are in masked training; what the model says of
+            them is not used.
     """
     extras = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     # Schedulers that step in the model's own space (flow) do not define an input scaling.
@@ -66,25 +70,31 @@ def sample(
             context = StepContext(evaluation, timestep, run)
             for callback in callbacks:
                 callback.on_evaluation_start(context)
+            if known is not None:
+                latent = known.fill(latent, _noised(known.visible, noise, scheduler, evaluation))
             prediction = denoise(scale_input(latent, timestep), timesteps[evaluation].expand(len(noise)))
             for callback in callbacks:
                 callback.on_evaluation_end(context, prediction)
             latent = scheduler.step(prediction, timestep, latent, return_dict=False, **extras)[0]
-    return latent
+    return latent if known is None else known.fill(latent, known.visible)
 
 
 def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, int]:
     """The latent `[B, C, L]`, in the scheduler's own scaling, of the first evaluation, and the number of that."""
-    if start is None or start.step == 0:
-        return noise * getattr(scheduler, "init_noise_sigma", 1.0), 0
     # A second-order solver evaluates twice in each step but the last; its timesteps repeat, so only an index is exact.
-    evaluation = start.step * scheduler.order
-    clean = start.clean.expand_as(noise)
-    if evaluation >= len(scheduler.timesteps):
-        return clean, evaluation
+    evaluation = 0 if start is None else start.step * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(evaluation)
-    timestep = scheduler.timesteps[evaluation].expand(len(noise))
-    if hasattr(scheduler, "scale_noise"):
-        return scheduler.scale_noise(clean, timestep, noise), evaluation
-    return scheduler.add_noise(clean, noise, timestep), evaluation
+    if start is None or evaluation == 0:
+        return noise * getattr(scheduler, "init_noise_sigma", 1.0), 0
+    if evaluation >= len(scheduler.timesteps):
+        return start.clean.expand_as(noise), evaluation
+    return _noised(start.clean, noise, scheduler, evaluation), evaluation
+
+
+def _noised(clean: Tensor, noise: Tensor, scheduler: Any, evaluation: int) -> Tensor:
+    """`clean`, one row or `[B, C, L]`, at the noise level of the next evaluation, in the scheduler's own scaling."""
+    clean, timestep = clean.expand_as(noise), scheduler.timesteps[evaluation].expand(len(noise))
+    if hasattr(scheduler, "scale_noise"):  # flow
+        return scheduler.scale_noise(clean, timestep, noise)
+    return scheduler.add_noise(clean, noise, timestep)
