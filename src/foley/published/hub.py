@@ -55,7 +55,7 @@ class Hub:
 def _unavailable(repository: str, wanted: str, cause: Exception) -> CheckpointError:
     reason = (str(cause).splitlines() or [type(cause).__name__])[0]
     return CheckpointError(
-        f"{wanted} of {repository} is not on this machine and cannot be fetched: {reason} "
+        f"{wanted} of {repository} is not on this machine and cannot be fetched ({reason}). "
         f"Source: https://huggingface.co/{repository}. Fetch it where there is a network "
         f"(`hf download {repository} {wanted}`), or put it at DIR/{repository}/{wanted} and give hub_dir=DIR"
     )
