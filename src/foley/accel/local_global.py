@@ -39,7 +39,9 @@ def local_global_attention(
         return dense_core(q, k, v, mask)
     if mask is not None and mask.shape[1:3] != (1, 1):
         raise ValueError(f"the mask must be one of the keys, [B, 1, 1, N], got {tuple(mask.shape)}")
-    block, indices = max(window, _SMALLEST_BLOCK), global_indices.to(q.device)
+    indices = global_indices.to(q.device)
+    # A larger block copies the global keys less often; a smaller one computes fewer scores beyond the window.
+    block = max(window, len(indices) // 2, _SMALLEST_BLOCK)
     num_blocks = -(-length // block)
     keys, values = (
         torch.cat([_blocks(x, block, window), x.index_select(2, indices).repeat_interleave(num_blocks, 0)], dim=2)
