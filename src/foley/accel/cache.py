@@ -52,7 +52,7 @@ class LayerCache:
             ValueError: the denoiser has no cacheable layer.
             RuntimeError: an accelerator is attached to it already.
         """
-        with replaced_forwards(find_cacheable_layers(denoiser), self._caching_forward):
+        with replaced_forwards(find_cacheable_layers(denoiser), self._caching_forward, self._skipping_norm):
             self._denoiser = denoiser
             try:
                 yield
@@ -72,6 +72,14 @@ class LayerCache:
                 memory = self._memories[index] = self._make_reuse()
             memory.store(self._evaluation, output)
             return output
+
+        return forward
+
+    def _skipping_norm(self, index: int, original: Forward) -> Forward:
+        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._row is not None and index in self._memories and not self._row[index]:
+                return x  # of no use to the layer, which is reused
+            return original(x, *args, **kwargs)
 
         return forward
 

@@ -1,17 +1,17 @@
 """Multiply-accumulates of a run, with and without a cache schedule."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from foley.accel.layers import Forward, find_cacheable_layers, replaced_forwards
+from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.accel.schedule import CacheSchedule
 
 _FLOPS_PER_MAC = 2
@@ -38,16 +38,22 @@ class RunCost:
         return self.macs_uncached / self.macs_cached
 
 
-class MacCounter:
-    """Counts matrix products and convolutions while it is started, in all and of each layer.
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """From the shapes `[B, H, N, D]`."""
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
 
-    Attention takes the unfused kernel meanwhile, so the count is the same on every device.
-    """
+
+class MacCounter:
+    """Counts matrix products and convolutions while it is started, in all and of each layer."""
 
     def __init__(self) -> None:
         self.layers: dict[int, int] = {}
-        self._flops = FlopCounterMode(display=False)
-        self._running: ExitStack | None = None
+        self._before: dict[int, int] = {}
+        # The count of attention is the same on every device: PyTorch knows those of the fused kernels for GPUs.
+        formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+        self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
+        self._running = False
 
     @property
     def total(self) -> int:
@@ -56,33 +62,55 @@ class MacCounter:
 
     def start(self) -> None:
         """Begin to count."""
-        self._running = ExitStack()
-        self._running.enter_context(sdpa_kernel(SDPBackend.MATH))
-        self._running.enter_context(self._flops)
+        self._flops.__enter__()
+        self._running = True
 
     def stop(self) -> None:
         """Count no more; nothing happens where nothing was started."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        if self._running:
+            self._running = False
+            self._flops.__exit__(None, None, None)
 
     def evaluation(self, names: Sequence[str]) -> EvaluationMacs:
         """What was counted, of layers of these names."""
         return EvaluationMacs(self.total, {name: self.layers[index] for index, name in enumerate(names)})
 
+    def enter(self, index: int) -> None:
+        """Layer `index` begins."""
+        self._before[index] = self.total
+
+    def leave(self, index: int) -> None:
+        """Layer `index` has ended."""
+        if self._running:
+            self.layers[index] = self.layers.get(index, 0) + self.total - self._before[index]
+
     def call(self, index: int, layer: Forward, *args: Any, **kwargs: Any) -> Any:
         """Layer `index`, counted as such while the counter runs."""
-        before = self.total
+        self.enter(index)
         output = layer(*args, **kwargs)
-        if self._running is not None:
-            self.layers[index] = self.layers.get(index, 0) + self.total - before
+        self.leave(index)
         return output
+
+    @contextmanager
+    def watching(self, layers: Sequence[CacheableLayer]) -> Iterator[None]:
+        """Count the layers as such whenever they are called inside the context, whatever their forwards are then."""
+        with ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                begin = layer.module.register_forward_pre_hook(partial(_call_with, self.enter, index))
+                end = layer.module.register_forward_hook(partial(_call_with, self.leave, index))
+                stack.callback(begin.remove)
+                stack.callback(end.remove)
+            yield
+
+
+def _call_with(hook: Callable[[int], None], index: int, *_: Any) -> None:
+    hook(index)
 
 
 def count_evaluation_macs(denoiser: nn.Module, evaluate: Callable[[], object]) -> EvaluationMacs:
-    """Count while `evaluate()` calls `denoiser` once, with nothing attached."""
+    """Count while `evaluate()` calls `denoiser` once; of its own forwards, where nothing is attached."""
     layers, counter = find_cacheable_layers(denoiser), MacCounter()
-    with torch.no_grad(), replaced_forwards(layers, lambda index, forward: partial(counter.call, index, forward)):
+    with torch.no_grad(), counter.watching(layers):
         counter.start()
         try:
             evaluate()
@@ -91,9 +119,22 @@ def count_evaluation_macs(denoiser: nn.Module, evaluate: Callable[[], object]) -
     return counter.evaluation([layer.name for layer in layers])
 
 
-def run_cost(schedule: CacheSchedule, macs: EvaluationMacs) -> RunCost:
-    """What a run that follows `schedule` costs, from the cost of one evaluation."""
-    reused = (~schedule.compute).sum(dim=0).tolist()
+def count_call_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Of one call with these arguments, from shapes alone: nothing is computed and no memory is taken."""
+    counter = MacCounter()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        counter.start()
+        try:
+            denoiser(*args, **kwargs)
+        finally:
+            counter.stop()
+    return counter.total
+
+
+def run_cost(schedule: CacheSchedule, macs: EvaluationMacs, first_evaluation: int = 0) -> RunCost:
+    """What a run that follows `schedule` costs, from the cost of one evaluation; it computes all where it begins."""
+    compute = schedule.compute[first_evaluation:]
+    reused = (~compute[1:]).sum(dim=0).tolist()
     saved = sum(count * macs.layers[name] for name, count in zip(schedule.layer_names, reused, strict=True))
-    uncached = macs.total * len(schedule.compute)
+    uncached = macs.total * len(compute)
     return RunCost(uncached, uncached - saved)

@@ -1,0 +1,112 @@
+"""What a generation costs with its accelerator and without: counted while it runs."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from foley.accel.cache import LayerCache
+from foley.accel.callback import NoAcceleration
+from foley.accel.combined import Combined
+from foley.accel.cost import EvaluationMacs, MacCounter, RunCost, count_call_macs, run_cost
+from foley.accel.layers import CacheableLayer, find_cacheable_layers
+from foley.diffusion.types import Accelerator, RunContext, StepContext
+
+
+class CostMeter:
+    """Passes everything on to `accelerator`, and counts the first evaluation of the first run.
+
+    Caches compute everything there, so that it costs what it does without them; the others follow from the schedule.
+    Where something else is attached too, such as sparse attention, the same call is counted without it, from shapes
+    alone. The result of the generation is not changed. A compiled denoiser is not counted.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        parts = _parts(accelerator)
+        self._cache = next((part for part in parts if isinstance(part, LayerCache)), None)
+        self._changes_layers = any(not isinstance(part, LayerCache | NoAcceleration) for part in parts)
+        self._layers: list[CacheableLayer] = []
+        self._counter: MacCounter | None = None
+        self._context: StepContext | None = None
+        self._dense_macs = 0
+
+    @contextmanager
+    def attach(self, denoiser: nn.Module) -> Iterator[None]:
+        """As the accelerator's own."""
+        with ExitStack() as stack:
+            call: list[tuple[Any, Any]] = []
+            if self._context is None and not _is_compiled(denoiser):
+                if self._changes_layers:
+                    stack.callback(self._count_dense, denoiser, call)  # once detached
+                self._counter = MacCounter()
+                self._layers = find_cacheable_layers(denoiser) if self._cache is not None else []
+                stack.enter_context(self._counter.watching(self._layers))
+                stack.enter_context(_remembered_call(denoiser, call))
+            stack.enter_context(self._accelerator.attach(denoiser))
+            yield
+
+    def _count_dense(self, denoiser: nn.Module, call: Sequence[tuple[Any, Any]]) -> None:
+        if self._context is not None:
+            self._dense_macs = count_call_macs(denoiser, *call[0])
+
+    def on_run_start(self, run: RunContext) -> None:
+        self._accelerator.on_run_start(run)
+
+    def on_evaluation_start(self, context: StepContext) -> None:
+        self._accelerator.on_evaluation_start(context)
+        if self._counter is not None and self._context is None:
+            self._counter.start()
+            self._context = context
+
+    def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
+        if self._counter is not None:
+            self._counter.stop()
+        self._accelerator.on_evaluation_end(context, prediction)
+
+    def on_run_end(self) -> None:
+        if self._counter is not None:
+            self._counter.stop()
+        self._accelerator.on_run_end()
+
+    def cost_per_item(self) -> RunCost | None:
+        """Of one item of the batch, guidance included; None where nothing was counted."""
+        if self._counter is None or self._context is None:
+            return None
+        run, first = self._context.run, self._context.evaluation
+        macs = self._counter.evaluation([layer.name for layer in self._layers])
+        cost = self._cost(macs, run, first)
+        return RunCost(cost.macs_uncached // run.batch_size, cost.macs_cached // run.batch_size)
+
+    def _cost(self, macs: EvaluationMacs, run: RunContext, first: int) -> RunCost:
+        plain = macs.total * (run.num_evaluations - first)
+        schedule = None if self._cache is None else self._cache.schedule
+        accelerated = plain if schedule is None else run_cost(schedule, macs, first).macs_cached
+        dense = self._dense_macs * (run.num_evaluations - first) if self._changes_layers else plain
+        return RunCost(dense, accelerated)
+
+
+def _parts(accelerator: Accelerator) -> list[Accelerator]:
+    if isinstance(accelerator, Combined):
+        return [part for inner in accelerator.accelerators for part in _parts(inner)]
+    return [accelerator]
+
+
+def _is_compiled(denoiser: nn.Module) -> bool:
+    return hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None) is not None
+
+
+@contextmanager
+def _remembered_call(denoiser: nn.Module, call: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Put the arguments of the first call inside the context into `call`."""
+
+    def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not call:
+            call.append((args, kwargs))
+
+    hook = denoiser.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
