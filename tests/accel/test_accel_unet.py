@@ -10,7 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
+from foley.accel.accelerators import Fora
 from foley.accel.audioldm2 import find_self_attention
+from foley.accel.combined import Combined
 from foley.accel.litefocus import LiteFocus, compensation_indices, sparse_attention
 from foley.accel.token_merging import TokenMerging, draw_destinations, match_tokens
 from foley.config import PROJECT_ROOT
@@ -141,6 +143,18 @@ def test_an_exception_restores_everything(unet: AudioLDM2UNet2DConditionModel, m
     handle.remove()
     assert (_processors(unet), _hooks(unet)) == (processors, 0)
     assert torch.equal(_sample(unet), plain)
+
+
+def test_caching_and_sparse_attention_combine_in_any_order(
+    unet: AudioLDM2UNet2DConditionModel, make: Callable[..., Any]
+) -> None:
+    processors = _processors(unet)
+    alone = [_sample(unet, Fora(2)), _sample(unet, make())]
+    both = _sample(unet, Combined([Fora(2), make()]))
+    assert torch.equal(both, _sample(unet, Combined([make(), Fora(2)])))
+    assert not any(torch.equal(both, latent) for latent in alone)
+    assert (_processors(unet), _hooks(unet)) == (processors, 0)
+    assert not any("forward" in vars(module) for module in unet.modules())
 
 
 def test_wrong_uses_are_refused(unet: AudioLDM2UNet2DConditionModel, make: Callable[..., Any]) -> None:
