@@ -1,10 +1,13 @@
 """How audio is asked for, and what comes back."""
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
@@ -63,6 +66,14 @@ class GenerationSettings:
             "num_steps": self.num_steps,
             "negative_prompt": self.negative_prompt,
         }
+
+    def check_finite(self, audio: Tensor) -> None:
+        """Raises RuntimeError where the result of these settings is not finite."""
+        if not bool(audio.isfinite().all()):
+            raise RuntimeError(
+                f"solver {self.solver!r} with {self.num_steps} steps and guidance scale {self.guidance.scale} gave "
+                "audio that is not finite; lower the guidance scale, or take more steps"
+            )
 
 
 @dataclass(frozen=True)
@@ -125,10 +136,19 @@ class Timings:
     def total_seconds(self) -> float:
         return self.encode_seconds + self.text_seconds + self.denoise_seconds + self.decode_seconds
 
+    @contextmanager
+    def measured(self, field: str, device: torch.device) -> Iterator[None]:
+        """Add the block's duration to `field`; waits for the GPU so that stages are told apart."""
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        setattr(self, field, getattr(self, field) + time.perf_counter() - start)
+
 
 @dataclass(frozen=True)
 class Generation:
-    """What came out: `audio` `[N, 1, T]` on the CPU, one row per prompt, and everything needed to make it again."""
+    """What came out: `audio` `[N, channels, T]` on the CPU, one row per prompt, and all it takes to make it again."""
 
     audio: Tensor
     sample_rate_hz: int
@@ -151,7 +171,8 @@ class Generation:
             notes: what else the JSON of each clip is to hold, such as its label.
             more_settings: what the caller knows of how the clips were made.
         """
-        rows = zip(self.prompts, self.seeds, self.audio[:, 0], notes or [{}] * len(self.prompts), strict=True)
+        clips = self.audio[:, 0] if self.audio.shape[1] == 1 else self.audio
+        rows = zip(self.prompts, self.seeds, clips, notes or [{}] * len(self.prompts), strict=True)
         samples = [Sample(*row) for row in rows]
         settings = {**self.settings, **(more_settings or {})}
         timings = asdict(self.timings)

@@ -1,8 +1,7 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from math import inf
@@ -12,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from foley.accel.meter import CostMeter
 from foley.diffusion.generate import clip_size, embed, generate_latents
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start
@@ -174,6 +174,7 @@ class TextToAudio:
         settings = request.settings
         with self._timed(timings, "text_seconds"):
             negative = embed(self.text, [settings.negative_prompt]) if settings.guidance.needs_negative else None
+        meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         rows = []
         for start in range(0, len(request.prompts), settings.batch_size):
             items = slice(start, start + settings.batch_size)
@@ -189,7 +190,7 @@ class TextToAudio:
                     canvas.num_frames,
                     settings.guidance,
                     settings.plan,
-                    settings.accelerator,
+                    meter,
                     self.device,
                     settings.progress,
                     canvas.known,
@@ -197,18 +198,18 @@ class TextToAudio:
                 )
             with self._timed(timings, "decode_seconds"):
                 rows.append(canvas.finish(self.codec.decode(self.normaliser.denormalise(latent)).cpu()))
-        return self._generation(torch.cat(rows), request, canvas, timings)
+        cost = {} if meter is None else meter.describe()
+        return self._generation(torch.cat(rows), request, canvas, timings, cost)
 
-    def _generation(self, audio: Tensor, request: GenerationRequest, canvas: Canvas, timings: Timings) -> Generation:
+    def _generation(
+        self, audio: Tensor, request: GenerationRequest, canvas: Canvas, timings: Timings, cost: Mapping[str, int]
+    ) -> Generation:
         settings = request.settings
-        if not bool(audio.isfinite().all()):
-            raise RuntimeError(
-                f"solver {settings.solver!r} with {settings.num_steps} steps and guidance scale "
-                f"{settings.guidance.scale} gave audio that is not finite; lower the guidance scale, or take more steps"
-            )
+        settings.check_finite(audio)
         description = {
             **canvas.description,
             **settings.describe(),
+            **cost,
             "prediction": self.process.prediction,
             "sample_rate_hz": self.sample_rate_hz,
             "model_hash": self.model_hash,
@@ -222,11 +223,5 @@ class TextToAudio:
                 f"{name} must be above 0 and at most {self.max_duration_seconds} (max_duration_seconds), got {seconds}"
             )
 
-    @contextmanager
-    def _timed(self, timings: Timings, field: str) -> Iterator[None]:
-        """Add the block's duration to `timings`; waits for the GPU so that stages are told apart."""
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        setattr(timings, field, getattr(timings, field) + time.perf_counter() - start)
+    def _timed(self, timings: Timings, field: str) -> AbstractContextManager[None]:
+        return timings.measured(field, self.device)

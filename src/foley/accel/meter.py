@@ -1,6 +1,6 @@
 """What a generation costs with its accelerator and without: counted while it runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,26 +30,21 @@ class CostMeter:
         self._layers: list[CacheableLayer] = []
         self._counter: MacCounter | None = None
         self._context: StepContext | None = None
-        self._dense_macs = 0
+        self._denoiser: nn.Module | None = None
+        self._call: list[tuple[Any, Any]] = []
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """As the accelerator's own."""
         with ExitStack() as stack:
-            call: list[tuple[Any, Any]] = []
             if self._context is None and not _is_compiled(denoiser):
-                if self._changes_layers:
-                    stack.callback(self._count_dense, denoiser, call)  # once detached
-                self._counter = MacCounter()
+                self._denoiser, self._counter = denoiser, MacCounter()
                 self._layers = find_cacheable_layers(denoiser) if self._cache is not None else []
                 stack.enter_context(self._counter.watching(self._layers))
-                stack.enter_context(_remembered_call(denoiser, call))
+                if self._changes_layers:
+                    stack.enter_context(_remembered_call(denoiser, self._call))
             stack.enter_context(self._accelerator.attach(denoiser))
             yield
-
-    def _count_dense(self, denoiser: nn.Module, call: Sequence[tuple[Any, Any]]) -> None:
-        if self._context is not None:
-            self._dense_macs = count_call_macs(denoiser, *call[0])
 
     def on_run_start(self, run: RunContext) -> None:
         self._accelerator.on_run_start(run)
@@ -71,7 +66,7 @@ class CostMeter:
         self._accelerator.on_run_end()
 
     def cost_per_item(self) -> RunCost | None:
-        """Of one item of the batch, guidance included; None where nothing was counted."""
+        """Of one item of the batch, guidance included; None where nothing was counted. Ask once all is detached."""
         if self._counter is None or self._context is None:
             return None
         run, first = self._context.run, self._context.evaluation
@@ -83,8 +78,15 @@ class CostMeter:
         plain = macs.total * (run.num_evaluations - first)
         schedule = None if self._cache is None else self._cache.schedule
         accelerated = plain if schedule is None else run_cost(schedule, macs, first).macs_cached
-        dense = self._dense_macs * (run.num_evaluations - first) if self._changes_layers else plain
-        return RunCost(dense, accelerated)
+        if not self._changes_layers:
+            return RunCost(plain, accelerated)
+        assert self._denoiser is not None
+        return RunCost(count_call_macs(self._denoiser, *self._call[0]) * (run.num_evaluations - first), accelerated)
+
+    def describe(self) -> dict[str, int]:
+        """What the JSON of each clip says of it: `macs` of one clip, and `macs_uncached` without the accelerator."""
+        cost = self.cost_per_item()
+        return {} if cost is None else {"macs": cost.macs_cached, "macs_uncached": cost.macs_uncached}
 
 
 def _parts(accelerator: Accelerator) -> list[Accelerator]:

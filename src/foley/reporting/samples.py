@@ -22,7 +22,7 @@ MAX_SHEET_CLIPS = 24
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip: `audio` `[T]`; `notes`, such as a label, go into its JSON."""
+    """One clip: `audio` `[T]` or `[channels, T]`; `notes`, such as a label, go into its JSON."""
 
     prompt: str
     seed: int
@@ -78,5 +78,5 @@ def _write_sample(
         **common,
     }
     write_json(directory / f"{stem}.json", sidecar)
-    facts = f"{len(sample.audio) / sample_rate_hz:.2f} s · seed {sample.seed}"
+    facts = f"{sample.audio.shape[-1] / sample_rate_hz:.2f} s · seed {sample.seed}"
     return Card(one_line(sample.prompt), f"{stem}.wav", f"{stem}.png", f"{stem}.json", facts)

@@ -25,7 +25,11 @@ _BACKGROUND = "#0f1117"
 
 
 def log_mel(audio: Tensor, sample_rate_hz: int) -> Tensor:
-    """Mel power in dB, `[bands, frames]`, of `audio` `[T]`; clipped 80 dB below the loudest point."""
+    """Mel power in dB, `[bands, frames]`, of `audio` `[T]`, or of the mean of its channels `[channels, T]`.
+
+    Clipped 80 dB below the loudest point.
+    """
+    audio = audio.mean(dim=0) if audio.ndim == 2 else audio
     window = torch.hann_window(_FFT_SAMPLES)
     spectrum = torch.stft(
         audio.float().cpu(), _FFT_SAMPLES, _HOP_SAMPLES, window=window, pad_mode="constant", return_complex=True
@@ -39,7 +43,7 @@ def log_mel(audio: Tensor, sample_rate_hz: int) -> Tensor:
 
 
 def draw_spectrogram(path: Path, audio: Tensor, sample_rate_hz: int) -> None:
-    """A bare image of one clip `[T]`, without title or frame."""
+    """A bare image of one clip, as `log_mel` takes it, without title or frame."""
     figure = Figure(figsize=(6, 1.6), facecolor=_BACKGROUND)
     axes = figure.add_axes((0, 0, 1, 1))
     _show(axes, audio, sample_rate_hz)
@@ -48,7 +52,7 @@ def draw_spectrogram(path: Path, audio: Tensor, sample_rate_hz: int) -> None:
 
 
 def draw_sheet(path: Path, clips: Sequence[Tensor], titles: Sequence[str], sample_rate_hz: int) -> None:
-    """A grid of clips `[T]` with their captions as titles, mel axis in kHz and time in seconds."""
+    """A grid of clips, as `log_mel` takes them, with their captions as titles, mel axis in kHz and time in seconds."""
     columns = min(3, len(clips))
     rows = math.ceil(len(clips) / columns)
     with matplotlib.style.context("dark_background"), warnings.catch_warnings():
@@ -66,7 +70,7 @@ def draw_sheet(path: Path, clips: Sequence[Tensor], titles: Sequence[str], sampl
 
 def _show(axes: Axes, audio: Tensor, sample_rate_hz: int) -> None:
     decibels = log_mel(audio, sample_rate_hz).numpy()
-    extent = (0.0, len(audio) / sample_rate_hz, 0.0, float(_MEL_BANDS))
+    extent = (0.0, audio.shape[-1] / sample_rate_hz, 0.0, float(_MEL_BANDS))
     axes.imshow(decibels, origin="lower", aspect="auto", cmap="magma", extent=extent, interpolation="bilinear")
 
 
