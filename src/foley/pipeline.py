@@ -18,6 +18,7 @@ from foley.diffusion.sampler import Start
 from foley.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
 from foley.generation import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
 from foley.hashing import hash_module
+from foley.inference import compile_blocks, set_precision
 from foley.system import System, load_system, save_system
 
 
@@ -46,6 +47,7 @@ class TextToAudio:
         modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
         self.denoiser, self.text = modules["denoiser"], modules["text"]
         self.codec, self.normaliser = modules["codec"], modules["normaliser"]
+        self.precision = "float32"
         self.model_hash = hash_module(self.denoiser)
 
     @classmethod
@@ -56,6 +58,16 @@ class TextToAudio:
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Export as a system directory, floating weights as `dtype` (None keeps float32)."""
         save_system(self.system, Path(directory), dtype)
+
+    def optimise(self, precision: str = "float32", compiled: bool = False) -> None:
+        """Hold the denoiser in another precision ("bf16", "fp16"), and compile its blocks at their first use.
+
+        Raises ValueError for an unknown precision.
+        """
+        set_precision(self.denoiser, precision)
+        self.precision = precision
+        if compiled:
+            compile_blocks(self.denoiser)
 
     @property
     def sample_rate_hz(self) -> int:
@@ -212,6 +224,7 @@ class TextToAudio:
             **cost,
             "prediction": self.process.prediction,
             "sample_rate_hz": self.sample_rate_hz,
+            "precision": self.precision,
             "model_hash": self.model_hash,
         }
         prompts, seeds = request.prompts, request.seeds

@@ -127,7 +127,7 @@ class DiffusionTransformer(nn.Module):
         computed here, once. The other arguments are those of `forward`.
         """
         conditions = self._condition(timesteps, num_frames, context, context_mask, frame_mask, visible, hidden_mask)
-        hoisted = [block.hoist(conditions.block_inputs) for block in self._blocks()]
+        hoisted = [block.hoist(conditions.block_inputs) for block in self.blocks()]
         return RunConditions(timesteps, replace(conditions, hoisted=hoisted))
 
     def _condition(
@@ -170,12 +170,13 @@ class DiffusionTransformer(nn.Module):
             raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
         return self.context_embedding(context.to(self.input_projection.weight.dtype))
 
-    def _blocks(self) -> list[TransformerBlock]:
+    def blocks(self) -> list[TransformerBlock]:
+        """All blocks, in order of execution."""
         return cast(list[TransformerBlock], [*self.in_blocks, self.mid_block, *self.out_blocks])
 
     def _run_blocks(self, x: Tensor, conditions: Conditions) -> Tensor:
         skips: list[Tensor] = []
-        for index, (block, hoisted) in enumerate(zip_longest(self._blocks(), conditions.hoisted)):
+        for index, (block, hoisted) in enumerate(zip_longest(self.blocks(), conditions.hoisted)):
             skip = skips.pop() if index > len(self.in_blocks) else None
             x = self._run(block, x, conditions.block_inputs, skip, hoisted)
             if index < len(self.in_blocks):
