@@ -1,7 +1,7 @@
-"""AudioCache at each threshold: wall-clock and MAC speed-up of the denoising, and the error of the latent it gives.
+"""Caching policies: wall-clock and MAC speed-up of the denoising, the error of the latent, and label accuracy.
 
 Errors are relative L2 distances to the uncached latent from the same noise. They say how far caching moves a sample,
-not whether it sounds worse: that is for the metrics.
+not whether it sounds worse: that is what the label accuracy is for.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,12 +24,29 @@ import foley.config  # noqa: F401  (registers the resolvers)
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.plots import plot_tradeoff
 from foley.checkpoint import write_json
+from foley.data.sampler import evenly_spaced
 from foley.diffusion.generate import clip_size, embed, generate_latents
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid
 from foley.diffusion.solver import Solver
 from foley.diffusion.types import Accelerator
+from foley.metrics.clips import LabelledAudio
+from foley.metrics.evaluation import restricted_accuracy
+from foley.metrics.features import extract_audio
+from foley.metrics.protocols import EvaluationProtocol, load_protocol
 from foley.pipeline import TextToAudio, resolve_device
-from foley.prompts import read_prompts
+from foley.prompts import read_prompt_rows
+from foley.reporting.provenance import provenance
+from foley.system import load_system, untrained_system
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting of one policy, with one kind of reuse."""
+
+    policy: str
+    setting: str
+    value: float
+    reuse: str
 
 
 @dataclass(frozen=True)
@@ -38,18 +56,22 @@ class Workload:
     pipeline: TextToAudio
     solver: Solver
     guidance: ClassifierFreeGuidance
+    labels: list[str | None]
     positive: Conditioning
     negative: Conditioning
     num_frames: int
 
     @classmethod
     def build(cls, cfg: DictConfig) -> "Workload":
-        pipeline = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device))
-        prompts = read_prompts(Path(cfg.prompts))[: cfg.num_prompts]
-        positive, negative = embed(pipeline.text, prompts), embed(pipeline.text, [""])
+        system = load_system(Path(cfg.ckpt)) if cfg.ckpt else untrained_system(cfg)
+        pipeline = TextToAudio(system, resolve_device(cfg.device))
+        rows = read_prompt_rows(Path(cfg.prompts))
+        chosen = [rows[index] for index in evenly_spaced(len(rows), cfg.num_prompts)]
+        positive, negative = embed(pipeline.text, [row["caption"] for row in chosen]), embed(pipeline.text, [""])
         _, num_frames = clip_size(cfg.duration_seconds, pipeline.sample_rate_hz, pipeline.codec.hop_samples)
         guidance = instantiate(cfg.guidance, scale=cfg.guidance_scale)
-        return cls(pipeline, Solver(cfg.solver.name, cfg.steps), guidance, positive, negative, num_frames)
+        solver = Solver(cfg.solver.name, cfg.steps)
+        return cls(pipeline, solver, guidance, [row.get("label") for row in chosen], positive, negative, num_frames)
 
     def run(self, accelerator: Accelerator | None = None) -> tuple[Tensor, float]:
         """The latent `[B, C, L]`, and the seconds it took."""
@@ -76,48 +98,77 @@ class Workload:
         denoise = self.guidance.wrap(self.pipeline.denoiser, self.positive, self.negative, grid=grid)
         return count_evaluation_macs(self.pipeline.denoiser, lambda: denoise(noisy, timestep))
 
+    def label_accuracy(self, latent: Tensor, protocol: EvaluationProtocol) -> float | None:
+        """Of the decoded clips, among all labels of the extractor; None at another rate, or without labelled prompts."""
+        if self.pipeline.sample_rate_hz != protocol.sample_rate_hz:
+            return None
+        normaliser, codec = self.pipeline.normaliser, self.pipeline.codec
+        audio = codec.decode(normaliser.denormalise(latent.to(self.pipeline.device))).cpu()
+        clips = [LabelledAudio(clip, label) for clip, label in zip(audio[:, 0], self.labels, strict=True)]
+        known = protocol.extractor.labels
+        accuracy = restricted_accuracy(extract_audio(clips, protocol).logits, self.labels, known, known)
+        return None if accuracy is None else accuracy.accuracy
 
-def measure(workload: Workload, accelerators: Mapping[float, Any], repeats: int) -> list[dict[str, float]]:
-    """One row per threshold. Speed-ups are medians over rounds, each against the uncached run of its own round."""
+
+def make_variants(cfg: DictConfig) -> dict[Variant, Any]:
+    """An accelerator for every policy, value of its setting and kind of reuse."""
+    return {
+        Variant(policy, sweep.setting, value, reuse): instantiate(sweep.accel, reuse=reuse, **{sweep.setting: value})
+        for policy in cfg.policies
+        for sweep in [cfg.sweeps[policy]]
+        for value, reuse in product(sweep["values"], cfg.reuses)
+    }
+
+
+def measure(
+    workload: Workload, variants: Mapping[Variant, Any], protocol: EvaluationProtocol, repeats: int
+) -> list[dict[str, Any]]:
+    """One row per variant. Speed-ups are medians over rounds, each against the uncached run of its own round."""
     macs, (reference, _) = workload.macs(), workload.run()
-    speedups: dict[float, list[float]] = {threshold: [] for threshold in accelerators}
-    errors: dict[float, float] = {}
+    speedups: dict[Variant, list[float]] = {variant: [] for variant in variants}
+    latents: dict[Variant, Tensor] = {}
     for _ in range(repeats):
         uncached_seconds = workload.run()[1]
-        for threshold, accelerator in accelerators.items():
-            latent, seconds = workload.run(accelerator)
-            speedups[threshold].append(uncached_seconds / seconds)
-            errors[threshold] = ((latent - reference).norm() / reference.norm()).item()
-    return [
-        {
-            "threshold": threshold,
-            "wall_speedup": median(speedups[threshold]),
-            "mac_speedup": run_cost(accelerator.schedule, macs).speedup,
-            "computed_fraction": accelerator.schedule.computed_fraction,
-            "latent_error": errors[threshold],
-        }
-        for threshold, accelerator in accelerators.items()
-    ]
+        for variant, accelerator in variants.items():
+            latents[variant], seconds = workload.run(accelerator)
+            speedups[variant].append(uncached_seconds / seconds)
+    rows = []
+    for variant, accelerator in variants.items():
+        wall, mac = median(speedups[variant]), run_cost(accelerator.schedule, macs).speedup
+        rows.append(
+            {
+                **vars(variant),
+                "wall_speedup": wall,
+                "mac_speedup": mac,
+                "wall_over_mac": wall / mac,
+                "computed_fraction": accelerator.schedule.computed_fraction,
+                "latent_error": ((latents[variant] - reference).norm() / reference.norm()).item(),
+                "label_accuracy": workload.label_accuracy(latents[variant], protocol),
+            }
+        )
+    return rows
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="bench_caching")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    workload = Workload.build(cfg)
-    accelerators = {threshold: instantiate(cfg.accel, threshold=threshold) for threshold in cfg.thresholds}
-    rows = measure(workload, accelerators, cfg.repeats)
+    workload, protocol = Workload.build(cfg), load_protocol("embedded", Path(cfg.extractor_dir))
+    rows = measure(workload, make_variants(cfg), protocol, cfg.repeats)
     settings = {
         "solver": cfg.solver.name,
         "num_steps": cfg.steps,
         "guidance_scale": workload.guidance.scale,
         "frames": workload.num_frames,
         "prompts": len(workload.positive.mask),
+        "label_accuracy_uncached": workload.label_accuracy(workload.run()[0], protocol),
+        "denoiser_width": workload.pipeline.system.configs["denoiser"]["width"],
+        "trained_weights": cfg.ckpt is not None,
         "model_hash": workload.pipeline.model_hash,
-        "torch_threads": torch.get_num_threads(),
         "device": str(workload.pipeline.device),
     }
-    write_json(Path(cfg.output_dir) / "caching.json", {"settings": settings, "rows": rows})
-    plot_tradeoff(rows, Path(cfg.output_dir) / "caching.png")
+    output_dir = Path(cfg.output_dir)
+    write_json(output_dir / "caching.json", {"settings": settings, "provenance": provenance(), "rows": rows})
+    plot_tradeoff(rows, output_dir / "caching.png")
     sys.stdout.write("\n".join(json.dumps(row) for row in rows) + "\n")
 
 

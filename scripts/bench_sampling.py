@@ -9,26 +9,15 @@ from typing import Any
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
 from foley.pipeline import Generation, TextToAudio, resolve_device
 from foley.reporting.provenance import provenance
-from foley.system import build_system, load_system
+from foley.system import load_system, untrained_system
 
 PROMPT = "a dog barks while rain falls on a tin roof"
-
-
-def untrained_configs(cfg: DictConfig) -> dict[str, Any]:
-    """The component configs of the composed architecture."""
-    names = {"denoiser": cfg.model, "text": cfg.text, "codec": cfg.codec, "process": cfg.process}
-    configs: dict[str, Any] = {name: OmegaConf.to_container(node, resolve=True) for name, node in names.items()}
-    configs["normaliser"] = {
-        "_target_": "foley.models.normaliser.LatentNormaliser",
-        "channels": cfg.codec.latent_channels,
-    }
-    return configs
 
 
 def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> dict[str, Any]:
@@ -51,7 +40,7 @@ def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> d
 @hydra.main(version_base="1.3", config_path="../configs", config_name="bench_sampling")
 def main(cfg: DictConfig) -> None:
     trained = Path(cfg.ckpt).exists()
-    system = load_system(Path(cfg.ckpt)) if trained else build_system(untrained_configs(cfg))
+    system = load_system(Path(cfg.ckpt)) if trained else untrained_system(cfg)
     pipeline = TextToAudio(system, resolve_device(cfg.device))
     runs = [
         pipeline.generate(

@@ -88,7 +88,7 @@ def caching_section(work_dir: Path) -> str:
     """AudioCache threshold against speed-up and latent error."""
     caching = read_json(work_dir / "caching" / "caching.json")
     rows: Rows = [
-        (f"{row['threshold']:g}", f"{row['wall_speedup']:.2f}x", f"{row['mac_speedup']:.2f}x",
+        (f"{row['value']:g}", f"{row['wall_speedup']:.2f}x", f"{row['mac_speedup']:.2f}x",
          f"{row['computed_fraction']:.0%}", f"{row['latent_error']:.4f}")
         for row in caching["rows"]
     ]  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from foley.checkpoint import (
@@ -48,6 +49,17 @@ def build_system(configs: Mapping[str, Mapping[str, Any]]) -> System:
     """A system with fresh, untrained weights, out of a plain config for each component and for "process"."""
     modules = {name: build_component(configs[name]).eval() for name in COMPONENTS}
     return System(modules, build_component(configs["process"]), configs)
+
+
+def untrained_system(composed: DictConfig) -> System:
+    """A system with fresh weights out of the Hydra groups model, text, codec and process."""
+    nodes = {"denoiser": composed.model, "text": composed.text, "codec": composed.codec, "process": composed.process}
+    configs: dict[str, Any] = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
+    configs["normaliser"] = {
+        "_target_": "foley.models.normaliser.LatentNormaliser",
+        "channels": composed.codec.latent_channels,
+    }
+    return build_system(configs)
 
 
 def load_system(path: Path) -> System:

@@ -92,7 +92,7 @@ def test_threshold_zero_is_bitwise_equal_through_the_pipeline(system_dir: Path) 
 
 def test_the_missing_calibration_of_a_system_is_a_command_to_copy(system_dir: Path) -> None:
     pipeline = TextToAudio.load(system_dir)
-    with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={system_dir} prompts=FILE solver=ddim steps=3 "):
+    with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={system_dir} solver=ddim prompts=FILE steps=3 "):
         pipeline.generate(["rain"], 0.5, num_steps=3, accelerator=_accelerator("audiocache", system_dir))
 
 
@@ -100,12 +100,17 @@ def test_the_calibration_directory_can_be_given(system_dir: Path, tmp_path: Path
     assert isinstance(_accelerator("audiocache", system_dir, f"accel.calibration_dir={tmp_path}"), AudioCache)
 
 
-def test_the_benchmark_reports_each_threshold(system_dir: Path, tmp_path: Path) -> None:
-    arguments = (f"ckpt={system_dir}", f"prompts={system_dir}/prompts.txt", "thresholds=[0.0,9.0]", "repeats=1")
-    _run_script("bench_caching", *arguments, f"output_dir={tmp_path}", *QUICK)
+def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"caption": "rain falls", "label": "rain"}\n{"caption": "wind blows", "label": "wind"}\n')
+    arguments = (f"ckpt={system_dir}", f"prompts={prompts}", "sweeps.audiocache.values=[0.0,9.0]", "repeats=1")
+    narrow = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "sweeps.budget.values=[1.2]")
+    _run_script("bench_caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
     rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
-    assert [row["threshold"] for row in rows] == [0.0, 9.0]
+    policies = ["audiocache"] * 4 + ["smoothcache"] * 2 + ["fora"] * 2 + ["budget"] * 2
+    assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(policies, ["hold", "taylor"] * 5, strict=True))
     assert (rows[0]["latent_error"], rows[0]["mac_speedup"], rows[0]["computed_fraction"]) == (0.0, 1.0, 1.0)
-    assert rows[1]["latent_error"] > 0
-    assert rows[1]["mac_speedup"] > 1
+    assert all(row["mac_speedup"] > 1 and row["latent_error"] > 0 for row in rows[2:])
+    assert rows[-1]["mac_speedup"] >= 1.2
+    assert {row["label_accuracy"] for row in rows} == {None}  # this system's rate is not the extractor's
     assert (tmp_path / "caching.png").stat().st_size > 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -73,22 +74,29 @@ def plot_schedule(schedule: CacheSchedule, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_tradeoff(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Speed-ups, wall-clock and MACs, and the latent error over the threshold.
+def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """What each policy and kind of reuse costs at each wall-clock speed-up: latent error, and label accuracy if known.
 
-    Each row holds `threshold`, `wall_speedup`, `mac_speedup` and `latent_error`.
+    Each row holds `policy`, `reuse`, `wall_speedup`, `latent_error` and `label_accuracy`, which may be None.
     """
-    thresholds = [row["threshold"] for row in rows]
-    figure = Figure(figsize=(2 * _PANEL_WIDTH_INCHES, _PANEL_HEIGHT_INCHES), layout="constrained")
-    speed, error = figure.subplots(1, 2)
-    speed.plot(thresholds, [row["mac_speedup"] for row in rows], "o--", color="#7a8fa6", label="MACs")
-    speed.plot(thresholds, [row["wall_speedup"] for row in rows], "o-", color="#31688e", label="wall clock")
-    speed.set(title="denoising speed-up", xlabel="threshold", ylim=(0, None))
-    speed.legend(frameon=False)
-    error.plot(thresholds, [row["latent_error"] for row in rows], "o-", color="#31688e")
-    error.set(title="relative L2 distance to the uncached latent", xlabel="threshold", ylim=(0, None))
-    for axes in (speed, error):
+    measures = {"latent_error": "relative L2 distance to the uncached latent"}
+    if all(row["label_accuracy"] is not None for row in rows):
+        measures["label_accuracy"] = "label accuracy"
+    figure = Figure(
+        figsize=((_PANEL_WIDTH_INCHES + 1) * len(measures), _PANEL_HEIGHT_INCHES + 0.6), layout="constrained"
+    )
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axes, (key, title) in zip(panels, measures.items(), strict=True):
+        for policy, reuse in dict.fromkeys((row["policy"], row["reuse"]) for row in rows):
+            points = sorted(
+                (row["wall_speedup"], row[key]) for row in rows if (row["policy"], row["reuse"]) == (policy, reuse)
+            )
+            style = "o-" if reuse == "hold" else "^--"
+            axes.plot(*zip(*points, strict=True), style, color=f"C{policies.index(policy)}", label=f"{policy}, {reuse}")
+        axes.set(title=title, xlabel="wall-clock speed-up of the denoising", ylim=(0, None))
         _tidy(axes)
+    panels[-1].legend(frameon=False, fontsize=7)
     _save(figure, path)
 
 
