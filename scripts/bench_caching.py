@@ -99,7 +99,7 @@ class Workload:
         return count_evaluation_macs(self.pipeline.denoiser, lambda: denoise(noisy, timestep))
 
     def label_accuracy(self, latent: Tensor, protocol: EvaluationProtocol) -> float | None:
-        """Of the decoded clips, among all labels of the extractor; None at another rate, or without labelled prompts."""
+        """Of the decoded clips, among all labels of the extractor; None at another rate or without labelled prompts."""
         if self.pipeline.sample_rate_hz != protocol.sample_rate_hz:
             return None
         normaliser, codec = self.pipeline.normaliser, self.pipeline.codec
