@@ -1,8 +1,10 @@
 """Record the change curves that AudioCache and SmoothCache need, and draw them.
 
 python scripts/calibrate.py ckpt=SYSTEM prompts=FILE solver=ddim steps=50 guidance_scale=3
+python scripts/calibrate.py model=stable_audio_open prompts=FILE
 """
 
+import sys
 from pathlib import Path
 
 import hydra
@@ -16,15 +18,17 @@ from foley.accel.recorder import CalibrationRecorder
 from foley.accel.storage import info_path
 from foley.data.sampler import evenly_spaced
 from foley.logs import get_logger
-from foley.pipeline import TextToAudio, resolve_device
-from foley.prompts import read_prompts
+from foley.pipeline import resolve_device
+from foley.prompts import name_model, read_prompts
+from foley.published import open_generator
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="calibrate")
 def main(cfg: DictConfig) -> None:
     prompts = read_prompts(Path(cfg.prompts))
     recorder = CalibrationRecorder(cfg.max_distance)
-    TextToAudio.load(cfg.ckpt, resolve_device(cfg.device)).generate(
+    published, device = instantiate(cfg.published), resolve_device(cfg.device)
+    open_generator(cfg.ckpt, published, cfg.hub_dir, cfg.cache_dir, device).generate(
         [prompts[index] for index in evenly_spaced(len(prompts), cfg.num_prompts)],
         cfg.duration_seconds,
         guidance=instantiate(cfg.guidance, scale=cfg.guidance_scale),
@@ -34,12 +38,13 @@ def main(cfg: DictConfig) -> None:
         batch_size=cfg.batch_size,
     )
     calibration = recorder.calibration()
-    directory = Path(cfg.output_dir) if cfg.output_dir else calibration_directory(cfg.ckpt)
-    stem = calibration_stem(directory, cfg.solver.name, cfg.steps)
+    directory = Path(cfg.output_dir) if cfg.output_dir else calibration_directory(cfg.calibration_home)
+    stem = calibration_stem(directory, calibration.signature.solver, cfg.steps)
     calibration.save(stem)
     plot_calibration(calibration, stem.with_name(stem.name + ".png"))
     get_logger(__name__).info("%d prompts: wrote %s, .safetensors and .png", calibration.num_prompts, info_path(stem))
 
 
 if __name__ == "__main__":
+    sys.argv = name_model(sys.argv)
     main()

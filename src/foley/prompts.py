@@ -66,6 +66,11 @@ def quote_overrides(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
     return [_quote(argument) if argument.partition("=")[0] in keys else argument for argument in arguments]
 
 
+def name_model(arguments: Sequence[str]) -> list[str]:
+    """`model=NAME` chooses out of configs/published where something is generated; configs/model is for training."""
+    return [re.sub("^model=", "published=", argument) for argument in arguments]
+
+
 def _quote(override: str) -> str:
     key, _, value = override.partition("=")
     if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":

@@ -26,7 +26,7 @@ def calibration_stem(directory: Path, solver: str, num_steps: int) -> Path:
 
 def calibration_directory(checkpoint: str | Path) -> Path:
     """`calibration/` inside a system directory, or beside a checkpoint file."""
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
     return (path.parent if path.is_file() else path) / "calibration"
 
 
@@ -61,13 +61,10 @@ class CalibratedPlan:
         steps = self.calibrated_steps or run.num_steps
         stem = calibration_stem(self.directory, run.solver, steps)
         if not info_path(stem).is_file():
-            system = self.directory.parent
-            checkpoint = system if (system / "system.json").is_file() else "CHECKPOINT"
             raise FileNotFoundError(
                 f"{info_path(stem)} does not exist: this system is not calibrated for solver {run.solver!r} with "
-                f"{steps} steps. Make it with: python scripts/calibrate.py ckpt={checkpoint} prompts=FILE "
-                f"solver={run.solver} steps={steps} guidance_scale={run.guidance_scale:g} "
-                f"output_dir={self.directory}"
+                f"{steps} steps. Make it with: python scripts/calibrate.py {self._source(run)} prompts=FILE "
+                f"steps={steps} guidance_scale={run.guidance_scale:g} output_dir={self.directory}"
             )
         calibration = Calibration.load(stem)
         actual = RunSignature.of(run, denoiser)
@@ -76,6 +73,13 @@ class CalibratedPlan:
             actual = replace(actual, num_steps=made_for.num_steps, num_evaluations=made_for.num_evaluations)
         calibration.signature.require(actual, f"the calibration {stem}")
         return calibration
+
+    def _source(self, run: RunContext) -> str:
+        """The options of scripts/calibrate.py that name the model and its solver."""
+        home = self.directory.parent
+        if run.solver.endswith("Scheduler"):  # the pipelines of diffusers keep their own
+            return f"model={home.name}"
+        return f"ckpt={home if (home / 'system.json').is_file() else 'CHECKPOINT'} solver={run.solver}"
 
     def _changes(self, calibration: Calibration, run: RunContext) -> dict[str, list[float]]:
         if run.num_steps == calibration.signature.num_steps:
