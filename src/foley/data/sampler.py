@@ -39,7 +39,7 @@ class ResumableSampler(Sampler[SampleKey]):
     Args:
         size: number of samples in the data set.
         batch_size: samples in one batch of one rank.
-        shuffle: without it the order is 0, 1, 2, ... in every epoch.
+        shuffle: without it the order is the same in every epoch; mixed, so that the first batches stand for all.
         drop_last: leave out the remainder, so that every rank gets whole batches; without it ranks may differ by one.
         max_batches: an epoch ends after this many batches of each rank.
         progress: number of batches that were trained on since the start, or since the loaded state.
@@ -107,9 +107,7 @@ class ResumableSampler(Sampler[SampleKey]):
             )
 
     def _order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.size)
-        return numpy_generator("order", self.seed, epoch).permutation(self.size)
+        return numpy_generator("order", self.seed, epoch if self.shuffle else 0).permutation(self.size)
 
 
 def evenly_spaced(size: int, count: int) -> list[int]:

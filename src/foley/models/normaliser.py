@@ -9,13 +9,17 @@ class LatentNormaliser(nn.Module):
 
     Args:
         channels: latent channels C.
+        compressed: also take the inverse hyperbolic sine, which leaves the bulk nearly as it is and brings heavy tails
+            in: a latent 60 standard deviations out becomes one of 5. For codecs whose latents have such outliers, which
+            would otherwise dominate the squared error.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, compressed: bool = False) -> None:
         super().__init__()
+        self.compressed = compressed
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
 
@@ -28,8 +32,10 @@ class LatentNormaliser(nn.Module):
 
     def normalise(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` codec latent to `[B, C, L]` diffusion latent."""
-        return (latent - self.mean[:, None]) / self.std[:, None]
+        standard = (latent - self.mean[:, None]) / self.std[:, None]
+        return standard.asinh() if self.compressed else standard
 
     def denormalise(self, latent: Tensor) -> Tensor:
         """The inverse of `normalise`."""
-        return latent * self.std[:, None] + self.mean[:, None]
+        standard = latent.sinh() if self.compressed else latent
+        return standard * self.std[:, None] + self.mean[:, None]
