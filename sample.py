@@ -13,7 +13,7 @@ from rich.progress import track
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
 from foley.editing import EditMask
 from foley.logs import get_logger
-from foley.pipeline import resolve_device
+from foley.pipeline import TextToAudio, resolve_device
 from foley.prompts import name_model, quote_overrides, request_clips
 from foley.published import open_generator
 
@@ -32,6 +32,13 @@ def choose_method(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
     return "generate", {"duration_seconds": cfg.duration_seconds}
 
 
+def set_up(generator: TextToAudio, cfg: DictConfig) -> None:
+    """Precision, compilation and rotary extension, as asked for."""
+    generator.optimise(cfg.precision, cfg.compile)
+    if cfg.rotary_extension is not None:
+        generator.extend_rotary(cfg.rotary_extension, cfg.trained_seconds)
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
@@ -40,8 +47,13 @@ def main(cfg: DictConfig) -> None:
     published = hydra.utils.instantiate(cfg.published)
     device = resolve_device(cfg.device)
     generator = open_generator(cfg.ckpt, published, cfg.hub_dir, cfg.cache_dir, device, cfg.max_duration_seconds)
-    if not hasattr(generator, method):
-        raise ValueError("edit= and init= need a system of ours: the pipelines of diffusers only generate")
+    if isinstance(generator, TextToAudio):
+        set_up(generator, cfg)
+    elif method != "generate" or cfg.compile or (cfg.precision, cfg.rotary_extension) != ("float32", None):
+        raise ValueError(
+            "edit, init, precision, compile and rotary_extension need a system of ours: the pipelines of diffusers "
+            "only generate"
+        )
     result = getattr(generator, method)(
         [clip.prompt for clip in clips],
         seeds=[clip.seed for clip in clips],
@@ -51,6 +63,8 @@ def main(cfg: DictConfig) -> None:
         accelerator=hydra.utils.instantiate(cfg.accel),
         negative_prompt=cfg.negative_prompt,
         batch_size=cfg.batch_size,
+        window_seconds=cfg.window_seconds,
+        overlap_seconds=cfg.overlap_seconds,
         **arguments,
         progress=partial(track, description="denoising"),
     )

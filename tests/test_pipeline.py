@@ -224,3 +224,37 @@ def test_a_training_checkpoint_generates_with_the_codec_it_names(pipeline, syste
 def test_another_codec_than_the_one_trained_on_is_refused(system, tmp_path):
     with pytest.raises(CheckpointError, match="was trained on latents of the codec abc"):
         TextToAudio.load(training_checkpoint(system, tmp_path, "abc"))
+
+
+def test_windows_make_a_long_clip_of_the_requested_length(pipeline):
+    long = pipeline.generate(["rain"], 2.0, num_steps=3, window_seconds=0.5, overlap_seconds=0.1)
+    assert long.audio.shape == (1, 1, 4000)
+    assert long.settings["window_seconds"] == 0.5
+    whole, windowed = (
+        pipeline.generate(["rain"], num_steps=3, duration_seconds=0.5, window_seconds=w) for w in (None, 1.0)
+    )
+    assert torch.equal(whole.audio, windowed.audio)  # no longer than a window
+
+
+def test_an_overlap_as_long_as_the_window_is_refused(pipeline):
+    with pytest.raises(ValueError, match="overlap must be shorter"):
+        pipeline.generate(["rain"], 2.0, num_steps=2, window_seconds=0.5, overlap_seconds=0.5)
+
+
+def test_a_rotary_extension_changes_long_clips_alone(system):
+    plain, extended = TextToAudio(system), TextToAudio(system)
+    short, long = (plain.generate(["rain"], seconds, num_steps=3).audio for seconds in (0.5, 1.0))
+    extended.extend_rotary("ntk", 0.5)
+    try:
+        assert torch.equal(extended.generate(["rain"], 0.5, num_steps=3).audio, short)
+        assert not torch.allclose(extended.generate(["rain"], 1.0, num_steps=3).audio, long)
+    finally:
+        system.modules["denoiser"].rotary.extension = None
+
+
+def test_half_precision_is_recorded_and_counts_as_the_same_model():
+    pipeline = TextToAudio(build_system(CONFIGS))
+    digest = pipeline.model_hash
+    pipeline.optimise("bf16")
+    assert pipeline.generate(["rain"], **STEPS).settings["precision"] == "bf16"
+    assert hash_module(pipeline.denoiser) == digest

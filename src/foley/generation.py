@@ -14,6 +14,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Progress, Start
 from foley.diffusion.solver import Solver
 from foley.diffusion.types import Accelerator
+from foley.diffusion.windows import Windows
 from foley.logs import get_logger
 from foley.reporting.audio_files import PEAK_CEILING
 from foley.reporting.html import Card
@@ -35,6 +36,8 @@ class GenerationSettings:
         negative_prompt: what guidance leads away from; without effect at w = 1.
         batch_size: prompts denoised together; ValueError below 1.
         progress: wraps the range of evaluations of each batch.
+        window_seconds: generate longer clips in windows of this length, see `foley.diffusion.windows`; None does not.
+        overlap_seconds: of neighbouring windows, at least.
     """
 
     guidance: ClassifierFreeGuidance = field(default_factory=ClassifierFreeGuidance)
@@ -44,6 +47,8 @@ class GenerationSettings:
     negative_prompt: str = ""
     batch_size: int = 8
     progress: Progress = iter
+    window_seconds: float | None = None
+    overlap_seconds: float = 1.0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -57,9 +62,20 @@ class GenerationSettings:
         """Raises ValueError for an unknown solver or an impossible number of steps."""
         return Solver(self.solver, self.num_steps)
 
+    def windows(self, num_frames: int, frames_per_second: float) -> Windows | None:
+        """Of a clip of so many latent frames; None where it is no longer than a window.
+
+        Raises ValueError where the overlap does not fit.
+        """
+        if self.window_seconds is None or num_frames <= (window := round(self.window_seconds * frames_per_second)):
+            return None
+        return Windows(num_frames, window, round(self.overlap_seconds * frames_per_second))
+
     def describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of these settings."""
+        windows = {"window_seconds": self.window_seconds, "overlap_seconds": self.overlap_seconds}
         return {
+            **(windows if self.window_seconds is not None else {}),
             "guidance_scale": self.guidance.scale,
             "guidance_rescale": self.guidance.rescale,
             "solver": self.solver,

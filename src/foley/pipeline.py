@@ -19,6 +19,7 @@ from foley.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
 from foley.generation import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
 from foley.hashing import hash_module
 from foley.inference import compile_blocks, set_precision
+from foley.nn.rotary import RotaryExtension
 from foley.system import System, load_system, save_system
 
 
@@ -69,11 +70,30 @@ class TextToAudio:
         if compiled:
             compile_blocks(self.denoiser)
 
+    def extend_rotary(self, method: str, trained_seconds: float) -> None:
+        """Tell positions beyond `trained_seconds` apart by `foley.nn.rotary.RotaryExtension`, "linear" or "ntk".
+
+        Raises ValueError for a denoiser without rotary positions, and for an unknown method.
+        """
+        rotary = getattr(self.denoiser, "rotary", None)
+        if rotary is None:
+            raise ValueError(
+                f"rotary_extension={method}: {type(self.denoiser).__name__} has no rotary positions to extend; "
+                "generate long audio with window_seconds="
+            )
+        rotary.extension = RotaryExtension(method, round(trained_seconds * self.frames_per_second))
+
     @property
     def sample_rate_hz(self) -> int:
         """Of the generated audio."""
         rate: int = self.codec.sample_rate_hz
         return rate
+
+    @property
+    def frames_per_second(self) -> float:
+        """Of the latents."""
+        frames: float = self.sample_rate_hz / self.codec.hop_samples
+        return frames
 
     def generate(
         self,
@@ -187,6 +207,7 @@ class TextToAudio:
         with self._timed(timings, "text_seconds"):
             negative = embed(self.text, [settings.negative_prompt]) if settings.guidance.needs_negative else None
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
+        windows = settings.windows(canvas.num_frames, self.frames_per_second)
         rows = []
         for start in range(0, len(request.prompts), settings.batch_size):
             items = slice(start, start + settings.batch_size)
@@ -207,6 +228,7 @@ class TextToAudio:
                     settings.progress,
                     canvas.known,
                     canvas.start,
+                    windows,
                 )
             with self._timed(timings, "decode_seconds"):
                 rows.append(canvas.finish(self.codec.decode(self.normaliser.denormalise(latent)).cpu()))

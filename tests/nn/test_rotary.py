@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from foley.nn.rotary import RotaryEmbedding, apply_rotary, inverse_frequencies
+from foley.nn.rotary import RotaryEmbedding, RotaryExtension, apply_rotary, inverse_frequencies
 
 CPU = torch.device("cpu")
 
@@ -50,3 +50,31 @@ def test_has_no_state_and_can_be_copied():
 def test_odd_dimensions_are_refused():
     with pytest.raises(ValueError, match="even head dimension, got 7"):
         RotaryEmbedding(7)
+
+
+@pytest.mark.parametrize("method", ["linear", "ntk"])
+def test_an_extension_leaves_trained_lengths_alone(method):
+    plain, extended = RotaryEmbedding(8), RotaryEmbedding(8)
+    extended.extension = RotaryExtension(method, 10)
+    args = (torch.device("cpu"), torch.float32)
+    assert torch.equal(plain(10, *args).cos, extended(10, *args).cos)
+    assert not torch.equal(plain(20, *args).cos, extended(20, *args).cos)
+
+
+def test_linear_extension_squeezes_positions_into_the_trained_range():
+    extended = RotaryEmbedding(8)
+    extended.extension = RotaryExtension("linear", 10)
+    args = (torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(extended(20, *args).cos[::2], RotaryEmbedding(8)(10, *args).cos)
+
+
+def test_ntk_keeps_the_highest_frequency_and_squeezes_the_lowest():
+    ratio = inverse_frequencies(8) / RotaryExtension("ntk", 10).frequencies(8, 10000.0, 30)
+    assert ratio[0] == 1
+    assert ratio[-1].item() == pytest.approx(3.0)
+    assert (ratio.diff() > 0).all()
+
+
+def test_an_unknown_extension_is_refused():
+    with pytest.raises(ValueError, match="got 'yarn'"):
+        RotaryExtension("yarn", 10)

@@ -13,6 +13,7 @@ from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Progress, Start, sample
 from foley.diffusion.solver import Solver
 from foley.diffusion.types import Accelerator
+from foley.diffusion.windows import Windows
 from foley.seeding import torch_generator
 
 
@@ -43,6 +44,7 @@ def generate_latents(
     progress: Progress = iter,
     known: KnownLatent | None = None,
     start: Start | None = None,
+    windows: Windows | None = None,
 ) -> Tensor:
     """Latents `[B, C, num_frames]`, one per seed and row of `positive`; an item ignores the rest of its batch.
 
@@ -54,6 +56,7 @@ def generate_latents(
         progress: wraps the range of evaluations.
         known: frames that the denoiser sees and that come back as given, on `device`.
         start: a latent to begin at instead of pure noise, on `device`.
+        windows: cuts a latent longer than the denoiser knows into such as it does.
 
     Raises ValueError where the solver does not fit the process.
     """
@@ -62,7 +65,7 @@ def generate_latents(
     noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
     generators = [torch_generator("solver noise", seed) for seed in seeds]
     run = solver.run_context(scheduler, guidance, len(seeds))
-    grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames)
+    grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
     denoise = guidance.wrap(denoiser, positive, negative, known, grid)
     with nullcontext() if accelerator is None else accelerator.attach(denoiser):
         callbacks = [] if accelerator is None else [accelerator]

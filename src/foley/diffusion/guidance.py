@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foley.diffusion.windows import Windows
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """`(noisy [B, C, L], timestep [B]) -> prediction [B, C, L]`: all that a sampler knows of a model."""
 
@@ -56,10 +58,11 @@ class KnownLatent:
 
 @dataclass(frozen=True)
 class EvaluationGrid:
-    """Where a run evaluates the denoiser: at `timesteps [E]`, on latents of `num_frames` L."""
+    """Where a run evaluates the denoiser: at `timesteps [E]`, on latents of `num_frames` L, or on windows of them."""
 
     timesteps: Tensor
     num_frames: int
+    windows: Windows | None = None
 
 
 class ClassifierFreeGuidance:
@@ -125,6 +128,8 @@ def _condition(
     denoiser: Callable[..., Tensor], text: Conditioning, known: KnownLatent | None, grid: EvaluationGrid | None
 ) -> Denoise:
     """The denoiser with everything bound to it that stays the same throughout a run."""
+    if grid is not None and grid.windows is not None:
+        return _condition_windows(denoiser, text, known, grid, grid.windows)
     inputs: dict[str, Any] = {"context": text.context, "context_mask": text.mask}
     if known is not None:
         rows = known.repeat(len(text.mask))
@@ -133,3 +138,19 @@ def _condition(
     if grid is None or prepare is None:
         return partial(denoiser, **inputs)
     return partial(denoiser, run=prepare(grid.timesteps, grid.num_frames, **inputs))
+
+
+def _condition_windows(
+    denoiser: Callable[..., Tensor],
+    text: Conditioning,
+    known: KnownLatent | None,
+    grid: EvaluationGrid,
+    windows: Windows,
+) -> Denoise:
+    """As `_condition`, on all windows of the latent in one batch."""
+    text = Conditioning(windows.repeat(text.context), windows.repeat(text.mask))
+    if known is not None:
+        rows = known.repeat(len(text.mask) // windows.count)
+        known = KnownLatent(windows.split(rows.visible), windows.split(rows.hidden_mask))
+    predict = _condition(denoiser, text, known, EvaluationGrid(grid.timesteps, windows.window_frames))
+    return lambda noisy, timestep: windows.merge(predict(windows.split(noisy), windows.repeat(timestep)))

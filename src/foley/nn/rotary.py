@@ -1,5 +1,6 @@
 """Rotary position embedding (RoFormer, Su et al. 2021, equation 34), in the rotate-half layout."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,30 +21,64 @@ def inverse_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
     return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
 
 
+@dataclass(frozen=True)
+class RotaryExtension:
+    """How positions beyond the trained ones are told apart.
+
+    Args:
+        method: "linear" squeezes all positions into the trained range (Chen et al. 2023, "Extending Context Window of
+            Large Language Models via Positional Interpolation"); "ntk" raises the base, so that high frequencies stay
+            as they are and the lowest one is squeezed. ValueError for any other.
+        trained_length: positions seen in training; shorter inputs are not changed.
+    """
+
+    method: str
+    trained_length: int
+
+    def __post_init__(self) -> None:
+        if self.method not in ("linear", "ntk"):
+            raise ValueError(f"a rotary extension is linear or ntk, got {self.method!r}")
+
+    def frequencies(self, head_dim: int, base: float, length: int) -> Tensor:
+        """The inverse frequencies for an input of `length` positions."""
+        factor = max(1.0, length / self.trained_length)
+        if self.method == "linear":
+            return inverse_frequencies(head_dim, base) / factor
+        return inverse_frequencies(head_dim, base * factor ** (head_dim / (head_dim - 2)))
+
+
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate `[B, N, H, head_dim]` by its positions."""
     return torch.addcmul(x * table.cos, x.roll(x.shape[-1] // 2, dims=-1), table.signed_sin)
 
 
 class RotaryEmbedding(nn.Module):
-    """Makes the tables that all blocks of a model share, and keeps the longest one per device and dtype."""
+    """Makes the tables that all blocks of a model share, and keeps the longest one per device and dtype.
+
+    `extension` may be set for inputs longer than those of training; then the tables depend on the length.
+    """
 
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
+        self.head_dim, self.base = head_dim, base
+        self.extension: RotaryExtension | None = None
         self.inverse_frequencies = inverse_frequencies(head_dim, base)
         self._tables: dict[tuple[torch.device, torch.dtype], RotaryTable] = {}
 
     def forward(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTable:
         """The table of `length` positions, each `[length, 1, head_dim]`."""
+        if self.extension is not None and length > self.extension.trained_length:
+            frequencies = self.extension.frequencies(self.head_dim, self.base, length)
+            return self._build(length, frequencies, device, dtype)
         table = self._tables.get((device, dtype))
         if table is None or len(table.cos) < length:
-            table = self._tables[(device, dtype)] = self._build(length, device, dtype)
+            table = self._tables[(device, dtype)] = self._build(length, self.inverse_frequencies, device, dtype)
         return RotaryTable(table.cos[:length], table.signed_sin[:length])
 
     # A table first made while sampling must still serve training: tensors made in inference mode cannot.
     @torch.inference_mode(False)
-    def _build(self, length: int, device: torch.device, dtype: torch.dtype) -> RotaryTable:
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), self.inverse_frequencies)
+    def _build(self, length: int, frequencies: Tensor, device: torch.device, dtype: torch.dtype) -> RotaryTable:
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
         cos, sin = angles.cos(), angles.sin()
         cos, signed_sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return RotaryTable(cos.unsqueeze(1).to(device, dtype), signed_sin.unsqueeze(1).to(device, dtype))

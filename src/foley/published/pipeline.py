@@ -158,6 +158,8 @@ class PipelineToAudio:
                 f"solver={settings.solver}: a published pipeline keeps its own "
                 f"({type(self.audio.pipeline.scheduler).__name__}); leave it out"
             )
+        if settings.window_seconds is not None:
+            raise ValueError("window_seconds: a published pipeline generates a clip as a whole; leave it out")
         if settings.num_steps < 1:
             raise ValueError(f"steps must be a whole number >= 1, got {settings.num_steps}")
         if settings.guidance.rescale or settings.guidance.scale < 1:

@@ -41,7 +41,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def activation_bytes(module: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that `forward()` saves for its backward pass, without the parameters of `module`; "meta" tensors will do."""
+    """Bytes that `forward()` saves for its backward pass, without the parameters of `module`; also on "meta"."""
     counter = ActivationCounter(module.parameters())
     with counter.hooks():
         forward()

@@ -1,0 +1,62 @@
+"""Long latents as overlapping windows of a length that the denoiser knows."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Cuts `num_frames` L into windows of W frames that overlap by at least `overlap_frames`, evenly spread.
+
+    A denoiser's predictions for the windows are averaged where they overlap, at every evaluation, so that all windows
+    agree on what they share (MultiDiffusion, Bar-Tal et al. 2023). A window's weight falls off linearly to its ends.
+
+    Raises ValueError unless `0 <= overlap_frames < window_frames <= num_frames`.
+    """
+
+    num_frames: int
+    window_frames: int
+    overlap_frames: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap_frames < self.window_frames <= self.num_frames:
+            raise ValueError(
+                f"windows of {self.window_frames} frames that overlap by {self.overlap_frames} do not cut up "
+                f"{self.num_frames} frames: the overlap must be shorter than a window, and a window not too long"
+            )
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """The first frame of each window; the last window ends with the latent."""
+        room, stride = self.num_frames - self.window_frames, self.window_frames - self.overlap_frames
+        gaps = -(-room // stride)
+        return [index * room // gaps for index in range(gaps + 1)] if gaps else [0]
+
+    @property
+    def count(self) -> int:
+        """The number n of windows."""
+        return len(self.starts)
+
+    def split(self, frames: Tensor) -> Tensor:
+        """`[B, ..., L]` to `[n B, ..., W]`: all items' first windows, then all items' second ones."""
+        return torch.cat([frames[..., start : start + self.window_frames] for start in self.starts])
+
+    def repeat(self, rows: Tensor) -> Tensor:
+        """Rows `[B, ...]` that hold for all of an item's windows, in the order of `split`."""
+        return rows.repeat(self.count, *[1] * (rows.ndim - 1))
+
+    def merge(self, windows: Tensor) -> Tensor:
+        """The weighted average `[B, C, L]` of `[n B, C, W]`."""
+        ramp = torch.arange(1, self.window_frames + 1, device=windows.device)
+        weight = torch.minimum(ramp, ramp.flip(0)).to(windows.dtype)
+        parts = windows.chunk(self.count)
+        total = windows.new_zeros(*parts[0].shape[:-1], self.num_frames)
+        weights = windows.new_zeros(self.num_frames)
+        for start, part in zip(self.starts, parts, strict=True):
+            frames = slice(start, start + self.window_frames)
+            total[..., frames] += weight * part
+            weights[frames] += weight
+        return total / weights
