@@ -22,6 +22,7 @@ ALLOWED = {
     "convert": {"convert", "models", "nn"},
     "published": EVERYTHING,
     "training": EVERYTHING,
+    "inference": set(),
     "editing": {"editing", "data"},
     "generation": {"generation", "diffusion", "reporting"},
     "pipeline": EVERYTHING,

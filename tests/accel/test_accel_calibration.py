@@ -1,5 +1,6 @@
 """Change curves: their definition, their average over prompts and branches, and their way to disk."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,36 @@ def test_calibrations_survive_the_disk_and_can_be_drawn(denoiser: Any, generate:
     assert torch.equal(loaded.std, calibration.std)
     assert (loaded.kinds, loaded.signature) == (calibration.kinds, calibration.signature)
     assert loaded.num_prompts == 2
+    assert (loaded.macs, loaded.timesteps) == (calibration.macs, calibration.timesteps)
     rows = audiocache_schedule(loaded.changes(), 0.2)
     schedule = CacheSchedule.from_rows(rows, loaded.kinds, loaded.signature, {"name": "audiocache", "threshold": 0.2})
     plot_calibration(loaded, tmp_path / "curves.png")
     plot_schedule(schedule, tmp_path / "schedule.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
     assert (tmp_path / "schedule.png").stat().st_size > 0
+
+
+def test_a_calibration_of_an_earlier_version_is_refused(denoiser: Any, generate: Any, tmp_path: Path) -> None:
+    _record(denoiser, generate, {}).save(tmp_path / "ddim_6")
+    file = tmp_path / "ddim_6.json"
+    info = json.loads(file.read_text())
+    del info["macs"]
+    file.write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="earlier version; make it again"):
+        Calibration.load(tmp_path / "ddim_6")
+
+
+def test_a_fine_calibration_serves_a_coarser_run(denoiser: Any, generate: Any) -> None:
+    fine = _record(denoiser, generate, {"num_steps": 12})
+    for layer, curve in fine.changes_at(fine.timesteps).items():
+        assert curve[1:] == pytest.approx(fine.changes()[layer][1:], abs=1e-6)
+    coarse = fine.changes_at(fine.timesteps[::2])
+    for layer, curve in fine.changes().items():
+        pairs = [first + second for first, second in zip(curve[1::2], curve[2::2], strict=False)]
+        assert coarse[layer][1:] == pytest.approx(pairs, abs=1e-6)
+
+
+def test_a_second_order_solver_is_not_read_at_other_steps(denoiser: Any, generate: Any) -> None:
+    heun = _record(denoiser, generate, {"solver": "heun"})
+    with pytest.raises(ValueError, match="do not fall steadily"):
+        heun.changes_at([900.0, 500.0])

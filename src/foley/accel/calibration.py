@@ -86,8 +86,10 @@ class Calibration:
 
     @classmethod
     def load(cls, stem: Path) -> "Calibration":
-        """Read what `save` wrote; raises as `load_record` does."""
+        """Read what `save` wrote; raises as `load_record` does, and ValueError where an earlier version wrote it."""
         tensors, info = load_record(stem)
+        if "macs" not in info:
+            raise ValueError(f"{stem}.json was written by an earlier version; make it again with scripts/calibrate.py")
         return cls(
             mean=tensors["mean"],
             std=tensors["std"],
