@@ -85,6 +85,7 @@ def audioldm2() -> AudioLDM2Pipeline:
         resblock_kernel_sizes=[3, 7],
         resblock_dilation_sizes=[[1, 3], [1, 3]],
         normalize_before=False,
+        initializer_range=0.3,  # audible
     )
     language_model = GPT2Config(
         vocab_size=40, n_positions=99, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2

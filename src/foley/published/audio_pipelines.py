@@ -24,8 +24,10 @@ class AudioPipeline(Protocol):
     def max_duration_seconds(self) -> float:
         """What the model can make at all."""
 
-    def latents(self, prompts: Sequence[str], negative_prompt: str | None, num_samples: int, **options: Any) -> Tensor:
-        """One latent per prompt, of clips of T = `num_samples` or more; `options` are those of the pipeline's call."""
+    def latents(
+        self, prompts: Sequence[str], negative_prompt: str | None, duration_seconds: float, **options: Any
+    ) -> Tensor:
+        """One latent per prompt, of clips as long or longer; `options` are those of the pipeline's call."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Audio `[B, channels, T or more]`."""
@@ -51,11 +53,13 @@ class StableAudio:
         num_frames: int = self.pipeline.transformer.config.sample_size
         return float(num_frames * self.pipeline.vae.hop_length / self.sample_rate_hz)
 
-    def latents(self, prompts: Sequence[str], negative_prompt: str | None, num_samples: int, **options: Any) -> Tensor:
+    def latents(
+        self, prompts: Sequence[str], negative_prompt: str | None, duration_seconds: float, **options: Any
+    ) -> Tensor:
         latents: Tensor = self.pipeline(
             list(prompts),
             negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-            audio_end_in_s=num_samples / self.sample_rate_hz,
+            audio_end_in_s=duration_seconds,
             output_type="latent",
             **options,
         ).audios
@@ -83,10 +87,12 @@ class AudioLDM2:
     def sample_rate_hz(self) -> int:
         return int(self.pipeline.vocoder.config.sampling_rate)
 
-    def latents(self, prompts: Sequence[str], negative_prompt: str | None, num_samples: int, **options: Any) -> Tensor:
+    def latents(
+        self, prompts: Sequence[str], negative_prompt: str | None, duration_seconds: float, **options: Any
+    ) -> Tensor:
         frame_samples = math.prod(self.pipeline.vocoder.config.upsample_rates)
         multiple = self.pipeline.vae_scale_factor
-        num_frames = math.ceil(num_samples / frame_samples / multiple) * multiple
+        num_frames = math.ceil(round(duration_seconds * self.sample_rate_hz) / frame_samples / multiple) * multiple
         guided = options["guidance_scale"] > 1
         latents: Tensor = self.pipeline(
             # Half a frame more, so that no rounding makes it one fewer.
@@ -98,7 +104,7 @@ class AudioLDM2:
         return latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        mel = self.pipeline.vae.decode(latents / self.pipeline.vae.config.scaling_factor).sample
+        mel = self.pipeline.vae.decode(1 / self.pipeline.vae.config.scaling_factor * latents).sample
         audio: Tensor = self.pipeline.mel_spectrogram_to_waveform(mel)
         return audio[:, None]
 

@@ -119,7 +119,7 @@ class PipelineToAudio:
         for start in range(0, len(request.prompts), request.settings.batch_size):
             items = slice(start, start + request.settings.batch_size)
             with timings.measured("denoise_seconds", self.device):
-                latents = self._latents(request, items, num_samples, meter)
+                latents = self._latents(request, items, duration_seconds, meter)
             with timings.measured("decode_seconds", self.device), torch.no_grad():
                 rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])
         description = {
@@ -134,7 +134,9 @@ class PipelineToAudio:
         request.settings.check_finite(audio)
         return Generation(audio, self.sample_rate_hz, request.prompts, request.seeds, description, timings)
 
-    def _latents(self, request: GenerationRequest, items: slice, num_samples: int, meter: CostMeter | None) -> Tensor:
+    def _latents(
+        self, request: GenerationRequest, items: slice, duration_seconds: float, meter: CostMeter | None
+    ) -> Tensor:
         settings, pipeline = request.settings, self.audio.pipeline
         scale = settings.guidance.scale
         pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
@@ -142,7 +144,7 @@ class PipelineToAudio:
             return self.audio.latents(
                 request.prompts[items],
                 settings.negative_prompt or None,
-                num_samples,
+                duration_seconds,
                 num_inference_steps=settings.num_steps,
                 guidance_scale=scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in request.seeds[items]],
