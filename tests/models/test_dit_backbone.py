@@ -252,3 +252,30 @@ def test_a_generation_hoists_and_gives_what_plain_calls_give(solver, inputs, mon
     # A denoiser without `prepare` is called with everything at each evaluation.
     monkeypatch.setattr(DiffusionTransformer, "prepare", None)
     torch.testing.assert_close(hoisted, generate(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_guidance_embedding_hoists_one_scale_for_all_or_one_per_item(variant, inputs):
+    model, timesteps = make_model(variant, guidance_embedding=True), torch.tensor([999, 499])
+    for scale in (torch.tensor([5.0, 9.0]), torch.tensor([7.0])):
+        run = model.prepare(timesteps, FRAMES, inputs["context"], guidance_scale=scale)
+        for timestep in timesteps:
+            plain = {**inputs, "timestep": timestep.expand(2)}
+            expected = model(**plain, guidance_scale=scale)
+            hoisted = model(inputs["noisy"], timestep.expand(2), run=run)
+            torch.testing.assert_close(hoisted, expected, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(expected, model(**plain, guidance_scale=scale + 1), atol=1e-4)
+
+
+def test_a_student_begins_as_its_teacher(inputs):
+    teacher, student = make_model(), make_model(guidance_embedding=True, randomise=False)
+    loaded = student.load_state_dict(teacher.state_dict(), strict=False)
+    assert loaded.missing_keys == ["guidance_embedding.projection.weight", "guidance_embedding.projection.bias"]
+    assert torch.equal(student(**inputs, guidance_scale=torch.tensor([5.0, 13.0])), teacher(**inputs))
+
+
+def test_only_a_student_takes_a_guidance_scale_and_it_needs_one(inputs):
+    with pytest.raises(ValueError, match="give `guidance_scale"):
+        make_model(guidance_embedding=True)(**inputs)
+    with pytest.raises(ValueError, match="does not embed a guidance scale"):
+        make_model()(**inputs, guidance_scale=torch.tensor([5.0]))

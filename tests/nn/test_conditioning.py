@@ -4,10 +4,17 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, Modulation, TimeToken
-from foley.nn.embedding import LearnedPositions, TimeEmbedding, sinusoidal_embedding
+from foley.nn.embedding import (
+    GuidanceEmbedding,
+    LearnedPositions,
+    TimeEmbedding,
+    guidance_sinusoids,
+    sinusoidal_embedding,
+)
 from foley.nn.feedforward import GegluFeedForward
 from foley.nn.norm import ModulatedNorm
 
@@ -83,3 +90,17 @@ def test_geglu_gates_its_first_half_with_gelu_of_its_second():
     projected = layer.input(x)
     expected = layer.output(projected[..., :24] * F.gelu(projected[..., 24:]))
     torch.testing.assert_close(layer(x), expected)
+
+
+def test_golden_guidance_embedding(shared):
+    golden = load_file(shared / "golden" / "audiolcm.safetensors")
+    torch.testing.assert_close(guidance_sinusoids(golden["embed.w"], 256), golden["embed.out"], atol=1e-5, rtol=0)
+
+
+def test_a_guidance_embedding_starts_at_zero_and_learns_at_once():
+    embedding, scale = GuidanceEmbedding(16), torch.tensor([5.0, 7.5])
+    output = embedding(scale)
+    assert output.shape == (2, 16)
+    assert not output.any()
+    output.sum().backward()
+    assert embedding.projection.weight.grad.any()

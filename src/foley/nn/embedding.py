@@ -1,11 +1,11 @@
-"""Embeddings of time and of absolute position."""
+"""Embeddings of time, of the guidance scale and of absolute position."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from foley.nn.linear import normal_linear
+from foley.nn.linear import normal_linear, zero_linear
 
 
 def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -26,6 +26,33 @@ class TimeEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         sinusoids = sinusoidal_embedding(timestep, self.num_sinusoids)
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+
+
+def guidance_sinusoids(scale: Tensor, dim: int) -> Tensor:
+    """Guidance scale w `[B]` to `[B, dim]` in float32, as latent consistency models embed it (Luo et al. 2023).
+
+    Sines, then cosines, of 1000 w at frequencies from 1 to exactly 1 / 10000.
+    """
+    half = dim // 2
+    step = torch.tensor(10000.0, device=scale.device).log() / (half - 1)
+    angles = 1000 * scale.float()[:, None] * torch.exp(-step * torch.arange(half, device=scale.device))
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class GuidanceEmbedding(nn.Module):
+    """Guidance scale w `[B]` to `[B, D]`: sinusoids through a projection that starts at zero.
+
+    So a student that begins with its teacher's weights begins as the teacher, at every scale.
+    """
+
+    def __init__(self, width: int, num_sinusoids: int = 256) -> None:
+        super().__init__()
+        self.num_sinusoids = num_sinusoids
+        self.projection = zero_linear(num_sinusoids, width)
+
+    def forward(self, scale: Tensor) -> Tensor:
+        sinusoids = guidance_sinusoids(scale, self.num_sinusoids)
+        return self.projection(sinusoids.to(self.projection.weight.dtype))
 
 
 class LearnedPositions(nn.Module):

@@ -13,7 +13,7 @@ from foley.models.dit.conditions import Conditions, RunConditions
 from foley.models.dit.masking import MaskedInput
 from foley.models.dit.output import OutputLayer
 from foley.nn.adaln import ModulationScheme
-from foley.nn.embedding import LearnedPositions, TimeEmbedding
+from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
 from foley.nn.linear import normal_linear, xavier_linear
 from foley.nn.rotary import RotaryEmbedding
 
@@ -35,6 +35,7 @@ class DiffusionTransformer(nn.Module):
         rotary: rotary positions in self-attention.
         learned_positions: number of learned absolute positions, the longest input in frames; None for none.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
+        guidance_embedding: add an embedding of the guidance scale to that of the time, as a distilled student needs.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class DiffusionTransformer(nn.Module):
         rotary: bool = True,
         learned_positions: int | None = None,
         gradient_checkpointing: bool = False,
+        guidance_embedding: bool = False,
     ) -> None:
         super().__init__()
         if depth % 2:
@@ -64,6 +66,7 @@ class DiffusionTransformer(nn.Module):
         self.positions = LearnedPositions(learned_positions, width) if learned_positions else None
         self.rotary = RotaryEmbedding(width // num_heads) if rotary else None
         self.time_embedding = TimeEmbedding(width)
+        self.guidance_embedding = GuidanceEmbedding(width) if guidance_embedding else None
         self.context_embedding = _context_embedding(context_dim, width) if context_dim else None
         self.shared_modulation = modulation.build_shared(width)
         shape = BlockShape(width, num_heads, int(feed_forward_ratio * width), qk_norm, context_dim is not None)
@@ -84,6 +87,7 @@ class DiffusionTransformer(nn.Module):
         frame_mask: Tensor | None = None,
         visible: Tensor | None = None,
         hidden_mask: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
         run: RunConditions | None = None,
     ) -> Tensor:
         """The prediction `[B, C, L]` for a noisy latent `[B, C, L]` at `timestep [B]`.
@@ -96,11 +100,13 @@ class DiffusionTransformer(nn.Module):
             frame_mask: `[B, L]`, true = valid; padded frames are not attended to.
             visible: latent `[B, C, L]` of known frames, for masked training and for editing.
             hidden_mask: `[B, L]`, true where the visible latent is hidden and must be generated.
+            guidance_scale: w `[B]`, or `[1]` for all items; needed (ValueError) by a model that embeds it, and by no
+                other.
             run: what `prepare` made of all of these; they are then not looked at.
         """
         if run is None:
-            frames = noisy.shape[-1]
-            conditions = self._condition(timestep, frames, context, context_mask, frame_mask, visible, hidden_mask)
+            time, frames = self._embed_time(timestep, guidance_scale), noisy.shape[-1]
+            conditions = self._condition(time, frames, context, context_mask, frame_mask, visible, hidden_mask)
         else:
             conditions = run.at(timestep)
         weight = self.input_projection.weight[:, : self.latent_channels]
@@ -120,19 +126,36 @@ class DiffusionTransformer(nn.Module):
         frame_mask: Tensor | None = None,
         visible: Tensor | None = None,
         hidden_mask: Tensor | None = None,
+        guidance_scale: Tensor | None = None,
     ) -> RunConditions:
         """Everything that the evaluations at `timesteps [E]` of one generation share, for `forward(..., run=...)`.
 
         All modulations, the context's keys and values, rotary tables and the visible latent's share of the tokens are
         computed here, once. The other arguments are those of `forward`.
         """
-        conditions = self._condition(timesteps, num_frames, context, context_mask, frame_mask, visible, hidden_mask)
+        num_scales = 1 if guidance_scale is None else len(guidance_scale)
+        scales = None if guidance_scale is None else guidance_scale.repeat(len(timesteps))
+        time = self._embed_time(timesteps.repeat_interleave(num_scales), scales)
+        conditions = self._condition(time, num_frames, context, context_mask, frame_mask, visible, hidden_mask)
         hoisted = [block.hoist(conditions.block_inputs) for block in self.blocks()]
         return RunConditions(timesteps, replace(conditions, hoisted=hoisted))
 
+    def _embed_time(self, timestep: Tensor, guidance_scale: Tensor | None) -> Tensor:
+        """`[B, D]` of diffusion times `[B]` and, in a student, of guidance scales."""
+        if (guidance_scale is None) != (self.guidance_embedding is None):
+            raise ValueError(
+                "this model embeds the guidance scale: give `guidance_scale [B]`"
+                if guidance_scale is None
+                else "this model does not embed a guidance scale; only a distilled student does (guidance_embedding)"
+            )
+        time = self.time_embedding(timestep)
+        if self.guidance_embedding is not None:
+            time = time + self.guidance_embedding(guidance_scale)
+        return nn.functional.silu(time)
+
     def _condition(
         self,
-        timestep: Tensor,
+        time: Tensor,
         num_frames: int,
         context: Tensor | None,
         context_mask: Tensor | None,
@@ -140,7 +163,6 @@ class DiffusionTransformer(nn.Module):
         visible: Tensor | None,
         hidden_mask: Tensor | None,
     ) -> Conditions:
-        time = nn.functional.silu(self.time_embedding(timestep))
         num_tokens = num_frames + self.prepends_time_token
         if self.prepends_time_token and frame_mask is not None:
             frame_mask = nn.functional.pad(frame_mask, (1, 0), value=True)

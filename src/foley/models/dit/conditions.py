@@ -30,12 +30,13 @@ class RunConditions:
 
     Args:
         timesteps: `[E]`, those of the evaluations.
-        conditions: with E rows, instead of one per item, in all that depends on the time.
+        conditions: in all that depends on the time, with one row, or one row per item, for each timestep in turn.
     """
 
     def __init__(self, timesteps: Tensor, conditions: Conditions) -> None:
         self._timesteps = timesteps
         self._conditions = conditions
+        self._rows = torch.arange(len(conditions.block_inputs.time) // len(timesteps), device=timesteps.device)
         modulations = [_parts(block.modulation) for block in conditions.hoisted]
         parts = [part for modulation in (*modulations, _parts(conditions.output_modulation)) for part in modulation]
         self._table = torch.stack(parts, dim=1) if parts else None
@@ -44,15 +45,16 @@ class RunConditions:
         """The conditions of the evaluation at `timestep [B]`: one of the run's timesteps, the same for all items."""
         # By value and on the device: to look a number up on the host would wait for all work queued there.
         evaluation = (self._timesteps == timestep[0]).to(torch.uint8).argmax(dim=0, keepdim=True)
+        rows = evaluation * len(self._rows) + self._rows
         inputs = self._conditions.block_inputs
         # One gather for all blocks; the parts are views of it.
-        parts = iter(() if self._table is None else self._table[evaluation].unbind(dim=1))
+        parts = iter(() if self._table is None else self._table[rows].unbind(dim=1))
         hoisted = [
             HoistedBlock(_take_block(block.modulation, parts), block.keys_values) for block in self._conditions.hoisted
         ]
         return replace(
             self._conditions,
-            block_inputs=replace(inputs, time=inputs.time[evaluation]),
+            block_inputs=replace(inputs, time=inputs.time[rows]),
             output_modulation=_take(self._conditions.output_modulation, parts),
             hoisted=hoisted,
         )
