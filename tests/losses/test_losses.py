@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from foley.losses.adversarial import HingeLoss, LeastSquaresLoss, feature_matching
-from foley.losses.regression import masked_mse, pseudo_huber
+from foley.losses.regression import huber, masked_mse, pseudo_huber
 from foley.losses.spectral import LogMelLoss, MultiResolutionSTFTLoss, a_weighting
 
 
@@ -69,3 +69,12 @@ def test_pseudo_huber_golden(shared: Path) -> None:
     golden = load_file(shared / "golden" / "audiolcm.safetensors")
     loss = pseudo_huber(golden["loss.pred"], golden["loss.target"], 1e-3)
     torch.testing.assert_close(loss, golden["loss.pseudo_huber_c0.001"].squeeze())
+
+
+def test_huber_is_quadratic_then_linear() -> None:
+    prediction = torch.tensor([0.0, 0.5, -1.0, 3.0]).reshape(1, 1, 4)
+    losses = [0.0, 0.125, 0.5, 2.5]
+    for frame, expected in enumerate(losses):
+        mask = torch.arange(4)[None] == frame
+        assert huber(prediction, torch.zeros(1, 1, 4), eta=1.0, mask=mask).item() == pytest.approx(expected)
+    assert huber(prediction, torch.zeros(1, 1, 4)).item() == pytest.approx(sum(losses) / 4)

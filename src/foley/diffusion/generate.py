@@ -50,7 +50,7 @@ def generate_latents(
 
     Args:
         denoiser: a module that has `latent_channels`, and is called as `ClassifierFreeGuidance.wrap` says.
-        negative: one row in all or one per item; None only where the guidance scale is 1.
+        negative: one row in all or one per item; None only where guidance does not need it.
         accelerator: attached to the denoiser for the length of the run.
         device: where the denoiser is. Noise is drawn on the CPU, so that a seed means the same everywhere.
         progress: wraps the range of evaluations.

@@ -1,8 +1,9 @@
 """Classifier-free guidance: the one rule, and the joint batch that evaluates both of its branches at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ class EvaluationGrid:
     windows: Windows | None = None
 
 
+def extrapolate(positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
+    """The guided prediction, equation (1) of EzAudio; `scale` w is a number or broadcastable."""
+    return negative + scale * (positive - negative)
+
+
 class ClassifierFreeGuidance:
     """Equations (1)-(3) of EzAudio (Hai et al. 2024); the rescale is that of Lin et al. 2024, section 3.4.
 
@@ -90,7 +96,7 @@ class ClassifierFreeGuidance:
         """The guided prediction `[B, C, L]`; each item is rescaled by its own spread."""
         if not self.needs_negative:
             return positive
-        guided = negative + self.scale * (positive - negative)  # equation (1)
+        guided = extrapolate(positive, negative, self.scale)
         if not self.rescale:
             return guided
         axes = tuple(range(1, guided.ndim))
@@ -113,24 +119,72 @@ class ClassifierFreeGuidance:
         With a `grid`, a denoiser that has `prepare` does there, once, all that every evaluation of the run repeats.
         """
         if not self.needs_negative:
-            return _condition(denoiser, positive, known, grid)
+            return bind(denoiser, positive, known, grid)
         if negative is None:
             raise ValueError(f"guidance scale {self.scale} needs the conditioning of the negative (empty) prompt")
-        predict = _condition(denoiser, positive.cat(negative.expand(len(positive.mask))), known, grid)
-
-        def guided(noisy: Tensor, timestep: Tensor) -> Tensor:
-            return self.combine(*predict(noisy.repeat(2, 1, 1), timestep.repeat(2)).chunk(2))
-
-        return guided
+        predict = branches(denoiser, positive, negative, known, grid)
+        return lambda noisy, timestep: self.combine(*predict(noisy, timestep))
 
 
-def _condition(
-    denoiser: Callable[..., Tensor], text: Conditioning, known: KnownLatent | None, grid: EvaluationGrid | None
+class EmbeddedGuidance(ClassifierFreeGuidance):
+    """Guidance that a distilled student computes itself: it is given the scale w, and evaluated once.
+
+    Args:
+        scale: w, in the convention of `ClassifierFreeGuidance`.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale)
+
+    @property
+    def needs_negative(self) -> bool:
+        """Never: the negative branch is in the student's weights."""
+        return False
+
+    def wrap(
+        self,
+        denoiser: Callable[..., Tensor],
+        positive: Conditioning,
+        negative: Conditioning | None = None,
+        known: KnownLatent | None = None,
+        grid: EvaluationGrid | None = None,
+    ) -> Denoise:
+        """As for `ClassifierFreeGuidance`; the denoiser takes `guidance_scale [1]` too. `negative` is not used."""
+        scale = torch.tensor([float(self.scale)], device=positive.context.device)
+        return bind(denoiser, positive, known, grid, {"guidance_scale": scale})
+
+
+def branches(
+    denoiser: Callable[..., Tensor],
+    positive: Conditioning,
+    negative: Conditioning,
+    known: KnownLatent | None = None,
+    grid: EvaluationGrid | None = None,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The predictions of the positive and of the negative branch, in one joint batch; as `wrap` describes."""
+    predict = bind(denoiser, positive.cat(negative.expand(len(positive.mask))), known, grid)
+
+    def both(noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = predict(noisy.repeat(2, 1, 1), timestep.repeat(2)).chunk(2)
+        return first, second
+
+    return both
+
+
+def bind(
+    denoiser: Callable[..., Tensor],
+    text: Conditioning,
+    known: KnownLatent | None = None,
+    grid: EvaluationGrid | None = None,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Denoise:
-    """The denoiser with everything bound to it that stays the same throughout a run."""
+    """The denoiser with everything bound to it that stays the same throughout a run, `more` inputs included.
+
+    With windows, `more` must hold for all items.
+    """
     if grid is not None and grid.windows is not None:
-        return _condition_windows(denoiser, text, known, grid, grid.windows)
-    inputs: dict[str, Any] = {"context": text.context, "context_mask": text.mask}
+        return _bind_windows(denoiser, text, known, grid, grid.windows, more)
+    inputs: dict[str, Any] = {"context": text.context, "context_mask": text.mask, **more}
     if known is not None:
         rows = known.repeat(len(text.mask))
         inputs |= {"visible": rows.visible, "hidden_mask": rows.hidden_mask}
@@ -140,17 +194,18 @@ def _condition(
     return partial(denoiser, run=prepare(grid.timesteps, grid.num_frames, **inputs))
 
 
-def _condition_windows(
+def _bind_windows(
     denoiser: Callable[..., Tensor],
     text: Conditioning,
     known: KnownLatent | None,
     grid: EvaluationGrid,
     windows: Windows,
+    more: Mapping[str, Tensor],
 ) -> Denoise:
-    """As `_condition`, on all windows of the latent in one batch."""
+    """As `bind`, on all windows of the latent in one batch."""
     text = Conditioning(windows.repeat(text.context), windows.repeat(text.mask))
     if known is not None:
         rows = known.repeat(len(text.mask) // windows.count)
         known = KnownLatent(windows.split(rows.visible), windows.split(rows.hidden_mask))
-    predict = _condition(denoiser, text, known, EvaluationGrid(grid.timesteps, windows.window_frames))
+    predict = bind(denoiser, text, known, EvaluationGrid(grid.timesteps, windows.window_frames), more)
     return lambda noisy, timestep: windows.merge(predict(windows.split(noisy), windows.repeat(timestep)))

@@ -114,7 +114,8 @@ class DiffusionProcess:
         """Loss weight `[B]`: `min(SNR, gamma)` on the clean latent, restated for this prediction's squared error.
 
         Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting", equations 4-6: `min(SNR, gamma) / SNR`
-        for epsilon and `/ (SNR + 1)` for v.
+        for epsilon and `/ (SNR + 1)` for v. With zero terminal SNR the noisiest step has weight 0: it is then learnt
+        only from its neighbours.
         """
         alpha, sigma = self.levels(timestep)
         of_noise, of_clean = self._mixture(alpha, sigma)

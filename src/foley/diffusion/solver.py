@@ -62,6 +62,8 @@ _FLOW_SOLVERS = {
     "heun_flow": _Entry(FlowMatchHeunDiscreteScheduler),
 }
 SOLVERS = (*_DIFFUSION_SOLVERS, *_FLOW_SOLVERS)
+CONSISTENCY = "consistency"
+"""The one solver of distilled students, `foley.diffusion.consistency.ConsistencySolver`; no other model knows it."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Solver:
     num_steps: int = 50
 
     def __post_init__(self) -> None:
-        if self.name not in SOLVERS:
-            raise ValueError(f"unknown solver {self.name!r}; choose one of {', '.join(SOLVERS)}")
+        if self.name not in (*SOLVERS, CONSISTENCY):
+            raise ValueError(f"unknown solver {self.name!r}; choose one of {', '.join(SOLVERS)}, {CONSISTENCY}")
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"the number of solver steps must be a whole number >= 1, got {self.num_steps!r}")
 
@@ -85,6 +87,11 @@ class Solver:
 
         Raises ValueError where the solver does not fit the process's prediction type or schedule length.
         """
+        if self.name == CONSISTENCY:
+            raise ValueError(
+                f"solver {CONSISTENCY!r} samples students only, which experiment=audiolcm distils; "
+                f"choose one of {', '.join(SOLVERS)}"
+            )
         table = _FLOW_SOLVERS if process.is_flow else _DIFFUSION_SOLVERS
         if self.name not in table:
             raise ValueError(

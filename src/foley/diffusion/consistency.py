@@ -1,0 +1,162 @@
+"""Consistency models of latents, as AudioLCM has them (Liu et al. 2024): what distillation and sampling share.
+
+A consistency function maps any point of a solution of the probability-flow ODE to the solution's clean end. It is made
+of a denoiser that knows the guidance scale: `f(z, t) = c_skip(t) z + c_out(t) x0(z, t)`, where x0 is the clean latent
+that the prediction implies. Every prediction type takes this one path.
+
+With zero terminal SNR the noisiest point is pure noise. There `c_skip` is below 1e-8 and `c_out` 1, so f is x0 alone:
+the negated prediction for v. The noise that a prediction implies there is the point itself, guided or not, so that the
+first jump leads from the noise towards the guided mean of the data. Nothing is divided by the signal level, 0 there;
+only epsilon would need that, and `DiffusionProcess` refuses it on such a schedule. Without zero terminal SNR the
+noisiest point of training holds a little signal, and sampling starts, like every solver here, at noise without any.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from foley.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance
+from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.solver import CONSISTENCY, Solver
+
+
+def ddim_jump(process: DiffusionProcess, noisy: Tensor, prediction: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """One DDIM step `[B, C, L]` from timestep `start` to `end`, each `[B]`, however far apart (equation 13).
+
+    Clean latent and noise are affine in the prediction, so a guided prediction gives a guided estimate of both.
+    """
+    clean, noise = process.to_clean(noisy, prediction, start), process.to_noise(noisy, prediction, start)
+    return process.add_noise(clean, noise, end)
+
+
+class Consistency:
+    """What makes a denoiser a student: its boundary condition, the grid it was distilled on, the scales it has seen.
+
+    Args:
+        jump_steps: k, the training timesteps in one jump of the solver; the grid has `num_train_steps / k` points.
+        guidance_range: the guidance scales w of distillation. AudioLCM's omega is w - 1.
+        sigma_data: standard deviation of the latents, as the boundary condition has it.
+        timestep_scaling: how fast the boundary condition gives way to the denoiser.
+
+    Raises ValueError for a k below 1 and for a range that is none.
+    """
+
+    def __init__(
+        self,
+        jump_steps: int = 20,
+        guidance_range: Sequence[float] = (5.0, 13.0),
+        sigma_data: float = 0.5,
+        timestep_scaling: float = 10.0,
+    ) -> None:
+        if jump_steps < 1:
+            raise ValueError(f"consistency.jump_steps must be at least 1, got {jump_steps}")
+        self.lowest_scale, self.highest_scale = guidance_range
+        if not 0 <= self.lowest_scale <= self.highest_scale:
+            raise ValueError(f"consistency.guidance_range must be 0 <= low <= high, got {list(guidance_range)}")
+        self.jump_steps = jump_steps
+        self.sigma_data = sigma_data
+        self.timestep_scaling = timestep_scaling
+
+    def scalings(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """`c_skip` and `c_out`, each `[B]`: 1 and 0 at timestep 0, nearly 0 and 1 from the first point of a grid on."""
+        scaled = self.timestep_scaling * timestep.float()
+        power = scaled.square() + self.sigma_data**2
+        return self.sigma_data**2 / power, scaled / power.sqrt()
+
+    def estimate(self, process: DiffusionProcess, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        """The consistency function `[B, C, L]`, out of a denoiser's prediction at `timestep [B]` (equation 12)."""
+        skip, out = (scaling.to(noisy)[:, None, None] for scaling in self.scalings(timestep))
+        return skip * noisy + out * process.to_clean(noisy, prediction, timestep)
+
+    def grid(self, process: DiffusionProcess) -> Tensor:
+        """The N timesteps between which distillation jumps, cleanest first and pure noise last; k lies between two.
+
+        Raises ValueError where k does not divide the length of the noise schedule.
+        """
+        if process.num_train_steps % self.jump_steps:
+            raise ValueError(
+                f"consistency.jump_steps={self.jump_steps} does not divide the {process.num_train_steps} training "
+                "steps; take a divisor, such as 1, 5, 10, 20 or 50"
+            )
+        edges = torch.arange(self.jump_steps, process.num_train_steps + 1, self.jump_steps)
+        return edges.float() if process.is_flow else edges - 1
+
+    def jump_ends(self, grid: Tensor) -> Tensor:
+        """Where the jump from each point of the grid ends `[N]`: at the point before it, the first one's at 0."""
+        return torch.cat([torch.zeros_like(grid[:1]), grid[:-1]])
+
+    def guidance(self, guidance: ClassifierFreeGuidance, any_scale: bool = False) -> EmbeddedGuidance:
+        """How a student is guided where a teacher would be guided so.
+
+        Args:
+            any_scale: allow scales that distillation has not seen.
+
+        Raises ValueError for a rescale, and for such a scale unless it is allowed.
+        """
+        if guidance.rescale:
+            raise ValueError(f"a student takes no guidance rescale, got {guidance.rescale}; leave it at 0")
+        if not any_scale and not self.lowest_scale <= guidance.scale <= self.highest_scale:
+            raise ValueError(
+                f"guidance scale {guidance.scale} lies outside [{self.lowest_scale}, {self.highest_scale}], the "
+                "scales that this student was distilled with; any_guidance_scale=true takes it all the same"
+            )
+        return EmbeddedGuidance(guidance.scale)
+
+    def nearest_scale(self, scale: float) -> float:
+        """The scale nearest to `scale` that distillation has seen."""
+        return min(max(scale, self.lowest_scale), self.highest_scale)
+
+
+@dataclass(frozen=True)
+class ConsistencySolver(Solver):
+    """Multi-step consistency sampling (AudioLCM, algorithm 2): one evaluation a step, evenly spread over the grid."""
+
+    name: str = field(default=CONSISTENCY, init=False)
+    num_steps: int = 2
+    consistency: Consistency = field(default_factory=Consistency)
+
+    def build(self, process: DiffusionProcess) -> "ConsistencyScheduler":
+        """Raises ValueError for more steps than the grid has points."""
+        grid = self.consistency.grid(process).flip(0)
+        if self.num_steps > len(grid):
+            raise ValueError(f"{self.num_steps} steps asked for, but this student was distilled on {len(grid)} points")
+        chosen = [index * len(grid) // self.num_steps for index in range(self.num_steps)]
+        return ConsistencyScheduler(self.consistency, process, grid[chosen])
+
+
+class ConsistencyScheduler:
+    """Steps as the schedulers of diffusers do: to the clean end, and back to the next timestep with fresh noise.
+
+    Args:
+        timesteps: `[num_steps]`, noisiest first.
+    """
+
+    order = 1
+
+    def __init__(self, consistency: Consistency, process: DiffusionProcess, timesteps: Tensor) -> None:
+        self.consistency = consistency
+        self.process = process
+        self.timesteps = timesteps
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """`clean` at the noise level of `timestep [B]`."""
+        return self.process.add_noise(clean, noise, timestep)
+
+    def step(
+        self,
+        prediction: Tensor,
+        timestep: Tensor,
+        latent: Tensor,
+        generator: list[torch.Generator] | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """The noisy latent `[B, C, L]` of the next timestep, or after the last one the clean latent."""
+        clean = self.consistency.estimate(self.process, latent, prediction, timestep.expand(len(latent)))
+        later = self.timesteps[self.timesteps < timestep]
+        if not len(later):
+            return (clean,)
+        noise = randn_tensor(tuple(latent.shape), generator=generator, device=latent.device, dtype=latent.dtype)
+        return (self.process.add_noise(clean, noise, later[0].expand(len(latent))),)
