@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import foley.config  # noqa: F401  (registers the resolvers)
@@ -21,6 +22,7 @@ from foley.checkpoint import write_json
 from foley.diffusion.generate import generate_latents
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.solver import Solver
+from foley.inference import compile_blocks, set_precision
 from foley.metrics.latency import measure_latency
 from foley.models.dit.backbone import DiffusionTransformer
 from foley.pipeline import resolve_device
@@ -73,16 +75,6 @@ def sampling_step(denoiser: DiffusionTransformer, work: Workload) -> tuple[dict[
     return seconds, difference
 
 
-@contextmanager
-def half_precision(denoiser: DiffusionTransformer) -> Iterator[None]:
-    """Hold the weights in bfloat16 for a while; they come back rounded."""
-    denoiser.to(torch.bfloat16)
-    try:
-        yield
-    finally:
-        denoiser.float()
-
-
 def training_loss(denoiser: DiffusionTransformer, work: Workload, autocast: bool) -> Tensor:
     """Of a forward pass, in float32 or under bfloat16 autocast."""
     with torch.autocast(work.noisy.device.type, torch.bfloat16) if autocast else nullcontext():
@@ -93,7 +85,7 @@ def measure_training(denoiser: DiffusionTransformer, work: Workload) -> dict[str
     """Seconds, saved activations and model FLOP/s of forward and backward pass, with and without checkpointing."""
     # The FLOPs of the model itself: what checkpointing computes again does not count (Chowdhery et al. 2022).
     denoiser.gradient_checkpointing = False
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
         training_loss(denoiser, work, autocast=False).backward()
     result: dict[str, dict[str, float]] = {}
     for autocast, checkpointing in product((False, True), repeat=2):
@@ -153,7 +145,6 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
         "shape": {"batch": cfg.batch_size, "frames": cfg.num_frames, "tokens": cfg.num_tokens, "steps": cfg.steps},
-        "compile": cfg.compile,
     }
     peaks = {
         str(dtype).removeprefix("torch."): matmul_peak_tflops(device, dtype, cfg.matmul_size, cfg.repeats)
@@ -166,12 +157,13 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
             entry["share_of_matmul_peak"] = entry["model_tflops"] / peaks[name.removesuffix("_checkpointed")]
     seconds, result["relative_difference_by_hoisting"] = sampling_step(denoiser, work)
     steps = {"float32": seconds}
-    with half_precision(denoiser):
-        if cfg.compile:
-            denoiser.compile()
-        steps["bfloat16"], _ = sampling_step(denoiser, work)
-        if cfg.decode:
-            result["generation_bfloat16_seconds"] = generation_seconds(denoiser, cfg, work)
+    set_precision(denoiser, "bf16")
+    steps["bfloat16"], _ = sampling_step(denoiser, work)
+    if cfg.compile:
+        compile_blocks(denoiser)
+        steps["bfloat16_compiled"], _ = sampling_step(denoiser, work)
+    if cfg.decode:
+        result["generation_bfloat16_seconds"] = generation_seconds(denoiser, cfg, work)
     result["sampling_step_seconds"] = steps
     result["speedup_over_plain_float32"] = {
         f"{precision}_{name}": seconds["plain"] / step[name]

@@ -2,11 +2,17 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+def relative_to_checkout(value: Any) -> Any:
+    """A path inside the checkout as seen from its root, so that it holds where the checkout moved; others as given."""
+    return value.removeprefix(f"{PROJECT_ROOT}/") if isinstance(value, str) else value
 
 
 def cpu_precision() -> str:
@@ -20,9 +26,13 @@ def run_id(folder: str) -> str:
     return hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:12]
 
 
-def fused_optimizer(accelerator: str, precision: str) -> bool:
-    """Whether AdamW takes one fused kernel: on GPUs, but not with loss scaling, whose gradients are clipped outside."""
-    return torch.cuda.is_available() and accelerator in ("gpu", "cuda", "auto") and not precision.startswith("16")
+def fused_optimizer(accelerator: str, precision: str | int) -> bool | None:
+    """True for one fused kernel: on GPUs, but not with loss scaling, whose gradients are clipped outside.
+
+    None elsewhere, which leaves AdamW its own choice; False would also rule out its next best implementation.
+    """
+    on_gpu = torch.cuda.is_available() and accelerator in ("gpu", "cuda", "auto")
+    return True if on_gpu and not str(precision).startswith("16") else None
 
 
 def register_resolvers() -> None:

@@ -279,3 +279,11 @@ def test_only_a_student_takes_a_guidance_scale_and_it_needs_one(inputs):
         make_model(guidance_embedding=True)(**inputs)
     with pytest.raises(ValueError, match="does not embed a guidance scale"):
         make_model()(**inputs, guidance_scale=torch.tensor([5.0]))
+
+
+def test_a_timestep_that_was_not_prepared_for_is_refused(inputs):
+    model = make_model()
+    run = model.prepare(torch.tensor([999, 3]), FRAMES, inputs["context"])
+    for timestep in (torch.tensor([500, 500]), torch.tensor([999, 3])):
+        with pytest.raises(ValueError, match="not one of the 2"):
+            model(inputs["noisy"], timestep, run=run)

@@ -1,5 +1,8 @@
 """Bytes that a forward pass keeps for its backward pass."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -28,3 +31,16 @@ def test_nothing_is_kept_without_gradients() -> None:
     model = nn.Linear(10, 20)
     with torch.no_grad():
         assert activation_bytes(model, lambda: model(torch.ones(3, 10)).sum()) == 0
+
+
+def test_counting_leaves_no_graph_behind() -> None:
+    x, outputs = torch.ones(3, requires_grad=True), []
+
+    def forward() -> torch.Tensor:
+        output = x.exp()  # saves its own output
+        outputs.append(weakref.ref(output))
+        return output.sum()
+
+    activation_bytes(nn.Linear(1, 1), forward)
+    gc.collect()
+    assert outputs[0]() is None

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+_LARGEST_COMPRESSED = 6.0
+
 
 class LatentNormaliser(nn.Module):
     """Holds the mean and standard deviation `[C]` measured over a latent cache; identity until set.
@@ -36,6 +38,6 @@ class LatentNormaliser(nn.Module):
         return standard.asinh() if self.compressed else standard
 
     def denormalise(self, latent: Tensor) -> Tensor:
-        """The inverse of `normalise`."""
-        standard = latent.sinh() if self.compressed else latent
+        """The inverse of `normalise`; what no codec gives, a guided overshoot, is held at 200 standard deviations."""
+        standard = latent.clamp(-_LARGEST_COMPRESSED, _LARGEST_COMPRESSED).sinh() if self.compressed else latent
         return standard * self.std[:, None] + self.mean[:, None]

@@ -14,7 +14,7 @@ class FoleyModule(pl.LightningModule):
 
     Attributes:
         component_configs: component name (the prefix of its parameters) to a plain dict with `_target_`;
-            set by `foley.training.run.train` once the module is built.
+            `foley.training.run.train` adds those of the task's config once the module is built.
         checkpoint_metadata: further plain entries of `checkpoint["foley"]`, such as `codec_hash`.
         unsaved_components: prefixes that checkpoints leave out, such as a frozen text encoder.
     """

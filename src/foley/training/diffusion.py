@@ -8,36 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from foley.data.datamodule import LatentDataModule
 from foley.data.types import LatentBatch
 from foley.diffusion.process import DiffusionProcess
 from foley.models.normaliser import LatentNormaliser
 from foley.seeding import torch_generator
-from foley.training.base import FoleyModule
-from foley.training.optim import parameter_groups
+from foley.training.latent import LatentTraining, require_latents
 
 SpanMasking = Callable[[int, int, torch.Generator], Tensor]
 """`(B, L, generator) -> hidden [B, L]`, true where the latent must be generated."""
 
 
-class DiffusionTraining(FoleyModule):
+class DiffusionTraining(LatentTraining):
     """Masked denoising with an optional text condition (EzAudio, section II; methods 1).
 
     Everything random is drawn on the CPU from (purpose, seed, step, batch, rank): a resumed run repeats itself.
 
     Args:
-        denoiser: the network; may have no cross-attention, then `text` is None.
-        process: adds noise and makes targets.
-        normaliser: brings codec latents to unit variance.
-        optimizer: partial that takes parameter groups.
-        text: prompts to conditioning; left out of checkpoints unless `text.trainable`.
-        lr_schedule: partial that takes the optimizer; None keeps its rate.
+        denoiser, process, normaliser, optimizer, lr_schedule, seed: as for `LatentTraining`.
+        text: as there; None for a denoiser without cross-attention.
         masking: draws hidden spans; None hides everything, which makes this ordinary diffusion training.
         caption_dropout: probability of an empty caption, for classifier-free guidance.
         mask_padding: leave padded frames out of attention and loss; False treats padded silence as content.
         min_snr_gamma: weight the loss by min-SNR with this gamma; None weights all noise levels alike.
         noise_level_bins: number of bins of the validation losses by noise level.
-        seed: of all random draws.
     """
 
     def __init__(
@@ -55,42 +48,18 @@ class DiffusionTraining(FoleyModule):
         noise_level_bins: int = 4,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.process = process
-        self.normaliser = normaliser
-        self.text = text
-        self.make_optimizer = optimizer
-        self.make_lr_schedule = lr_schedule
+        super().__init__(denoiser, process, normaliser, optimizer, text, lr_schedule, seed)
         self.masking = masking
         self.caption_dropout = caption_dropout
         self.mask_padding = mask_padding
         self.min_snr_gamma = min_snr_gamma
         self.noise_level_bins = noise_level_bins
-        self.seed = seed
         self._bin_totals = torch.zeros(2, noise_level_bins)
-        if text is not None and not text.trainable:
-            text.requires_grad_(False)
-            self.unsaved_components = ("text",)
 
     def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
         """Normalise by the statistics of the latents, and note which codec made them; TypeError for other data."""
-        if not isinstance(datamodule, LatentDataModule):
-            raise TypeError(
-                f"task=diffusion needs data=latents, got {type(datamodule).__name__}; "
-                "scripts/encode_latents.py makes latents of audio"
-            )
-        self.normaliser.set(*datamodule.latent_statistics)
-        self.checkpoint_metadata["codec_hash"] = datamodule.codec_hash
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(parameter_groups(self))
-        if self.make_lr_schedule is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"},
-        }
+        super().adopt_data(datamodule)
+        self.normaliser.set(*require_latents(datamodule).latent_statistics)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """The loss: squared error on hidden frames, averaged over the batch's hidden frames."""

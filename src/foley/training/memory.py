@@ -33,7 +33,8 @@ class ActivationCounter:
         if key not in self._ignored and key not in self._bytes:
             self._bytes[key] = tensor.untyped_storage().nbytes()
             self._alive.append(tensor.detach())
-        return tensor
+        # A saved output that is packed as itself would keep its own graph alive.
+        return tensor.detach()
 
 
 def _storage(tensor: Tensor) -> int:

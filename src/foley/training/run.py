@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from foley.checkpoint import ALLOWED_PACKAGES, CheckpointError, load_trained
-from foley.config import PROJECT_ROOT
+from foley.config import PROJECT_ROOT, relative_to_checkout
 from foley.data.datamodule import LatentDataModule
 from foley.hashing import hash_module
 from foley.logs import get_logger
@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
     module: FoleyModule = instantiate(cfg.task, _convert_="all")
-    module.component_configs = component_configs(cfg.task)
+    module.component_configs |= component_configs(cfg.task)
     if cfg.codec_path:
         _note_codec(module, datamodule, cfg.codec_path)
     module.adopt_data(datamodule)
@@ -77,16 +77,12 @@ def component_configs(task: DictConfig) -> dict[str, dict[str, Any]]:
     Files inside the checkout are named relative to it, so that a checkpoint still loads where the checkout moved.
     """
     return {
-        name: {key: _relative_to_checkout(value) for key, value in config.items()}
+        name: {key: relative_to_checkout(value) for key, value in config.items()}
         for name, config in plain(task).items()
         if isinstance(config, dict)
         and str(config.get("_target_", "")).startswith(ALLOWED_PACKAGES)
         and not config.get("_partial_", False)
     }
-
-
-def _relative_to_checkout(value: Any) -> Any:
-    return value.removeprefix(f"{PROJECT_ROOT}/") if isinstance(value, str) else value
 
 
 def find_checkpoint(ckpt_path: str | None, output_dir: Path) -> Path | None:

@@ -35,29 +35,33 @@ class RunConditions:
 
     def __init__(self, timesteps: Tensor, conditions: Conditions) -> None:
         self._timesteps = timesteps
-        self._conditions = conditions
-        self._rows = torch.arange(len(conditions.block_inputs.time) // len(timesteps), device=timesteps.device)
+        self._time = conditions.block_inputs.time
+        self._rows = torch.arange(len(self._time) // len(timesteps), device=timesteps.device)
         modulations = [_parts(block.modulation) for block in conditions.hoisted]
         parts = [part for modulation in (*modulations, _parts(conditions.output_modulation)) for part in modulation]
         self._table = torch.stack(parts, dim=1) if parts else None
+        # Views of the table's first rows: each modulation is kept once.
+        self._layout = _fill(conditions, None if self._table is None else self._table[: len(self._rows)])
 
     def at(self, timestep: Tensor) -> Conditions:
-        """The conditions of the evaluation at `timestep [B]`: one of the run's timesteps, the same for all items."""
-        # By value and on the device: to look a number up on the host would wait for all work queued there.
-        evaluation = (self._timesteps == timestep[0]).to(torch.uint8).argmax(dim=0, keepdim=True)
-        rows = evaluation * len(self._rows) + self._rows
-        inputs = self._conditions.block_inputs
-        # One gather for all blocks; the parts are views of it.
-        parts = iter(() if self._table is None else self._table[rows].unbind(dim=1))
-        hoisted = [
-            HoistedBlock(_take_block(block.modulation, parts), block.keys_values) for block in self._conditions.hoisted
-        ]
-        return replace(
-            self._conditions,
-            block_inputs=replace(inputs, time=inputs.time[rows]),
-            output_modulation=_take(self._conditions.output_modulation, parts),
-            hoisted=hoisted,
-        )
+        """The conditions of the evaluation at `timestep [B]`: one of the run's timesteps, the same for all items.
+
+        Raises ValueError for another timestep, on the CPU; elsewhere the check would wait for all work queued.
+        """
+        # By value and on the device: to look a number up on the host would wait too.
+        found = self._timesteps == timestep[0]
+        if found.device.type == "cpu" and not (bool(found.any()) and bool((timestep == timestep[0]).all())):
+            raise ValueError(f"timestep {timestep.tolist()} is not one of the {len(found)} that were prepared for")
+        rows = found.to(torch.uint8).argmax(dim=0, keepdim=True) * len(self._rows) + self._rows
+        filled = _fill(self._layout, None if self._table is None else self._table[rows])
+        return replace(filled, block_inputs=replace(filled.block_inputs, time=self._time[rows]))
+
+
+def _fill(layout: Conditions, table: Tensor | None) -> Conditions:
+    """`layout` with the modulations of `table [rows, parts, 1, D]`, of which they are views."""
+    parts = iter(() if table is None else table.unbind(dim=1))
+    hoisted = [HoistedBlock(_take_block(block.modulation, parts), block.keys_values) for block in layout.hoisted]
+    return replace(layout, output_modulation=_take(layout.output_modulation, parts), hoisted=hoisted)
 
 
 def _parts(modulation: BlockModulation | Modulation | None) -> list[Tensor]:

@@ -18,7 +18,7 @@ from foley.logs import get_logger
 from foley.reporting.audio_files import write_wav
 from foley.reporting.names import sample_stem
 from foley.reporting.spectrogram import draw_spectrogram
-from foley.training.diffusion import DiffusionTraining
+from foley.training.latent import LatentTraining
 
 log = get_logger(__name__)
 
@@ -128,4 +128,4 @@ class AudioSamples(pl.Callback):
 
 
 def _takes_prompts(module: pl.LightningModule) -> bool:
-    return isinstance(module, DiffusionTraining) and module.text is not None
+    return isinstance(module, LatentTraining) and module.text is not None

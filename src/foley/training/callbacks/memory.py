@@ -14,9 +14,13 @@ class TrainingMemory(pl.Callback):
     """Logs `memory/activation_mib`, what the first step saves for its backward pass, and on a GPU `memory/peak_mib`.
 
     A module with several backward passes a step is measured up to the first of them.
+
+    Args:
+        every_n_steps: how often the peak is logged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
         self._measuring = ExitStack()
         self._counter: ActivationCounter | None = None
 
@@ -42,5 +46,6 @@ class TrainingMemory(pl.Callback):
         if self._counter is not None:
             pl_module.log("memory/activation_mib", self._counter.total_bytes / 2**20)
             self._counter = None
-        if pl_module.device.type == "cuda":
+        # Seldom: to log a number copies it to the device, and waits.
+        if pl_module.device.type == "cuda" and batch_idx % self.every_n_steps == 0:
             pl_module.log("memory/peak_mib", torch.cuda.max_memory_allocated(pl_module.device) / 2**20)
