@@ -4,6 +4,7 @@ import time
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import HTTPError
 
 from foley.checkpoint import CheckpointError
 from foley.published import Hub
@@ -39,6 +40,16 @@ def test_a_file_that_cannot_be_fetched_fails_at_once_with_the_mend():
 @pytest.mark.usefixtures("unreachable")
 def test_a_text_encoder_that_cannot_be_fetched_fails_with_the_mend():
     with pytest.raises(CheckpointError, match=r"tokenizer.*of no-one/no-model.*DIR/no-one/no-model.*hub_dir=DIR"):
+        load_text(Hub(), TEXT)
+
+
+def test_a_text_encoder_whose_download_breaks_off_is_named(empty_cache, monkeypatch):
+    def breaks_off(name, local_files_only, **options):
+        raise OSError("no such file") if local_files_only else HTTPError("peer closed connection")
+
+    monkeypatch.setattr("foley.models.text.frozen_t5.AutoTokenizer.from_pretrained", breaks_off)
+    monkeypatch.setattr(Hub, "require_network", lambda *names: None)
+    with pytest.raises(CheckpointError, match=r"text encoder no-one/no-model: peer closed connection"):
         load_text(Hub(), TEXT)
 
 

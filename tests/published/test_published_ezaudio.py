@@ -20,6 +20,7 @@ from foley.convert.waveform_vae import codec_config
 from foley.hashing import hash_module
 from foley.pipeline import TextToAudio
 from foley.published import Hub
+from foley.published.text import load_text
 
 
 def composed(name, overrides=()):
@@ -99,6 +100,19 @@ def test_a_folder_without_a_file_says_where_it_belongs(hub_dir, tiny, tmp_path, 
         published.load(Hub(hub_dir), tmp_path / "cache")
     assert "/".join(missing.split("/")[:2]) in str(error.value)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer*", "half of model.safetensors"])
+def test_a_text_encoder_whose_files_are_not_whole_is_named(hub_dir, tiny, missing):
+    folder = hub_dir / "google/flan-t5-large"
+    for file in folder.glob(missing.removeprefix("half of ")):
+        whole = file.read_bytes()
+        file.unlink()
+        if missing.startswith("half of "):
+            file.write_bytes(whole[: len(whole) // 2])
+    text = instantiate(composed("ezaudio_l", tiny).published).configs["text"]
+    with pytest.raises(CheckpointError, match=f"text encoder {folder}: "):
+        load_text(Hub(hub_dir), text)
 
 
 def run_sample(*overrides, **environment):

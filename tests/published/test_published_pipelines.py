@@ -1,6 +1,7 @@
 """model=stable_audio_open and model=audioldm2: from a small folder in the hub's layout to what diffusers makes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ from foley.accel.layers import find_cacheable_layers
 from foley.checkpoint import CheckpointError
 from foley.config import PROJECT_ROOT
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.published import Hub, PipelineToAudio, open_generator
+from foley.published import Hub, PipelineToAudio, PublishedPipeline, open_generator
+from foley.published.pipeline_files import pipeline_folder
 
 RATES_HZ = {"stable_audio_open": STABLE_AUDIO_RATE_HZ, "audioldm2": AUDIOLDM2_RATE_HZ}
 CHANNELS = {"stable_audio_open": 2, "audioldm2": 1}
@@ -139,6 +141,22 @@ def test_a_folder_without_a_file_says_where_it_belongs(tmp_path: Path, missing: 
     with pytest.raises(CheckpointError, match=message) as error:
         _open("stable_audio_open", tmp_path)
     assert "https://huggingface.co/stabilityai/stable-audio-open-1.0" in str(error.value)
+
+
+def test_a_download_that_finds_a_new_version_is_taken_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the index is cached, of a version that the hub no longer has."""
+    new, old = save_hub(tmp_path / "new") / "cvssp" / "audioldm2", tmp_path / "old"
+    old.mkdir()
+    shutil.copy(new / "model_index.json", old)
+    monkeypatch.setattr(Hub, "file", lambda *names: old / "model_index.json")
+    monkeypatch.setattr(Hub, "require_network", lambda *names: None)
+    monkeypatch.setattr("foley.published.pipeline_files.snapshot_download", lambda *_, **options: str(new))
+    assert pipeline_folder(Hub(), "cvssp/audioldm2") == new
+
+
+def test_an_unknown_family_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match="stable_audio, audioldm2, got 'musicgen'"):
+        PublishedPipeline("owner/repository", "musicgen")
 
 
 def test_without_network_or_cache_it_fails_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ class PublishedPipeline:
 
     Args:
         repository: on the hub.
-        family: "stable_audio" or "audioldm2".
+        family: "stable_audio" or "audioldm2"; ValueError for any other.
         dtype: of the weights.
         cacheable_layers: as `foley.accel.layers.declare_cacheable_layers` takes them; None for those of diffusers'
             own transformer blocks.
@@ -41,15 +41,18 @@ class PublishedPipeline:
     dtype: str = "float32"
     cacheable_layers: Mapping[str, str | None] | None = None
 
+    def __post_init__(self) -> None:
+        if self.family not in _LOADERS:
+            raise ValueError(f"published.family must be one of {', '.join(_LOADERS)}, got {self.family!r}")
+
     def load(self, hub: Hub, cache_dir: Path) -> AudioPipeline:
         """In eval mode on the CPU; raises CheckpointError at once where a file is neither here nor to be had."""
-        load = {"stable_audio": _load_stable_audio, "audioldm2": _load_audioldm2}[self.family]
         folder = pipeline_folder(hub, self.repository)
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "local_files_only": True}
         if not is_accelerate_available():
             options["low_cpu_mem_usage"] = False
         try:
-            pipeline = load(folder, options)
+            pipeline = _LOADERS[self.family](folder, options)
         except OSError as error:
             raise CheckpointError(f"{folder} does not hold a whole {self.repository}: {error}") from error
         if self.cacheable_layers:
@@ -71,6 +74,9 @@ def _load_audioldm2(folder: Path, options: Mapping[str, Any]) -> AudioPipeline:
     # The index names GPT2Model, which transformers has taken the pipeline's generation methods from.
     language_model = GPT2LMHeadModel.from_pretrained(folder / "language_model", dtype=options["dtype"])
     return AudioLDM2(AudioLDM2Pipeline.from_pretrained(folder, language_model=language_model, **options))
+
+
+_LOADERS = {"stable_audio": _load_stable_audio, "audioldm2": _load_audioldm2}
 
 
 class PipelineToAudio:

@@ -21,7 +21,8 @@ def pipeline_folder(hub: Hub, repository: str) -> Path:
     if absent and hub.directory is None:
         hub.require_network(repository, INDEX, absent)
         try:
-            snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            # Not always the folder of the index: the repository may have changed since that was cached.
+            folder = Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
         except (HTTPError, OSError) as error:
             raise CheckpointError(f"the download of {repository} broke off: {error}") from error
         absent = _absent(folder)
