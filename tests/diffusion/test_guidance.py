@@ -100,6 +100,31 @@ def test_the_known_latent_reaches_every_branch_in_the_order_of_the_items(scale, 
     torch.testing.assert_close(out, plain + torch.where(hidden[:, None], 7.0, visible).expand(2, -1, -1))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_edit_is_rescaled_by_the_spread_of_its_hidden_frames(rows):
+    positive, negative = predictions()
+    hidden = torch.arange(20).expand(rows, -1) % 3 > torch.arange(rows)[:, None] % 2
+    guidance, wild = ClassifierFreeGuidance(5.0, 0.75), torch.full_like(positive, 1e4)
+    guided = guidance.combine(*(torch.where(hidden[:, None], part, wild) for part in (positive, negative)), hidden)
+    for item, frames in enumerate(hidden.expand(3, -1)):
+        alone = guidance.combine(positive[item : item + 1, :, frames], negative[item : item + 1, :, frames])
+        torch.testing.assert_close(guided[item : item + 1, :, frames], alone)
+
+
+def test_what_a_model_says_of_known_frames_reaches_no_hidden_one():
+    noisy, timestep, hidden = torch.randn(3, 4, 20), torch.ones(3), (torch.arange(20) > 6)[None]
+
+    def guided(of_known):
+        def model(noisy, timestep, context, context_mask, visible, hidden_mask):
+            return torch.where(hidden_mask[:, None], mean_model(noisy, timestep, context, context_mask), of_known)
+
+        known = KnownLatent(torch.zeros(1, 4, 20), hidden)
+        denoise = ClassifierFreeGuidance(5.0, 0.75).wrap(model, conditioning(3, 5), conditioning(1, 2), known)
+        return denoise(noisy, timestep)[..., hidden[0]]
+
+    torch.testing.assert_close(guided(0.0), guided(1e4))
+
+
 @pytest.mark.parametrize(("scale", "rescale"), [(-1.0, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), (3.0, 1.5)])
 def test_impossible_guidance_is_refused(scale, rescale):
     with pytest.raises(ValueError, match="guidance"):

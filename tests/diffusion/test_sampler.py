@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Start, sample
 from foley.diffusion.solver import SOLVERS, Solver
@@ -206,8 +206,9 @@ def test_unknown_solvers_are_refused():
         Solver("magic")
 
 
-def test_golden_guided_ddim(shared):
-    """Ten guided steps of the published implementation, weights and all."""
+@pytest.mark.parametrize("hoisted", [False, True])
+def test_golden_guided_ddim(shared, hoisted):
+    """Ten guided steps of the published implementation, weights and all; what steps share may be computed once."""
     from foley.convert.ezaudio import ezaudio_denoiser
 
     with safe_open(shared / "golden" / "ezaudio_dit_tiny.safetensors", "pt") as file:
@@ -219,6 +220,8 @@ def test_golden_guided_ddim(shared):
     assert torch.equal(scheduler.timesteps, tensors["sample.timesteps"])
     positive = Conditioning(tensors["in.context"][:1], tensors["in.context_mask"][:1])
     negative = Conditioning(tensors["sample.uncond"], tensors["sample.uncond_mask"])
-    denoise = guidance.wrap(ezaudio_denoiser(weights, config), positive, negative)
-    latents = sample(denoise, tensors["sample.noise"], scheduler, solver.run_context(scheduler, guidance, 1))
+    noise = tensors["sample.noise"]
+    grid = EvaluationGrid(scheduler.timesteps, noise.shape[-1]) if hoisted else None
+    denoise = guidance.wrap(ezaudio_denoiser(weights, config), positive, negative, grid=grid)
+    latents = sample(denoise, noise, scheduler, solver.run_context(scheduler, guidance, 1))
     torch.testing.assert_close(latents, tensors["sample.latents"], atol=1e-4, rtol=1e-3)

@@ -92,15 +92,18 @@ class ClassifierFreeGuidance:
         """Whether the negative branch has any influence."""
         return self.scale != 1
 
-    def combine(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """The guided prediction `[B, C, L]`; each item is rescaled by its own spread."""
+    def combine(self, positive: Tensor, negative: Tensor, hidden_mask: Tensor | None = None) -> Tensor:
+        """The guided prediction `[B, C, L]`; each item is rescaled by its own spread.
+
+        Only the frames of `hidden_mask` count for that, `[B, L]` or one row: the others' predictions are discarded, and
+        no training has made anything of them.
+        """
         if not self.needs_negative:
             return positive
         guided = extrapolate(positive, negative, self.scale)
         if not self.rescale:
             return guided
-        axes = tuple(range(1, guided.ndim))
-        spread = positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+        spread = _spread(positive, hidden_mask) / _spread(guided, hidden_mask)
         return self.rescale * (guided * spread) + (1 - self.rescale) * guided  # equations (2) and (3)
 
     def wrap(
@@ -123,7 +126,8 @@ class ClassifierFreeGuidance:
         if negative is None:
             raise ValueError(f"guidance scale {self.scale} needs the conditioning of the negative (empty) prompt")
         predict = branches(denoiser, positive, negative, known, grid)
-        return lambda noisy, timestep: self.combine(*predict(noisy, timestep))
+        hidden_mask = None if known is None else known.hidden_mask
+        return lambda noisy, timestep: self.combine(*predict(noisy, timestep), hidden_mask)
 
 
 class EmbeddedGuidance(ClassifierFreeGuidance):
@@ -152,6 +156,17 @@ class EmbeddedGuidance(ClassifierFreeGuidance):
         """As for `ClassifierFreeGuidance`; the denoiser takes `guidance_scale [1]` too. `negative` is not used."""
         scale = torch.tensor([float(self.scale)], device=positive.context.device)
         return bind(denoiser, positive, known, grid, {"guidance_scale": scale})
+
+
+def _spread(prediction: Tensor, hidden_mask: Tensor | None) -> Tensor:
+    """The standard deviation `[B, 1, 1]` of each item's values, of its hidden frames alone where there is a mask."""
+    if hidden_mask is None:
+        return prediction.std(dim=(1, 2), keepdim=True)
+    weight = hidden_mask[:, None].to(prediction.dtype).expand_as(prediction)
+    count = weight.sum(dim=(1, 2), keepdim=True)
+    mean = (weight * prediction).sum(dim=(1, 2), keepdim=True) / count
+    squares = (weight * (prediction - mean).square()).sum(dim=(1, 2), keepdim=True)
+    return (squares / (count - 1)).sqrt()
 
 
 def branches(
