@@ -119,8 +119,8 @@ def test_two_generations_in_a_row_are_two_fresh_ones(pipeline: Any, calibration_
 
 
 def test_another_step_count_or_model_is_refused(pipeline: Any, calibration_dir: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"calibrate\.py model=\S+ prompts=FILE steps=3 "):
-        _generate(pipeline, AudioCache(calibration_dir), steps=3)
+    with pytest.raises(FileNotFoundError, match=r"calibrate\.py model=audioldm2 prompts=FILE steps=3 "):
+        _generate(pipeline, AudioCache(calibration_dir, source={"model": "audioldm2"}), steps=3)
     other = stable_audio()
     other.set_progress_bar_config(disable=True)
     other.transformer = stable_audio_dit(num_layers=1)

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from foley.accel.accelerators import AudioCache
+from foley.accel.accelerators import AudioCache, require_calibrations
 from foley.accel.callback import NoAcceleration
 from foley.config import PROJECT_ROOT
 from foley.pipeline import TextToAudio
+from foley.prompts import name_model
 from foley.system import build_system, save_system
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -94,6 +96,38 @@ def test_the_missing_calibration_of_a_system_is_a_command_to_copy(system_dir: Pa
     pipeline = TextToAudio.load(system_dir)
     with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={system_dir} solver=ddim prompts=FILE steps=3 "):
         pipeline.generate(["rain"], 0.5, num_steps=3, accelerator=_accelerator("audiocache", system_dir))
+
+
+@pytest.mark.parametrize(
+    ("named", "options"),
+    [
+        (["ckpt=some dir/system"], ["ckpt=some dir/system"]),
+        (["published=ezaudio_xl"], ["published=ezaudio_xl"]),
+        (["published=ezaudio_l", "hub_dir=/hub"], ["published=ezaudio_l", "hub_dir=/hub"]),
+    ],
+)
+def test_the_command_for_a_missing_calibration_names_the_model_and_the_place(
+    named: list[str], options: list[str], tmp_path: Path
+) -> None:
+    accelerator = instantiate(_config("sample", *named, f"cache_dir={tmp_path}", "accel=audiocache").accel)
+    with pytest.raises(FileNotFoundError) as error:
+        require_calibrations(accelerator, "ddim", 25, 3.0)
+    script, command = str(error.value).rpartition("python scripts/calibrate.py ")[1:]
+    assert script
+    overrides = name_model(shlex.split(command))
+    assert set(options) <= set(overrides)
+    calibrate = _config("calibrate", *overrides)
+    assert (calibrate.solver.name, calibrate.steps, calibrate.guidance_scale) == ("ddim", 25, 3)
+    assert str(Path(calibrate.output_dir) / "ddim_25.json") in str(error.value)
+
+
+def test_a_missing_calibration_is_noticed_inside_a_combination_and_before_the_solver_is_known(system_dir: Path) -> None:
+    accelerator = _accelerator("audiocache_local_global", system_dir)
+    require_calibrations(accelerator, None, None, None)
+    require_calibrations(accelerator, "ddim", 4, None)
+    with pytest.raises(FileNotFoundError, match=r"\*_5.json does not exist.* steps=5 output_dir="):
+        require_calibrations(accelerator, None, 5, None)
+    require_calibrations(NoAcceleration(), "ddim", 5, 3.0)
 
 
 def test_the_calibration_directory_can_be_given(system_dir: Path, tmp_path: Path) -> None:

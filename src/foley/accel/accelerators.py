@@ -1,8 +1,10 @@
 """The caching accelerators that configs name: a LayerCache whose schedule is decided when the run is known."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import nn
@@ -16,10 +18,13 @@ from foley.accel.reuse import reuse_by_name
 from foley.accel.schedule import CacheSchedule
 from foley.accel.signature import RunSignature
 from foley.accel.storage import info_path
-from foley.diffusion.types import RunContext
+from foley.diffusion.types import Accelerator, RunContext
+
+Source = Mapping[str, str | None]
+_SOME_CHECKPOINT: Source = MappingProxyType({"ckpt": "CHECKPOINT"})
 
 
-def calibration_stem(directory: Path, solver: str, num_steps: int) -> Path:
+def calibration_stem(directory: Path, solver: str, num_steps: int | str) -> Path:
     """Where the calibration of one solver and step count lies: `<directory>/<solver>_<steps>`, without extension."""
     return directory / f"{solver}_{num_steps}"
 
@@ -43,12 +48,15 @@ class Policy(Protocol):
 class CalibratedPlan:
     """Reads the calibration for the run's solver and step count, and applies a policy to its curves.
 
-    `calibrated_steps` reads the calibration of another number of steps of the same solver instead.
+    Args:
+        source: the options by which scripts/calibrate.py knows the model, for the message where there is none.
+        calibrated_steps: reads the calibration of another number of steps of the same solver instead.
     """
 
     directory: Path
     policy: Policy
     description: Mapping[str, Any]
+    source: Source
     calibrated_steps: int | None = None
 
     def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
@@ -57,15 +65,26 @@ class CalibratedPlan:
         rows = self.policy(calibration, self._changes(calibration, run))
         return CacheSchedule.from_rows(rows, calibration.kinds, RunSignature.of(run, denoiser), self.description)
 
+    def require(self, solver: str | None, num_steps: int | None, guidance_scale: float | None) -> None:
+        """Raises FileNotFoundError where no calibration can serve such a run; what is None is not known yet."""
+        steps = self.calibrated_steps or num_steps
+        file = info_path(calibration_stem(self.directory, solver or "*", steps or "*"))
+        if any(self.directory.glob(file.name)):
+            return
+        # The pipelines of diffusers keep their own solver.
+        named = None if solver is None or solver.endswith("Scheduler") else solver
+        scale = None if guidance_scale is None else f"{guidance_scale:g}"
+        options = {"solver": named, "prompts": "FILE", "steps": steps, "guidance_scale": scale}
+        given = {**self.source, **options, "output_dir": self.directory}
+        command = shlex.join(f"{key}={value}" for key, value in given.items() if value is not None)
+        raise FileNotFoundError(
+            f"{file} does not exist: this system is not calibrated for this solver and number of steps. "
+            f"Make it with: python scripts/calibrate.py {command}"
+        )
+
     def _calibration_for(self, run: RunContext, denoiser: nn.Module) -> Calibration:
-        steps = self.calibrated_steps or run.num_steps
-        stem = calibration_stem(self.directory, run.solver, steps)
-        if not info_path(stem).is_file():
-            raise FileNotFoundError(
-                f"{info_path(stem)} does not exist: this system is not calibrated for solver {run.solver!r} with "
-                f"{steps} steps. Make it with: python scripts/calibrate.py {self._source(run)} prompts=FILE "
-                f"steps={steps} guidance_scale={run.guidance_scale:g} output_dir={self.directory}"
-            )
+        self.require(run.solver, run.num_steps, run.guidance_scale)
+        stem = calibration_stem(self.directory, run.solver, self.calibrated_steps or run.num_steps)
         calibration = Calibration.load(stem)
         actual = RunSignature.of(run, denoiser)
         if self.calibrated_steps is not None:
@@ -73,13 +92,6 @@ class CalibratedPlan:
             actual = replace(actual, num_steps=made_for.num_steps, num_evaluations=made_for.num_evaluations)
         calibration.signature.require(actual, f"the calibration {stem}")
         return calibration
-
-    def _source(self, run: RunContext) -> str:
-        """The options of scripts/calibrate.py that name the model and its solver."""
-        home = self.directory.parent
-        if run.solver.endswith("Scheduler"):  # the pipelines of diffusers keep their own
-            return f"model={home.name}"
-        return f"ckpt={home if (home / 'system.json').is_file() else 'CHECKPOINT'} solver={run.solver}"
 
     def _changes(self, calibration: Calibration, run: RunContext) -> dict[str, list[float]]:
         if run.num_steps == calibration.signature.num_steps:
@@ -100,13 +112,34 @@ class IntervalPlan:
         return CacheSchedule.from_rows(rows, kinds, RunSignature.of(run, denoiser), description)
 
 
-class AudioCache(LayerCache):
+class CalibratedCache(LayerCache):
+    """A cache whose schedule follows from a calibration: the base of the policies that need one."""
+
+    def __init__(self, plan: CalibratedPlan, reuse: str) -> None:
+        super().__init__(plan, reuse_by_name(reuse))
+        self.require_calibration = plan.require
+
+
+def require_calibrations(
+    accelerator: Accelerator, solver: str | None, num_steps: int | None, guidance_scale: float | None
+) -> None:
+    """Raises FileNotFoundError where the accelerator, or one of those that it combines, lacks its calibration.
+
+    The model need not be loaded for that. What is None is not known yet.
+    """
+    for part in getattr(accelerator, "accelerators", (accelerator,)):
+        if isinstance(part, CalibratedCache):
+            part.require_calibration(solver, num_steps, guidance_scale)
+
+
+class AudioCache(CalibratedCache):
     """Each layer is recomputed when its calibrated changes add up to `threshold`; 0 computes always.
 
     Args:
         calibration_dir: holds `<solver>_<steps>.json` and `.safetensors`, as scripts/calibrate.py writes them.
         reuse: "hold" or "taylor", see `foley.accel.reuse`.
         calibrated_steps: take the calibration of that many steps, and read its cumulative curves at this run's steps.
+        source: as `CalibratedPlan` takes it.
     """
 
     def __init__(
@@ -115,38 +148,47 @@ class AudioCache(LayerCache):
         threshold: float = 0.3,
         reuse: str = "hold",
         calibrated_steps: int | None = None,
+        source: Source = _SOME_CHECKPOINT,
     ) -> None:
         def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
             return audiocache_schedule(changes, threshold)
 
         description = {"name": "audiocache", "threshold": threshold, "reuse": reuse}
-        plan = CalibratedPlan(Path(calibration_dir), policy, description, calibrated_steps)
-        super().__init__(plan, reuse_by_name(reuse))
+        plan = CalibratedPlan(Path(calibration_dir), policy, description, source, calibrated_steps)
+        super().__init__(plan, reuse)
 
 
-class SmoothCache(LayerCache):
+class SmoothCache(CalibratedCache):
     """All layers of a kind share one schedule, which looks ahead while the mean error is at most `alpha`.
 
     Args:
-        calibration_dir, reuse: as for AudioCache.
+        calibration_dir, reuse, source: as for AudioCache.
         max_lookahead: the largest number of evaluations in a row that reuse one output.
     """
 
-    def __init__(self, calibration_dir: str | Path, alpha: float, max_lookahead: int = 3, reuse: str = "hold") -> None:
+    def __init__(
+        self,
+        calibration_dir: str | Path,
+        alpha: float,
+        max_lookahead: int = 3,
+        reuse: str = "hold",
+        source: Source = _SOME_CHECKPOINT,
+    ) -> None:
         def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
             errors, num_evaluations = calibration.errors(max_lookahead), calibration.signature.num_evaluations
             by_kind = smoothcache_schedule(errors, alpha, num_evaluations)
             return {name: by_kind[layer_kind(name)] for name in calibration.layer_names}
 
         description = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead, "reuse": reuse}
-        super().__init__(CalibratedPlan(Path(calibration_dir), policy, description), reuse_by_name(reuse))
+        plan = CalibratedPlan(Path(calibration_dir), policy, description, source)
+        super().__init__(plan, reuse)
 
 
-class Budget(LayerCache):
+class Budget(CalibratedCache):
     """The schedule of least summed change whose multiply-accumulates are those of `target_speedup`.
 
     Args:
-        calibration_dir, reuse, calibrated_steps: as for AudioCache.
+        calibration_dir, reuse, calibrated_steps, source: as for AudioCache.
         method: "dynamic" or "greedy", see `foley.accel.budget`.
     """
 
@@ -157,14 +199,15 @@ class Budget(LayerCache):
         method: str = "dynamic",
         reuse: str = "hold",
         calibrated_steps: int | None = None,
+        source: Source = _SOME_CHECKPOINT,
     ) -> None:
         def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
             macs = calibration.macs
             return budget_schedule(changes, macs.layers, macs.total, target_speedup, method)
 
         description = {"name": "budget", "target_speedup": target_speedup, "method": method, "reuse": reuse}
-        plan = CalibratedPlan(Path(calibration_dir), policy, description, calibrated_steps)
-        super().__init__(plan, reuse_by_name(reuse))
+        plan = CalibratedPlan(Path(calibration_dir), policy, description, source, calibrated_steps)
+        super().__init__(plan, reuse)
 
 
 class Fora(LayerCache):
