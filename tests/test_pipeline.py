@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from foley.checkpoint import CheckpointError
 from foley.config import PROJECT_ROOT
@@ -258,3 +260,52 @@ def test_half_precision_is_recorded_and_counts_as_the_same_model():
     pipeline.optimise("bf16")
     assert pipeline.generate(["rain"], **STEPS).settings["precision"] == "bf16"
     assert hash_module(pipeline.denoiser) == digest
+
+
+def test_all_that_was_done_to_the_denoiser_is_recorded():
+    pipeline = TextToAudio(build_system(CONFIGS))
+    pipeline.extend_rotary("linear", 0.3)
+    settings = pipeline.generate(["rain"], **STEPS).settings
+    expected = {"precision": "float32", "compile": False, "rotary_extension": "linear", "trained_seconds": 0.3}
+    assert {name: settings[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("modulation", ["AdaLN", "TimeToken"])
+def test_a_rotary_extension_leaves_clips_of_the_trained_length_alone(modulation):
+    """0.507 s are 25.35 frames, for which 26 are made; a time token is one position more."""
+    scheme = {"_target_": f"foley.nn.adaln.{modulation}"}
+    pipeline = TextToAudio(build_system({**CONFIGS, "denoiser": {**CONFIGS["denoiser"], "modulation": scheme}}))
+    pipeline.extend_rotary("ntk", 0.507)
+    positions = 26 + (modulation == "TimeToken")
+    assert pipeline.denoiser.rotary.extension.trained_length == positions
+    with torch.no_grad():
+        for parameter in pipeline.denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    extended = [pipeline.generate(["rain"], seconds, num_steps=2).audio for seconds in (0.507, 0.53)]
+    pipeline.denoiser.rotary.extension = None
+    plain = [pipeline.generate(["rain"], seconds, num_steps=2).audio for seconds in (0.507, 0.53)]
+    assert torch.equal(extended[0], plain[0])
+    assert not torch.equal(extended[1], plain[1])
+
+
+VARIANTS = sorted(file.stem for file in (PROJECT_ROOT / "configs" / "model").glob("*_tiny.yaml"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_denoiser_makes_80_seconds(variant, caplog):
+    """At 10 frames per second, of which the learned positions reach over 50 s."""
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        sizes = ["width=16", "depth=2", "num_heads=2", "latent_channels=4", "context_dim=16"]
+        model = compose("train", overrides=[f"model={variant}", *(f"model.{size}" for size in sizes)]).model
+    denoiser = OmegaConf.to_container(model, resolve=True)
+    codec = {**CONFIGS["codec"], "channels": 1, "sample_rate_hz": 400}
+    pipeline = TextToAudio(build_system({**CONFIGS, "denoiser": denoiser, "codec": codec}), max_duration_seconds=80.0)
+    caplog.set_level("INFO", "foley.pipeline")
+    result = pipeline.generate(["rain"], 80.0, num_steps=1)
+    assert result.audio.shape == (1, 1, 32000)
+    learned = pipeline.denoiser.positions is not None
+    assert result.settings.get("window_seconds") == (50.0 if learned else None)
+    assert ("800 frames exceed the 500 learned positions" in caplog.text) == learned
+    if learned:
+        with pytest.raises(ValueError, match=r"600 frames exceed the 500 learned positions.*window_seconds="):
+            pipeline.generate(["rain"], 80.0, num_steps=1, window_seconds=60.0)

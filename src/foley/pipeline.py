@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -19,8 +19,11 @@ from foley.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
 from foley.generation import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
 from foley.hashing import hash_module
 from foley.inference import compile_blocks, set_precision
+from foley.logs import get_logger
 from foley.nn.rotary import RotaryExtension
 from foley.system import System, load_system, save_system
+
+_log = get_logger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -48,7 +51,7 @@ class TextToAudio:
         modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
         self.denoiser, self.text = modules["denoiser"], modules["text"]
         self.codec, self.normaliser = modules["codec"], modules["normaliser"]
-        self.precision = "float32"
+        self.inference: dict[str, Any] = {"precision": "float32", "compile": False}
         self.model_hash = hash_module(self.denoiser)
 
     @classmethod
@@ -66,9 +69,9 @@ class TextToAudio:
         Raises ValueError for an unknown precision.
         """
         set_precision(self.denoiser, precision)
-        self.precision = precision
         if compiled:
             compile_blocks(self.denoiser)
+        self.inference |= {"precision": precision, "compile": compiled}
 
     def extend_rotary(self, method: str, trained_seconds: float) -> None:
         """Tell positions beyond `trained_seconds` apart by `foley.nn.rotary.RotaryExtension`, "linear" or "ntk".
@@ -81,7 +84,9 @@ class TextToAudio:
                 f"rotary_extension={method}: {type(self.denoiser).__name__} has no rotary positions to extend; "
                 "generate long audio with window_seconds="
             )
-        rotary.extension = RotaryExtension(method, round(trained_seconds * self.frames_per_second))
+        _, num_frames = clip_size(trained_seconds, self.sample_rate_hz, self.codec.hop_samples)
+        rotary.extension = RotaryExtension(method, num_frames + self.denoiser.prepends_time_token)
+        self.inference |= {"rotary_extension": method, "trained_seconds": trained_seconds}
 
     @property
     def sample_rate_hz(self) -> int:
@@ -201,8 +206,20 @@ class TextToAudio:
             latent: Tensor = self.normaliser.normalise(self.codec.encode(samples[None, None].to(self.device)))
             return latent
 
+    def _fit_windows(self, request: GenerationRequest, num_frames: int) -> GenerationRequest:
+        """In windows as long as the learned positions reach, where that is not far enough and none were asked for."""
+        positions, settings = getattr(self.denoiser, "positions", None), request.settings
+        if positions is None or num_frames <= positions.max_length or settings.window_seconds is not None:
+            return request
+        seconds = positions.max_length / self.frames_per_second
+        _log.info(
+            "%d frames exceed the %d learned positions: windows of %g s", num_frames, positions.max_length, seconds
+        )
+        return replace(request, settings=replace(settings, window_seconds=seconds))
+
     @torch.no_grad()
     def _run(self, request: GenerationRequest, canvas: Canvas, timings: Timings) -> Generation:
+        request = self._fit_windows(request, canvas.num_frames)
         settings = request.settings
         with self._timed(timings, "text_seconds"):
             negative = embed(self.text, [settings.negative_prompt]) if settings.guidance.needs_negative else None
@@ -246,7 +263,7 @@ class TextToAudio:
             **cost,
             "prediction": self.process.prediction,
             "sample_rate_hz": self.sample_rate_hz,
-            "precision": self.precision,
+            **self.inference,
             "model_hash": self.model_hash,
         }
         prompts, seeds = request.prompts, request.seeds

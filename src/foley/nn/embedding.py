@@ -65,14 +65,15 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, max_length: int, width: int) -> None:
         super().__init__()
+        self.max_length = max_length
         self.table = nn.Parameter(torch.empty(max_length, width))
         nn.init.normal_(self.table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
-        if x.shape[1] > len(self.table):
+        if x.shape[1] > self.max_length:
             raise ValueError(
-                f"{x.shape[1]} frames exceed the {len(self.table)} learned positions; "
-                "raise `learned_positions`, shorten the audio, or use a model with rotary positions"
+                f"{x.shape[1]} frames exceed the {self.max_length} learned positions: generate in windows that are no "
+                "longer (window_seconds=), raise `learned_positions`, or use a model with rotary positions"
             )
         return x + self.table[: x.shape[1]]
