@@ -32,6 +32,15 @@ def choose_method(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
     return "generate", {"duration_seconds": cfg.duration_seconds}
 
 
+def choose_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Solver, steps and guidance where the command names them; the rest is the system's own choice."""
+    named: dict[str, Any] = {"solver": cfg.solver.name, "num_steps": cfg.steps}
+    scale = {} if cfg.guidance_scale is None else {"scale": cfg.guidance_scale}
+    if scale or cfg.guidance_rescale:
+        named["guidance"] = hydra.utils.instantiate(cfg.guidance, **scale, rescale=cfg.guidance_rescale)
+    return {key: value for key, value in named.items() if value is not None}
+
+
 def set_up(generator: TextToAudio, cfg: DictConfig) -> None:
     """Precision, compilation and rotary extension, as asked for."""
     generator.optimise(cfg.precision, cfg.compile)
@@ -57,9 +66,8 @@ def main(cfg: DictConfig) -> None:
     result = getattr(generator, method)(
         [clip.prompt for clip in clips],
         seeds=[clip.seed for clip in clips],
-        guidance=hydra.utils.instantiate(cfg.guidance, scale=cfg.guidance_scale, rescale=cfg.guidance_rescale),
-        solver=cfg.solver.name,
-        num_steps=cfg.steps,
+        **choose_settings(cfg),
+        any_guidance_scale=cfg.any_guidance_scale,
         accelerator=hydra.utils.instantiate(cfg.accel),
         negative_prompt=cfg.negative_prompt,
         batch_size=cfg.batch_size,

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Progress, Start
-from foley.diffusion.solver import Solver
+from foley.diffusion.solver import CONSISTENCY, Solver
 from foley.diffusion.types import Accelerator
 from foley.diffusion.windows import Windows
 from foley.logs import get_logger
@@ -30,7 +31,8 @@ class GenerationSettings:
 
     Args:
         guidance: by default w = 3 without rescale.
-        solver: a name out of `foley.diffusion.solver.SOLVERS`.
+        any_guidance_scale: let a student take scales that it was not distilled with.
+        solver: a name out of `foley.diffusion.solver.SOLVERS`; "consistency" for a student.
         num_steps: of the solver; Heun's evaluate the denoiser nearly twice as often.
         accelerator: attached to the denoiser for the length of each run.
         negative_prompt: what guidance leads away from; without effect at w = 1.
@@ -49,6 +51,7 @@ class GenerationSettings:
     progress: Progress = iter
     window_seconds: float | None = None
     overlap_seconds: float = 1.0
+    any_guidance_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -57,10 +60,33 @@ class GenerationSettings:
         if self.negative_prompt and not self.guidance.needs_negative:
             _log.warning("negative_prompt=%r has no effect at guidance scale 1", self.negative_prompt)
 
-    @property
-    def plan(self) -> Solver:
-        """Raises ValueError for an unknown solver or an impossible number of steps."""
-        return Solver(self.solver, self.num_steps)
+    @classmethod
+    def of_student(cls, student: Consistency, **options: Any) -> "GenerationSettings":
+        """With a student's defaults: consistency sampling in two steps, the scale nearest to w = 3 that it knows."""
+        scale = student.nearest_scale(ClassifierFreeGuidance().scale)
+        defaults = {"solver": CONSISTENCY, "num_steps": 2, "guidance": ClassifierFreeGuidance(scale)}
+        return cls(**(defaults | options))
+
+    def plan(self, student: Consistency | None) -> Solver:
+        """The solver; raises ValueError for one that is unknown or not for this kind of system, or impossible steps."""
+        if student is None:
+            return Solver(self.solver, self.num_steps)
+        if self.solver != CONSISTENCY:
+            raise ValueError(
+                f"solver {self.solver!r} cannot sample this system, a student of consistency distillation; "
+                f"leave the solver out, or take {CONSISTENCY!r}"
+            )
+        return ConsistencySolver(self.num_steps, student)
+
+    def guide(self, student: Consistency | None) -> ClassifierFreeGuidance:
+        """The guidance; raises ValueError for a student's where it has not seen the scale or cannot take the rest."""
+        if student is None:
+            return self.guidance
+        if self.negative_prompt:
+            raise ValueError(
+                f"negative_prompt={self.negative_prompt!r}: a student was distilled with the empty one; leave it out"
+            )
+        return student.guidance(self.guidance, self.any_guidance_scale)
 
     def windows(self, num_frames: int, frames_per_second: float) -> Windows | None:
         """Of a clip of so many latent frames; None where it is no longer than a window.

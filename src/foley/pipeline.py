@@ -34,7 +34,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 class TextToAudio:
-    """Generates audio from captions with a trained system.
+    """Generates audio from captions with a trained system, or with a student distilled from one.
+
+    A student samples with solver "consistency", by default in two steps, and takes the guidance scales of its training.
 
     Args:
         system: its modules; they are put in eval mode and moved to `device`.
@@ -46,6 +48,7 @@ class TextToAudio:
     def __init__(self, system: System, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0) -> None:
         self.system = system
         self.process = system.process
+        self.student = system.consistency
         self.device = torch.device(device)
         self.max_duration_seconds = max_duration_seconds
         modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
@@ -195,9 +198,11 @@ class TextToAudio:
         self, prompts: Sequence[str], seeds: Sequence[int] | None, options: Mapping[str, Any]
     ) -> GenerationRequest:
         """Checked against this system, so that an impossible request is refused before anything is computed."""
-        request = GenerationRequest.of(prompts, seeds, GenerationSettings(**options))
-        request.settings.plan.build(self.process)
-        return request
+        student = self.student
+        settings = GenerationSettings.of_student(student, **options) if student else GenerationSettings(**options)
+        settings.plan(student).build(self.process)
+        settings.guide(student)
+        return GenerationRequest.of(prompts, seeds, settings)
 
     @torch.no_grad()
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
@@ -221,8 +226,9 @@ class TextToAudio:
     def _run(self, request: GenerationRequest, canvas: Canvas, timings: Timings) -> Generation:
         request = self._fit_windows(request, canvas.num_frames)
         settings = request.settings
+        guidance, solver = settings.guide(self.student), settings.plan(self.student)
         with self._timed(timings, "text_seconds"):
-            negative = embed(self.text, [settings.negative_prompt]) if settings.guidance.needs_negative else None
+            negative = embed(self.text, [settings.negative_prompt]) if guidance.needs_negative else None
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         windows = settings.windows(canvas.num_frames, self.frames_per_second)
         rows = []
@@ -238,8 +244,8 @@ class TextToAudio:
                     negative,
                     request.seeds[items],
                     canvas.num_frames,
-                    settings.guidance,
-                    settings.plan,
+                    guidance,
+                    solver,
                     meter,
                     self.device,
                     settings.progress,

@@ -25,30 +25,33 @@ from foley.checkpoint import (
     write_json,
 )
 from foley.config import PROJECT_ROOT
+from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
 from foley.hashing import hash_file, hash_module
 
 SYSTEM_FILE = "system.json"
 SYSTEM_FORMAT = "foley-system/1"
 COMPONENTS = ("denoiser", "text", "codec", "normaliser")
+_METHODS = ("process", "consistency")
 
 
 @dataclass(frozen=True)
 class System:
     """The modules of a system by component name, the process they were trained on, and how to build each of them.
 
-    `configs` has an entry for every component and for "process".
+    `configs` has an entry for every component and for "process". A distilled student also has `consistency`, which says
+    how it samples, and its entry.
     """
 
     modules: Mapping[str, nn.Module]
     process: DiffusionProcess
     configs: Mapping[str, Mapping[str, Any]]
+    consistency: Consistency | None = None
 
 
 def build_system(configs: Mapping[str, Mapping[str, Any]]) -> System:
     """A system with fresh, untrained weights, out of a plain config for each component and for "process"."""
-    modules = {name: build_component(configs[name]).eval() for name in COMPONENTS}
-    return System(modules, build_component(configs["process"]), configs)
+    return _assemble({name: build_component(configs[name]).eval() for name in COMPONENTS}, configs, "config")
 
 
 def untrained_system(composed: DictConfig) -> System:
@@ -62,14 +65,28 @@ def untrained_system(composed: DictConfig) -> System:
     return build_system(configs)
 
 
-def load_system(path: Path) -> System:
+def load_system(path: Path, with_codec: bool = True) -> System:
     """Read an exported system directory or a diffusion training checkpoint (`.ckpt`).
+
+    Args:
+        with_codec: False leaves the codec out, which training on cached latents does not need.
 
     Raises CheckpointError where something is missing, was altered, or does not belong together.
     """
     if path.is_dir():
-        return _load_directory(path)
-    return _load_training(path)
+        return _load_directory(path, with_codec)
+    return _load_training(path, with_codec)
+
+
+def codec_hashes(path: Path) -> set[str]:
+    """The hashes of the codec whose latents the system at `path` generates, empty where it does not say.
+
+    A directory may hold a rounded copy of the codec that the system was trained on; latents of both fit.
+    """
+    if path.is_dir():
+        trained_on = json.loads((path / SYSTEM_FILE).read_text(encoding="utf-8"))["codec_hash"]
+        return {trained_on, hash_module(load_component(path / "codec"))}
+    return {read_training_checkpoint(path)[FOLEY_KEY].get("codec_hash")} - {None}
 
 
 def save_system(system: System, directory: Path, dtype: torch.dtype | None = None) -> None:
@@ -87,14 +104,19 @@ def save_system(system: System, directory: Path, dtype: torch.dtype | None = Non
     weights = {file.parent.name: hash_file(file) for file in sorted(directory.glob(f"*/{WEIGHTS_FILE}"))}
     info = {
         "format": SYSTEM_FORMAT,
-        "process": dict(system.configs["process"]),
+        **{name: dict(system.configs[name]) for name in _METHODS if name in system.configs},
         "codec_hash": hash_module(system.modules["codec"]),
         "weights_sha256": weights,
     }
     write_json(directory / SYSTEM_FILE, info)
 
 
-def _load_directory(directory: Path) -> System:
+def _assemble(modules: Mapping[str, nn.Module], configs: Mapping[str, Mapping[str, Any]], source: str) -> System:
+    methods = {name: build_component(configs[name], source) for name in _METHODS if name in configs}
+    return System(modules, configs=configs, **methods)
+
+
+def _load_directory(directory: Path, with_codec: bool) -> System:
     file = directory / SYSTEM_FILE
     if not file.is_file():
         raise CheckpointError(
@@ -109,15 +131,15 @@ def _load_directory(directory: Path) -> System:
         weights = directory / name / WEIGHTS_FILE
         if not weights.is_file() or hash_file(weights) != expected:
             raise CheckpointError(f"{weights} is missing or is not the file that {file} describes (SHA-256 {expected})")
-    modules, configs = {}, {"process": info["process"]}
-    for name in COMPONENTS:
+    modules, configs = {}, {name: info[name] for name in _METHODS if name in info}
+    for name in COMPONENTS if with_codec else (name for name in COMPONENTS if name != "codec"):
         configs[name] = read_config(directory / name)
         stored = (directory / name / WEIGHTS_FILE).is_file()
         modules[name] = load_component(directory / name) if stored else build_component(configs[name], str(directory))
-    return System(modules, build_component(info["process"], str(file)), configs)
+    return _assemble(modules, configs, str(file))
 
 
-def _load_training(path: Path) -> System:
+def _load_training(path: Path, with_codec: bool) -> System:
     checkpoint = read_training_checkpoint(path)
     metadata = checkpoint[FOLEY_KEY]
     configs = dict(metadata["components"])
@@ -129,8 +151,9 @@ def _load_training(path: Path) -> System:
         modules["text"] = component_from_training(checkpoint, "text", str(path))
     else:
         modules["text"] = build_component(configs["text"], str(path)).eval()
-    modules["codec"], configs["codec"] = _load_codec(metadata, path)
-    return System(modules, build_component(configs["process"], str(path)), configs)
+    if with_codec:
+        modules["codec"], configs["codec"] = _load_codec(metadata, path)
+    return _assemble(modules, configs, str(path))
 
 
 def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, Mapping[str, Any]]:
