@@ -22,6 +22,7 @@ from foley.config import PROJECT_ROOT
 from foley.data.latent_cache import StaleCacheError
 from foley.data.latent_writer import latent_cache_writer
 from foley.seeding import torch_generator
+from foley.system import load_system
 from foley.training.run import find_checkpoint, optimized_metric, train
 
 QUICK = [
@@ -115,6 +116,32 @@ def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:
     assert any(key.startswith("text.") for key in checkpoint["state_dict"])
 
 
+def test_a_student_is_distilled_from_a_training_checkpoint(cache: Path, tmp_path: Path) -> None:
+    train(small(cache, tmp_path / "teacher", "tiny_align", "trainer.max_steps=2", "callbacks.audio_samples=null"))
+    teacher = tmp_path / "teacher/checkpoints/last.ckpt"
+    overrides = [f"teacher={teacher}", f"data.cache_dir={cache}", f"paths.output_dir={tmp_path / 'student'}", *QUICK]
+    cfg = config("experiment=tiny_lcm", "data.batch_size=4", "trainer.precision=32-true", *overrides)
+    metrics = train(cfg)
+    assert {"train/loss", "val/loss"} <= metrics.keys()
+    last = tmp_path / "student/checkpoints/last.ckpt"
+    student = load_system(last, with_codec=False)
+    assert (student.consistency.lowest_scale, student.consistency.highest_scale) == (2.0, 6.0)
+    assert student.modules["denoiser"].guidance_embedding is not None
+    stored = read_training_checkpoint(last)["foley"]
+    assert stored["codec_hash"] == "hash"
+    normalisers = [load_trained(path, "normaliser").state_dict() for path in (teacher, last)]
+    assert all(torch.equal(normalisers[0][key], normalisers[1][key]) for key in normalisers[0])
+    with pytest.raises(CheckpointError, match="is a student itself"):
+        train(config("experiment=tiny_lcm", *[*overrides, f"teacher={last}"]))
+
+
+def test_published_distillation() -> None:
+    cfg = config("experiment=audiolcm", "teacher=x", "data.cache_dir=y")
+    assert (cfg.optimizer.lr, cfg.data.batch_size, cfg.trainer.max_steps) == (9.6e-5, 8, 15_000)
+    assert (cfg.task.consistency.jump_steps, cfg.task.target_decay) == (20, 0.95)
+    assert cfg.task.consistency.guidance_range == [5.0, 13.0]
+
+
 def test_only_a_codec_asks_for_unused_parameters() -> None:
     assert config("experiment=tiny_vae", "trainer=ddp").trainer.strategy == "ddp_find_unused_parameters_true"
     assert config("experiment=tiny_align", "trainer=ddp").trainer.strategy == "ddp"
@@ -135,7 +162,7 @@ def test_the_codec_must_have_made_the_latents(cache: Path, tmp_path: Path, monke
 
 def test_diffusion_needs_latents(tmp_path: Path) -> None:
     clips = ["data=procedural", "data.splits.sizes={train: 4}", f"paths.output_dir={tmp_path}"]
-    with pytest.raises(TypeError, match="task=diffusion needs data=latents, got AudioDataModule"):
+    with pytest.raises(TypeError, match="a denoiser trains on data=latents, got AudioDataModule"):
         train(config("experiment=tiny_pretrain", *clips))
 
 

@@ -1,0 +1,189 @@
+"""Distils a student that generates in a few evaluations: guided multi-step consistency distillation."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Self
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from foley.data.types import LatentBatch
+from foley.diffusion.consistency import Consistency, ddim_jump
+from foley.diffusion.generate import embed
+from foley.diffusion.guidance import Conditioning, KnownLatent, bind, branches, extrapolate
+from foley.hashing import hash_module
+from foley.seeding import torch_generator
+from foley.training.diffusion import SpanMasking
+from foley.training.latent import LatentTraining
+from foley.training.teacher import Teacher
+
+Loss = Callable[..., Tensor]
+"""`(estimate [B, C, L], target [B, C, L], mask=[B, L] or None) -> []`."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance adds to a batch: `noise [B, C, L]`, a point of the grid `[B]` and a guidance scale w `[B]` each."""
+
+    noise: Tensor
+    point: Tensor
+    scale: Tensor
+
+    def to(self, like: Tensor) -> "Draws":
+        """All on the device of `like`, real numbers in its type."""
+        return Draws(self.noise.to(like), self.point.to(like.device), self.scale.to(like))
+
+
+class ConsistencyDistillation(LatentTraining):
+    """AudioLCM's distillation (Liu et al. 2024, algorithm 1) of a teacher with any prediction type (methods 2).
+
+    A clean latent is noised to a point of the grid, and the teacher takes one guided DDIM jump to the point before. The
+    student's consistency function of the first and the target network's of the second are the same point of one
+    solution, so their distance is the loss. The target network is a moving average of the student. `denoiser` is the
+    student; its text encoder is the teacher's, frozen. Everything random is drawn as in `DiffusionTraining`.
+
+    Args:
+        teacher: gives the denoiser, text encoder, normaliser and process.
+        consistency: grid, range of guidance scales and boundary condition; checkpoints carry it, as a student's mark.
+        optimizer, lr_schedule, seed: as for `LatentTraining`.
+        loss: distance of the two estimates, over the frames of a mask.
+        target_decay: mu, what the target network keeps of itself at each step.
+        masking: draws hidden spans, so that the student of a masked teacher goes on editing; None hides everything.
+        half_precision_targets: evaluate teacher and target network in bfloat16, whatever the student trains in.
+    """
+
+    text: Any  # a teacher always has a text encoder
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        consistency: Consistency,
+        optimizer: Callable[..., Optimizer],
+        loss: Loss,
+        lr_schedule: Callable[[Optimizer], Any] | None = None,
+        target_decay: float = 0.95,
+        masking: SpanMasking | None = None,
+        half_precision_targets: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= target_decay < 1:
+            raise ValueError(f"task.target_decay must be in [0, 1), got {target_decay}")
+        system, student = teacher.system, teacher.make_student()
+        modules: Any = system.modules
+        super().__init__(student, system.process, modules["normaliser"], optimizer, modules["text"], lr_schedule, seed)
+        self.source = teacher
+        self.teacher = modules["denoiser"].requires_grad_(False)
+        self.target = deepcopy(student).requires_grad_(False)
+        self.text.requires_grad_(False)
+        self.unsaved_components = (*self.unsaved_components, "teacher")
+        self.component_configs = teacher.student_configs
+        self.checkpoint_metadata["teacher_hash"] = hash_module(self.teacher)
+        self.consistency = consistency
+        self.loss = loss
+        self.target_decay = target_decay
+        self.masking = masking
+        self.half_precision_targets = half_precision_targets
+        self.grid = consistency.grid(self.process)
+        self.jump_ends = consistency.jump_ends(self.grid)
+        self._unconditional: Conditioning | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """The student alone: what is frozen stays in eval mode."""
+        super().train(mode)
+        for frozen in (self.teacher, self.target, self.text):
+            frozen.eval()
+        return self
+
+    def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
+        """Refuse latents of another codec than the teacher's (StaleCacheError); its normaliser stays as it is."""
+        super().adopt_data(datamodule)
+        self.source.require_codec(self.checkpoint_metadata["codec_hash"])
+
+    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
+        """The distance of student and target."""
+        generator = torch_generator("distil", self.seed, self.trainer.global_step, batch_idx, self.global_rank)
+        loss = self._batch_loss(batch, generator, self.masking)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["caption"]))
+        return loss
+
+    def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
+        """The same, with draws that repeat themselves; it compares with the target of the moment, not with a truth."""
+        generator = torch_generator("distil validation", self.seed, batch_idx, self.global_rank)
+        loss = self._batch_loss(batch, generator, None)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["caption"]), sync_dist=True)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The target network follows every step of the student."""
+        super().optimizer_step(*args, **kwargs)
+        self.update_target()
+
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """Algorithm 1, line 9."""
+        kept: list[Tensor] = list(self.target.parameters())
+        torch._foreach_lerp_(kept, list[Tensor](self.denoiser.parameters()), 1 - self.target_decay)
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Draws:
+        """Draws for clean latents of `shape [B, C, L]`."""
+        low, high = self.consistency.lowest_scale, self.consistency.highest_scale
+        return Draws(
+            torch.randn(shape, generator=generator),
+            torch.randint(len(self.grid), shape[:1], generator=generator),
+            low + (high - low) * torch.rand(shape[:1], generator=generator),
+        )
+
+    def consistency_loss(self, clean: Tensor, text: Conditioning, draws: Draws, hidden: Tensor | None = None) -> Tensor:
+        """Algorithm 1, lines 5 to 7.
+
+        Args:
+            clean: normalised latents `[B, C, L]`.
+            text: one row per item.
+            draws: see `draw`.
+            hidden: `[B, L]`, true where frames count and the latent is not shown to the networks; None hides all.
+        """
+        start, end = (times.to(clean.device)[draws.point] for times in (self.grid, self.jump_ends))
+        known = None if hidden is None else KnownLatent(clean, hidden)
+        noisy = self.process.add_noise(clean, draws.noise, start)
+        estimate = self._estimate(self.denoiser, noisy, start, text, draws.scale, known)
+        with torch.no_grad(), self._target_precision():
+            positive, negative = branches(self.teacher, text, self._negative(), known)(noisy, start)
+            guided = extrapolate(positive.float(), negative.float(), draws.scale[:, None, None])
+            before = ddim_jump(self.process, noisy, guided, start, end)
+            target = self._estimate(self.target, before, end, text, draws.scale, known)
+        return self.loss(estimate, target, mask=hidden)
+
+    def _estimate(
+        self,
+        network: nn.Module,
+        noisy: Tensor,
+        timestep: Tensor,
+        text: Conditioning,
+        scale: Tensor,
+        known: KnownLatent | None,
+    ) -> Tensor:
+        prediction = bind(network, text, known, more={"guidance_scale": scale})(noisy, timestep)
+        return self.consistency.estimate(self.process, noisy, prediction.float(), timestep)
+
+    def _batch_loss(self, batch: LatentBatch, generator: torch.Generator, masking: SpanMasking | None) -> Tensor:
+        with torch.no_grad():
+            clean = self.normaliser.normalise(batch["latent"])
+            text = embed(self.text, batch["caption"])
+        draws = self.draw(clean.shape, generator).to(clean)
+        hidden = masking(len(clean), clean.shape[-1], generator).to(clean.device) if masking else None
+        return self.consistency_loss(clean, text, draws, hidden)
+
+    @torch.no_grad()
+    def _negative(self) -> Conditioning:
+        """Of the empty prompt; the text encoder is frozen, so once is enough."""
+        if self._unconditional is None:
+            self._unconditional = embed(self.text, [""])
+        return self._unconditional
+
+    def _target_precision(self) -> AbstractContextManager[object]:
+        if self.half_precision_targets:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
