@@ -23,6 +23,7 @@ ALLOWED = {
     "published": EVERYTHING,
     "training": EVERYTHING,
     "inference": set(),
+    "decoding": {"inference", "models", "nn"},
     "editing": {"editing", "data"},
     "generation": {"generation", "diffusion", "reporting"},
     "pipeline": EVERYTHING,

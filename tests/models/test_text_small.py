@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from foley.checkpoint import load_component, save_component
 from foley.config import PROJECT_ROOT
-from foley.models.text import SmallTextEncoder
+from foley.models.text import CachedText, SmallTextEncoder
 from foley.models.text.tokenizer import BEGINNING, train_tokenizer
 
 TOKENIZER = PROJECT_ROOT / "data" / "tokenizer" / "audiocaps.json"
@@ -108,3 +108,16 @@ def test_every_text_config_composes() -> None:
             config = compose(overrides=[f"+text={file.stem}"]).text
             assert config._target_.startswith("foley.models.text.")
             assert config.max_length >= 64
+
+
+def test_a_cached_encoder_sees_each_prompt_once(text: SmallTextEncoder) -> None:
+    calls: list[list[str]] = []
+    hook = text.register_forward_hook(lambda _, arguments, __: calls.append(list(arguments[0])))
+    cached = CachedText(text.eval())
+    first, again = cached(["a dog barks", "", "rain", ""]), cached(["", "a dog barks"])
+    hook.remove()
+    assert calls == [["a dog barks", "", "rain"]]
+    expected = text(["a dog barks", "", "rain", ""])
+    assert torch.equal(first.mask, expected.mask)
+    torch.testing.assert_close(first.embeddings[first.mask], expected.embeddings[expected.mask])
+    assert torch.equal(again.embeddings[1][again.mask[1]], first.embeddings[0][first.mask[0]])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foley.nn.conv import Snake, down_conv, fold_weight_norm, same_conv, snake, up_conv
+from foley.nn.conv import Snake, down_conv, fold_weight_norm, folded_copy, same_conv, snake, up_conv
 
 
 def test_snake_is_its_formula() -> None:
@@ -40,6 +40,18 @@ def test_folding_keeps_the_output_and_simplifies_the_state() -> None:
     fold_weight_norm(layer)
     torch.testing.assert_close(layer(signal), before)
     assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_a_folded_copy_leaves_the_original_alone():
+    original = torch.nn.Sequential(same_conv(2, 3, 7, dilation=3), up_conv(3, 2, 4), Snake(2))
+    signal, keys = torch.randn(1, 2, 20), set(original.state_dict())
+    expected = original(signal)
+    copied = folded_copy(original)
+    torch.testing.assert_close(copied(signal), expected)
+    assert {"0.weight", "1.bias", "2.log_alpha"} <= set(copied.state_dict())
+    copied.double()
+    assert set(original.state_dict()) == keys
+    torch.testing.assert_close(original(signal), expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Weight-normalised 1-D convolutions and the Snake activation, the two parts that waveform codecs are made of."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations, type_before_parametrizations
 
 _SMALLEST_BETA = 1e-9
 _Conv = TypeVar("_Conv", nn.Conv1d, nn.ConvTranspose1d)
@@ -60,6 +61,26 @@ def fold_weight_norm(module: nn.Module) -> None:
             remove_parametrizations(part, "weight")
 
 
+def folded_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module` with its weight norm folded; the module itself stays as it is.
+
+    A copied convolution shares its class with the original, and folding it would break both: it is built anew.
+    """
+    parts = [part for part in module.modules() if is_parametrized(part, "weight")]
+    return deepcopy(module, {id(part): _plain(part) for part in parts})
+
+
+def _plain(conv: Any) -> nn.Module:
+    options = {name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    plain = type_before_parametrizations(conv)(
+        conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta", **options
+    )
+    values = {"weight": conv.weight, "bias": conv.bias}
+    state = {name: value.detach().clone() for name, value in values.items() if value is not None}
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
 class Snake(nn.Module):
     """Periodic activation `x + sin^2(alpha x) / beta` with one alpha and beta per channel, both in log scale.
 
@@ -73,9 +94,12 @@ class Snake(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`."""
-        alpha = self.log_alpha.exp()[:, None]
-        gain = (self.log_beta.exp() + _SMALLEST_BETA).reciprocal()[:, None]
-        return snake(signal, alpha, gain)
+        alpha, gain = self.coefficients()
+        return snake(signal, alpha[:, None], gain[:, None])
+
+    def coefficients(self) -> tuple[Tensor, Tensor]:
+        """`alpha` and `1 / beta`, each `[C]`."""
+        return self.log_alpha.exp(), (self.log_beta.exp() + _SMALLEST_BETA).reciprocal()
 
 
 class _Snake(torch.autograd.Function):

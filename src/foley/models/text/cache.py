@@ -2,15 +2,18 @@
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from foley.checkpoint import write_tensors
 from foley.logs import get_logger
+from foley.models.text.base import TextConditioner, TextEmbedding
 
 logger = get_logger(__name__)
 
@@ -60,8 +63,48 @@ class EmbeddingCache:
         if path is not None:
             write_tensors(path, {"embedding": embedding.detach().cpu()})
 
+    def embed(
+        self, prompts: Sequence[str], device: torch.device, encode: Callable[[list[str]], list[Tensor]]
+    ) -> TextEmbedding:
+        """B prompts to embeddings `[B, S, Dc]` on `device`, zero where the mask is false.
+
+        Args:
+            encode: prompts that are not known, each once, to unpadded embeddings `[S, Dc]`.
+        """
+        found = {prompt: self.get(prompt, device) for prompt in dict.fromkeys(prompts)}
+        known = {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
+        missing = [prompt for prompt in found if prompt not in known]
+        if missing:
+            known.update(zip(missing, encode(missing), strict=True))
+        for prompt in missing:
+            self.put(prompt, known[prompt])
+        rows = [known[prompt] for prompt in prompts]
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        embeddings = pad_sequence(rows, batch_first=True)
+        return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=device) < lengths[:, None])
+
     def _remember(self, prompt: str, embedding: Tensor) -> None:
         self._memory[prompt] = embedding
         self._memory.move_to_end(prompt)
         if len(self._memory) > self.memory_items:
             self._memory.popitem(last=False)
+
+
+class CachedText:
+    """A conditioner that is not trained any more: encodes each distinct prompt once, the empty one included.
+
+    Rounding depends on what else is encoded in the same batch, and stays with the prompt from then on.
+    """
+
+    def __init__(self, text: TextConditioner) -> None:
+        self._text = text
+        self._cache = EmbeddingCache(type(text).__name__)
+
+    def __call__(self, prompts: list[str]) -> TextEmbedding:
+        """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
+        return self._cache.embed(prompts, next(self._text.parameters()).device, self._encode)
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> list[Tensor]:
+        encoded = self._text(prompts)
+        return [row[mask] for row, mask in zip(encoded.embeddings, encoded.mask, strict=True)]

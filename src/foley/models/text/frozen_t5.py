@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
@@ -85,25 +84,15 @@ class FrozenT5Conditioner(TextConditioner):
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
-        known = {prompt: self.cache.get(prompt, self.encoder.device) for prompt in dict.fromkeys(prompts)}
-        missing = [prompt for prompt, embedding in known.items() if embedding is None]
-        if missing:
-            known.update(zip(missing, self._encode(missing), strict=True))
-        rows = [embedding for prompt in prompts if (embedding := known[prompt]) is not None]
-        lengths = torch.tensor([len(row) for row in rows], device=self.encoder.device)
-        embeddings = pad_sequence(rows, batch_first=True)
-        return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=lengths.device) < lengths[:, None])
+        return self.cache.embed(prompts, self.encoder.device, self._encode)
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> list[Tensor]:
-        """Unpadded embeddings `[S, Dc]`, one per prompt, which the cache then holds."""
+        """Unpadded embeddings `[S, Dc]`, one per prompt."""
         tokens = [self._tokens(prompt) for prompt in prompts]
         batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.encoder.device)
         hidden = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        embeddings = [row[: len(ids)].clone() for row, ids in zip(hidden, tokens, strict=True)]
-        for prompt, embedding in zip(prompts, embeddings, strict=True):
-            self.cache.put(prompt, embedding)
-        return embeddings
+        return [row[: len(ids)].clone() for row, ids in zip(hidden, tokens, strict=True)]
 
     def _tokens(self, prompt: str) -> list[int]:
         """At most `max_length` ids; the last one is always the end token, so "" has one."""

@@ -1,6 +1,7 @@
 """Waveform decoder: the mirror of the encoder, with transposed convolutions and no final tanh."""
 
 from collections.abc import Sequence
+from math import prod
 
 from torch import Tensor, nn
 
@@ -45,3 +46,21 @@ class Decoder(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to `[B, 1, L * hop]`."""
         return self.head(self.activation(self.stages(self.stem(latent))))
+
+    @property
+    def context_frames(self) -> int:
+        """How many latent frames before a frame, and after it, its audio hears: the receptive field of the layers."""
+        layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)]
+        hop = prod(layer.stride[0] for layer in layers)
+        first, last = 0, hop - 1
+        for layer in reversed(layers):
+            first, last = _heard(layer, first, last)
+        return max(-first, last)
+
+
+def _heard(layer: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tuple[int, int]:
+    """The first and the last input of a layer that its outputs `first` to `last` depend on."""
+    reach, padding, stride = layer.dilation[0] * (layer.kernel_size[0] - 1), int(layer.padding[0]), layer.stride[0]
+    if isinstance(layer, nn.ConvTranspose1d):
+        return -((reach - padding - first) // stride), (last + padding) // stride
+    return first - padding, last - padding + reach
