@@ -25,6 +25,8 @@ def set_precision(denoiser: nn.Module, precision: str) -> None:
 def compile_blocks(denoiser: Any, **options: Any) -> None:
     """Compile each block of the denoiser at its first use; all blocks of one shape share one compilation.
 
+    So is each cacheable layer, for the accelerators that take a block apart (`foley.accel.layers.replaced_forwards`).
+
     Args:
         denoiser: has `blocks()`; raises ValueError for one that has not.
         options: of `torch.compile`.
@@ -33,3 +35,6 @@ def compile_blocks(denoiser: Any, **options: Any) -> None:
         raise ValueError(f"compile=true: {type(denoiser).__name__} does not say which blocks to compile (`blocks()`)")
     for block in denoiser.blocks():
         block.compile(**options)
+        for layer in block.modules():
+            if hasattr(layer, "cacheable_kind"):
+                layer.compiled_forward = torch.compile(layer.forward, **options)

@@ -52,7 +52,8 @@ class LayerCache:
             ValueError: the denoiser has no cacheable layer.
             RuntimeError: an accelerator is attached to it already.
         """
-        with replaced_forwards(find_cacheable_layers(denoiser), self._caching_forward, self._skipping_norm):
+        layers = find_cacheable_layers(denoiser)
+        with replaced_forwards(denoiser, layers, self._caching_forward, self._skipping_norm):
             self._denoiser = denoiser
             try:
                 yield

@@ -53,7 +53,8 @@ class MacCounter:
         # The count of attention is the same on every device: PyTorch knows those of the fused kernels for GPUs.
         formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
         self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
-        self._running = False
+        self._running = ExitStack()
+        self.is_running = False
 
     @property
     def total(self) -> int:
@@ -61,15 +62,15 @@ class MacCounter:
         return self._flops.get_total_flops() // _FLOPS_PER_MAC
 
     def start(self) -> None:
-        """Begin to count."""
-        self._flops.__enter__()
-        self._running = True
+        """Begin to count; what is compiled runs as it is meanwhile, since the products of a graph cannot be seen."""
+        self._running.enter_context(torch.compiler.set_stance("force_eager"))
+        self._running.enter_context(self._flops)
+        self.is_running = True
 
     def stop(self) -> None:
         """Count no more; nothing happens where nothing was started."""
-        if self._running:
-            self._running = False
-            self._flops.__exit__(None, None, None)
+        self.is_running = False
+        self._running.close()
 
     def evaluation(self, names: Sequence[str]) -> EvaluationMacs:
         """What was counted, of layers of these names."""
@@ -77,11 +78,12 @@ class MacCounter:
 
     def enter(self, index: int) -> None:
         """Layer `index` begins."""
-        self._before[index] = self.total
+        if self.is_running:
+            self._before[index] = self.total
 
     def leave(self, index: int) -> None:
         """Layer `index` has ended."""
-        if self._running:
+        if self.is_running:
             self.layers[index] = self.layers.get(index, 0) + self.total - self._before[index]
 
     def call(self, index: int, layer: Forward, *args: Any, **kwargs: Any) -> Any:

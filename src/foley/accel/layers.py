@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -98,13 +98,15 @@ def _norms_feed_one_layer(block: nn.Module) -> bool:
 
 @contextmanager
 def replaced_forwards(
+    denoiser: nn.Module,
     layers: Sequence[CacheableLayer],
     wrap: Callable[[int, Forward], Forward],
     wrap_norm: Callable[[int, Forward], Forward] | None = None,
 ) -> Iterator[None]:
     """Give layer `i` the forward `wrap(i, its own forward)` inside the context, and its own again on any exit.
 
-    `wrap_norm` does the same for the norms outside of layers.
+    `wrap_norm` does the same for the norms outside of layers. Where blocks are compiled (`compile_blocks`), each layer
+    is compiled for itself inside the context.
 
     Raises:
         RuntimeError: a forward is replaced already; stacked caches would hide each other's calls.
@@ -119,10 +121,23 @@ def replaced_forwards(
             f"the forward of {taken[0]!r} ({len(taken)} of {len(replaced)} modules) is replaced already: "
             "an accelerator is attached to this denoiser; leave its `attach` context first"
         )
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(_uncompiled_around(denoiser, layers))
         for _, index, module, make in replaced:
-            module.forward = make(index, module.forward)
+            stack.callback(vars(module).pop, "forward", None)
+            module.forward = make(index, getattr(module, "compiled_forward", module.forward))
         yield
-    finally:
-        for _, _, module, _ in replaced:
-            vars(module).pop("forward", None)
+
+
+@contextmanager
+def _uncompiled_around(denoiser: nn.Module, layers: Sequence[CacheableLayer]) -> Iterator[None]:
+    """What is compiled around layers that have a `compiled_forward` of their own runs as it is inside the context.
+
+    What replaces a forward decides anew for each layer and evaluation; a graph around it would be compiled for each.
+    """
+    with ExitStack() as stack:
+        if all(hasattr(layer.module, "compiled_forward") for layer in layers):
+            for module in [module for module in denoiser.modules() if module._compiled_call_impl is not None]:
+                stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+                module._compiled_call_impl = None
+        yield

@@ -53,7 +53,7 @@ class CalibrationRecorder:
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """Watch the cacheable layers of `denoiser` inside the context; raises as `LayerCache.attach` does."""
         layers = find_cacheable_layers(denoiser)
-        with replaced_forwards(layers, self._recording_forward):
+        with replaced_forwards(denoiser, layers, self._recording_forward):
             self._layers, self._denoiser = layers, denoiser
             try:
                 yield
