@@ -18,6 +18,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import sample
 from foley.diffusion.solver import Solver
+from foley.diffusion.types import RunContext, StepContext
 from foley.models.dit.backbone import DiffusionTransformer
 from foley.nn.adaln import AdaLNSola, TimeToken
 from foley.nn.attention import dense_core
@@ -142,6 +143,24 @@ def test_a_time_token_is_visible_to_every_frame(dit: DiffusionTransformer, monke
     assert {len(indices) for indices in seen} == {FRAMES // 10 + dit.prepends_time_token}
     assert all(0 in indices for indices in seen) or not dit.prepends_time_token
     assert len({tuple(indices.tolist()) for indices in seen}) == len(seen) == 3 * 4
+
+
+def test_draws_of_a_layer_ignore_the_other_layers_and_are_made_once_a_run() -> None:
+    made: list[int] = []
+
+    def draw(num_tokens: int, ratio: float, generator: torch.Generator) -> torch.Tensor:
+        made.append(num_tokens)
+        return compensation_indices(num_tokens, ratio, generator)
+
+    accelerator, run = LocalGlobal(3), RunContext("ddim", 4, torch.arange(4).flip(0), 1.0, 0.0, BATCH)
+    accelerator.on_run_start(run)
+    for evaluation in range(4):
+        accelerator.on_evaluation_start(StepContext(evaluation, run.timesteps[evaluation], run))
+        for layer in ("another", "a layer"):
+            drawn = accelerator.drawn(layer, draw, FRAMES, 0.2, device=torch.device("cpu"))
+        generator = torch_generator("LocalGlobal", 0, "a layer", evaluation)
+        assert torch.equal(drawn, compensation_indices(FRAMES, 0.2, generator))
+    assert len(made) == 2 * 4
 
 
 def test_an_exception_restores_the_cores(dit: DiffusionTransformer) -> None:

@@ -119,7 +119,8 @@ class LiteFocus(SeededAccelerator):
     def _sparse(self, sizes: FeatureMapSizes, layer: UNetSelfAttention) -> Attend:
         def attend(attention: Attention, tokens: Tensor) -> Tensor:
             _, num_frequencies = sizes[layer.transformer]
-            indices = compensation_indices(tokens.shape[1], self._ratio, self.generator(layer.name))
+            num_tokens, device = tokens.shape[1], tokens.device
+            indices = self.drawn(layer.name, compensation_indices, num_tokens, self._ratio, device=device)
             projections = (attention.to_q, attention.to_k, attention.to_v)
             q, k, v = (project(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for project in projections)
             attended = self._core(q, k, v, num_frequencies, indices).transpose(1, 2).flatten(-2)

@@ -1,8 +1,9 @@
 """A local window and random global keys: LiteFocus adapted to latents without a frequency axis."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,17 +108,44 @@ class LocalGlobal(SeededAccelerator):
                 "leave that accelerator's `attach` context first"
             )
         num_leading = int(getattr(denoiser, "prepends_time_token", False))
+        cores = {name: _WindowCore(self._window_frames) for name in layers}
         with ExitStack() as stack:
             for name, attention in layers.items():
                 stack.callback(setattr, attention, "core", attention.core)
-                attention.core = partial(self._attend, name, num_leading)
+                attention.core = cores[name]
+            choose = partial(self._choose_global_frames, cores, num_leading)
+            stack.callback(denoiser.register_forward_pre_hook(choose, with_kwargs=True).remove)
             yield
 
-    def _attend(self, name: str, num_leading: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        leading = torch.arange(num_leading)
-        drawn = compensation_indices(q.shape[2] - num_leading, self._ratio, self.generator(name))
-        indices = torch.cat([leading, drawn + num_leading])
-        return local_global_attention(q, k, v, self._window_frames, indices, mask)
+    def _choose_global_frames(
+        self,
+        cores: Mapping[str, "_WindowCore"],
+        num_leading: int,
+        denoiser: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        noisy: Tensor = args[0] if args else kwargs["noisy"]
+        size = (noisy.shape[-1], self._ratio, num_leading)
+        for name, core in cores.items():
+            core.global_indices = self.drawn(name, _visible_to_all, *size, device=noisy.device)
+
+
+def _visible_to_all(num_frames: int, ratio: float, num_leading: int, generator: torch.Generator) -> Tensor:
+    """The leading tokens, and the drawn ones among the frames after them."""
+    frames = compensation_indices(num_frames, ratio, generator)
+    return torch.cat([torch.arange(num_leading), frames + num_leading])
+
+
+class _WindowCore:
+    """The attention core of one layer. It draws nothing itself, so that compiled blocks of all layers are one graph."""
+
+    def __init__(self, window_frames: int) -> None:
+        self.window_frames = window_frames
+        self.global_indices = torch.empty(0, dtype=torch.long)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return local_global_attention(q, k, v, self.window_frames, self.global_indices, mask)
 
 
 def _self_attention_layers(denoiser: nn.Module) -> dict[str, Attention]:

@@ -66,9 +66,10 @@ def match_tokens(features: Tensor, destinations: Tensor, num_merged: int) -> Tok
         destinations: `[M]`; all other tokens are sources.
         num_merged: at most N - M.
     """
-    is_source = torch.ones(features.shape[1], dtype=torch.bool)
-    is_source[destinations] = False
-    sources, destinations = is_source.nonzero().squeeze(1).to(features.device), destinations.to(features.device)
+    destinations = destinations.to(features.device)
+    is_destination = torch.zeros(features.shape[1], device=features.device).index_fill(0, destinations, 1.0)
+    # Sorted, sources come first and in order; to look for them by `nonzero` would wait for the device.
+    sources = is_destination.argsort(stable=True)[: features.shape[1] - len(destinations)]
     directions = F.normalize(features, dim=-1)
     similarity, target = (directions[:, sources] @ directions[:, destinations].mT).max(dim=-1)
     rank = similarity.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -142,8 +143,8 @@ class TokenMerging(SeededAccelerator):
     ) -> None:
         tokens = first_input(args, kwargs)
         num_merged = math.floor(self._ratio * tokens.shape[1])
-        generator = self.generator(layer.name.rpartition(".")[0])
-        destinations = draw_destinations(*sizes[layer.transformer], self._stride, generator)
+        name, size = layer.name.rpartition(".")[0], sizes[layer.transformer]
+        destinations = self.drawn(name, draw_destinations, *size, self._stride, device=tokens.device)
         matchings[block] = match_tokens(tokens, destinations, num_merged)
 
     def _merged(self, matchings: Matchings, layer: UNetSelfAttention) -> Attend:
