@@ -39,6 +39,7 @@ def test_errors_name_the_caption_that_the_denoiser_knows(listens: bool) -> None:
     assert errors.shape == (3, CLASSES + 1)
     if listens:
         assert summary["accuracy"] == 1
-        assert summary["error_right_caption"] == pytest.approx(0, abs=1e-6) < summary["error_empty_caption"]
+        assert summary["error_right_caption"] == pytest.approx(0, abs=1e-6)
+        assert summary["error_empty_caption"] > 0.1
     else:
         assert summary["error_right_caption"] == summary["error_empty_caption"]
