@@ -40,6 +40,8 @@ class GenerationSettings:
         progress: wraps the range of evaluations of each batch.
         window_seconds: generate longer clips in windows of this length, see `foley.diffusion.windows`; None does not.
         overlap_seconds: of neighbouring windows, at least.
+        decode_chunk_seconds: decode longer clips in chunks of this length, which bounds the memory and changes
+            nothing else (`foley.decoding`); None decodes all at once. ValueError unless positive.
     """
 
     guidance: ClassifierFreeGuidance = field(default_factory=ClassifierFreeGuidance)
@@ -51,11 +53,14 @@ class GenerationSettings:
     progress: Progress = iter
     window_seconds: float | None = None
     overlap_seconds: float = 1.0
+    decode_chunk_seconds: float | None = 10.0
     any_guidance_scale: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.decode_chunk_seconds is not None and not self.decode_chunk_seconds > 0:
+            raise ValueError(f"decode_chunk_seconds must be above 0, or null, got {self.decode_chunk_seconds}")
         _check_length(self.negative_prompt)
         if self.negative_prompt and not self.guidance.needs_negative:
             _log.warning("negative_prompt=%r has no effect at guidance scale 1", self.negative_prompt)
@@ -87,6 +92,12 @@ class GenerationSettings:
                 f"negative_prompt={self.negative_prompt!r}: a student was distilled with the empty one; leave it out"
             )
         return student.guidance(self.guidance, self.any_guidance_scale)
+
+    def chunk_frames(self, frames_per_second: float) -> int | None:
+        """Latent frames to decode at a time."""
+        if self.decode_chunk_seconds is None:
+            return None
+        return max(1, round(self.decode_chunk_seconds * frames_per_second))
 
     def windows(self, num_frames: int, frames_per_second: float) -> Windows | None:
         """Of a clip of so many latent frames; None where it is no longer than a window.

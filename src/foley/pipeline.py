@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from foley.accel.meter import CostMeter
+from foley.decoding import LatentDecoder
 from foley.diffusion.generate import clip_size, embed, generate_latents
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start
@@ -19,6 +20,7 @@ from foley.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
 from foley.generation import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
 from foley.hashing import hash_module
 from foley.inference import compile_blocks, set_precision
+from foley.models.text import CachedText, FrozenT5Conditioner
 from foley.logs import get_logger
 from foley.nn.rotary import RotaryExtension
 from foley.system import System, load_system, save_system
@@ -39,7 +41,8 @@ class TextToAudio:
     A student samples with solver "consistency", by default in two steps, and takes the guidance scales of its training.
 
     Args:
-        system: its modules; they are put in eval mode and moved to `device`.
+        system: its modules; they are put in eval mode and moved to `device`. Prompts are encoded once, and latents
+            are decoded with the codec's weights as they are now.
         device: where to run.
         max_duration_seconds: longer requests are refused; raise it knowingly, for quality falls off beyond the
             training length and memory grows with the square of the duration.
@@ -54,6 +57,8 @@ class TextToAudio:
         modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
         self.denoiser, self.text = modules["denoiser"], modules["text"]
         self.codec, self.normaliser = modules["codec"], modules["normaliser"]
+        self._encode_text = CachedText(self.text) if self.text.trainable else self.text
+        self._decode = LatentDecoder(self.codec)
         self.inference: dict[str, Any] = {"precision": "float32", "compile": False}
         self.model_hash = hash_module(self.denoiser)
 
@@ -75,6 +80,23 @@ class TextToAudio:
         if compiled:
             compile_blocks(self.denoiser)
         self.inference |= {"precision": precision, "compile": compiled}
+
+    def set_decoder_precision(self, precision: str) -> None:
+        """Decode in another precision; float32, the default, is the fast decoder on a CPU (`LatentDecoder`).
+
+        Raises ValueError for an unknown precision, and where the codec only has one.
+        """
+        self._decode = LatentDecoder(self.codec, precision)
+        self.inference["decoder_precision"] = precision
+
+    def keep_text_embeddings(self, directory: str | Path) -> None:
+        """Keep embeddings of a frozen text encoder in `directory` between runs; ValueError for any other encoder."""
+        if not isinstance(self.text, FrozenT5Conditioner):
+            raise ValueError(
+                f"text_cache_dir={directory}: {type(self.text).__name__} is not a frozen encoder whose embeddings "
+                "could be kept; leave it out, prompts are encoded once all the same"
+            )
+        self.text.cache.directory = Path(directory).expanduser()
 
     def extend_rotary(self, method: str, trained_seconds: float) -> None:
         """Tell positions beyond `trained_seconds` apart by `foley.nn.rotary.RotaryExtension`, "linear" or "ntk".
@@ -228,14 +250,14 @@ class TextToAudio:
         settings = request.settings
         guidance, solver = settings.guide(self.student), settings.plan(self.student)
         with self._timed(timings, "text_seconds"):
-            negative = embed(self.text, [settings.negative_prompt]) if guidance.needs_negative else None
+            negative = embed(self._encode_text, [settings.negative_prompt]) if guidance.needs_negative else None
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         windows = settings.windows(canvas.num_frames, self.frames_per_second)
         rows = []
         for start in range(0, len(request.prompts), settings.batch_size):
             items = slice(start, start + settings.batch_size)
             with self._timed(timings, "text_seconds"):
-                positive = embed(self.text, request.prompts[items])
+                positive = embed(self._encode_text, request.prompts[items])
             with self._timed(timings, "denoise_seconds"):
                 latent = generate_latents(
                     self.denoiser,
@@ -254,7 +276,8 @@ class TextToAudio:
                     windows,
                 )
             with self._timed(timings, "decode_seconds"):
-                rows.append(canvas.finish(self.codec.decode(self.normaliser.denormalise(latent)).cpu()))
+                audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
+                rows.append(canvas.finish(audio.cpu()))
         cost = {} if meter is None else meter.describe()
         return self._generation(torch.cat(rows), request, canvas, timings, cost)
 
