@@ -27,6 +27,7 @@ ALLOWED = {
     "editing": {"editing", "data"},
     "generation": {"generation", "diffusion", "reporting"},
     "pipeline": EVERYTHING,
+    "requests": EVERYTHING,
     "system": EVERYTHING,
 }
 """Layer to what it may import besides the base. A missing layer is an error: say where a new package belongs."""

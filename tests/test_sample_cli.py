@@ -8,10 +8,13 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_pipeline import CONFIGS
 
+from foley.checkpoint import CheckpointError
 from foley.config import PROJECT_ROOT
+from foley.requests import choose_method
 from foley.system import build_system, save_system
 
 HOSTILE = 'rain, it\'s "loud" ../../x\n🐕 ${oc.env:HOME} <b>'
@@ -105,10 +108,64 @@ def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overr
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(options, message):
-    choose_method = runpy.run_path(str(PROJECT_ROOT / "sample.py"), run_name="sample")["choose_method"]
     defaults = OmegaConf.load(PROJECT_ROOT / "configs" / "sample.yaml")
     with pytest.raises(ValueError, match=message):
         choose_method(OmegaConf.merge(defaults, options))
+
+
+def sample_here(*overrides: str) -> None:
+    """`sample.py` in this process, which is faster."""
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        cfg = compose("sample", overrides=["prompt=rain", "device=cpu", *overrides])
+    runpy.run_path(str(PROJECT_ROOT / "sample.py"), run_name="sample")["main"](cfg)
+
+
+def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_dir, tmp_path):
+    ways = {
+        "plain": [],
+        "half": ["precision=bf16"],
+        "windows": ["window_seconds=0.5", "overlap_seconds=0.1"],
+        "extended": ["rotary_extension=ntk", "trained_seconds=0.5"],
+    }
+    settings = {}
+    for name, overrides in ways.items():
+        sample_here(f"ckpt={system_dir}", "steps=2", "duration_seconds=1", f"output_dir={tmp_path / name}", *overrides)
+        (sidecar,) = (tmp_path / name).glob("*.json")
+        settings[name] = json.loads(sidecar.read_text(encoding="utf-8"))["settings"]
+        assert soundfile.info(sidecar.with_suffix(".wav")).frames == 2000
+    assert (settings["plain"]["precision"], settings["plain"]["compile"]) == ("float32", False)
+    assert settings["half"]["precision"] == "bf16"
+    assert (settings["windows"]["window_seconds"], settings["windows"]["overlap_seconds"]) == (0.5, 0.1)
+    assert (settings["extended"]["rotary_extension"], settings["extended"]["trained_seconds"]) == ("ntk", 0.5)
+    assert {"window_seconds", "rotary_extension"}.isdisjoint(settings["plain"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["edit=a.wav", "mask_start_seconds=0", "mask_length_seconds=1"], ValueError, "only generate"),
+        (["init=a.wav"], ValueError, "only generate"),
+        (["precision=bf16"], ValueError, "only generate"),
+        (["compile=true"], ValueError, "only generate"),
+        (["rotary_extension=ntk"], ValueError, "only generate"),
+        (["window_seconds=5"], ValueError, "window_seconds: a published pipeline"),
+        (["guidance_rescale=0.5"], ValueError, "no rescale"),
+        (["solver=heun"], ValueError, "solver=heun: a published pipeline keeps its own"),
+        (["accel=smoothcache"], FileNotFoundError, "calibrate.py model=audioldm2 hub_dir="),
+        (["published.family=musicgen"], ValueError, "got 'musicgen'"),
+        ([], CheckpointError, "must hold model_index.json"),  # what is loaded first
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused_before_anything_is_loaded(tmp_path, overrides, error, message):
+    places = [f"hub_dir={tmp_path}", f"cache_dir={tmp_path}", f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(Exception, match=message) as caught:
+        sample_here("published=audioldm2", *places, *overrides)
+    assert isinstance(caught.value, error) or isinstance(caught.value.__cause__, error)
+
+
+def test_a_missing_calibration_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={tmp_path}/none solver=ddim"):
+        sample_here(f"ckpt={tmp_path}/none", "solver=ddim", "accel=audiocache", f"output_dir={tmp_path / 'out'}")
 
 
 def test_help_lists_the_options():

@@ -79,6 +79,23 @@ def _load_audioldm2(folder: Path, options: Mapping[str, Any]) -> AudioPipeline:
 _LOADERS = {"stable_audio": _load_stable_audio, "audioldm2": _load_audioldm2}
 
 
+def pipeline_settings(options: Mapping[str, Any]) -> GenerationSettings:
+    """Of fields of `GenerationSettings`; raises ValueError for what no published pipeline can do."""
+    settings = GenerationSettings(**{"solver": PUBLISHED_SOLVER, **options})
+    if settings.solver != PUBLISHED_SOLVER:
+        raise ValueError(f"solver={settings.solver}: a published pipeline keeps its own; leave it out")
+    if settings.window_seconds is not None:
+        raise ValueError("window_seconds: a published pipeline generates a clip as a whole; leave it out")
+    if settings.num_steps < 1:
+        raise ValueError(f"steps must be a whole number >= 1, got {settings.num_steps}")
+    if settings.guidance.rescale or settings.guidance.scale < 1:
+        raise ValueError(
+            "a published pipeline takes a guidance scale of at least 1 and no rescale, "
+            f"got {settings.guidance.scale} and {settings.guidance.rescale}"
+        )
+    return settings
+
+
 class PipelineToAudio:
     """Generates audio from captions with a pipeline of diffusers; what `TextToAudio` is to our own systems.
 
@@ -116,8 +133,11 @@ class PipelineToAudio:
             ValueError: for a request that cannot be met; nothing has been computed then.
             RuntimeError: where the result is not finite.
         """
-        request = GenerationRequest.of(prompts, seeds, GenerationSettings(**{"solver": PUBLISHED_SOLVER} | options))
-        self._check(request.settings, duration_seconds)
+        request = GenerationRequest.of(prompts, seeds, pipeline_settings(options))
+        if not 0 < duration_seconds <= self.max_duration_seconds:
+            raise ValueError(
+                f"duration_seconds must be above 0 and at most {self.max_duration_seconds:g}, got {duration_seconds}"
+            )
         num_samples = max(1, round(duration_seconds * self.sample_rate_hz))
         timings, rows = Timings(), []
         accelerator = request.settings.accelerator
@@ -154,24 +174,4 @@ class PipelineToAudio:
                 num_inference_steps=settings.num_steps,
                 guidance_scale=scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in request.seeds[items]],
-            )
-
-    def _check(self, settings: GenerationSettings, duration_seconds: float) -> None:
-        if not 0 < duration_seconds <= self.max_duration_seconds:
-            raise ValueError(
-                f"duration_seconds must be above 0 and at most {self.max_duration_seconds:g}, got {duration_seconds}"
-            )
-        if settings.solver != PUBLISHED_SOLVER:
-            raise ValueError(
-                f"solver={settings.solver}: a published pipeline keeps its own "
-                f"({type(self.audio.pipeline.scheduler).__name__}); leave it out"
-            )
-        if settings.window_seconds is not None:
-            raise ValueError("window_seconds: a published pipeline generates a clip as a whole; leave it out")
-        if settings.num_steps < 1:
-            raise ValueError(f"steps must be a whole number >= 1, got {settings.num_steps}")
-        if settings.guidance.rescale or settings.guidance.scale < 1:
-            raise ValueError(
-                "a published pipeline takes a guidance scale of at least 1 and no rescale, "
-                f"got {settings.guidance.scale} and {settings.guidance.rescale}"
             )
