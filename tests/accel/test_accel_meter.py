@@ -15,6 +15,7 @@ from foley.accel.combined import Combined
 from foley.accel.cost import MacCounter, count_call_macs
 from foley.accel.litefocus import LiteFocus
 from foley.accel.meter import CostMeter
+from foley.accel.recorder import CalibrationRecorder
 from foley.diffusion.types import RunContext, StepContext
 
 sys.path.append(str(Path(__file__).parents[1] / "published"))
@@ -85,6 +86,35 @@ def test_without_acceleration_both_are_the_same() -> None:
     assert meter.cost_per_item() is None
     _run(stable_audio_dit(), _inputs(), meter)
     assert meter.describe()["macs"] == meter.describe()["macs_uncached"]
+
+
+def test_of_a_recording_only_the_recorder_counts() -> None:
+    model, recorder = stable_audio_dit(), CalibrationRecorder()
+    meter, reference = CostMeter(recorder), CostMeter(NoAcceleration())
+    _run(model, _inputs(), meter)
+    _run(model, _inputs(), reference)
+    assert meter.describe() == {}
+    assert 5 * recorder.calibration().macs.total // ITEMS == reference.describe()["macs"]
+
+
+def test_after_the_first_evaluation_nothing_is_watched() -> None:
+    model, watched = stable_audio_dit(), []
+
+    class Watching(Fora):
+        def on_evaluation_start(self, context: StepContext) -> None:
+            watched.append(any(module._forward_hooks for module in model.modules()))
+            super().on_evaluation_start(context)
+
+    _run(model, _inputs(), CostMeter(Watching(2)))
+    assert watched == [True] + [False] * 4
+
+
+def test_compiled_parts_are_not_counted() -> None:
+    model, meter = stable_audio_dit(), CostMeter(Fora(2))
+    model.transformer_blocks[0].compile(backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        _run(model, _inputs(), meter)
+    assert meter.describe() == {}
 
 
 def test_a_call_is_counted_from_shapes_alone() -> None:

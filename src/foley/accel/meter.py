@@ -18,31 +18,35 @@ class CostMeter:
     """Passes everything on to `accelerator`, and counts the first evaluation of the first run.
 
     Caches compute everything there, so that it costs what it does without them; the others follow from the schedule.
-    Where something else is attached too, such as sparse attention, the same call is counted without it, from shapes
-    alone. The result of the generation is not changed. A compiled denoiser is not counted.
+    Where something is attached that declares `changes_cost`, such as sparse attention, the same call is counted without
+    it, from shapes alone. The result of the generation is not changed. Neither a denoiser of which anything is compiled
+    is counted, nor an accelerator of another kind, such as a recorder.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         parts = _parts(accelerator)
         self._cache = next((part for part in parts if isinstance(part, LayerCache)), None)
-        self._changes_layers = any(not isinstance(part, LayerCache | NoAcceleration) for part in parts)
+        self._changes_layers = any(_changes_cost(part) for part in parts)
+        self._is_known = all(isinstance(part, LayerCache | NoAcceleration) or _changes_cost(part) for part in parts)
         self._layers: list[CacheableLayer] = []
         self._counter: MacCounter | None = None
         self._context: StepContext | None = None
         self._denoiser: nn.Module | None = None
         self._call: list[tuple[Any, Any]] = []
+        self._hooks = ExitStack()
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """As the accelerator's own."""
         with ExitStack() as stack:
-            if self._context is None and not _is_compiled(denoiser):
+            stack.callback(self._hooks.close)
+            if self._context is None and self._is_known and not _is_compiled(denoiser):
                 self._denoiser, self._counter = denoiser, MacCounter()
                 self._layers = find_cacheable_layers(denoiser) if self._cache is not None else []
-                stack.enter_context(self._counter.watching(self._layers))
+                self._hooks.enter_context(self._counter.watching(self._layers))
                 if self._changes_layers:
-                    stack.enter_context(_remembered_call(denoiser, self._call))
+                    self._hooks.enter_context(_remembered_call(denoiser, self._call))
             stack.enter_context(self._accelerator.attach(denoiser))
             yield
 
@@ -58,6 +62,7 @@ class CostMeter:
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         if self._counter is not None:
             self._counter.stop()
+            self._hooks.close()
         self._accelerator.on_evaluation_end(context, prediction)
 
     def on_run_end(self) -> None:
@@ -83,10 +88,15 @@ class CostMeter:
         assert self._denoiser is not None
         return RunCost(count_call_macs(self._denoiser, *self._call[0]) * (run.num_evaluations - first), accelerated)
 
-    def describe(self) -> dict[str, int]:
-        """What the JSON of each clip says of it: `macs` of one clip, and `macs_uncached` without the accelerator."""
+    def describe(self) -> dict[str, float]:
+        """What the JSON of each clip says of it.
+
+        `macs` of one clip, `macs_uncached` without the accelerator, and `mac_speedup`, how many times fewer they are.
+        """
         cost = self.cost_per_item()
-        return {} if cost is None else {"macs": cost.macs_cached, "macs_uncached": cost.macs_uncached}
+        if cost is None:
+            return {}
+        return {"macs": cost.macs_cached, "macs_uncached": cost.macs_uncached, "mac_speedup": cost.speedup}
 
 
 def _parts(accelerator: Accelerator) -> list[Accelerator]:
@@ -95,8 +105,13 @@ def _parts(accelerator: Accelerator) -> list[Accelerator]:
     return [accelerator]
 
 
+def _changes_cost(accelerator: Accelerator) -> bool:
+    return getattr(accelerator, "changes_cost", False)
+
+
 def _is_compiled(denoiser: nn.Module) -> bool:
-    return hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None) is not None
+    """As a whole or in parts."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in denoiser.modules())
 
 
 @contextmanager
