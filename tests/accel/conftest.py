@@ -87,15 +87,17 @@ def generate() -> Generate:
         guidance_scale: float = 3.0,
         seeds: Sequence[int] = (0, 1),
         start: Start | None = None,
+        prediction: str = "v",
     ) -> Tensor:
         choice, guidance = Solver(solver, num_steps), ClassifierFreeGuidance(guidance_scale)
-        scheduler = choice.build(DiffusionProcess("v"))
+        scheduler = choice.build(DiffusionProcess(prediction))
         rows = [torch.randn(5, WIDTH, generator=torch_generator("text", seed)) for seed in seeds]
         positive = Conditioning(torch.stack(rows), torch.ones(len(seeds), 5, dtype=torch.bool))
         negative = Conditioning(torch.zeros(1, 1, WIDTH), torch.ones(1, 1, dtype=torch.bool))
         noise = torch.stack([torch.randn(CHANNELS, TOKENS, generator=torch_generator("noise", s)) for s in seeds])
         context = choice.run_context(scheduler, guidance, len(seeds))
         denoise = guidance.wrap(denoiser, positive, negative)
-        return sample(denoise, noise, scheduler, context, callbacks, start=start)
+        generators = [torch_generator("solver noise", seed) for seed in seeds]
+        return sample(denoise, noise, scheduler, context, callbacks, generators, start=start)
 
     return run

@@ -66,6 +66,21 @@ def test_heun_is_indexed_by_evaluation(denoiser: Any, generate: Any) -> None:
     assert (calibration.mean[:, 0, 1:] > 0).all()
 
 
+@pytest.mark.parametrize(("solver", "prediction"), [("dpmpp_2m_sde", "v"), ("euler_flow", "flow")])
+def test_solvers_that_add_noise_and_flows_are_calibrated(
+    denoiser: Any, generate: Any, solver: str, prediction: str
+) -> None:
+    settings = {"solver": solver, "prediction": prediction}
+    calibration = _record(denoiser, generate, settings)
+    assert torch.equal(calibration.mean, _record(denoiser, generate, settings).mean)
+    assert calibration.signature.solver == solver
+    assert calibration.mean.shape == (6, 3, 6)
+    assert (calibration.mean[:, 0, 1:] > 0).all()
+    assert list(calibration.timesteps) == sorted(calibration.timesteps, reverse=True)
+    coarse = calibration.changes_at(calibration.timesteps[::2])
+    assert coarse[LAYER][1] == pytest.approx(sum(calibration.changes()[LAYER][1:3]), abs=1e-5)
+
+
 def test_errors_and_changes_agree_on_their_indices(denoiser: Any, generate: Any) -> None:
     calibration = _record(denoiser, generate, {})
     errors, changes = calibration.errors(3)[LAYER], calibration.changes()[LAYER]
@@ -104,7 +119,9 @@ def test_calibrations_survive_the_disk_and_can_be_drawn(denoiser: Any, generate:
     assert loaded.num_prompts == 2
     assert (loaded.macs, loaded.timesteps) == (calibration.macs, calibration.timesteps)
     rows = audiocache_schedule(loaded.changes(), 0.2)
-    schedule = CacheSchedule.from_rows(rows, loaded.kinds, loaded.signature, {"name": "audiocache", "threshold": 0.2})
+    schedule = CacheSchedule.from_rows(
+        rows, loaded.kinds, loaded.signature, {"name": "audiocache", "threshold": 0.2, "reuse": "hold"}
+    )
     plot_calibration(loaded, tmp_path / "curves.png")
     plot_schedule(schedule, tmp_path / "schedule.png")
     assert (tmp_path / "curves.png").stat().st_size > 0

@@ -66,7 +66,10 @@ def plot_schedule(schedule: CacheSchedule, path: Path) -> None:
     axes.invert_yaxis()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    policy = ", ".join(str(value) if key == "name" else f"{key} {value:g}" for key, value in schedule.policy.items())
+    settings = {
+        key: f"{value:g}" if isinstance(value, int | float) else value for key, value in schedule.policy.items()
+    }
+    policy = ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in settings.items())
     axes.set(
         xlabel="evaluation (noisiest first)",
         title=f"{policy}: {schedule.computed_fraction:.0%} of the layer calls compute (dark)",
