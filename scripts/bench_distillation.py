@@ -1,0 +1,179 @@
+"""A student against its teacher: label accuracy, Frechet distance and wall seconds at every number of steps.
+
+With `curves`, also students of different k over their training; with `guidance_sweep`, the student at other scales.
+Seconds are those of the whole list of prompts, by stage.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.checkpoint import write_json
+from foley.data.audio_io import read_audio
+from foley.data.sampler import evenly_spaced
+from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.generation import Generation
+from foley.metrics.clips import LabelledAudio, scan_directory
+from foley.metrics.distribution import GaussianStatistics, frechet_distance
+from foley.metrics.evaluation import restricted_accuracy
+from foley.metrics.features import ClipFeatures, extract_audio, extract_files
+from foley.metrics.protocols import EvaluationProtocol, load_protocol
+from foley.pipeline import TextToAudio, resolve_device
+from foley.prompts import read_prompt_rows
+from foley.reporting.lines import Panel, plot_panels
+from foley.reporting.provenance import provenance
+
+Row = dict[str, Any]
+_SCORES = {"label_accuracy": "label accuracy", "frechet_distance": "Frechet distance"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every row generates, and how it is judged."""
+
+    prompts: list[str]
+    labels: list[str | None]
+    protocol: EvaluationProtocol
+    reference: ClipFeatures | None
+    duration_seconds: float
+    batch_size: int
+    repeats: int
+    any_guidance_scale: bool
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> "Workload":
+        rows = read_prompt_rows(Path(cfg.prompts))
+        chosen = [rows[index] for index in evenly_spaced(len(rows), cfg.num_prompts or len(rows))]
+        protocol = load_protocol("embedded", Path(cfg.extractor_dir))
+        return cls(
+            [row["caption"] for row in chosen],
+            [row.get("label") for row in chosen],
+            protocol,
+            _read_reference(cfg.reference, protocol),
+            cfg.duration_seconds,
+            cfg.batch_size,
+            cfg.repeats,
+            cfg.any_guidance_scale,
+        )
+
+    def measure(self, system: TextToAudio, num_steps: int, scale: float) -> Row:
+        """One row: seconds by stage, medians over the repeats, and scores."""
+        runs = [self._generate(system, num_steps, scale) for _ in range(self.repeats)]
+        stages = {stage: median(asdict(run.timings)[stage] for run in runs) for stage in asdict(runs[0].timings)}
+        total = median(run.timings.total_seconds for run in runs)
+        row = {"num_steps": num_steps, "guidance_scale": scale, **stages, "total_seconds": total}
+        return {**row, **self._score(runs[-1])}
+
+    def _generate(self, system: TextToAudio, num_steps: int, scale: float) -> Generation:
+        return system.generate(
+            self.prompts,
+            self.duration_seconds,
+            guidance=ClassifierFreeGuidance(scale),
+            num_steps=num_steps,
+            batch_size=self.batch_size,
+            any_guidance_scale=self.any_guidance_scale,
+        )
+
+    def _score(self, run: Generation) -> dict[str, float | None]:
+        """None for what cannot be had: another rate than the extractor's, no labels, no reference."""
+        if run.sample_rate_hz != self.protocol.sample_rate_hz:
+            return dict.fromkeys(_SCORES)
+        clips = [LabelledAudio(clip[0], label) for clip, label in zip(run.audio, self.labels, strict=True)]
+        features, known = extract_audio(clips, self.protocol), self.protocol.extractor.labels
+        accuracy = restricted_accuracy(features.logits, self.labels, known, known)
+        return {
+            "label_accuracy": None if accuracy is None else accuracy.accuracy,
+            "frechet_distance": None if self.reference is None else _distance(self.reference, features),
+        }
+
+
+def _read_reference(folder: str | None, protocol: EvaluationProtocol) -> ClipFeatures | None:
+    if folder is None:
+        return None
+    clips = scan_directory(Path(folder))
+    return extract_files(clips, protocol, lambda path: read_audio(path, protocol.sample_rate_hz), None)
+
+
+def _distance(*sets: ClipFeatures) -> float:
+    return frechet_distance(*(GaussianStatistics(clips.features.shape[1]).update(clips.features) for clips in sets))
+
+
+def compare(workload: Workload, systems: Iterable[tuple[str, TextToAudio, Sequence[int]]], scale: float) -> list[Row]:
+    """A row for each system and number of steps; speed-ups are over the first row."""
+    rows = []
+    for name, system, step_counts in systems:
+        workload.measure(system, 1, scale)  # warms up
+        rows += [{"system": name, **workload.measure(system, steps, scale)} for steps in step_counts]
+    for row in rows:
+        for stage in ("denoise", "total"):
+            row[f"{stage}_speedup"] = rows[0][f"{stage}_seconds"] / row[f"{stage}_seconds"]
+    return rows
+
+
+def measure_curves(workload: Workload, cfg: DictConfig, device: Any) -> list[Row]:
+    """A row for each checkpoint of each run in `cfg.curves`."""
+    rows = []
+    for jump_steps, folder in cfg.curves.items():
+        paths = sorted(Path(folder).glob("checkpoints/step_*.ckpt"))
+        if not paths:
+            raise FileNotFoundError(f"curves.{jump_steps}={folder} holds no checkpoints/step_*.ckpt")
+        for path in paths:
+            row = workload.measure(TextToAudio.load(path, device), cfg.curve_steps, cfg.guidance_scale)
+            rows.append({"k": int(jump_steps), "training_step": int(path.stem.removeprefix("step_")), **row})
+    return rows
+
+
+def plot(rows: Sequence[Row], x: str, x_label: str, group: str, path: Path, log_x: bool = False) -> None:
+    """A panel for each score that all rows have, a line for each value of `group`; nothing where there is none."""
+    panels = []
+    for score, title in _SCORES.items():
+        if rows and all(row[score] is not None for row in rows):
+            names = dict.fromkeys(row[group] for row in rows)
+            lines = {
+                name if group == "system" else f"{group.replace('_', ' ')} {name}": [
+                    (row[x], row[score]) for row in rows if row[group] == name
+                ]
+                for name in names
+            }
+            panels.append(Panel(x_label, title, lines, log_x))
+    if panels:
+        plot_panels(panels, path)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="bench_distillation")
+def main(cfg: DictConfig) -> None:
+    workload, device = Workload.build(cfg), resolve_device(cfg.device)
+    teacher = TextToAudio.load(cfg.teacher, device)
+    systems = [("teacher", teacher, cfg.teacher_steps)]
+    sweep: list[Row] = []
+    if cfg.student is not None:
+        student = TextToAudio.load(cfg.student, device)
+        systems.append(("student", student, cfg.student_steps))
+        sweep = [workload.measure(student, n, scale) for n in cfg.student_steps for scale in cfg.guidance_sweep]
+    rows, curves = compare(workload, systems, cfg.guidance_scale), measure_curves(workload, cfg, device)
+    output_dir = Path(cfg.output_dir)
+    results = {"rows": rows, "guidance_sweep": sweep, "curves": curves}
+    named = ("teacher", "student", "guidance_scale", "duration_seconds", "batch_size", "repeats", "reference")
+    settings = {
+        **{name: cfg[name] for name in named},
+        "prompts": len(workload.prompts),
+        "model_hashes": {name: system.model_hash for name, system, _ in systems},
+        "device": str(device),
+    }
+    write_json(output_dir / "distillation.json", {"settings": settings, "provenance": provenance(), **results})
+    plot(rows, "denoise_seconds", "seconds of denoising", "system", output_dir / "distillation.png", log_x=True)
+    plot(sweep, "guidance_scale", "guidance scale w", "num_steps", output_dir / "guidance.png")
+    plot(curves, "training_step", "training step", "k", output_dir / "curves.png")
+    sys.stdout.write("\n".join(json.dumps(row) for row in [*rows, *sweep, *curves]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
