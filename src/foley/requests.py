@@ -57,6 +57,7 @@ def choose_options(cfg: DictConfig) -> dict[str, Any]:
         "batch_size": cfg.batch_size,
         "window_seconds": cfg.window_seconds,
         "overlap_seconds": cfg.overlap_seconds,
+        "decode_chunk_seconds": cfg.decode_chunk_seconds,
         "progress": partial(track, description="denoising"),
     }
 
@@ -74,6 +75,9 @@ def open_requested(cfg: DictConfig, method: str, options: dict[str, Any]) -> Tex
     generator = open_generator(cfg.ckpt, published, cfg.hub_dir, cfg.cache_dir, device, cfg.max_duration_seconds)
     if isinstance(generator, TextToAudio):
         generator.optimise(cfg.precision, cfg.compile)
+        generator.set_decoder_precision(cfg.decoder_precision)
+        if cfg.text_cache_dir is not None:
+            generator.keep_text_embeddings(cfg.text_cache_dir)
         if cfg.rotary_extension is not None:
             generator.extend_rotary(cfg.rotary_extension, cfg.trained_seconds)
     return generator
@@ -86,8 +90,9 @@ def describe_source(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_pipeline(cfg: DictConfig, method: str) -> None:
-    if method != "generate" or cfg.compile or (cfg.precision, cfg.rotary_extension) != ("float32", None):
+    precisions, others = {cfg.precision, cfg.decoder_precision}, {cfg.rotary_extension, cfg.text_cache_dir}
+    if method != "generate" or cfg.compile or (precisions, others) != ({"float32"}, {None}):
         raise ValueError(
-            "edit, init, precision, compile and rotary_extension need a system of ours: the pipelines of diffusers "
-            "only generate"
+            "edit, init, precision, decoder_precision, compile, rotary_extension and text_cache_dir need a system of "
+            "ours: the pipelines of diffusers only generate"
         )
