@@ -282,7 +282,7 @@ class TextToAudio:
         return self._generation(torch.cat(rows), request, canvas, timings, cost)
 
     def _generation(
-        self, audio: Tensor, request: GenerationRequest, canvas: Canvas, timings: Timings, cost: Mapping[str, int]
+        self, audio: Tensor, request: GenerationRequest, canvas: Canvas, timings: Timings, cost: Mapping[str, float]
     ) -> Generation:
         settings = request.settings
         settings.check_finite(audio)
