@@ -22,7 +22,7 @@ from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
-from foley.accel.plots import plot_tradeoff
+from foley.accel.plots import plot_schedule, plot_tradeoff
 from foley.checkpoint import write_json
 from foley.data.sampler import evenly_spaced
 from foley.diffusion.generate import clip_size, embed, generate_latents
@@ -153,7 +153,8 @@ def measure(
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     workload, protocol = Workload.build(cfg), load_protocol("embedded", Path(cfg.extractor_dir))
-    rows = measure(workload, make_variants(cfg), protocol, cfg.repeats)
+    variants = make_variants(cfg)
+    rows = measure(workload, variants, protocol, cfg.repeats)
     settings = {
         "solver": cfg.solver.name,
         "num_steps": cfg.steps,
@@ -169,6 +170,9 @@ def main(cfg: DictConfig) -> None:
     output_dir = Path(cfg.output_dir)
     write_json(output_dir / "caching.json", {"settings": settings, "provenance": provenance(), "rows": rows})
     plot_tradeoff(rows, output_dir / "caching.png")
+    for variant, accelerator in variants.items():
+        if variant.reuse == cfg.reuses[0]:  # the others follow the same schedule
+            plot_schedule(accelerator.schedule, output_dir / "schedules" / f"{variant.policy}_{variant.value:g}.png")
     sys.stdout.write("\n".join(json.dumps(row) for row in rows) + "\n")
 
 

@@ -74,12 +74,37 @@ def test_calibration_lands_where_the_accelerators_look(system_dir: Path) -> None
     assert info["signature"]["solver"] == "ddim"
 
 
-@pytest.mark.parametrize("name", ["none", "audiocache", "smoothcache", "fora"])
-def test_every_accelerator_of_the_configs_generates(name: str, system_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("none", ()),
+        ("audiocache", ()),
+        ("audiocache", ("accel.reuse=taylor",)),
+        ("smoothcache", ()),
+        ("fora", ()),
+        ("budget", ("accel.target_speedup=1.2",)),
+        ("local_global", ("accel.window_frames=2",)),
+        ("audiocache_local_global", ("accel.attention.window_frames=2",)),
+    ],
+)
+def test_every_accelerator_of_the_configs_generates(name: str, overrides: tuple[str, ...], system_dir: Path) -> None:
     pipeline = TextToAudio.load(system_dir)
-    accelerator = _accelerator(name, system_dir)
+    accelerator = _accelerator(name, system_dir, *overrides)
     result = pipeline.generate(["rain", "wind"], 0.5, num_steps=4, accelerator=accelerator, batch_size=1)
     assert result.audio.shape == (2, 1, 1000)
+    cost = result.settings
+    assert cost["mac_speedup"] == pytest.approx(cost["macs_uncached"] / cost["macs"])
+
+
+def test_compiled_blocks_are_accelerated_too_and_not_counted(system_dir: Path) -> None:
+    torch.compiler.reset()
+    pipeline, accelerator = TextToAudio.load(system_dir), _accelerator("fora", system_dir)
+    plain = pipeline.generate(["rain"], 0.5, num_steps=4, accelerator=accelerator).audio
+    with torch.compiler.set_stance("force_eager"):  # compiled in name: a compiler would take its time
+        pipeline.optimise(compiled=True)
+        result = pipeline.generate(["rain"], 0.5, num_steps=4, accelerator=accelerator)
+    torch.testing.assert_close(result.audio, plain)
+    assert "macs" not in result.settings
 
 
 def test_threshold_zero_is_bitwise_equal_through_the_pipeline(system_dir: Path) -> None:
@@ -148,3 +173,5 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     assert rows[-1]["mac_speedup"] >= 1.2
     assert {row["label_accuracy"] for row in rows} == {None}  # this system's rate is not the extractor's
     assert (tmp_path / "caching.png").stat().st_size > 0
+    drawn = {file.name for file in (tmp_path / "schedules").iterdir()}
+    assert drawn == {"audiocache_0.png", "audiocache_9.png", "smoothcache_9.png", "fora_2.png", "budget_1.2.png"}
