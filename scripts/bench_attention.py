@@ -5,8 +5,7 @@ Speed-ups are against dense attention in the same round of the same run, so that
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.accel.callback import NoAcceleration
 from foley.accel.litefocus import compensation_indices, sparse_attention
+from foley.accel.local_global import local_global_attention
 from foley.checkpoint import write_json
 from foley.diffusion.types import Accelerator, RunContext, StepContext
 from foley.metrics.latency import measure_latency
@@ -30,6 +30,7 @@ from foley.reporting.provenance import provenance
 from foley.seeding import torch_generator
 
 Calls = Mapping[str, Callable[[], Tensor]]
+PARTS = ("attention", "window", "denoising_step")
 
 
 def straight_attention(q: Tensor, k: Tensor, v: Tensor, num_frequencies: int, indices: Tensor) -> Tensor:
@@ -89,14 +90,33 @@ def measure_attention(cfg: DictConfig, num_tokens: int, rounds: int, like: Tenso
     return {"num_tokens": num_tokens, "largest_difference": differences, **compare(calls, rounds)}
 
 
-@contextmanager
-def one_evaluation(unet: nn.Module, accelerator: Accelerator, run: RunContext) -> Iterator[None]:
+def measure_window(cfg: DictConfig, num_tokens: int, rounds: int, like: Tensor) -> dict[str, Any]:
+    """One length of a waveform latent: seconds, and the speed-up of a window with global frames."""
+    settings = cfg.window
+    shape = settings.batch_size, num_tokens, settings.num_heads, settings.head_dim
+    q, k, v = (torch.randn(shape).to(like).transpose(1, 2) for _ in range(3))
+    indices = compensation_indices(num_tokens, settings.ratio, torch_generator("bench")).to(like.device)
+    calls: Calls = {
+        "dense": lambda: F.scaled_dot_product_attention(q, k, v),
+        "local_global": lambda: local_global_attention(q, k, v, settings.window_frames, indices),
+    }
+    return {"num_tokens": num_tokens, **compare(calls, rounds)}
+
+
+def one_evaluation(
+    unet: nn.Module, accelerator: Accelerator, run: RunContext, evaluate: Callable[[], Tensor]
+) -> Tensor:
     """The first evaluation of a run, with the accelerator attached."""
     context = StepContext(0, run.timesteps[0], run)
     with accelerator.attach(unet):
         accelerator.on_run_start(run)
-        accelerator.on_evaluation_start(context)
-        yield
+        try:
+            accelerator.on_evaluation_start(context)
+            prediction = evaluate()
+            accelerator.on_evaluation_end(context, prediction)
+        finally:
+            accelerator.on_run_end()
+    return prediction
 
 
 def measure_step(cfg: DictConfig, unet: nn.Module, duration_seconds: float, like: Tensor) -> dict[str, Any]:
@@ -109,13 +129,14 @@ def measure_step(cfg: DictConfig, unet: nn.Module, duration_seconds: float, like
     context, more = (torch.randn(batch_size, tokens, dim).to(like) for tokens, dim in sizes)
     run = RunContext("ddim", 1, torch.tensor([500]), 1.0, 0.0, batch_size)
 
-    def denoise(accelerator: Accelerator) -> Tensor:
-        with one_evaluation(unet, accelerator, run):
-            prediction: Tensor = unet(noisy, run.timesteps[0], context, encoder_hidden_states_1=more).sample
+    def evaluate() -> Tensor:
+        prediction: Tensor = unet(noisy, run.timesteps[0], context, encoder_hidden_states_1=more).sample
         return prediction
 
     accelerators = {"dense": NoAcceleration(), **instantiate(cfg.accelerators)}
-    calls = {name: partial(denoise, accelerator) for name, accelerator in accelerators.items()}
+    calls = {
+        name: partial(one_evaluation, unet, accelerator, run, evaluate) for name, accelerator in accelerators.items()
+    }
     return {"duration_seconds": duration_seconds, **compare(calls, cfg.rounds)}
 
 
@@ -125,15 +146,19 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(0)
     like = torch.zeros((), device=resolve_device(cfg.device), dtype=getattr(torch, cfg.dtype))
     attention = [measure_attention(cfg, num_tokens, cfg.rounds, like) for num_tokens in cfg.attention.num_tokens]
+    windows = [measure_window(cfg, num_tokens, cfg.rounds, like) for num_tokens in cfg.window.num_tokens]
     steps = []
     if cfg.step.durations_seconds:
         unet = instantiate(cfg.unet).eval().to(like)
         steps = [measure_step(cfg, unet, seconds, like) for seconds in cfg.step.durations_seconds]
-    chosen = OmegaConf.masked_copy(cfg, ["rounds", "dtype", "attention", "step", "accelerators", "unet"])
+    chosen = OmegaConf.masked_copy(
+        cfg, ["rounds", "dtype", "attention", "window", "local_global", "step", "accelerators", "unet"]
+    )
     return {
         "settings": OmegaConf.to_container(chosen, resolve=True),
         "device": str(like.device),
         "attention": attention,
+        "window": windows,
         "denoising_step": steps,
         "provenance": provenance(),
     }
@@ -143,7 +168,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     result = measure(cfg)
     write_json(Path(cfg.results_file), result)
-    sys.stdout.write("\n".join(json.dumps(row) for row in result["attention"] + result["denoising_step"]) + "\n")
+    sys.stdout.write("".join(f"{json.dumps(row)}\n" for part in PARTS for row in result[part]))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,13 @@ def _config(*overrides: str) -> Any:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file: Path = tmp_path_factory.mktemp("bench") / "attention.json"
-    sizes = ("attention.num_tokens=[64,128]", "step.durations_seconds=[1]", "rounds=1", "device=cpu")
+    sizes = (
+        "attention.num_tokens=[64,128]",
+        "window.num_tokens=[300]",
+        "step.durations_seconds=[1]",
+        "rounds=1",
+        "device=cpu",
+    )
     cfg = _config(*SMALL_UNET, *sizes, f"results_file={file}")
     runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench_attention.py"))["main"](cfg)
     report: dict[str, Any] = json.loads(file.read_text())
@@ -42,6 +48,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_variant_is_timed_against_dense(result: dict[str, Any]) -> None:
     assert [row["num_tokens"] for row in result["attention"]] == [64, 128]
+    assert [row["num_tokens"] for row in result["window"]] == [300]
+    assert result["window"][0]["local_global"]["seconds"] > 0
     assert [row["duration_seconds"] for row in result["denoising_step"]] == [1]
     for row, variant in ((result["attention"][0], "straight_reading"), (result["denoising_step"][0], "token_merging")):
         assert row["dense"]["speedup"] == 1
