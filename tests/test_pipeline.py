@@ -309,3 +309,33 @@ def test_every_denoiser_makes_80_seconds(variant, caplog):
     if learned:
         with pytest.raises(ValueError, match=r"600 frames exceed the 500 learned positions.*window_seconds="):
             pipeline.generate(["rain"], 80.0, num_steps=1, window_seconds=60.0)
+
+
+def test_each_prompt_is_encoded_once(system):
+    pipeline, encoded = TextToAudio(system), []
+    hook = system.modules["text"].register_forward_pre_hook(lambda _, arguments: encoded.extend(arguments[0]))
+    pipeline.generate(["rain", "rain", "a dog"], **STEPS)
+    pipeline.generate(["a dog", ""], **STEPS)
+    hook.remove()
+    assert encoded == ["", "rain", "a dog"]
+
+
+def test_long_audio_is_decoded_in_chunks_that_change_nothing(pipeline):
+    whole = pipeline.generate(["rain"], decode_chunk_seconds=None, **STEPS)
+    chunks = pipeline.generate(["rain"], decode_chunk_seconds=0.1, **STEPS)
+    torch.testing.assert_close(chunks.audio, whole.audio, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="decode_chunk_seconds must be above 0"):
+        pipeline.generate(["rain"], decode_chunk_seconds=0)
+
+
+def test_the_decoder_in_half_precision(system, tmp_path):
+    pipeline = TextToAudio(system)
+    exact = pipeline.generate(["rain"], **STEPS)
+    pipeline.set_decoder_precision("bf16")
+    rounded = pipeline.generate(["rain"], **STEPS)
+    assert rounded.settings["decoder_precision"] == "bf16"
+    assert 0 < (rounded.audio - exact.audio).norm() / exact.audio.norm() < 0.1
+    pipeline.save(tmp_path)
+    assert hash_module(load_system(tmp_path).modules["codec"]) == hash_module(system.modules["codec"])
+    with pytest.raises(ValueError, match="SmallTextEncoder is not a frozen encoder"):
+        pipeline.keep_text_embeddings(tmp_path)
