@@ -20,8 +20,8 @@ from foley.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
 from foley.generation import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
 from foley.hashing import hash_module
 from foley.inference import compile_blocks, set_precision
-from foley.models.text import CachedText, FrozenT5Conditioner
 from foley.logs import get_logger
+from foley.models.text import CachedText, FrozenT5Conditioner
 from foley.nn.rotary import RotaryExtension
 from foley.system import System, load_system, save_system
 
