@@ -21,6 +21,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers)
+from foley.accel.accelerators import calibration_stem
+from foley.accel.budget import budget_schedule, schedule_error
+from foley.accel.calibration import Calibration
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.plots import plot_schedule, plot_tradeoff
 from foley.checkpoint import write_json
@@ -149,6 +152,21 @@ def measure(
     return rows
 
 
+def compare_budget_methods(cfg: DictConfig) -> list[dict[str, float]]:
+    """The summed error of the budget policy's schedules, by dynamic programming and greedily, at each speed-up."""
+    directory = instantiate(cfg.sweeps.budget.accel.calibration_dir)
+    calibration = Calibration.load(calibration_stem(directory, cfg.solver.name, cfg.steps))
+    changes, macs = calibration.changes(), calibration.macs
+    return [
+        {"target_speedup": speedup}
+        | {
+            method: schedule_error(changes, budget_schedule(changes, macs.layers, macs.total, speedup, method))
+            for method in ("dynamic", "greedy")
+        }
+        for speedup in cfg.sweeps.budget["values"]
+    ]
+
+
 @hydra.main(version_base="1.3", config_path="../configs", config_name="bench_caching")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
@@ -168,7 +186,8 @@ def main(cfg: DictConfig) -> None:
         "device": str(workload.pipeline.device),
     }
     output_dir = Path(cfg.output_dir)
-    write_json(output_dir / "caching.json", {"settings": settings, "provenance": provenance(), "rows": rows})
+    methods = {"budget_methods": compare_budget_methods(cfg)} if "budget" in cfg.policies else {}
+    write_json(output_dir / "caching.json", {"settings": settings, "provenance": provenance(), "rows": rows, **methods})
     plot_tradeoff(rows, output_dir / "caching.png")
     for variant, accelerator in variants.items():
         if variant.reuse == cfg.reuses[0]:  # the others follow the same schedule

@@ -171,6 +171,8 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     assert (rows[0]["latent_error"], rows[0]["mac_speedup"], rows[0]["computed_fraction"]) == (0.0, 1.0, 1.0)
     assert all(row["mac_speedup"] > 1 and row["latent_error"] > 0 for row in rows[2:])
     assert rows[-1]["mac_speedup"] >= 1.2
+    (methods,) = json.loads((tmp_path / "caching.json").read_text())["budget_methods"]
+    assert min(methods["dynamic"], methods["greedy"]) > 0
     assert {row["label_accuracy"] for row in rows} == {None}  # this system's rate is not the extractor's
     assert (tmp_path / "caching.png").stat().st_size > 0
     drawn = {file.name for file in (tmp_path / "schedules").iterdir()}

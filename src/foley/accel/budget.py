@@ -48,7 +48,7 @@ def budget_schedule(
 def schedule_error(changes: Curves, rows: Mapping[str, Sequence[bool]]) -> float:
     """The summed error of a schedule."""
     return sum(
-        _interval_errors(changes[layer])[start, end]
+        float(_interval_errors(changes[layer])[start, end])
         for layer, row in rows.items()
         for start, end in pairwise([*np.flatnonzero(row), len(row)])
     )
