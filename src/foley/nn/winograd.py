@@ -98,7 +98,8 @@ class WinogradConv(nn.Module):
         values = (self.analysis @ windows.reshape(count, -1)).view(count, tiles * self.dilation, -1)
         products = torch.bmm(values, self.products)
         outputs = (self.synthesis @ products.view(count, -1)).view(_OUTPUTS, tiles, self.dilation, -1)
-        return torch.add(outputs.transpose(0, 1), self.bias).flatten(0, 2)
+        rows = outputs.new_empty(tiles, _OUTPUTS, self.dilation, len(self.bias))  # else the sum keeps the tiles' order
+        return torch.add(outputs.transpose(0, 1), self.bias, out=rows).flatten(0, 2)
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[T, C_in]` to `[output_rows(T), C_out]`."""
