@@ -3,7 +3,8 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from foley.reporting.provenance import provenance
 REFERENCE = "unfolded_float32"
 
 
-def compare(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def compare(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
     """Least wall-clock and processor seconds of each way, taken in turns: rivals on the machine disturb all alike.
 
     Processor seconds are summed over threads, and of the CPU alone.
@@ -73,8 +74,8 @@ def measure_stages(codec: Any, num_frames: int, rounds: int) -> list[dict[str, A
         signal = torch.randn(1, direct.resample.in_channels, length, device=device)
         by_rows = signal[0].T.contiguous()
         ways = {
-            "folded": lambda direct=direct, signal=signal: direct(signal),
-            "fast": lambda filtered=filtered, by_rows=by_rows: filtered(by_rows),
+            "folded": partial(direct, signal),
+            "fast": partial(filtered, by_rows),
         }
         times = with_ratios(compare(ways, rounds), "folded")
         length *= direct.resample.stride[0]
@@ -90,7 +91,7 @@ def measure_codec(codec: Any, cfg: DictConfig) -> dict[str, Any]:
     latent = torch.randn(1, codec.latent_channels, num_frames, device=next(codec.parameters()).device)
     ways = decoders(codec, chunk_frames)
     expected = codec.decode(latent)
-    times = compare({name: lambda decode=decode: decode(latent) for name, decode in ways.items()}, cfg.rounds)
+    times = compare({name: partial(decode, latent) for name, decode in ways.items()}, cfg.rounds)
     result = with_ratios(times, REFERENCE)
     for name, decode in ways.items():
         result[name]["largest_difference"] = (decode(latent) - expected).abs().max().item()

@@ -25,7 +25,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.transformers.stable_audio_transformer import StableAudioDiTBlock
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.accel import accelerators
@@ -50,7 +50,7 @@ class CacheableStableAudio(StableAudioDiTModel, CacheMixin):  # type: ignore[mis
 class Workload:
     """Denoising of one clip as `StableAudioPipeline` does it, on random conditioning."""
 
-    model: nn.Module
+    model: Any
     steps: int
     guidance_scale: float
     seed: int
@@ -64,7 +64,8 @@ class Workload:
     @torch.no_grad()
     def run(self, at_timestep: Callable[[float], AbstractContextManager[Any]] = lambda _: nullcontext()) -> Tensor:
         """The latent `[1, C, L]`; `at_timestep(t)` is entered around each evaluation."""
-        config, scheduler = self.model.config, CosineDPMSolverMultistepScheduler()
+        config: Any = self.model.config
+        scheduler: Any = CosineDPMSolverMultistepScheduler()
         inputs = self._conditioning()
         scheduler.set_timesteps(self.steps, device=self.device)
         latent = self._random("noise", 1, config.in_channels, config.sample_size) * scheduler.init_noise_sigma
@@ -89,7 +90,7 @@ class Workload:
         return accelerated(self.model, scheduler, self.guidance_scale, self.accelerator)
 
     def _conditioning(self) -> dict[str, Any]:
-        config = self.model.config
+        config: Any = self.model.config
         text = self._random("text", 1, self.text_tokens, config.cross_attention_input_dim)
         seconds = self._random("seconds", 1, 1, config.global_states_input_dim)
         rotary = get_1d_rotary_pos_embed(
@@ -177,18 +178,19 @@ def _options(name: str, values: Mapping[str, Any], timestep: list[float]) -> Row
     return {}
 
 
-def build_model(cfg: DictConfig) -> nn.Module:
+def build_model(cfg: DictConfig) -> Any:
     """Random, or as published; diffusers is told what its hooks want to know of the block."""
     TransformerBlockRegistry.register(StableAudioDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
     torch.manual_seed(cfg.seed)
     build = CacheableStableAudio.from_pretrained if cfg.weights else CacheableStableAudio
-    model = build(cfg.weights) if cfg.weights else build(**cfg.model)
+    model: Any = build(cfg.weights) if cfg.weights else build(**cfg.model)
     return model.eval().to(resolve_device(cfg.device))
 
 
 def measure(workload: Workload, settings: list[Setting], repeats: int) -> list[Row]:
     """One row per setting. Speed-ups are medians over rounds, each against the uncached run of its own round."""
-    reference, speedups, errors = workload.run(), [[] for _ in settings], [0.0] * len(settings)
+    speedups: list[list[float]] = [[] for _ in settings]
+    reference, errors = workload.run(), [0.0] * len(settings)
     for _ in range(repeats):
         _, uncached_seconds = _timed(workload.run)
         for index, setting in enumerate(settings):

@@ -7,7 +7,7 @@ evaluations alone, so they follow a training run at little cost.
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import torch
@@ -24,6 +24,7 @@ from foley.diffusion.generate import embed
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.logs import get_logger
+from foley.models.normaliser import LatentNormaliser
 from foley.reporting.provenance import provenance
 from foley.seeding import torch_generator
 from foley.system import load_system
@@ -69,7 +70,8 @@ def summarise(errors: Tensor, classes: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     system, batch = load_system(Path(cfg.ckpt)), clips_of_each_class(cfg)
-    clean = system.modules["normaliser"].normalise(batch["latent"])
+    normaliser = cast(LatentNormaliser, system.modules["normaliser"])
+    clean = normaliser.normalise(batch["latent"])
     noise = torch.randn(clean.shape, generator=torch_generator("text use", cfg.seed))
     captions = embed(system.modules["text"], [*(captions_for(name)[0] for name in CLASS_NAMES), ""])
     classes = torch.tensor([CLASS_NAMES.index(label) for label in batch["label"]])

@@ -69,7 +69,7 @@ class GenerationSettings:
     def of_student(cls, student: Consistency, **options: Any) -> "GenerationSettings":
         """With a student's defaults: consistency sampling in two steps, the scale nearest to w = 3 that it knows."""
         scale = student.nearest_scale(ClassifierFreeGuidance().scale)
-        defaults = {"solver": CONSISTENCY, "num_steps": 2, "guidance": ClassifierFreeGuidance(scale)}
+        defaults: dict[str, Any] = {"solver": CONSISTENCY, "num_steps": 2, "guidance": ClassifierFreeGuidance(scale)}
         return cls(**(defaults | options))
 
     def plan(self, student: Consistency | None) -> Solver:
