@@ -17,6 +17,7 @@ from foley.config import PROJECT_ROOT
 from foley.convert import ezaudio_denoiser, waveform_vae
 from foley.convert.ezaudio import denoiser_config
 from foley.convert.waveform_vae import codec_config
+from foley.generation import GenerationSettings
 from foley.hashing import hash_module
 from foley.pipeline import TextToAudio
 from foley.published import Hub
@@ -49,7 +50,14 @@ def test_our_configs_say_what_the_published_ones_say(shared, size):
     assert (published.denoiser_file, published.codec_file) == (f"ckpts/s3/ezaudio_s3_{size}.pt", "ckpts/vae/1m.pt")
     text = {"l": "google/flan-t5-large", "xl": "google/flan-t5-xl"}[size]
     assert (published.configs["text"]["name_or_path"], published.configs["text"]["max_length"]) == (text, 100)
-    assert (cfg.solver.name, cfg.steps, cfg.guidance_scale, cfg.guidance_rescale) == ("ddim", 50, 3.0, 0.0)
+    assert (cfg.solver.name, cfg.steps, cfg.guidance_scale) == (None, None, None)  # the system's own defaults
+    defaults = GenerationSettings()
+    assert (defaults.solver, defaults.num_steps, defaults.guidance.scale, cfg.guidance_rescale) == (
+        "ddim",
+        50,
+        3.0,
+        0.0,
+    )
     assert cfg.duration_seconds == 10.0
 
 
