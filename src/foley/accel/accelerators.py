@@ -113,9 +113,22 @@ class IntervalPlan:
 
 
 class CalibratedCache(LayerCache):
-    """A cache whose schedule follows from a calibration: the base of the policies that need one."""
+    """A cache whose schedule follows from a calibration: the base of the policies that need one.
 
-    def __init__(self, plan: CalibratedPlan, reuse: str) -> None:
+    `description` is what the policy is called, and its parameters; the other arguments are those of AudioCache.
+    """
+
+    def __init__(
+        self,
+        calibration_dir: str | Path,
+        policy: Policy,
+        description: Mapping[str, Any],
+        reuse: str,
+        source: Source,
+        calibrated_steps: int | None = None,
+    ) -> None:
+        described = {**description, "reuse": reuse}
+        plan = CalibratedPlan(Path(calibration_dir), policy, described, source, calibrated_steps)
         super().__init__(plan, reuse_by_name(reuse))
         self.require_calibration = plan.require
 
@@ -153,9 +166,8 @@ class AudioCache(CalibratedCache):
         def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
             return audiocache_schedule(changes, threshold)
 
-        description = {"name": "audiocache", "threshold": threshold, "reuse": reuse}
-        plan = CalibratedPlan(Path(calibration_dir), policy, description, source, calibrated_steps)
-        super().__init__(plan, reuse)
+        description = {"name": "audiocache", "threshold": threshold}
+        super().__init__(calibration_dir, policy, description, reuse, source, calibrated_steps)
 
 
 class SmoothCache(CalibratedCache):
@@ -179,9 +191,8 @@ class SmoothCache(CalibratedCache):
             by_kind = smoothcache_schedule(errors, alpha, num_evaluations)
             return {name: by_kind[layer_kind(name)] for name in calibration.layer_names}
 
-        description = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead, "reuse": reuse}
-        plan = CalibratedPlan(Path(calibration_dir), policy, description, source)
-        super().__init__(plan, reuse)
+        description = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead}
+        super().__init__(calibration_dir, policy, description, reuse, source)
 
 
 class Budget(CalibratedCache):
@@ -205,9 +216,8 @@ class Budget(CalibratedCache):
             macs = calibration.macs
             return budget_schedule(changes, macs.layers, macs.total, target_speedup, method)
 
-        description = {"name": "budget", "target_speedup": target_speedup, "method": method, "reuse": reuse}
-        plan = CalibratedPlan(Path(calibration_dir), policy, description, source, calibrated_steps)
-        super().__init__(plan, reuse)
+        description = {"name": "budget", "target_speedup": target_speedup, "method": method}
+        super().__init__(calibration_dir, policy, description, reuse, source, calibrated_steps)
 
 
 class Fora(LayerCache):
