@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from foley.data.types import AudioBatch
 from foley.losses.adversarial import FeatureMaps, feature_matching
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
-from foley.models.vae.waveform_vae import WaveformVAE
+from foley.models.vae.base import AudioVAE
 from foley.seeding import torch_generator
 from foley.training.base import FoleyModule
 from foley.training.optim import parameter_groups
@@ -53,7 +53,7 @@ class CodecTraining(FoleyModule):
 
     def __init__(
         self,
-        codec: WaveformVAE,
+        codec: AudioVAE,
         terms: Mapping[str, nn.Module],
         weights: Mapping[str, float],
         optimizer: Callable[..., Optimizer],

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from math import prod
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from foley.models.vae.bottleneck import GaussianPosterior
+from foley.models.vae.base import AudioVAE
 from foley.models.vae.decoder import Decoder
 from foley.models.vae.encoder import Encoder
 from foley.nn.conv import fold_weight_norm
@@ -15,7 +13,7 @@ from foley.nn.conv import fold_weight_norm
 _INITIAL_SCALE = -5.0  # before the softplus: a standard deviation of 0.007
 
 
-class WaveformVAE(nn.Module):
+class WaveformVAE(AudioVAE):
     """Fully convolutional VAE on mono waveforms (EzAudio section II-A; the Stable Audio / DAC family).
 
     Args:
@@ -64,28 +62,9 @@ class WaveformVAE(nn.Module):
         return prod(self.strides)
 
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, 1, T]` to the raw (mean, scale), each `[B, C, L]` with L = ceil(T / hop); the end is zero-padded.
-
-        Raises:
-            ValueError: where the audio is not mono `[B, 1, T]` with T > 0.
-        """
-        if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[2] == 0:
-            raise ValueError(f"audio must be mono [B, 1, T] with T > 0, got shape {list(audio.shape)}")
-        mean, scale = self.encoder(pad(audio, (0, -audio.shape[-1] % self.hop_samples))).chunk(2, dim=1)
+        """See `AudioVAE.encode_moments`."""
+        mean, scale = self.encoder(self._whole_frames(audio)).chunk(2, dim=1)
         return mean, scale
-
-    def posterior(self, audio: Tensor) -> GaussianPosterior:
-        """The distribution of the latent given `audio` `[B, 1, T]`."""
-        return GaussianPosterior.from_moments(*self.encode_moments(audio))
-
-    def encode(self, audio: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`[B, 1, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
-        return self.encode_moments(audio)[0] if generator is None else self.posterior(audio).sample(generator)
-
-    def reconstruct(self, audio: Tensor) -> Tensor:
-        """`[B, 1, T]` to `[B, 1, T]` through the mean of the posterior, on the codec's device."""
-        device = next(self.parameters()).device
-        return self.decode(self.encode(audio.to(device)))[..., : audio.shape[-1]]
 
     def decode(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to audio `[B, 1, L * hop]`; not clipped."""

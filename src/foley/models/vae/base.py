@@ -1,0 +1,54 @@
+"""What every codec is to the rest of the code: audio to the moments of a latent, and latents to audio."""
+
+import torch
+from torch import Tensor, nn
+
+from foley.models.vae.bottleneck import GaussianPosterior
+
+
+class AudioVAE(nn.Module):
+    """Base of the codecs; they give `encode_moments`, `decode`, `hop_samples`, and set the two attributes.
+
+    Attributes:
+        latent_channels: C.
+        sample_rate_hz: rate of the audio.
+    """
+
+    latent_channels: int
+    sample_rate_hz: int
+
+    @property
+    def hop_samples(self) -> int:
+        """Audio samples for each latent frame."""
+        raise NotImplementedError
+
+    def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, 1, T]` to the raw (mean, scale), each `[B, C, L]` with L = ceil(T / hop); the end is zero-padded.
+
+        Raises:
+            ValueError: where the audio is not mono `[B, 1, T]` with T > 0.
+        """
+        raise NotImplementedError
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """`[B, C, L]` to audio `[B, 1, L * hop]`; not clipped."""
+        raise NotImplementedError
+
+    def posterior(self, audio: Tensor) -> GaussianPosterior:
+        """The distribution of the latent given `audio` `[B, 1, T]`."""
+        return GaussianPosterior.from_moments(*self.encode_moments(audio))
+
+    def encode(self, audio: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`[B, 1, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
+        return self.encode_moments(audio)[0] if generator is None else self.posterior(audio).sample(generator)
+
+    def reconstruct(self, audio: Tensor) -> Tensor:
+        """`[B, 1, T]` to `[B, 1, T]` through the mean of the posterior, on the codec's device."""
+        device = next(self.parameters()).device
+        return self.decode(self.encode(audio.to(device)))[..., : audio.shape[-1]]
+
+    def _whole_frames(self, audio: Tensor) -> Tensor:
+        """`audio` checked, and zero-padded at its end to a whole number of latent frames."""
+        if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[2] == 0:
+            raise ValueError(f"audio must be mono [B, 1, T] with T > 0, got shape {list(audio.shape)}")
+        return nn.functional.pad(audio, (0, -audio.shape[-1] % self.hop_samples))
