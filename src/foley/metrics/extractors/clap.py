@@ -1,0 +1,131 @@
+"""LAION-CLAP (Wu et al. 2023) through transformers: one space for sounds and captions."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
+from transformers import AutoTokenizer, ClapModel, PreTrainedTokenizerBase
+
+from foley.checkpoint import CheckpointError
+
+REPOSITORY = "laion/clap-htsat-unfused"
+_WINDOW_SECONDS = 10
+_FFT_SAMPLES, _HOP_SAMPLES, _MEL_BANDS = 1024, 480, 64
+_LOWEST_HZ, _HIGHEST_HZ = 50.0, 14000.0
+_POWER_FLOOR = 1e-10
+_SMALLEST_VOCABULARY_SHARE = 0.9
+
+Clip = Tensor | NDArray[np.float32]
+
+
+class ClapSpectrogram(nn.Module):
+    """Log-mel power in dB as CLAP was trained on: Slaney's mel scale, or HTK's where the model fuses windows."""
+
+    filters: Tensor
+    window: Tensor
+
+    def __init__(self, sample_rate_hz: int, fusion: bool) -> None:
+        super().__init__()
+        norm, scale = (None, "htk") if fusion else ("slaney", "slaney")
+        bins = _FFT_SAMPLES // 2 + 1
+        filters = melscale_fbanks(bins, _LOWEST_HZ, _HIGHEST_HZ, _MEL_BANDS, sample_rate_hz, norm, scale)
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("window", torch.hann_window(_FFT_SAMPLES), persistent=False)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """`audio [B, T]` -> `[B, frames, mel_bands]`."""
+        spectrum = torch.stft(audio, _FFT_SAMPLES, _HOP_SAMPLES, window=self.window, return_complex=True)
+        power = torch.view_as_real(spectrum).square().sum(dim=-1).transpose(1, 2) @ self.filters
+        return 10 * power.clamp_min(_POWER_FLOOR).log10()
+
+
+def split_windows(audio: Tensor, window_samples: int) -> Tensor:
+    """`audio [T]` as windows `[W, window_samples]`.
+
+    A longer clip gives adjoining windows, the last one moved back to end with the clip; a shorter one is repeated
+    whole times and zero-padded, as in CLAP's training. Nothing is cropped at random, so scores repeat.
+    """
+    if audio.numel() > window_samples:
+        starts = list(range(0, audio.numel() - window_samples, window_samples))
+        return torch.stack([audio[s : s + window_samples] for s in [*starts, audio.numel() - window_samples]])
+    repeated = audio.repeat(window_samples // audio.numel())
+    return nn.functional.pad(repeated, (0, window_samples - repeated.numel())).unsqueeze(0)
+
+
+class ClapEmbedder:
+    """Unit embeddings of sounds and captions, whose products are CLAP scores.
+
+    A long clip's embedding is the normalised mean of its windows of 10 s.
+    """
+
+    sample_rate_hz = 48000
+
+    def __init__(self, model: ClapModel, tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> None:
+        self.model = model.requires_grad_(False).eval().to(device)
+        self.tokenizer = tokenizer
+        self._fusion = bool(model.config.audio_config.enable_fusion)
+        self._spectrogram = ClapSpectrogram(self.sample_rate_hz, self._fusion).to(device)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path = REPOSITORY, device: str = "cpu", download: bool = False
+    ) -> "ClapEmbedder":
+        """The published model, from a local folder or the Hugging Face cache.
+
+        Args:
+            download: fetch missing files; otherwise nothing is asked of a network.
+        Raises CheckpointError where files are missing or the tokenizer is not whole.
+        """
+        options = {"local_files_only": not download}
+        model = _load(ClapModel.from_pretrained, name_or_path, options)
+        tokenizer = _load(AutoTokenizer.from_pretrained, name_or_path, options)
+        if len(tokenizer) < _SMALLEST_VOCABULARY_SHARE * model.config.text_config.vocab_size:
+            raise CheckpointError(
+                f"{name_or_path}: the tokenizer knows {len(tokenizer)} tokens but the model has "
+                f"{model.config.text_config.vocab_size}; its tokenizer files are incomplete: fetch them again"
+            )
+        return cls(model, tokenizer, device)
+
+    @property
+    def dim(self) -> int:
+        """D, the width of the embeddings."""
+        return int(self.model.config.projection_dim)
+
+    @torch.inference_mode()
+    def audio(self, clips: Sequence[Clip]) -> Tensor:
+        """Embeddings `[B, D]` of mono clips `[T]` of any lengths at 48 kHz; on the CPU."""
+        window_samples = _WINDOW_SECONDS * self.sample_rate_hz
+        windows = [split_windows(torch.as_tensor(clip).reshape(-1).float(), window_samples) for clip in clips]
+        features = self._spectrogram(torch.cat(windows).to(self.model.device)).unsqueeze(1)
+        if self._fusion:  # windows are never longer than the model's own, so all four views are the same
+            features = features.expand(-1, 4, -1, -1)
+        longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
+        embedded = self.model.get_audio_features(input_features=features, is_longer=longer).pooler_output.cpu()
+        means = torch.stack([part.mean(dim=0) for part in embedded.split([len(part) for part in windows])])
+        return nn.functional.normalize(means, dim=-1)
+
+    @torch.inference_mode()
+    def text(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings `[B, D]` of captions; what lies beyond the model's longest text is dropped. On the CPU."""
+        longest = self.model.config.text_config.max_position_embeddings - 2
+        tokens = self.tokenizer(list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        inputs = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return nn.functional.normalize(self.model.get_text_features(**inputs).pooler_output.cpu(), dim=-1)
+
+
+def _load(from_pretrained: Callable[..., Any], name_or_path: str | Path, options: dict[str, Any]) -> Any:
+    """Call a transformers loader; its many ways to say that files are missing become one error."""
+    try:
+        return from_pretrained(name_or_path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"CLAP: {name_or_path} cannot be loaded: config.json, model.safetensors and the tokenizer's files are not "
+            f"all on this machine (no hash is pinned; the hub's revision is what it gives). Source: "
+            f"https://huggingface.co/{REPOSITORY}. Fetch it where there is a network (`hf download {REPOSITORY}`), or "
+            f"give the path of a folder that holds it. Cause: {(str(error).splitlines() or ['unknown'])[0]}"
+        ) from error
