@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import hydra
@@ -24,7 +23,7 @@ from foley.accel.litefocus import compensation_indices, sparse_attention
 from foley.accel.local_global import local_global_attention
 from foley.checkpoint import write_json
 from foley.diffusion.types import Accelerator, RunContext, StepContext
-from foley.metrics.latency import measure_latency
+from foley.metrics.latency import measure_rounds
 from foley.pipeline import resolve_device
 from foley.reporting.provenance import provenance
 from foley.seeding import torch_generator
@@ -56,18 +55,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, num_frequencies: int, indi
 
 def compare(calls: Calls, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of each call, and its median speed-up over "dense", each against that of its own round."""
-    for call in calls.values():
-        call()
-    seconds = [
-        {name: measure_latency(call, repeats=1, warmup=0).median_seconds for name, call in calls.items()}
-        for _ in range(rounds)
-    ]
+    measured = measure_rounds(calls, rounds)
     return {
-        name: {
-            "seconds": median(times[name] for times in seconds),
-            "speedup": median(times["dense"] / times[name] for times in seconds),
-        }
-        for name in calls
+        name: {"seconds": measured.median_seconds(name), "speedup": measured.speedup(name, "dense")} for name in calls
     }
 
 
@@ -137,7 +127,7 @@ def measure_step(cfg: DictConfig, unet: nn.Module, duration_seconds: float, like
     calls = {
         name: partial(one_evaluation, unet, accelerator, run, evaluate) for name, accelerator in accelerators.items()
     }
-    return {"duration_seconds": duration_seconds, **compare(calls, cfg.rounds)}
+    return {"duration_seconds": duration_seconds, **compare(calls, settings.rounds)}
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
 from foley.decoding import LatentDecoder
-from foley.metrics.latency import measure_latency
+from foley.metrics.latency import measure_rounds
 from foley.models.vae.fast_decoder import FastDecoder
 from foley.nn.conv import folded_copy
 from foley.pipeline import resolve_device
@@ -27,20 +26,12 @@ REFERENCE = "unfolded_float32"
 
 
 def compare(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Least wall-clock and processor seconds of each way, taken in turns: rivals on the machine disturb all alike.
-
-    Processor seconds are summed over threads, and of the CPU alone.
-    """
-    wall: dict[str, list[float]] = {name: [] for name in ways}
-    processor: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, call in ways.items():
-            start = time.process_time()
-            wall[name].append(measure_latency(call, repeats=1, warmup=0).minimum_seconds)
-            processor[name].append(time.process_time() - start)
+    """Least wall-clock and processor seconds of each way."""
+    measured = measure_rounds(ways, rounds)
     return {
-        name: {"seconds": min(wall[name][1:]), "processor_seconds": min(processor[name][1:])} for name in ways
-    }  # the first round warms up
+        name: {"seconds": min(measured.seconds[name]), "processor_seconds": min(measured.processor_seconds[name])}
+        for name in ways
+    }
 
 
 def with_ratios(times: dict[str, dict[str, float]], reference: str) -> dict[str, dict[str, float]]:

@@ -38,6 +38,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "window.num_tokens=[300]",
         "step.durations_seconds=[1]",
         "rounds=1",
+        "step.rounds=1",
         "device=cpu",
     )
     cfg = _config(*SMALL_UNET, *sizes, f"results_file={file}")

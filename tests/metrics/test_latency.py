@@ -2,7 +2,7 @@
 
 import pytest
 
-from foley.metrics.latency import Latency, measure_latency
+from foley.metrics.latency import Latency, Rounds, measure_latency, measure_rounds
 
 
 def test_warm_up_calls_are_made_and_not_timed() -> None:
@@ -20,3 +20,23 @@ def test_real_time_factor() -> None:
 def test_nothing_to_time_is_refused() -> None:
     with pytest.raises(ValueError, match="repeats=0"):
         measure_latency(lambda: None, repeats=0)
+
+
+def test_rivals_are_timed_in_turns() -> None:
+    calls: list[str] = []
+
+    def call(name: str) -> str:
+        calls.append(name)
+        return f"{name}{len(calls)}"
+
+    measured = measure_rounds({name: lambda name=name: call(name) for name in "ab"}, rounds=2)
+    assert calls == ["a", "b"] * 3
+    assert measured.results == {"a": "a5", "b": "b6"}
+    assert len(measured.seconds["a"]) == len(measured.processor_seconds["b"]) == 2
+
+
+def test_a_speedup_is_the_median_over_rounds_of_the_ratio_within_each() -> None:
+    measured = Rounds({"slow": [2.0, 30.0, 3.0], "fast": [1.0, 10.0, 1.0]}, {}, {})
+    assert measured.speedup("fast", "slow") == 3
+    assert measured.speedup("slow", "slow") == 1
+    assert measured.median_seconds("slow") == 3

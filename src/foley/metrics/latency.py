@@ -1,11 +1,15 @@
-"""Wall-clock latency of a callable, with warm-up and device synchronisation."""
+"""Wall-clock latency of a callable, with warm-up and device synchronisation; and of several, taken in turns."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
+
+Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -22,22 +26,58 @@ class Latency:
         return audio_seconds / self.median_seconds
 
 
+@dataclass(frozen=True)
+class Rounds(Generic[Name, Result]):
+    """Seconds of every call in every round, and what it returned in the last one.
+
+    `processor_seconds` are summed over threads, and of the CPU alone.
+    """
+
+    seconds: Mapping[Name, list[float]]
+    processor_seconds: Mapping[Name, list[float]]
+    results: Mapping[Name, Result]
+
+    def median_seconds(self, name: Name) -> float:
+        return statistics.median(self.seconds[name])
+
+    def speedup(self, name: Name, reference: Name) -> float:
+        """The median over rounds of the reference's seconds over this one's in the same round."""
+        pairs = zip(self.seconds[reference], self.seconds[name], strict=True)
+        return statistics.median(base / seconds for base, seconds in pairs)
+
+
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
+def _timed(call: Callable[[], Result]) -> tuple[Result, float, float]:
+    """What `call` returns, and its wall-clock and processor seconds."""
+    _synchronise()
+    start, processor_start = time.perf_counter(), time.process_time()
+    result = call()
+    _synchronise()
+    return result, time.perf_counter() - start, time.process_time() - processor_start
+
+
 def measure_latency(call: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Latency:
     """Time `repeats` calls after `warmup` untimed ones; raises ValueError where there is nothing to time."""
-    if repeats < 1:
-        raise ValueError(f"latency needs at least one timed call, got repeats={repeats}")
-    for _ in range(warmup):
-        call()
-    seconds = []
-    for _ in range(repeats):
-        _synchronise()
-        start = time.perf_counter()
-        call()
-        _synchronise()
-        seconds.append(time.perf_counter() - start)
+    seconds = measure_rounds({"call": call}, repeats, warmup).seconds["call"]
     return Latency(statistics.median(seconds), min(seconds), max(seconds), repeats)
+
+
+def measure_rounds(calls: Mapping[Name, Callable[[], Result]], rounds: int, warmup: int = 1) -> Rounds[Name, Result]:
+    """Time rivals in turns, every call once a round, so that a busy machine is busy for all of them.
+
+    The `warmup` rounds before are not timed. Raises ValueError where there is nothing to time.
+    """
+    if rounds < 1:
+        raise ValueError(f"latency needs at least one timed call, got repeats={rounds}")
+    measured = Rounds[Name, Result]({name: [] for name in calls}, {name: [] for name in calls}, results := {})
+    for index in range(warmup + rounds):
+        for name, call in calls.items():
+            results[name], seconds, processor_seconds = _timed(call)
+            if index >= warmup:
+                measured.seconds[name].append(seconds)
+                measured.processor_seconds[name].append(processor_seconds)
+    return measured
