@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from foley.accel.accelerators import AudioCache, Fora, SmoothCache, calibration_directory, calibration_stem
+from foley.accel.accelerators import AudioCache, Budget, Fora, SmoothCache, calibration_directory, calibration_stem
 from foley.accel.callback import NoAcceleration
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.recorder import CalibrationRecorder
@@ -81,6 +81,28 @@ def test_the_calibration_of_another_model_is_refused(denoiser: Any, generate: An
 def test_calibrations_lie_inside_a_system_directory_or_beside_a_file(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").touch()
     assert calibration_directory(tmp_path) == calibration_directory(tmp_path / "last.ckpt") == tmp_path / "calibration"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *args, **options: AudioCache(*args, 0.3, **options),
+        lambda *args, **options: SmoothCache(*args, 0.3, **options),
+        lambda *args, **options: Budget(*args, 2.0, **options),
+    ],
+    ids=["audiocache", "smoothcache", "budget"],
+)
+def test_a_fine_calibration_serves_fewer_steps(make: Any, denoiser: Any, generate: Any, calibration_dir: Path) -> None:
+    served = make(calibration_dir, calibrated_steps=6)
+    assert not torch.equal(_accelerated(served, denoiser, generate, num_steps=3), generate(denoiser, num_steps=3))
+    assert served.schedule.compute.shape == (3, 6)
+    assert served.schedule.signature.num_steps == 3
+    latents = [_accelerated(make(calibration_dir, calibrated_steps=steps), denoiser, generate) for steps in (6, None)]
+    assert torch.equal(*latents)
+    with torch.no_grad():
+        denoiser.head.weight.mul_(2)
+    with pytest.raises(SignatureMismatchError, match="model_hash"):
+        _accelerated(make(calibration_dir, calibrated_steps=6), denoiser, generate, num_steps=3)
 
 
 def test_macs_of_an_evaluation_are_those_of_its_matrix_products(denoiser: Any) -> None:

@@ -77,7 +77,7 @@ def test_solvers_that_add_noise_and_flows_are_calibrated(
     assert calibration.mean.shape == (6, 3, 6)
     assert (calibration.mean[:, 0, 1:] > 0).all()
     assert list(calibration.timesteps) == sorted(calibration.timesteps, reverse=True)
-    coarse = calibration.changes_at(calibration.timesteps[::2])
+    coarse = calibration.at(3, calibration.timesteps[::2]).changes()
     assert coarse[LAYER][1] == pytest.approx(sum(calibration.changes()[LAYER][1:3]), abs=1e-5)
 
 
@@ -140,15 +140,17 @@ def test_a_calibration_of_an_earlier_version_is_refused(denoiser: Any, generate:
 
 def test_a_fine_calibration_serves_a_coarser_run(denoiser: Any, generate: Any) -> None:
     fine = _record(denoiser, generate, {"num_steps": 12})
-    for layer, curve in fine.changes_at(fine.timesteps).items():
-        assert curve[1:] == pytest.approx(fine.changes()[layer][1:], abs=1e-6)
-    coarse = fine.changes_at(fine.timesteps[::2])
+    torch.testing.assert_close(fine.at(12, fine.timesteps).mean[:, 0, 1:], fine.mean[:, 0, 1:], atol=1e-6, rtol=0)
+    coarse = fine.at(6, fine.timesteps[::2])
+    assert (coarse.signature.num_steps, coarse.signature.num_evaluations) == (6, 6)
     for layer, curve in fine.changes().items():
         pairs = [first + second for first, second in zip(curve[1::2], curve[2::2], strict=False)]
-        assert coarse[layer][1:] == pytest.approx(pairs, abs=1e-6)
+        assert coarse.changes()[layer][1:] == pytest.approx(pairs, abs=1e-6)
+        three = [sum(pairs[step : step + 3]) for step in range(3)]
+        assert coarse.errors(3)[layer][2] == pytest.approx(three, abs=1e-6)
 
 
 def test_a_second_order_solver_is_not_read_at_other_steps(denoiser: Any, generate: Any) -> None:
     heun = _record(denoiser, generate, {"solver": "heun"})
     with pytest.raises(ValueError, match="do not fall steadily"):
-        heun.changes_at([900.0, 500.0])
+        heun.at(2, [900.0, 500.0])

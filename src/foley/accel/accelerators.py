@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -35,13 +35,10 @@ def calibration_directory(checkpoint: str | Path) -> Path:
     return (path.parent if path.is_file() else path) / "calibration"
 
 
-Changes = Mapping[str, Sequence[float]]
-
-
 class Policy(Protocol):
-    """From a calibration, and the changes between the run's evaluations, to one list of decisions per layer."""
+    """From a calibration of the run's evaluations to one list of decisions per layer."""
 
-    def __call__(self, calibration: Calibration, changes: Changes) -> Mapping[str, Sequence[bool]]: ...
+    def __call__(self, calibration: Calibration) -> Mapping[str, Sequence[bool]]: ...
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,9 @@ class CalibratedPlan:
 
     def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
         """Raises FileNotFoundError if there is no such calibration, SignatureMismatchError if it is another model's."""
-        calibration = self._calibration_for(run, denoiser)
-        rows = self.policy(calibration, self._changes(calibration, run))
-        return CacheSchedule.from_rows(rows, calibration.kinds, RunSignature.of(run, denoiser), self.description)
+        signature = RunSignature.of(run, denoiser)
+        calibration = self._calibration_for(run, signature)
+        return CacheSchedule.from_rows(self.policy(calibration), calibration.kinds, signature, self.description)
 
     def require(self, solver: str | None, num_steps: int | None, guidance_scale: float | None) -> None:
         """Raises FileNotFoundError where no calibration can serve such a run; what is None is not known yet."""
@@ -82,21 +79,14 @@ class CalibratedPlan:
             f"Make it with: python scripts/calibrate.py {command}"
         )
 
-    def _calibration_for(self, run: RunContext, denoiser: nn.Module) -> Calibration:
+    def _calibration_for(self, run: RunContext, signature: RunSignature) -> Calibration:
         self.require(run.solver, run.num_steps, run.guidance_scale)
         stem = calibration_stem(self.directory, run.solver, self.calibrated_steps or run.num_steps)
         calibration = Calibration.load(stem)
-        actual = RunSignature.of(run, denoiser)
-        if self.calibrated_steps is not None:
-            made_for = calibration.signature
-            actual = replace(actual, num_steps=made_for.num_steps, num_evaluations=made_for.num_evaluations)
-        calibration.signature.require(actual, f"the calibration {stem}")
+        if self.calibrated_steps not in (None, run.num_steps):
+            calibration = calibration.at(run.num_steps, run.timesteps.tolist())
+        calibration.signature.require(signature, f"the calibration {stem}")
         return calibration
-
-    def _changes(self, calibration: Calibration, run: RunContext) -> dict[str, list[float]]:
-        if run.num_steps == calibration.signature.num_steps:
-            return calibration.changes()
-        return calibration.changes_at(run.timesteps.tolist())
 
 
 @dataclass(frozen=True)
@@ -163,8 +153,8 @@ class AudioCache(CalibratedCache):
         calibrated_steps: int | None = None,
         source: Source = _SOME_CHECKPOINT,
     ) -> None:
-        def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
-            return audiocache_schedule(changes, threshold)
+        def policy(calibration: Calibration) -> dict[str, list[bool]]:
+            return audiocache_schedule(calibration.changes(), threshold)
 
         description = {"name": "audiocache", "threshold": threshold}
         super().__init__(calibration_dir, policy, description, reuse, source, calibrated_steps)
@@ -174,7 +164,7 @@ class SmoothCache(CalibratedCache):
     """All layers of a kind share one schedule, which looks ahead while the mean error is at most `alpha`.
 
     Args:
-        calibration_dir, reuse, source: as for AudioCache.
+        calibration_dir, reuse, calibrated_steps, source: as for AudioCache.
         max_lookahead: the largest number of evaluations in a row that reuse one output.
     """
 
@@ -184,15 +174,16 @@ class SmoothCache(CalibratedCache):
         alpha: float,
         max_lookahead: int = 3,
         reuse: str = "hold",
+        calibrated_steps: int | None = None,
         source: Source = _SOME_CHECKPOINT,
     ) -> None:
-        def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
+        def policy(calibration: Calibration) -> dict[str, list[bool]]:
             errors, num_evaluations = calibration.errors(max_lookahead), calibration.signature.num_evaluations
             by_kind = smoothcache_schedule(errors, alpha, num_evaluations)
             return {name: by_kind[layer_kind(name)] for name in calibration.layer_names}
 
         description = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead}
-        super().__init__(calibration_dir, policy, description, reuse, source)
+        super().__init__(calibration_dir, policy, description, reuse, source, calibrated_steps)
 
 
 class Budget(CalibratedCache):
@@ -212,9 +203,9 @@ class Budget(CalibratedCache):
         calibrated_steps: int | None = None,
         source: Source = _SOME_CHECKPOINT,
     ) -> None:
-        def policy(calibration: Calibration, changes: Changes) -> dict[str, list[bool]]:
+        def policy(calibration: Calibration) -> dict[str, list[bool]]:
             macs = calibration.macs
-            return budget_schedule(changes, macs.layers, macs.total, target_speedup, method)
+            return budget_schedule(calibration.changes(), macs.layers, macs.total, target_speedup, method)
 
         description = {"name": "budget", "target_speedup": target_speedup, "method": method}
         super().__init__(calibration_dir, policy, description, reuse, source, calibrated_steps)

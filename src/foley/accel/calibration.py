@@ -1,10 +1,11 @@
 """Change curves of a denoiser's layers: recorded once without caching, then read by the policies."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from foley.accel.cost import EvaluationMacs
@@ -39,11 +40,12 @@ class Calibration:
         """Per layer, the mean change since the previous evaluation (AudioCache, eq. 1)."""
         return dict(zip(self.layer_names, self.mean[:, 0].tolist(), strict=True))
 
-    def changes_at(self, timesteps: Sequence[float]) -> dict[str, list[float]]:
-        """As `changes`, between the evaluations of another run, read off the cumulative curves.
+    def at(self, num_steps: int, timesteps: Sequence[float]) -> "Calibration":
+        """For a run of another number of steps: the differences of the cumulative curves between its evaluations.
 
-        So a fine calibration serves a coarser run. Raises ValueError where timesteps do not fall from one evaluation to
-        the next, as those of a second-order solver do not.
+        So a fine calibration serves a coarser run. Changes that turn back add up all the same, so that errors are
+        rather too large than too small. The standard deviations are not known: NaN. Raises ValueError where timesteps
+        do not fall from one evaluation to the next, as those of a second-order solver do not.
         """
         own, asked = -np.asarray(self.timesteps), -np.asarray(timesteps)  # ascending, as interpolation wants them
         if (np.diff(own) <= 0).any() or (np.diff(asked) <= 0).any():
@@ -51,12 +53,14 @@ class Calibration:
                 f"the calibration of solver {self.signature.solver!r} cannot be read at other steps: its timesteps do "
                 "not fall steadily; calibrate for the number of steps that you sample with"
             )
-        positions = self.mean[:, 0].double().cumsum(dim=1).numpy()
-        resampled = (np.interp(asked, own, curve) for curve in positions)
-        return {
-            name: np.diff(curve, prepend=curve[0]).tolist()
-            for name, curve in zip(self.layer_names, resampled, strict=True)
-        }
+        curves = self.mean[:, 0].double().cumsum(dim=1).numpy()
+        positions = torch.from_numpy(np.stack([np.interp(asked, own, curve) for curve in curves]))
+        mean = torch.zeros(*self.mean.shape[:2], len(asked))
+        for distance in range(1, mean.shape[1] + 1):
+            mean[:, distance - 1, distance:] = positions[:, distance:] - positions[:, :-distance]
+        signature = replace(self.signature, num_steps=num_steps, num_evaluations=len(asked))
+        std = torch.full_like(mean, torch.nan)
+        return replace(self, mean=mean, std=std, signature=signature, timesteps=tuple(timesteps))
 
     def errors(self, max_lookahead: int) -> dict[str, list[list[float]]]:
         """Per layer, at `[k - 1][s]`, the mean change from evaluation s to s + k, for k up to `max_lookahead`.
