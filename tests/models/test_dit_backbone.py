@@ -10,6 +10,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.solver import Solver
 from foley.models.dit.backbone import DiffusionTransformer
+from foley.models.dit.llama import LlamaTransformer
 from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, TimeToken
 
 CHANNELS, FRAMES, TOKENS, CONTEXT_DIM = 4, 20, 5, 6
@@ -21,6 +22,7 @@ VARIANTS = {
     "pixart": {"modulation": AdaLNSingle(), **OFF},
     "stable_audio": {"modulation": AdaLN(), "long_skips": False},
     "time_token": {"modulation": TimeToken(), "long_skips": False},
+    "llama": {},
 }
 
 
@@ -28,7 +30,8 @@ def make_model(variant="ezaudio", randomise=True, **changes):
     """A small model; `randomise` moves every parameter away from its start, so that nothing is hidden by a zero."""
     torch.manual_seed(0)
     options = {"width": 24, "depth": 2, "num_heads": 2, "context_dim": CONTEXT_DIM, **VARIANTS[variant], **changes}
-    model = DiffusionTransformer(latent_channels=CHANNELS, **options).eval()
+    build = LlamaTransformer if variant == "llama" else DiffusionTransformer
+    model = build(latent_channels=CHANNELS, **options).eval()
     if randomise:
         with torch.no_grad():
             for parameter in model.parameters():

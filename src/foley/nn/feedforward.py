@@ -1,4 +1,4 @@
-"""The gated feed-forward layer."""
+"""The gated feed-forward layers."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -6,8 +6,8 @@ from torch.nn import functional as F
 from foley.nn.linear import xavier_linear
 
 
-class GegluFeedForward(nn.Module):
-    """`W_out (a * gelu(b))` with `[a, b] = W_in x` (GEGLU, Shazeer 2020, equation 6).
+class GatedFeedForward(nn.Module):
+    """`W_out (a * activate(b))` with `[a, b] = W_in x` (Shazeer 2020, equation 6); subclasses say what activates.
 
     Args:
         width: D.
@@ -22,4 +22,21 @@ class GegluFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
         value, gate = self.input(x).chunk(2, dim=-1)
-        return self.output(value * F.gelu(gate))
+        return self.output(value * self.activate(gate))
+
+    def activate(self, gate: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class GegluFeedForward(GatedFeedForward):
+    """GEGLU: EzAudio's."""
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate)
+
+
+class SwigluFeedForward(GatedFeedForward):
+    """SwiGLU: LLaMA's."""
+
+    def activate(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)

@@ -1,24 +1,19 @@
 """EzAudio-DiT and its ablation variants: one transformer, put together from the parts it is given."""
 
-from dataclasses import replace
 from itertools import zip_longest
 from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from foley.models.dit.block import BlockInputs, BlockShape, HoistedBlock, SkipFusion, TransformerBlock
-from foley.models.dit.conditions import Conditions, RunConditions
-from foley.models.dit.masking import MaskedInput
+from foley.models.dit.block import BlockShape, SkipFusion, TransformerBlock
+from foley.models.dit.conditions import Conditions
 from foley.models.dit.output import OutputLayer
+from foley.models.dit.transformer import LatentTransformer
 from foley.nn.adaln import ModulationScheme
-from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
-from foley.nn.linear import normal_linear, xavier_linear
 from foley.nn.rotary import RotaryEmbedding
 
 
-class DiffusionTransformer(nn.Module):
+class DiffusionTransformer(LatentTransformer):
     """Denoiser over 1-D latents (EzAudio, Hai et al. 2024, Section 3.2).
 
     Args:
@@ -55,20 +50,18 @@ class DiffusionTransformer(nn.Module):
         gradient_checkpointing: bool = False,
         guidance_embedding: bool = False,
     ) -> None:
-        super().__init__()
         if depth % 2:
             raise ValueError(f"depth must be even, half of it on each side of the mid block; got {depth}")
-        self.latent_channels = latent_channels
-        self.gradient_checkpointing = gradient_checkpointing
-        self.prepends_time_token = modulation.prepends_time_token
-        self.masked_input = MaskedInput(latent_channels)
-        self.input_projection = xavier_linear(2 * latent_channels + 1, width)
-        self.positions = LearnedPositions(learned_positions, width) if learned_positions else None
-        self.rotary = RotaryEmbedding(width // num_heads) if rotary else None
-        self.time_embedding = TimeEmbedding(width)
-        self.guidance_embedding = GuidanceEmbedding(width) if guidance_embedding else None
-        self.context_embedding = _context_embedding(context_dim, width) if context_dim else None
-        self.shared_modulation = modulation.build_shared(width)
+        super().__init__(
+            latent_channels,
+            width,
+            context_dim,
+            modulation,
+            RotaryEmbedding(width // num_heads) if rotary else None,
+            learned_positions,
+            gradient_checkpointing,
+            guidance_embedding,
+        )
         shape = BlockShape(width, num_heads, int(feed_forward_ratio * width), qk_norm, context_dim is not None)
         half = range(depth // 2)
         self.in_blocks = nn.ModuleList(TransformerBlock(shape, modulation) for _ in half)
@@ -77,120 +70,6 @@ class DiffusionTransformer(nn.Module):
             TransformerBlock(shape, modulation, SkipFusion(width, skip_norm) if long_skips else None) for _ in half
         )
         self.output_layer = OutputLayer(width, latent_channels, modulated=not self.prepends_time_token)
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timestep: Tensor,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        frame_mask: Tensor | None = None,
-        visible: Tensor | None = None,
-        hidden_mask: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
-        run: RunConditions | None = None,
-    ) -> Tensor:
-        """The prediction `[B, C, L]` for a noisy latent `[B, C, L]` at `timestep [B]`.
-
-        A model held in half precision takes and returns the latent in the latent's own type.
-
-        Args:
-            context: text `[B, S, Dc]`, needed (ValueError) by a model with cross-attention, ignored by one without.
-            context_mask: `[B, S]`, true = valid.
-            frame_mask: `[B, L]`, true = valid; padded frames are not attended to.
-            visible: latent `[B, C, L]` of known frames, for masked training and for editing.
-            hidden_mask: `[B, L]`, true where the visible latent is hidden and must be generated.
-            guidance_scale: w `[B]`, or `[1]` for all items; needed (ValueError) by a model that embeds it, and by no
-                other.
-            run: what `prepare` made of all of these; they are then not looked at.
-        """
-        if run is None:
-            time, frames = self._embed_time(timestep, guidance_scale), noisy.shape[-1]
-            conditions = self._condition(time, frames, context, context_mask, frame_mask, visible, hidden_mask)
-        else:
-            conditions = run.at(timestep)
-        weight = self.input_projection.weight[:, : self.latent_channels]
-        x = nn.functional.linear(noisy.transpose(1, 2).to(weight.dtype), weight) + conditions.static_input
-        if self.prepends_time_token:
-            x = torch.cat([conditions.block_inputs.time.unsqueeze(1).expand(len(x), -1, -1), x], dim=1)
-        x = self._run_blocks(x, conditions)
-        x = x[:, 1:] if self.prepends_time_token else x
-        return self.output_layer(x, conditions.output_modulation).to(noisy.dtype)
-
-    def prepare(
-        self,
-        timesteps: Tensor,
-        num_frames: int,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        frame_mask: Tensor | None = None,
-        visible: Tensor | None = None,
-        hidden_mask: Tensor | None = None,
-        guidance_scale: Tensor | None = None,
-    ) -> RunConditions:
-        """Everything that the evaluations at `timesteps [E]` of one generation share, for `forward(..., run=...)`.
-
-        All modulations, the context's keys and values, rotary tables and the visible latent's share of the tokens are
-        computed here, once. The other arguments are those of `forward`.
-        """
-        num_scales = 1 if guidance_scale is None else len(guidance_scale)
-        scales = None if guidance_scale is None else guidance_scale.repeat(len(timesteps))
-        time = self._embed_time(timesteps.repeat_interleave(num_scales), scales)
-        conditions = self._condition(time, num_frames, context, context_mask, frame_mask, visible, hidden_mask)
-        hoisted = [block.hoist(conditions.block_inputs) for block in self.blocks()]
-        return RunConditions(timesteps, replace(conditions, hoisted=hoisted))
-
-    def _embed_time(self, timestep: Tensor, guidance_scale: Tensor | None) -> Tensor:
-        """`[B, D]` of diffusion times `[B]` and, in a student, of guidance scales."""
-        if (guidance_scale is None) != (self.guidance_embedding is None):
-            raise ValueError(
-                "this model embeds the guidance scale: give `guidance_scale [B]`"
-                if guidance_scale is None
-                else "this model does not embed a guidance scale; only a distilled student does (guidance_embedding)"
-            )
-        time = self.time_embedding(timestep)
-        if self.guidance_embedding is not None:
-            time = time + self.guidance_embedding(guidance_scale)
-        return nn.functional.silu(time)
-
-    def _condition(
-        self,
-        time: Tensor,
-        num_frames: int,
-        context: Tensor | None,
-        context_mask: Tensor | None,
-        frame_mask: Tensor | None,
-        visible: Tensor | None,
-        hidden_mask: Tensor | None,
-    ) -> Conditions:
-        num_tokens = num_frames + self.prepends_time_token
-        if self.prepends_time_token and frame_mask is not None:
-            frame_mask = nn.functional.pad(frame_mask, (1, 0), value=True)
-        inputs = BlockInputs(
-            time=time,
-            shared_modulation=self.shared_modulation(time) if self.shared_modulation is not None else None,
-            rotary=self.rotary(num_tokens, time.device, time.dtype) if self.rotary is not None else None,
-            frame_mask=_key_mask(frame_mask),
-            context=self._embed_context(context),
-            context_mask=_key_mask(context_mask),
-        )
-        static = self._static_input(num_frames, visible, hidden_mask)
-        return Conditions(static, inputs, self.output_layer.modulate(time))
-
-    def _static_input(self, num_frames: int, visible: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
-        """What the input projection makes of all channels but the noisy ones, and the positions, `[B, L, D]`."""
-        weight, bias = self.input_projection.weight[:, self.latent_channels :], self.input_projection.bias
-        static = nn.functional.linear(self.masked_input(visible, hidden_mask), weight, bias)
-        if self.positions is None:
-            return static
-        return self.positions(static.expand(-1, num_frames, -1))
-
-    def _embed_context(self, context: Tensor | None) -> Tensor | None:
-        if self.context_embedding is None:
-            return None
-        if context is None:
-            raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
-        return self.context_embedding(context.to(self.input_projection.weight.dtype))
 
     def blocks(self) -> list[TransformerBlock]:
         """All blocks, in order of execution."""
@@ -204,31 +83,3 @@ class DiffusionTransformer(nn.Module):
             if index < len(self.in_blocks):
                 skips.append(x)
         return x
-
-    def _run(
-        self,
-        block: TransformerBlock,
-        x: Tensor,
-        inputs: BlockInputs,
-        skip: Tensor | None,
-        hoisted: HoistedBlock | None,
-    ) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            output: Tensor = checkpoint(block, x, inputs, skip, hoisted, use_reentrant=False)
-            return output
-        return cast(Tensor, block(x, inputs, skip, hoisted))
-
-
-def _context_embedding(context_dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(normal_linear(context_dim, width), nn.SiLU(), normal_linear(width, width))
-
-
-def _key_mask(mask: Tensor | None) -> Tensor | None:
-    """`[B, N]` to `[B, 1, 1, N]`, or None where nothing is masked: attention without a mask is faster.
-
-    Only a mask on the CPU is looked into; to read one from another device would wait for all work queued there.
-    """
-    readable = mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    if mask is None or (readable and bool(mask.all())):
-        return None
-    return mask[:, None, None]

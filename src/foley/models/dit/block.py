@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from foley.nn.adaln import BlockModulation, Modulation, ModulationScheme
 from foley.nn.attention import Attention, KeysValues
-from foley.nn.feedforward import GegluFeedForward
+from foley.nn.feedforward import GatedFeedForward, GegluFeedForward
 from foley.nn.linear import xavier_linear
-from foley.nn.norm import ModulatedNorm
+from foley.nn.norm import ModulatedNorm, ModulatedRMSNorm
 from foley.nn.rotary import RotaryTable
 
 
@@ -34,6 +34,19 @@ class BlockInputs:
 
 
 @dataclass(frozen=True)
+class BlockShape:
+    """The sizes and switches that all blocks of a model share, and the kinds of norm and feed-forward layer."""
+
+    width: int
+    num_heads: int
+    hidden: int
+    qk_norm: bool
+    cross_attention: bool
+    norm: type[ModulatedNorm] | type[ModulatedRMSNorm] = ModulatedNorm
+    feed_forward: type[GatedFeedForward] = GegluFeedForward
+
+
+@dataclass(frozen=True)
 class HoistedBlock:
     """What one block makes of time and text alone: computed once for a whole generation."""
 
@@ -46,10 +59,10 @@ class SelfAttentionLayer(nn.Module):
 
     cacheable_kind = "self_attention"
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.norm = ModulatedNorm(width)
-        self.attention = Attention(width, num_heads, qk_norm)
+        self.norm = shape.norm(shape.width)
+        self.attention = Attention(shape.width, shape.num_heads, shape.qk_norm)
 
     def forward(
         self, x: Tensor, modulation: Modulation | None, mask: Tensor | None, rotary: RotaryTable | None
@@ -63,11 +76,11 @@ class CrossAttentionLayer(nn.Module):
 
     cacheable_kind = "cross_attention"
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.norm_context = nn.LayerNorm(width)
-        self.attention = Attention(width, num_heads, qk_norm, zero_output=True)
+        self.norm = shape.norm(shape.width)
+        self.norm_context = shape.norm(shape.width)
+        self.attention = Attention(shape.width, shape.num_heads, shape.qk_norm, zero_output=True)
 
     def keys_values(self, context: Tensor) -> KeysValues:
         """Of a context `[B, S, D]`, whatever the stream and the time."""
@@ -80,14 +93,14 @@ class CrossAttentionLayer(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
-    """Norm, modulation and GEGLU."""
+    """Norm, modulation and the gated feed-forward layer."""
 
     cacheable_kind = "feed_forward"
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.norm = ModulatedNorm(width)
-        self.layer = GegluFeedForward(width, hidden)
+        self.norm = shape.norm(shape.width)
+        self.layer = shape.feed_forward(shape.width, shape.hidden)
 
     def forward(self, x: Tensor, modulation: Modulation | None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
@@ -107,17 +120,6 @@ class SkipFusion(nn.Module):
         return self.linear(self.norm(torch.cat([x, skip], dim=-1)))
 
 
-@dataclass(frozen=True)
-class BlockShape:
-    """The sizes and switches that all blocks of a model share."""
-
-    width: int
-    num_heads: int
-    hidden: int
-    qk_norm: bool
-    cross_attention: bool
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, after an optional skip fusion.
 
@@ -131,11 +133,9 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.skip = skip
         self.modulation = scheme.build_block(shape.width)
-        self.self_attention = SelfAttentionLayer(shape.width, shape.num_heads, shape.qk_norm)
-        self.cross_attention = (
-            CrossAttentionLayer(shape.width, shape.num_heads, shape.qk_norm) if shape.cross_attention else None
-        )
-        self.feed_forward = FeedForwardLayer(shape.width, shape.hidden)
+        self.self_attention = SelfAttentionLayer(shape)
+        self.cross_attention = CrossAttentionLayer(shape) if shape.cross_attention else None
+        self.feed_forward = FeedForwardLayer(shape)
 
     def hoist(self, inputs: BlockInputs) -> HoistedBlock:
         """Modulation for each of the times `inputs.time [E, D]`, and the context's keys and values."""

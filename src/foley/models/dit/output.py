@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from foley.nn.adaln import Modulation
 from foley.nn.linear import xavier_linear, zero_linear
-from foley.nn.norm import ModulatedNorm
+from foley.nn.norm import ModulatedNorm, ModulatedRMSNorm
 
 
 class OutputLayer(nn.Module):
@@ -15,11 +15,18 @@ class OutputLayer(nn.Module):
         width: D.
         latent_channels: C.
         modulated: shift and scale by the time embedding.
+        norm: its kind.
     """
 
-    def __init__(self, width: int, latent_channels: int, modulated: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        latent_channels: int,
+        modulated: bool,
+        norm: type[ModulatedNorm] | type[ModulatedRMSNorm] = ModulatedNorm,
+    ) -> None:
         super().__init__()
-        self.norm = ModulatedNorm(width)
+        self.norm = norm(width)
         self.modulation = zero_linear(width, 2 * width) if modulated else None
         self.linear = xavier_linear(width, latent_channels)
         self.conv = nn.Conv1d(latent_channels, latent_channels, kernel_size=3, padding=1)
