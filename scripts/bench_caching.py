@@ -6,12 +6,11 @@ not whether it sounds worse: that is what the label accuracy is for.
 
 import json
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import hydra
@@ -35,6 +34,7 @@ from foley.diffusion.types import Accelerator
 from foley.metrics.clips import LabelledAudio
 from foley.metrics.evaluation import restricted_accuracy
 from foley.metrics.features import extract_audio
+from foley.metrics.latency import measure_rounds
 from foley.metrics.protocols import EvaluationProtocol, load_protocol
 from foley.pipeline import TextToAudio, resolve_device
 from foley.prompts import read_prompt_rows
@@ -50,6 +50,7 @@ class Variant:
     setting: str
     value: float
     reuse: str
+    calibrated_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,8 @@ class Workload:
         solver = Solver(cfg.solver.name, cfg.steps)
         return cls(pipeline, solver, guidance, [row.get("label") for row in chosen], positive, negative, num_frames)
 
-    def run(self, accelerator: Accelerator | None = None) -> tuple[Tensor, float]:
-        """The latent `[B, C, L]`, and the seconds it took."""
-        start = time.perf_counter()
+    def run(self, accelerator: Accelerator | None = None) -> Tensor:
+        """The latent `[B, C, L]`."""
         latent = generate_latents(
             self.pipeline.denoiser,
             self.pipeline.process,
@@ -91,7 +91,7 @@ class Workload:
             accelerator,
             self.pipeline.device,
         )
-        return latent.cpu(), time.perf_counter() - start
+        return latent.cpu()
 
     def macs(self) -> EvaluationMacs:
         batch_size, device = len(self.positive.mask), self.pipeline.device
@@ -114,30 +114,30 @@ class Workload:
 
 
 def make_variants(cfg: DictConfig) -> dict[Variant, Any]:
-    """An accelerator for every policy, value of its setting and kind of reuse."""
-    return {
-        Variant(policy, sweep.setting, value, reuse): instantiate(sweep.accel, reuse=reuse, **{sweep.setting: value})
-        for policy in cfg.policies
-        for sweep in [cfg.sweeps[policy]]
-        for value, reuse in product(sweep["values"], cfg.reuses)
-    }
+    """An accelerator for every policy, value of its setting, kind of reuse, and calibration where it has one."""
+    variants: dict[Variant, Any] = {}
+    for policy in cfg.policies:
+        sweep = cfg.sweeps[policy]
+        calibrations = cfg.calibrated_steps if "calibrated_steps" in sweep.accel else [None]
+        for value, reuse, steps in product(sweep["values"], cfg.reuses, calibrations):
+            calibration = {} if steps is None else {"calibrated_steps": steps}
+            options = {sweep.setting: value, "reuse": reuse, **calibration}
+            variants[Variant(policy, sweep.setting, value, reuse, steps)] = instantiate(sweep.accel, **options)
+    return variants
 
 
 def measure(
     workload: Workload, variants: Mapping[Variant, Any], protocol: EvaluationProtocol, repeats: int
-) -> list[dict[str, Any]]:
-    """One row per variant. Speed-ups are medians over rounds, each against the uncached run of its own round."""
-    macs, (reference, _) = workload.macs(), workload.run()
-    speedups: dict[Variant, list[float]] = {variant: [] for variant in variants}
-    latents: dict[Variant, Tensor] = {}
-    for _ in range(repeats):
-        uncached_seconds = workload.run()[1]
-        for variant, accelerator in variants.items():
-            latents[variant], seconds = workload.run(accelerator)
-            speedups[variant].append(uncached_seconds / seconds)
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """One row per variant, and the uncached latent. Speed-ups are medians over rounds."""
+    macs = workload.macs()  # one evaluation: it warms up
+    runs = {variant: partial(workload.run, accelerator) for variant, accelerator in variants.items()}
+    measured = measure_rounds({None: workload.run, **runs}, repeats, warmup=0)
+    reference = measured.results[None]
     rows = []
     for variant, accelerator in variants.items():
-        wall, mac = median(speedups[variant]), run_cost(accelerator.schedule, macs).speedup
+        latent, wall = measured.results[variant], measured.speedup(variant, None)
+        mac = run_cost(accelerator.schedule, macs).speedup
         rows.append(
             {
                 **vars(variant),
@@ -145,11 +145,17 @@ def measure(
                 "mac_speedup": mac,
                 "wall_over_mac": wall / mac,
                 "computed_fraction": accelerator.schedule.computed_fraction,
-                "latent_error": ((latents[variant] - reference).norm() / reference.norm()).item(),
-                "label_accuracy": workload.label_accuracy(latents[variant], protocol),
+                "latent_error": ((latent - reference).norm() / reference.norm()).item(),
+                "label_accuracy": workload.label_accuracy(latent, protocol),
             }
         )
-    return rows
+    return rows, reference
+
+
+def policy_name(row: Mapping[str, Any]) -> str:
+    """Also says of which number of steps the calibration is, where it is another one."""
+    steps = row["calibrated_steps"]
+    return row["policy"] if steps is None else f"{row['policy']} from {steps}"
 
 
 def compare_budget_methods(cfg: DictConfig) -> list[dict[str, float]]:
@@ -172,14 +178,15 @@ def compare_budget_methods(cfg: DictConfig) -> list[dict[str, float]]:
 def main(cfg: DictConfig) -> None:
     workload, protocol = Workload.build(cfg), load_protocol("embedded", Path(cfg.extractor_dir))
     variants = make_variants(cfg)
-    rows = measure(workload, variants, protocol, cfg.repeats)
+    rows, uncached = measure(workload, variants, protocol, cfg.repeats)
     settings = {
         "solver": cfg.solver.name,
         "num_steps": cfg.steps,
         "guidance_scale": workload.guidance.scale,
+        "duration_seconds": cfg.duration_seconds,
         "frames": workload.num_frames,
         "prompts": len(workload.positive.mask),
-        "label_accuracy_uncached": workload.label_accuracy(workload.run()[0], protocol),
+        "label_accuracy_uncached": workload.label_accuracy(uncached, protocol),
         "denoiser_width": workload.pipeline.system.configs["denoiser"]["width"],
         "trained_weights": cfg.ckpt is not None,
         "model_hash": workload.pipeline.model_hash,
@@ -188,10 +195,11 @@ def main(cfg: DictConfig) -> None:
     output_dir = Path(cfg.output_dir)
     methods = {"budget_methods": compare_budget_methods(cfg)} if "budget" in cfg.policies else {}
     write_json(output_dir / "caching.json", {"settings": settings, "provenance": provenance(), "rows": rows, **methods})
-    plot_tradeoff(rows, output_dir / "caching.png")
+    plot_tradeoff([{**row, "policy": policy_name(row)} for row in rows], output_dir / "caching.png")
     for variant, accelerator in variants.items():
         if variant.reuse == cfg.reuses[0]:  # the others follow the same schedule
-            plot_schedule(accelerator.schedule, output_dir / "schedules" / f"{variant.policy}_{variant.value:g}.png")
+            name = f"{policy_name(vars(variant))}_{variant.value:g}".replace(" ", "_")
+            plot_schedule(accelerator.schedule, output_dir / "schedules" / f"{name}.png")
     sys.stdout.write("\n".join(json.dumps(row) for row in rows) + "\n")
 
 

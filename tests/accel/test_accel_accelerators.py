@@ -86,9 +86,9 @@ def test_calibrations_lie_inside_a_system_directory_or_beside_a_file(tmp_path: P
 @pytest.mark.parametrize(
     "make",
     [
-        lambda *args, **options: AudioCache(*args, 0.3, **options),
-        lambda *args, **options: SmoothCache(*args, 0.3, **options),
-        lambda *args, **options: Budget(*args, 2.0, **options),
+        lambda *args, **options: AudioCache(*args, 9.0, **options),
+        lambda *args, **options: SmoothCache(*args, 9.0, **options),
+        lambda *args, **options: Budget(*args, 1.2, **options),
     ],
     ids=["audiocache", "smoothcache", "budget"],
 )

@@ -166,8 +166,8 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     narrow = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "sweeps.budget.values=[1.2]")
     _run_script("bench_caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
     rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
-    policies = ["audiocache"] * 4 + ["smoothcache"] * 2 + ["fora"] * 2 + ["budget"] * 2
-    assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(policies, ["hold", "taylor"] * 5, strict=True))
+    policies = ["audiocache"] * 4 + [name for name in ("smoothcache", "fora", "budget", "budget_greedy") for _ in "12"]
+    assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(policies, ["hold", "taylor"] * 6, strict=True))
     assert (rows[0]["latent_error"], rows[0]["mac_speedup"], rows[0]["computed_fraction"]) == (0.0, 1.0, 1.0)
     assert all(row["mac_speedup"] > 1 and row["latent_error"] > 0 for row in rows[2:])
     assert rows[-1]["mac_speedup"] >= 1.2
@@ -176,4 +176,21 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     assert {row["label_accuracy"] for row in rows} == {None}  # this system's rate is not the extractor's
     assert (tmp_path / "caching.png").stat().st_size > 0
     drawn = {file.name for file in (tmp_path / "schedules").iterdir()}
-    assert drawn == {"audiocache_0.png", "audiocache_9.png", "smoothcache_9.png", "fora_2.png", "budget_1.2.png"}
+    names = ("audiocache_0", "audiocache_9", "smoothcache_9", "fora_2", "budget_1.2", "budget_greedy_1.2")
+    assert drawn == {f"{name}.png" for name in names}
+
+
+def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path) -> None:
+    arguments = (f"ckpt={system_dir}", f"prompts={system_dir}/prompts.txt", "reuses=[hold]", "repeats=1")
+    narrow = (
+        "policies=[audiocache,smoothcache,fora]",
+        "sweeps.audiocache.values=[9.0]",
+        "sweeps.smoothcache.values=[9.0]",
+    )
+    finer = ("steps=2", "calibrated_steps=[4]", "sweeps.fora.values=[2]", "duration_seconds=0.5", "device=cpu")
+    _run_script("bench_caching", *arguments, *narrow, *finer, f"output_dir={tmp_path}")
+    rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
+    assert [(row["policy"], row["calibrated_steps"]) for row in rows] == [
+        ("audiocache", 4), ("smoothcache", 4), ("fora", None),
+    ]  # fmt: skip
+    assert (tmp_path / "schedules" / "smoothcache_from_4_9.png").is_file()
