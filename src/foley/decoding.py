@@ -30,10 +30,9 @@ class LatentDecoder:
             raise ValueError(f"decoder precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self._decode: Callable[[Tensor], Tensor] = codec.decode
         self._hop_samples: int = codec.hop_samples
-        self._context_frames: int | None = None
+        self._context_frames: int | None = getattr(codec, "context_frames", None)
         if isinstance(codec, WaveformVAE):
             self._decode = _fastest(codec, PRECISIONS[precision])
-            self._context_frames = codec.decoder.context_frames
         elif precision != "float32":
             raise ValueError(f"decoder precision {precision!r}: {type(codec).__name__} only decodes in float32")
 

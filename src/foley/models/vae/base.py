@@ -22,6 +22,11 @@ class AudioVAE(nn.Module):
         """Audio samples for each latent frame."""
         raise NotImplementedError
 
+    @property
+    def context_frames(self) -> int | None:
+        """How many latent frames before a frame, and after it, its audio hears; None where that is not known."""
+        return None
+
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, 1, T]` to the raw (mean, scale), each `[B, C, L]` with L = ceil(T / hop); the end is zero-padded.
 

@@ -26,12 +26,12 @@ class STFTDiscriminator(nn.Module):
         self.register_buffer("window", torch.hann_window(fft_size), persistent=False)
         self.hidden = nn.ModuleList(
             [
-                _conv(2, filters, (3, _FREQUENCY_KERNEL)),
-                *(_conv(filters, filters, (3, _FREQUENCY_KERNEL), (1, 2), dilation) for dilation in _TIME_DILATIONS),
-                _conv(filters, filters, (3, 3)),
+                conv2d(2, filters, (3, _FREQUENCY_KERNEL)),
+                *(conv2d(filters, filters, (3, _FREQUENCY_KERNEL), (1, 2), dilation) for dilation in _TIME_DILATIONS),
+                conv2d(filters, filters, (3, 3)),
             ]
         )
-        self.logits = _conv(filters, 1, (3, 3))
+        self.logits = conv2d(filters, 1, (3, 3))
 
     def forward(self, audio: Tensor) -> list[Tensor]:
         """`[B, 1, T]` to feature maps `[B, filters, frames, F]` and logits `[B, 1, frames, F]`."""
@@ -92,8 +92,9 @@ class DACDiscriminator(nn.Module):
         return maps
 
 
-def _conv(
+def conv2d(
     in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1), dilation: int = 1
 ) -> nn.Conv2d:
+    """A weight-normalised convolution over time and frequency that keeps the size where the stride is 1."""
     padding = (dilation * (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
     return weight_norm(nn.Conv2d(in_channels, out_channels, kernel, stride, padding, (dilation, 1)))

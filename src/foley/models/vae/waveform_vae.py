@@ -61,6 +61,11 @@ class WaveformVAE(AudioVAE):
         """Audio samples for each latent frame."""
         return prod(self.strides)
 
+    @property
+    def context_frames(self) -> int:
+        """See `AudioVAE.context_frames`."""
+        return self.decoder.context_frames
+
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """See `AudioVAE.encode_moments`."""
         mean, scale = self.encoder(self._whole_frames(audio)).chunk(2, dim=1)
