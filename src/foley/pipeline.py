@@ -16,6 +16,7 @@ from foley.decoding import LatentDecoder
 from foley.diffusion.generate import clip_size, embed, generate_latents
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start
+from foley.diffusion.solver import default_solver
 from foley.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
 from foley.generation import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
 from foley.hashing import hash_module
@@ -221,7 +222,10 @@ class TextToAudio:
     ) -> GenerationRequest:
         """Checked against this system, so that an impossible request is refused before anything is computed."""
         student = self.student
-        settings = GenerationSettings.of_student(student, **options) if student else GenerationSettings(**options)
+        if student:
+            settings = GenerationSettings.of_student(student, **options)
+        else:
+            settings = GenerationSettings(**{"solver": default_solver(self.process), **options})
         settings.plan(student).build(self.process)
         settings.guide(student)
         return GenerationRequest.of(prompts, seeds, settings)

@@ -72,6 +72,15 @@ def test_min_snr_weight_is_finite_at_the_noisiest_step():
     assert DiffusionProcess("v").min_snr_weight(torch.tensor([0, 999])).isfinite().all()
 
 
+def test_logit_normal_times_have_normal_logits_and_are_flows_alone():
+    process = DiffusionProcess("flow", logit_normal=(-0.5, 0.8))
+    drawn = process.sample_timesteps(20_000, torch_generator("timesteps")) / process.num_train_steps
+    assert drawn.logit().mean().item() == pytest.approx(-0.5, abs=0.02)
+    assert drawn.logit().std().item() == pytest.approx(0.8, abs=0.02)
+    with pytest.raises(ValueError, match="is flow's alone"):
+        DiffusionProcess("v", logit_normal=(0.0, 1.0))
+
+
 @pytest.mark.parametrize("prediction", ["v", "flow"])
 def test_timesteps_are_uniform_and_repeatable(prediction):
     process = make(prediction)

@@ -11,7 +11,6 @@ from torch import distributed
 from training_parts import build_module, run
 
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.diffusion.solver import Solver
 from foley.pipeline import TextToAudio
 from foley.system import System
 from foley.training.callbacks import audio_samples
@@ -34,7 +33,7 @@ class Codec(torch.nn.Module):
 
 def samples(folder: Path, every: int = 1) -> AudioSamples:
     prompts = ["A dog!", "../rain"]
-    return AudioSamples("codec", str(folder), prompts, 0.995, ClassifierFreeGuidance(2.0), Solver("ddim", 3), every)
+    return AudioSamples("codec", str(folder), prompts, 0.995, ClassifierFreeGuidance(2.0), 3, every)
 
 
 def test_audio_samples_are_written(tmp_path: Path, monkeypatch) -> None:
@@ -65,7 +64,7 @@ def test_a_restart_goes_on_counting_validations(tmp_path: Path, monkeypatch) -> 
 
 
 def test_samples_without_a_codec_are_left_out(tmp_path: Path, caplog) -> None:
-    silent = AudioSamples(None, str(tmp_path / "samples"), ["rain"], 1.0, ClassifierFreeGuidance(), Solver())
+    silent = AudioSamples(None, str(tmp_path / "samples"), ["rain"], 1.0, ClassifierFreeGuidance())
     run(tmp_path, 7, callbacks=[silent])
     assert "set codec_path=" in caplog.text
     assert not (tmp_path / "samples").exists()

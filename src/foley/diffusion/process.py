@@ -13,6 +13,8 @@ flow      1       -1       Lipman et al. 2023 (alpha = 1 - t, sigma = t)
 ========= ======= ======== =====================================
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,9 +42,11 @@ class DiffusionProcess:
         beta_start: first beta of the scaled-linear schedule (unused by flow).
         beta_end: last beta of the scaled-linear schedule (unused by flow).
         zero_terminal_snr: rescale the schedule so that the noisiest step holds no signal.
+        logit_normal: mean and standard deviation of the logit of t in training, flow's alone (Esser et al. 2024,
+            equation 19); None draws t uniformly.
 
-    Raises ValueError for an unknown prediction, and for epsilon with zero terminal SNR: at the noisiest step the
-    noise then says nothing about the clean latent.
+    Raises ValueError for an unknown prediction, for epsilon with zero terminal SNR (at the noisiest step the noise then
+    says nothing about the clean latent), and for `logit_normal` without flow.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class DiffusionProcess:
         beta_start: float = 0.00085,
         beta_end: float = 0.012,
         zero_terminal_snr: bool = True,
+        logit_normal: Sequence[float] | None = None,
     ) -> None:
         if prediction not in PREDICTIONS:
             raise ValueError(f"process.prediction must be one of {PREDICTIONS}, got {prediction!r}")
@@ -60,7 +65,12 @@ class DiffusionProcess:
                 "process.prediction=epsilon cannot be sampled from a zero-terminal-SNR schedule; "
                 "set process.zero_terminal_snr=false, or predict v or x0"
             )
+        if logit_normal is not None and prediction != "flow":
+            raise ValueError(
+                f"process.logit_normal={list(logit_normal)} is flow's alone, got prediction={prediction!r}"
+            )
         self.prediction = prediction
+        self.logit_normal = logit_normal
         self.num_train_steps = num_train_steps
         self.zero_terminal_snr = zero_terminal_snr
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64).square()
@@ -123,8 +133,12 @@ class DiffusionProcess:
         return (alpha / sigma).square().clamp(max=gamma) * clean_error_per_error.square()
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Uniform timesteps `[batch_size]` on the generator's device."""
+        """Timesteps to train on, `[batch_size]`, on the generator's device; uniform unless `logit_normal`."""
         device = generator.device
+        if self.logit_normal is not None:
+            mean, std = self.logit_normal
+            logit = mean + std * torch.randn(batch_size, generator=generator, device=device)
+            return logit.sigmoid() * self.num_train_steps
         if self.is_flow:
             return torch.rand(batch_size, generator=generator, device=device) * self.num_train_steps
         return torch.randint(self.num_train_steps, (batch_size,), generator=generator, device=device)

@@ -66,6 +66,11 @@ CONSISTENCY = "consistency"
 """The one solver of distilled students, `foley.diffusion.consistency.ConsistencySolver`; no other model knows it."""
 
 
+def default_solver(process: DiffusionProcess) -> str:
+    """The first-order solver that fits: DDIM, or Euler steps along a flow."""
+    return "euler_flow" if process.is_flow else "ddim"
+
+
 @dataclass(frozen=True)
 class Solver:
     """A solver's name and its number of steps; raises ValueError for an unknown name or fewer than one step.

@@ -13,7 +13,7 @@ from torch import Tensor
 from foley.checkpoint import load_trained
 from foley.diffusion.generate import clip_size, embed, generate_latents
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.diffusion.solver import Solver
+from foley.diffusion.solver import Solver, default_solver
 from foley.logs import get_logger
 from foley.reporting.audio_files import write_wav
 from foley.reporting.names import sample_stem
@@ -35,6 +35,7 @@ class AudioSamples(pl.Callback):
         output_dir: receives `step_000123/000_<prompt>_seed0.wav` and `.png`.
         prompts: what to generate.
         duration_seconds: length of each clip.
+        num_steps: of the solver that fits the module's process.
         every_n_validations: generate at the first validation and at every n-th after it.
     """
 
@@ -45,7 +46,7 @@ class AudioSamples(pl.Callback):
         prompts: Sequence[str],
         duration_seconds: float,
         guidance: ClassifierFreeGuidance,
-        solver: Solver,
+        num_steps: int = 25,
         every_n_validations: int = 1,
         seed: int = 0,
     ) -> None:
@@ -54,7 +55,7 @@ class AudioSamples(pl.Callback):
         self.prompts = list(prompts)
         self.duration_seconds = duration_seconds
         self.guidance = guidance
-        self.solver = solver
+        self.num_steps = num_steps
         self.every_n_validations = every_n_validations
         self.seeds = range(seed, seed + len(self.prompts))
         self._codec: Any = None
@@ -105,7 +106,7 @@ class AudioSamples(pl.Callback):
             self.seeds,
             num_frames,
             self.guidance,
-            self.solver,
+            Solver(default_solver(module.process), self.num_steps),
             device=module.device,
         )
         audio: Tensor = codec.decode(module.normaliser.denormalise(latent))
