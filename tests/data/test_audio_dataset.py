@@ -7,7 +7,8 @@ from foley.data.audio_io import AudioError
 from foley.data.augment import Augmentation, PeakLevel, RmsLevel
 from foley.data.dataset import AudioCollate, AudioDataset, DataFaultError
 from foley.data.manifest import read_manifest
-from foley.data.sources import CachedSource, ClipSource, MixtureSource
+from foley.data.mixture import MixtureSource
+from foley.data.sources import CachedSource, ClipSource
 from foley.data.types import AudioItem, SampleKey
 from foley.seeding import torch_generator
 

@@ -12,6 +12,9 @@ from foley.data.latents import LatentCollate, LatentDataset
 from foley.data.resumable import ResumableDataModule
 from foley.data.types import AudioSource
 
+_STEP_SECONDS = 0.1
+"""Lengths of bucketed batches are multiples of this: longer than the windows of spectral losses, and few shapes."""
+
 
 class AudioDataModule(ResumableDataModule):
     """Batches of captioned audio (`AudioBatch`).
@@ -22,6 +25,7 @@ class AudioDataModule(ResumableDataModule):
         duration_seconds: length of every batch item; longer clips are cropped, at random in training.
         level: see `AudioDataset`, as are `drop_silent` and `max_fault_fraction`.
         augmentation: in training only.
+        bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
 
     Raises:
         ValueError: a source has another sample rate.
@@ -40,8 +44,9 @@ class AudioDataModule(ResumableDataModule):
         drop_silent: bool = False,
         max_fault_fraction: float = 0.05,
         pin_memory: bool = False,
+        bucket_batches: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, pin_memory)
+        super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         for name, source in splits.items():
             if source.sample_rate_hz != sample_rate_hz:
                 raise ValueError(f"split {name!r} is at {source.sample_rate_hz} Hz, expected {sample_rate_hz} Hz")
@@ -52,7 +57,8 @@ class AudioDataModule(ResumableDataModule):
         self.drop_silent = drop_silent
         self.max_fault_fraction = max_fault_fraction
         self.num_samples = round(duration_seconds * self.sample_rate_hz)
-        self.collate = AudioCollate(self.num_samples)
+        fixed = bucket_batches is None
+        self.collate = AudioCollate(self.num_samples if fixed else None, round(_STEP_SECONDS * sample_rate_hz))
         self.datasets = {
             name: self._dataset(source, self.num_samples, augmentation if name == "train" else None, name == "train")
             for name, source in splits.items()
@@ -84,6 +90,7 @@ class LatentDataModule(ResumableDataModule):
     Args:
         cache_dir: what `scripts/encode_latents.py` wrote.
         duration_seconds: length of every batch item; longer latents are cropped, at random in training.
+        bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
 
     Raises:
         LatentCacheError: `cache_dir` is no latent cache.
@@ -97,11 +104,12 @@ class LatentDataModule(ResumableDataModule):
         num_workers: int = 0,
         seed: int = 0,
         pin_memory: bool = False,
+        bucket_batches: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, pin_memory)
+        super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         self.index = LatentCacheIndex.read(Path(cache_dir))
         self.num_frames = max(1, round(duration_seconds * self.index.sample_rate_hz / self.index.hop_samples))
-        self.collate = LatentCollate(self.num_frames)
+        self.collate = LatentCollate(self.num_frames if bucket_batches is None else None)
         self.datasets = {
             split: LatentDataset(self.index, split, self.num_frames, seed, random=split == "train")
             for split in self.index.splits

@@ -1,17 +1,19 @@
 """Clips ready for training: levelled, cropped, augmented, collated; unusable ones replaced by the next good one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
 from foley.data.audio_io import AudioError, check_samples
 from foley.data.augment import Augmentation, PeakLevel, RmsLevel, crop_start, is_silent
-from foley.data.types import AudioBatch, AudioItem, AudioSource, SampleKey, sample_key
+from foley.data.types import AudioBatch, AudioItem, AudioSource, SampleKey, durations_seconds, sample_key
 from foley.logs import get_logger
 from foley.seeding import numpy_generator
 
@@ -61,6 +63,12 @@ class AudioDataset(Dataset[AudioItem]):
     def __len__(self) -> int:
         return len(self.source)
 
+    def lengths(self, epoch: int) -> NDArray[np.float32]:
+        """Seconds `[N]` of the items of `epoch`; raises ValueError where the source does not know them."""
+        seconds = durations_seconds(self.source, epoch)
+        limit = None if self.num_samples is None else self.num_samples / self.source.sample_rate_hz
+        return seconds if limit is None else seconds.clip(max=limit)
+
     def __getitem__(self, key: SampleKey | int) -> AudioItem:
         """The item at `key`; raises DataFaultError."""
         index, epoch = sample_key(key)
@@ -100,14 +108,19 @@ class AudioDataset(Dataset[AudioItem]):
 
 
 class AudioCollate:
-    """Items to an `AudioBatch` of `num_samples`, zero-padded at the end; None pads to the longest."""
+    """Items to an `AudioBatch` of `num_samples`, zero-padded at the end; None pads to the longest.
 
-    def __init__(self, num_samples: int | None) -> None:
+    Args:
+        multiple_samples: to the next multiple of this beyond the longest.
+    """
+
+    def __init__(self, num_samples: int | None, multiple_samples: int = 1) -> None:
         self.num_samples = num_samples
+        self.multiple_samples = multiple_samples
 
     def __call__(self, items: Sequence[AudioItem]) -> AudioBatch:
         lengths = [len(item.audio) for item in items]
-        width = self.num_samples or max(lengths)
+        width = self.num_samples or math.ceil(max(lengths) / self.multiple_samples) * self.multiple_samples
         padded = [functional.pad(item.audio, (0, width - len(item.audio))) for item in items]
         return AudioBatch(
             audio=torch.stack(padded)[:, None],

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -50,6 +52,10 @@ class LatentDataset(Dataset[LatentItem]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def lengths(self, epoch: int) -> NDArray[np.int64]:
+        """Frames `[N]` of the items, the same in every epoch."""
+        return np.array([min(entry.num_frames, self.num_frames) for entry in self.entries])
+
     def __getitem__(self, key: SampleKey | int) -> LatentItem:
         index, epoch = sample_key(key)
         entry = self.entries[index]
@@ -65,17 +71,18 @@ class LatentDataset(Dataset[LatentItem]):
 
 
 class LatentCollate:
-    """Items to a `LatentBatch` of `num_frames`, zero-padded at the end and masked."""
+    """Items to a `LatentBatch` of `num_frames`, zero-padded at the end and masked; None pads to the longest."""
 
-    def __init__(self, num_frames: int) -> None:
+    def __init__(self, num_frames: int | None) -> None:
         self.num_frames = num_frames
 
     def __call__(self, items: Sequence[LatentItem]) -> LatentBatch:
         lengths = torch.tensor([item.latent.shape[1] for item in items])
-        padded = [functional.pad(item.latent, (0, self.num_frames - item.latent.shape[1])) for item in items]
+        width = self.num_frames or int(lengths.max())
+        padded = [functional.pad(item.latent, (0, width - item.latent.shape[1])) for item in items]
         return LatentBatch(
             latent=torch.stack(padded),
-            frame_mask=torch.arange(self.num_frames) < lengths[:, None],
+            frame_mask=torch.arange(width) < lengths[:, None],
             caption=[item.caption for item in items],
             label=[item.label for item in items],
             id=[item.id for item in items],

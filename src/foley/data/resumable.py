@@ -7,7 +7,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
-from foley.data.sampler import ResumableSampler, SamplerState
+from foley.data.bucketing import LengthBuckets
+from foley.data.sampler import Arrangement, ResumableSampler, SamplerState
 
 
 class ResumableDataModule(pl.LightningDataModule):
@@ -20,16 +21,26 @@ class ResumableDataModule(pl.LightningDataModule):
     Args:
         batch_size: samples in one batch of one rank.
         num_workers: loader processes; they persist between epochs. 0 loads in the training process.
+        bucket_batches: batches hold clips of similar length, sorted within windows of this many batches over all ranks
+            (see `LengthBuckets`); the data sets need a method `lengths(epoch)`. None: batches are random.
     """
 
     collate: Callable[..., Any]
 
-    def __init__(self, batch_size: int, num_workers: int = 0, seed: int = 0, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        pin_memory: bool = False,
+        bucket_batches: int | None = None,
+    ) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
+        self.bucket_batches = bucket_batches
         self.datasets: dict[str, Dataset[Any]] = {}
         self._train_sampler: ResumableSampler | None = None
         self._batches_before = 0
@@ -83,7 +94,14 @@ class ResumableDataModule(pl.LightningDataModule):
             world_size=world_size,
             max_batches=self._max_batches(size // (self.batch_size * world_size)) if training else None,
             progress=self._batches_since if training else _always_at_the_start,
+            arrange=self._arrangement(split),
         )
+
+    def _arrangement(self, split: str) -> Arrangement | None:
+        if self.bucket_batches is None:
+            return None
+        lengths: Callable[[int], Any] = self.datasets[split].lengths  # type: ignore[attr-defined]
+        return LengthBuckets(lengths, self.bucket_batches, self.seed)
 
     def _max_batches(self, batches: int) -> int:
         """Batches that the trainer takes of an epoch of `batches`."""

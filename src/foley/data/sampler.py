@@ -12,6 +12,8 @@ from foley.seeding import numpy_generator
 
 _log = get_logger(__name__)
 
+Arrangement = Callable[[np.ndarray, int, int], np.ndarray]
+
 
 class Position(NamedTuple):
     """A place in the order: `consumed` samples, over all ranks, of `epoch`."""
@@ -43,6 +45,7 @@ class ResumableSampler(Sampler[SampleKey]):
         drop_last: leave out the remainder, so that every rank gets whole batches; without it ranks may differ by one.
         max_batches: an epoch ends after this many batches of each rank.
         progress: number of batches that were trained on since the start, or since the loaded state.
+        arrange: rearranges the order of an epoch, given (order, epoch, samples in a batch of all ranks).
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class ResumableSampler(Sampler[SampleKey]):
         world_size: int = 1,
         max_batches: int | None = None,
         progress: Callable[[], int] | None = None,
+        arrange: Arrangement | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
@@ -68,6 +72,7 @@ class ResumableSampler(Sampler[SampleKey]):
             raise ValueError(f"{size} samples do not fill one batch of {batch_size} on each of {world_size} ranks")
         self.batches_per_epoch = max(1, whole_batches if max_batches is None else min(whole_batches, max_batches))
         self._progress = progress
+        self._arrange = arrange
         self._start = Position()
 
     def __len__(self) -> int:
@@ -107,7 +112,8 @@ class ResumableSampler(Sampler[SampleKey]):
             )
 
     def _order(self, epoch: int) -> np.ndarray:
-        return numpy_generator("order", self.seed, epoch if self.shuffle else 0).permutation(self.size)
+        order = numpy_generator("order", self.seed, epoch if self.shuffle else 0).permutation(self.size)
+        return order if self._arrange is None else self._arrange(order, epoch, self._unit)
 
 
 def evenly_spaced(size: int, count: int) -> list[int]:

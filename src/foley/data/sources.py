@@ -1,16 +1,15 @@
-"""Sources of clips: files listed in a manifest, a cache, and mixtures."""
+"""Sources of clips: files listed in a manifest, and a cache."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from foley.data.audio_io import check_samples, read_audio
 from foley.data.manifest import ManifestEntry
-from foley.data.types import AudioItem, AudioSource
-from foley.seeding import numpy_generator
+from foley.data.types import AudioItem, AudioSource, durations_seconds
 
 _INT16_MAX = 32767
 
@@ -30,6 +29,14 @@ class ClipSource:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def durations_seconds(self, epoch: int) -> NDArray[np.float32]:
+        """Of every clip, as `render` returns it; raises ValueError where the manifest does not say."""
+        unknown = next((entry for entry in self.entries if entry.duration_seconds is None), None)
+        if unknown is not None:
+            raise ValueError(f"line {unknown.line} of the manifest, {unknown.id!r}, has no duration_seconds; add it")
+        seconds = np.array([entry.duration_seconds for entry in self.entries], np.float32)
+        return seconds if self.max_duration_seconds is None else seconds.clip(max=self.max_duration_seconds)
 
     def render(self, index: int, epoch: int) -> AudioItem:
         """Clip `index`, the same in every epoch; raises AudioError where the file cannot be used."""
@@ -56,6 +63,10 @@ class CachedSource:
     def __len__(self) -> int:
         return len(self.source)
 
+    def durations_seconds(self, epoch: int) -> NDArray[np.float32]:
+        """The source's; raises ValueError where it has none."""
+        return durations_seconds(self.source, epoch)
+
     def render(self, index: int, epoch: int) -> AudioItem:
         """Clip `index`; raises what the source raises."""
         item, step = self._kept.get(index) or self._round(index)
@@ -70,49 +81,3 @@ class CachedSource:
             self._free_bytes -= rounded[0].audio.nbytes
             self._kept[index] = rounded
         return rounded
-
-
-class MixtureSource:
-    """Several sources as one: each whole in every epoch, or each with a share of `size` samples.
-
-    A source with a share walks through a fixed permutation of its clips from epoch to epoch, so that all of them are
-    heard equally often, whether its share is smaller or larger than itself.
-
-    Args:
-        weights: relative shares; None takes every source whole.
-        size: samples in an epoch with `weights` (default: the sum of the sources' sizes).
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[AudioSource],
-        weights: Sequence[float] | None = None,
-        size: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        rates = {source.sample_rate_hz for source in sources}
-        if len(rates) != 1:
-            raise ValueError(f"the sources of a mixture must share one sample rate, got {sorted(rates)}")
-        self.sources = list(sources)
-        self.sample_rate_hz = rates.pop()
-        sizes = [len(source) for source in sources]
-        self.shares = sizes if weights is None else _shares(weights, sum(sizes) if size is None else size, len(sizes))
-        self._ends = list(accumulate(self.shares))
-        self._orders = [numpy_generator("mixture", seed, i).permutation(n) for i, n in enumerate(sizes)]
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def render(self, index: int, epoch: int) -> AudioItem:
-        """Slot `index` of `epoch`; raises what the source raises."""
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        slot = index - (self._ends[part] - self.shares[part])
-        order = self._orders[part]
-        return self.sources[part].render(int(order[(epoch * self.shares[part] + slot) % len(order)]), epoch)
-
-
-def _shares(weights: Sequence[float], size: int, count: int) -> list[int]:
-    if len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
-        raise ValueError(f"expected {count} weights, none negative, got {list(weights)}")
-    ends = np.rint(np.cumsum(weights) / np.sum(weights) * size).astype(int)
-    return [int(share) for share in np.diff(ends, prepend=0)]

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from foley.data.importers import read_audiocaps, read_table
 from foley.data.manifest import ManifestEntry, read_manifest
+from foley.data.mixture import MixtureSource
 from foley.data.preflight import preflight
 from foley.data.procedural import ProceduralDataset
-from foley.data.sources import CachedSource, ClipSource, MixtureSource
+from foley.data.shards import ShardSource
+from foley.data.shards_index import ShardIndex
+from foley.data.sources import CachedSource, ClipSource
 from foley.data.types import AudioSource
 from foley.logs import get_logger
 from foley.seeding import derive_seed
@@ -39,6 +42,29 @@ def clip_splits(
         return {}
     entries = read_manifest(path, audio_dir) if path.suffix == ".jsonl" else read_table(path, audio_dir)
     return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files)
+
+
+def shard_splits(
+    url: str,
+    sample_rate_hz: int,
+    max_duration_seconds: float | None = None,
+    cache_megabytes: int = 0,
+    check_files: bool = True,
+    check_hashes: bool = False,
+) -> Splits:
+    """Sources of the shards that `scripts/make_shards.py` wrote to the folder `url`, a path or any fsspec URL.
+
+    Args:
+        check_files: compare the size of every shard with the index before training starts.
+        check_hashes: read every shard, too, and compare its SHA-256.
+    """
+    index = ShardIndex.read(url)
+    if check_files or check_hashes:
+        index.check(check_hashes)
+    return {
+        split: _cached(ShardSource(index, split, sample_rate_hz, max_duration_seconds), cache_megabytes)
+        for split in index.splits
+    }
 
 
 def audiocaps_splits(

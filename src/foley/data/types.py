@@ -1,8 +1,10 @@
 """What travels through the data layer: one clip, one key, one batch."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypedDict
+from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -28,6 +30,20 @@ class AudioSource(Protocol):
     def __len__(self) -> int: ...
 
     def render(self, index: int, epoch: int) -> AudioItem: ...
+
+
+@runtime_checkable
+class TimedSource(Protocol):
+    """A source that knows the durations `[N]` of its clips without reading them."""
+
+    def durations_seconds(self, epoch: int) -> NDArray[np.float32]: ...
+
+
+def durations_seconds(source: AudioSource, epoch: int) -> NDArray[np.float32]:
+    """Of the clips that `source` renders in `epoch`; raises ValueError where it does not know them."""
+    if not isinstance(source, TimedSource):
+        raise ValueError(f"{type(source).__name__} does not know how long its clips are; turn off bucket_batches")
+    return source.durations_seconds(epoch)
 
 
 class SampleKey(NamedTuple):
