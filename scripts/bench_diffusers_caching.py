@@ -8,16 +8,17 @@ own for each model, which diffusers prints and does not store.
 import copy
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import diffusers
 import hydra
+import numpy as np
 import torch
 from diffusers import CacheMixin, CosineDPMSolverMultistepScheduler, StableAudioDiTModel
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -30,13 +31,16 @@ from torch import Tensor
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.accel import accelerators
 from foley.accel.accelerators import calibration_stem
-from foley.accel.meter import CostMeter
+from foley.accel.cache import LayerCache
+from foley.accel.cost import EvaluationMacs, run_cost
 from foley.accel.pipelines import accelerated
 from foley.accel.recorder import CalibrationRecorder
 from foley.checkpoint import write_json
 from foley.diffusion.types import Accelerator
 from foley.hashing import hash_module
+from foley.metrics.latency import measure_rounds
 from foley.pipeline import resolve_device
+from foley.reporting.provenance import provenance
 from foley.seeding import torch_generator
 
 Row = dict[str, Any]
@@ -112,29 +116,25 @@ class Setting:
 
     description: Row
     run: Callable[[], Tensor]
+    cache: LayerCache | None = None
 
 
 def our_settings(workload: Workload, cfg: DictConfig, calibration_dir: Path) -> Iterator[Setting]:
     """Every policy with every kind of reuse."""
     for name, parameters in cfg.ours.items():
         calibration = {} if name == "Fora" else {"calibration_dir": calibration_dir}
-        for reuse in cfg.reuse:
-            for parameter, value in _values(parameters):
-                accelerator = getattr(accelerators, name)(**{parameter: value}, reuse=reuse, **calibration)
-                meter = CostMeter(accelerator)
-                workload.accelerated(meter)
-                cost = meter.describe()
-                description = {"of": "foley", "cache": name, "reuse": reuse, "value": value}
-                description["mac_speedup"] = cost["macs_uncached"] / cost["macs"]
-                yield Setting(description, lambda accelerator=accelerator: workload.accelerated(accelerator))  # type: ignore[misc]
+        for reuse, (parameter, value) in product(cfg.reuse, _values(parameters)):
+            accelerator = getattr(accelerators, name)(**{parameter: value}, reuse=reuse, **calibration)
+            description = {"of": "foley", "cache": name, "reuse": reuse, "value": value}
+            yield Setting(description, partial(workload.accelerated, accelerator), accelerator)
 
 
 def their_settings(workload: Workload, cfg: DictConfig) -> Iterator[Setting]:
     """Each of diffusers' caches, on attention in blocks named as those of this model are, at all timesteps."""
     for name, parameters in cfg.theirs.items():
         for parameter, value in _values(parameters):
-            description = {"of": "diffusers", "cache": name, "reuse": "own", "value": value, "mac_speedup": None}
-            yield Setting(description, lambda name=name, values={parameter: value}: hooked_run(workload, name, values))  # type: ignore[misc]
+            description = {"of": "diffusers", "cache": name, "reuse": "own", "value": value}
+            yield Setting(description, partial(hooked_run, workload, name, {parameter: value}))
 
 
 def _values(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -187,49 +187,69 @@ def build_model(cfg: DictConfig) -> Any:
     return model.eval().to(resolve_device(cfg.device))
 
 
-def measure(workload: Workload, settings: list[Setting], repeats: int) -> list[Row]:
-    """One row per setting. Speed-ups are medians over rounds, each against the uncached run of its own round."""
-    speedups: list[list[float]] = [[] for _ in settings]
-    reference, errors = workload.run(), [0.0] * len(settings)
-    for _ in range(repeats):
-        _, uncached_seconds = _timed(workload.run)
-        for index, setting in enumerate(settings):
-            latent, seconds = _timed(setting.run)
-            speedups[index].append(uncached_seconds / seconds)
-            errors[index] = ((latent - reference).norm() / reference.norm()).item()
-    return [
-        {**setting.description, "wall_speedup": median(speedup), "latent_error": error}
-        for setting, speedup, error in zip(settings, speedups, errors, strict=True)
-    ]
+def measure(workload: Workload, settings: list[Setting], macs: EvaluationMacs, repeats: int) -> list[Row]:
+    """One row per setting, the speed-up a median over rounds; nobody knows the MACs of diffusers' caches."""
+    runs = {index: setting.run for index, setting in enumerate(settings)}
+    measured = measure_rounds({None: workload.run, **runs}, repeats, warmup=0)
+    reference, rows = measured.results[None], []
+    for index, setting in enumerate(settings):
+        schedule = None if setting.cache is None else setting.cache.schedule
+        error = (measured.results[index] - reference).norm() / reference.norm()
+        row = {"wall_speedup": measured.speedup(index, None), "latent_error": error.item()}
+        rows.append(
+            {
+                **setting.description,
+                **row,
+                "mac_speedup": None if schedule is None else run_cost(schedule, macs).speedup,
+            }
+        )
+    return rows
 
 
-def _timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    latent = run()  # on the CPU in the end, so that it waits for the device
-    return latent, time.perf_counter() - start
+def speedup_at(error: float, rows: Sequence[Row]) -> float | None:
+    """The speed-up of a cache at a latent error, on the straight lines between its settings and "none" (1x, no error).
+
+    Where the lines turn back, the largest; None beyond the cache's largest error.
+    """
+    points = sorted((row["latent_error"], row["wall_speedup"]) for row in rows)
+    if error > points[-1][0]:
+        return None
+    best = np.maximum.accumulate([1.0, *(speedup for _, speedup in points)])
+    return float(np.interp(error, [0.0, *(error for error, _ in points)], best))
 
 
 def match(rows: list[Row]) -> list[Row]:
-    """For each setting of diffusers, the fastest of ours whose error is no larger."""
+    """For each setting of diffusers, which of our caches is the fastest at its error, and how fast."""
     matched = []
     for theirs in (row for row in rows if row["of"] == "diffusers"):
-        fits = [row for row in rows if row["of"] == "foley" and row["latent_error"] <= theirs["latent_error"]]
-        matched.append({"theirs": theirs, "ours": max(fits, key=lambda row: row["wall_speedup"], default=None)})
+        ours = [
+            {"cache": cache, "reuse": reuse, "wall_speedup": speedup}
+            for (cache, reuse), line in lines(rows, "foley").items()
+            if (speedup := speedup_at(theirs["latent_error"], line)) is not None
+        ]
+        best = max(ours, key=lambda row: row["wall_speedup"], default=None)
+        ratio = None if best is None else best["wall_speedup"] / theirs["wall_speedup"]
+        matched.append({"theirs": theirs, "ours": best, "ours_over_theirs": ratio})
     return matched
+
+
+def lines(rows: Sequence[Row], of: str) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each cache and kind of reuse."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["of"] == of:
+            found.setdefault((row["cache"], row["reuse"]), []).append(row)
+    return found
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Latent error against speed-up, a line for each cache; ours with filled markers."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for line in dict.fromkeys((row["of"], row["cache"], row["reuse"]) for row in rows):
-        points = sorted(
-            (row["wall_speedup"], row["latent_error"])
-            for row in rows
-            if (row["of"], row["cache"], row["reuse"]) == line
-        )
-        style = "o-" if line[0] == "foley" else "x--"
-        axes.plot(*zip(*points, strict=True), style, label=" ".join(part for part in line[1:] if part != "own"))
+    for of, style in (("foley", "o-"), ("diffusers", "x--")):
+        for (cache, reuse), line in lines(rows, of).items():
+            points = sorted((row["wall_speedup"], row["latent_error"]) for row in line)
+            axes.plot(*zip(*points, strict=True), style, label=cache if reuse == "own" else f"{cache} {reuse}")
     axes.set(xlabel="wall-clock speed-up", ylabel="relative L2 distance to the uncached latent")
     axes.legend(frameon=False, fontsize=7, title="filled: ours; crosses: diffusers'", title_fontsize=7)
     figure.savefig(path, dpi=150)
@@ -246,7 +266,7 @@ def main(cfg: DictConfig) -> None:
     # A copy, for their hooks leave their wrappers behind.
     hooked = replace(workload, model=copy.deepcopy(workload.model))
     settings = [*our_settings(workload, cfg, directory / "calibration"), *their_settings(hooked, cfg)]
-    rows = measure(workload, settings, cfg.repeats)
+    rows = measure(workload, settings, calibration.macs, cfg.repeats)
     facts = {
         "weights": cfg.weights or "random: the errors say little of a trained model's",
         "model": OmegaConf.to_container(cfg.model) if cfg.weights is None else dict(workload.model.config),
@@ -254,10 +274,10 @@ def main(cfg: DictConfig) -> None:
         "steps": cfg.steps,
         "guidance_scale": cfg.guidance_scale,
         "diffusers": diffusers.__version__,
-        "torch_threads": torch.get_num_threads(),
         "device": str(workload.device),
     }
-    write_json(directory / "diffusers_caching.json", {"settings": facts, "rows": rows, "matched": match(rows)})
+    result = {"settings": facts, "provenance": provenance(), "rows": rows, "matched": match(rows)}
+    write_json(directory / "diffusers_caching.json", result)
     plot(rows, directory / "diffusers_caching.png")
     sys.stdout.write("\n".join(json.dumps(row) for row in rows) + "\n")
 

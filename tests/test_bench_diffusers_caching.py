@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -42,7 +43,24 @@ def test_every_cache_is_measured_and_matched(tmp_path: Path) -> None:
     assert all(row["latent_error"] > 0 and row["mac_speedup"] > 1 for row in fora)
     for cache in ("PyramidAttentionBroadcast", "FasterCache", "TaylorSeerCache"):
         assert max(row["latent_error"] for row in rows if row["cache"] == cache) > 0
-    for pair in result["matched"]:
-        assert pair["ours"] is None or pair["ours"]["latent_error"] <= pair["theirs"]["latent_error"]
+    assert [pair["theirs"] for pair in result["matched"]] == [row for row in rows if row["of"] == "diffusers"]
+    assert "commit" in result["provenance"]
     assert result["settings"]["weights"].startswith("random")
     assert (tmp_path / "diffusers_caching.png").stat().st_size > 0
+
+
+def test_speedups_are_compared_at_the_same_error() -> None:
+    bench = runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench_diffusers_caching.py"))
+
+    def rows(of: str, cache: str, *points: tuple[float, float]) -> list[dict[str, Any]]:
+        common = {"of": of, "cache": cache, "reuse": "hold"}
+        return [{**common, "latent_error": error, "wall_speedup": speedup} for error, speedup in points]
+
+    slow, fast = rows("foley", "slow", (0.1, 2.0), (0.3, 4.0)), rows("foley", "fast", (0.1, 3.0), (0.15, 2.0))
+    speedups = [bench["speedup_at"](error, slow) for error in (0.0, 0.05, 0.2, 0.3, 0.4)]
+    assert speedups == [1.0, 1.5, pytest.approx(3.0), 4.0, None]
+    theirs = rows("diffusers", "theirs", (0.15, 1.5), (0.25, 7.0), (0.5, 8.0))
+    near, far, beyond = bench["match"]([*slow, *fast, *theirs])
+    assert (near["ours"]["cache"], near["ours"]["wall_speedup"], near["ours_over_theirs"]) == ("fast", 3.0, 2.0)
+    assert (far["ours"]["cache"], far["ours_over_theirs"]) == ("slow", pytest.approx(0.5))
+    assert (beyond["ours"], beyond["ours_over_theirs"]) == (None, None)
