@@ -6,23 +6,18 @@ range [-1, 1]; other rates go through a polyphase Kaiser filter. Floating files 
 
 import math
 import re
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from numpy.typing import NDArray
-from scipy.signal import firwin, resample_poly
+
+from foley.resampling import FloatArray, resample
 
 MAX_ABS_SAMPLE = 16.0
 _DURATION_TOLERANCE_SECONDS = 0.1
 # What libsndfile reports of a data chunk that ends early, and the size that a streaming writer puts there.
 _SIZE_DISAGREES = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_BYTES = 0x7FFFFFFF
-_FILTER_ZERO_CROSSINGS = 16
-_KAISER_BETA = 8.0
-
-FloatArray = NDArray[np.float32]
 
 
 class AudioError(RuntimeError):
@@ -40,7 +35,15 @@ def read_audio(
     max_duration_seconds: float | None = None,
     expected_seconds: float | None = None,
 ) -> FloatArray:
-    """Mono samples `[T]` of the file at `path`, at `sample_rate_hz`.
+    """Mono samples `[T]` of the file at `path`, at `sample_rate_hz`; takes and raises what `read_channels` does."""
+    samples, rate = read_channels(path, max_duration_seconds, expected_seconds)
+    return resample(mix_down(samples), rate, sample_rate_hz)
+
+
+def read_channels(
+    path: Path, max_duration_seconds: float | None = None, expected_seconds: float | None = None
+) -> tuple[FloatArray, int]:
+    """Samples `[T, channels]` of the file at `path` as they are stored, and their rate.
 
     Args:
         max_duration_seconds: read no more than the beginning of this length.
@@ -59,7 +62,7 @@ def read_audio(
         raise AudioError(path, f"cannot be decoded ({error})") from error
     _refuse_truncated(path, len(samples) / rate, wanted / rate)
     check_samples(path, samples)
-    return resample(mix_down(samples), rate, sample_rate_hz)
+    return samples, rate
 
 
 def open_audio(path: Path, expected_seconds: float | None = None) -> soundfile.SoundFile:
@@ -111,20 +114,3 @@ def mix_down(samples: FloatArray) -> FloatArray:
     """`[T, channels]` to `[T]`: the mean of the channels."""
     mono: FloatArray = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
     return mono
-
-
-def resample(samples: FloatArray, from_hz: int, to_hz: int) -> FloatArray:
-    """`[T]` at `from_hz` to `[ceil(T * to_hz / from_hz)]` at `to_hz`."""
-    if from_hz == to_hz:
-        return samples
-    divisor = math.gcd(from_hz, to_hz)
-    up, down = to_hz // divisor, from_hz // divisor
-    resampled: FloatArray = resample_poly(samples, up, down, window=_low_pass(up, down)).astype(np.float32, copy=False)
-    return resampled
-
-
-@lru_cache(maxsize=32)
-def _low_pass(up: int, down: int) -> FloatArray:
-    widest = max(up, down)
-    taps = firwin(2 * _FILTER_ZERO_CROSSINGS * widest + 1, 1.0 / widest, window=("kaiser", _KAISER_BETA))
-    return taps.astype(np.float32)
