@@ -69,7 +69,7 @@ class DiffusionTraining(LatentTraining):
         timestep = self.process.sample_timesteps(size, generator)
         noise = torch.randn(clean.shape, generator=generator)
         dropped = torch.rand(size, generator=generator) < self.caption_dropout
-        captions = ["" if drop else text for text, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
+        captions = ["" if drop else text for text, drop in zip(self.prompts(batch), dropped.tolist(), strict=True)]
         hidden = self.masking(size, frames, generator) if self.masking else None
         error, counted = self._errors(clean, noise, timestep, captions, batch["frame_mask"], hidden)
         if self.min_snr_gamma is not None:
@@ -87,7 +87,7 @@ class DiffusionTraining(LatentTraining):
         level = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
         timestep = (level * self.process.num_train_steps).long().clamp(max=self.process.num_train_steps - 1)
         noise = torch.randn(clean.shape, generator=generator)
-        error, counted = self._errors(clean, noise, timestep, batch["caption"], batch["frame_mask"], None)
+        error, counted = self._errors(clean, noise, timestep, self.prompts(batch), batch["frame_mask"], None)
         bins = timestep * self.noise_level_bins // self.process.num_train_steps
         totals = self._bin_totals = self._bin_totals.to(error)
         totals.index_add_(1, bins.to(error.device), torch.stack([error, counted]))

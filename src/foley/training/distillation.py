@@ -171,7 +171,7 @@ class ConsistencyDistillation(LatentTraining):
     def _batch_loss(self, batch: LatentBatch, generator: torch.Generator, masking: SpanMasking | None) -> Tensor:
         with torch.no_grad():
             clean = self.normaliser.normalise(batch["latent"])
-            text = embed(self.text, batch["caption"])
+            text = embed(self.text, self.prompts(batch))
         draws = self.draw(clean.shape, generator).to(clean)
         hidden = masking(len(clean), clean.shape[-1], generator).to(clean.device) if masking else None
         return self.consistency_loss(clean, text, draws, hidden)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from foley.data.datamodule import LatentDataModule
+from foley.data.types import LatentBatch
 from foley.diffusion.process import DiffusionProcess
 from foley.models.normaliser import LatentNormaliser
 from foley.training.base import FoleyModule
@@ -32,7 +33,8 @@ class LatentTraining(FoleyModule):
         process: adds noise and makes targets.
         normaliser: brings codec latents to unit variance.
         optimizer: partial that takes parameter groups.
-        text: prompts to conditioning; left out of checkpoints unless `text.trainable`. None: no text.
+        text: prompts to conditioning; left out of checkpoints unless `text.trainable`. Its `prompt_field` says what of
+            a clip is its prompt. None: no text.
         lr_schedule: partial that takes the optimizer; None keeps its rate.
         seed: of all random draws.
     """
@@ -60,8 +62,26 @@ class LatentTraining(FoleyModule):
             self.unsaved_components = ("text",)
 
     def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
-        """Note which codec made the latents; TypeError for other data."""
-        self.checkpoint_metadata["codec_hash"] = require_latents(datamodule).codec_hash
+        """Note which codec made the latents; TypeError for other data, ValueError for clips that would be cropped.
+
+        Features of a clip begin where it begins, so that a crop of its latent would not go with them.
+        """
+        latents = require_latents(datamodule)
+        self.checkpoint_metadata["codec_hash"] = latents.codec_hash
+        longest = max(entry.num_frames for entry in latents.index.entries)
+        if self._prompt_field == "id" and longest > latents.num_frames:
+            raise ValueError(
+                f"data.duration_seconds is {latents.num_frames} frames, but {latents.index.directory} has clips of "
+                f"{longest}: precomputed features go with whole clips; raise it, or encode with max_duration_seconds"
+            )
+
+    def prompts(self, batch: LatentBatch) -> list[str]:
+        """What conditions each item of `batch`."""
+        return batch["id"] if self._prompt_field == "id" else batch["caption"]
+
+    @property
+    def _prompt_field(self) -> str:
+        return str(getattr(self.text, "prompt_field", "caption"))
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(parameter_groups(self))

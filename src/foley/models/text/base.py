@@ -1,6 +1,7 @@
 """What every text conditioner gives, and the care that prompts from outside need."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -27,7 +28,10 @@ class TextConditioner(nn.Module):
     Attributes:
         dim: width Dc of the embeddings.
         trainable: whether the parameters are trained with the denoiser.
+        prompt_field: what of a clip is its prompt in training, "caption" or "id".
     """
+
+    prompt_field: ClassVar[str] = "caption"
 
     dim: int
     trainable: bool

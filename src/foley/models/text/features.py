@@ -1,0 +1,88 @@
+"""Conditioning on features that were computed beforehand, one file per clip: of video (CAVP), or of anything else."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from foley.logs import get_logger
+from foley.models.text.base import TextConditioner, TextEmbedding
+from foley.nn.embedding import LearnedPositions
+from foley.nn.linear import normal_linear
+
+SUFFIX = ".safetensors"
+_KEY = "features"
+_log = get_logger(__name__)
+
+
+class FeatureError(ValueError):
+    """Features that are absent or not of the kind that the model knows."""
+
+
+class FeatureConditioner(TextConditioner):
+    """Stands where a text encoder stands: a prompt is a clip's id or a .safetensors file, or "", the learned empty one.
+
+    A file holds one tensor, or `features` among others: `[S, feature_dim]`, evenly spaced from the clip's start. A
+    projection and learned positions, which train with the denoiser, make tokens of it.
+
+    Args:
+        feature_dim: of each feature.
+        dim: width Dc of the tokens.
+        max_length: longest sequence S; what lies beyond is dropped with a warning.
+        directory: holds `<id>.safetensors`, or the clip's path with that suffix in place of its own; None knows no
+            clips, only files.
+    """
+
+    trainable = True
+    prompt_field = "id"
+
+    def __init__(self, feature_dim: int, dim: int, max_length: int, directory: str | None = None) -> None:
+        super().__init__()
+        self.feature_dim, self.dim, self.max_length = feature_dim, dim, max_length
+        self.directory = None if directory is None else Path(directory).expanduser()
+        self.projection = normal_linear(feature_dim, dim)
+        self.positions = LearnedPositions(max_length, dim)
+        self.empty_embedding = nn.Parameter(torch.empty(1, dim))
+        nn.init.normal_(self.empty_embedding, std=0.02)
+
+    def forward(self, prompts: list[str]) -> TextEmbedding:
+        """B ids or files to embeddings `[B, S, Dc]`, zero where the mask is false; FeatureError where one is absent."""
+        rows = [self._embed(prompt) for prompt in prompts]
+        embeddings = pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows], device=embeddings.device)
+        return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=embeddings.device) < lengths[:, None])
+
+    def find(self, prompt: str) -> Path:
+        """The file of a clip, or `prompt` itself where it names one; raises FeatureError."""
+        if prompt.endswith(SUFFIX) and (self.directory is None or Path(prompt).is_file()):
+            return Path(prompt)
+        if self.directory is None:
+            raise FeatureError(f"{prompt!r} is no {SUFFIX} file, and no directory of features is given")
+        for name in (f"{prompt}{SUFFIX}", str(Path(prompt).with_suffix(SUFFIX))):
+            file = self.directory / name
+            if file.is_file() and file.resolve().is_relative_to(self.directory.resolve()):
+                return file
+        raise FeatureError(f"{self.directory} holds no features of {prompt!r}: {prompt}{SUFFIX} does not exist")
+
+    def _embed(self, prompt: str) -> Tensor:
+        if not prompt:
+            return self.empty_embedding
+        features = self._read(self.find(prompt))
+        return self.positions(self.projection(features.to(self.projection.weight))[None])[0]
+
+    def _read(self, file: Path) -> Tensor:
+        """`[S, feature_dim]`."""
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise FeatureError(f"{file} cannot be read as safetensors: {error}") from error
+        features = next(iter(tensors.values())) if len(tensors) == 1 else tensors.get(_KEY)
+        if features is None or features.dim() != 2 or features.shape[1] != self.feature_dim or not len(features):
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise FeatureError(f"{file} must hold `{_KEY}` of shape [S, {self.feature_dim}], it holds {shapes}")
+        if len(features) > self.max_length:
+            _log.warning("%s holds %d features; only the first %d are used", file, len(features), self.max_length)
+        return features[: self.max_length]
