@@ -66,7 +66,7 @@ def build_entries(rows: Iterable[Row], manifest: Path, root: Path) -> list[Manif
     first_line: dict[str, int] = {}
     for line, fields in rows:
         try:
-            entry = _build_entry(line, fields, root)
+            entry = build_entry(line, fields, root)
             if entry.id in first_line:
                 raise ValueError(f"duplicate id {entry.id!r}, first used on line {first_line[entry.id]}")
         except ValueError as error:
@@ -95,7 +95,8 @@ def _json_rows(content: bytes) -> Iterator[Row]:
         yield line, fields if isinstance(fields, dict) else f"expected a JSON object, got {type(fields).__name__}"
 
 
-def _build_entry(line: int, fields: Mapping[str, Any] | str, root: Path) -> ManifestEntry:
+def build_entry(line: int, fields: Mapping[str, Any] | str, root: Path) -> ManifestEntry:
+    """Check one row, or what is wrong with it, and make an entry of it; raises ValueError."""
     if isinstance(fields, str):
         raise ValueError(fields)
     path = _text(fields, "path", required=True)

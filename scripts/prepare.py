@@ -1,0 +1,31 @@
+"""Turn a published data set's annotation files and a local folder of its audio into a manifest and a ledger.
+
+python scripts/prepare.py dataset=audiocaps audio_dir=FOLDER out=FOLDER [annotations_dir=FOLDER]
+"""
+
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.data.preparation import prepare_manifest
+from foley.logs import get_logger
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="prepare")
+def main(cfg: DictConfig) -> None:
+    """Read, match, check, write."""
+    files = instantiate(cfg.dataset, _convert_="all")
+    summary = prepare_manifest(files, Path(cfg.audio_dir), Path(cfg.out), cfg.decode)
+    log = get_logger(__name__)
+    log.info("%s: kept %d of %d rows", Path(cfg.out) / "manifest.jsonl", summary["kept"], summary["rows"])
+    for kind, count in summary["left_out"].items():
+        log.info("left out, %s: %d", kind, count)
+    for license, count in summary["licenses"].items():
+        log.info("%d rows: %s", count, license)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Annotation files and a folder of audio to a manifest, and a ledger of every row that did not get into it."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from foley.checkpoint import write_json
+from foley.data.audio_folder import AudioFolder, AudioFolderError
+from foley.data.audio_io import AudioError, open_audio, read_audio
+from foley.data.importers.annotations import AnnotationFile
+from foley.data.manifest import ManifestError, build_entry
+from foley.logs import get_logger
+
+_log = get_logger(__name__)
+MANIFEST_FILE, LEDGER_FILE, SUMMARY_FILE = "manifest.jsonl", "ledger.jsonl", "summary.json"
+
+
+class _LeftOutError(Exception):
+    """A row that does not get into the manifest: the kind of fault, and the reason in words."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def prepare_manifest(
+    files: Iterable[AnnotationFile], audio_dir: Path, output_dir: Path, decode: bool = False
+) -> dict[str, Any]:
+    """Write manifest.jsonl (its paths are relative to `audio_dir`), ledger.jsonl and summary.json to `output_dir`.
+
+    Rows are read, checked and written one by one; only ids and the names of audio files stay in memory. Every row
+    is either in the manifest, with the length of its file, or in the ledger: annotation file, line, id, kind and
+    reason. Kinds: bad_row, duplicate_id, no_audio_file, unusable_audio.
+
+    Args:
+        decode: read every sample, which also finds truncated compressed files, NaN and absurd samples.
+
+    Returns:
+        What is in summary.json: `rows`, `kept`, `left_out` by kind, `licenses`, `seconds`, `audio_files`.
+
+    Raises:
+        ManifestError: a whole annotation file cannot be read, or no row can be kept (the ledger says why).
+    """
+    folder = AudioFolder(audio_dir)
+    counts: Counter[str] = Counter()
+    licenses: Counter[str] = Counter()
+    seconds = 0.0
+    with ExitStack() as stack:
+        manifest, ledger = (stack.enter_context(_replaced(output_dir / name)) for name in (MANIFEST_FILE, LEDGER_FILE))
+        for row in _checked(files, folder, decode):
+            if "kind" in row:
+                counts[row["kind"]] += 1
+                _write_line(ledger, row)
+                continue
+            counts["kept"] += 1
+            licenses[row["license"]] += 1
+            seconds += row["duration_seconds"]
+            _write_line(manifest, row)
+    kept = counts.pop("kept", 0)
+    summary = {
+        "audio_dir": str(audio_dir),
+        "rows": kept + counts.total(),
+        "kept": kept,
+        "left_out": dict(counts),
+        "seconds": round(seconds, 3),
+        "licenses": dict(licenses.most_common()),
+        "audio_files": len(folder),
+    }
+    write_json(output_dir / SUMMARY_FILE, summary)
+    if not kept:
+        raise ManifestError(f"none of {summary['rows']} rows can be used: {output_dir / LEDGER_FILE} says why")
+    return summary
+
+
+def _checked(files: Iterable[AnnotationFile], folder: AudioFolder, decode: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the manifest, and of the ledger, which have a `kind`."""
+    first_seen: dict[str, str] = {}
+    for file in files:
+        for line, fields in file.rows:
+            try:
+                yield _manifest_row(line, fields, folder, decode, first_seen, file.path.name)
+            except _LeftOutError as fault:
+                known = {} if isinstance(fields, str) else {"id": fields["id"]}
+                where = {"annotations": file.path.name, "line": line}
+                yield {**where, **known, "kind": fault.kind, "reason": str(fault)}
+
+
+def _manifest_row(
+    line: int,
+    fields: Mapping[str, Any] | str,
+    folder: AudioFolder,
+    decode: bool,
+    first_seen: dict[str, str],
+    file_name: str,
+) -> dict[str, Any]:
+    if isinstance(fields, str):
+        raise _LeftOutError("bad_row", fields)
+    row = {name: value for name, value in fields.items() if name != "names"}
+    if row["id"] in first_seen:
+        raise _LeftOutError("duplicate_id", f"id {row['id']!r} was first used in {first_seen[row['id']]}")
+    try:
+        row["path"] = folder.find(fields["names"])
+    except AudioFolderError as error:
+        raise _LeftOutError("no_audio_file", str(error)) from error
+    try:
+        entry = build_entry(line, row, folder.root)
+    except ValueError as error:
+        raise _LeftOutError("bad_row", str(error)) from error
+    try:
+        row["duration_seconds"] = _seconds(entry.path, decode)
+    except AudioError as error:
+        raise _LeftOutError("unusable_audio", str(error)) from error
+    first_seen[row["id"]] = f"{file_name}, line {line}"
+    return row
+
+
+def _seconds(path: Path, decode: bool) -> float:
+    with open_audio(path) as file:
+        frames, rate = file.frames, file.samplerate
+    if decode:
+        read_audio(path, rate)
+    return round(frames / rate, 6)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[TextIO]:
+    """A file that takes the place of `path` when all was written, and otherwise leaves nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            yield stream
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_line(stream: TextIO, row: Mapping[str, Any]) -> None:
+    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
