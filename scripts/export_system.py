@@ -1,5 +1,6 @@
 """Turn a diffusion training checkpoint and the codec it names into one directory that `TextToAudio.load` takes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -7,18 +8,30 @@ import torch
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
+from foley.data.latent_cache import LatentCacheIndex
 from foley.logs import get_logger
-from foley.system import load_system, save_system
+from foley.novelty import representative
+from foley.system import System, load_system, save_system, share_parts
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def with_captions(system: System, latents: Path) -> System:
+    """The system with the captions of the training clips in a latent cache, by which it knows strangers."""
+    entries = LatentCacheIndex.read(latents).entries
+    return replace(system, captions=representative(entry.caption for entry in entries if entry.split == "train"))
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="export_system")
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
-    directory = Path(cfg.output_dir)
-    save_system(load_system(Path(cfg.ckpt)), directory, DTYPES[cfg.dtype])
+    directory, system = Path(cfg.output_dir), load_system(Path(cfg.ckpt))
+    if cfg.latents is not None:
+        system = with_captions(system, Path(cfg.latents))
+    save_system(system, directory, DTYPES[cfg.dtype])
+    if cfg.share_with is not None:
+        share_parts(directory, Path(cfg.share_with))
     megabytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e6
     get_logger(__name__).info("wrote %s, %.1f MB", directory, megabytes)
 

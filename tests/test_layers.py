@@ -16,6 +16,7 @@ ALLOWED = {
     "losses": {"losses"},
     "metrics": {"metrics"},
     "data": {"data"},
+    "novelty": set(),
     "prompts": {"prompts"},
     "reporting": {"reporting"},
     "accel": {"accel", "nn", "diffusion.types"},

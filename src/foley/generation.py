@@ -61,7 +61,7 @@ class GenerationSettings:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.decode_chunk_seconds is not None and not self.decode_chunk_seconds > 0:
             raise ValueError(f"decode_chunk_seconds must be above 0, or null, got {self.decode_chunk_seconds}")
-        _check_length(self.negative_prompt)
+        check_prompt_length(self.negative_prompt)
         if self.negative_prompt and not self.guidance.needs_negative:
             _log.warning("negative_prompt=%r has no effect at guidance scale 1", self.negative_prompt)
 
@@ -148,7 +148,7 @@ class GenerationRequest:
         if not prompts:
             raise ValueError("no prompts given; the empty string asks for an unconditional sample")
         for prompt in prompts:
-            _check_length(prompt)
+            check_prompt_length(prompt)
         seeds = range(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
@@ -201,7 +201,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """What came out: `audio` `[N, channels, T]` on the CPU, one row per prompt, and all it takes to make it again."""
+    """What came out: `audio` `[N, channels, T]` on the CPU, one row per prompt, and all it takes to make it again.
+
+    `prompt_notes` are what the JSON of each clip is to say of its prompt; none where they are empty.
+    """
 
     audio: Tensor
     sample_rate_hz: int
@@ -210,6 +213,7 @@ class Generation:
     settings: dict[str, Any]
     timings: Timings
     peak_ceiling: float = PEAK_CEILING
+    prompt_notes: Sequence[Mapping[str, Any]] = ()
 
     def write(
         self,
@@ -224,15 +228,20 @@ class Generation:
             notes: what else the JSON of each clip is to hold, such as its label.
             more_settings: what the caller knows of how the clips were made.
         """
-        clips = self.audio[:, 0] if self.audio.shape[1] == 1 else self.audio
-        rows = zip(self.prompts, self.seeds, clips, notes or [{}] * len(self.prompts), strict=True)
-        samples = [Sample(*row) for row in rows]
-        settings = {**self.settings, **(more_settings or {})}
-        timings = asdict(self.timings)
+        settings, timings = {**self.settings, **(more_settings or {})}, asdict(self.timings)
+        samples = self.samples(notes)
         return write_samples(directory, samples, self.sample_rate_hz, settings, timings, title, self.peak_ceiling)
 
+    def samples(self, notes: Sequence[Mapping[str, str]] | None = None) -> list[Sample]:
+        """Its clips, mono ones as `[T]`; `notes` as for `write`."""
+        clips = self.audio[:, 0] if self.audio.shape[1] == 1 else self.audio
+        none: Sequence[Mapping[str, Any]] = [{}] * len(self.prompts)
+        both = ({**own, **given} for own, given in zip(self.prompt_notes or none, notes or none, strict=True))
+        rows = zip(self.prompts, self.seeds, clips, both, strict=True)
+        return [Sample(*row) for row in rows]
 
-def _check_length(prompt: str) -> None:
+
+def check_prompt_length(prompt: str) -> None:
     """Raises ValueError for a prompt that no one can have meant."""
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"a prompt has {len(prompt)} characters ({prompt[:40]!r}...); at most {MAX_PROMPT_CHARACTERS}")

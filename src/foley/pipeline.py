@@ -24,6 +24,7 @@ from foley.inference import compile_blocks, set_precision
 from foley.logs import get_logger
 from foley.models.text import CachedText, FrozenT5Conditioner
 from foley.nn.rotary import RotaryExtension
+from foley.novelty import KnownCaptions
 from foley.system import System, load_system, save_system
 
 _log = get_logger(__name__)
@@ -53,6 +54,7 @@ class TextToAudio:
         self.system = system
         self.process = system.process
         self.student = system.consistency
+        self.known_captions = KnownCaptions(system.captions)
         self.device = torch.device(device)
         self.max_duration_seconds = max_duration_seconds
         modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
@@ -228,7 +230,12 @@ class TextToAudio:
             settings = GenerationSettings(**{"solver": default_solver(self.process), **options})
         settings.plan(student).build(self.process)
         settings.guide(student)
-        return GenerationRequest.of(prompts, seeds, settings)
+        request = GenerationRequest.of(prompts, seeds, settings)
+        self._prompt_notes(request)  # warns before the work, not after it
+        return request
+
+    def _prompt_notes(self, request: GenerationRequest) -> list[dict[str, Any]]:
+        return [self.known_captions.notes(prompt) for prompt in request.prompts]
 
     @torch.no_grad()
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
@@ -300,7 +307,16 @@ class TextToAudio:
             "model_hash": self.model_hash,
         }
         prompts, seeds = request.prompts, request.seeds
-        return Generation(audio, self.sample_rate_hz, prompts, seeds, description, timings, canvas.peak_ceiling)
+        return Generation(
+            audio,
+            self.sample_rate_hz,
+            prompts,
+            seeds,
+            description,
+            timings,
+            canvas.peak_ceiling,
+            self._prompt_notes(request),
+        )
 
     def _check_duration(self, name: str, seconds: float) -> None:
         if not 0 < seconds <= self.max_duration_seconds:

@@ -1,7 +1,9 @@
 """A text-to-audio system on disk: an exported directory, or a training checkpoint and the codec it names."""
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,18 @@ from foley.checkpoint import (
     read_training_checkpoint,
     save_component,
     write_json,
+    write_text,
 )
 from foley.config import PROJECT_ROOT
 from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
 from foley.hashing import hash_file, hash_module
+from foley.models.lora import AdaptedDenoiser
 
 SYSTEM_FILE = "system.json"
 SYSTEM_FORMAT = "foley-system/1"
+CAPTIONS_FILE = "captions.txt"
+STUDENT_FOLDER = "student"
 COMPONENTS = ("denoiser", "text", "codec", "normaliser")
 _METHODS = ("process", "consistency")
 
@@ -40,13 +46,14 @@ class System:
     """The modules of a system by component name, the process they were trained on, and how to build each of them.
 
     `configs` has an entry for every component and for "process". A distilled student also has `consistency`, which says
-    how it samples, and its entry.
+    how it samples, and its entry. `captions` stand for those that it was trained on (`foley.novelty`), where known.
     """
 
     modules: Mapping[str, nn.Module]
     process: DiffusionProcess
     configs: Mapping[str, Mapping[str, Any]]
     consistency: Consistency | None = None
+    captions: Sequence[str] = ()
 
 
 def build_system(configs: Mapping[str, Mapping[str, Any]]) -> System:
@@ -85,7 +92,7 @@ def codec_hashes(path: Path) -> set[str]:
     """
     if path.is_dir():
         trained_on = json.loads((path / SYSTEM_FILE).read_text(encoding="utf-8"))["codec_hash"]
-        return {trained_on, hash_module(load_component(path / "codec"))}
+        return {trained_on, hash_module(load_component(_parts(path)["codec"]))}
     return {read_training_checkpoint(path)[FOLEY_KEY].get("codec_hash")} - {None}
 
 
@@ -108,12 +115,57 @@ def save_system(system: System, directory: Path, dtype: torch.dtype | None = Non
         "codec_hash": hash_module(system.modules["codec"]),
         "weights_sha256": weights,
     }
+    if system.captions:
+        write_text(directory / CAPTIONS_FILE, "\n".join(system.captions) + "\n")
     write_json(directory / SYSTEM_FILE, info)
 
 
-def _assemble(modules: Mapping[str, nn.Module], configs: Mapping[str, Mapping[str, Any]], source: str) -> System:
+def share_parts(directory: Path, original: Path) -> list[str]:
+    """Drop what the system in `directory` has exactly as that in `original`, and refer to it there; returns the names.
+
+    The two folders must then stay where they are to each other. A student shares all but the denoiser with its teacher.
+    """
+    file = directory / SYSTEM_FILE
+    names = [name for name in (*COMPONENTS, CAPTIONS_FILE) if _same_content(directory / name, original / name)]
+    info = json.loads(file.read_text(encoding="utf-8"))
+    info["shared"] = {name: os.path.relpath(original / name, directory) for name in names}
+    write_json(file, info)
+    for name in names:
+        own = directory / name
+        shutil.rmtree(own) if own.is_dir() else own.unlink()
+    return names
+
+
+def student_of(path: Path) -> Path:
+    """The student that ships inside the system at `path`; raises CheckpointError where there is none."""
+    student = path / STUDENT_FOLDER
+    if not (student / SYSTEM_FILE).is_file():
+        raise CheckpointError(f"{path} holds no {STUDENT_FOLDER}/{SYSTEM_FILE}: no student of this system is exported")
+    return student
+
+
+def _same_content(first: Path, second: Path) -> bool:
+    contents = [
+        {file.relative_to(path): hash_file(file) for file in [path, *path.rglob("*")] if file.is_file()}
+        for path in (first, second)
+    ]
+    return bool(contents[0]) and contents[0] == contents[1]
+
+
+def _parts(directory: Path) -> dict[str, Path]:
+    """Where the components and the captions of the system in `directory` lie."""
+    shared = json.loads((directory / SYSTEM_FILE).read_text(encoding="utf-8")).get("shared", {})
+    return {name: directory / shared.get(name, name) for name in (*COMPONENTS, CAPTIONS_FILE)}
+
+
+def _assemble(
+    modules: Mapping[str, nn.Module],
+    configs: Mapping[str, Mapping[str, Any]],
+    source: str,
+    captions: Sequence[str] = (),
+) -> System:
     methods = {name: build_component(configs[name], source) for name in _METHODS if name in configs}
-    return System(modules, configs=configs, **methods)
+    return System(modules, configs=configs, captions=captions, **methods)
 
 
 def _load_directory(directory: Path, with_codec: bool) -> System:
@@ -127,16 +179,19 @@ def _load_directory(directory: Path, with_codec: bool) -> System:
         raise CheckpointError(
             f"{file}: format {info.get('format')!r} is not {SYSTEM_FORMAT!r}; export the system again"
         )
+    parts = _parts(directory)
     for name, expected in info["weights_sha256"].items():
-        weights = directory / name / WEIGHTS_FILE
+        weights = parts[name] / WEIGHTS_FILE
         if not weights.is_file() or hash_file(weights) != expected:
             raise CheckpointError(f"{weights} is missing or is not the file that {file} describes (SHA-256 {expected})")
     modules, configs = {}, {name: info[name] for name in _METHODS if name in info}
     for name in COMPONENTS if with_codec else (name for name in COMPONENTS if name != "codec"):
-        configs[name] = read_config(directory / name)
-        stored = (directory / name / WEIGHTS_FILE).is_file()
-        modules[name] = load_component(directory / name) if stored else build_component(configs[name], str(directory))
-    return _assemble(modules, configs, str(file))
+        configs[name] = read_config(parts[name])
+        stored = (parts[name] / WEIGHTS_FILE).is_file()
+        modules[name] = load_component(parts[name]) if stored else build_component(configs[name], str(directory))
+    captions = parts[CAPTIONS_FILE]
+    lines = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else []
+    return _assemble(modules, configs, str(file), lines)
 
 
 def _load_training(path: Path, with_codec: bool) -> System:
@@ -147,6 +202,8 @@ def _load_training(path: Path, with_codec: bool) -> System:
     if absent:
         raise CheckpointError(f"{path} is no text-to-audio model: it holds no {', '.join(absent)}")
     modules = {name: component_from_training(checkpoint, name, str(path)) for name in ("denoiser", "normaliser")}
+    if isinstance(modules["denoiser"], AdaptedDenoiser):
+        modules["denoiser"], configs["denoiser"] = modules["denoiser"].folded(), configs["denoiser"]["denoiser"]
     if any(key.startswith("text.") for key in checkpoint["state_dict"]):
         modules["text"] = component_from_training(checkpoint, "text", str(path))
     else:
