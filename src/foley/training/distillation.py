@@ -1,6 +1,6 @@
 """Distils a student that generates in a few evaluations: guided multi-step consistency distillation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from foley.diffusion.consistency import Consistency, ddim_jump
 from foley.diffusion.generate import embed
 from foley.diffusion.guidance import Conditioning, KnownLatent, bind, branches, extrapolate
 from foley.hashing import hash_module
+from foley.models.lora import AdaptedDenoiser
 from foley.seeding import torch_generator
 from foley.training.diffusion import SpanMasking
 from foley.training.latent import LatentTraining
@@ -53,6 +54,8 @@ class ConsistencyDistillation(LatentTraining):
         loss: distance of the two estimates, over the frames of a mask.
         target_decay: mu, what the target network keeps of itself at each step.
         masking: draws hidden spans, so that the student of a masked teacher goes on editing; None hides everything.
+        lora: makes the student out of the frozen teacher and adapters (`foley.models.lora`); only these train, and the
+            embedding of the guidance scale. The target network shares what is frozen. None trains all weights.
         half_precision_targets: evaluate teacher and target network in bfloat16, whatever the student trains in.
     """
 
@@ -67,20 +70,25 @@ class ConsistencyDistillation(LatentTraining):
         lr_schedule: Callable[[Optimizer], Any] | None = None,
         target_decay: float = 0.95,
         masking: SpanMasking | None = None,
+        lora: Callable[[nn.Module], AdaptedDenoiser] | None = None,
         half_precision_targets: bool = False,
         seed: int = 0,
     ) -> None:
         if not 0 <= target_decay < 1:
             raise ValueError(f"task.target_decay must be in [0, 1), got {target_decay}")
-        system, student = teacher.system, teacher.make_student()
+        system, student, configs = teacher.system, teacher.make_student(), teacher.student_configs
+        if lora is not None:
+            student = lora(student)
+            configs["denoiser"] = student.config(configs["denoiser"])
         modules: Any = system.modules
         super().__init__(student, system.process, modules["normaliser"], optimizer, modules["text"], lr_schedule, seed)
         self.source = teacher
         self.teacher = modules["denoiser"].requires_grad_(False)
-        self.target = deepcopy(student).requires_grad_(False)
+        frozen = {id(parameter): parameter for parameter in student.parameters() if not parameter.requires_grad}
+        self.target = deepcopy(student, frozen).requires_grad_(False)
         self.text.requires_grad_(False)
         self.unsaved_components = (*self.unsaved_components, "teacher")
-        self.component_configs = teacher.student_configs
+        self.component_configs = configs
         self.checkpoint_metadata["teacher_hash"] = hash_module(self.teacher)
         self.consistency = consistency
         self.loss = loss
@@ -103,6 +111,13 @@ class ConsistencyDistillation(LatentTraining):
         super().adopt_data(datamodule)
         self.source.require_codec(self.checkpoint_metadata["codec_hash"])
 
+    def saved_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` without the unsaved components and what the target network shares with the student."""
+        shared = {
+            f"target.{name}" for name, parameter in self.denoiser.named_parameters() if not parameter.requires_grad
+        }
+        return {name: tensor for name, tensor in super().saved_state(state).items() if name not in shared}
+
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """The distance of student and target."""
         generator = torch_generator("distil", self.seed, self.trainer.global_step, batch_idx, self.global_rank)
@@ -124,8 +139,9 @@ class ConsistencyDistillation(LatentTraining):
     @torch.no_grad()
     def update_target(self) -> None:
         """Algorithm 1, line 9."""
-        kept: list[Tensor] = list(self.target.parameters())
-        torch._foreach_lerp_(kept, list[Tensor](self.denoiser.parameters()), 1 - self.target_decay)
+        pairs = zip(self.target.parameters(), self.denoiser.parameters(), strict=True)
+        kept, current = zip(*((target, student) for target, student in pairs if student.requires_grad), strict=True)
+        torch._foreach_lerp_(kept, current, 1 - self.target_decay)
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Draws:
         """Draws for clean latents of `shape [B, C, L]`."""
