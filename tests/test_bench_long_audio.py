@@ -11,7 +11,14 @@ from omegaconf import OmegaConf
 
 from foley.config import PROJECT_ROOT
 
-SMALL = ("model.width=16", "model.num_heads=2", "model.depth=2", "codec=tiny", "codec.channels=4", "steps=1")
+SMALL = (
+    "model.width=16",
+    "model.num_heads=2",
+    "model.depth=2",
+    "codec.channels=4",
+    "codec.num_units=[1,1,1,1]",
+    "steps=1",
+)
 WINDOWS = ("ways.windowed.window_seconds=0.4", "ways.windowed.decode_chunk_seconds=0.2", "overlap_seconds=0.1")
 
 
