@@ -32,7 +32,6 @@ from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
 from foley.hashing import hash_file, hash_module
 from foley.models.lora import AdaptedDenoiser
-from foley.models.lora import AdaptedDenoiser
 
 SYSTEM_FILE = "system.json"
 SYSTEM_FORMAT = "foley-system/1"
@@ -203,8 +202,6 @@ def _load_training(path: Path, with_codec: bool) -> System:
     if absent:
         raise CheckpointError(f"{path} is no text-to-audio model: it holds no {', '.join(absent)}")
     modules = {name: component_from_training(checkpoint, name, str(path)) for name in ("denoiser", "normaliser")}
-    if isinstance(modules["denoiser"], AdaptedDenoiser):
-        modules["denoiser"], configs["denoiser"] = modules["denoiser"].folded(), configs["denoiser"]["denoiser"]
     if isinstance(modules["denoiser"], AdaptedDenoiser):
         modules["denoiser"], configs["denoiser"] = modules["denoiser"].folded(), configs["denoiser"]["denoiser"]
     if any(key.startswith("text.") for key in checkpoint["state_dict"]):
