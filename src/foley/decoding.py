@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from foley.inference import PRECISIONS
+from foley.models.mel_codec.codec import MelCodec
 from foley.models.vae.fast_decoder import FastDecoder
 from foley.models.vae.waveform_vae import WaveformVAE
 from foley.nn.conv import folded_copy
@@ -16,11 +17,12 @@ class LatentDecoder:
     """Decodes as `codec` does, within rounding: a snapshot of its decoder, so that the codec stays what it is.
 
     A waveform VAE is decoded by `FastDecoder` on a CPU in float32, and elsewhere by its own decoder, its weight norm
-    folded. Other codecs decode themselves.
+    folded; so is the vocoder of a mel codec, whose chunks are of the mel spectrogram. Other codecs decode themselves.
 
     Args:
         codec: has `decode` and `hop_samples`.
-        precision: of a waveform VAE's weights, a name in `foley.inference.PRECISIONS`; audio is float32 all the same.
+        precision: of a waveform VAE's or a vocoder's weights, a name in `foley.inference.PRECISIONS`; audio is float32
+            all the same.
 
     Raises ValueError for an unknown precision, or one that the codec cannot take.
     """
@@ -28,11 +30,18 @@ class LatentDecoder:
     def __init__(self, codec: Any, precision: str = "float32") -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"decoder precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self._prepare: Callable[[Tensor], Tensor] = nn.Identity()
         self._decode: Callable[[Tensor], Tensor] = codec.decode
+        self._frames_per_latent = 1
         self._hop_samples: int = codec.hop_samples
         self._context_frames: int | None = getattr(codec, "context_frames", None)
         if isinstance(codec, WaveformVAE):
             self._decode = _fastest(codec, PRECISIONS[precision])
+        elif isinstance(codec, MelCodec):
+            self._prepare, self._decode = codec.mel_vae.decode, _FoldedDecoder(codec.vocoder, PRECISIONS[precision])
+            self._frames_per_latent = codec.mel_vae.frames_per_latent
+            self._hop_samples = codec.vocoder.spectrogram.hop_samples
+            self._context_frames = codec.vocoder.context_frames
         elif precision != "float32":
             raise ValueError(f"decoder precision {precision!r}: {type(codec).__name__} only decodes in float32")
 
@@ -45,16 +54,18 @@ class LatentDecoder:
                 all the frames that its audio depends on, so there are no seams; codecs whose reach is not known
                 ignore it.
         """
-        num_frames = latent.shape[-1]
-        if self._context_frames is None or chunk_frames is None or chunk_frames >= num_frames:
-            return self._decode(latent)
-        return torch.cat([self._chunk(latent, start, chunk_frames) for start in range(0, num_frames, chunk_frames)], -1)
+        frames = self._prepare(latent)
+        num_frames = frames.shape[-1]
+        if self._context_frames is None or chunk_frames is None or chunk_frames >= latent.shape[-1]:
+            return self._decode(frames)
+        size = chunk_frames * self._frames_per_latent
+        return torch.cat([self._chunk(frames, start, size) for start in range(0, num_frames, size)], -1)
 
-    def _chunk(self, latent: Tensor, start: int, chunk_frames: int) -> Tensor:
+    def _chunk(self, frames: Tensor, start: int, size: int) -> Tensor:
         """The audio `[B, 1, ...]` of the frames from `start` on."""
-        context, end = self._context_frames or 0, min(start + chunk_frames, latent.shape[-1])
+        context, end = self._context_frames or 0, min(start + size, frames.shape[-1])
         first = max(0, start - context)
-        audio = self._decode(latent[..., first : end + context])
+        audio = self._decode(frames[..., first : end + context])
         return audio[..., (start - first) * self._hop_samples : (end - first) * self._hop_samples]
 
 
