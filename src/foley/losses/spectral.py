@@ -69,16 +69,25 @@ class LogMelLoss(nn.Module):
         fft_size: window length in samples; the hop is a quarter of it.
         mel_bands: number of triangular bands from 0 Hz to half the rate.
         floor: smallest mel magnitude told apart from silence.
+        mel_scale: "htk", or "slaney" for that scale and its area normalisation, as in vocoders.
     """
 
     window: Tensor
     bands: Tensor
 
-    def __init__(self, sample_rate_hz: int, fft_size: int = 1024, mel_bands: int = 80, floor: float = 1e-3) -> None:
+    def __init__(
+        self,
+        sample_rate_hz: int,
+        fft_size: int = 1024,
+        mel_bands: int = 80,
+        floor: float = 1e-3,
+        mel_scale: str = "htk",
+    ) -> None:
         super().__init__()
         self.floor = floor
         self.register_buffer("window", torch.hann_window(fft_size), persistent=False)
-        bands = melscale_fbanks(fft_size // 2 + 1, 0.0, sample_rate_hz / 2, mel_bands, sample_rate_hz)
+        norm = "slaney" if mel_scale == "slaney" else None
+        bands = melscale_fbanks(fft_size // 2 + 1, 0.0, sample_rate_hz / 2, mel_bands, sample_rate_hz, norm, mel_scale)
         self.register_buffer("bands", bands, persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:

@@ -1,0 +1,220 @@
+"""Trains a model that renders a signal anew, on named terms and, from a chosen step on, on adversarial ones."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from foley.data.types import AudioBatch
+from foley.losses.adversarial import FeatureMaps, feature_matching
+from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
+from foley.seeding import torch_generator
+from foley.training.base import FoleyModule
+from foley.training.optim import parameter_groups
+
+Schedule = Callable[[Optimizer], Any]
+_ADVERSARIAL_TERMS = {"adversarial", "feature_matching"}
+
+
+class AdversarialLoss(Protocol):
+    """What `foley.losses.adversarial` offers."""
+
+    def discriminator(self, real: FeatureMaps, generated: FeatureMaps) -> Tensor: ...
+
+    def generator(self, generated: FeatureMaps) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A signal and what the model made of it, of one shape; further loss terms, and numbers to log at validation."""
+
+    original: Tensor
+    generated: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class AdversarialTraining(FoleyModule):
+    """A model with named loss terms, and an optional discriminator that joins at `adversarial_start_step`.
+
+    A subclass names the model and renders a batch. A step is one update of the model; before the adversarial terms
+    start, the discriminator costs nothing. Full and bfloat16 precision are supported, float16 with its loss scaling
+    is not.
+
+    Args:
+        terms: name to loss of (generated, original).
+        weights: name to weight, for each of `terms` and of the subclass's `own_terms`, and with a discriminator for
+            "adversarial" and "feature_matching"; a term of weight 0 is not computed.
+        optimizer, lr_schedule: partials for the model; the first takes parameter groups, the second an optimizer.
+        discriminator: maps signals to feature maps; None trains without adversarial terms.
+        discriminator_optimizer: partial; the schedule is the model's, counted from the discriminator's first step.
+        adversarial: the kind of adversarial loss.
+        adversarial_start_step: model updates before the discriminator joins.
+        gradient_clip_norm: largest gradient norm, for each of the two; None does not clip.
+        num_examples: pairs (original, generated) of each validation kept in `examples`, where they are audio.
+        seed: of the noise.
+
+    Raises:
+        ValueError: where terms and weights do not name the same losses.
+    """
+
+    own_terms: ClassVar[frozenset[str]] = frozenset()
+    """Names of the terms that pairs bring along."""
+
+    def __init__(
+        self,
+        terms: Mapping[str, nn.Module],
+        weights: Mapping[str, float],
+        optimizer: Callable[..., Optimizer],
+        lr_schedule: Schedule | None = None,
+        discriminator: nn.Module | None = None,
+        discriminator_optimizer: Callable[..., Optimizer] | None = None,
+        adversarial: AdversarialLoss | None = None,
+        adversarial_start_step: int = 0,
+        gradient_clip_norm: float | None = None,
+        num_examples: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_weights(set(terms) | self.own_terms, weights, discriminator is not None)
+        self.automatic_optimization = False
+        self.terms = nn.ModuleDict({name: term for name, term in terms.items() if weights[name]})
+        self.weights = dict(weights)
+        self.make_optimizer = optimizer
+        self.make_lr_schedule = lr_schedule
+        self.discriminator = discriminator
+        self.make_discriminator_optimizer = discriminator_optimizer or optimizer
+        self.adversarial = adversarial
+        self.adversarial_start_step = adversarial_start_step
+        self.gradient_clip_norm = gradient_clip_norm
+        self.num_examples = num_examples
+        self.seed = seed
+        self.examples: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        raise NotImplementedError
+
+    @property
+    def sample_rate_hz(self) -> int | None:
+        """Of the pairs where they are audio `[B, 1, T]`; None where they are not."""
+        raise NotImplementedError
+
+    def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
+        """What the model makes of a batch: with noise where it takes some, and without at validation."""
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        makers: list[tuple[nn.Module, Callable[..., Optimizer]]] = [(self.model, self.make_optimizer)]
+        if self.discriminator is not None:
+            makers.append((self.discriminator, self.make_discriminator_optimizer))
+        optimizers = [make(parameter_groups(part)) for part, make in makers]
+        if self.make_lr_schedule is None:
+            return [{"optimizer": optimizer} for optimizer in optimizers]
+        return [{"optimizer": optimizer, "lr_scheduler": self.make_lr_schedule(optimizer)} for optimizer in optimizers]
+
+    def training_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Tensor]:
+        """One update of the model, after one of the discriminator where that has joined; returns the model's loss."""
+        pair = self.render(batch, torch_generator("posterior", self.seed, self.global_step, self.global_rank))
+        values = self._reconstruction_terms(pair)
+        adversarial = self.discriminator is not None and self.global_step >= self.adversarial_start_step
+        if adversarial:
+            self._update_discriminator(pair.original, pair.generated.detach())
+            self.discriminator.requires_grad_(False)  # type: ignore[union-attr]
+            values |= self._adversarial_terms(pair)
+        loss = self._weighted_sum(values)
+        self._update_model(loss)
+        if adversarial:
+            self.discriminator.requires_grad_(True)  # type: ignore[union-attr]
+        batch_size = len(pair.original)
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size)
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=batch_size)
+        return {"loss": loss.detach()}
+
+    def validation_step(self, batch: AudioBatch, batch_idx: int) -> None:
+        """Log the loss, the pair's measures and, of audio, its distances; keep the first pairs of audio."""
+        pair = self.render(batch, None)
+        values = self._reconstruction_terms(pair)
+        metrics = {"loss": self._weighted_sum(values), **values, **pair.measures}
+        if self.sample_rate_hz is not None:
+            metrics |= _audio_distances(pair, self.sample_rate_hz)
+            if batch_idx == 0:
+                kept = (signal[: self.num_examples].cpu() for signal in (pair.original, pair.generated))
+                self.examples = list(zip(*kept, strict=True))
+        self.log_dict(
+            {f"val/{name}": value for name, value in metrics.items()}, batch_size=len(pair.original), sync_dist=True
+        )
+
+    def _reconstruction_terms(self, pair: Pair) -> dict[str, Tensor]:
+        return {name: term(pair.generated, pair.original) for name, term in self.terms.items()} | dict(pair.terms)
+
+    def _adversarial_terms(self, pair: Pair) -> dict[str, Tensor]:
+        """The discriminator's say on the model; its own parameters must not require gradients here."""
+        discriminator, adversarial = self._opponent()
+        generated = discriminator(pair.generated)
+        values = {"adversarial": adversarial.generator(generated)}
+        if self.weights["feature_matching"]:
+            with torch.no_grad():
+                real = discriminator(pair.original)
+            values["feature_matching"] = feature_matching(real, generated)
+        return values
+
+    def _weighted_sum(self, values: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+
+    def _update_model(self, loss: Tensor) -> None:
+        optimizers, schedules = _listed(self.optimizers()), _listed(self.lr_schedulers())
+        optimizers[0].zero_grad()
+        self.manual_backward(loss)
+        if self.gradient_clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
+        optimizers[0].step()
+        if schedules:
+            schedules[0].step()
+
+    def _update_discriminator(self, original: Tensor, generated: Tensor) -> None:
+        discriminator, adversarial = self._opponent()
+        # The bare optimizer: Lightning would count its step as a global one, and steps here are the model's.
+        optimizer = cast(list[Optimizer], self.optimizers(use_pl_optimizer=False))[1]
+        schedules = _listed(self.lr_schedulers())
+        loss = adversarial.discriminator(discriminator(original), discriminator(generated))
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        limit = float("inf") if self.gradient_clip_norm is None else self.gradient_clip_norm
+        norm = nn.utils.clip_grad_norm_(discriminator.parameters(), limit)
+        # The guard against non-finite gradients watches Lightning's steps only. Gradients agree on all ranks here.
+        if bool(norm.isfinite()):
+            optimizer.step()
+        if schedules:
+            schedules[1].step()
+        self.log("train/discriminator", loss, batch_size=len(original))
+
+    def _opponent(self) -> tuple[nn.Module, AdversarialLoss]:
+        if self.discriminator is None or self.adversarial is None:
+            raise ValueError("task.discriminator and task.adversarial must be set for adversarial terms")
+        return self.discriminator, self.adversarial
+
+
+def _audio_distances(pair: Pair, sample_rate_hz: int) -> dict[str, Tensor]:
+    return {
+        "si_sdr_db": si_sdr(pair.generated, pair.original).mean(),
+        "mel_distance": mel_distance(pair.generated, pair.original, sample_rate_hz).mean(),
+        "stft_distance": stft_distance(pair.generated, pair.original).mean(),
+    }
+
+
+def _listed(value: Any) -> list[Any]:
+    """Lightning gives None, one object or a list."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _check_weights(terms: set[str], weights: Mapping[str, float], has_discriminator: bool) -> None:
+    wanted = terms | (_ADVERSARIAL_TERMS if has_discriminator else set())
+    if missing := sorted(wanted - set(weights)):
+        raise ValueError(f"task.weights {dict(weights)} gives no weight for {missing}")
+    if unknown := sorted(set(weights) - wanted - _ADVERSARIAL_TERMS):
+        raise ValueError(f"task.weights names {unknown}, which are not among the terms {sorted(wanted)}")

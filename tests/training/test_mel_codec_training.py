@@ -1,0 +1,131 @@
+"""Training the two parts of a mel codec: what each step updates, what is logged, and what can be loaded."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from foley.checkpoint import build_component, load_trained
+from foley.losses.adversarial import LeastSquaresLoss
+from foley.losses.spectral import LogMelLoss
+from foley.models.mel_codec.discriminator import PatchDiscriminator
+from foley.models.vocoder.discriminator import PeriodResolutionDiscriminator
+from foley.training.adversarial import AdversarialTraining
+from foley.training.callbacks.reconstructions import Reconstructions
+from foley.training.mel_vae import MelVAETraining
+from foley.training.vocoder import VocoderTraining
+
+SPECTROGRAM = {"_target_": "foley.models.mel_codec.spectrogram.MelSpectrogram", "sample_rate_hz": 16000}
+MEL_VAE = {
+    "_target_": "foley.models.mel_codec.mel_vae.MelVAE",
+    "spectrogram": SPECTROGRAM,
+    **{"channels": 16, "multipliers": [1], "strides": [2], "num_blocks": 1, "latent_channels": 4, "norm_groups": 4},
+}
+VOCODER = {
+    "_target_": "foley.models.vocoder.bigvgan.BigVGAN",
+    "spectrogram": SPECTROGRAM,
+    **{"channels": 8, "strides": [16, 16], "kernels": [3], "dilations": [1], "convs_per_unit": 1},
+}
+SAMPLES = 8100  # no multiple of a frame
+MEL_WEIGHTS = {"mel": 1.0, "kl": 1e-6, "adversarial": 0.1, "feature_matching": 0.0}
+
+
+def build(kind: str, adversarial_start_step: int | None = None, **options: Any) -> AdversarialTraining:
+    torch.manual_seed(0)
+    options |= {"adversarial": LeastSquaresLoss(), "adversarial_start_step": adversarial_start_step or 0}
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    judged = adversarial_start_step is not None
+    module: AdversarialTraining
+    if kind == "mel_vae":
+        options["discriminator"] = PatchDiscriminator(2, 2) if judged else None
+        module = MelVAETraining(build_component(MEL_VAE), {"mel": torch.nn.L1Loss()}, MEL_WEIGHTS, optimizer, **options)
+        module.component_configs = {"mel_vae": MEL_VAE}
+    else:
+        options["discriminator"] = PeriodResolutionDiscriminator((2,), ((256, 64, 256),), 1) if judged else None
+        loss = LogMelLoss(16000, floor=1e-5, mel_scale="slaney")
+        weights = {"mel": 45.0, "adversarial": 8.0, "feature_matching": 80.0}
+        module = VocoderTraining(build_component(VOCODER), {"mel": loss}, weights, optimizer, **options)
+        module.component_configs = {"vocoder": VOCODER}
+    return module
+
+
+def fit(module: AdversarialTraining, folder: Path, steps: int = 4, callbacks: list | None = None) -> pl.Trainer:
+    audio = 0.1 * torch.randn(4, 1, SAMPLES, generator=torch.Generator().manual_seed(1))
+    batches = [{"audio": item, "length_samples": SAMPLES, "id": str(index)} for index, item in enumerate(audio)]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=callbacks,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        **quiet,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=2), DataLoader(batches, batch_size=4))
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["mel_vae", "vocoder"])
+@pytest.mark.parametrize(("start", "judged"), [(None, False), (9, False), (2, True)])
+def test_the_discriminator_acts_from_its_start_step_on(
+    kind: str, start: int | None, judged: bool, tmp_path: Path
+) -> None:
+    module = build(kind, start)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    trainer = fit(module, tmp_path)
+    after = module.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == ({kind, "discriminator"} if judged else {kind})
+    assert trainer.global_step == 4
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    metrics = set(trainer.callback_metrics)
+    own = {"train/kl", "val/latent_std"} if kind == "mel_vae" else {"val/si_sdr_db", "val/mel_distance"}
+    assert {"train/loss", "train/mel", "val/loss"} | own <= metrics
+    assert ("train/adversarial" in metrics) == ("train/discriminator" in metrics) == judged
+    assert ("train/feature_matching" in metrics) == (judged and kind == "vocoder")
+
+
+@pytest.mark.parametrize("kind", ["mel_vae", "vocoder"])
+def test_the_part_loads_from_the_checkpoint(kind: str, tmp_path: Path) -> None:
+    module = build(kind, 1)
+    trainer = fit(module, tmp_path, callbacks=[Reconstructions(str(tmp_path / "sounds"))])
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded, mel = load_trained(tmp_path / "run.ckpt", kind), torch.randn(1, 80, 4)
+    assert type(loaded) is type(module.model)
+    expected = module.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert (loaded.encode_moments(mel)[0] if kind == "mel_vae" else loaded(mel)).isfinite().all()
+    assert (tmp_path / "sounds" / "step_000004" / "00_reconstruction.wav").is_file() == (kind == "vocoder")
+
+
+def test_one_clip_is_learned(tmp_path: Path) -> None:
+    """Both sines of a clip: the mel VAE's reconstruction comes much closer than it starts."""
+    module = build("mel_vae")
+    time = torch.arange(8192) / 16000
+    audio = 0.3 * (torch.sin(2 * torch.pi * 440 * time) + torch.sin(2 * torch.pi * 3000 * time))
+    batch = {"audio": audio[None, None]}
+    optimizer = torch.optim.Adam(module.parameters(), lr=5e-3)
+
+    def loss() -> torch.Tensor:
+        pair = module.render(batch, None)  # type: ignore[arg-type]
+        return (pair.generated - pair.original).abs().mean()
+
+    first = loss().item()
+    for _ in range(60):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+    assert loss().item() < 0.2 * first
+
+
+def test_pairs_are_of_one_shape() -> None:
+    batch: Any = {"audio": torch.randn(2, 1, SAMPLES)}
+    mel, audio = build("mel_vae").render(batch, None), build("vocoder").render(batch, None)
+    assert mel.original.shape == mel.generated.shape == (2, 80, 32)
+    assert audio.original.shape == audio.generated.shape == (2, 1, SAMPLES)
