@@ -1,6 +1,7 @@
 """Generate audio from text: `python sample.py prompt="a dog barks"`; `--help` lists the options."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -8,23 +9,38 @@ from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
 from foley.logs import get_logger
-from foley.prompts import name_model, quote_overrides, request_clips
-from foley.requests import choose_method, choose_options, describe_source, open_requested
+from foley.prompts import name_model, quote_overrides
+from foley.requests import (
+    choose_checkpoint,
+    choose_method,
+    choose_options,
+    describe_request,
+    describe_source,
+    open_requested,
+    requested_clips,
+)
+from foley.test_set import TestSet, launch_processes
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
-    clips = request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num)
+    cfg.ckpt = choose_checkpoint(cfg)
+    clips = requested_clips(cfg)
     (method, arguments), options = choose_method(cfg), choose_options(cfg)
-    generator = open_requested(cfg, method, options)
-    prompts, seeds = [clip.prompt for clip in clips], [clip.seed for clip in clips]
-    result = getattr(generator, method)(prompts, seeds=seeds, **arguments, **options)
-    notes = [clip.notes for clip in clips]
-    page, _ = result.write(Path(cfg.output_dir), notes=notes, more_settings=describe_source(cfg))
+    processes = launch_processes(cfg.trainer)
+    generator = open_requested(cfg, method, options, None if cfg.trainer is None else processes.device)
+    generate = partial(getattr(generator, method), **arguments, **options)
+    directory = Path(processes.broadcast(cfg.output_dir))
+    if cfg.prompts is not None:
+        request = describe_request(cfg, clips, generator.model_hash)
+        page = TestSet(directory, clips, request, describe_source(cfg)).generate(generate, processes, cfg.batch_size)
+    else:
+        result = generate([clip.prompt for clip in clips], seeds=[clip.seed for clip in clips])
+        page, _ = result.write(directory, more_settings=describe_source(cfg))
     get_logger(__name__).info("%d clips: open %s", len(clips), page)
 
 
 if __name__ == "__main__":
-    sys.argv = quote_overrides(name_model(sys.argv), ("prompt", "negative_prompt", "edit", "init"))
+    sys.argv = quote_overrides(name_model(sys.argv), ("prompt", "negative_prompt", "edit", "init", "features"))
     main()

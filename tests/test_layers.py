@@ -29,6 +29,7 @@ ALLOWED = {
     "generation": {"generation", "diffusion", "reporting"},
     "pipeline": EVERYTHING,
     "requests": EVERYTHING,
+    "test_set": {"generation", "prompts", "reporting", "test_set"},
     "system": EVERYTHING,
 }
 """Layer to what it may import besides the base. A missing layer is an error: say where a new package belongs."""

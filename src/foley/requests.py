@@ -1,8 +1,13 @@
 """What the options of sample.py ask for; the impossible is refused before anything is loaded."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
@@ -10,9 +15,43 @@ from rich.progress import track
 from foley.accel.accelerators import require_calibrations
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.editing import EditMask
+from foley.generation import check_prompt_length
+from foley.models.text import feature_files
 from foley.pipeline import TextToAudio, resolve_device
+from foley.prompts import ClipRequest, PromptColumns, request_clips
 from foley.published import PipelineToAudio, PublishedPipeline, open_generator
 from foley.published.pipeline import PUBLISHED_SOLVER, pipeline_settings
+from foley.system import student_of
+
+# What may differ between two runs that make one test set: it changes no clip.
+_INCIDENTAL = ("output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size")
+_INCIDENTAL += ("hub_dir", "cache_dir", "text_cache_dir")
+
+
+def choose_checkpoint(cfg: DictConfig) -> str | None:
+    """The system to generate with: `ckpt`, or the student inside it; raises CheckpointError where it has none."""
+    return str(student_of(Path(str(cfg.ckpt)))) if cfg.student else cfg.ckpt
+
+
+def requested_clips(cfg: DictConfig) -> list[ClipRequest]:
+    """Every clip that the command asks for; raises ValueError as `request_clips` does, and for impossible prompts."""
+    if cfg.trainer is not None and cfg.prompts is None:
+        raise ValueError("trainer= shares out the prompts of a file: give prompts=FILE, or leave it out")
+    if cfg.features is not None:
+        return _clips_of_features(cfg)
+    columns = PromptColumns(cfg.caption_column, cfg.id_column, cfg.clip_column)
+    clips = request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num, columns, cfg.captions, cfg.caption_seed)
+    for clip in clips:
+        check_prompt_length(clip.prompt)
+    return clips
+
+
+def describe_request(cfg: DictConfig, clips: Sequence[ClipRequest], model_hash: str) -> dict[str, Any]:
+    """What the clips depend on, for the record of a test set."""
+    options: Any = OmegaConf.to_container(cfg, resolve=True)
+    wanted = {key: value for key, value in options.items() if key not in _INCIDENTAL}
+    content = json.dumps([[clip.prompt, clip.seed, dict(clip.notes)] for clip in clips])
+    return {**wanted, "model_hash": model_hash, "clips_hash": hashlib.sha256(content.encode()).hexdigest()}
 
 
 def choose_method(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
@@ -58,12 +97,15 @@ def choose_options(cfg: DictConfig) -> dict[str, Any]:
         "window_seconds": cfg.window_seconds,
         "overlap_seconds": cfg.overlap_seconds,
         "decode_chunk_seconds": cfg.decode_chunk_seconds,
-        "progress": partial(track, description="denoising"),
+        # The test set of a file has a bar of its own.
+        "progress": partial(track, description="denoising") if cfg.prompts is None else iter,
     }
 
 
-def open_requested(cfg: DictConfig, method: str, options: dict[str, Any]) -> TextToAudio | PipelineToAudio:
-    """The system or pipeline asked for, ready for `method` with `options`.
+def open_requested(
+    cfg: DictConfig, method: str, options: dict[str, Any], device: torch.device | None = None
+) -> TextToAudio | PipelineToAudio:
+    """The system or pipeline asked for, ready for `method` with `options`, on `device` instead of the command's.
 
     Raises CheckpointError as `open_generator` does, and ValueError for what a pipeline of diffusers cannot do.
     """
@@ -71,8 +113,10 @@ def open_requested(cfg: DictConfig, method: str, options: dict[str, Any]) -> Tex
     if isinstance(published, PublishedPipeline):
         _check_pipeline(cfg, method)
         pipeline_settings(options)
-    device = resolve_device(cfg.device)
+    device = device or resolve_device(cfg.device)
     generator = open_generator(cfg.ckpt, published, cfg.hub_dir, cfg.cache_dir, device, cfg.max_duration_seconds)
+    if cfg.features is not None and not _takes_features(generator):
+        raise ValueError(f"features={cfg.features}: this system takes captions, not features; give prompt= instead")
     if isinstance(generator, TextToAudio):
         generator.optimise(cfg.precision, cfg.compile)
         generator.set_decoder_precision(cfg.decoder_precision)
@@ -87,6 +131,18 @@ def describe_source(cfg: DictConfig) -> dict[str, Any]:
     """What the JSON of each clip says besides how it was generated."""
     accelerator = OmegaConf.to_container(cfg.accel, resolve=True)
     return {"accelerator": accelerator, "ckpt": cfg.ckpt, "model": cfg.model_name}
+
+
+def _clips_of_features(cfg: DictConfig) -> list[ClipRequest]:
+    """`num` clips of each file of features: these stand in the place of prompts."""
+    if (cfg.prompt, cfg.prompts) != (None, None):
+        raise ValueError("features= stands in the place of prompt= and prompts=: give one of the three")
+    files = [str(file) for file in feature_files(Path(cfg.features).expanduser()) for _ in range(cfg.num)]
+    return [ClipRequest(file, seed) for seed, file in enumerate(files, start=cfg.seed)]
+
+
+def _takes_features(generator: TextToAudio | PipelineToAudio) -> bool:
+    return isinstance(generator, TextToAudio) and generator.text.prompt_field == "id"
 
 
 def _check_pipeline(cfg: DictConfig, method: str) -> None:
