@@ -46,17 +46,19 @@ def read_manifest(path: Path | str, root: Path | str | None = None) -> list[Mani
             path that leaves the folder; every wrong line is named (the first 20).
     """
     path = Path(path)
-    return build_entries(_json_rows(read_bytes(path)), path, Path(root) if root else path.parent)
+    return build_entries(json_rows(path), path, Path(root) if root else path.parent)
 
 
-def read_bytes(path: Path) -> bytes:
-    """The manifest's bytes; raises ManifestError where it is absent or starts with a byte-order mark."""
+def json_rows(path: Path) -> Iterator[Row]:
+    """The lines of a JSONL file as they are read; raises ManifestError where it is absent or has a byte-order mark."""
     if not path.is_file():
         raise ManifestError(f"{path} does not exist: give the path of a manifest")
-    content = path.read_bytes()
-    if content.startswith(_BOM):
-        raise ManifestError(f"{path}, line 1: starts with a byte-order mark; save it as UTF-8 without BOM")
-    return content
+    with path.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            if line == 1 and raw.startswith(_BOM):
+                raise ManifestError(f"{path}, line 1: starts with a byte-order mark; save it as UTF-8 without BOM")
+            if raw.strip():
+                yield line, _parse(raw)
 
 
 def build_entries(rows: Iterable[Row], manifest: Path, root: Path) -> list[ManifestEntry]:
@@ -83,16 +85,12 @@ def build_entries(rows: Iterable[Row], manifest: Path, root: Path) -> list[Manif
     return entries
 
 
-def _json_rows(content: bytes) -> Iterator[Row]:
-    for line, raw in enumerate(content.split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        try:
-            fields = json.loads(raw.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            yield line, f"not valid UTF-8 JSON ({error})"
-            continue
-        yield line, fields if isinstance(fields, dict) else f"expected a JSON object, got {type(fields).__name__}"
+def _parse(raw: bytes) -> Mapping[str, Any] | str:
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return f"not valid UTF-8 JSON ({error})"
+    return fields if isinstance(fields, dict) else f"expected a JSON object, got {type(fields).__name__}"
 
 
 def build_entry(line: int, fields: Mapping[str, Any] | str, root: Path) -> ManifestEntry:

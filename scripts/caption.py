@@ -1,0 +1,58 @@
+"""Caption the clips of a manifest: Qwen2-Audio, a chat endpoint and AudioSet's strong labels, or Auto-ACD.
+
+python scripts/caption.py captioner=qwen2_audio manifest=FILE audio_dir=FOLDER out=FOLDER trainer=gpu
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.utilities import rank_zero_only
+
+import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.data.annotating import AnnotationError, ManifestRow, annotate, pending_rows
+from foley.data.captioning.merging import write_captioned_manifest
+from foley.data.captioning.strong_labels import StrongLabelCaptioner
+from foley.logs import get_logger
+
+_log = get_logger(__name__)
+
+
+def check_cost(captioner: StrongLabelCaptioner, cfg: DictConfig) -> None:
+    """Say what the run will cost; raises AnnotationError where it is more than `max_cost_usd`."""
+
+    def rows() -> Iterator[ManifestRow]:
+        pending = pending_rows(Path(cfg.manifest), Path(cfg.out), captioner.key_fields)
+        return (row for _, row in pending if not isinstance(row, str))
+
+    estimate = captioner.estimate(rows())
+    _log.info("about %s", estimate)
+    if cfg.max_cost_usd is not None and estimate.usd > cfg.max_cost_usd:
+        raise AnnotationError(f"estimated at ${estimate.usd:.2f}, more than max_cost_usd={cfg.max_cost_usd}")
+
+
+@rank_zero_only
+def finish(cfg: DictConfig) -> None:
+    """Write the manifest and say how many clips are in it."""
+    path, written = write_captioned_manifest(Path(cfg.manifest), Path(cfg.out))
+    _log.info("%s: %d captioned clips; what failed is in %s/faults-rank*.jsonl", path, written, cfg.out)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="caption")
+def main(cfg: DictConfig) -> None:
+    """Compose, estimate, caption, merge."""
+    captioner: Any = instantiate(cfg.captioner, _convert_="all")
+    if isinstance(captioner, StrongLabelCaptioner):
+        check_cost(captioner, cfg)
+    if cfg.dry_run:
+        return
+    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    annotate(captioner, Path(cfg.manifest), Path(cfg.out), trainer, cfg.batch_size)
+    finish(cfg)
+
+
+if __name__ == "__main__":
+    main()

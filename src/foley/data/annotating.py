@@ -1,0 +1,188 @@
+"""A result for every row of a manifest: shared out over ranks by Lightning, continued at the clip where a run ended."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, IterableDataset
+
+from foley.checkpoint import write_json
+from foley.data.journal import Journal, read_journals
+from foley.data.manifest import build_entry, json_rows
+
+RESULTS, FAULTS, SETTINGS_FILE = "results", "faults", "settings.json"
+
+ManifestRow = dict[str, Any]
+NumberedRow = tuple[int, ManifestRow | str]
+"""The line of a row, with its fields or what is wrong with them."""
+
+
+class AnnotationError(RuntimeError):
+    """A run that should not go on, or not into this folder."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why there is no result for a row; the next run tries again."""
+
+    reason: str
+
+
+class Annotator(Protocol):
+    """Makes results of rows.
+
+    `identity` is what results depend on besides the row, such as a model and a prompt: results of two of them never
+    mix in one folder. `key_fields` are the fields of a row that name its result; results carry them.
+    """
+
+    identity: Mapping[str, str]
+    key_fields: Sequence[str]
+
+    def start(self, world_size: int) -> None:
+        """Called on every rank before its first row."""
+        ...
+
+    def annotate(self, rows: Sequence[ManifestRow]) -> Sequence[dict[str, Any] | Fault]:
+        """One result, without the key fields, or fault for each of B rows."""
+        ...
+
+
+def annotate(annotator: Annotator, manifest: Path, output_dir: Path, trainer: pl.Trainer, batch_size: int) -> None:
+    """Let `annotator` go over every row of `manifest` that has no result in `output_dir` yet.
+
+    Results are appended to `results-rank*.jsonl`; rows without one are in `faults-rank*.jsonl`, with line and reason.
+
+    Raises:
+        ManifestError: the manifest is absent, or has a byte-order mark.
+        AnnotationError: `output_dir` holds results of another identity, or every row fails.
+    """
+    trainer.predict(AnnotationModule(annotator, manifest, output_dir, batch_size), return_predictions=False)
+
+
+def read_results(output_dir: Path) -> Iterator[dict[str, Any]]:
+    """Every result so far; raises JournalError where a file was damaged."""
+    return read_journals(output_dir, RESULTS)
+
+
+def pending_rows(
+    manifest: Path, output_dir: Path, key_fields: Sequence[str], rank: int = 0, world_size: int = 1
+) -> Iterator[NumberedRow]:
+    """The rows without a result among those of `rank`, which are every `world_size`-th of the whole manifest.
+
+    Shares do not depend on what is finished, so ranks that start at different times share out the same rows.
+    """
+    finished = {_key(result, key_fields) for result in read_results(output_dir)}
+    for number, (line, fields) in enumerate(json_rows(manifest)):
+        if number % world_size != rank:
+            continue
+        try:
+            entry = build_entry(line, fields, manifest.parent)
+        except ValueError as error:
+            yield line, str(error)
+            continue
+        row = {**fields, "id": entry.id}  # type: ignore[dict-item]  # build_entry refuses what is no mapping
+        if _key(row, key_fields) not in finished:
+            yield line, row
+
+
+class AnnotationModule(pl.LightningModule):
+    """Runs an annotator in `Trainer.predict`; see `annotate`.
+
+    Args:
+        max_faults_in_a_row: more end the run: then it is not the rows that are at fault.
+    """
+
+    def __init__(
+        self, annotator: Annotator, manifest: Path, output_dir: Path, batch_size: int, max_faults_in_a_row: int = 100
+    ) -> None:
+        super().__init__()
+        self.annotator = annotator
+        self.manifest, self.output_dir = manifest, output_dir
+        self.batch_size = batch_size
+        self.max_faults_in_a_row = max_faults_in_a_row
+        self.num_results = self.num_faults = self._faults_in_a_row = 0
+        self._results: Journal | None = None
+        self._faults: Journal | None = None
+
+    def predict_dataloader(self) -> DataLoader[NumberedRow]:
+        """The rows of this rank."""
+        share = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        rows = _Rows(self.manifest, self.output_dir, self.annotator.key_fields, **share)
+        return DataLoader(rows, self.batch_size, collate_fn=list)
+
+    def on_predict_start(self) -> None:
+        """Refuse a folder of another identity; open this rank's files."""
+        self._check_identity()
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        for path in self.output_dir.glob(f"{FAULTS}-rank*.jsonl"):
+            if int(path.stem[-4:]) % world_size == rank:
+                path.unlink()
+        self._results, self._faults = (Journal(self.output_dir, name, rank) for name in (RESULTS, FAULTS))
+        self.annotator.start(world_size)
+
+    def predict_step(self, batch: list[NumberedRow], batch_idx: int) -> int:
+        """Annotate the rows of one batch, and write before anything else happens; returns the number of results."""
+        assert self._results is not None
+        assert self._faults is not None
+        good = [(line, row) for line, row in batch if not isinstance(row, str)]
+        answers = self.annotator.annotate([row for _, row in good]) if good else []
+        faults = [{"line": line, "reason": row} for line, row in batch if isinstance(row, str)]
+        results = []
+        for (line, row), answer in zip(good, answers, strict=True):
+            if isinstance(answer, Fault):
+                faults.append({"line": line, "id": row["id"], "reason": answer.reason})
+            else:
+                results.append({field: row[field] for field in self.annotator.key_fields} | answer)
+        self._results.append(results)
+        self._faults.append(faults)
+        self._count(results, faults)
+        return len(results)
+
+    def on_predict_end(self) -> None:
+        """Close the files; all ranks leave together, so that what follows finds everything."""
+        for journal in (self._results, self._faults):
+            if journal is not None:
+                journal.close()
+        self.trainer.strategy.barrier("annotations")
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Rows are text and stay where they are."""
+        return batch
+
+    def _check_identity(self) -> None:
+        path = self.output_dir / SETTINGS_FILE
+        wanted = dict(self.annotator.identity)
+        if not path.is_file():
+            if self.trainer.is_global_zero:
+                write_json(path, wanted)
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != wanted:
+            raise AnnotationError(f"{self.output_dir} holds results of {found}, not of {wanted}: choose another folder")
+
+    def _count(self, results: Sequence[Any], faults: Sequence[Mapping[str, Any]]) -> None:
+        self.num_results += len(results)
+        self.num_faults += len(faults)
+        self._faults_in_a_row = 0 if results else self._faults_in_a_row + len(faults)
+        if self._faults_in_a_row > self.max_faults_in_a_row:
+            raise AnnotationError(
+                f"{self._faults_in_a_row} rows in a row have no result; the last, line {faults[-1]['line']}: "
+                f"{faults[-1]['reason']}"
+            )
+
+
+class _Rows(IterableDataset[NumberedRow]):
+    """`pending_rows`, read as they are needed."""
+
+    def __init__(self, manifest: Path, output_dir: Path, key_fields: Sequence[str], rank: int, world_size: int) -> None:
+        self._arguments = (manifest, output_dir, key_fields, rank, world_size)
+
+    def __iter__(self) -> Iterator[NumberedRow]:
+        return pending_rows(*self._arguments)
+
+
+def _key(fields: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(fields.get(name) for name in names)

@@ -1,0 +1,192 @@
+"""Chat completions of any server that speaks OpenAI's protocol: retries, rate limit, time-outs, and no key in sight."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import requests
+from requests.auth import AuthBase
+
+from foley.data.captioning.rate_limit import RateLimiter
+from foley.logs import get_logger
+from foley.seeding import numpy_generator
+
+_log = get_logger(__name__)
+_REFUSED_REQUEST = (400, 413, 422)
+_TEMPORARY = (408, 409, 425, 429)
+_OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
+_SHOWN_CHARACTERS = 200
+
+
+class EndpointError(RuntimeError):
+    """Nothing can be asked of the endpoint: no key, a wrong one, no money, no such model."""
+
+
+class AnswerError(RuntimeError):
+    """No usable answer to this one request."""
+
+
+class _TemporaryError(RuntimeError):
+    """Worth another try; `wait_seconds` is what the server asks for."""
+
+    def __init__(self, reason: str, wait_seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait_seconds = wait_seconds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Text, and the tokens that were paid for (0 where the server does not count)."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Bearer(AuthBase):
+    """Sets the header itself, so that no .netrc replaces the key, and keeps it out of `repr`."""
+
+    key: str | None = field(repr=False)
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self.key:
+            request.headers["Authorization"] = f"Bearer {self.key}"
+        return request
+
+
+class ChatEndpoint:
+    """`POST <base_url>/chat/completions`.
+
+    Waits between tries double from `backoff_seconds`, with jitter, or are what `Retry-After` says; they hold back the
+    other threads too. The key is read from the environment when `start` is called and is in no message and no file.
+
+    Args:
+        base_url: such as https://api.openai.com/v1.
+        options: the rest of the request, such as temperature and max_tokens.
+        api_key_env: name of the variable that holds the key; None for a server that wants none.
+        timeout_seconds: without a byte from the server.
+        max_attempts: tries of one request.
+        max_wait_seconds: a server that asks for more is not waited for.
+        requests_per_minute: of all ranks together; None for no limit.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        options: Mapping[str, Any] | None = None,
+        api_key_env: str | None = "OPENAI_API_KEY",
+        timeout_seconds: float = 60.0,
+        max_attempts: int = 6,
+        backoff_seconds: float = 1.0,
+        max_wait_seconds: float = 120.0,
+        requests_per_minute: float | None = None,
+    ) -> None:
+        self.model = model
+        self.options = dict(options or {})
+        self.url = f"{base_url.rstrip('/')}/chat/completions"
+        self._api_key_env = api_key_env
+        self._timeout_seconds = timeout_seconds
+        self._max_attempts = max_attempts
+        self._backoff_seconds, self._max_wait_seconds = backoff_seconds, max_wait_seconds
+        self._requests_per_minute = requests_per_minute
+        self._limiter = RateLimiter(requests_per_minute)
+        self._auth = _Bearer(None)
+        self._session = requests.Session()
+
+    def start(self, world_size: int = 1) -> None:
+        """Take the key from the environment, and this rank's share of the rate; raises EndpointError without a key."""
+        if self._api_key_env:
+            key = os.environ.get(self._api_key_env, "").strip()
+            if not key:
+                raise EndpointError(f"{self.url} wants a key: put it into the environment as {self._api_key_env}")
+            self._auth = _Bearer(key)
+        if self._requests_per_minute:
+            self._limiter = RateLimiter(self._requests_per_minute / world_size)
+
+    def ask(self, system: str, user: str) -> Answer:
+        """The model's answer to `user` under the instruction `system`.
+
+        Raises:
+            AnswerError: none after all tries, an empty or a cut one, or the request was refused.
+            EndpointError: the next request would fare no better.
+        """
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        body = {"model": self.model, "messages": messages, **self.options}
+        for attempt in range(self._max_attempts):
+            self._limiter.wait()
+            try:
+                return self._ask_once(body)
+            except _TemporaryError as error:
+                last = error
+                wait_seconds = self._wait_seconds(error, attempt, user)
+            if wait_seconds > self._max_wait_seconds:
+                raise AnswerError(f"{last}; the server asks to wait {wait_seconds:.0f} s")
+            self._limiter.pause(wait_seconds)
+        raise AnswerError(f"no answer after {self._max_attempts} tries; the last: {last}")
+
+    def _wait_seconds(self, error: _TemporaryError, attempt: int, user: str) -> float:
+        if error.wait_seconds is not None:
+            return error.wait_seconds
+        longest = min(self._backoff_seconds * 2**attempt, self._max_wait_seconds)
+        return longest * float(numpy_generator("backoff", user, attempt).uniform(0.5, 1.0))
+
+    def _ask_once(self, body: Mapping[str, Any]) -> Answer:
+        try:
+            response = self._session.post(
+                self.url, json=body, auth=self._auth, timeout=self._timeout_seconds, allow_redirects=False
+            )
+        except requests.RequestException as error:
+            raise _TemporaryError(self._clean(f"{type(error).__name__}: {error}")) from None
+        if response.status_code != requests.codes.ok:
+            self._refuse(response)
+        return _read_answer(response)
+
+    def _refuse(self, response: requests.Response) -> None:
+        status = response.status_code
+        message = self._clean(f"{self.url} answers {status}: {response.text[:_SHOWN_CHARACTERS]}")
+        if any(code in response.text for code in _OUT_OF_MONEY):
+            raise EndpointError(message)
+        if status in _TEMPORARY or status >= 500:
+            raise _TemporaryError(message, _retry_after(response.headers))
+        raise AnswerError(message) if status in _REFUSED_REQUEST else EndpointError(message)
+
+    def _clean(self, text: str) -> str:
+        """Servers quote keys in their errors."""
+        one_line = " ".join(text.split())
+        return one_line.replace(self._auth.key, "<key>") if self._auth.key else one_line
+
+
+def _read_answer(response: requests.Response) -> Answer:
+    try:
+        content = response.json()
+        choice = content["choices"][0]
+        text, finish = choice["message"]["content"], choice.get("finish_reason")
+        usage = content.get("usage") or {}
+        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise _TemporaryError(f"the answer is not a chat completion ({type(error).__name__}: {error})") from error
+    if not isinstance(text, str) or not text.strip():
+        raise AnswerError(f"the answer is empty (finish_reason {finish!r})")
+    if finish == "length":
+        raise AnswerError("the answer was cut at its greatest number of tokens")
+    return Answer(text, *tokens)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds from now; the header gives seconds or a date."""
+    value = headers.get("Retry-After", "").strip()
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None
