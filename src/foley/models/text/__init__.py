@@ -2,7 +2,7 @@
 
 from foley.models.text.base import TextConditioner, TextEmbedding
 from foley.models.text.cache import CachedText, EmbeddingCache
-from foley.models.text.features import FeatureConditioner, FeatureError
+from foley.models.text.features import FeatureConditioner, FeatureError, feature_files
 from foley.models.text.frozen_t5 import FrozenT5Conditioner, TextModelError
 from foley.models.text.small import SmallTextEncoder
 
@@ -16,4 +16,5 @@ __all__ = [
     "TextConditioner",
     "TextEmbedding",
     "TextModelError",
+    "feature_files",
 ]

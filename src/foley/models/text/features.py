@@ -22,6 +22,14 @@ class FeatureError(ValueError):
     """Features that are absent or not of the kind that the model knows."""
 
 
+def feature_files(path: Path) -> list[Path]:
+    """The file `path`, or those in the folder `path`, by name; raises FeatureError where there is none."""
+    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise FeatureError(f"features={path} is neither a {SUFFIX} file nor a folder of them")
+    return files
+
+
 class FeatureConditioner(TextConditioner):
     """Stands where a text encoder stands: a prompt is a clip's id or a .safetensors file, or "", the learned empty one.
 
