@@ -1,5 +1,6 @@
 """Published checkpoints as foley components."""
 
+from foley.convert.bigvgan import bigvgan
 from foley.convert.conversion import SOURCES, convert_checkpoint, load_converted
 from foley.convert.ezaudio import ezaudio_denoiser
 from foley.convert.files import read_model_config
@@ -7,6 +8,7 @@ from foley.convert.waveform_vae import waveform_vae
 
 __all__ = [
     "SOURCES",
+    "bigvgan",
     "convert_checkpoint",
     "ezaudio_denoiser",
     "load_converted",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from foley.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_config, save_component, write_text
+from foley.convert.bigvgan import bigvgan, vocoder_config
 from foley.convert.component import build_around
 from foley.convert.ezaudio import denoiser_config, ezaudio_denoiser
 from foley.convert.files import read_weights
@@ -42,6 +43,7 @@ _EZAUDIO_URL = "https://huggingface.co/OpenSound/EzAudio"
 SOURCES: Mapping[str, Source] = {
     "ezaudio": Source("EzAudio denoiser", _EZAUDIO_URL, denoiser_config, ezaudio_denoiser),
     "waveform_vae": Source("EzAudio waveform VAE", _EZAUDIO_URL, codec_config, waveform_vae),
+    "bigvgan": Source("BigVGAN vocoder", "https://github.com/NVIDIA/BigVGAN", vocoder_config, bigvgan),
 }
 
 _CARD = """# {title}

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from foley.checkpoint import CheckpointError, read_pickle
 
-_WRAPPERS = ("model", "state_dict")
+_WRAPPERS = ("model", "state_dict", "generator")
 _SECTIONS = ("model", "config")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published `.pt` file, flat or under `model` or `state_dict`; left on disk until used.
+    """The state dict of a published `.pt` file, flat or under a name out of `_WRAPPERS`; left on disk until used.
 
     Raises CheckpointError where the file is missing, cannot be read safely, or holds no state dict.
     """
