@@ -255,3 +255,11 @@ def load_trained(path: Path, name: str) -> Any:
     if path.is_dir():
         return load_component(path)
     return component_from_training(read_training_checkpoint(path), name, str(path))
+
+
+def trained_config(path: Path, name: str) -> dict[str, Any]:
+    """How to build what `load_trained` gives."""
+    if path.is_dir():
+        return read_config(path)
+    config: dict[str, Any] = read_training_checkpoint(path)[FOLEY_KEY]["components"][name]
+    return config

@@ -1,7 +1,8 @@
 """BigVGAN: from mel spectrograms to audio."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +35,8 @@ class AMPUnit(nn.Module):
     @property
     def reach(self) -> int:
         """Samples before and after a sample that its output depends on."""
-        return sum(
-            layer.padding[0] if isinstance(layer, nn.Conv1d) else AntiAliasedSnake.reach for layer in self.layers
-        )
+        convs = [layer for layer in self.layers if isinstance(layer, nn.Conv1d)]
+        return sum(int(conv.padding[0]) + AntiAliasedSnake.reach for conv in convs)
 
 
 class BigVGANStage(nn.Module):
@@ -123,6 +123,6 @@ class BigVGAN(nn.Module):
     def context_frames(self) -> int:
         """How many mel frames before a frame, and after it, its audio hears at most."""
         reach = _EDGE_KERNEL // 2 + AntiAliasedSnake.reach
-        for stage in reversed(self.stages):
-            reach = -(-(reach + stage.reach) // stage.stride) + 1  # type: ignore[operator]
+        for stage in cast(Iterable[BigVGANStage], reversed(self.stages)):
+            reach = -(-(reach + stage.reach) // stage.stride) + 1
         return reach + _EDGE_KERNEL // 2

@@ -22,8 +22,10 @@ class Reconstructions(pl.Callback):
 
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rate = pl_module.sample_rate_hz if isinstance(pl_module, AdversarialTraining) else None
-        if trainer.sanity_checking or rate is None:
+        if trainer.sanity_checking or not isinstance(pl_module, AdversarialTraining):
+            return
+        rate = pl_module.sample_rate_hz
+        if rate is None:
             return
         folder = self.output_dir / f"step_{trainer.global_step:06d}"
         files = []

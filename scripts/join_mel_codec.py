@@ -1,0 +1,29 @@
+"""Join a trained mel VAE and a vocoder into one codec directory, which `codec_ckpt=` and `codec_path=` take."""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.checkpoint import load_trained, save_component, trained_config
+from foley.logs import get_logger
+from foley.models.mel_codec.codec import MelCodec
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="join_mel_codec")
+def main(cfg: DictConfig) -> None:
+    paths = {name: Path(cfg[name]) for name in ("mel_vae", "vocoder")}
+    parts = {name: load_trained(path, name) for name, path in paths.items()}
+    numbers = {
+        "latent_channels": parts["mel_vae"].latent_channels,
+        "sample_rate_hz": parts["mel_vae"].spectrogram.sample_rate_hz,
+    }
+    configs = {name: trained_config(path, name) for name, path in paths.items()}
+    config = {"_target_": "foley.models.mel_codec.codec.MelCodec", **numbers, **configs}
+    save_component(MelCodec(**parts, **numbers), config, Path(cfg.output_dir))
+    get_logger(__name__).info("wrote %s", cfg.output_dir)
+
+
+if __name__ == "__main__":
+    main()
