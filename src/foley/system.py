@@ -24,6 +24,7 @@ from foley.checkpoint import (
     read_config,
     read_training_checkpoint,
     save_component,
+    trained_config,
     write_json,
     write_text,
 )
@@ -229,8 +230,7 @@ def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, M
             f"{source} was trained on latents of the codec {expected[:12]}, but {path} now holds {actual[:12]}; "
             "put the original codec back, or encode the latents and train again"
         )
-    config = read_config(path) if path.is_dir() else read_training_checkpoint(path)[FOLEY_KEY]["components"]["codec"]
-    return codec, config
+    return codec, trained_config(path, "codec")
 
 
 def _files_in(config: Mapping[str, Any]) -> dict[str, Path]:
