@@ -33,11 +33,11 @@ Case = Mapping[str, Any]
 _ONE_CASE = "--one-case"
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has held."""
+def peak_gigabytes(device: torch.device) -> float:
+    """The most memory that this process has held, in units of 10^9 bytes."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def measure(case: Case) -> dict[str, Any]:
     frames_per_second = codec.sample_rate_hz / codec.hop_samples
     tokens = torch.randn(1, case["num_tokens"], case["model"]["context_dim"], device=device)
     text = Conditioning(tokens, torch.ones(1, case["num_tokens"], dtype=torch.bool, device=device))
-    row = {"way": way["name"], "duration_seconds": case["duration_seconds"], "parts_bytes": peak_bytes(device)}
+    row = {"way": way["name"], "duration_seconds": case["duration_seconds"], "parts_gigabytes": peak_gigabytes(device)}
     start = time.perf_counter()
     latent = generate_latents(
         denoiser,
@@ -69,10 +69,10 @@ def measure(case: Case) -> dict[str, Any]:
         device,
         windows=settings.windows(num_frames, frames_per_second),
     ).cpu()
-    row |= {"denoise_seconds": time.perf_counter() - start, "denoise_bytes": peak_bytes(device)}
+    row |= {"denoise_seconds": time.perf_counter() - start, "denoise_gigabytes": peak_gigabytes(device)}
     start = time.perf_counter()
     LatentDecoder(codec)(latent.to(device), settings.chunk_frames(frames_per_second)).cpu()
-    return row | {"decode_seconds": time.perf_counter() - start, "peak_bytes": peak_bytes(device)}
+    return row | {"decode_seconds": time.perf_counter() - start, "peak_gigabytes": peak_gigabytes(device)}
 
 
 def measure_apart(case: Case) -> dict[str, Any]:

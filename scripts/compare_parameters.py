@@ -20,10 +20,10 @@ from torch._subclasses import FakeTensorMode
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
 from foley.logs import get_logger
-from foley.metrics.report import markdown_table
 from foley.models.dit.backbone import DiffusionTransformer
 from foley.pipeline import resolve_device
 from foley.reporting.provenance import provenance
+from foley.reporting.tables import markdown_table
 from foley.training.memory import activation_bytes
 
 _COPIES = 4  # of every parameter in float32: itself, its gradient, and AdamW's two moments

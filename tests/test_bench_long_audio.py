@@ -38,7 +38,7 @@ def test_every_way_reports_peaks_and_seconds(way: str, bench: dict[str, Any], tm
     settings: Any = OmegaConf.to_container(_config(tmp_path), resolve=True)
     row = bench["measure"]({**settings, "duration_seconds": 1.0, "way": {"name": way, **settings["ways"][way]}})
     assert (row["way"], row["duration_seconds"]) == (way, 1.0)
-    assert 0 < row["parts_bytes"] <= row["denoise_bytes"] <= row["peak_bytes"]
+    assert 0 < row["parts_gigabytes"] <= row["denoise_gigabytes"] <= row["peak_gigabytes"]
     assert min(row["denoise_seconds"], row["decode_seconds"]) > 0
 
 

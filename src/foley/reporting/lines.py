@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from foley.reporting.tables import Row, format_cell
 
 _PANEL_WIDTH_INCHES, _PANEL_HEIGHT_INCHES, _DPI = 5.0, 3.6, 160
 
@@ -18,6 +21,43 @@ class Panel:
     y_label: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
     log_x: bool = False
+
+
+def plot_rows(
+    rows: Sequence[Row],
+    x: str,
+    measures: Mapping[str, str],
+    line: str,
+    path: Path,
+    log_x: bool = False,
+    x_label: str = "",
+) -> bool:
+    """A panel for each measure that all rows have, with a line for each group of rows; tells whether it drew any.
+
+    Args:
+        x: the key of the horizontal axis, whose words are the label unless `x_label` is given.
+        measures: keys of vertical axes, and their labels.
+        line: the name of a row's line, as a format: "k {k}".
+    """
+    panels = []
+    for measure, title in measures.items():
+        if rows and all(row.get(measure) is not None for row in rows):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                lines.setdefault(format_cell(line, row), []).append((row[x], row[measure]))
+            panels.append(Panel(x_label or x.replace("_", " "), title, lines, log_x))
+    if panels:
+        plot_panels(panels, path)
+    return bool(panels)
+
+
+def lines_by(rows: Sequence[Mapping[str, Any]], group: str, x: str, y: str) -> dict[str, list[tuple[float, float]]]:
+    """The points of rows that have a `y`, a line for each value of `group`."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row[y] is not None:
+            lines.setdefault(str(row[group]), []).append((row[x], row[y]))
+    return lines
 
 
 def plot_panels(panels: Sequence[Panel], path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Where a measurement comes from: commit, date and machine."""
+"""Where a measurement comes from: command, commit, date and machine."""
 
 import datetime
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from foley.config import PROJECT_ROOT
 def provenance() -> dict[str, str]:
     """What a number was measured on, and of which state of the code; plain text, fit for JSON and for a page."""
     facts = {
+        "command": shlex.join(["python", *sys.argv]).replace(f"{PROJECT_ROOT}/", ""),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
         "processor": f"{_processor()}, {torch.get_num_threads()} threads",

@@ -1,0 +1,22 @@
+"""Write a page of results from its template and from the JSON files that benchmarks wrote beside it."""
+
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.logs import get_logger
+from foley.reporting.pages import write_page
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="report")
+def main(cfg: DictConfig) -> None:
+    results_dir = Path(cfg.results_dir)
+    page = results_dir / f"{cfg.page}.md"
+    write_page(results_dir / "templates" / page.name, page)
+    get_logger(__name__).info("wrote %s", page)
+
+
+if __name__ == "__main__":
+    main()

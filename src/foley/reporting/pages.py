@@ -1,0 +1,81 @@
+"""Pages of results: a Markdown template, filled in from the JSON files that benchmarks wrote beside the page."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from foley.checkpoint import write_text
+from foley.reporting.lines import plot_rows
+from foley.reporting.tables import Row, format_rows
+
+NOT_MEASURED = "Not measured yet."
+
+
+@dataclass(frozen=True)
+class Results:
+    """The folder of a page's measurements: what its template may use."""
+
+    folder: Path
+
+    def read(self, name: str) -> Any:
+        """The JSON file of that name; None where the benchmark that writes it has not been run."""
+        file = self.folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def table(self, results: Any, part: str, columns: Mapping[str, str], **wanted: Any) -> str:
+        """The rows at `part` ("codecs.tiny.stages") of what `read` returned, as `format_rows` takes them.
+
+        `wanted` chooses rows by their values: `system="teacher"`.
+        """
+        rows = self.rows(results, part, **wanted)
+        return format_rows(rows, columns) if rows else NOT_MEASURED
+
+    def rows(self, results: Any, part: str, **wanted: Any) -> list[Row]:
+        """As `table`; each entry of a mapping is a row, with its key as `name`. None where there is no such part."""
+        found = reduce(lambda value, key: value.get(key, {}), part.split("."), results or {})
+        rows = [{"name": key, **row} for key, row in found.items()] if isinstance(found, dict) else found
+        return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+    def plot(
+        self, name: str, rows: Sequence[Row], x: str, measures: Mapping[str, str], line: str, **options: Any
+    ) -> str:
+        """Draw `foley.reporting.lines.plot_rows` into the file of that name; the image, or nothing without rows."""
+        return self.picture(name) if plot_rows(rows, x, measures, line, self.folder / name, **options) else ""
+
+    def picture(self, name: str) -> str:
+        """The image of that name, which a benchmark drew; nothing where there is none."""
+        file = self.folder / name
+        return f"![{file.stem}]({self.folder.name}/{name})" if file.is_file() else ""
+
+    def origin(self, results: Any) -> str:
+        """The command, commit, date and machine of what `read` returned; nothing for None."""
+        if results is None:
+            return ""
+        facts = dict(results["provenance"])
+        command = facts.pop("command", None)
+        rest = ", ".join(f"{name} {value}" for name, value in facts.items())
+        return f"Measured with `{command}` ({rest})." if command else f"Measured at {rest}."
+
+
+def write_page(template: Path, page: Path) -> None:
+    """Fill in `template`; the results and pictures of `page` lie in the folder beside it that has its name.
+
+    Raises as jinja2 does for a template that asks for what is not there.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    results = Results(page.with_suffix(""))
+    names = ("read", "table", "rows", "plot", "picture", "origin")
+    tools = {name: getattr(results, name) for name in names}
+    text = environment.get_template(template.name).render(**tools)
+    write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines

@@ -1,0 +1,108 @@
+"""Pages of results: tables, plots and origins out of JSON files, and the templates that the repository ships."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from jinja2 import UndefinedError
+
+from foley.config import PROJECT_ROOT
+from foley.reporting.lines import plot_rows
+from foley.reporting.pages import NOT_MEASURED, Results, write_page
+from foley.reporting.provenance import provenance
+from foley.reporting.tables import format_rows
+
+PAGES = PROJECT_ROOT / "docs" / "results"
+TEMPLATES = sorted((PAGES / "templates").glob("*.md"))
+ROWS = [
+    {"system": "teacher", "steps": 100, "seconds": {"denoise": 2.0}, "accuracy": 0.5},
+    {"system": "student", "steps": 2, "seconds": {"denoise": 0.125}, "accuracy": None},
+]
+
+
+def test_cells_are_formats_of_a_row_and_empty_where_it_has_nothing() -> None:
+    columns = {"system": "{system}", "s": "{seconds[denoise]:.2f} s", "a": "{accuracy:.0%}", "k": "{k}"}
+    table = format_rows([*ROWS, {"system": "other", "k": 20}], columns)
+    assert table.splitlines() == [
+        "| system | s | a | k |",
+        "| --- | ---: | ---: | ---: |",
+        "| teacher | 2.00 s | 50% |  |",
+        "| student | 0.12 s |  |  |",
+        "| other |  |  | 20 |",
+    ]
+
+
+def test_a_column_that_nothing_fills_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"column 'a': none of the 2 rows has what '\{acuracy\}' asks for"):
+        format_rows(ROWS, {"a": "{acuracy}"})
+
+
+def test_a_plot_needs_a_measure_that_all_rows_have(tmp_path: Path) -> None:
+    assert not plot_rows(ROWS, "steps", {"accuracy": "accuracy"}, "{system}", tmp_path / "none.png")
+    assert not plot_rows([], "steps", {"steps": "steps"}, "{system}", tmp_path / "none.png")
+    assert plot_rows(ROWS, "steps", {"steps": "steps", "accuracy": "a"}, "{system}", tmp_path / "some.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["some.png"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "speed"
+    folder.mkdir()
+    result = {
+        "rows": ROWS,
+        "ways": {"fast": {"seconds": 1.0}},
+        "provenance": {"command": "python x.py", "commit": "abc"},
+    }
+    (folder / "a.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_a_page_is_its_template_filled_in(folder: Path) -> None:
+    template = folder.parent / "template.md"
+    template.write_text(
+        "# Speed\n{% set a = read('a.json') %}\n{{ table(a, 'rows', {'n': '{steps}'}, system='student') }}\n\n"
+        "{{ table(a, 'ways', {'way': '{name}'}) }}\n{{ table(read('b.json'), 'rows', {}) }}\n\n\n\n{{ origin(a) }}"
+        "{{ plot('a.png', rows(a, 'rows'), 'steps', {'steps': 'n'}, '{system}') }}{{ picture('b.png') }}\n"
+    )
+    write_page(template, folder.with_suffix(".md"))
+    assert folder.with_suffix(".md").read_text() == (
+        "# Speed\n| n |\n| --- |\n| 2 |\n\n| way |\n| --- |\n| fast |\n"
+        f"{NOT_MEASURED}\n\nMeasured with `python x.py` (commit abc).![a](speed/a.png)\n"
+    )
+    assert (folder / "a.png").stat().st_size > 0
+
+
+def test_a_template_that_asks_for_nothing_known_is_an_error(folder: Path) -> None:
+    template = folder.parent / "template.md"
+    template.write_text("{{ tabel(1) }}")
+    with pytest.raises(UndefinedError, match="tabel"):
+        write_page(template, folder.with_suffix(".md"))
+
+
+def test_results_without_a_file_or_a_part_are_not_measured(folder: Path) -> None:
+    results = Results(folder)
+    assert results.read("b.json") is None
+    assert (results.rows(None, "rows"), results.origin(None)) == ([], "")
+    assert results.table(results.read("a.json"), "sweep.rows", {"x": "{x}"}) == NOT_MEASURED
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_the_pages_that_ship_are_what_their_templates_make_of_the_results(template: Path, tmp_path: Path) -> None:
+    page = PAGES / template.name
+    if page.with_suffix("").is_dir():
+        shutil.copytree(page.with_suffix(""), tmp_path / page.stem)
+    write_page(template, tmp_path / page.name)
+    assert (tmp_path / page.name).read_text() == page.read_text(), f"run: python scripts/report.py page={page.stem}"
+
+
+def test_a_measurement_names_its_command_without_places() -> None:
+    command = provenance()["command"]
+    assert command.startswith("python ")
+    assert str(PROJECT_ROOT) not in command
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
+def test_templates_do_without_results(template: Path, tmp_path: Path) -> None:
+    write_page(template, tmp_path / "page.md")
+    assert (tmp_path / "page.md").stat().st_size > 0
