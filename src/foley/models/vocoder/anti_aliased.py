@@ -38,7 +38,7 @@ class AntiAliasedSnake(nn.Module):
         super().__init__()
         self.snake = Snake(channels)
         with torch.device("cpu"):  # with values even where weights are built without
-            self.register_buffer("low_pass", low_pass_filter().expand(channels, 1, -1), persistent=False)
+            self.register_buffer("low_pass", low_pass_filter().repeat(channels, 1, 1), persistent=False)
 
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`."""
