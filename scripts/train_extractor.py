@@ -17,6 +17,7 @@ from foley.data.manifest import read_manifest
 from foley.data.types import AudioItem
 from foley.metrics.extractors.embedded import EmbeddedExtractor
 from foley.metrics.protocols import load_protocol
+from foley.nn.conv import fold_weight_norm
 from foley.seeding import derive_seed
 from foley.training.extractor import ExtractorTraining, MelAugmentation, training_loader
 from foley.training.extractor_data import build_labels, load_splits, measure, through_codec
@@ -27,7 +28,7 @@ Splits = dict[str, dict[str, list[AudioItem]]]
 
 def with_codec(splits: Splits, codec: Any, stride: int) -> Splits:
     """Add every `stride`-th training clip as the codec gives it back, and all test clips as groups of their own."""
-    codec.fold_weight_norm()
+    fold_weight_norm(codec)
     train, test = splits["train"], splits["test"]
     added = {group: [*items, *through_codec(codec, items[::stride])] for group, items in train.items()}
     restored = {f"{group}, through the codec": through_codec(codec, items) for group, items in test.items()}
