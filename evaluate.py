@@ -1,19 +1,18 @@
-"""Score generated clips: `python evaluate.py samples=FOLDER reference=FOLDER_OR_MANIFEST protocol=embedded`."""
+"""Score generated clips: `python evaluate.py samples=FOLDER reference=FOLDER_OR_MANIFEST protocol=[panns,clap]`."""
 
-from functools import partial
 from pathlib import Path
 
 import hydra
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers resolvers)
-from foley.data.audio_io import read_audio
+from foley.data.audio_io import read_channels
 from foley.data.manifest import read_manifest
 from foley.data.procedural import CLASS_NAMES, captions_for
 from foley.metrics.clips import ClipFile, scan_directory
 from foley.metrics.evaluation import evaluate_files
-from foley.metrics.protocols import load_protocol
-from foley.metrics.report import show, write_report
+from foley.metrics.report import flat_scores, show, write_report
 
 
 def read_reference(path: Path, split: str | None) -> list[ClipFile]:
@@ -26,14 +25,18 @@ def read_reference(path: Path, split: str | None) -> list[ClipFile]:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    """Write `evaluation.json` and `evaluation.md`, and show the scores."""
-    protocol = load_protocol(cfg.protocol, Path(cfg.extractor_dir), cfg.extractor_sha256)
+    """Write `evaluation.json` and `evaluation.md`, show the scores, and log them where a logger is chosen."""
+    protocols = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
     samples, reference = scan_directory(Path(cfg.samples)), read_reference(Path(cfg.reference), cfg.split)
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]
-    load, cache = partial(read_audio, sample_rate_hz=protocol.sample_rate_hz), Path(cfg.cache_dir)
-    evaluation = evaluate_files(samples, reference, protocol, load, cfg.pairing, cache, captions, CLASS_NAMES)
-    write_report(evaluation, Path(cfg.output_dir))
-    show(evaluation)
+    settings = (read_channels, cfg.pairing, Path(cfg.cache_dir), captions, CLASS_NAMES, cfg.resamples)
+    evaluations = [evaluate_files(samples, reference, protocol, *settings) for protocol in protocols]
+    write_report(evaluations, Path(cfg.output_dir))
+    for evaluation in evaluations:
+        show(evaluation)
+    for logger in instantiate(cfg.get("logger") or {}).values():
+        logger.log_metrics(flat_scores(evaluations))
+        logger.finalize("success")
 
 
 if __name__ == "__main__":

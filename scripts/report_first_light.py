@@ -67,15 +67,16 @@ def codec_section(work_dir: Path) -> str:
 
 def score_section(scores_dir: Path, group: str) -> str:
     """Label accuracy and distances of generated audio, and the classes of `group` that fail."""
-    scores = read_json(scores_dir / "evaluation.json")
+    scores = read_json(scores_dir / "evaluation.json")["embedded"]
+    frechet, inception = (scores["scores"][name] for name in ("frechet_distance", "inception_score"))
     rows: Rows = [
         (f"label accuracy, {name} ({found['choices']} choices, chance {1 / found['choices']:.1%})",
          f"{found['accuracy']:.1%}", str(found["n"]))
         for name, found in scores["accuracy"].items()
     ]  # fmt: skip
     rows += [
-        ("Frechet distance", f"{scores['frechet_distance']:.3f}", f"{scores['n_reference']} / {scores['n_generated']}"),
-        ("inception score", f"{scores['inception_score']:.2f}", str(scores["n_generated"])),
+        ("Frechet distance", f"{frechet['value']:.3f}", frechet["n"]),
+        ("inception score", f"{inception['value']:.2f}", inception["n"]),
     ]
     per_class = scores["accuracy"][group]["per_class"]
     worst = sorted(per_class.items(), key=lambda item: item[1][0])

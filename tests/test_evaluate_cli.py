@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import wandb
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException, MissingConfigException
 
 from foley.checkpoint import save_component
 from foley.config import PROJECT_ROOT
 from foley.metrics.evaluation import PairingError, SilentAudioError
 from foley.metrics.extractors.embedded import EmbeddedExtractor
-from foley.metrics.protocols import ProtocolError
+
+sys.path.append(str(Path(__file__).parent / "metrics"))
+from tiny_clap import save_clap
 
 RATE_HZ = 24000
 CONFIG = {
@@ -52,7 +56,9 @@ def overrides(workspace: Path, *extra: str) -> list[str]:
     return [
         f"samples={workspace / 'samples'}",
         f"reference={workspace / 'reference'}",
-        f"extractor_dir={workspace / 'extractor'}",
+        f"paths.data_dir={workspace}",
+        f"weights_dir={workspace / 'weights'}",
+        "resamples=20",
         f"cache_dir={workspace / 'cache'}",
         f"output_dir={workspace / 'out'}",
         *extra,
@@ -66,7 +72,7 @@ def run(workspace: Path, *extra: str) -> dict:
         evaluate = importlib.import_module("evaluate")
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
         evaluate.main.__wrapped__(compose("evaluate", overrides(workspace, *extra)))
-    return json.loads((workspace / "out" / "evaluation.json").read_text())
+    return json.loads((workspace / "out" / "evaluation.json").read_text())["embedded"]
 
 
 def test_command_line_writes_reports_and_shows_the_table(workspace: Path) -> None:
@@ -74,8 +80,11 @@ def test_command_line_writes_reports_and_shows_the_table(workspace: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Frechet distance" in done.stdout
     assert "protocol embedded v1" in done.stdout
-    stored = json.loads((workspace / "out" / "evaluation.json").read_text())
-    assert stored["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    stored = json.loads((workspace / "out" / "evaluation.json").read_text())["embedded"]
+    distance = stored["scores"]["frechet_distance"]
+    assert distance["value"] == pytest.approx(0, abs=1e-6)
+    assert distance["n"] == "8 / 8"
+    assert 0 <= distance["low"] <= distance["high"]
     assert stored["pairing"] == "paired by id"
     assert "# Evaluation, protocol `embedded`" in (workspace / "out" / "evaluation.md").read_text()
 
@@ -101,9 +110,34 @@ def test_missing_pairs_silence_and_unknown_protocols_are_refused(workspace: Path
     (workspace / "reference" / "tone0.wav").unlink()
     with pytest.raises(PairingError, match="tone0"):
         run(workspace, "pairing=required")
-    with pytest.raises(ProtocolError, match="available: embedded"):
-        run(workspace, "protocol=panns")
+    with pytest.raises(InstantiationException, match=r"Cnn14_16k_mAP=0\.438\.pth does not exist"):
+        run(workspace, "protocol=[embedded,panns]")
+    with pytest.raises(MissingConfigException, match=r"protocol/pans[^$]*embedded"):
+        run(workspace, "protocol=pans")
     write_clip(workspace / "mute", "nothing", np.zeros(RATE_HZ))
     with pytest.raises(SilentAudioError, match="nothing"):
         run(workspace, f"samples={workspace / 'mute'}")
     assert not (workspace / "out").exists()
+
+
+def test_several_protocols_in_one_report_and_one_log(workspace: Path) -> None:
+    save_clap(workspace / "clap")
+    for clip in range(4):
+        for folder in ("samples", "reference"):
+            write_clip(workspace / folder, f"noise{clip}", 0.1 * np.ones(RATE_HZ), prompt="rain falls on a metal roof")
+    run(
+        workspace,
+        "protocol=[embedded,clap]",
+        f"protocol.clap.name_or_path={workspace / 'clap'}",
+        "logger=wandb",
+        f"logger.wandb.save_dir={workspace}",
+        "logger.wandb.id=scores",
+    )
+    wandb.finish()  # as the end of the process does
+    stored = json.loads((workspace / "out" / "evaluation.json").read_text())
+    assert list(stored) == ["embedded", "clap"]
+    assert -1 <= stored["clap"]["scores"]["clap_score"]["value"] <= 1
+    assert stored["clap"]["scores"]["clap_score_unrelated"]["value"] < 0.9
+    assert "# Evaluation, protocol `clap`" in (workspace / "out" / "evaluation.md").read_text()
+    (record,) = (workspace / "wandb").glob("offline-run-*/run-scores.wandb")
+    assert b"clap/clap_score" in record.read_bytes()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from foley.metrics.extractors import ExtractorOutput
+from foley.metrics.preprocessing import Preprocessing, pad_to
 from foley.metrics.protocols import EvaluationProtocol
 
 LABELS = ("rain", "bell", "dog bark", "seven")
@@ -27,16 +28,23 @@ class FirstSamplesExtractor:
         return ExtractorOutput(audio[:, : self.feature_dim], 20 * audio[:, : self.feature_dim])
 
 
+class FirstSamplesPreprocessing(Preprocessing):
+    sample_rate_hz = 100
+    resampler = "none"
+    length = "zeros to 2 s"
+
+    def frame(self, audio: torch.Tensor) -> torch.Tensor:
+        return pad_to(audio[0], 200)
+
+
 def protocol_with(extractor_hash: str) -> EvaluationProtocol:
     return EvaluationProtocol(
         name="embedded",
         version=1,
+        preprocessing=FirstSamplesPreprocessing(),
         extractor=FirstSamplesExtractor(),
         extractor_hash=extractor_hash,
-        channels=1,
-        pad_seconds=1.0,
-        minimum_seconds=2.0,
-        inception_splits=1,
+        scores=("frechet", "frechet_infinity", "kad", "kl", "inception"),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,8 +51,8 @@ def test_scan_reads_sidecars_and_refuses_empty_folders_and_bad_json(tmp_path) ->
         scan_directory(tmp_path)
 
 
-def load(path) -> torch.Tensor:
-    return torch.tensor([float(value) for value in path.read_text().split()])
+def load(path) -> tuple[np.ndarray, int]:
+    return np.array([[float(value)] for value in path.read_text().split()], dtype=np.float32), 100
 
 
 @pytest.fixture

@@ -24,10 +24,13 @@ REFERENCE = [clip(label, name=f"{label}-{i}") for label in LABELS for i in range
 
 def test_a_set_against_itself(protocol) -> None:
     result = evaluate_audio(REFERENCE, REFERENCE, protocol, pairing="required")
-    assert result.frechet_distance == pytest.approx(0, abs=1e-9)
-    assert result.kl_softmax == pytest.approx(0, abs=1e-4)
-    assert result.kl_marginal is None
-    assert result.inception_score == pytest.approx(4, rel=1e-4)
+    values = {name: score.value for name, score in result.scores.items()}
+    assert values["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    assert values["kl_softmax"] == values["kl_softmax_reversed"] == pytest.approx(0, abs=1e-4)
+    assert values["kl_sigmoid"] == values["kl_sigmoid_reversed"] == pytest.approx(0, abs=1e-4)
+    assert "kl_marginal" not in values
+    assert values["inception_score"] == pytest.approx(4, rel=1e-4)
+    assert {score.low for score in result.scores.values()} == {None}
     assert result.accuracy["all"].accuracy == 1
     assert (result.n_generated, result.n_reference, result.pairing) == (12, 12, "paired by id")
     assert result.protocol["extractor_hash"] == "first"
@@ -63,9 +66,8 @@ def test_a_missing_pair_is_refused_where_pairing_is_asked_for(protocol) -> None:
         evaluate_audio(samples, REFERENCE, protocol, pairing="auto")
     unpaired = evaluate_audio(samples, REFERENCE, protocol, pairing="none")
     assert unpaired.pairing == "none"
-    assert unpaired.kl_softmax is None
-    assert unpaired.kl_marginal is not None
-    assert unpaired.kl_marginal > 0
+    assert "kl_softmax" not in unpaired.scores
+    assert unpaired.scores["kl_marginal"].value > 0
 
 
 def test_an_all_silent_set_raises_and_some_silent_clips_are_named(protocol, caplog) -> None:
@@ -78,7 +80,7 @@ def test_an_all_silent_set_raises_and_some_silent_clips_are_named(protocol, capl
         result = evaluate_audio([*REFERENCE, silent], REFERENCE, protocol)
     assert result.silent == ["mute"]
     assert "mute" in caplog.text
-    assert "ALARM" in to_markdown(result)
+    assert "ALARM" in to_markdown([result])
 
 
 def test_not_a_number_and_empty_sets_are_refused(protocol) -> None:
@@ -89,11 +91,12 @@ def test_not_a_number_and_empty_sets_are_refused(protocol) -> None:
 
 
 def test_report_states_protocol_and_every_n(protocol, tmp_path) -> None:
-    result = evaluate_audio(REFERENCE, REFERENCE, protocol)
-    write_report(result, tmp_path)
-    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    result = evaluate_audio(REFERENCE, REFERENCE, protocol, resamples=20)
+    write_report([result], tmp_path)
+    stored = json.loads((tmp_path / "evaluation.json").read_text())["embedded"]
     assert stored["protocol"]["sample_rate_hz"] == 100
     assert stored["n_generated"] == 12
     markdown = (tmp_path / "evaluation.md").read_text()
-    assert "| Frechet distance | 0.0000 | 12 / 12 |" in markdown
+    assert "| Frechet distance | 0.0000 | 0.0000 to " in markdown
+    assert " | 12 / 12 |" in markdown
     assert "| dog bark | 100.0% | 3 |" in markdown

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from tiny_clap import save_clap
 
-from foley.checkpoint import save_component
+from foley.checkpoint import CheckpointError, save_component
 from foley.config import PROJECT_ROOT
 from foley.metrics.clips import LabelledAudio
 from foley.metrics.extractors.embedded import EmbeddedExtractor
 from foley.metrics.features import extract_audio
-from foley.metrics.protocols import ProtocolError, load_protocol
+from foley.metrics.protocols import ProtocolError, clap, load_protocol, panns, stable_audio, vggish
 
 CONFIG = {"labels": ["a", "b"], "label_groups": {}, "widths": [4, 4, 4, 4, 4], "feature_dim": 8}
 
@@ -21,28 +22,19 @@ def extractor_directory(tmp_path):
 
 
 def test_embedded_states_what_its_numbers_depend_on(extractor_directory) -> None:
-    protocol = load_protocol("embedded", extractor_directory)
-    stated = protocol.describe()
+    stated = load_protocol("embedded", extractor_directory).describe()
     assert (stated["protocol"], stated["version"], stated["sample_rate_hz"], stated["channels"]) == (
         "embedded",
         1,
         24000,
         1,
     )
-    assert {"padding", "extractor_hash", "direction"} <= set(stated)
+    assert {"padding", "resampler", "level", "channel_rule", "extractor_hash", "direction"} <= set(stated)
 
 
-def test_padding_is_a_whole_number_of_seconds_and_at_least_two(extractor_directory) -> None:
-    protocol = load_protocol("embedded", extractor_directory)
-    for samples, padded in ((1, 48000), (48000, 48000), (48001, 72000)):
-        audio = torch.ones(samples)
-        assert protocol.pad(audio).shape == (padded,)
-        assert protocol.pad(audio).sum() == samples
-
-
-@pytest.mark.parametrize("name", ["panns", "vggish", "../embedded"])
+@pytest.mark.parametrize("name", ["clapp", "../embedded"])
 def test_unknown_protocols_name_what_exists(name: str, extractor_directory) -> None:
-    with pytest.raises(ProtocolError, match=r"unknown protocol.*available: embedded"):
+    with pytest.raises(ProtocolError, match=r"unknown protocol.*available: embedded, panns, vggish"):
         load_protocol(name, extractor_directory)
 
 
@@ -51,6 +43,35 @@ def test_absent_and_foreign_weights_are_refused(extractor_directory, tmp_path) -
         load_protocol("embedded", tmp_path / "nothing", "abc")
     with pytest.raises(ProtocolError, match="expected abc"):
         load_protocol("embedded", extractor_directory, "abc")
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (panns, r"Cnn14_16k_mAP=0\.438\.pth does not exist .*none is published.*zenodo\.org/records/3987831"),
+        (vggish, r"vggish-10086976\.pth does not exist .*SHA-256: 10086976.*github\.com/harritaylor/torchvggish"),
+        (stable_audio, r"torchopenl3_mel256_env_512\.pth\.tar does not exist .*github\.com/torchopenl3"),
+    ],
+)
+def test_absent_published_weights_fail_at_once_with_file_source_and_hash(build, named: str, tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        build(tmp_path)
+
+
+def test_weights_of_another_hash_are_refused(tmp_path) -> None:
+    (tmp_path / "vggish-10086976.pth").write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match=r"has SHA-256 .*, expected 10086976"):
+        vggish(tmp_path)
+
+
+def test_clap_that_cannot_tell_captions_apart_is_refused(tmp_path) -> None:
+    with pytest.raises(ProtocolError, match=r"unrelated captions have a similarity of"):
+        clap(str(save_clap(tmp_path / "one", words=[])))
+    (protocol,) = clap(str(save_clap(tmp_path / "two")))
+    clips = [LabelledAudio(torch.randn(48000), None, None, caption) for caption in ("a dog barks", "rain falls")]
+    features = extract_audio(clips, protocol)
+    assert features.features.shape == (2, 12)
+    assert features.logits.shape == (2, 0)
 
 
 def test_the_shipped_extractor_tells_procedural_sounds_apart() -> None:

@@ -13,11 +13,12 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
 class LabelledAudio(NamedTuple):
-    """`audio [T]` or `[1, T]` float mono at the protocol's rate; clips with equal `id` are a pair."""
+    """`audio [T]` or `[channels, T]` at the protocol's rate; equal `id`s are a pair; `caption` is the prompt."""
 
     audio: Tensor
     label: str | None = None
     id: str | None = None
+    caption: str | None = None
 
 
 @dataclass(frozen=True)

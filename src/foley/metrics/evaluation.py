@@ -9,18 +9,12 @@ import torch
 from torch import Tensor
 
 from foley.logs import get_logger
+from foley.metrics.bootstrap import Estimate
 from foley.metrics.clips import ClipFile, LabelledAudio, labels_by_caption, resolve_labels
-from foley.metrics.distribution import (
-    GaussianStatistics,
-    frechet_distance,
-    inception_score,
-    kl_marginal,
-    kl_sigmoid,
-    kl_softmax,
-    label_accuracy,
-)
 from foley.metrics.features import AudioLoader, ClipFeatures, extract_audio, extract_files
+from foley.metrics.posteriors import label_accuracy
 from foley.metrics.protocols import EvaluationProtocol
+from foley.metrics.scores import SCORES, Comparison
 
 log = get_logger(__name__)
 
@@ -48,18 +42,13 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one set of generated clips. Paired clips have `kl_softmax` and `kl_sigmoid`, others `kl_marginal`."""
+    """Scores of one set of generated clips under one part of a protocol, by name, and how often which class is met."""
 
     protocol: dict[str, Any]
     n_generated: int
     n_reference: int
     pairing: str
-    frechet_distance: float
-    inception_score: float
-    inception_score_std: float
-    kl_softmax: float | None
-    kl_sigmoid: float | None
-    kl_marginal: float | None
+    scores: dict[str, Estimate]
     accuracy: dict[str, Accuracy]
     n_unlabelled: int
     silent: list[str]
@@ -99,18 +88,6 @@ def _pair(generated: ClipFeatures, reference: ClipFeatures, pairing: Pairing) ->
     return None
 
 
-def _kl_scores(generated: ClipFeatures, reference: ClipFeatures, pairs: list[int] | None) -> dict[str, float | None]:
-    if pairs is None:
-        marginal = kl_marginal(reference.logits, generated.logits)
-        return {"kl_softmax": None, "kl_sigmoid": None, "kl_marginal": marginal}
-    paired = reference.logits[pairs]
-    return {
-        "kl_softmax": kl_softmax(paired, generated.logits),
-        "kl_sigmoid": kl_sigmoid(paired, generated.logits),
-        "kl_marginal": None,
-    }
-
-
 def restricted_accuracy(
     logits: Tensor, labels: Sequence[str | None], all_labels: Sequence[str], choices: Sequence[str]
 ) -> Accuracy | None:
@@ -140,36 +117,38 @@ def _accuracies(generated: ClipFeatures, protocol: EvaluationProtocol) -> dict[s
     return {name: accuracy for name, accuracy in found.items() if accuracy is not None}
 
 
-def _statistics(clips: ClipFeatures) -> GaussianStatistics:
-    return GaussianStatistics(clips.features.shape[1]).update(clips.features)
-
-
 def evaluate_features(
-    generated: ClipFeatures, reference: ClipFeatures, protocol: EvaluationProtocol, pairing: Pairing = "auto"
+    generated: ClipFeatures,
+    reference: ClipFeatures,
+    protocol: EvaluationProtocol,
+    pairing: Pairing = "auto",
+    resamples: int = 0,
 ) -> Evaluation:
     """All scores of a protocol from extracted features.
 
     Args:
         pairing: "required" raises PairingError for a generated clip without reference, "none" compares the sets
             only, "auto" pairs where every generated clip has a reference.
+        resamples: sets of clips drawn for each confidence interval; 0 leaves intervals out.
     Raises SilentAudioError where a whole set is silent.
     """
     silent = _check_silence(generated, "generated")
     _check_silence(reference, "reference")
     pairs = _pair(generated, reference, pairing)
-    unlabelled = sum(label not in protocol.extractor.labels for label in generated.labels)
+    labels = protocol.extractor.labels
+    unlabelled = sum(label not in labels for label in generated.labels) if labels else 0
     if unlabelled:
         log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))
-    score = inception_score(generated.logits, protocol.inception_splits)
+    sets = Comparison(generated, reference, pairs, protocol.extractor, protocol.inception_splits, resamples)
+    scores: dict[str, Estimate] = {}
+    for name in protocol.scores:
+        scores |= SCORES[name](sets)
     return Evaluation(
         protocol=protocol.describe(),
         n_generated=len(generated),
         n_reference=len(reference),
         pairing="none" if pairs is None else "paired by id",
-        frechet_distance=frechet_distance(_statistics(reference), _statistics(generated)),
-        inception_score=score.mean,
-        inception_score_std=score.std,
-        **_kl_scores(generated, reference, pairs),
+        scores=scores,
         accuracy=_accuracies(generated, protocol),
         n_unlabelled=unlabelled,
         silent=silent,
@@ -181,10 +160,11 @@ def evaluate_audio(
     reference: Sequence[LabelledAudio] | ClipFeatures,
     protocol: EvaluationProtocol,
     pairing: Pairing = "none",
+    resamples: int = 0,
 ) -> Evaluation:
     """Scores of clips in memory, at the protocol's rate; extract a reference that is used often once, and pass that."""
     known = reference if isinstance(reference, ClipFeatures) else extract_audio(reference, protocol)
-    return evaluate_features(extract_audio(samples, protocol), known, protocol, pairing)
+    return evaluate_features(extract_audio(samples, protocol), known, protocol, pairing, resamples)
 
 
 def evaluate_files(
@@ -196,16 +176,19 @@ def evaluate_files(
     cache_directory: Path | None = None,
     captions: Iterable[tuple[str, str]] = (),
     named_labels: Sequence[str] = (),
+    resamples: int = 0,
 ) -> Evaluation:
     """Scores of audio files.
 
     Args:
-        load: gives mono audio at the protocol's rate.
+        load: reads a file; the protocol's preprocessing does the rest.
         captions: known (caption, label) pairs, beside those of the reference; a clip without label of its own takes
             that of its prompt (see `resolve_labels`).
         named_labels: labels that a prompt may name in words; leave out those that mean other things too ("wood").
+        resamples: as in `evaluate_features`.
     """
     known = labels_by_caption([*captions, *((clip.caption, clip.label) for clip in reference)])
     labels = resolve_labels(samples, known, named_labels)
     generated = extract_files(samples, protocol, load, cache_directory).with_labels(labels)
-    return evaluate_features(generated, extract_files(reference, protocol, load, cache_directory), protocol, pairing)
+    known_features = extract_files(reference, protocol, load, cache_directory)
+    return evaluate_features(generated, known_features, protocol, pairing, resamples)

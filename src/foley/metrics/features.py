@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +25,25 @@ log = get_logger(__name__)
 _CHUNK_CLIPS = 16
 _LOADER_THREADS = 2
 
-AudioLoader = Callable[[Path], Tensor | NDArray[np.float32]]
+AudioLoader = Callable[[Path], tuple[NDArray[np.float32], int]]
+"""Gives samples `[T, channels]` as they are stored, and their rate."""
+Row = dict[str, Tensor]
+"""What is kept of a clip: `features [F, D]`, `logits [K]`, `peaks []`."""
 
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """`features [N, D]`, `logits [N, K]` and absolute `peaks [N]` of N clips with their ids and labels."""
+    """What an extractor says of N clips.
+
+    `features [M, D]`: one row for each clip, or as many as `windows [N]` says for extractors that go by windows;
+    `logits [N, K]`, absolute `peaks [N]` of the stored audio, and ids, labels and captions.
+    """
 
     ids: list[str]
     labels: list[str | None]
+    captions: list[str | None]
     features: Tensor
+    windows: Tensor
     logits: Tensor
     peaks: Tensor
 
@@ -45,42 +55,63 @@ class ClipFeatures:
         return replace(self, labels=list(labels))
 
 
-def _pack(items: Iterable[dict[str, Tensor]], ids: Sequence[str], labels: Sequence[str | None]) -> ClipFeatures:
+class _Input(NamedTuple):
+    """An extractor's input for one clip, and the peak of the audio it came from."""
+
+    audio: Tensor
+    peak: Tensor
+
+
+def _pack(
+    items: Iterable[Row], ids: Sequence[str], labels: Sequence[str | None], captions: Sequence[str | None]
+) -> ClipFeatures:
     rows = list(items)
     if not rows:
         raise ValueError("there are no clips to extract features from; give at least one")
-    return ClipFeatures(list(ids), list(labels), **{k: torch.stack([row[k] for row in rows]) for k in rows[0]})
+    return ClipFeatures(
+        list(ids),
+        list(labels),
+        list(captions),
+        features=torch.cat([row["features"] for row in rows]),
+        windows=torch.tensor([len(row["features"]) for row in rows]),
+        logits=torch.stack([row["logits"] for row in rows]),
+        peaks=torch.stack([row["peaks"] for row in rows]),
+    )
 
 
-def _extract(audio: Sequence[Tensor], names: Sequence[str], protocol: EvaluationProtocol) -> list[dict[str, Tensor]]:
-    """Rows of features for clips of any lengths; equal padded lengths run as one batch."""
-    peaks = []
-    by_length: dict[int, list[int]] = {}
-    padded = []
-    for index, (clip, name) in enumerate(zip(audio, names, strict=True)):
-        flat = clip.reshape(-1).float()
-        if flat.numel() == 0 or not bool(flat.isfinite().all()):
-            raise ValueError(f"{name}: audio is empty or not finite ({flat.numel()} samples); regenerate the clip")
-        peaks.append(flat.abs().max())
-        padded.append(protocol.pad(flat))
-        by_length.setdefault(padded[-1].numel(), []).append(index)
-    rows: list[dict[str, Tensor]] = [{} for _ in audio]
-    for indices in by_length.values():
+def _prepare(audio: Tensor, rate_hz: int, name: str, protocol: EvaluationProtocol) -> _Input:
+    if audio.numel() == 0 or not bool(audio.isfinite().all()):
+        raise ValueError(f"{name}: audio is empty or not finite ({audio.numel()} samples); regenerate the clip")
+    return _Input(protocol.preprocessing(audio.float(), rate_hz), audio.abs().max().float())
+
+
+def _extract(inputs: Sequence[_Input], protocol: EvaluationProtocol) -> list[Row]:
+    """Rows of features for clips of any lengths; inputs of equal shape run as one batch."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, item in enumerate(inputs):
+        by_shape.setdefault(item.audio.shape, []).append(index)
+    rows: list[Row] = [{} for _ in inputs]
+    for indices in by_shape.values():
         with torch.inference_mode():
-            output = protocol.extractor(torch.stack([padded[index] for index in indices]))
+            output = protocol.extractor(torch.stack([inputs[index].audio for index in indices]))
         for row, index in enumerate(indices):
-            rows[index] = {"features": output.features[row], "logits": output.logits[row], "peaks": peaks[index]}
+            features = output.features[row].view(-1, output.features.shape[-1])
+            rows[index] = {"features": features, "logits": output.logits[row], "peaks": inputs[index].peak}
     return rows
 
 
 def extract_audio(clips: Sequence[LabelledAudio], protocol: EvaluationProtocol) -> ClipFeatures:
     """Features of clips in memory; clips without an id are called by their position."""
     ids = [clip.id if clip.id is not None else str(index) for index, clip in enumerate(clips)]
-    rows: list[dict[str, Tensor]] = []
+    rows: list[Row] = []
     for start in range(0, len(clips), _CHUNK_CLIPS):
         part = slice(start, start + _CHUNK_CLIPS)
-        rows += _extract([clip.audio for clip in clips[part]], ids[part], protocol)
-    return _pack(rows, ids, [clip.label for clip in clips])
+        inputs = [
+            _prepare(torch.atleast_2d(clip.audio), protocol.sample_rate_hz, name, protocol)
+            for clip, name in zip(clips[part], ids[part], strict=True)
+        ]
+        rows += _extract(inputs, protocol)
+    return _pack(rows, ids, [clip.label for clip in clips], [clip.caption for clip in clips])
 
 
 class FeatureCache:
@@ -89,7 +120,7 @@ class FeatureCache:
     def __init__(self, directory: Path | None, protocol: EvaluationProtocol) -> None:
         self._directory = None if directory is None else directory / f"{protocol.name}-{protocol.identity[:16]}"
 
-    def load(self, content_hash: str) -> dict[str, Tensor] | None:
+    def load(self, content_hash: str) -> Row | None:
         """The row of the audio with this content, or None; an unreadable file is reported and made anew."""
         path = self._path(content_hash)
         if path is None or not path.is_file():
@@ -100,11 +131,11 @@ class FeatureCache:
             log.warning("%s cannot be read (%s); extracting its features again", path, error)
             return None
 
-    def save(self, content_hash: str, row: dict[str, Tensor]) -> None:
+    def save(self, content_hash: str, row: Row) -> None:
         """Keep `row` for the audio with this content."""
         path = self._path(content_hash)
         if path is not None:
-            write_tensors(path, {key: value.clone() for key, value in row.items()})
+            write_tensors(path, row)
 
     def _path(self, content_hash: str) -> Path | None:
         return None if self._directory is None else self._directory / f"{content_hash}.safetensors"
@@ -113,18 +144,27 @@ class FeatureCache:
 def extract_files(
     clips: Sequence[ClipFile], protocol: EvaluationProtocol, load: AudioLoader, cache_directory: Path | None = None
 ) -> ClipFeatures:
-    """Features of audio files; `load` gives mono audio at the protocol's rate. Unchanged files come from the cache."""
+    """Features of audio files, of which a few are in memory at a time. Unchanged files come from the cache."""
     cache = FeatureCache(cache_directory, protocol)
     hashes = [hash_file(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
     missing = {key: clip.path for key, clip in zip(hashes, clips, strict=True) if key not in rows}
     log.info("features of %d clips: %d cached, %d to extract", len(clips), len(clips) - len(missing), len(missing))
     chunks = [list(missing.items())[start : start + _CHUNK_CLIPS] for start in range(0, len(missing), _CHUNK_CLIPS)]
+
+    def prepare(path: Path) -> _Input:
+        samples, rate_hz = load(path)
+        return _prepare(torch.from_numpy(samples).T, rate_hz, str(path), protocol)
+
     with ThreadPoolExecutor(_LOADER_THREADS) as pool:
         for chunk in track(chunks, description="extracting features", disable=not chunks):
-            audio = [torch.as_tensor(samples) for samples in pool.map(load, [path for _, path in chunk])]
-            extracted = _extract(audio, [str(path) for _, path in chunk], protocol)
+            extracted = _extract(list(pool.map(prepare, [path for _, path in chunk])), protocol)
             for (key, _), row in zip(chunk, extracted, strict=True):
-                cache.save(key, row)
-                rows[key] = row
-    return _pack((rows[key] for key in hashes), [clip.id for clip in clips], [clip.label for clip in clips])
+                rows[key] = {name: value.clone() for name, value in row.items()}  # not the batch behind it
+                cache.save(key, rows[key])
+    return _pack(
+        (rows[key] for key in hashes),
+        [clip.id for clip in clips],
+        [clip.label for clip in clips],
+        [clip.caption for clip in clips],
+    )

@@ -8,11 +8,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from foley.checkpoint import WEIGHTS_FILE, load_component
 from foley.hashing import hash_file, hash_module
-from foley.metrics.extractors import Extractor
+from foley.metrics.extractors import CaptionExtractor, Extractor, cnn14, passt
+from foley.metrics.extractors import clap as clap_extractor
+from foley.metrics.extractors import vggish as vggish_extractor
+from foley.metrics.extractors.openl3 import OpenL3, openl3_weights
+from foley.metrics.extractors.weights import PublishedWeights
+from foley.metrics.preprocessing import (
+    ClapPreprocessing,
+    EmbeddedPreprocessing,
+    OpenL3Preprocessing,
+    PannsPreprocessing,
+    PasstPreprocessing,
+    PeakClapPreprocessing,
+    Preprocessing,
+    VggishPreprocessing,
+)
+
+FUSED_CLAP = "laion/clap-htsat-fused"
+"""The weights of stable-audio-metrics, 630k-audioset-fusion-best.pt, in transformers' layout."""
+
+_UNRELATED = ("a dog barks", "rain falls on a metal roof", "an opera singer practises scales")
+_HIGHEST_SIMILARITY = 0.9
+_REFERENCE_FIRST, _GENERATED_FIRST = "KL(reference || generated)", "KL(generated || reference)"
 
 
 class ProtocolError(ValueError):
@@ -21,40 +42,32 @@ class ProtocolError(ValueError):
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """How clips become features and features become scores.
+    """How clips become features, and which scores are made of these.
 
-    Clips are zero-padded on the right to a whole number of `pad_seconds`, at least `minimum_seconds`, so that a
-    clip's features never depend on the clips that share its batch.
+    Args:
+        scores: names out of `foley.metrics.scores.SCORES`.
+        direction: of the divergence that the protocol's papers report; both are measured.
     """
 
     name: str
     version: int
+    preprocessing: Preprocessing
     extractor: Extractor
     extractor_hash: str
-    channels: int
-    pad_seconds: float
-    minimum_seconds: float
-    inception_splits: int
-    direction: str = "KL(reference || generated)"
+    scores: tuple[str, ...]
+    inception_splits: int = 1
+    direction: str = _REFERENCE_FIRST
 
     @property
     def sample_rate_hz(self) -> int:
-        return self.extractor.sample_rate_hz
-
-    def pad(self, audio: Tensor) -> Tensor:
-        """`audio [T]`, zero-padded on the right as the protocol states."""
-        block = round(self.pad_seconds * self.sample_rate_hz)
-        length = max(-(-audio.numel() // block) * block, round(self.minimum_seconds * self.sample_rate_hz))
-        return nn.functional.pad(audio, (0, length - audio.numel()))
+        return self.preprocessing.sample_rate_hz
 
     def describe(self) -> dict[str, Any]:
         """What a report states beside every number."""
         return {
             "protocol": self.name,
             "version": self.version,
-            "sample_rate_hz": self.sample_rate_hz,
-            "channels": self.channels,
-            "padding": f"zeros at the end to a multiple of {self.pad_seconds:g} s, at least {self.minimum_seconds:g} s",
+            **self.preprocessing.describe(),
             "extractor": type(self.extractor).__name__,
             "extractor_hash": self.extractor_hash,
             "feature_dim": self.extractor.feature_dim,
@@ -69,37 +82,115 @@ class EvaluationProtocol:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def embedded(directory: Path, expected_sha256: str | None = None) -> EvaluationProtocol:
-    """The small extractor that ships: 24 kHz mono. Its numbers are its own, never those of a published protocol."""
-    weights = directory / WEIGHTS_FILE
+def require_distinct_captions(extractor: CaptionExtractor) -> None:
+    """Refuse an extractor to which unrelated captions are alike, as they are to an incomplete tokenizer."""
+    embedded = extractor.text(_UNRELATED)
+    similar = float((embedded @ embedded.T).fill_diagonal_(-1).max())
+    if similar >= _HIGHEST_SIMILARITY:
+        raise ProtocolError(
+            f"unrelated captions have a similarity of {similar:.3f}, and it must be under {_HIGHEST_SIMILARITY}: "
+            "this is no trained CLAP, or its tokenizer is another's; fetch its files again"
+        )
+
+
+def _load_published(
+    weights: PublishedWeights, build: Callable[[], nn.Module], directory: str | Path, sha256: str | None
+) -> tuple[Any, str]:
+    """A published extractor and the hash of its file, which is looked for before anything is built."""
+    path = weights.find(Path(directory).expanduser(), sha256)
+    return weights.load(build(), path), hash_file(path)
+
+
+def _load_clap(name_or_path: str, download: bool) -> tuple[clap_extractor.ClapExtractor, str]:
+    embedder = clap_extractor.ClapEmbedder.from_pretrained(name_or_path, download=download)
+    extractor = clap_extractor.ClapExtractor(embedder)
+    require_distinct_captions(extractor)
+    return extractor, hash_module(embedder.model)
+
+
+def embedded(directory: str | Path, sha256: str | None = None) -> list[EvaluationProtocol]:
+    """The small extractor that ships, in `directory`. Its numbers are its own, never those of a published protocol.
+
+    Raises ProtocolError where it is absent or has another hash.
+    """
+    weights = Path(directory) / WEIGHTS_FILE
     if not weights.is_file():
         raise ProtocolError(
-            f"protocol 'embedded': {weights} does not exist (expected SHA-256 {expected_sha256 or 'not pinned'}); it "
+            f"protocol 'embedded': {weights} does not exist (expected SHA-256 {sha256 or 'not pinned'}); it "
             "ships with foley in data/extractor and is made by `python scripts/train_extractor.py`"
         )
-    if expected_sha256 is not None and (found := hash_file(weights)) != expected_sha256:
+    if sha256 is not None and (found := hash_file(weights)) != sha256:
         raise ProtocolError(
-            f"protocol 'embedded': {weights} has SHA-256 {found}, expected {expected_sha256}; restore the shipped "
+            f"protocol 'embedded': {weights} has SHA-256 {found}, expected {sha256}; restore the shipped "
             "file, or set the expected hash to that of the extractor that you trained"
         )
-    extractor = load_component(directory)
-    return EvaluationProtocol(
-        name="embedded",
-        version=1,
-        extractor=extractor,
-        extractor_hash=hash_module(extractor),
-        channels=1,
-        pad_seconds=1.0,
-        minimum_seconds=2.0,
-        inception_splits=1,
-    )
+    extractor = load_component(Path(directory))
+    scores = ("frechet", "frechet_infinity", "kad", "kl", "inception")
+    return [EvaluationProtocol("embedded", 1, EmbeddedPreprocessing(), extractor, hash_module(extractor), scores)]
 
 
-PROTOCOLS: dict[str, Callable[[Path, str | None], EvaluationProtocol]] = {"embedded": embedded}
+def panns(directory: str | Path, sha256: str | None = None) -> list[EvaluationProtocol]:
+    """EzAudio and AudioLDM-eval: distances on Cnn14's 2048 features, divergences and IS on its 527 classes.
+
+    Raises CheckpointError where the weights in `directory` are absent or others than expected, as do the following.
+    """
+    loaded = _load_published(cnn14.WEIGHTS, cnn14.Cnn14, directory, sha256)
+    scores = ("frechet", "kad", "kl", "inception")
+    return [EvaluationProtocol("panns", 1, PannsPreprocessing(), *loaded, scores, inception_splits=10)]
 
 
-def load_protocol(name: str, extractor_directory: Path, expected_sha256: str | None = None) -> EvaluationProtocol:
-    """Protocol `name` with the extractor in `extractor_directory`; raises ProtocolError, never falls back."""
-    if name not in PROTOCOLS:
-        raise ProtocolError(f"unknown protocol {name!r}; available: {', '.join(sorted(PROTOCOLS))}")
-    return PROTOCOLS[name](extractor_directory, expected_sha256)
+def vggish(directory: str | Path, sha256: str | None = None) -> list[EvaluationProtocol]:
+    """FAD (Kilgour et al. 2019) on examples of 0.96 s, and its extrapolation (Gui et al. 2024)."""
+    loaded = _load_published(vggish_extractor.WEIGHTS, vggish_extractor.Vggish, directory, sha256)
+    return [EvaluationProtocol("vggish", 1, VggishPreprocessing(), *loaded, ("frechet", "frechet_infinity", "kad"))]
+
+
+def stable_audio(
+    directory: str | Path,
+    openl3_content: str = "env",
+    clap: str = FUSED_CLAP,
+    download: bool = False,
+    openl3_sha256: str | None = None,
+    passt_sha256: str | None = None,
+) -> list[EvaluationProtocol]:
+    """AudioCache, SmoothCache and Stable Audio Open: three extractors, each with its own preprocessing.
+
+    Args:
+        openl3_content: what OpenL3 was trained on: "env" for sounds, "music" for music.
+        clap, download: as of `clap`.
+    """
+    openl3 = _load_published(openl3_weights(openl3_content), OpenL3, directory, openl3_sha256)
+    tagged = _load_published(passt.WEIGHTS, passt.Passt, directory, passt_sha256)
+    embedder = _load_clap(clap, download)
+    return [
+        EvaluationProtocol("stable_audio/openl3", 1, OpenL3Preprocessing(), *openl3, ("frechet",)),
+        EvaluationProtocol("stable_audio/passt", 1, PasstPreprocessing(), *tagged, ("kl",), direction=_GENERATED_FIRST),
+        EvaluationProtocol("stable_audio/clap", 1, PeakClapPreprocessing(), *embedder, ("clap",)),
+    ]
+
+
+def clap(name_or_path: str = clap_extractor.REPOSITORY, download: bool = False) -> list[EvaluationProtocol]:
+    """Cosine of LAION-CLAP's embeddings of sound and caption.
+
+    Args:
+        name_or_path: repository in the Hugging Face cache, or a folder.
+        download: let missing files be fetched.
+    """
+    return [EvaluationProtocol("clap", 1, ClapPreprocessing(), *_load_clap(name_or_path, download), ("clap", "kad"))]
+
+
+_SINGLE: dict[str, Callable[[str | Path, str | None], list[EvaluationProtocol]]] = {
+    "embedded": embedded,
+    "panns": panns,
+    "vggish": vggish,
+}
+
+
+def load_protocol(name: str, directory: str | Path, expected_sha256: str | None = None) -> EvaluationProtocol:
+    """Protocol `name`, which has one extractor, from its weights in `directory`; never falls back to another.
+
+    Raises ProtocolError for an unknown name, and what the protocols themselves raise.
+    """
+    if name not in _SINGLE:
+        raise ProtocolError(f"unknown protocol {name!r}; available: {', '.join(_SINGLE)}")
+    return _SINGLE[name](directory, expected_sha256)[0]

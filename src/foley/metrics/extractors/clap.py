@@ -1,6 +1,6 @@
 """LAION-CLAP (Wu et al. 2023) through transformers: one space for sounds and captions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torchaudio.functional import melscale_fbanks
 from transformers import AutoTokenizer, ClapModel, PreTrainedTokenizerBase
 
 from foley.checkpoint import CheckpointError
+from foley.metrics.extractors import ExtractorOutput
 
 REPOSITORY = "laion/clap-htsat-unfused"
 _WINDOW_SECONDS = 10
@@ -68,7 +69,8 @@ class ClapEmbedder:
     def __init__(self, model: ClapModel, tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> None:
         self.model = model.requires_grad_(False).eval().to(device)
         self.tokenizer = tokenizer
-        self._fusion = bool(model.config.audio_config.enable_fusion)
+        audio: Any = model.config.audio_config
+        self._fusion = bool(audio.enable_fusion)
         self._spectrogram = ClapSpectrogram(self.sample_rate_hz, self._fusion).to(device)
 
     @classmethod
@@ -101,13 +103,18 @@ class ClapEmbedder:
         """Embeddings `[B, D]` of mono clips `[T]` of any lengths at 48 kHz; on the CPU."""
         window_samples = _WINDOW_SECONDS * self.sample_rate_hz
         windows = [split_windows(torch.as_tensor(clip).reshape(-1).float(), window_samples) for clip in clips]
-        features = self._spectrogram(torch.cat(windows).to(self.model.device)).unsqueeze(1)
+        embedded = self.windows(torch.cat(windows)).split([len(part) for part in windows])
+        return nn.functional.normalize(torch.stack([part.mean(dim=0) for part in embedded]), dim=-1)
+
+    @torch.inference_mode()
+    def windows(self, audio: Tensor) -> Tensor:
+        """Embeddings `[W, D]` of windows `[W, 480000]`; on the CPU."""
+        features = self._spectrogram(audio.to(self.model.device)).unsqueeze(1)
         if self._fusion:  # windows are never longer than the model's own, so all four views are the same
             features = features.expand(-1, 4, -1, -1)
         longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
-        embedded = self.model.get_audio_features(input_features=features, is_longer=longer).pooler_output.cpu()
-        means = torch.stack([part.mean(dim=0) for part in embedded.split([len(part) for part in windows])])
-        return nn.functional.normalize(means, dim=-1)
+        embedded: Tensor = self.model.get_audio_features(input_features=features, is_longer=longer).pooler_output
+        return embedded.cpu()
 
     @torch.inference_mode()
     def text(self, captions: Sequence[str]) -> Tensor:
@@ -116,6 +123,27 @@ class ClapEmbedder:
         tokens = self.tokenizer(list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt")
         inputs = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         return nn.functional.normalize(self.model.get_text_features(**inputs).pooler_output.cpu(), dim=-1)
+
+
+class ClapExtractor:
+    """A `ClapEmbedder` in the form of a protocol's extractor: features in the space of captions, and no classes."""
+
+    sample_rate_hz = ClapEmbedder.sample_rate_hz
+    labels: Sequence[str] = ()
+
+    def __init__(self, embedder: ClapEmbedder) -> None:
+        self.embedder, self.feature_dim = embedder, embedder.dim
+        self.label_groups: Mapping[str, Sequence[str]] = {}
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        """Unit embeddings `[B, D]` of captions."""
+        return self.embedder.text(captions)
+
+    def __call__(self, audio: Tensor) -> ExtractorOutput:
+        """`audio [B, windows, 480000]` -> unit features `[B, D]` and no logits."""
+        embedded = self.embedder.windows(audio.flatten(0, 1)).unflatten(0, audio.shape[:2])
+        features = nn.functional.normalize(embedded.mean(dim=1), dim=-1)
+        return ExtractorOutput(features, features.new_zeros(len(audio), 0))
 
 
 def _load(from_pretrained: Callable[..., Any], name_or_path: str | Path, options: dict[str, Any]) -> Any:

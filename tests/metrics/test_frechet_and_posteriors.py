@@ -3,14 +3,20 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from foley.metrics.distribution import (
+from foley.metrics.frechet import (
+    GaussianRoot,
     GaussianStatistics,
+    extrapolated_distance,
     frechet_distance,
     gaussian_frechet_distance,
+)
+from foley.metrics.posteriors import (
     inception_score,
+    inception_scores,
     kl_marginal,
     kl_sigmoid,
     kl_softmax,
@@ -68,6 +74,54 @@ def test_frechet_of_a_set_with_itself_is_zero_and_a_shift_adds_its_square() -> N
     own, shifted = statistics_of(FEATURES), statistics_of(FEATURES + 2)
     assert frechet_distance(own, own) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(own, shifted) == pytest.approx(6 * 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [400, 40])
+def test_agrees_with_the_arithmetic_of_torch_fidelity(n: int) -> None:
+    # Its `fid_statistics_to_metric`: square roots of the eigenvalues of the product, which are complex by rounding.
+    generator = np.random.default_rng(n)
+    first = generator.standard_normal((n, 24)) @ generator.standard_normal((24, 24))
+    second = generator.standard_normal((n, 24)) + 0.3
+    covariances = [np.cov(features, rowvar=False) for features in (first, second)]
+    shift = first.mean(axis=0) - second.mean(axis=0)
+    overlap = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
+    expected = shift @ shift + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * overlap
+    own = frechet_distance(statistics_of(torch.from_numpy(first)), statistics_of(torch.from_numpy(second)))
+    assert own == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [400, 5])
+def test_roots_of_few_and_many_vectors_give_the_distance_of_statistics(n: int) -> None:
+    first, second = FEATURES[:n], 2 * FEATURES[-n:] + 1
+    expected = frechet_distance(statistics_of(first), statistics_of(second))
+    assert GaussianRoot.fit(first).distance(GaussianRoot.fit(second)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_counts_are_repetitions() -> None:
+    counts = torch.tensor([0.0, 3, 1, 2]).double()
+    repeated = FEATURES[:4].repeat_interleave(counts.long(), dim=0)
+    other = GaussianRoot.fit(FEATURES)
+    distance = GaussianRoot.fit(FEATURES[:4], counts).distance(other)
+    assert distance == pytest.approx(GaussianRoot.fit(repeated).distance(other), rel=1e-9)
+    logits = 3 * FEATURES[:4]
+    own = inception_scores(logits, counts=counts[None])[0, 0]
+    assert float(own) == pytest.approx(inception_score(logits.repeat_interleave(counts.long(), dim=0)).mean, rel=1e-9)
+
+
+def test_extrapolation_removes_a_bias_of_one_over_n() -> None:
+    counts = torch.ones(120).double()
+    assert extrapolated_distance(lambda part: 3 + 50 / float(part.sum()), counts) == pytest.approx(3, abs=1e-9)
+
+
+def test_extrapolated_distance_of_gaussians_comes_nearer_to_the_truth() -> None:
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(600, 12, generator=generator)
+    truth = GaussianRoot(torch.zeros(12).double(), torch.eye(12).double())
+    own = GaussianRoot.fit(features).distance(truth)
+    extrapolated = extrapolated_distance(
+        lambda part: GaussianRoot.fit(features, part).distance(truth), torch.ones(600).double()
+    )
+    assert abs(extrapolated) < own / 3
 
 
 def test_small_sets_warn_and_single_clips_are_refused(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,69 @@
+"""Published weights of extractors: where they come from, and how their names become ours."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from foley.checkpoint import CheckpointError, load_state, read_pickle
+from foley.hashing import hash_file
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """A file of weights, by name and source.
+
+    Args:
+        sha256: of the file, or how it begins; None where its authors publish none.
+        section: what the state dict is wrapped in, where it is.
+        renames: pattern and replacement, applied in order to every published name.
+        derived: pattern of names that hold no learned values and are computed here instead, such as Fourier kernels.
+    """
+
+    file: str
+    url: str
+    sha256: str | None = None
+    section: str | None = None
+    renames: Sequence[tuple[str, str]] = ()
+    derived: str | None = None
+
+    def find(self, directory: Path, sha256: str | None = None) -> Path:
+        """The file in `directory`; raises CheckpointError where it is absent or not the expected one.
+
+        Args:
+            sha256: expect this hash instead of the known one.
+        """
+        path, expected = directory / self.file, sha256 or self.sha256
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} does not exist (expected SHA-256: {expected or 'none is published'}). Source: {self.url}. "
+                f"Fetch it where there is a network and put it at that path, or give its folder as weights_dir=DIR"
+            )
+        if expected is not None and not (found := hash_file(path)).startswith(expected):
+            raise CheckpointError(f"{path} has SHA-256 {found}, expected {expected}; fetch it again from {self.url}")
+        return path
+
+    def load(self, module: Module, path: Path) -> Module:
+        """`module` in eval mode with the weights at `path`; raises CheckpointError that lists keys that disagree."""
+        content = read_pickle(path, mmap=True)
+        state = content.get(self.section) if self.section and isinstance(content, Mapping) else content
+        load_state(module, self.renamed(_require_tensors(state, path)), str(path))
+        return module.requires_grad_(False).eval()
+
+    def renamed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`state` under our names."""
+        kept = {name: value for name, value in state.items() if not (self.derived and re.match(self.derived, name))}
+        for pattern, replacement in self.renames:
+            kept = {re.sub(pattern, replacement, name): value for name, value in kept.items()}
+        return kept
+
+
+def _require_tensors(state: Any, path: Path) -> Mapping[str, Tensor]:
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict; give the file as published")
+    return state

@@ -1,0 +1,190 @@
+"""Scores of a set of clips against a reference set, each with an interval by bootstrap over clips."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from foley.logs import get_logger
+from foley.metrics.bootstrap import Estimate, draw_counts, estimate
+from foley.metrics.extractors import CaptionExtractor, Extractor
+from foley.metrics.features import ClipFeatures
+from foley.metrics.frechet import GaussianRoot, extrapolated_distance, warn_if_small
+from foley.metrics.kernel import kernel_audio_distance
+from foley.metrics.posteriors import divergence, inception_scores
+
+log = get_logger(__name__)
+
+Scores = dict[str, Estimate]
+
+_FEWEST_CLIPS = 8
+_HIGHEST_UNRELATED = 0.9
+
+
+class CaptionError(ValueError):
+    """CLAP scores were asked for, and clips lack captions or captions are all alike."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets to compare; `pairs` holds each generated clip's index in the reference, or None.
+
+    Args:
+        resamples: sets drawn for each interval; 0 leaves intervals out.
+    """
+
+    generated: ClipFeatures
+    reference: ClipFeatures
+    pairs: list[int] | None
+    extractor: Extractor
+    inception_splits: int
+    resamples: int
+
+    @property
+    def sizes(self) -> str:
+        """n of both sets, as text."""
+        return f"{len(self.reference)} / {len(self.generated)}"
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Draws of reference clips and, independently, of generated ones."""
+        return (
+            draw_counts(len(self.reference), self.resamples, "reference"),
+            draw_counts(len(self.generated), self.resamples, "generated"),
+        )
+
+
+def _spread(counts: Tensor, clips: ClipFeatures) -> Tensor:
+    """Counts of clips `[R, N]` as counts of their features `[R, M]`."""
+    return counts.repeat_interleave(clips.windows, dim=1)
+
+
+def _fit(clips: ClipFeatures, counts: Tensor) -> GaussianRoot:
+    return GaussianRoot.fit(clips.features, counts.repeat_interleave(clips.windows))
+
+
+def _distance_to(known: GaussianRoot, clips: ClipFeatures, counts: Tensor) -> float:
+    return known.distance(_fit(clips, counts))
+
+
+def frechet(sets: Comparison) -> Scores:
+    """Frechet distance of the features; with VGGish it is FAD."""
+    for name, clips in (("reference", sets.reference), ("generated", sets.generated)):
+        warn_if_small(name, len(clips.features), clips.features.shape[1])
+    values = [
+        _fit(sets.reference, reference).distance(_fit(sets.generated, generated))
+        for reference, generated in zip(*sets.counts(), strict=True)
+    ]
+    return {"frechet_distance": estimate(torch.tensor(values, dtype=torch.float64), sets.sizes, floor=0.0)}
+
+
+def frechet_infinity(sets: Comparison) -> Scores:
+    """The distance extrapolated to infinitely many generated clips; left out of sets of fewer than `_FEWEST_CLIPS`."""
+    if len(sets.generated) < _FEWEST_CLIPS:
+        log.warning("no extrapolated distance: it needs %d clips, got %d", _FEWEST_CLIPS, len(sets.generated))
+        return {}
+    values = []
+    for draw, (reference, generated) in enumerate(zip(*sets.counts(), strict=True)):
+        known = _fit(sets.reference, reference)
+        values.append(extrapolated_distance(partial(_distance_to, known, sets.generated), generated, draw))
+    return {"frechet_distance_infinity": estimate(torch.tensor(values, dtype=torch.float64), sets.sizes)}
+
+
+def kad(sets: Comparison) -> Scores:
+    """Kernel audio distance, unbiased at any n."""
+    reference, generated = sets.counts()
+    counts = _spread(reference, sets.reference), _spread(generated, sets.generated)
+    values = kernel_audio_distance(sets.reference.features, sets.generated.features, counts)
+    return {"kernel_audio_distance": estimate(values, sets.sizes)}
+
+
+def kl(sets: Comparison) -> Scores:
+    """Divergence of class posteriors in both directions: of pairs where there are pairs, else of the sets' means."""
+    if sets.pairs is None:
+        return _unpaired_kl(sets)
+    reference, generated = sets.reference.logits[sets.pairs], sets.generated.logits
+    counts = draw_counts(len(generated), sets.resamples, "generated")
+    found = {}
+    for name, activation in (("kl_softmax", _softmax), ("kl_sigmoid", _sigmoid)):
+        for suffix, first, second in (("", reference, generated), ("_reversed", generated, reference)):
+            values = divergence(activation(first), activation(second))
+            found[name + suffix] = estimate(counts @ values / counts.sum(dim=1), str(len(generated)))
+    return found
+
+
+def _unpaired_kl(sets: Comparison) -> Scores:
+    means = [
+        (counts @ _softmax(clips.logits)) / counts.sum(dim=1, keepdim=True)
+        for clips, counts in zip((sets.reference, sets.generated), sets.counts(), strict=True)
+    ]
+    return {
+        "kl_marginal": estimate(divergence(means[0], means[1]), sets.sizes, floor=0.0),
+        "kl_marginal_reversed": estimate(divergence(means[1], means[0]), sets.sizes, floor=0.0),
+    }
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.double().softmax(-1)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    return logits.double().sigmoid()
+
+
+def inception(sets: Comparison) -> Scores:
+    """Inception score of the generated clips: the mean over splits, with fewer splits where there are too few clips."""
+    n = len(sets.generated)
+    splits = min(sets.inception_splits, n)
+    if splits < sets.inception_splits:
+        log.warning(
+            "inception score: %d splits instead of %d, for there are %d clips", splits, sets.inception_splits, n
+        )
+    counts = draw_counts(n, sets.resamples, "generated")
+    values = inception_scores(sets.generated.logits, splits, counts).mean(dim=1)
+    return {"inception_score": estimate(values, str(n), floor=1.0)}
+
+
+def clap(sets: Comparison) -> Scores:
+    """Mean cosine of clips and their captions, and, as a check, of clips and the next clip's caption.
+
+    Raises CaptionError where a clip has no caption, or where it makes no difference whose caption it is.
+    """
+    captions = [caption for caption in sets.generated.captions if caption]
+    if len(captions) < len(sets.generated):
+        raise CaptionError(
+            f"CLAP score: {len(sets.generated) - len(captions)} of {len(sets.generated)} generated clips have no "
+            "caption; give each a sidecar JSON with its `prompt`"
+        )
+    if not isinstance(sets.extractor, CaptionExtractor):
+        raise CaptionError(f"CLAP score: {type(sets.extractor).__name__} takes no captions; use protocol=clap")
+    known = list(dict.fromkeys(captions))
+    texts = torch.cat([sets.extractor.text(known[start : start + 64]) for start in range(0, len(known), 64)])
+    own = torch.tensor([known.index(caption) for caption in captions])
+    values = (sets.generated.features * texts[own]).sum(dim=1).double()
+    counts = draw_counts(len(captions), sets.resamples, "generated")
+    scores = {"clap_score": estimate(counts @ values / counts.sum(dim=1), str(len(captions)))}
+    if len(known) > 1:
+        scores["clap_score_unrelated"] = _unrelated(sets.generated.features, texts[(own + 1) % len(known)], counts)
+    return scores
+
+
+def _unrelated(features: Tensor, texts: Tensor, counts: Tensor) -> Estimate:
+    values = (features * texts).sum(dim=1).double()
+    score = estimate(counts @ values / counts.sum(dim=1), str(len(features)))
+    if score.value >= _HIGHEST_UNRELATED:
+        raise CaptionError(
+            f"CLAP score: captions of other clips score {score.value:.3f}, which must be under {_HIGHEST_UNRELATED}; "
+            "this is no trained CLAP, or its tokenizer is another's: fetch its files again"
+        )
+    return score
+
+
+SCORES: Mapping[str, Callable[[Comparison], Scores]] = {
+    "frechet": frechet,
+    "frechet_infinity": frechet_infinity,
+    "kad": kad,
+    "kl": kl,
+    "inception": inception,
+    "clap": clap,
+}

@@ -1,0 +1,91 @@
+"""Kernel distances and confidence intervals, against sums written out and against what is known of them."""
+
+import pytest
+import torch
+
+from foley.metrics.bootstrap import draw_counts, estimate
+from foley.metrics.kernel import (
+    GaussianKernel,
+    PolynomialKernel,
+    kernel_audio_distance,
+    median_bandwidth,
+    squared_discrepancy,
+)
+
+
+def normal(n: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed)).double() + shift
+
+
+@pytest.mark.parametrize("kernel", [GaussianKernel(0.7), PolynomialKernel()])
+def test_discrepancy_equals_the_sum_over_pairs(kernel) -> None:
+    x, y = normal(5, 0), normal(4, 1)
+    value = {(i, j): float(kernel(a[None], b[None])) for i, a in enumerate([*x, *y]) for j, b in enumerate([*x, *y])}
+    within_x = sum(value[i, j] for i in range(5) for j in range(5) if i != j) / 20
+    within_y = sum(value[i, j] for i in range(5, 9) for j in range(5, 9) if i != j) / 12
+    across = sum(value[i, j] for i in range(5) for j in range(5, 9)) / 20
+    expected = within_x + within_y - 2 * across
+    assert float(squared_discrepancy(x, y, kernel)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_polynomial_kernel_of_means_is_known() -> None:
+    # With degree 1 the discrepancy is |mean difference|^2 / D without the pairs of a vector with itself.
+    x, y = torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[3.0], [5.0]]).double()
+    assert float(squared_discrepancy(x, y, PolynomialKernel(1))) == pytest.approx(0 + 15 - 2 * 4)
+
+
+def test_blocks_do_not_change_the_value(monkeypatch) -> None:
+    x, y = normal(50, 0), normal(40, 1)
+    whole = kernel_audio_distance(x, y)
+    monkeypatch.setattr("foley.metrics.kernel._BLOCK_ROWS", 7)
+    torch.testing.assert_close(kernel_audio_distance(x, y), whole)
+
+
+def test_unbiased_at_any_size_and_grows_with_a_shift() -> None:
+    values = torch.cat([kernel_audio_distance(normal(12, 2 * seed), normal(12, 2 * seed + 1)) for seed in range(200)])
+    assert abs(values.mean()) < 3 * values.std() / 200**0.5
+    distances = [float(kernel_audio_distance(normal(200, 0), normal(200, 1, shift))) for shift in (0.2, 0.5, 1.0)]
+    assert distances == sorted(distances)
+    assert distances[0] > 0
+
+
+def test_repeats_of_a_clip_make_no_pair() -> None:
+    x, y = normal(6, 0), normal(6, 1)
+    counts = torch.tensor([[2.0, 2, 2, 2, 2, 2]]).double()
+    kernel = GaussianKernel(1.0)
+    torch.testing.assert_close(squared_discrepancy(x, y, kernel, (counts, counts)), squared_discrepancy(x, y, kernel))
+
+
+def test_bandwidth_is_the_median_distance_of_the_reference() -> None:
+    assert median_bandwidth(torch.tensor([[0.0], [1.0], [3.0]])) == 2
+    with pytest.raises(ValueError, match="they are alike"):
+        median_bandwidth(torch.ones(4, 2))
+    with pytest.raises(ValueError, match="2 clips in each set, got 5 and 1"):
+        squared_discrepancy(normal(5, 0), normal(1, 1), GaussianKernel(1.0))
+
+
+def test_draws_are_repeatable_counts() -> None:
+    counts = draw_counts(30, 50, "generated")
+    assert counts.shape == (51, 30)
+    assert torch.equal(counts[0], torch.ones(30).double())
+    assert (counts.sum(dim=1) == 30).all()
+    assert torch.equal(counts, draw_counts(30, 50, "generated"))
+    assert not torch.equal(counts, draw_counts(30, 50, "reference"))
+
+
+def test_interval_of_a_mean_is_that_of_theory() -> None:
+    values = normal(400, 0)[:, 0]
+    counts = draw_counts(400, 2000, "generated")
+    found = estimate(counts @ values / 400, "400")
+    margin = float(1.96 * values.std() / 400**0.5)
+    assert found.value == pytest.approx(float(values.mean()), abs=1e-12)
+    assert found.low is not None
+    assert found.high is not None
+    assert (found.low, found.high) == pytest.approx((found.value - margin, found.value + margin), abs=0.1 * margin)
+
+
+def test_bias_of_the_draws_is_taken_out_and_a_floor_holds() -> None:
+    drawn = torch.cat([torch.tensor([1.0]), torch.linspace(4, 6, 101)]).double()
+    found = estimate(drawn, "9", floor=0.2)
+    assert (found.low, found.high) == pytest.approx((0.2, 1.95))
+    assert estimate(drawn[:1], "9").low is None
