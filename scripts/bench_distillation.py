@@ -17,12 +17,12 @@ from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
-from foley.data.audio_io import read_audio
+from foley.data.audio_io import read_channels
 from foley.data.sampler import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation import Generation
 from foley.metrics.clips import LabelledAudio, scan_directory
-from foley.metrics.distribution import GaussianStatistics, frechet_distance
+from foley.metrics.frechet import GaussianStatistics, frechet_distance
 from foley.metrics.evaluation import restricted_accuracy
 from foley.metrics.features import ClipFeatures, extract_audio, extract_files
 from foley.metrics.protocols import EvaluationProtocol, load_protocol
@@ -99,7 +99,7 @@ def _read_reference(folder: str | None, protocol: EvaluationProtocol) -> ClipFea
     if folder is None:
         return None
     clips = scan_directory(Path(folder))
-    return extract_files(clips, protocol, lambda path: read_audio(path, protocol.sample_rate_hz), None)
+    return extract_files(clips, protocol, read_channels, None)
 
 
 def _distance(*sets: ClipFeatures) -> float:
