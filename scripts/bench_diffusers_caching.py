@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -262,11 +263,12 @@ def main(cfg: DictConfig) -> None:
     recorder = CalibrationRecorder()
     workload.accelerated(recorder)
     calibration = recorder.calibration()
-    calibration.save(calibration_stem(directory / "calibration", calibration.signature.solver, cfg.steps))
     # A copy, for their hooks leave their wrappers behind.
     hooked = replace(workload, model=copy.deepcopy(workload.model))
-    settings = [*our_settings(workload, cfg, directory / "calibration"), *their_settings(hooked, cfg)]
-    rows = measure(workload, settings, calibration.macs, cfg.repeats)
+    with TemporaryDirectory() as calibration_dir:
+        calibration.save(calibration_stem(Path(calibration_dir), calibration.signature.solver, cfg.steps))
+        settings = [*our_settings(workload, cfg, Path(calibration_dir)), *their_settings(hooked, cfg)]
+        rows = measure(workload, settings, calibration.macs, cfg.repeats)
     facts = {
         "weights": cfg.weights or "random: the errors say little of a trained model's",
         "model": OmegaConf.to_container(cfg.model) if cfg.weights is None else dict(workload.model.config),
