@@ -1,0 +1,64 @@
+"""Build a listening test: one page to send to listeners, and the key to keep.
+
+python scripts/listening_test.py "systems={ours: DIR, theirs: DIR}" reference=FOLDER_OR_MANIFEST
+"""
+
+from pathlib import Path
+
+import hydra
+import soundfile
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.data.manifest import read_manifest
+from foley.logs import get_logger
+from foley.metrics.clips import ClipFile, scan_directory
+from foley.reporting.listening import KEY_FILE, REFERENCE, Stimulus, low_pass, write_test
+from foley.seeding import numpy_generator
+
+
+def read_clips(path: Path) -> dict[str, ClipFile]:
+    """Clips of a folder or a manifest by id."""
+    if path.is_dir():
+        return {clip.id: clip for clip in scan_directory(path)}
+    return {entry.id: ClipFile(entry.path, entry.id, None, entry.caption) for entry in read_manifest(path)}
+
+
+def choose_items(folders: dict[str, dict[str, ClipFile]], num_items: int, seed: int) -> list[str]:
+    """Ids that every system has, at random by the seed; ValueError where there are fewer."""
+    common = sorted(set.intersection(*(set(clips) for clips in folders.values())))
+    if len(common) < num_items:
+        sizes = {name: len(clips) for name, clips in folders.items()}
+        raise ValueError(
+            f"num_items={num_items}: {sizes} clips have only {len(common)} ids in common; give them the ids of their "
+            "references (an `id` column in the prompt file)"
+        )
+    return sorted(numpy_generator("listening items", seed).choice(common, num_items, replace=False).tolist())
+
+
+def read_stimulus(system: str, clip: ClipFile, caption: str, max_seconds: float) -> Stimulus:
+    """The first `max_seconds` of a clip, at its own rate."""
+    rate = soundfile.info(clip.path).samplerate
+    samples, _ = soundfile.read(clip.path, frames=round(max_seconds * rate), dtype="float32", always_2d=True)
+    return Stimulus(system, clip.id, caption, samples, rate)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="listening_test")
+def main(cfg: DictConfig) -> None:
+    """Write `listening_test.html` and `key.json`."""
+    folders = {name: read_clips(Path(path)) for name, path in cfg.systems.items()}
+    folders[REFERENCE] = read_clips(Path(cfg.reference))
+    stimuli = []
+    for item in choose_items(folders, cfg.num_items, cfg.seed):
+        caption = next((clips[item].caption for clips in folders.values() if clips[item].caption), "")
+        of_item = [read_stimulus(name, clips[item], caption, cfg.max_seconds) for name, clips in folders.items()]
+        stimuli += [*of_item, low_pass(of_item[-1], cfg.anchor_hz)]
+    directory = Path(cfg.output_dir)
+    page = write_test(directory, cfg.title, stimuli, cfg.seed)
+    size = page.stat().st_size / 2**20
+    log = get_logger(__name__)
+    log.info("%d sounds, %.1f MiB: send %s to listeners; keep %s", len(stimuli), size, page, directory / KEY_FILE)
+
+
+if __name__ == "__main__":
+    main()
