@@ -35,7 +35,8 @@ def train_teacher(latents: Path, folder: Path, *overrides: str) -> Path:
 
 
 def test_the_published_configuration() -> None:
-    cfg = config("experiment=audiolcm_teacher", CODEC, "data=music")
+    cfg = config("experiment=audiolcm_teacher", "data=music")
+    assert cfg.model.latent_channels == 20
     assert cfg.model._target_ == "foley.models.dit.llama.LlamaTransformer"
     assert (cfg.model.width, cfg.model.depth, cfg.model.num_heads, cfg.model.context_dim) == (576, 4, 8, 1024)
     assert (cfg.process.prediction, cfg.process.zero_terminal_snr) == ("epsilon", False)
@@ -94,5 +95,5 @@ def test_video_to_audio_is_a_configuration(cache: Path, tmp_path: Path, features
 
 
 def test_the_published_video_configuration(tmp_path: Path) -> None:
-    cfg = config("experiment=video_to_audio", CODEC, "data.cache_dir=x", f"text.directory={tmp_path}")
+    cfg = config("experiment=video_to_audio", "data.cache_dir=x", f"text.directory={tmp_path}")
     assert (cfg.process.prediction, cfg.model.context_dim, cfg.model.depth) == ("flow", 768, 16)
