@@ -223,7 +223,7 @@ def match(rows: list[Row]) -> list[Row]:
     """For each setting of diffusers, which of our caches is the fastest at its error, and how fast."""
     matched = []
     for theirs in (row for row in rows if row["of"] == "diffusers"):
-        ours = [
+        ours: list[Row] = [
             {"cache": cache, "reuse": reuse, "wall_speedup": speedup}
             for (cache, reuse), line in lines(rows, "foley").items()
             if (speedup := speedup_at(theirs["latent_error"], line)) is not None

@@ -22,13 +22,13 @@ from foley.data.sampler import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation import Generation
 from foley.metrics.clips import LabelledAudio, scan_directory
-from foley.metrics.frechet import GaussianStatistics, frechet_distance
 from foley.metrics.evaluation import restricted_accuracy
 from foley.metrics.features import ClipFeatures, extract_audio, extract_files
+from foley.metrics.frechet import GaussianStatistics, frechet_distance
 from foley.metrics.protocols import EvaluationProtocol, load_protocol
 from foley.pipeline import TextToAudio, resolve_device
 from foley.prompts import read_prompt_rows
-from foley.reporting.lines import Panel, plot_panels
+from foley.reporting.lines import plot_rows
 from foley.reporting.provenance import provenance
 
 Row = dict[str, Any]
@@ -131,23 +131,6 @@ def measure_curves(workload: Workload, cfg: DictConfig, device: Any) -> list[Row
     return rows
 
 
-def plot(rows: Sequence[Row], x: str, x_label: str, group: str, path: Path, log_x: bool = False) -> None:
-    """A panel for each score that all rows have, a line for each value of `group`; nothing where there is none."""
-    panels = []
-    for score, title in _SCORES.items():
-        if rows and all(row[score] is not None for row in rows):
-            names = dict.fromkeys(row[group] for row in rows)
-            lines = {
-                name if group == "system" else f"{group.replace('_', ' ')} {name}": [
-                    (row[x], row[score]) for row in rows if row[group] == name
-                ]
-                for name in names
-            }
-            panels.append(Panel(x_label, title, lines, log_x))
-    if panels:
-        plot_panels(panels, path)
-
-
 @hydra.main(version_base="1.3", config_path="../configs", config_name="bench_distillation")
 def main(cfg: DictConfig) -> None:
     workload, device = Workload.build(cfg), resolve_device(cfg.device)
@@ -169,9 +152,9 @@ def main(cfg: DictConfig) -> None:
         "device": str(device),
     }
     write_json(output_dir / "distillation.json", {"settings": settings, "provenance": provenance(), **results})
-    plot(rows, "denoise_seconds", "seconds of denoising", "system", output_dir / "distillation.png", log_x=True)
-    plot(sweep, "guidance_scale", "guidance scale w", "num_steps", output_dir / "guidance.png")
-    plot(curves, "training_step", "training step", "k", output_dir / "curves.png")
+    plot_rows(rows, "denoise_seconds", _SCORES, "{system}", output_dir / "distillation.png", log_x=True)
+    plot_rows(sweep, "guidance_scale", _SCORES, "{num_steps} steps", output_dir / "guidance.png")
+    plot_rows(curves, "training_step", _SCORES, "k {k}", output_dir / "curves.png")
     sys.stdout.write("\n".join(json.dumps(row) for row in [*rows, *sweep, *curves]) + "\n")
 
 

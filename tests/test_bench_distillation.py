@@ -60,17 +60,6 @@ def test_rows_sweep_and_curves(folder, tmp_path):
     ]  # fmt: skip
 
 
-def test_plots_have_a_line_for_each_group(tmp_path):
-    plot = runpy.run_path(str(PROJECT_ROOT / "scripts/bench_distillation.py"), run_name="bench")["plot"]
-    rows = [
-        {"k": k, "training_step": n, "label_accuracy": 0.5, "frechet_distance": n / k} for k in (1, 20) for n in (1, 2)
-    ]
-    plot(rows, "training_step", "training step", "k", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 0
-    plot([], "training_step", "training step", "k", tmp_path / "none.png")
-    assert not (tmp_path / "none.png").exists()
-
-
 def test_at_the_extractors_rate_rows_have_scores(folder):
     bench = runpy.run_path(str(PROJECT_ROOT / "scripts/bench_distillation.py"), run_name="bench")
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
