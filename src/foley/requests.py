@@ -25,7 +25,7 @@ from foley.system import student_of
 
 # What may differ between two runs that make one test set: it changes no clip.
 _INCIDENTAL = ("output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size")
-_INCIDENTAL += ("hub_dir", "cache_dir", "text_cache_dir")
+_INCIDENTAL += ("hub_dir", "cache_dir", "text_cache_dir", "eval_preset")
 
 
 def choose_checkpoint(cfg: DictConfig) -> str | None:
@@ -48,10 +48,14 @@ def requested_clips(cfg: DictConfig) -> list[ClipRequest]:
 
 def describe_request(cfg: DictConfig, clips: Sequence[ClipRequest], model_hash: str) -> dict[str, Any]:
     """What the clips depend on, for the record of a test set."""
-    options: Any = OmegaConf.to_container(cfg, resolve=True)
-    wanted = {key: value for key, value in options.items() if key not in _INCIDENTAL}
+    options = {key: cfg[key] for key in map(str, cfg) if key not in _INCIDENTAL}
+    wanted: Any = {key: _plain(value) for key, value in options.items()}
     content = json.dumps([[clip.prompt, clip.seed, dict(clip.notes)] for clip in clips])
     return {**wanted, "model_hash": model_hash, "clips_hash": hashlib.sha256(content.encode()).hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def choose_method(cfg: DictConfig) -> tuple[str, dict[str, Any]]:
