@@ -57,7 +57,7 @@ def overrides(workspace: Path, *extra: str) -> list[str]:
         f"samples={workspace / 'samples'}",
         f"reference={workspace / 'reference'}",
         f"paths.data_dir={workspace}",
-        f"weights_dir={workspace / 'weights'}",
+        f"paths.weights_dir={workspace / 'weights'}",
         "resamples=20",
         f"cache_dir={workspace / 'cache'}",
         f"output_dir={workspace / 'out'}",

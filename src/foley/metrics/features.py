@@ -100,14 +100,20 @@ def _extract(inputs: Sequence[_Input], protocol: EvaluationProtocol) -> list[Row
     return rows
 
 
-def extract_audio(clips: Sequence[LabelledAudio], protocol: EvaluationProtocol) -> ClipFeatures:
-    """Features of clips in memory; clips without an id are called by their position."""
+def extract_audio(
+    clips: Sequence[LabelledAudio], protocol: EvaluationProtocol, sample_rate_hz: int | None = None
+) -> ClipFeatures:
+    """Features of clips in memory; clips without an id are called by their position.
+
+    Args:
+        sample_rate_hz: of the clips; None: the protocol's.
+    """
     ids = [clip.id if clip.id is not None else str(index) for index, clip in enumerate(clips)]
     rows: list[Row] = []
     for start in range(0, len(clips), _CHUNK_CLIPS):
         part = slice(start, start + _CHUNK_CLIPS)
         inputs = [
-            _prepare(torch.atleast_2d(clip.audio), protocol.sample_rate_hz, name, protocol)
+            _prepare(torch.atleast_2d(clip.audio), sample_rate_hz or protocol.sample_rate_hz, name, protocol)
             for clip, name in zip(clips[part], ids[part], strict=True)
         ]
         rows += _extract(inputs, protocol)

@@ -42,7 +42,7 @@ class PublishedWeights:
         if not path.is_file():
             raise CheckpointError(
                 f"{path} does not exist (expected SHA-256: {expected or 'none is published'}). Source: {self.url}. "
-                f"Fetch it where there is a network and put it at that path, or give its folder as weights_dir=DIR"
+                f"Fetch it where there is a network and put it at that path, or give its folder as paths.weights_dir=DIR"
             )
         if expected is not None and not (found := hash_file(path)).startswith(expected):
             raise CheckpointError(f"{path} has SHA-256 {found}, expected {expected}; fetch it again from {self.url}")

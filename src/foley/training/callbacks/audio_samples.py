@@ -37,6 +37,7 @@ class AudioSamples(pl.Callback):
         duration_seconds: length of each clip.
         num_steps: of the solver that fits the module's process.
         every_n_validations: generate at the first validation and at every n-th after it.
+        batch_size: clips generated at a time.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class AudioSamples(pl.Callback):
         num_steps: int = 25,
         every_n_validations: int = 1,
         seed: int = 0,
+        batch_size: int = 16,
     ) -> None:
         self.codec_path = None if codec_path is None else Path(codec_path)
         self.output_dir = Path(output_dir)
@@ -57,6 +59,7 @@ class AudioSamples(pl.Callback):
         self.guidance = guidance
         self.num_steps = num_steps
         self.every_n_validations = every_n_validations
+        self.batch_size = batch_size
         self.seeds = range(seed, seed + len(self.prompts))
         self._codec: Any = None
         self._validations = 0
@@ -76,15 +79,23 @@ class AudioSamples(pl.Callback):
     # Callbacks' `on_validation_epoch_end` comes before the averaged weights are swapped out in `on_validation_end`.
     @rank_zero_only
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.codec_path is None or trainer.sanity_checking or not _takes_prompts(pl_module):
-            return
-        self._validations += 1
-        if (self._validations - 1) % self.every_n_validations:
+        if self.codec_path is None or not self._due(trainer, pl_module):
             return
         audio = self.generate(pl_module, self.codec_path)
         if not bool(audio.isfinite().all()):
             log.warning("step %d: no audio samples, for they are not finite", trainer.global_step)
             return
+        self._publish(trainer, pl_module, audio)
+
+    def _due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Count this validation, and say whether samples are wanted of it."""
+        if trainer.sanity_checking or not _takes_prompts(pl_module):
+            return False
+        self._validations += 1
+        return (self._validations - 1) % self.every_n_validations == 0
+
+    def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, audio: Tensor) -> None:
+        """Do what there is to do with `audio [len(prompts), 1, T]`."""
         folder = self.output_dir / f"step_{trainer.global_step:06d}"
         files = [self._write(folder, index, clip) for index, clip in enumerate(audio[:, 0])]
         for logger in trainer.loggers:
@@ -94,6 +105,10 @@ class AudioSamples(pl.Callback):
     @torch.no_grad()
     def generate(self, module: Any, codec_path: Path) -> Tensor:
         """Audio `[len(prompts), 1, T]` from the module's present weights, on the CPU."""
+        starts = range(0, len(self.prompts), self.batch_size)
+        return torch.cat([self._generate(module, codec_path, slice(s, s + self.batch_size)) for s in starts])
+
+    def _generate(self, module: Any, codec_path: Path, part: slice) -> Tensor:
         if self._codec is None:
             self._codec = load_trained(codec_path, "codec")
         codec = self._codec.to(module.device)
@@ -101,9 +116,9 @@ class AudioSamples(pl.Callback):
         latent = generate_latents(
             module.denoiser,
             module.process,
-            embed(module.text, self.prompts),
+            embed(module.text, self.prompts[part]),
             embed(module.text, [""]),
-            self.seeds,
+            self.seeds[part],
             num_frames,
             self.guidance,
             Solver(default_solver(module.process), self.num_steps),

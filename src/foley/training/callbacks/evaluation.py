@@ -1,0 +1,75 @@
+"""Scores of a run's own samples at validation: what evaluate.py measures, as curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from foley.data.audio_io import read_channels
+from foley.data.manifest import read_manifest
+from foley.data.sampler import evenly_spaced
+from foley.logs import get_logger
+from foley.metrics.clips import ClipFile, LabelledAudio
+from foley.metrics.evaluation import SilentAudioError, evaluate_features
+from foley.metrics.features import ClipFeatures, extract_audio, extract_files
+from foley.metrics.protocols import EvaluationProtocol
+from foley.metrics.report import flat_scores
+from foley.training.callbacks.audio_samples import AudioSamples
+
+log = get_logger(__name__)
+
+
+class SampleScores(AudioSamples):
+    """Generates clips for captions of a reference manifest and logs `val/<protocol>/<score>`, without intervals.
+
+    Clip i has the seed `seed + i` at every validation, so that curves do not carry the noise of new draws. Scores at a
+    small n are biased: compare them within a run. Samples that are silent or not finite have no scores.
+
+    Args:
+        reference: manifest of the reference clips.
+        split: of the manifest; None takes all of it.
+        max_clips: how many captions are generated, evenly spaced over the reference.
+        protocol: name to the protocol's parts.
+        cache_dir: keeps the reference's features between runs.
+        generation: as of `AudioSamples`.
+    """
+
+    def __init__(
+        self,
+        reference: str,
+        split: str | None,
+        max_clips: int,
+        protocol: Mapping[str, Sequence[EvaluationProtocol]],
+        cache_dir: str,
+        **generation: Any,
+    ) -> None:
+        entries = [entry for entry in read_manifest(reference) if split in (None, entry.split)]
+        self.clips = [ClipFile(entry.path, entry.id, entry.label or None, entry.caption) for entry in entries]
+        self.chosen = [self.clips[index] for index in evenly_spaced(len(entries), max_clips)]
+        self.parts = [part for parts in protocol.values() for part in parts]
+        self.cache_dir = Path(cache_dir)
+        self._known: dict[str, ClipFeatures] = {}
+        super().__init__(output_dir=cache_dir, prompts=[clip.caption or "" for clip in self.chosen], **generation)
+
+    def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, audio: Tensor) -> None:
+        clips = [
+            LabelledAudio(samples, clip.label, clip.id, clip.caption)
+            for samples, clip in zip(audio, self.chosen, strict=True)
+        ]
+        try:
+            evaluations = [
+                evaluate_features(extract_audio(clips, part, self._codec.sample_rate_hz), self._reference(part), part)
+                for part in self.parts
+            ]
+        except SilentAudioError as error:
+            log.warning("step %d: no scores of samples: %s", trainer.global_step, error)
+            return
+        scores = {f"val/{name}": value for name, value in flat_scores(evaluations).items()}
+        pl_module.log_dict(scores, rank_zero_only=True)
+
+    def _reference(self, part: EvaluationProtocol) -> ClipFeatures:
+        if part.name not in self._known:
+            self._known[part.name] = extract_files(self.clips, part, read_channels, self.cache_dir)
+        return self._known[part.name]
