@@ -16,6 +16,8 @@ from foley.data.encoding import encode_latents
 from foley.data.latent_cache import LatentCacheIndex
 from foley.hashing import hash_module
 from foley.models.mel_codec.codec import MelCodec
+from foley.pipeline import TextToAudio
+from foley.system import load_system, save_system, untrained_system
 from foley.training.run import train
 
 QUICK = [
@@ -74,6 +76,18 @@ def test_trained_parts_join_and_encode(
     assert read_config(again) == read_config(directory)
 
 
+def test_a_system_on_mel_latents_generates(tmp_path: Path) -> None:
+    small = ["model.width=16", "model.depth=2", "model.num_heads=2", "codec.mel_vae.channels=16"]
+    cfg = config("experiment=tiny_align", "codec=mel_16khz_tiny", *small, "codec.vocoder.channels=16")
+    save_system(untrained_system(cfg), tmp_path)
+    pipeline = TextToAudio(load_system(tmp_path))
+    generated = pipeline.generate(["rain"], duration_seconds=0.7, num_steps=2)
+    assert generated.audio.shape == (1, 1, 11200)
+    assert pipeline.sample_rate_hz == 16000
+    chunked = pipeline.generate(["rain"], duration_seconds=0.7, num_steps=2, decode_chunk_seconds=0.2)
+    torch.testing.assert_close(chunked.audio, generated.audio, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("experiment", "steps", "samples"),
     [("audiolcm_mel_vae", 200_000, 312 * 512), ("bigvgan", 1_000_000, 8192)],
@@ -86,7 +100,9 @@ def test_published_numbers(experiment: str, steps: int, samples: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["mel_16khz", "mel_16khz_tiny"])
-def test_the_configs_build_codecs(name: str) -> None:
+def test_the_configs_build_codecs_whose_parts_hear_the_same(name: str) -> None:
+    decimal = "codec.vocoder.spectrogram.decimal_log=true"
     with torch.device("meta"):
-        codec = instantiate(config("experiment=bigvgan", f"codec={name}").codec, _convert_="all")
+        codec = instantiate(config("experiment=bigvgan", f"codec={name}", decimal).codec, _convert_="all")
+    assert codec.mel_vae.spectrogram.decimal_log
     assert (codec.latent_channels, codec.hop_samples, codec.sample_rate_hz) == (20, 512, 16000)
