@@ -26,9 +26,13 @@ class AnnotationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """Why there is no result for a row; the next run tries again."""
+    """Why there is no result for a row; the next run tries again.
+
+    `of_service`: it need not be the row's fault. Many of these in a row end the run.
+    """
 
     reason: str
+    of_service: bool = False
 
 
 class Annotator(Protocol):
@@ -57,7 +61,7 @@ def annotate(annotator: Annotator, manifest: Path, output_dir: Path, trainer: pl
 
     Raises:
         ManifestError: the manifest is absent, or has a byte-order mark.
-        AnnotationError: `output_dir` holds results of another identity, or every row fails.
+        AnnotationError: `output_dir` holds results of another identity, or a service fails at every row.
     """
     trainer.predict(AnnotationModule(annotator, manifest, output_dir, batch_size), return_predictions=False)
 
@@ -92,18 +96,18 @@ class AnnotationModule(pl.LightningModule):
     """Runs an annotator in `Trainer.predict`; see `annotate`.
 
     Args:
-        max_faults_in_a_row: more end the run: then it is not the rows that are at fault.
+        max_faults_in_a_row: more of a service end the run: then it is not the rows that are at fault.
     """
 
     def __init__(
-        self, annotator: Annotator, manifest: Path, output_dir: Path, batch_size: int, max_faults_in_a_row: int = 100
+        self, annotator: Annotator, manifest: Path, output_dir: Path, batch_size: int, max_faults_in_a_row: int = 20
     ) -> None:
         super().__init__()
         self.annotator = annotator
         self.manifest, self.output_dir = manifest, output_dir
         self.batch_size = batch_size
         self.max_faults_in_a_row = max_faults_in_a_row
-        self.num_results = self.num_faults = self._faults_in_a_row = 0
+        self._faults_in_a_row = 0
         self._results: Journal | None = None
         self._faults: Journal | None = None
 
@@ -138,7 +142,7 @@ class AnnotationModule(pl.LightningModule):
                 results.append({field: row[field] for field in self.annotator.key_fields} | answer)
         self._results.append(results)
         self._faults.append(faults)
-        self._count(results, faults)
+        self._check_service(answers)
         return len(results)
 
     def on_predict_end(self) -> None:
@@ -163,15 +167,12 @@ class AnnotationModule(pl.LightningModule):
         if found != wanted:
             raise AnnotationError(f"{self.output_dir} holds results of {found}, not of {wanted}: choose another folder")
 
-    def _count(self, results: Sequence[Any], faults: Sequence[Mapping[str, Any]]) -> None:
-        self.num_results += len(results)
-        self.num_faults += len(faults)
-        self._faults_in_a_row = 0 if results else self._faults_in_a_row + len(faults)
-        if self._faults_in_a_row > self.max_faults_in_a_row:
-            raise AnnotationError(
-                f"{self._faults_in_a_row} rows in a row have no result; the last, line {faults[-1]['line']}: "
-                f"{faults[-1]['reason']}"
-            )
+    def _check_service(self, answers: Sequence[dict[str, Any] | Fault]) -> None:
+        for answer in answers:
+            failed = isinstance(answer, Fault) and answer.of_service
+            self._faults_in_a_row = self._faults_in_a_row + 1 if failed else 0
+            if self._faults_in_a_row > self.max_faults_in_a_row:
+                raise AnnotationError(f"{self._faults_in_a_row} rows in a row have no result; the last: {answer}")
 
 
 class _Rows(IterableDataset[NumberedRow]):

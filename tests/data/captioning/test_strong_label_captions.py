@@ -1,6 +1,8 @@
 """Captions from strong labels, end to end: through Lightning, killed and resumed, with faults and costs."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from chat_server import completion
@@ -98,10 +100,11 @@ def test_results_of_two_prompts_do_not_mix(captioner, strong_manifest, tmp_path)
         run(captioner("Another instruction."), manifest, out)
 
 
-def test_a_run_in_which_everything_fails_is_ended(captioner, strong_manifest, tmp_path, server):
-    server.script = [(400, {}, b"no")] * 200
-    with pytest.raises(AnnotationError, match=r"102 rows in a row have no result; the last, line 102: .* 400"):
-        run(captioner(), strong_manifest(150), tmp_path / "out")
+def test_a_service_that_fails_at_every_row_ends_the_run(captioner, strong_manifest, tmp_path, server):
+    server.script = [(400, {}, b"no")] * 30
+    with pytest.raises(AnnotationError, match=r"21 rows in a row have no result; the last: .* answers 400"):
+        run(captioner(), strong_manifest(30), tmp_path / "out")
+    assert len(faults(tmp_path / "out")) == 22
 
 
 def test_ranks_share_out_every_row_once_whatever_is_finished(strong_manifest, tmp_path):
@@ -124,3 +127,29 @@ def test_configs_hold_no_key():
         cfg = compose("caption", ["captioner=strong_labels", "manifest=m", "out=o"])
     assert cfg.captioner.endpoint.api_key_env == "OPENAI_API_KEY"
     assert not [name for name in cfg.captioner.endpoint if name in ("key", "api_key", "token")]
+
+
+def test_rows_at_fault_do_not_end_the_run(captioner, tmp_path, write_jsonl, server):
+    bad = [{"id": f"bad{n}", "path": "a.wav", "caption": "x"} for n in range(30)]
+    good = {"id": "good", "path": "b.wav", "caption": "x", "events": [[0, 1, "Dog"]]}
+    run(captioner(), write_jsonl(*bad, good), tmp_path / "out")
+    assert (len(faults(tmp_path / "out")), len(list(read_results(tmp_path / "out"))), len(server.requests)) == (
+        30,
+        1,
+        1,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_caption_every_clip_once(strong_manifest, tmp_path, server):
+    command = [sys.executable, str(PROJECT_ROOT / "scripts" / "caption.py"), "captioner=strong_labels"]
+    where = [f"manifest={strong_manifest(9)}", f"out={tmp_path / 'out'}", "trainer=ddp_cpu", "batch_size=2"]
+    endpoint = [f"captioner.endpoint.base_url={server.url}", "captioner.endpoint.api_key_env=null"]
+    subprocess.run([*command, *where, *endpoint], check=True)
+    assert sorted(path.name for path in (tmp_path / "out").glob("results-*")) == [
+        "results-rank0000.jsonl",
+        "results-rank0001.jsonl",
+    ]
+    assert sorted(result["id"] for result in read_results(tmp_path / "out")) == [f"clip{n}" for n in range(9)]
+    assert len(server.requests) == 9
+    assert len(read_manifest(tmp_path / "out" / "manifest.jsonl")) == 9

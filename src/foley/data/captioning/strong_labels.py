@@ -74,6 +74,6 @@ class StrongLabelCaptioner:
         try:
             answer = self.endpoint.ask(self.instruction, prompt)
         except AnswerError as error:
-            return Fault(str(error))
+            return Fault(str(error), of_service=True)
         tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         return captioned(answer.text.strip().strip(_QUOTES), self.identity, description=prompt, **tokens)
