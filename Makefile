@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real ship test test-all lint format types clean
+.PHONY: help setup demo train-demo ship results test test-all lint format types clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,12 +23,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## generate, accelerate and score sounds with the model that ships
 	$(PY) scripts/demo.py
 
-demo-real: $(STAMP)  ## train the whole system on real recordings, then score it (about an hour on 2 cores)
-	$(PY) scripts/demo_real.py
+train-demo: $(STAMP)  ## train every stage of the system that ships, on real recordings (hours on 2 cores)
+	$(PY) scripts/run_stages.py --config-name=train_demo
 
-ship: $(STAMP)  ## adopt what `make demo-real` trained as the system that ships in data/demo
-	cp -r outputs/demo-real/system/. data/demo/
-	$(PY) scripts/write_attributions.py manifest=../shared/data/clips.jsonl output=data/demo/ATTRIBUTION.md
+ship: $(STAMP)  ## adopt what `make train-demo` trained as the system that ships in data/demo
+	rm -rf data/demo
+	cp -r outputs/train-demo/system data/demo
+
+results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md (80 minutes on 2 cores)
+	$(PY) scripts/run_stages.py --config-name=results
 
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
 	$(PY) -m pytest -m "not slow"

@@ -1,7 +1,7 @@
 """Caching policies: wall-clock and MAC speed-up of the denoising, the error of the latent, and label accuracy.
 
 Errors are relative L2 distances to the uncached latent from the same noise. They say how far caching moves a sample,
-not whether it sounds worse: that is what the label accuracy is for.
+not whether it sounds worse: that is what the label accuracy and the Frechet distance are for.
 """
 
 import json
@@ -26,18 +26,13 @@ from foley.accel.calibration import Calibration
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.plots import plot_schedule, plot_tradeoff
 from foley.checkpoint import write_json
-from foley.data.sampler import evenly_spaced
 from foley.diffusion.generate import clip_size, embed, generate_latents
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid
 from foley.diffusion.solver import Solver
 from foley.diffusion.types import Accelerator
-from foley.metrics.clips import LabelledAudio
-from foley.metrics.evaluation import restricted_accuracy
-from foley.metrics.features import extract_audio
+from foley.judging import Judge, LabelledPrompts
 from foley.metrics.latency import measure_rounds
-from foley.metrics.protocols import EvaluationProtocol, load_protocol
 from foley.pipeline import TextToAudio, resolve_device
-from foley.prompts import read_prompt_rows
 from foley.reporting.provenance import provenance
 from foley.system import load_system, untrained_system
 
@@ -69,13 +64,12 @@ class Workload:
     def build(cls, cfg: DictConfig) -> "Workload":
         system = load_system(Path(cfg.ckpt)) if cfg.ckpt else untrained_system(cfg)
         pipeline = TextToAudio(system, resolve_device(cfg.device))
-        rows = read_prompt_rows(Path(cfg.prompts))
-        chosen = [rows[index] for index in evenly_spaced(len(rows), cfg.num_prompts)]
-        positive, negative = embed(pipeline.text, [row["caption"] for row in chosen]), embed(pipeline.text, [""])
+        prompts = LabelledPrompts.read(Path(cfg.prompts), cfg.num_prompts)
+        positive, negative = embed(pipeline.text, prompts.captions), embed(pipeline.text, [""])
         _, num_frames = clip_size(cfg.duration_seconds, pipeline.sample_rate_hz, pipeline.codec.hop_samples)
         guidance = instantiate(cfg.guidance, scale=cfg.guidance_scale)
         solver = Solver(cfg.solver.name, cfg.steps)
-        return cls(pipeline, solver, guidance, [row.get("label") for row in chosen], positive, negative, num_frames)
+        return cls(pipeline, solver, guidance, prompts.labels, positive, negative, num_frames)
 
     def run(self, accelerator: Accelerator | None = None) -> Tensor:
         """The latent `[B, C, L]`."""
@@ -101,16 +95,11 @@ class Workload:
         denoise = self.guidance.wrap(self.pipeline.denoiser, self.positive, self.negative, grid=grid)
         return count_evaluation_macs(self.pipeline.denoiser, lambda: denoise(noisy, timestep))
 
-    def label_accuracy(self, latent: Tensor, protocol: EvaluationProtocol) -> float | None:
-        """Of the decoded clips, among all labels of the extractor; None at another rate or without labelled prompts."""
-        if self.pipeline.sample_rate_hz != protocol.sample_rate_hz:
-            return None
+    def score(self, latent: Tensor, judge: Judge) -> dict[str, float | None]:
+        """Label accuracy and Frechet distance of the decoded clips."""
         normaliser, codec = self.pipeline.normaliser, self.pipeline.codec
         audio = codec.decode(normaliser.denormalise(latent.to(self.pipeline.device))).cpu()
-        clips = [LabelledAudio(clip, label) for clip, label in zip(audio[:, 0], self.labels, strict=True)]
-        known = protocol.extractor.labels
-        accuracy = restricted_accuracy(extract_audio(clips, protocol).logits, self.labels, known, known)
-        return None if accuracy is None else accuracy.accuracy
+        return judge.score(audio, self.pipeline.sample_rate_hz, self.labels)
 
 
 def make_variants(cfg: DictConfig) -> dict[Variant, Any]:
@@ -127,7 +116,7 @@ def make_variants(cfg: DictConfig) -> dict[Variant, Any]:
 
 
 def measure(
-    workload: Workload, variants: Mapping[Variant, Any], protocol: EvaluationProtocol, repeats: int
+    workload: Workload, variants: Mapping[Variant, Any], judge: Judge, repeats: int
 ) -> tuple[list[dict[str, Any]], Tensor]:
     """One row per variant, and the uncached latent. Speed-ups are medians over rounds."""
     macs = workload.macs()  # one evaluation: it warms up
@@ -146,7 +135,7 @@ def measure(
                 "wall_over_mac": wall / mac,
                 "computed_fraction": accelerator.schedule.computed_fraction,
                 "latent_error": ((latent - reference).norm() / reference.norm()).item(),
-                "label_accuracy": workload.label_accuracy(latent, protocol),
+                **workload.score(latent, judge),
             }
         )
     return rows, reference
@@ -176,9 +165,10 @@ def compare_budget_methods(cfg: DictConfig) -> list[dict[str, float]]:
 @hydra.main(version_base="1.3", config_path="../configs", config_name="bench_caching")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    workload, protocol = Workload.build(cfg), load_protocol("embedded", Path(cfg.extractor_dir))
+    workload = Workload.build(cfg)
+    judge = Judge.load(Path(cfg.extractor_dir), Path(cfg.reference) if cfg.reference else None)
     variants = make_variants(cfg)
-    rows, uncached = measure(workload, variants, protocol, cfg.repeats)
+    rows, uncached = measure(workload, variants, judge, cfg.repeats)
     settings = {
         "solver": cfg.solver.name,
         "num_steps": cfg.steps,
@@ -186,7 +176,7 @@ def main(cfg: DictConfig) -> None:
         "duration_seconds": cfg.duration_seconds,
         "frames": workload.num_frames,
         "prompts": len(workload.positive.mask),
-        "label_accuracy_uncached": workload.label_accuracy(uncached, protocol),
+        **{f"{name}_uncached": score for name, score in workload.score(uncached, judge).items()},
         "denoiser_width": workload.pipeline.system.configs["denoiser"]["width"],
         "trained_weights": cfg.ckpt is not None,
         "model_hash": workload.pipeline.model_hash,

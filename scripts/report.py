@@ -14,7 +14,7 @@ from foley.reporting.pages import write_page
 def main(cfg: DictConfig) -> None:
     results_dir = Path(cfg.results_dir)
     page = results_dir / f"{cfg.page}.md"
-    write_page(results_dir / "templates" / page.name, page)
+    write_page(Path(cfg.templates_dir) / page.name, page)
     get_logger(__name__).info("wrote %s", page)
 
 

@@ -1,4 +1,4 @@
-"""Reconstruct a test split with a codec: SI-SDR, mel and STFT distance of each clip, and pairs to listen to."""
+"""Reconstruct a test split with a codec or a baseline: SI-SDR, mel and STFT distance, and pairs to listen to."""
 
 from pathlib import Path
 from statistics import mean, median
@@ -19,7 +19,9 @@ from foley.hashing import hash_module
 from foley.logs import get_logger
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
 from foley.pipeline import resolve_device
-from foley.reporting.audio_files import write_wav
+from foley.reporting.audio_files import write_flac
+from foley.reporting.names import slug
+from foley.reporting.provenance import provenance
 from foley.reporting.samples import draw_sheet
 
 
@@ -43,15 +45,25 @@ def summarise(clips: list[dict[str, Any]]) -> dict[str, float]:
     return {"n": len(clips), **means, "si_sdr_db_median": median(clip["si_sdr_db"] for clip in clips)}
 
 
-def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory: Path) -> None:
-    """Originals and reconstructions of the clips at `indices`, and a sheet of their spectrograms."""
+def varied(clips: dict[int, dict[str, Any]], count: int) -> list[int]:
+    """Indices of at most `count` clips of different labels, as far as there are so many."""
+    by_label = {clip["label"]: index for index, clip in reversed(clips.items())}
+    first = sorted(by_label.values())
+    chosen = [first[place] for place in evenly_spaced(len(first), count)]
+    rest = [index for index in clips if index not in by_label.values()]
+    return chosen + [rest[place] for place in evenly_spaced(len(rest), count - len(chosen))] if rest else chosen
+
+
+def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory: Path, seconds: float) -> None:
+    """The first `seconds` of the clips at `indices` and of their reconstructions, and a sheet of their spectrograms."""
     directory.mkdir(parents=True, exist_ok=True)
     clips, titles = [], []
     for index in indices:
         item = dataset[index]
-        pair = {"original": item.audio, "reconstruction": codec.reconstruct(item.audio[None, None])[0, 0].cpu()}
+        original = item.audio[: round(seconds * codec.sample_rate_hz)]
+        pair = {"original": original, "reconstruction": codec.reconstruct(original[None, None])[0, 0].cpu()}
         for kind, audio in pair.items():
-            write_wav(directory / f"{index:04d}_{kind}.wav", audio, codec.sample_rate_hz)
+            write_flac(directory / f"{index:04d}_{slug(item.caption)}_{kind}.flac", audio, codec.sample_rate_hz)
             clips.append(audio)
             titles.append(f"{item.caption} ({kind})")
     draw_sheet(directory / "pairs.png", clips, titles, codec.sample_rate_hz)
@@ -61,7 +73,8 @@ def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory:
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write `codec.json` and the pairs."""
-    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(resolve_device(cfg.device))
+    codec = instantiate(cfg.baseline) or load_trained(Path(cfg.codec_ckpt), "codec")
+    codec = codec.to(resolve_device(cfg.device))
     # Levelled as in training and encoding: elsewhere quiet clips would be strangers to the codec.
     dataset = instantiate(cfg.data, _convert_="all").whole_clips(cfg.max_duration_seconds)[cfg.split]
     shortest = cfg.minimum_seconds * codec.sample_rate_hz
@@ -71,10 +84,10 @@ def main(cfg: DictConfig) -> None:
         if len(item.audio) >= shortest:
             clips[index] = score(codec, item)
     summary = summarise(list(clips.values()))
-    result = {"codec_hash": hash_module(codec), "split": cfg.split, "summary": summary, "clips": list(clips.values())}
-    write_json(Path(cfg.output_dir) / "codec.json", result)
-    kept = [list(clips)[place] for place in evenly_spaced(len(clips), cfg.num_pairs)]
-    keep_pairs(codec, dataset, kept, Path(cfg.output_dir) / "pairs")
+    facts = {"codec_hash": hash_module(codec), "split": cfg.split, "provenance": provenance()}
+    write_json(Path(cfg.output_dir) / "codec.json", {**facts, "summary": summary, "clips": list(clips.values())})
+    if cfg.num_pairs:
+        keep_pairs(codec, dataset, varied(clips, cfg.num_pairs), Path(cfg.output_dir) / "pairs", cfg.pair_seconds)
     get_logger(__name__).info("%s", {name: round(value, 3) for name, value in summary.items()})
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -49,15 +48,6 @@ def plot_rows(
     if panels:
         plot_panels(panels, path)
     return bool(panels)
-
-
-def lines_by(rows: Sequence[Mapping[str, Any]], group: str, x: str, y: str) -> dict[str, list[tuple[float, float]]]:
-    """The points of rows that have a `y`, a line for each value of `group`."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row[y] is not None:
-            lines.setdefault(str(row[group]), []).append((row[x], row[y]))
-    return lines
 
 
 def plot_panels(panels: Sequence[Panel], path: Path) -> None:

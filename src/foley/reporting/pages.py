@@ -63,8 +63,10 @@ class Results:
         return f"Measured with `{command}` ({rest})." if command else f"Measured at {rest}."
 
 
-def write_page(template: Path, page: Path) -> None:
-    """Fill in `template`; the results and pictures of `page` lie in the folder beside it that has its name.
+def write_page(template: Path, page: Path, folder: Path | None = None, **facts: Any) -> None:
+    """Fill in `template`, which may use `facts` too.
+
+    The results and pictures lie in `folder`; by default in the one beside `page` that has its name.
 
     Raises as jinja2 does for a template that asks for what is not there.
     """
@@ -74,8 +76,8 @@ def write_page(template: Path, page: Path) -> None:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    results = Results(page.with_suffix(""))
+    results = Results(folder or page.with_suffix(""))
     names = ("read", "table", "rows", "plot", "picture", "origin")
     tools = {name: getattr(results, name) for name in names}
-    text = environment.get_template(template.name).render(**tools)
+    text = environment.get_template(template.name).render(**tools, **facts)
     write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines

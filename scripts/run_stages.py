@@ -1,0 +1,92 @@
+"""Run the stages of a config, one command after another; each has a product, which is kept and not made again.
+
+python scripts/run_stages.py --config-name=train_demo
+python scripts/run_stages.py --config-name=results size=quick
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from foley.checkpoint import write_json
+from foley.config import PROJECT_ROOT, relative_to_checkout
+from foley.hashing import hash_file
+from foley.logs import get_logger
+from foley.reporting.provenance import provenance
+
+log = get_logger(__name__)
+
+
+def run_stage(name: str, command: str) -> float:
+    """Run `python COMMAND` in the checkout's root; returns its seconds, raises SystemExit where it fails."""
+    log.info("\n== %s ==\npython %s", name, command)
+    start = time.perf_counter()
+    code = subprocess.run([sys.executable, *shlex.split(command)], cwd=PROJECT_ROOT, check=False).returncode
+    if code != 0:
+        raise SystemExit(f"stage {name!r} failed with status {code}: python {command}")
+    return time.perf_counter() - start
+
+
+def describe_stage(stage: DictConfig) -> dict[str, Any]:
+    """What a product depends on: the command, and the contents of the stage's inputs, which earlier stages made."""
+    missing = [file for file in stage.get("inputs", ()) if not (PROJECT_ROOT / file).is_file()]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)}: no such file, but an input of `python {stage.command}`")
+    inputs = {relative_to_checkout(file): hash_file(PROJECT_ROOT / file) for file in stage.get("inputs", ())}
+    return {"command": f"python {stage.command.replace(f'{PROJECT_ROOT}/', '')}", "inputs": inputs}
+
+
+def reason_to_leave_out(stage: DictConfig) -> str | None:
+    """None for a stage that is to run."""
+    if not stage.get("when", True):
+        return "not asked for"
+    absent = [file for file in stage.get("needs", ()) if not (PROJECT_ROOT / file).is_file()]
+    return f"there is no {', '.join(absent)}" if absent else None
+
+
+def is_done(stage: DictConfig, note: Path, description: dict[str, Any]) -> bool:
+    """Whether the product is there and was made in this way."""
+    if not (note.is_file() and (PROJECT_ROOT / stage.product).exists()):
+        return False
+    made: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    return description.items() <= made.items()
+
+
+def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
+    """Copy what the repository keeps of a stage, `stage.keep` below `work_dir`, to the same place below `keep_dir`."""
+    for pattern in stage.get("keep", ()):
+        for source in sorted(work_dir.glob(pattern)):
+            target = keep_dir / source.relative_to(work_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="train_demo")
+def main(cfg: DictConfig) -> None:
+    """Run what has not been run in this way, and note the seconds of each stage and where it ran."""
+    work_dir, keep_dir = PROJECT_ROOT / cfg.work_dir, PROJECT_ROOT / cfg.keep_dir
+    for name, stage in cfg.stages.items():
+        if reason := reason_to_leave_out(stage):
+            log.info("%s: left out, %s", name, reason)
+            continue
+        note, description = keep_dir / "stages" / f"{name}.json", describe_stage(stage)
+        if is_done(stage, note, description):
+            log.info("%s: done before (%s)", name, stage.product)
+            continue
+        seconds = run_stage(name, stage.command)
+        keep(stage, work_dir, keep_dir)
+        write_json(note, {**description, "seconds": round(seconds, 1), "provenance": provenance()})
+    for command in cfg.then:
+        run_stage("at the end", command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""How good clips in memory are, under the protocol of the extractor that ships."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from foley.data.audio_io import read_channels
+from foley.data.sampler import evenly_spaced
+from foley.metrics.clips import LabelledAudio, scan_directory
+from foley.metrics.evaluation import restricted_accuracy
+from foley.metrics.features import ClipFeatures, extract_audio, extract_files
+from foley.metrics.frechet import GaussianStatistics, frechet_distance
+from foley.metrics.protocols import EvaluationProtocol, load_protocol
+from foley.prompts import COLUMN, read_prompt_rows
+
+
+class LabelledPrompts(NamedTuple):
+    """Prompts, and what the clips made from them are expected to be; None where that is not known."""
+
+    captions: list[str]
+    labels: list[str | None]
+
+    @classmethod
+    def read(cls, path: Path, count: int | None = None) -> "LabelledPrompts":
+        """At most `count` of the file, spread evenly; raises ValueError as `read_prompt_rows` does."""
+        rows = read_prompt_rows(path)
+        chosen = [rows[index] for index in evenly_spaced(len(rows), count or len(rows))]
+        return cls([row[COLUMN] for row in chosen], [row.get("label") for row in chosen])
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Label accuracy among all labels that the extractor knows, and Frechet distance to a reference where there is one.
+
+    The distance of a few hundred clips is biased upwards; compare it between sets of equal size alone.
+    """
+
+    protocol: EvaluationProtocol
+    reference: ClipFeatures | None = None
+
+    @classmethod
+    def load(cls, extractor_dir: Path, reference: Path | None = None) -> "Judge":
+        """With the audio files in `reference`; raises ProtocolError, or FileNotFoundError where it holds none."""
+        protocol = load_protocol("embedded", extractor_dir)
+        if reference is None:
+            return cls(protocol)
+        return cls(protocol, extract_files(scan_directory(reference), protocol, read_channels, None))
+
+    def score(self, audio: Tensor, sample_rate_hz: int, labels: Sequence[str | None]) -> dict[str, float | None]:
+        """Scores of `audio [N, 1, T]`; None for what cannot be had: another rate, no known label, no reference."""
+        if sample_rate_hz != self.protocol.sample_rate_hz:
+            return {"label_accuracy": None, "frechet_distance": None}
+        clips = [LabelledAudio(clip[0], label) for clip, label in zip(audio, labels, strict=True)]
+        features, known = extract_audio(clips, self.protocol), self.protocol.extractor.labels
+        accuracy = restricted_accuracy(features.logits, labels, known, known)
+        return {
+            "label_accuracy": None if accuracy is None else accuracy.accuracy,
+            "frechet_distance": None if self.reference is None else _distance(self.reference, features),
+        }
+
+
+def _distance(*sets: ClipFeatures) -> float:
+    return frechet_distance(*(GaussianStatistics(clips.features.shape[1]).update(clips.features) for clips in sets))
