@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from foley.checkpoint import write_json
@@ -45,8 +46,8 @@ class Annotator(Protocol):
     identity: Mapping[str, str]
     key_fields: Sequence[str]
 
-    def start(self, world_size: int) -> None:
-        """Called on every rank before its first row."""
+    def start(self, world_size: int, device: torch.device) -> None:
+        """Called on every rank before its first row, with the device that is this rank's."""
         ...
 
     def annotate(self, rows: Sequence[ManifestRow]) -> Sequence[dict[str, Any] | Fault]:
@@ -125,7 +126,7 @@ class AnnotationModule(pl.LightningModule):
             if int(path.stem[-4:]) % world_size == rank:
                 path.unlink()
         self._results, self._faults = (Journal(self.output_dir, name, rank) for name in (RESULTS, FAULTS))
-        self.annotator.start(world_size)
+        self.annotator.start(world_size, self.device)
 
     def predict_step(self, batch: list[NumberedRow], batch_idx: int) -> int:
         """Annotate the rows of one batch, and write before anything else happens; returns the number of results."""

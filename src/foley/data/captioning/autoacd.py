@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foley.data.annotating import Fault, ManifestRow
 from foley.data.captioning.provenance import captioned
 from foley.data.importers.tables import table_rows
@@ -36,7 +38,7 @@ class AutoAcdCaptioner:
         digest = ",".join(hash_file(path) for path in paths)
         self.identity = {"source": "autoacd", "model": _MODEL, "annotations_sha256": digest}
 
-    def start(self, world_size: int) -> None:
+    def start(self, world_size: int, device: torch.device) -> None:
         """Nothing to start."""
 
     def annotate(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | Fault]:

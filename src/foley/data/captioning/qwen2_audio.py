@@ -50,7 +50,7 @@ class Qwen2AudioCaptioner(nn.Module):
         self._max_duration_seconds = max_duration_seconds
         self.identity = identity("qwen2_audio", name, self._prompt)
 
-    def start(self, world_size: int) -> None:
+    def start(self, world_size: int, device: torch.device) -> None:
         """Nothing to start."""
 
     def annotate(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | Fault]:

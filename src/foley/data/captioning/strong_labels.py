@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from foley.data.annotating import Fault, ManifestRow
 from foley.data.captioning.cost import CostEstimate, Prices, estimate_cost
 from foley.data.captioning.endpoint import AnswerError, ChatEndpoint
@@ -43,7 +45,7 @@ class StrongLabelCaptioner:
         self.identity = identity("strong_labels", endpoint.model, f"{instruction}\n{endpoint.options}")
         self._threads = ThreadPoolExecutor(concurrency)
 
-    def start(self, world_size: int) -> None:
+    def start(self, world_size: int, device: torch.device) -> None:
         """Take the key from the environment; raises EndpointError."""
         self.endpoint.start(world_size)
 

@@ -1,0 +1,46 @@
+"""Score how well each caption of a manifest fits its clip, and keep those that fit.
+
+python scripts/filter_clap.py manifest=FILE audio_dir=FOLDER out=FOLDER threshold=0.40
+"""
+
+from pathlib import Path
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from pytorch_lightning.utilities import rank_zero_only
+
+import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.data.annotating import AnnotationError, annotate
+from foley.data.clap_filter import keep_by_threshold
+from foley.logs import get_logger
+from foley.reporting.histogram import draw_histogram
+
+_log = get_logger(__name__)
+
+
+@rank_zero_only
+def finish(cfg: DictConfig) -> None:
+    """Write what is kept, draw the histogram and print the counts."""
+    output_dir = Path(cfg.out)
+    filtered = keep_by_threshold(Path(cfg.manifest), output_dir, cfg.threshold, list(cfg.reported_thresholds))
+    if not filtered.scores:
+        raise AnnotationError(f"no clip could be scored: {output_dir}/faults-rank*.jsonl says why")
+    limits = {limit: f"{limit:.2f}: {count} kept" for limit, count in filtered.kept.items()}
+    draw_histogram(output_dir / "histogram.png", filtered.scores, "CLAP score", limits)
+    _log.info("%d clips scored, %d could not be", len(filtered.scores), filtered.unscored)
+    for limit, count in filtered.kept.items():
+        _log.info("threshold %.2f keeps %d (%.1f %%)", limit, count, 100 * count / len(filtered.scores))
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="filter_clap")
+def main(cfg: DictConfig) -> None:
+    """Compose, score, keep."""
+    scorer = instantiate(cfg.scorer, _convert_="all")
+    trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
+    annotate(scorer, Path(cfg.manifest), Path(cfg.out), trainer, cfg.batch_size)
+    finish(cfg)
+
+
+if __name__ == "__main__":
+    main()

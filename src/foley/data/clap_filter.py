@@ -1,0 +1,128 @@
+"""Keep the clips whose caption fits: CLAP's cosine of sound and text, as EzAudio filters synthetic captions."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from torch import Tensor
+
+from foley.checkpoint import atomic_write, write_json
+from foley.data.annotating import Fault, ManifestRow, read_results
+from foley.data.audio_io import AudioError, FloatArray, read_audio
+from foley.data.manifest import json_rows
+
+SCORES_FILE, MANIFEST_FILE, SUMMARY_FILE = "scores.jsonl", "manifest.jsonl", "summary.json"
+
+
+class Embedder(Protocol):
+    """Unit embeddings `[B, D]` of mono clips `[T]` at `sample_rate_hz`, and of captions."""
+
+    sample_rate_hz: int
+
+    def audio(self, clips: Sequence[FloatArray]) -> Tensor: ...
+
+    def text(self, captions: Sequence[str]) -> Tensor: ...
+
+
+class ClapScorer:
+    """An annotator whose results are scores in [-1, 1]; a changed caption is scored anew.
+
+    Args:
+        load: makes the embedder, given the name of a `device`.
+        audio_dir: what paths of the manifest are relative to.
+        name: of the model; scores of two models never mix in one folder.
+        max_duration_seconds: of a longer clip only the beginning is heard.
+    """
+
+    key_fields = ("id", "caption")
+
+    def __init__(
+        self, load: Callable[..., Embedder], audio_dir: str, name: str, max_duration_seconds: float = 30.0
+    ) -> None:
+        self.identity = {"source": "clap", "model": name, "max_duration_seconds": str(max_duration_seconds)}
+        self._load = load
+        self._audio_dir = Path(audio_dir)
+        self._max_duration_seconds = max_duration_seconds
+
+    def start(self, world_size: int, device: torch.device) -> None:
+        """Load the model onto this rank's device."""
+        self._embedder = self._load(device=str(device))
+
+    def annotate(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | Fault]:
+        """`clap_score` of each row; rows whose audio cannot be used are faults."""
+        clips = [self._read(row) for row in rows]
+        heard = [(row, clip) for row, clip in zip(rows, clips, strict=True) if not isinstance(clip, Fault)]
+        scores = iter(self._scores(*zip(*heard, strict=True)) if heard else [])
+        return [clip if isinstance(clip, Fault) else {"clap_score": next(scores)} for clip in clips]
+
+    def _scores(self, rows: Sequence[ManifestRow], clips: Sequence[FloatArray]) -> list[float]:
+        sounds = self._embedder.audio(clips)
+        captions = self._embedder.text([row["caption"] for row in rows])
+        cosines: list[float] = (sounds * captions).sum(dim=-1).tolist()
+        return cosines
+
+    def _read(self, row: ManifestRow) -> FloatArray | Fault:
+        rate = self._embedder.sample_rate_hz
+        try:
+            return read_audio(self._audio_dir / row["path"], rate, self._max_duration_seconds)
+        except AudioError as error:
+            return Fault(str(error))
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """`scores` of all scored rows in the manifest's order; `kept` by threshold; rows without a score."""
+
+    scores: list[float]
+    kept: dict[float, int]
+    unscored: int
+
+
+def keep_by_threshold(
+    manifest: Path, output_dir: Path, threshold: float, reported_thresholds: Sequence[float]
+) -> Filtered:
+    """Write scores.jsonl (all), manifest.jsonl (rows that score `threshold` or more) and summary.json.
+
+    Rows keep their fields, and get `clap_score`.
+    """
+    known = {(result["id"], result["caption"]): result["clap_score"] for result in read_results(output_dir)}
+    scores: list[float] = []
+    unscored = 0
+
+    def write_scores(temporary: Path) -> None:
+        nonlocal unscored
+        with temporary.open("w", encoding="utf-8") as stream:
+            for row, score in _scored(manifest, known):
+                if score is None:
+                    unscored += 1
+                    continue
+                scores.append(score)
+                _write_line(stream, {"id": row["id"], "clap_score": score, "caption": row["caption"]})
+
+    def write_kept(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as stream:
+            for row, score in _scored(manifest, known):
+                if score is not None and score >= threshold:
+                    _write_line(stream, {**row, "clap_score": score})
+
+    atomic_write(output_dir / SCORES_FILE, write_scores)
+    atomic_write(output_dir / MANIFEST_FILE, write_kept)
+    thresholds = sorted({*reported_thresholds, threshold})
+    kept = {limit: sum(score >= limit for score in scores) for limit in thresholds}
+    counts = {"scored": len(scores), "unscored": unscored, "threshold": threshold}
+    write_json(output_dir / SUMMARY_FILE, {**counts, "kept": {f"{limit:.2f}": n for limit, n in kept.items()}})
+    return Filtered(scores, kept, unscored)
+
+
+def _scored(manifest: Path, known: dict[tuple[str, str], float]) -> Iterator[tuple[dict[str, Any], float | None]]:
+    for _, fields in json_rows(manifest):
+        row = {} if isinstance(fields, str) else dict(fields)
+        row["id"] = str(row.get("id") or row.get("path", "")).strip()
+        yield row, known.get((row["id"], row.get("caption", "")))
+
+
+def _write_line(stream: TextIO, row: dict[str, Any]) -> None:
+    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
