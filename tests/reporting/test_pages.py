@@ -14,8 +14,7 @@ from foley.reporting.provenance import provenance
 from foley.reporting.tables import format_rows
 
 PAGES = PROJECT_ROOT / "docs" / "results"
-TEMPLATES = sorted((PAGES / "templates").glob("*.md"))
-WRITTEN = [template for template in TEMPLATES if (PAGES / template.name).is_file()]
+TEMPLATES = [PAGES / "templates" / f"{page}.md" for page in ("acceleration", "denoiser", "distillation")]
 ROWS = [
     {"system": "teacher", "steps": 100, "seconds": {"denoise": 2.0}, "accuracy": 0.5},
     {"system": "student", "steps": 2, "seconds": {"denoise": 0.125}, "accuracy": None},
@@ -88,7 +87,7 @@ def test_results_without_a_file_or_a_part_are_not_measured(folder: Path) -> None
     assert results.table(results.read("a.json"), "sweep.rows", {"x": "{x}"}) == NOT_MEASURED
 
 
-@pytest.mark.parametrize("template", WRITTEN, ids=lambda file: file.stem)
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
 def test_the_pages_that_ship_are_what_their_templates_make_of_the_results(template: Path, tmp_path: Path) -> None:
     page = PAGES / template.name
     if page.with_suffix("").is_dir():
