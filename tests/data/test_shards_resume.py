@@ -6,37 +6,37 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain, count, islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import shard_parts
-import torch
 from shard_parts import TRAIN, VAL, build_data, digest
-from torch import distributed, multiprocessing
+from torch import distributed, multiprocessing, set_num_threads
+
+from foley.checkpoint import read_training_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, on more processes than cores
 SCRIPT = Path(__file__).with_name("shard_parts.py")
 BATCH = 4
 
 
-def _module(url: str, state: dict | None = None):
-    """The data module of this rank, as a trainer would have it at the start of a run."""
-    data = build_data(url)
+def _module(url: str, rank: int, world_size: int, num_workers: int = 2, epoch: int = 0, consumed: int = 0):
+    """The data module of a rank, as a trainer would have it at this place of a run."""
+    data = build_data(url, num_workers)
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    rank, world = distributed.get_rank(), distributed.get_world_size()
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, limit_train_batches=1.0, fit_loop=loop)
-    if state is not None:
-        data.load_state_dict(state)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, limit_train_batches=1.0, fit_loop=loop)
+    data.load_state_dict({"epoch": epoch, "consumed": consumed, "size": TRAIN, "batches": 0})
     return data
 
 
 def _read(rank: int, url: str, folder: str) -> None:
+    set_num_threads(1)  # as loader processes do: other threads are not forked
     distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    data = _module(url)
-    state = {"epoch": 0, "consumed": 2 * 2 * BATCH, "size": TRAIN, "batches": 0}
-    straight, resumed = (list(module.train_dataloader()) for module in (data, _module(url, state)))
+    data, later = _module(url, rank, 2), _module(url, rank, 2, consumed=2 * 2 * BATCH)
+    straight, resumed = (list(module.train_dataloader()) for module in (data, later))
     seen = {
         "train": [id for batch in straight for id in batch["id"]],
         "val": [id for batch in data.val_dataloader() for id in batch["id"]],
@@ -51,7 +51,7 @@ def _read(rank: int, url: str, folder: str) -> None:
 
 def test_two_ranks_with_two_loader_processes_each_share_the_clips(tmp_path):
     url = shard_parts.write_clips(tmp_path)
-    multiprocessing.spawn(_read, (url, str(tmp_path)), nprocs=2)
+    multiprocessing.start_processes(_read, (url, str(tmp_path)), nprocs=2, start_method="fork")
     ranks = json.loads((tmp_path / "seen.json").read_text())
     train, val = ([id for rank in ranks for id in rank[split]] for split in ("train", "val"))
     assert len(set(train)) == len(train) == TRAIN // (2 * BATCH) * 2 * BATCH
@@ -70,7 +70,7 @@ def _kill_after(url: str, folder: Path, devices: int, lines: int) -> None:
     arguments = [sys.executable, str(SCRIPT), url, str(folder), "1000000", str(devices)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(arguments, env=environment, start_new_session=True, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while min(len(_lines(folder, rank)) for rank in range(devices)) < lines:
         assert child.poll() is None, child.stderr.read().decode()[-2000:]
         assert time.monotonic() < deadline, "timed out"
@@ -79,27 +79,29 @@ def _kill_after(url: str, folder: Path, devices: int, lines: int) -> None:
     child.wait()
 
 
-def _resume_to(url: str, folder: Path, steps: int, devices: int) -> None:
+def _resume(url: str, folder: Path, steps: int, devices: int) -> None:
     arguments = [sys.executable, str(SCRIPT), url, str(folder), str(steps), str(devices)]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def _uninterrupted(url: str, rank: int, world_size: int, steps: int) -> list[str]:
+    """What a run logs that is never stopped; without trainer and loader processes."""
+    epochs = (_module(url, rank, world_size, 0, epoch).train_dataloader() for epoch in count())
+    batches = islice(chain.from_iterable(epochs), steps)
+    return [f"{step} {digest(batch)} {','.join(batch['id'])}" for step, batch in enumerate(batches)]
+
+
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_with_the_exact_next_batch(tmp_path, devices):
-    url = shard_parts.write_clips(tmp_path)
-    _kill_after(url, tmp_path / "killed", devices, lines=13)
-    checkpoint = torch.load(tmp_path / "killed/checkpoints/last.ckpt", weights_only=True)
-    before = [_lines(tmp_path / "killed", rank) for rank in range(devices)]
-    start, end = checkpoint["global_step"], max(map(len, before)) + 5
-    if devices == 1:
-        shard_parts.run(url, tmp_path / "killed", end)
-        shard_parts.run(url, tmp_path / "whole", end)
-    else:
-        _resume_to(url, tmp_path / "killed", end, devices)
-        _resume_to(url, tmp_path / "whole", end, devices)
+    url, folder = shard_parts.write_clips(tmp_path), tmp_path / "run"
+    _kill_after(url, folder, devices, lines=13)
+    before = [_lines(folder, rank) for rank in range(devices)]
+    start = read_training_checkpoint(folder / "checkpoints/last.ckpt")["global_step"]
+    end = max(map(len, before)) + 5
+    _resume(url, folder, end, devices)
     for rank, killed in enumerate(before):
-        whole, resumed = _lines(tmp_path / "whole", rank), _lines(tmp_path / "killed", rank)[len(killed) :]
-        assert len(whole) == end
+        whole, resumed = _uninterrupted(url, rank, devices, end), _lines(folder, rank)[len(killed) :]
         assert killed == whole[: len(killed)]
         assert resumed == whole[start:]
