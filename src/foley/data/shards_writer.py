@@ -148,8 +148,12 @@ class ShardWriter:
     def _publish(self, file: Path, name: str) -> None:
         """On a disk through a rename; object stores show whole objects only."""
         target = f"{self._root}/{name}"
+
+        def copy(temporary: Path) -> None:
+            shutil.copyfile(file, temporary)
+
         if isinstance(self._filesystem, LocalFileSystem):
-            atomic_write(Path(target), lambda temporary: shutil.copyfile(file, temporary))
+            atomic_write(Path(target), copy)
         else:
             self._filesystem.makedirs(self._root, exist_ok=True)
             self._filesystem.put_file(str(file), target)
