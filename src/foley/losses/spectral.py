@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+_SMALLEST_BAND = 1e-4
+
 
 def magnitude(audio: Tensor, window: Tensor) -> Tensor:
     """`[B, T]` to STFT magnitudes `[B, F, frames]` with a hop of a quarter of the window."""
@@ -97,3 +99,27 @@ class LogMelLoss(nn.Module):
     def _log_mel(self, audio: Tensor) -> Tensor:
         magnitudes = magnitude(audio.flatten(0, 1), self.window)
         return (magnitudes.transpose(1, 2) @ self.bands).clamp(min=self.floor).log()
+
+
+class BandedLogLoss(nn.Module):
+    """L1 between the log mel energies of log magnitudes: what each band holds counts, not where in it.
+
+    Args:
+        sample_rate_hz: of the audio.
+        window_samples: of the transform that the spectra come from.
+        mel_bands: number of triangular bands.
+    """
+
+    bands: Tensor
+
+    def __init__(self, sample_rate_hz: int, window_samples: int, mel_bands: int = 80) -> None:
+        super().__init__()
+        bands = melscale_fbanks(window_samples // 2 + 1, 0.0, sample_rate_hz / 2, mel_bands, sample_rate_hz)
+        self.register_buffer("bands", bands, persistent=False)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Two log magnitudes `[B, N, bins]` to a scalar."""
+        return (self._log_bands(prediction) - self._log_bands(target)).abs().mean()
+
+    def _log_bands(self, spectra: Tensor) -> Tensor:
+        return (spectra.exp() @ self.bands).clamp(min=_SMALLEST_BAND).log()

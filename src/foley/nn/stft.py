@@ -1,33 +1,34 @@
-"""Short-time spectra whose frames divide the signal exactly: one for each hop."""
+"""Short-time spectra whose frames divide the signal exactly, and the phases that magnitudes leave open."""
 
 import torch
 from torch import Tensor, nn
 
-_SMALLEST_OVERLAP = 1e-3
+_SMALLEST = 1e-8
 
 
 class FramedSTFT(nn.Module):
-    """Windowed spectra centred on each hop, and the least-squares inverse.
+    """Spectra centred on each hop, in an orthonormal transform, and the least-squares inverse.
 
-    The window is the square root of Hann's, in analysis and in synthesis.
+    The window is Hann's, in analysis and in synthesis.
 
     Args:
-        window_samples: length of the window and of the transform, a multiple of twice the hop.
+        window_samples: length of the window and of the transform, an even multiple of the hop, at least four hops.
         hop_samples: between frames.
 
     Raises:
-        ValueError: where the window is not a multiple of twice the hop.
+        ValueError: where window and hop do not fit.
     """
 
     window: Tensor
 
     def __init__(self, window_samples: int, hop_samples: int) -> None:
         super().__init__()
-        if window_samples % (2 * hop_samples):
-            raise ValueError(f"window_samples {window_samples} must be a multiple of twice the hop {hop_samples}")
+        if window_samples % (2 * hop_samples) or window_samples < 4 * hop_samples:
+            raise ValueError(
+                f"window_samples {window_samples} must be an even multiple of the hop, {hop_samples}, and four at least"
+            )
         self.window_samples, self.hop_samples = window_samples, hop_samples
-        self.margin = (window_samples - hop_samples) // 2
-        self.register_buffer("window", torch.hann_window(window_samples).sqrt(), persistent=False)
+        self.register_buffer("window", torch.hann_window(window_samples), persistent=False)
 
     @property
     def bins(self) -> int:
@@ -35,21 +36,47 @@ class FramedSTFT(nn.Module):
         return self.window_samples // 2 + 1
 
     def forward(self, audio: Tensor) -> Tensor:
-        """`[B, N * hop]` to complex `[B, N, bins]`; zeros lie beyond the ends."""
-        frames = nn.functional.pad(audio, (self.margin, self.margin)).unfold(-1, self.window_samples, self.hop_samples)
+        """`[B, N * hop]` to complex `[B, N, bins]`; frame n is centred on the end of hop n, zeros lie beyond."""
+        half = self.window_samples // 2
+        frames = nn.functional.pad(audio, (half - self.hop_samples, half)).unfold(
+            -1, self.window_samples, self.hop_samples
+        )
         return torch.fft.rfft(frames * self.window, norm="ortho")
 
     def inverse(self, spectra: Tensor) -> Tensor:
         """Complex `[B, N, bins]` to `[B, N * hop]`."""
-        frames = torch.fft.irfft(spectra, n=self.window_samples, norm="ortho") * self.window
-        ones = self.window.square().expand(1, spectra.shape[1], -1)
-        return self._overlap_add(frames) / self._overlap_add(ones).clamp(min=_SMALLEST_OVERLAP)
+        return self._add_up(spectra) * self._weight(spectra.shape[1])
 
-    def _overlap_add(self, frames: Tensor) -> Tensor:
-        """`[B, N, window]` to `[B, N * hop]`."""
-        num_frames = frames.shape[1]
-        length = (num_frames - 1) * self.hop_samples + self.window_samples
-        summed = nn.functional.fold(
-            frames.transpose(1, 2), (1, length), (1, self.window_samples), stride=(1, self.hop_samples)
-        )
-        return summed[:, 0, 0, self.margin : self.margin + num_frames * self.hop_samples]
+    def invert_magnitude(self, magnitude: Tensor, iterations: int, momentum: float = 0.99) -> Tensor:
+        """Magnitudes `[B, N, bins]` to a signal `[B, N * hop]` that has them as nearly as `iterations` find.
+
+        The fast Griffin-Lim algorithm (Perraudin et al. 2013). It starts from random phases, since equal ones make a
+        click of every frame; they are the same ones each time and for each item.
+        """
+        weight = self._weight(magnitude.shape[1])
+        turns = torch.rand(magnitude.shape[1:], generator=torch.Generator().manual_seed(0)).to(magnitude)
+        spectra = torch.polar(magnitude, 2 * torch.pi * turns.expand_as(magnitude))
+        previous = torch.zeros_like(spectra)
+        for _ in range(iterations):
+            consistent = self(self._add_up(spectra) * weight)
+            ahead = torch.add(consistent, consistent - previous, alpha=momentum)
+            spectra, previous = ahead * (magnitude / ahead.abs().clamp_min_(_SMALLEST)), consistent
+        return self._add_up(spectra) * weight
+
+    def _add_up(self, spectra: Tensor) -> Tensor:
+        return self._overlap(torch.fft.irfft(spectra, n=self.window_samples, norm="ortho") * self.window)
+
+    def _weight(self, num_frames: int) -> Tensor:
+        """`[1, N * hop]`: what makes the overlapping windows add up to one."""
+        squares = self.window.square().expand(1, num_frames, -1)
+        return self._overlap(squares).clamp(min=_SMALLEST).reciprocal()
+
+    def _overlap(self, frames: Tensor) -> Tensor:
+        """`[B, N, window]` to `[B, N * hop]`: the parts of a hop that each frame adds to, summed."""
+        num_frames, parts = frames.shape[1], self.window_samples // self.hop_samples
+        pieces = frames.unflatten(2, (parts, self.hop_samples))
+        total = frames.new_zeros(len(frames), num_frames + parts - 1, self.hop_samples)
+        for index in range(parts):
+            total[:, index : index + num_frames] += pieces[:, :, index]
+        first = parts // 2 - 1
+        return total[:, first : first + num_frames].flatten(1)

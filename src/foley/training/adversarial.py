@@ -54,7 +54,7 @@ class AdversarialTraining(FoleyModule):
         adversarial: the kind of adversarial loss.
         adversarial_start_step: model updates before the discriminator joins.
         gradient_clip_norm: largest gradient norm, for each of the two; None does not clip.
-        num_examples: pairs (original, generated) of each validation kept in `examples`, where they are audio.
+        num_examples: pairs (original, generated) of each validation kept in `examples`, where they are heard.
         seed: of the noise.
 
     Raises:
@@ -101,8 +101,12 @@ class AdversarialTraining(FoleyModule):
 
     @property
     def sample_rate_hz(self) -> int | None:
-        """Of the pairs where they are audio `[B, 1, T]`; None where they are not."""
+        """Of what is heard of pairs; None where that is nothing."""
         raise NotImplementedError
+
+    def heard(self, batch: AudioBatch, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Original and generated audio `[B, 1, T]` of a pair, at `sample_rate_hz`."""
+        return pair.original, pair.generated
 
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
         """What the model makes of a batch: with noise where it takes some, and without at validation."""
@@ -141,10 +145,10 @@ class AdversarialTraining(FoleyModule):
         values = self._reconstruction_terms(pair)
         metrics = {"loss": self._weighted_sum(values), **values, **pair.measures}
         if self.sample_rate_hz is not None:
-            metrics |= _audio_distances(pair, self.sample_rate_hz)
+            audio = self.heard(batch, pair)
+            metrics |= _audio_distances(*audio, self.sample_rate_hz)
             if batch_idx == 0:
-                kept = (signal[: self.num_examples].cpu() for signal in (pair.original, pair.generated))
-                self.examples = list(zip(*kept, strict=True))
+                self.examples = list(zip(*(signal[: self.num_examples].cpu() for signal in audio), strict=True))
         self.log_dict(
             {f"val/{name}": value for name, value in metrics.items()}, batch_size=len(pair.original), sync_dist=True
         )
@@ -199,11 +203,11 @@ class AdversarialTraining(FoleyModule):
         return self.discriminator, self.adversarial
 
 
-def _audio_distances(pair: Pair, sample_rate_hz: int) -> dict[str, Tensor]:
+def _audio_distances(original: Tensor, generated: Tensor, sample_rate_hz: int) -> dict[str, Tensor]:
     return {
-        "si_sdr_db": si_sdr(pair.generated, pair.original).mean(),
-        "mel_distance": mel_distance(pair.generated, pair.original, sample_rate_hz).mean(),
-        "stft_distance": stft_distance(pair.generated, pair.original).mean(),
+        "si_sdr_db": si_sdr(generated, original).mean(),
+        "mel_distance": mel_distance(generated, original, sample_rate_hz).mean(),
+        "stft_distance": stft_distance(generated, original).mean(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Training the two parts of a mel codec: what each step updates, what is logged, and what can be loaded."""
+"""Training codecs of spectra: what each step updates, what is logged, and what can be loaded."""
 
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader
 
 from foley.checkpoint import build_component, load_trained
 from foley.losses.adversarial import LeastSquaresLoss
-from foley.losses.spectral import LogMelLoss
+from foley.losses.spectral import BandedLogLoss, LogMelLoss
 from foley.models.mel_codec.discriminator import PatchDiscriminator
 from foley.models.vocoder.discriminator import PeriodResolutionDiscriminator
 from foley.training.adversarial import AdversarialTraining
 from foley.training.callbacks.reconstructions import Reconstructions
 from foley.training.mel_vae import MelVAETraining
+from foley.training.spectral_vae import SpectralVAETraining
 from foley.training.vocoder import VocoderTraining
 
 SPECTROGRAM = {"_target_": "foley.models.mel_codec.spectrogram.MelSpectrogram", "sample_rate_hz": 16000}
@@ -29,6 +30,10 @@ VOCODER = {
     "_target_": "foley.models.vocoder.bigvgan.BigVGAN",
     "spectrogram": SPECTROGRAM,
     **{"channels": 8, "strides": [16, 16], "kernels": [3], "dilations": [1], "convs_per_unit": 1},
+}
+SPECTRAL_VAE = {
+    "_target_": "foley.models.vae.spectral_vae.SpectralVAE",
+    **{"width": 8, "window_samples": 256, "frame_samples": 64, "latent_channels": 4, "sample_rate_hz": 16000},
 }
 SAMPLES = 8100  # no multiple of a frame
 MEL_WEIGHTS = {"mel": 1.0, "kl": 1e-6, "adversarial": 0.1, "feature_matching": 0.0}
@@ -44,6 +49,11 @@ def build(kind: str, adversarial_start_step: int | None = None, **options: Any) 
         options["discriminator"] = PatchDiscriminator(2, 2) if judged else None
         module = MelVAETraining(build_component(MEL_VAE), {"mel": torch.nn.L1Loss()}, MEL_WEIGHTS, optimizer, **options)
         module.component_configs = {"mel_vae": MEL_VAE}
+    elif kind == "codec":
+        options["discriminator"] = PatchDiscriminator(2, 2) if judged else None
+        terms = {"mel": BandedLogLoss(16000, 256, 20)}
+        module = SpectralVAETraining(build_component(SPECTRAL_VAE), terms, MEL_WEIGHTS, optimizer, **options)
+        module.component_configs = {"codec": SPECTRAL_VAE}
     else:
         options["discriminator"] = PeriodResolutionDiscriminator((2,), ((256, 64, 256),), 1) if judged else None
         loss = LogMelLoss(16000, floor=1e-5, mel_scale="slaney")
@@ -70,7 +80,7 @@ def fit(module: AdversarialTraining, folder: Path, steps: int = 4, callbacks: li
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["mel_vae", "vocoder"])
+@pytest.mark.parametrize("kind", ["mel_vae", "vocoder", "codec"])
 @pytest.mark.parametrize(("start", "judged"), [(None, False), (9, False), (2, True)])
 def test_the_discriminator_acts_from_its_start_step_on(
     kind: str, start: int | None, judged: bool, tmp_path: Path
@@ -84,13 +94,17 @@ def test_the_discriminator_acts_from_its_start_step_on(
     assert trainer.global_step == 4
     assert all(parameter.requires_grad for parameter in module.parameters())
     metrics = set(trainer.callback_metrics)
-    own = {"train/kl", "val/latent_std"} if kind == "mel_vae" else {"val/si_sdr_db", "val/mel_distance"}
-    assert {"train/loss", "train/mel", "val/loss"} | own <= metrics
+    own = {
+        "mel_vae": {"train/kl", "val/latent_std"},
+        "vocoder": {"val/si_sdr_db", "val/mel_distance"},
+        "codec": {"train/kl", "val/latent_std", "val/mel_distance"},
+    }
+    assert {"train/loss", "train/mel", "val/loss"} | own[kind] <= metrics
     assert ("train/adversarial" in metrics) == ("train/discriminator" in metrics) == judged
     assert ("train/feature_matching" in metrics) == (judged and kind == "vocoder")
 
 
-@pytest.mark.parametrize("kind", ["mel_vae", "vocoder"])
+@pytest.mark.parametrize("kind", ["mel_vae", "vocoder", "codec"])
 def test_the_part_loads_from_the_checkpoint(kind: str, tmp_path: Path) -> None:
     module = build(kind, 1)
     trainer = fit(module, tmp_path, callbacks=[Reconstructions(str(tmp_path / "sounds"))])
@@ -99,8 +113,9 @@ def test_the_part_loads_from_the_checkpoint(kind: str, tmp_path: Path) -> None:
     assert type(loaded) is type(module.model)
     expected = module.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
-    assert (loaded.encode_moments(mel)[0] if kind == "mel_vae" else loaded(mel)).isfinite().all()
-    assert (tmp_path / "sounds" / "step_000004" / "00_reconstruction.wav").is_file() == (kind == "vocoder")
+    result = {"mel_vae": lambda: loaded.encode_moments(mel)[0], "vocoder": lambda: loaded(mel)}
+    assert result.get(kind, lambda: loaded.reconstruct(mel[:, :1]))().isfinite().all()
+    assert (tmp_path / "sounds" / "step_000004" / "00_reconstruction.wav").is_file() == (kind != "mel_vae")
 
 
 def test_one_clip_is_learned(tmp_path: Path) -> None:
@@ -126,6 +141,7 @@ def test_one_clip_is_learned(tmp_path: Path) -> None:
 
 def test_pairs_are_of_one_shape() -> None:
     batch: Any = {"audio": torch.randn(2, 1, SAMPLES)}
-    mel, audio = build("mel_vae").render(batch, None), build("vocoder").render(batch, None)
+    mel, audio, spectra = (build(kind).render(batch, None) for kind in ("mel_vae", "vocoder", "codec"))
     assert mel.original.shape == mel.generated.shape == (2, 80, 32)
     assert audio.original.shape == audio.generated.shape == (2, 1, SAMPLES)
+    assert spectra.original.shape == spectra.generated.shape == (2, 128, 129)
