@@ -166,7 +166,7 @@ def compare_budget_methods(cfg: DictConfig) -> list[dict[str, float]]:
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     workload = Workload.build(cfg)
-    judge = Judge.load(Path(cfg.extractor_dir), Path(cfg.reference) if cfg.reference else None)
+    judge = Judge.load(Path(cfg.extractor_dir), cfg.reference)
     variants = make_variants(cfg)
     rows, uncached = measure(workload, variants, judge, cfg.repeats)
     settings = {

@@ -17,17 +17,10 @@ from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
-from foley.data.audio_io import read_channels
-from foley.data.sampler import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation import Generation
-from foley.metrics.clips import LabelledAudio, scan_directory
-from foley.metrics.evaluation import restricted_accuracy
-from foley.metrics.features import ClipFeatures, extract_audio, extract_files
-from foley.metrics.frechet import GaussianStatistics, frechet_distance
-from foley.metrics.protocols import EvaluationProtocol, load_protocol
+from foley.judging import Judge, LabelledPrompts
 from foley.pipeline import TextToAudio, resolve_device
-from foley.prompts import read_prompt_rows
 from foley.reporting.lines import plot_rows
 from foley.reporting.provenance import provenance
 
@@ -39,10 +32,8 @@ _SCORES = {"label_accuracy": "label accuracy", "frechet_distance": "Frechet dist
 class Workload:
     """What every row generates, and how it is judged."""
 
-    prompts: list[str]
-    labels: list[str | None]
-    protocol: EvaluationProtocol
-    reference: ClipFeatures | None
+    prompts: LabelledPrompts
+    judge: Judge
     duration_seconds: float
     batch_size: int
     repeats: int
@@ -50,14 +41,9 @@ class Workload:
 
     @classmethod
     def build(cls, cfg: DictConfig) -> "Workload":
-        rows = read_prompt_rows(Path(cfg.prompts))
-        chosen = [rows[index] for index in evenly_spaced(len(rows), cfg.num_prompts or len(rows))]
-        protocol = load_protocol("embedded", Path(cfg.extractor_dir))
         return cls(
-            [row["caption"] for row in chosen],
-            [row.get("label") for row in chosen],
-            protocol,
-            _read_reference(cfg.reference, protocol),
+            LabelledPrompts.read(Path(cfg.prompts), cfg.num_prompts),
+            Judge.load(Path(cfg.extractor_dir), cfg.reference),
             cfg.duration_seconds,
             cfg.batch_size,
             cfg.repeats,
@@ -70,40 +56,17 @@ class Workload:
         stages = {stage: median(asdict(run.timings)[stage] for run in runs) for stage in asdict(runs[0].timings)}
         total = median(run.timings.total_seconds for run in runs)
         row = {"num_steps": num_steps, "guidance_scale": scale, **stages, "total_seconds": total}
-        return {**row, **self._score(runs[-1])}
+        return {**row, **self.judge.score(runs[-1].audio, runs[-1].sample_rate_hz, self.prompts.labels)}
 
     def _generate(self, system: TextToAudio, num_steps: int, scale: float) -> Generation:
         return system.generate(
-            self.prompts,
+            self.prompts.captions,
             self.duration_seconds,
             guidance=ClassifierFreeGuidance(scale),
             num_steps=num_steps,
             batch_size=self.batch_size,
             any_guidance_scale=self.any_guidance_scale,
         )
-
-    def _score(self, run: Generation) -> dict[str, float | None]:
-        """None for what cannot be had: another rate than the extractor's, no labels, no reference."""
-        if run.sample_rate_hz != self.protocol.sample_rate_hz:
-            return dict.fromkeys(_SCORES)
-        clips = [LabelledAudio(clip[0], label) for clip, label in zip(run.audio, self.labels, strict=True)]
-        features, known = extract_audio(clips, self.protocol), self.protocol.extractor.labels
-        accuracy = restricted_accuracy(features.logits, self.labels, known, known)
-        return {
-            "label_accuracy": None if accuracy is None else accuracy.accuracy,
-            "frechet_distance": None if self.reference is None else _distance(self.reference, features),
-        }
-
-
-def _read_reference(folder: str | None, protocol: EvaluationProtocol) -> ClipFeatures | None:
-    if folder is None:
-        return None
-    clips = scan_directory(Path(folder))
-    return extract_files(clips, protocol, read_channels, None)
-
-
-def _distance(*sets: ClipFeatures) -> float:
-    return frechet_distance(*(GaussianStatistics(clips.features.shape[1]).update(clips.features) for clips in sets))
 
 
 def compare(workload: Workload, systems: Iterable[tuple[str, TextToAudio, Sequence[int]]], scale: float) -> list[Row]:
@@ -147,7 +110,7 @@ def main(cfg: DictConfig) -> None:
     named = ("teacher", "student", "guidance_scale", "duration_seconds", "batch_size", "repeats", "reference")
     settings = {
         **{name: cfg[name] for name in named},
-        "prompts": len(workload.prompts),
+        "prompts": len(workload.prompts.captions),
         "model_hashes": {name: system.model_hash for name, system, _ in systems},
         "device": str(device),
     }

@@ -40,7 +40,7 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, guidance: Classi
 @hydra.main(version_base="1.3", config_path="../configs", config_name="bench_guidance")
 def main(cfg: DictConfig) -> None:
     system = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device))
-    judge = Judge.load(Path(cfg.extractor_dir), Path(cfg.reference) if cfg.reference else None)
+    judge = Judge.load(Path(cfg.extractor_dir), cfg.reference)
     rows = []
     for rescale, scale in product(cfg.rescales, cfg.scales):
         rows.append(measure(system, judge, cfg, ClassifierFreeGuidance(scale, rescale)))

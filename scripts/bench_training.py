@@ -68,7 +68,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="bench_training")
 def main(cfg: DictConfig) -> None:
-    judge = Judge.load(Path(cfg.extractor_dir), Path(cfg.reference) if cfg.reference else None)
+    judge = Judge.load(Path(cfg.extractor_dir), cfg.reference)
     rows = []
     for name, run in cfg.runs.items():
         folders = sorted(path for path in Path(run.parent).glob(run.folders) if path.is_dir())

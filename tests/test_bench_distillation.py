@@ -66,8 +66,8 @@ def test_at_the_extractors_rate_rows_have_scores(folder):
         cfg = compose("bench_distillation", overrides=["student=null", f"prompts={folder}/prompts.jsonl"])
     workload = bench["Workload"].build(cfg)
     system = TextToAudio(build_system({**CONFIGS, "codec": {**CONFIGS["codec"], "sample_rate_hz": 24000}}))
-    reference = extract_audio([LabelledAudio(torch.randn(4800)) for _ in range(2)], workload.protocol)
-    workload = replace(workload, duration_seconds=0.2, reference=reference)
+    reference = extract_audio([LabelledAudio(torch.randn(4800)) for _ in range(2)], workload.judge.protocol)
+    workload = replace(workload, duration_seconds=0.2, judge=replace(workload.judge, reference=reference))
     row = workload.measure(system, 2, 3.0)
     assert 0 <= row["label_accuracy"] <= 1
     assert row["frechet_distance"] > 0

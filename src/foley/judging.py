@@ -42,12 +42,12 @@ class Judge:
     reference: ClipFeatures | None = None
 
     @classmethod
-    def load(cls, extractor_dir: Path, reference: Path | None = None) -> "Judge":
+    def load(cls, extractor_dir: Path, reference: str | Path | None = None) -> "Judge":
         """With the audio files in `reference`; raises ProtocolError, or FileNotFoundError where it holds none."""
         protocol = load_protocol("embedded", extractor_dir)
         if reference is None:
             return cls(protocol)
-        return cls(protocol, extract_files(scan_directory(reference), protocol, read_channels, None))
+        return cls(protocol, extract_files(scan_directory(Path(reference)), protocol, read_channels, None))
 
     def score(self, audio: Tensor, sample_rate_hz: int, labels: Sequence[str | None]) -> dict[str, float | None]:
         """Scores of `audio [N, 1, T]`; None for what cannot be had: another rate, no known label, no reference."""
