@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_audiocaps_rows_are_in_the_manifest_or_in_the_ledger(prepare, tmp_path):
     assert all(entry.path.is_file() and entry.duration_seconds == 0.1 for entry in entries)
     assert {entry.split for entry in entries} == {"test"}
     assert all("MIT" in entry.license and VIDEO in entry.source for entry in entries)
+
+
+def test_the_script_says_what_it_kept(tmp_path, write_clip, caplog):
+    os.link(write_clip("clip.wav"), tmp_path / f"{VIDEO}.wav")
+    (tmp_path / "vggsound.csv").write_text(f"{VIDEO},30,barking,test\n{OTHER},30,barking,test\n")
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        cfg = compose("prepare", ["dataset=vggsound", f"audio_dir={tmp_path}", f"out={tmp_path / 'out'}"])
+    caplog.set_level("INFO")
+    runpy.run_path(str(PROJECT_ROOT / "scripts" / "prepare.py"))["main"](cfg)
+    assert "kept 1 of 2 rows" in caplog.text
+    assert "left out, no_audio_file: 1" in caplog.text
 
 
 def test_audioset_segments_and_strong_labels(prepare):

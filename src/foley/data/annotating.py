@@ -29,11 +29,12 @@ class AnnotationError(RuntimeError):
 class Fault:
     """Why there is no result for a row; the next run tries again.
 
-    `of_service`: it need not be the row's fault. Many of these in a row end the run.
+    `of_service`: it need not be the row's fault; many of these in a row end the run. `ends_run`: one does.
     """
 
     reason: str
     of_service: bool = False
+    ends_run: bool = False
 
 
 class Annotator(Protocol):
@@ -62,7 +63,7 @@ def annotate(annotator: Annotator, manifest: Path, output_dir: Path, trainer: pl
 
     Raises:
         ManifestError: the manifest is absent, or has a byte-order mark.
-        AnnotationError: `output_dir` holds results of another identity, or a service fails at every row.
+        AnnotationError: `output_dir` holds results of another identity, or a service is of no use.
     """
     trainer.predict(AnnotationModule(annotator, manifest, output_dir, batch_size), return_predictions=False)
 
@@ -172,6 +173,8 @@ class AnnotationModule(pl.LightningModule):
         for answer in answers:
             failed = isinstance(answer, Fault) and answer.of_service
             self._faults_in_a_row = self._faults_in_a_row + 1 if failed else 0
+            if isinstance(answer, Fault) and answer.ends_run:
+                raise AnnotationError(answer.reason)
             if self._faults_in_a_row > self.max_faults_in_a_row:
                 raise AnnotationError(f"{self._faults_in_a_row} rows in a row have no result; the last: {answer}")
 

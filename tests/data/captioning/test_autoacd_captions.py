@@ -33,3 +33,11 @@ def test_clips_without_a_caption_are_faults(captioner):
     vggsound, plain = captioner.annotate([row(VIDEO, 70.0, "VGGSound"), {"id": "2", "path": "a.wav"}])
     assert vggsound == Fault(f"Auto-ACD has no caption of {VIDEO} at 70 s")
     assert isinstance(plain, Fault)
+
+
+def test_rows_that_cannot_be_read_are_listed_with_their_line(tmp_path, caplog):
+    (tmp_path / "train.csv").write_text(f"youtube_id,caption\nY{OTHER},A dog.\nbroken,x\n{VIDEO}_000040\n")
+    AutoAcdCaptioner([str(tmp_path / "train.csv")])
+    assert "2 rows cannot be read" in caplog.text
+    assert "line 3: 'broken' is neither" in caplog.text
+    assert "line 4: has 1 cells where there are 2" in caplog.text

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from chat_server import completion
@@ -12,7 +13,7 @@ from pytorch_lightning import Trainer
 from foley.config import PROJECT_ROOT
 from foley.data.annotating import AnnotationError, annotate, pending_rows, read_results
 from foley.data.captioning.cost import Prices, estimate_cost
-from foley.data.captioning.endpoint import ChatEndpoint, EndpointError
+from foley.data.captioning.endpoint import ChatEndpoint
 from foley.data.captioning.merging import write_captioned_manifest
 from foley.data.captioning.strong_labels import StrongLabelCaptioner
 from foley.data.manifest import read_manifest
@@ -82,14 +83,14 @@ def test_faults_are_listed_and_tried_again_and_nothing_is_asked_twice(captioner,
 def test_a_killed_run_goes_on_at_the_clip(captioner, strong_manifest, tmp_path, server):
     manifest, out = strong_manifest(6), tmp_path / "out"
     server.script = [None, None, None, (401, {}, b"the key was withdrawn")]
-    with pytest.raises(EndpointError, match="401"):
+    with pytest.raises(AnnotationError, match="answers 401: the key was withdrawn"):
         run(captioner(concurrency=1), manifest, out)
-    assert len(list(read_results(out))) == 2
+    assert len(list(read_results(out))) == 3
     with (out / "results-rank0000.jsonl").open("a") as stream:
-        stream.write('{"id": "clip2", "capt')
+        stream.write('{"id": "clip3", "capt')
     server.requests.clear()
     run(captioner(concurrency=1), manifest, out)
-    assert len(server.requests) == 4
+    assert len(server.requests) == 3
     assert sorted(result["id"] for result in read_results(out)) == [f"clip{n}" for n in range(6)]
 
 
@@ -138,6 +139,24 @@ def test_rows_at_fault_do_not_end_the_run(captioner, tmp_path, write_jsonl, serv
         1,
         1,
     )
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_waits_goes_on(strong_manifest, tmp_path, server):
+    manifest, out = strong_manifest(6), tmp_path / "out"
+    server.script = [None] * 4 + [300.0]
+    command = [sys.executable, str(PROJECT_ROOT / "scripts" / "caption.py"), "captioner=strong_labels", "batch_size=1"]
+    endpoint = [f"captioner.endpoint.base_url={server.url}", "captioner.endpoint.api_key_env=null"]
+    process = subprocess.Popen([*command, *endpoint, f"manifest={manifest}", f"out={out}"])
+    while len(server.requests) < 5 and process.poll() is None:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert [result["id"] for result in read_results(out)] == [f"clip{n}" for n in range(4)]
+    server.silence.set()
+    subprocess.run([*command, *endpoint, f"manifest={manifest}", f"out={out}"], check=True)
+    assert sorted(result["id"] for result in read_results(out)) == [f"clip{n}" for n in range(6)]
+    assert len(server.requests) == 7
 
 
 @pytest.mark.slow

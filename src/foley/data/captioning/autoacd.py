@@ -14,6 +14,7 @@ from foley.hashing import hash_file
 from foley.logs import get_logger
 
 _log = get_logger(__name__)
+_MAX_LISTED = 20
 _MODEL = "Auto-ACD (Sun et al. 2024)"
 
 
@@ -32,9 +33,10 @@ class AutoAcdCaptioner:
     def __init__(self, annotations: Sequence[str]) -> None:
         paths = [Path(path) for path in annotations]
         self._captions: dict[tuple[str, int | None], str] = {}
-        wrong = sum(self._read(path) for path in paths)
-        if wrong:
-            _log.warning("%d rows of %s cannot be read and are left out", wrong, ", ".join(map(str, paths)))
+        for path in paths:
+            if wrong := self._read(path):
+                listed = "\n  ".join(wrong[:_MAX_LISTED])
+                _log.warning("%s: %d rows cannot be read and are left out:\n  %s", path, len(wrong), listed)
         digest = ",".join(hash_file(path) for path in paths)
         self.identity = {"source": "autoacd", "model": _MODEL, "annotations_sha256": digest}
 
@@ -45,17 +47,17 @@ class AutoAcdCaptioner:
         """The caption of each row, if there is one."""
         return [self._caption(row) for row in rows]
 
-    def _read(self, path: Path) -> int:
-        """Keep the captions of a file; returns how many rows are wrong."""
-        wrong = 0
-        for _, cells in table_rows(path, ("youtube_id", "caption")):
+    def _read(self, path: Path) -> list[str]:
+        """Keep the captions of a file; returns what is wrong, with line numbers."""
+        wrong = []
+        for line, cells in table_rows(path, ("youtube_id", "caption")):
             try:
                 if isinstance(cells, str):
                     raise ValueError(cells)
                 youtube_id, start = autoacd_key(cells["youtube_id"])
                 self._captions[youtube_id, None if start is None else int(start)] = cells["caption"]
-            except ValueError:
-                wrong += 1
+            except ValueError as error:
+                wrong.append(f"line {line}: {error}")
         return wrong
 
     def _caption(self, row: ManifestRow) -> dict[str, Any] | Fault:

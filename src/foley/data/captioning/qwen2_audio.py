@@ -60,7 +60,7 @@ class Qwen2AudioCaptioner(nn.Module):
         return [clip if isinstance(clip, Fault) else self._result(next(captions)) for clip in clips]
 
     def _chat_prompt(self, instruction: str) -> str:
-        content = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": instruction}]
+        content: Any = [{"type": "audio", "audio_url": ""}, {"type": "text", "text": instruction}]
         prompt: str = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )

@@ -8,7 +8,7 @@ import torch
 
 from foley.data.annotating import Fault, ManifestRow
 from foley.data.captioning.cost import CostEstimate, Prices, estimate_cost
-from foley.data.captioning.endpoint import AnswerError, ChatEndpoint
+from foley.data.captioning.endpoint import AnswerError, ChatEndpoint, EndpointError
 from foley.data.captioning.provenance import captioned, identity
 from foley.data.events import Event, describe_events
 
@@ -50,7 +50,7 @@ class StrongLabelCaptioner:
         self.endpoint.start(world_size)
 
     def annotate(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | Fault]:
-        """One caption a row; raises EndpointError where the endpoint is of no use."""
+        """One caption a row; answers that were paid for are kept where the endpoint fails in between."""
         return list(self._threads.map(self._caption, rows))
 
     def estimate(self, rows: Iterable[ManifestRow]) -> CostEstimate:
@@ -77,5 +77,7 @@ class StrongLabelCaptioner:
             answer = self.endpoint.ask(self.instruction, prompt)
         except AnswerError as error:
             return Fault(str(error), of_service=True)
+        except EndpointError as error:
+            return Fault(str(error), ends_run=True)
         tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         return captioned(answer.text.strip().strip(_QUOTES), self.identity, description=prompt, **tokens)
