@@ -7,6 +7,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -41,20 +42,21 @@ def distances(reference: Tensor, generated: Tensor) -> dict[str, float]:
     extrapolated = extrapolated_distance(
         lambda part: known.distance(GaussianRoot.fit(generated, part)), torch.ones(len(generated)).double()
     )
-    found = known.distance(GaussianRoot.fit(generated)), extrapolated, kernel_audio_distance(reference, generated)
-    return dict(zip(MEASURES, map(float, found), strict=True))
+    kad = float(kernel_audio_distance(reference, generated))
+    return dict(zip(MEASURES, (known.distance(GaussianRoot.fit(generated)), extrapolated, kad), strict=True))
 
 
 def bias_rows(name: str, features: Tensor, cfg: DictConfig) -> list[dict[str, Any]]:
-    """Mean distances of pairs of halves of `features [N, D]`, at each n; the true distance is zero throughout."""
+    """Mean distances of pairs of halves of `features [N, D]`, at each n, and their spread; the truth is zero."""
     rows = []
     for n in cfg.bias.sizes:
         pairs = []
         for repeat in range(cfg.bias.repeats):
             order = torch.randperm(len(features), generator=torch_generator("halves", cfg.seed, n, repeat))
             pairs.append(distances(features[order[:n]], features[order[n : 2 * n]]))
-        means = {key: sum(pair[key] for pair in pairs) / len(pairs) for key in MEASURES}
-        rows.append({"distribution": name, "features": features.shape[1], "n": n, **means})
+        means = {key: mean(pair[key] for pair in pairs) for key in MEASURES}
+        spread = {f"{key}_std": stdev(pair[key] for pair in pairs) for key in MEASURES}
+        rows.append({"distribution": name, "features": features.shape[1], "n": n, **means, **spread})
         log.info("%s, n = %d: %s", name, n, ", ".join(f"{key} {value:.4f}" for key, value in means.items()))
     return rows
 

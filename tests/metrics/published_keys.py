@@ -81,6 +81,59 @@ def passt(width: int = 768, depth: int = 12) -> Shapes:
     return shapes
 
 
+def laion_clap(width: int, hidden: int, embedding: int, vocabulary: int, positions: int, depths: int = 4) -> Shapes:
+    """The unfused model with one block a stage and one text layer."""
+    shapes: Shapes = {"logit_scale_a": (), "logit_scale_t": ()}
+    for name, inputs in (("text", hidden), ("audio", width << (depths - 1))):
+        shapes |= affine(f"{name}_projection.0", embedding, inputs) | affine(
+            f"{name}_projection.2", embedding, embedding
+        )
+        for layer in (0, 3):
+            shapes |= affine(f"{name}_transform.sequential.{layer}", embedding, embedding)
+    text, layer = "text_branch", "text_branch.encoder.layer.0"
+    shapes |= {
+        f"{text}.embeddings.position_ids": (1, positions),
+        f"{text}.embeddings.word_embeddings.weight": (vocabulary, hidden),
+        f"{text}.embeddings.position_embeddings.weight": (positions, hidden),
+        f"{text}.embeddings.token_type_embeddings.weight": (1, hidden),
+        **affine(f"{text}.embeddings.LayerNorm", hidden),
+        **affine(f"{text}.pooler.dense", hidden, hidden),
+    }
+    for part in ("self.query", "self.key", "self.value", "output.dense"):
+        shapes |= affine(f"{layer}.attention.{part}", hidden, hidden)
+    shapes |= affine(f"{layer}.attention.output.LayerNorm", hidden) | affine(f"{layer}.output.LayerNorm", hidden)
+    shapes |= affine(f"{layer}.intermediate.dense", 2 * hidden, hidden)
+    shapes |= affine(f"{layer}.output.dense", hidden, 2 * hidden)
+    return shapes | _htsat(width, depths)
+
+
+def _htsat(width: int, depths: int) -> Shapes:
+    branch = "audio_branch"
+    last = width << (depths - 1)
+    shapes: Shapes = {
+        f"{branch}.spectrogram_extractor.stft.conv_real.weight": (513, 1, 1024),
+        f"{branch}.spectrogram_extractor.stft.conv_imag.weight": (513, 1, 1024),
+        f"{branch}.logmel_extractor.melW": (513, 64),
+        **batch_norm(f"{branch}.bn0", 64),
+        **affine(f"{branch}.patch_embed.proj", width, 1, 4, 4),
+        **affine(f"{branch}.patch_embed.norm", width),
+        **affine(f"{branch}.norm", last),
+        **affine(f"{branch}.tscam_conv", 527, last, 2, 3),
+        **affine(f"{branch}.head", 527, 527),
+    }
+    for stage in range(depths):
+        size, block = width << stage, f"{branch}.layers.{stage}.blocks.0"
+        shapes |= affine(f"{block}.norm1", size) | affine(f"{block}.norm2", size)
+        shapes |= affine(f"{block}.attn.qkv", 3 * size, size) | affine(f"{block}.attn.proj", size, size)
+        shapes |= affine(f"{block}.mlp.fc1", 4 * size, size) | affine(f"{block}.mlp.fc2", size, 4 * size)
+        shapes[f"{block}.attn.relative_position_bias_table"] = (225, (1, 1, 2, 2)[stage])
+        shapes[f"{block}.attn.relative_position_index"] = (64, 64)
+        if stage < depths - 1:
+            shapes[f"{branch}.layers.{stage}.downsample.reduction.weight"] = (2 * size, 4 * size)
+            shapes |= affine(f"{branch}.layers.{stage}.downsample.norm", 4 * size)
+    return shapes
+
+
 def constant_state(shapes: Shapes) -> dict[str, torch.Tensor]:
     """Tensors of these shapes that take no memory: every value is the number of its name."""
     numbered = enumerate(shapes.items())

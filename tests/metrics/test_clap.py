@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from published_keys import constant_state, laion_clap
 from tiny_clap import save_clap
 from transformers import ClapFeatureExtractor
 
@@ -52,3 +53,21 @@ def test_windows_cover_a_long_clip_and_repeat_a_short_one() -> None:
 def test_absent_files_fail_at_once_and_name_the_source(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nothing cannot be loaded.*huggingface\.co/laion/clap-htsat-unfused"):
         ClapEmbedder.from_pretrained(tmp_path / "nothing")
+
+
+def test_checkpoints_of_laion_clap_load_strictly(tmp_path: Path) -> None:
+    folder = save_clap(tmp_path / "clap")
+    vocabulary = len(ClapEmbedder.from_pretrained(folder).tokenizer)
+    state = constant_state(laion_clap(8, 16, 12, vocabulary, 40))
+    qkv = "audio_branch.layers.2.blocks.0.attn.qkv.bias"
+    state[qkv] = torch.arange(96.0)
+    checkpoint = {"epoch": 1, "loss": np.float64(0.5), "state_dict": {f"module.{k}": v for k, v in state.items()}}
+    torch.save(checkpoint, tmp_path / "laion.pt")
+    own = ClapEmbedder.from_pretrained(folder, checkpoint=tmp_path / "laion.pt").model.state_dict()
+    attention = "audio_model.audio_encoder.layers.2.blocks.0.attention.self"
+    assert own[f"{attention}.key.bias"].tolist() == list(range(32, 64))
+    torch.testing.assert_close(own["text_projection.linear2.bias"], state["text_projection.2.bias"].clone())
+    checkpoint["state_dict"].pop("module.text_branch.pooler.dense.bias")
+    torch.save(checkpoint, tmp_path / "laion.pt")
+    with pytest.raises(CheckpointError, match=r"missing in the checkpoint: text_model\.pooler\.dense\.bias"):
+        ClapEmbedder.from_pretrained(folder, checkpoint=tmp_path / "laion.pt")

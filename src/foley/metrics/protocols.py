@@ -101,8 +101,8 @@ def _load_published(
     return weights.load(build(), path), hash_file(path)
 
 
-def _load_clap(name_or_path: str, download: bool) -> tuple[clap_extractor.ClapExtractor, str]:
-    embedder = clap_extractor.ClapEmbedder.from_pretrained(name_or_path, download=download)
+def _load_clap(name_or_path: str, download: bool, checkpoint: str | None) -> tuple[clap_extractor.ClapExtractor, str]:
+    embedder = clap_extractor.ClapEmbedder.from_pretrained(name_or_path, download=download, checkpoint=checkpoint)
     extractor = clap_extractor.ClapExtractor(embedder)
     require_distinct_captions(extractor)
     return extractor, hash_module(embedder.model)
@@ -150,6 +150,7 @@ def stable_audio(
     openl3_content: str = "env",
     clap: str = FUSED_CLAP,
     download: bool = False,
+    clap_checkpoint: str | None = None,
     openl3_sha256: str | None = None,
     passt_sha256: str | None = None,
 ) -> list[EvaluationProtocol]:
@@ -157,11 +158,11 @@ def stable_audio(
 
     Args:
         openl3_content: what OpenL3 was trained on: "env" for sounds, "music" for music.
-        clap, download: as of `clap`.
+        clap, download, clap_checkpoint: as of `clap`.
     """
     openl3 = _load_published(openl3_weights(openl3_content), OpenL3, directory, openl3_sha256)
     tagged = _load_published(passt.WEIGHTS, passt.Passt, directory, passt_sha256)
-    embedder = _load_clap(clap, download)
+    embedder = _load_clap(clap, download, clap_checkpoint)
     return [
         EvaluationProtocol("stable_audio/openl3", 1, OpenL3Preprocessing(), *openl3, ("frechet",)),
         EvaluationProtocol("stable_audio/passt", 1, PasstPreprocessing(), *tagged, ("kl",), direction=_GENERATED_FIRST),
@@ -169,14 +170,18 @@ def stable_audio(
     ]
 
 
-def clap(name_or_path: str = clap_extractor.REPOSITORY, download: bool = False) -> list[EvaluationProtocol]:
+def clap(
+    name_or_path: str = clap_extractor.REPOSITORY, download: bool = False, checkpoint: str | None = None
+) -> list[EvaluationProtocol]:
     """Cosine of LAION-CLAP's embeddings of sound and caption.
 
     Args:
         name_or_path: repository in the Hugging Face cache, or a folder.
         download: let missing files be fetched.
+        checkpoint: a file of the laion_clap package, whose weights take the place of the repository's.
     """
-    return [EvaluationProtocol("clap", 1, ClapPreprocessing(), *_load_clap(name_or_path, download), ("clap", "kad"))]
+    loaded = _load_clap(name_or_path, download, checkpoint)
+    return [EvaluationProtocol("clap", 1, ClapPreprocessing(), *loaded, ("clap", "kad"))]
 
 
 _SINGLE: dict[str, Callable[[str | Path, str | None], list[EvaluationProtocol]]] = {

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, ClapModel, PreTrainedTokenizerBase
 
 from foley.checkpoint import CheckpointError
 from foley.metrics.extractors import ExtractorOutput
+from foley.metrics.extractors.laion_clap import load_laion_clap
 
 REPOSITORY = "laion/clap-htsat-unfused"
 _WINDOW_SECONDS = 10
@@ -75,16 +76,23 @@ class ClapEmbedder:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path = REPOSITORY, device: str = "cpu", download: bool = False
+        cls,
+        name_or_path: str | Path = REPOSITORY,
+        device: str = "cpu",
+        download: bool = False,
+        checkpoint: str | Path | None = None,
     ) -> "ClapEmbedder":
         """The published model, from a local folder or the Hugging Face cache.
 
         Args:
             download: fetch missing files; otherwise nothing is asked of a network.
+            checkpoint: a file of the laion_clap package, whose weights take the place of the published ones.
         Raises CheckpointError where files are missing or the tokenizer is not whole.
         """
         options = {"local_files_only": not download}
         model = _load(ClapModel.from_pretrained, name_or_path, options)
+        if checkpoint is not None:
+            load_laion_clap(model, Path(checkpoint))
         tokenizer = _load(AutoTokenizer.from_pretrained, name_or_path, options)
         if len(tokenizer) < _SMALLEST_VOCABULARY_SHARE * model.config.text_config.vocab_size:
             raise CheckpointError(

@@ -42,7 +42,7 @@ class PublishedWeights:
         if not path.is_file():
             raise CheckpointError(
                 f"{path} does not exist (expected SHA-256: {expected or 'none is published'}). Source: {self.url}. "
-                f"Fetch it where there is a network and put it at that path, or give its folder as paths.weights_dir=DIR"
+                "Fetch it where there is a network and put it at that path, or give its folder as paths.weights_dir=DIR"
             )
         if expected is not None and not (found := hash_file(path)).startswith(expected):
             raise CheckpointError(f"{path} has SHA-256 {found}, expected {expected}; fetch it again from {self.url}")
@@ -52,7 +52,7 @@ class PublishedWeights:
         """`module` in eval mode with the weights at `path`; raises CheckpointError that lists keys that disagree."""
         content = read_pickle(path, mmap=True)
         state = content.get(self.section) if self.section and isinstance(content, Mapping) else content
-        load_state(module, self.renamed(_require_tensors(state, path)), str(path))
+        load_state(module, self.renamed(require_tensors(state, path)), str(path))
         return module.requires_grad_(False).eval()
 
     def renamed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,7 +63,8 @@ class PublishedWeights:
         return kept
 
 
-def _require_tensors(state: Any, path: Path) -> Mapping[str, Tensor]:
+def require_tensors(state: Any, path: Path) -> Mapping[str, Tensor]:
+    """`state` where it is a state dict; raises CheckpointError."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict; give the file as published")
     return state
