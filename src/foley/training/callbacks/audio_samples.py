@@ -14,6 +14,7 @@ from foley.checkpoint import load_trained
 from foley.diffusion.generate import clip_size, embed, generate_latents
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import Solver, default_solver
+from foley.diffusion.types import Accelerator
 from foley.logs import get_logger
 from foley.reporting.audio_files import write_wav
 from foley.reporting.names import sample_stem
@@ -61,6 +62,7 @@ class AudioSamples(pl.Callback):
         self.every_n_validations = every_n_validations
         self.batch_size = batch_size
         self.seeds = range(seed, seed + len(self.prompts))
+        self.accelerator: Accelerator | None = None
         self._codec: Any = None
         self._validations = 0
 
@@ -122,6 +124,7 @@ class AudioSamples(pl.Callback):
             num_frames,
             self.guidance,
             Solver(default_solver(module.process), self.num_steps),
+            self.accelerator,
             device=module.device,
         )
         audio: Tensor = codec.decode(module.normaliser.denormalise(latent))

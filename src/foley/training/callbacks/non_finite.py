@@ -17,7 +17,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class NonFiniteGuard(pl.Callback):
-    """Skips, counts and names the steps whose gradients are not finite.
+    """Skips, counts and names the steps whose gradients are not finite, and logs the norm of those that are.
 
     The gradients are dropped (set to None), so that the optimizer moves neither weights nor moments, and averages
     stay clean. Gradients are equal on all ranks by then, so all ranks decide alike; sharded gradients are not, so FSDP
@@ -44,7 +44,9 @@ class NonFiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if bool(torch.isfinite(norm)):
+            self._log_norm(trainer, pl_module, optimizer, norm)
             self._consecutive_ids.clear()
             return
         optimizer.zero_grad(set_to_none=True)
@@ -55,6 +57,13 @@ class NonFiniteGuard(pl.Callback):
     ) -> None:
         if self.num_skipped:
             pl_module.log("train/skipped_steps", float(self.num_skipped))
+
+    def _log_norm(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, norm: torch.Tensor
+    ) -> None:
+        """`train/grad_norm`, before clipping; of a second optimizer, such as a discriminator's, `train/grad_norm_1`."""
+        index = trainer.optimizers.index(optimizer)
+        pl_module.log("train/grad_norm" + (f"_{index}" if index else ""), norm)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_skipped": self.num_skipped}

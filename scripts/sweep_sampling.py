@@ -1,0 +1,88 @@
+"""What sampling costs and gives: a distance to real clips and the seconds, of one setting or, with -m, of many.
+
+python scripts/sweep_sampling.py -m hparams_search=optuna_sampling prompts=FILE reference=FOLDER_OR_MANIFEST
+"""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+import foley.config  # noqa: F401  (registers the resolvers)
+from foley.checkpoint import write_json
+from foley.data.audio_io import read_channels
+from foley.data.manifest import read_manifest
+from foley.data.sampler import evenly_spaced
+from foley.generation import Generation
+from foley.logs import get_logger
+from foley.metrics.clips import ClipFile, LabelledAudio, scan_directory
+from foley.metrics.evaluation import SilentAudioError, evaluate_features
+from foley.metrics.features import extract_audio, extract_files
+from foley.prompts import name_model, quote_overrides
+from foley.reporting.provenance import provenance
+from foley.reporting.sweeps import TRIAL_FILE
+from foley.requests import choose_method, choose_options, open_requested, requested_clips
+
+
+def generate(cfg: DictConfig) -> Generation:
+    """Clips of evenly spread prompts, each with the seed that it has in sample.py; after one clip to warm up."""
+    clips = requested_clips(cfg)
+    chosen = [clips[index] for index in evenly_spaced(len(clips), min(cfg.num_prompts, len(clips)))]
+    (method, arguments), options = choose_method(cfg), choose_options(cfg)
+    make = getattr(open_requested(cfg, method, options), method)
+    prompts, seeds = [clip.prompt for clip in chosen], [clip.seed for clip in chosen]
+    make(prompts[:1], seeds=seeds[:1], **arguments, **options)
+    result: Generation = make(prompts, seeds=seeds, **arguments, **options)
+    return result
+
+
+def score(cfg: DictConfig, made: Generation) -> float:
+    """The score of `made` against the reference; infinite where nothing can be heard."""
+    protocol = instantiate(next(iter(cfg.protocol.values())))[0]
+    path = Path(cfg.reference)
+    entries = [] if path.is_dir() else read_manifest(path)
+    real = scan_directory(path) if path.is_dir() else [ClipFile(entry.path, entry.id) for entry in entries]
+    reference = extract_files(real, protocol, read_channels, Path(cfg.features_dir))
+    clips = [LabelledAudio(*clip) for clip in zip(made.audio, [None] * len(made.prompts), strict=True)]
+    try:
+        evaluation = evaluate_features(extract_audio(clips, protocol, made.sample_rate_hz), reference, protocol, "none")
+    except SilentAudioError:
+        return math.inf
+    return evaluation.scores[cfg.score].value
+
+
+def chosen_overrides(cfg: DictConfig) -> dict[str, Any]:
+    """What the sweep chose, apart from what is the same for all its jobs."""
+    overrides = HydraConfig.get().overrides.task
+    fixed = ("prompts=", "reference=", "hparams_search=", "launcher=", "num_prompts=")
+    return dict(override.split("=", 1) for override in overrides if not override.startswith(fixed))
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="sweep_sampling")
+def main(cfg: DictConfig) -> tuple[float, float]:
+    """Write `trial.json`, and hand a search its two objectives."""
+    made = generate(cfg)
+    seconds, distance = made.timings.total_seconds / len(made.prompts), score(cfg, made)
+    trial = {
+        "number": HydraConfig.get().job.get("num", 0),
+        "overrides": chosen_overrides(cfg),
+        "score": cfg.score,
+        cfg.score: distance,
+        "seconds_per_clip": seconds,
+        "clips": len(made.prompts),
+        "settings": made.settings,
+        "provenance": provenance(),
+    }
+    write_json(Path(cfg.output_dir) / TRIAL_FILE, trial)
+    get_logger(__name__).info("%s %.4f, %.4f seconds per clip", cfg.score, distance, seconds)
+    return distance, seconds
+
+
+if __name__ == "__main__":
+    sys.argv = quote_overrides(name_model(sys.argv), ("prompt", "negative_prompt"))
+    main()

@@ -1,0 +1,89 @@
+"""The trials of a sweep: their Pareto front, as a table and a figure."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from foley.checkpoint import write_json, write_text
+from foley.logs import get_logger
+
+TRIAL_FILE = "trial.json"
+Trial = Mapping[str, Any]
+"""`number`, `overrides` (what the trial chose), `score`, and the values of its objectives."""
+
+_log = get_logger(__name__)
+
+
+class ParetoReport(Callback):
+    """Hydra's callback that reports a sweep once its last job is done, whoever chose the jobs: a grid or a search.
+
+    Args:
+        cost: the other objective beside the score; lower is better for both.
+    """
+
+    def __init__(self, cost: str) -> None:
+        self.cost = cost
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        write_report(Path(config.hydra.sweep.dir), self.cost)
+
+
+def read_trials(directory: Path) -> list[Trial]:
+    """Those that ended, by number."""
+    trials = [json.loads(file.read_text(encoding="utf-8")) for file in directory.glob(f"*/{TRIAL_FILE}")]
+    return sorted(trials, key=lambda trial: trial["number"])
+
+
+def pareto_front(trials: Sequence[Trial], score: str, cost: str) -> list[Trial]:
+    """Trials that no other beats in one objective without losing in the other, the cheapest first."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda trial: (trial[cost], trial[score])):
+        if not front or trial[score] < front[-1][score]:
+            front.append(trial)
+    return front
+
+
+def write_report(directory: Path, cost: str) -> None:
+    """Write `trials.json`, `pareto.md` and `pareto.png` of the trials below `directory`."""
+    trials = read_trials(directory)
+    if not trials:
+        _log.warning("%s holds no finished trial: no report", directory)
+        return
+    score = trials[0]["score"]
+    front = pareto_front(trials, score, cost)
+    write_json(directory / "trials.json", trials)
+    write_text(directory / "pareto.md", _table(front, len(trials), score, cost))
+    _plot(trials, front, score, cost, directory / "pareto.png")
+    _log.info("%d trials, %d on the front: %s", len(trials), len(front), directory / "pareto.md")
+
+
+def _table(front: Sequence[Trial], total: int, score: str, cost: str) -> str:
+    names = list(dict.fromkeys(name for trial in front for name in trial["overrides"]))
+    header = ["trial", score, cost, *names]
+    rows = [
+        [str(t["number"]), f"{t[score]:.4f}", f"{t[cost]:.4f}", *(str(t["overrides"].get(name, "")) for name in names)]
+        for t in front
+    ]
+    lines = [header, ["---"] * len(header), *rows]
+    return f"Pareto front of {total} trials\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _plot(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: str, path: Path) -> None:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(*zip(*((t[cost], t[score]) for t in trials), strict=True), color="0.7", s=18, label="trials")
+    axes.plot(*zip(*((t[cost], t[score]) for t in front), strict=True), "o-", label="Pareto front")
+    for trial in front:
+        axes.annotate(str(trial["number"]), (trial[cost], trial[score]), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel=cost.replace("_", " "), ylabel=score.replace("_", " "))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=160)
