@@ -79,7 +79,7 @@ def main(cfg: DictConfig) -> None:
     dataset = instantiate(cfg.data, _convert_="all").whole_clips(cfg.max_duration_seconds)[cfg.split]
     shortest = cfg.minimum_seconds * codec.sample_rate_hz
     clips = {}
-    for index in track(range(len(dataset)), description="reconstructing"):
+    for index in track(evenly_spaced(len(dataset), cfg.num_clips or len(dataset)), description="reconstructing"):
         item = dataset[index]
         if len(item.audio) >= shortest:
             clips[index] = score(codec, item)

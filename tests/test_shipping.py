@@ -92,3 +92,27 @@ def test_export_writes_captions_and_shares(folder, tmp_path):
     assert hash_module(load_system(folder / "copy").modules["denoiser"]) == hash_module(
         load_system(student_of(folder)).modules["denoiser"]
     )
+
+
+def test_the_card_says_what_is_in_the_folder_and_how_it_came_about(folder, tmp_path):
+    note = {"command": "python train.py", "seconds": 90.0, "provenance": {"processor": "a small one, 2 threads"}}
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/codec.json").write_text(json.dumps(note))
+    header = "| source | licence | clips |\n|---|---|---:|\n"
+    (folder / "ATTRIBUTION.md").write_text(f"{header}| A | CC0 | 2 |\n| B, b (c) | CC BY 4.0 | 1 |\n| C | CC0 | 3 |\n")
+    (tmp_path / "results/digits").mkdir(parents=True)
+    scores = {"embedded": {"accuracy": {"all": {"accuracy": 0.955, "n": 200}}}}
+    (tmp_path / "results/digits/evaluation.json").write_text(json.dumps(scores))
+    main = runpy.run_path(str(PROJECT_ROOT / "scripts/write_card.py"), run_name="card")["main"]
+    overrides = [f"system={folder}", f"training={tmp_path}/notes", f"results_dir={tmp_path}/results"]
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        main(compose("write_card", overrides=overrides))
+    card = (folder / "README.md").read_text()
+    for line in (
+        "| `student/denoiser/` |",
+        "| CC0 | 5 |\n| CC BY 4.0 | 1 |",
+        "| codec | `python train.py` | 1.5 | a small one, 2 threads |",
+        "Spoken digits: 95.5 % of 200 clips",
+    ):
+        assert line in card
+    assert "not in this folder yet" not in card
