@@ -94,3 +94,16 @@ def test_equal_files_are_extracted_once(clips, protocol, tmp_path) -> None:
     both = extract_files(clips, protocol, load)
     assert protocol.extractor.clips_seen == 1
     assert torch.equal(both.features[0], both.features[1])
+
+
+def test_only_a_few_clips_are_in_memory_at_a_time(tmp_path, protocol) -> None:
+    for index in range(40):
+        (tmp_path / f"{index:02d}.wav").write_text(f"0.1 0.2 0.3 {index / 100}")
+    waiting = []
+
+    def counted(path) -> tuple[np.ndarray, int]:
+        waiting.append(len(list(tmp_path.glob("cache/*/*"))))
+        return load(path)
+
+    extract_files(scan_directory(tmp_path), protocol, counted, tmp_path / "cache")
+    assert max(position - kept for position, kept in enumerate(waiting)) < 16
