@@ -180,8 +180,8 @@ def test_the_command_writes_shards_and_the_configs_read_them(manifest, tmp_path)
     assert sum(len(batch["id"]) for batch in data.train_dataloader()) == 190 // 16 * 16
     parts = [f"data.splits.parts.shards.{part}", f"data.splits.parts.manifest.manifest={manifest}"]
     third = ["+data/splits@data.splits.parts.more=shards", f"data.splits.parts.more.{part}"]
-    weights = ["data.splits.train_weights={shards: 2, manifest: 1, more: 1}", "data.splits.train_size=40"]
-    cfg = _compose("encode_latents", "data=mixture", *parts, *third, *weights, *settings)
+    weights = [f"{sign}data.splits.train_weights.{name}" for sign, name in (("", "shards=2"), ("+", "more=1"))]
+    cfg = _compose("encode_latents", "data=mixture", *parts, *third, *weights, "data.splits.train_size=40", *settings)
     assert instantiate(cfg.data.splits, _convert_="all")["train"].shares == [20, 10, 10]
     one = ["data=mixture", parts[0], "~data.splits.parts.manifest", "~data.splits.train_weights.manifest"]
     assert len(instantiate(_compose("encode_latents", *one, *settings).data.splits, _convert_="all")["train"]) == 190

@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 import soundfile
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from foley.data.audio_io import AudioError, FloatArray, check_samples, mix_down, resample
@@ -64,16 +65,17 @@ class ShardSource:
         if len(content) < wanted:
             raise AudioError(place, f"the shard ends early: {len(content)} of {wanted} bytes")
         fields = _fields(place, content[-text_bytes:])
-        audio = self._decode(place, content[:audio_bytes]) * np.float32(fields["scale"])
+        audio = self._decode(place, content[:audio_bytes])
+        if fields["scale"] != 1.0:
+            audio *= np.float32(fields["scale"])
         return AudioItem(torch.from_numpy(audio), fields["caption"], fields["label"], fields["id"])
 
     def _read(self, name: str, start: int, end: int) -> bytes:
         filesystem, root = _filesystem(self.index.url, os.getpid())
         try:
-            content: bytes = filesystem.cat_file(f"{root}/{name}", start, end)
+            return _read_range(filesystem, f"{root}/{name}", start, end)
         except OSError as error:
             raise ShardError(f"{self.index.url}/{name} cannot be read ({error}); check that it is reachable") from error
-        return content
 
     def _decode(self, place: str, content: bytes) -> FloatArray:
         try:
@@ -85,6 +87,18 @@ class ShardSource:
             raise AudioError(place, f"cannot be decoded ({error})") from error
         check_samples(place, samples)
         return resample(mix_down(samples), rate, self.sample_rate_hz)
+
+
+def _read_range(filesystem: Any, path: str, start: int, end: int) -> bytes:
+    """Local files without fsspec's layers, which cost a tenth of the time to decode a second of sound."""
+    if not isinstance(filesystem, LocalFileSystem):
+        content: bytes = filesystem.cat_file(path, start, end)
+        return content
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(handle, end - start, start)
+    finally:
+        os.close(handle)
 
 
 def _fields(place: str, text: bytes) -> dict[str, Any]:
