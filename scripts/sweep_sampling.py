@@ -3,10 +3,8 @@
 python scripts/sweep_sampling.py -m hparams_search=optuna_sampling prompts=FILE reference=FOLDER_OR_MANIFEST
 """
 
-import math
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,6 +26,9 @@ from foley.reporting.provenance import provenance
 from foley.reporting.sweeps import TRIAL_FILE
 from foley.requests import choose_method, choose_options, open_requested, requested_clips
 
+# Worse than any distance; infinity would be no JSON, and no volume that a search could compare.
+_SILENT = 1e6
+
 
 def generate(cfg: DictConfig) -> Generation:
     """Clips of evenly spread prompts, each with the seed that it has in sample.py; after one clip to warm up."""
@@ -42,7 +43,7 @@ def generate(cfg: DictConfig) -> Generation:
 
 
 def score(cfg: DictConfig, made: Generation) -> float:
-    """The score of `made` against the reference; infinite where nothing can be heard."""
+    """The score of `made` against the reference; `_SILENT` where nothing can be heard."""
     protocol = instantiate(next(iter(cfg.protocol.values())))[0]
     path = Path(cfg.reference)
     entries = [] if path.is_dir() else read_manifest(path)
@@ -52,15 +53,8 @@ def score(cfg: DictConfig, made: Generation) -> float:
     try:
         evaluation = evaluate_features(extract_audio(clips, protocol, made.sample_rate_hz), reference, protocol, "none")
     except SilentAudioError:
-        return math.inf
+        return _SILENT
     return evaluation.scores[cfg.score].value
-
-
-def chosen_overrides(cfg: DictConfig) -> dict[str, Any]:
-    """What the sweep chose, apart from what is the same for all its jobs."""
-    overrides = HydraConfig.get().overrides.task
-    fixed = ("prompts=", "reference=", "hparams_search=", "launcher=", "num_prompts=")
-    return dict(override.split("=", 1) for override in overrides if not override.startswith(fixed))
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="sweep_sampling")
@@ -70,7 +64,7 @@ def main(cfg: DictConfig) -> tuple[float, float]:
     seconds, distance = made.timings.total_seconds / len(made.prompts), score(cfg, made)
     trial = {
         "number": HydraConfig.get().job.get("num", 0),
-        "overrides": chosen_overrides(cfg),
+        "overrides": dict(override.split("=", 1) for override in HydraConfig.get().overrides.task),
         "score": cfg.score,
         cfg.score: distance,
         "seconds_per_clip": seconds,

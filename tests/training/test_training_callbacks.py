@@ -15,6 +15,7 @@ from foley.pipeline import TextToAudio
 from foley.system import System
 from foley.training.callbacks import audio_samples
 from foley.training.callbacks.audio_samples import AudioSamples
+from foley.training.callbacks.caching_curves import CachingCurves
 from foley.training.callbacks.memory import TrainingMemory
 from foley.training.callbacks.non_finite import NonFiniteGuard
 from foley.training.callbacks.throughput import Throughput
@@ -44,6 +45,24 @@ def test_audio_samples_are_written(tmp_path: Path, monkeypatch) -> None:
     stems = ["000_a-dog_seed0", "001_rain_seed1"]
     assert names == [f"{stem}.{suffix}" for stem in stems for suffix in ("png", "wav")]
     assert soundfile.info(tmp_path / "samples/step_000007/000_a-dog_seed0.wav").frames == 995
+
+
+def test_change_curves_come_with_the_samples(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec())
+    callback = CachingCurves("codec", str(tmp_path / "samples"), ["rain"], 0.995, ClassifierFreeGuidance(2.0), 3)
+    module = build_module()
+    module.denoiser.inner.cacheable_kind = "feed_forward"
+    trainer, _, _ = run(tmp_path, 7, module=module, callbacks=[callback])
+    changes = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("caching/")}
+    assert set(changes) == {"caching/change_feed_forward"}
+    assert all(value > 0 for value in changes.values())
+    names = {path.name for path in (tmp_path / "samples/step_000007").iterdir()}
+    assert names == {"000_rain_seed0.wav", "000_rain_seed0.png", "caching_curves.png"}
+
+
+def test_the_norm_of_the_gradients_is_logged(tmp_path: Path) -> None:
+    trainer, _, _ = run(tmp_path, 1)
+    assert trainer.callback_metrics["train/grad_norm"] > 0
 
 
 def test_a_sample_is_what_the_pipeline_makes_of_its_prompt_and_seed(tmp_path: Path, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from foley.logs import get_logger
 
 TRIAL_FILE = "trial.json"
 Trial = Mapping[str, Any]
-"""`number`, `overrides` (what the trial chose), `score`, and the values of its objectives."""
+"""`number`, `overrides` (its command line), `score` (the name of one), and the values of its objectives."""
 
 _log = get_logger(__name__)
 
@@ -58,20 +58,22 @@ def write_report(directory: Path, cost: str) -> None:
     score = trials[0]["score"]
     front = pareto_front(trials, score, cost)
     write_json(directory / "trials.json", trials)
-    write_text(directory / "pareto.md", _table(front, len(trials), score, cost))
+    write_text(directory / "pareto.md", _table(trials, front, score, cost))
     _plot(trials, front, score, cost, directory / "pareto.png")
     _log.info("%d trials, %d on the front: %s", len(trials), len(front), directory / "pareto.md")
 
 
-def _table(front: Sequence[Trial], total: int, score: str, cost: str) -> str:
-    names = list(dict.fromkeys(name for trial in front for name in trial["overrides"]))
+def _table(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: str) -> str:
+    """The front, with those of the settings that differ between trials."""
+    everything = dict.fromkeys(name for trial in trials for name in trial["overrides"])
+    names = [name for name in everything if len({trial["overrides"].get(name) for trial in trials}) > 1]
     header = ["trial", score, cost, *names]
     rows = [
         [str(t["number"]), f"{t[score]:.4f}", f"{t[cost]:.4f}", *(str(t["overrides"].get(name, "")) for name in names)]
         for t in front
     ]
     lines = [header, ["---"] * len(header), *rows]
-    return f"Pareto front of {total} trials\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return f"Pareto front of {len(trials)} trials\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
 def _plot(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: str, path: Path) -> None:
