@@ -9,7 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from foley.checkpoint import write_json
 from foley.config import PROJECT_ROOT
+from foley.reporting.pages import write_page
 
 EXPERIMENTS = ["vae", "pretrain", "align", "finetune", "student", "ablation"]
 
@@ -105,3 +107,21 @@ def test_the_experiments_of_the_demo_compose(experiment):
 def test_alignment_may_start_from_pre_training():
     assert "ckpt=" not in config("train_demo").stages.align.command
     assert "pretrain/checkpoints/last.ckpt" in config("train_demo", "start=pretrained").stages.align.command
+
+
+def test_the_page_stands_before_anything_is_measured_and_fills_up(tmp_path):
+    template = PROJECT_ROOT / "docs/results/templates/demo-model.md"
+    write_page(template, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text().count("Not measured yet.") > 5
+    accuracy = {"accuracy": 0.5, "n": 2, "choices": 25, "per_class": {"rain": [0.5, 2]}}
+    generated = {"scores": {"frechet_distance": {"value": 9.0}}, "accuracy": {"all": accuracy, "effects": accuracy}}
+    real = {"splits": ["test"], "labels": {"rain": 13}, "accuracy": {"effects": accuracy, "fsdd": accuracy}}
+    for name, results in {
+        "effects/evaluation.json": {"embedded": generated},
+        "recordings/recordings.json": {**real, "provenance": {"date": "today"}},
+    }.items():
+        write_json(tmp_path / "page" / name, results)
+    write_page(template, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| real effect labels | 2 | 50.0% | 50.0% |" in page
+    assert "| rain | 13 | 50% | 2 | 50% | 2 |" in page
