@@ -1,4 +1,4 @@
-"""The stage runner and the configs of `make train-demo` and `make results`: what runs, what is kept, what is left out."""
+"""The stage runner, and the configs of `make train-demo` and `make results`: what runs, what is kept and left out."""
 
 import json
 import runpy
