@@ -12,6 +12,7 @@ from foley.nn.convnext import ConvNeXtBlock, convnext
 from foley.nn.stft import FramedSTFT
 
 _LOG_CENTRE, _LOG_SPREAD = -5.0, 3.0  # of the log magnitudes of sounds, roughly
+_SILENCE_MARGIN = 1.5  # in floors: guesses at silence scatter around the floor
 _INITIAL_SCALE = -5.0  # before the softplus: a standard deviation of 0.007
 
 
@@ -126,8 +127,8 @@ class SpectralVAE(AudioVAE):
         return self.phase(self.decode_spectra(latent))
 
     def phase(self, spectra: Tensor) -> Tensor:
-        """Log magnitudes `[B, L * pool, bins]` to audio `[B, 1, L * hop]`; what lies at the floor is silent."""
-        magnitude = torch.where(spectra > torch.tensor(self.floor).log(), spectra.exp(), 0.0)
+        """Log magnitudes `[B, L * pool, bins]` to audio `[B, 1, L * hop]`; what lies near the floor is silent."""
+        magnitude = (spectra.exp() - _SILENCE_MARGIN * self.floor).clamp(min=0)
         return self.stft.invert_magnitude(magnitude, self.phase_iterations)[:, None]
 
     def _moments(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
