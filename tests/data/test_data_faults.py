@@ -73,11 +73,11 @@ def run_in_subprocess(folder: Path, count: int) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_ten_thousand_rows_with_5_percent_faulty_ones(tmp_path):
-    """Exact counts; and memory for the rows themselves, not for what was read: 400 samples are 1.6 kB a row."""
+    """Exact counts, and memory for the manifest's entries alone: 8000 more rows are 13 MB of audio and 6 MB of entries."""
     few, many = (run_in_subprocess(tmp_path / str(count), count) for count in (2_000, 10_000))
     assert (few["samples"], few["faults"]) == (2_000 * 400, 100)
     assert (many["samples"], many["faults"]) == (10_000 * 400, 500)
-    assert many["peak_kilobytes"] - few["peak_kilobytes"] < 8_000 * 1.0
+    assert many["peak_kilobytes"] - few["peak_kilobytes"] < 9_000
 
 
 @pytest.fixture
