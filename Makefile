@@ -27,7 +27,7 @@ train-demo: $(STAMP)  ## train every stage of the system that ships, on real rec
 	$(PY) scripts/run_stages.py --config-name=train_demo
 
 ship: $(STAMP)  ## adopt what `make train-demo` trained as the system that ships in data/demo
-	rm -rf data/demo
+	test -f outputs/train-demo/system/student/system.json && rm -rf data/demo
 	cp -r outputs/train-demo/system data/demo
 
 results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md (80 minutes on 2 cores)
