@@ -73,7 +73,7 @@ def run_in_subprocess(folder: Path, count: int) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_ten_thousand_rows_with_5_percent_faulty_ones(tmp_path):
-    """Exact counts, and memory for the manifest's entries alone: 8000 more rows are 13 MB of audio and 6 MB of entries."""
+    """Exact counts, and memory for the manifest's entries alone: 8000 rows are 13 MB of audio and 6 MB of entries."""
     few, many = (run_in_subprocess(tmp_path / str(count), count) for count in (2_000, 10_000))
     assert (few["samples"], few["faults"]) == (2_000 * 400, 100)
     assert (many["samples"], many["faults"]) == (10_000 * 400, 500)

@@ -92,8 +92,9 @@ def _uninterrupted(url: str, rank: int, world_size: int, steps: int) -> list[str
     return [f"{step} {digest(batch)} {','.join(batch['id'])}" for step, batch in enumerate(batches)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_killed_run_resumes_with_the_exact_next_batch(tmp_path, devices):
     url, folder = shard_parts.write_clips(tmp_path), tmp_path / "run"
     _kill_after(url, folder, devices, lines=13)
