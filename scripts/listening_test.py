@@ -50,7 +50,7 @@ def main(cfg: DictConfig) -> None:
     folders[REFERENCE] = read_clips(Path(cfg.reference))
     stimuli = []
     for item in choose_items(folders, cfg.num_items, cfg.seed):
-        caption = next((clips[item].caption for clips in folders.values() if clips[item].caption), "")
+        caption = next((clips[item].caption for clips in folders.values() if clips[item].caption), None) or ""
         of_item = [read_stimulus(name, clips[item], caption, cfg.max_seconds) for name, clips in folders.items()]
         stimuli += [*of_item, low_pass(of_item[-1], cfg.anchor_hz)]
     directory = Path(cfg.output_dir)

@@ -9,7 +9,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
@@ -62,8 +62,9 @@ def main(cfg: DictConfig) -> tuple[float, float]:
     """Write `trial.json`, and hand a search its two objectives."""
     made = generate(cfg)
     seconds, distance = made.timings.total_seconds / len(made.prompts), score(cfg, made)
+    job = HydraConfig.get().job
     trial = {
-        "number": HydraConfig.get().job.get("num", 0),
+        "number": 0 if OmegaConf.is_missing(job, "num") else job.num,
         "overrides": dict(override.split("=", 1) for override in HydraConfig.get().overrides.task),
         "score": cfg.score,
         cfg.score: distance,

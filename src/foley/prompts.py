@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,7 @@ def read_prompt_rows(path: Path, columns: PromptColumns = PromptColumns()) -> li
     if not path.is_file():
         raise ValueError(f"prompts={path}: there is no such file")
     text = path.read_text(encoding="utf-8-sig")
+    readers: dict[str, Callable[[str, Path, str], list[dict[str, Any]]]]
     readers = {".csv": _from_csv, ".tsv": partial(_from_csv, delimiter="\t"), ".jsonl": _from_jsonl}
     rows = readers.get(path.suffix.lower(), _from_lines)(text, path, columns.caption)
     if not rows:

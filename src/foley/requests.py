@@ -24,8 +24,8 @@ from foley.published.pipeline import PUBLISHED_SOLVER, pipeline_settings
 from foley.system import student_of
 
 # What may differ between two runs that make one test set: it changes no clip.
-_INCIDENTAL = ("output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size")
-_INCIDENTAL += ("hub_dir", "cache_dir", "text_cache_dir", "eval_preset")
+_INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
+_INCIDENTAL |= {"hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
 def choose_checkpoint(cfg: DictConfig) -> str | None:

@@ -109,7 +109,8 @@ INTERVALS: dict[str, Interval] = {"bootstrap": bootstrap, "t": t_interval}
 
 def _scores(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Score]:
     means, counts = np.nanmean(values, axis=(0, 1)), (~np.isnan(values)).sum(axis=(0, 1))
-    return [Score(*map(float, row[:3]), int(row[3])) for row in zip(means, low, high, counts, strict=True)]
+    rows = zip(means.tolist(), low.tolist(), high.tolist(), counts.tolist(), strict=True)
+    return [Score(*row) for row in rows]
 
 
 def unreliable_listeners(ratings: Ratings) -> list[str]:

@@ -79,8 +79,8 @@ def _table(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: st
 def _plot(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: str, path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(*zip(*((t[cost], t[score]) for t in trials), strict=True), color="0.7", s=18, label="trials")
-    axes.plot(*zip(*((t[cost], t[score]) for t in front), strict=True), "o-", label="Pareto front")
+    axes.scatter([t[cost] for t in trials], [t[score] for t in trials], s=18, color="0.7", label="trials")
+    axes.plot([t[cost] for t in front], [t[score] for t in front], "o-", label="Pareto front")
     for trial in front:
         axes.annotate(str(trial["number"]), (trial[cost], trial[score]), (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel=cost.replace("_", " "), ylabel=score.replace("_", " "))
