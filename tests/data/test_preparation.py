@@ -115,6 +115,9 @@ def test_audioset_segments_and_strong_labels(prepare):
     assert (described["split"], labelled["split"]) == ("test", "train")
     assert (labelled["caption"], labelled["start_seconds"]) == ("Speech, Dog", 30.0)
     assert [row["line"] for row in ledger if row["annotations"] == "audioset_eval_strong.tsv"] == [4, 5]
+    weak_rows = [(row["line"], row["kind"]) for row in ledger if row["annotations"] == "balanced_train_segments.csv"]
+    assert weak_rows == [(4, "duplicate_id")]
+    assert summary["rows"] == summary["kept"] + sum(summary["left_out"].values())
     assert summary["licenses"] == {"labels CC BY 4.0; audio of the video's uploader (YouTube)": 2}
 
 
@@ -128,6 +131,13 @@ def test_vggsound_has_no_header(prepare):
     _, manifest, ledger = prepare("vggsound", {"vggsound.csv": text}, [f"{VIDEO}_000030.wav"])
     assert [(row["label"], row["caption"], row["split"]) for row in manifest] == [("barking, dog",) * 2 + ("test",)]
     assert [(row["line"], row["kind"]) for row in ledger] == [(2, "no_audio_file")]
+
+
+@pytest.mark.parametrize(("dataset", "name"), [("vggsound", "vggsound.csv"), ("audiocaps", "train.csv")])
+def test_a_byte_order_mark_is_refused_with_its_line(prepare, tmp_path, dataset, name):
+    with pytest.raises(ManifestError, match=rf"{name}, line 1: starts with a byte-order mark"):
+        prepare(dataset, {name: f"\ufeff{VIDEO},30,barking,test\n"}, [f"{VIDEO}_30.wav"])
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_autoacd(prepare):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from foley.checkpoint import write_json
 from foley.data.journal import Journal, read_journals
-from foley.data.manifest import build_entry, json_rows
+from foley.data.manifest import checked_rows
 
 RESULTS, FAULTS, SETTINGS_FILE = "results", "faults", "settings.json"
 
@@ -81,17 +82,11 @@ def pending_rows(
     Shares do not depend on what is finished, so ranks that start at different times share out the same rows.
     """
     finished = {_key(result, key_fields) for result in read_results(output_dir)}
-    for number, (line, fields) in enumerate(json_rows(manifest)):
-        if number % world_size != rank:
-            continue
-        try:
-            entry = build_entry(line, fields, manifest.parent)
-        except ValueError as error:
-            yield line, str(error)
-            continue
-        row = {**fields, "id": entry.id}  # type: ignore[dict-item]  # build_entry refuses what is no mapping
-        if _key(row, key_fields) not in finished:
+    for line, row in islice(checked_rows(manifest), rank, None, world_size):
+        if isinstance(row, str):
             yield line, row
+        elif _key(row, key_fields) not in finished:
+            yield line, dict(row)
 
 
 class AnnotationModule(pl.LightningModule):

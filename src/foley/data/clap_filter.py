@@ -1,18 +1,18 @@
 """Keep the clips whose caption fits: CLAP's cosine of sound and text, as EzAudio filters synthetic captions."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from foley.checkpoint import atomic_write, write_json
+from foley.checkpoint import write_json
 from foley.data.annotating import Fault, ManifestRow, read_results
 from foley.data.audio_io import AudioError, FloatArray, read_audio
-from foley.data.manifest import json_rows
+from foley.data.json_lines import json_lines
+from foley.data.manifest import checked_rows
 
 SCORES_FILE, MANIFEST_FILE, SUMMARY_FILE = "scores.jsonl", "manifest.jsonl", "summary.json"
 
@@ -91,38 +91,17 @@ def keep_by_threshold(
     known = {(result["id"], result["caption"]): result["clap_score"] for result in read_results(output_dir)}
     scores: list[float] = []
     unscored = 0
-
-    def write_scores(temporary: Path) -> None:
-        nonlocal unscored
-        with temporary.open("w", encoding="utf-8") as stream:
-            for row, score in _scored(manifest, known):
-                if score is None:
-                    unscored += 1
-                    continue
-                scores.append(score)
-                _write_line(stream, {"id": row["id"], "clap_score": score, "caption": row["caption"]})
-
-    def write_kept(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as stream:
-            for row, score in _scored(manifest, known):
-                if score is not None and score >= threshold:
-                    _write_line(stream, {**row, "clap_score": score})
-
-    atomic_write(output_dir / SCORES_FILE, write_scores)
-    atomic_write(output_dir / MANIFEST_FILE, write_kept)
+    with json_lines(output_dir / SCORES_FILE) as write_score, json_lines(output_dir / MANIFEST_FILE) as keep:
+        for _, row in checked_rows(manifest):
+            if isinstance(row, str) or (score := known.get((row["id"], row["caption"]))) is None:
+                unscored += 1
+                continue
+            scores.append(score)
+            write_score({"id": row["id"], "clap_score": score, "caption": row["caption"]})
+            if score >= threshold:
+                keep({**row, "clap_score": score})
     thresholds = sorted({*reported_thresholds, threshold})
     kept = {limit: sum(score >= limit for score in scores) for limit in thresholds}
     counts = {"scored": len(scores), "unscored": unscored, "threshold": threshold}
     write_json(output_dir / SUMMARY_FILE, {**counts, "kept": {f"{limit:.2f}": n for limit, n in kept.items()}})
     return Filtered(scores, kept, unscored)
-
-
-def _scored(manifest: Path, known: dict[tuple[str, str], float]) -> Iterator[tuple[dict[str, Any], float | None]]:
-    for _, fields in json_rows(manifest):
-        row = {} if isinstance(fields, str) else dict(fields)
-        row["id"] = str(row.get("id") or row.get("path", "")).strip()
-        yield row, known.get((row["id"], row.get("caption", "")))
-
-
-def _write_line(stream: TextIO, row: dict[str, Any]) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -61,6 +61,15 @@ def json_rows(path: Path) -> Iterator[Row]:
                 yield line, _parse(raw)
 
 
+def checked_rows(path: Path) -> Iterator[Row]:
+    """The rows of a JSONL manifest as they are read, with an `id` in every good one; raises as `json_rows` does."""
+    for line, fields in json_rows(path):
+        try:
+            yield line, {**_fields(fields), "id": build_entry(line, fields, path.parent).id}
+        except ValueError as error:
+            yield line, str(error)
+
+
 def build_entries(rows: Iterable[Row], manifest: Path, root: Path) -> list[ManifestEntry]:
     """Check `rows` and make entries of them; raises ManifestError that lists each wrong line."""
     entries: list[ManifestEntry] = []
@@ -95,8 +104,7 @@ def _parse(raw: bytes) -> Mapping[str, Any] | str:
 
 def build_entry(line: int, fields: Mapping[str, Any] | str, root: Path) -> ManifestEntry:
     """Check one row, or what is wrong with it, and make an entry of it; raises ValueError."""
-    if isinstance(fields, str):
-        raise ValueError(fields)
+    fields = _fields(fields)
     path = _text(fields, "path", required=True)
     caption = _text(fields, "caption", required=True)
     optional = {name: _text(fields, name) for name in ("split", "label", "speaker", "source", "license")}
@@ -108,6 +116,12 @@ def build_entry(line: int, fields: Mapping[str, Any] | str, root: Path) -> Manif
         line=line,
         **optional,
     )
+
+
+def _fields(row: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    if isinstance(row, str):
+        raise ValueError(row)
+    return row
 
 
 def _text(fields: Mapping[str, Any], name: str, required: bool = False) -> str:

@@ -1,20 +1,17 @@
 """Annotation files and a folder of audio to a manifest, and a ledger of every row that did not get into it."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from foley.checkpoint import write_json
 from foley.data.audio_folder import AudioFolder, AudioFolderError
 from foley.data.audio_io import AudioError, open_audio, read_audio
 from foley.data.importers.annotations import AnnotationFile
+from foley.data.json_lines import json_lines
 from foley.data.manifest import ManifestError, build_entry
-from foley.logs import get_logger
 
-_log = get_logger(__name__)
 MANIFEST_FILE, LEDGER_FILE, SUMMARY_FILE = "manifest.jsonl", "ledger.jsonl", "summary.json"
 
 
@@ -33,7 +30,8 @@ def prepare_manifest(
 
     Rows are read, checked and written one by one; only ids and the names of audio files stay in memory. Every row
     is either in the manifest, with the length of its file, or in the ledger: annotation file, line, id, kind and
-    reason. Kinds: bad_row, duplicate_id, no_audio_file, unusable_audio.
+    reason. Kinds: bad_row, duplicate_id, no_audio_file, unusable_audio. The first usable row of an id
+    is kept.
 
     Args:
         decode: read every sample, which also finds truncated compressed files, NaN and absurd samples.
@@ -48,17 +46,16 @@ def prepare_manifest(
     counts: Counter[str] = Counter()
     licenses: Counter[str] = Counter()
     seconds = 0.0
-    with ExitStack() as stack:
-        manifest, ledger = (stack.enter_context(_replaced(output_dir / name)) for name in (MANIFEST_FILE, LEDGER_FILE))
+    with json_lines(output_dir / MANIFEST_FILE) as keep, json_lines(output_dir / LEDGER_FILE) as leave_out:
         for row in _checked(files, folder, decode):
             if "kind" in row:
                 counts[row["kind"]] += 1
-                _write_line(ledger, row)
+                leave_out(row)
                 continue
             counts["kept"] += 1
             licenses[row["license"]] += 1
             seconds += row["duration_seconds"]
-            _write_line(manifest, row)
+            keep(row)
     kept = counts.pop("kept", 0)
     summary = {
         "audio_dir": str(audio_dir),
@@ -123,20 +120,3 @@ def _seconds(path: Path, decode: bool) -> float:
     if decode:
         read_audio(path, rate)
     return round(frames / rate, 6)
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of `path` when all was written, and otherwise leaves nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            yield stream
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_line(stream: TextIO, row: Mapping[str, Any]) -> None:
-    stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,11 +1,10 @@
 """Captions put in the place of a manifest's own, with where they come from."""
 
-import json
 from pathlib import Path
 
-from foley.checkpoint import atomic_write
 from foley.data.annotating import read_results
-from foley.data.manifest import json_rows
+from foley.data.json_lines import json_lines
+from foley.data.manifest import checked_rows
 
 
 def write_captioned_manifest(manifest: Path, output_dir: Path) -> tuple[Path, int]:
@@ -19,17 +18,12 @@ def write_captioned_manifest(manifest: Path, output_dir: Path) -> tuple[Path, in
     """
     captions = {result.pop("id"): result for result in read_results(output_dir)}
     written = 0
-
-    def write(temporary: Path) -> None:
-        nonlocal written
-        with temporary.open("w", encoding="utf-8") as stream:
-            for _, row in json_rows(manifest):
-                if isinstance(row, str) or (key := str(row.get("id") or row.get("path")).strip()) not in captions:
-                    continue
-                made = {**captions[key]}
-                stream.write(json.dumps({**row, "caption": made.pop("caption"), "captioning": made}) + "\n")
-                written += 1
-
     path = output_dir / "manifest.jsonl"
-    atomic_write(path, write)
+    with json_lines(path) as write:
+        for _, row in checked_rows(manifest):
+            if isinstance(row, str) or row["id"] not in captions:
+                continue
+            made = {**captions[row["id"]]}
+            write({**row, "caption": made.pop("caption"), "captioning": made})
+            written += 1
     return path, written

@@ -33,7 +33,7 @@ def audioset(
     Args:
         annotations: the CSVs of weak labels, `# YTID, start_seconds, end_seconds, positive_labels` after comments.
         strong: the TSVs of strong labels, segment_id, start_time_seconds, end_time_seconds, label; rows get `events`.
-            A segment of both sets is taken from these.
+            They come first, so that the weak rows of their segments are in the ledger as duplicates.
         class_names: class_labels_indices.csv (index,mid,display_name) and mid_to_display_name.tsv (no header); what
             they lack keeps its id.
         names: see `youtube_clip`.
@@ -42,7 +42,6 @@ def audioset(
         ManifestError: none of `class_names` exists.
     """
     display = _display_names([Path(path) for path in class_names])
-    strongly_labelled: set[str] = set()
 
     def about(split: str, clip: dict[str, Any]) -> dict[str, Any]:
         return {"split": split, "source": f"AudioSet, https://youtu.be/{clip['youtube_id']}", "license": license}
@@ -60,15 +59,10 @@ def audioset(
         return {"id": segment_id, "caption": caption, "label": label, "events": times, **clip, **about(split, clip)}
 
     for split, path in split_files(strong):
-        yield _strong_file(path, display, partial(described, split), strongly_labelled)
+        yield _strong_file(path, display, partial(described, split))
     columns = ("youtube_id", "start_seconds", "end_seconds", "positive_labels")
     for split, path in split_files(annotations):
-        file = read_rows(path, columns, partial(segment, split), headerless=True, comment="#", skip_spaces=True)
-        yield AnnotationFile(path, (row for row in file.rows if _id(row) not in strongly_labelled))
-
-
-def _id(row: Row) -> str | None:
-    return None if isinstance(row[1], str) else str(row[1]["id"])
+        yield read_rows(path, columns, partial(segment, split), headerless=True, comment="#", skip_spaces=True)
 
 
 def _strong_clip(segment_id: str, names: Sequence[str]) -> dict[str, Any]:
@@ -78,8 +72,8 @@ def _strong_clip(segment_id: str, names: Sequence[str]) -> dict[str, Any]:
     return youtube_clip(youtube_id, str(int(start_ms) / 1000), names)
 
 
-def _strong_file(path: Path, display: Mapping[str, str], build: Any, known: set[str]) -> AnnotationFile:
-    """One row for each segment, on the line of its first event; ids go into `known`."""
+def _strong_file(path: Path, display: Mapping[str, str], build: Any) -> AnnotationFile:
+    """One row for each segment, on the line of its first event."""
     if not path.is_file():
         return absent(path)
 
@@ -92,7 +86,6 @@ def _strong_file(path: Path, display: Mapping[str, str], build: Any, known: set[
                 segments.setdefault(cells["segment_id"], (line, []))[1].append(_event(cells, display))
             except ValueError as error:
                 yield line, str(error)
-        known.update(segments)
         for segment_id, (line, events) in segments.items():
             try:
                 yield line, build(segment_id, sorted(events))

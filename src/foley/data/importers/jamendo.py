@@ -42,6 +42,6 @@ def read_licenses(path: Path) -> dict[str, tuple[str, str]]:
     """Title with author, and licence, by track; blocks of three lines (path, title, licence) between empty ones."""
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\r\n", "\n")
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
     blocks = (block.strip().split("\n") for block in text.split("\n\n"))
     return {lines[0].strip(): (one_line(lines[1]), one_line(lines[2])) for lines in blocks if len(lines) >= 3}
