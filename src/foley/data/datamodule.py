@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -11,7 +12,9 @@ from foley.data.latent_cache import LatentCacheIndex
 from foley.data.latents import LatentCollate, LatentDataset
 from foley.data.resumable import ResumableDataModule
 from foley.data.types import AudioSource
+from foley.logs import get_logger
 
+_log = get_logger(__name__)
 _STEP_SECONDS = 0.1
 """Lengths of bucketed batches are multiples of this: longer than the windows of spectral losses, and few shapes."""
 
@@ -68,6 +71,12 @@ class AudioDataModule(ResumableDataModule):
         """By split, the clips from their start, levelled as in training, not augmented: what is encoded to latents."""
         num_samples = round(max_duration_seconds * self.sample_rate_hz)
         return {name: self._dataset(source, num_samples, None, False) for name, source in self.splits.items()}
+
+    def teardown(self, stage: str) -> None:
+        """Say how many clips each split has skipped, on this rank, when all is done."""
+        for name, dataset in cast(dict[str, AudioDataset], self.datasets).items():
+            if count := dataset.num_faults:
+                _log.warning("%s: %d of %d clips could not be used and were skipped", name, count, len(dataset))
 
     def _dataset(
         self, source: AudioSource, num_samples: int, augmentation: Augmentation | None, random_crop: bool

@@ -28,7 +28,8 @@ class AudioDataset(Dataset[AudioItem]):
     """Crops of the clips of `source`, keyed by `SampleKey`: item = f(seed, epoch, index).
 
     An item that cannot be used (see `AudioError`) is replaced by the next usable index, the same one on every run.
-    Faulty clips are counted in `faults` (by each loader process for itself) and end the run when they are too many.
+    Faulty places are counted once, in all loader processes of a rank together (`num_faults`; `faults` has the reasons
+    that this process met), and end the run when they are too many. Every rank counts what it reads itself.
 
     Args:
         num_samples: longest item T; longer clips are cropped, shorter ones kept (`AudioCollate` pads); None: no crop.
@@ -59,9 +60,16 @@ class AudioDataset(Dataset[AudioItem]):
         self.drop_silent = drop_silent
         self.max_fault_fraction = max_fault_fraction
         self.faults: dict[str, str] = {}
+        # In shared memory: a loader process, forked or spawned, marks what all of them see.
+        self._faulty = torch.zeros(len(source), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def num_faults(self) -> int:
+        """Places of the source that could not be used so far; a mixture may hold one clip in several."""
+        return int(self._faulty.sum())
 
     def lengths(self, epoch: int) -> NDArray[np.float32]:
         """Seconds `[N]` of the items of `epoch`; raises ValueError where the source does not know them."""
@@ -72,11 +80,11 @@ class AudioDataset(Dataset[AudioItem]):
     def __getitem__(self, key: SampleKey | int) -> AudioItem:
         """The item at `key`; raises DataFaultError."""
         index, epoch = sample_key(key)
-        for candidate in range(index, index + len(self)):
+        for candidate in (place % len(self) for place in range(index, index + len(self))):
             try:
-                return self.load(SampleKey(candidate % len(self), epoch))
+                return self.load(SampleKey(candidate, epoch))
             except AudioError as error:
-                self._count_fault(error)
+                self._count_fault(candidate, error)
         raise DataFaultError(f"none of {len(self)} clips can be used: {self.faults}")
 
     def load(self, key: SampleKey) -> AudioItem:
@@ -95,14 +103,16 @@ class AudioDataset(Dataset[AudioItem]):
             level = level[start : start + self.num_samples]
         return level if self.augmentation is None else self.augmentation(level, generator)
 
-    def _count_fault(self, error: AudioError) -> None:
-        if error.path in self.faults:
-            return
+    def _count_fault(self, index: int, error: AudioError) -> None:
         self.faults[error.path] = error.reason
-        _log.warning("skipping a clip (%d so far): %s", len(self.faults), error)
-        if len(self.faults) > max(1.0, self.max_fault_fraction * len(self)):
+        if self._faulty[index]:
+            return
+        self._faulty[index] = True
+        count = self.num_faults
+        _log.warning("skipping a clip (%d so far): %s", count, error)
+        if count > max(1.0, self.max_fault_fraction * len(self)):
             raise DataFaultError(
-                f"{len(self.faults)} of {len(self)} clips cannot be used, more than the fraction "
+                f"{count} of {len(self)} clips cannot be used, more than the fraction "
                 f"{self.max_fault_fraction:g}; mend the data or raise max_fault_fraction. The last: {error}"
             )
 
