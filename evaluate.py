@@ -8,26 +8,18 @@ from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers resolvers)
 from foley.data.audio_io import read_channels
-from foley.data.manifest import read_manifest
 from foley.data.procedural import CLASS_NAMES, captions_for
-from foley.metrics.clips import ClipFile, scan_directory
+from foley.metrics.clips import scan_directory
 from foley.metrics.evaluation import evaluate_files
 from foley.metrics.report import flat_scores, show, write_report
-
-
-def read_reference(path: Path, split: str | None) -> list[ClipFile]:
-    """The clips of a folder, or of a manifest (one split of it, or all)."""
-    if path.is_dir():
-        return scan_directory(path)
-    entries = (entry for entry in read_manifest(path) if split in (None, entry.split))
-    return [ClipFile(entry.path, entry.id, entry.label or None, entry.caption) for entry in entries]
+from foley.references import read_clips
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Write `evaluation.json` and `evaluation.md`, show the scores, and log them where a logger is chosen."""
     protocols = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
-    samples, reference = scan_directory(Path(cfg.samples)), read_reference(Path(cfg.reference), cfg.split)
+    samples, reference = scan_directory(Path(cfg.samples)), read_clips(cfg.reference, cfg.split, cfg.audio_dir)
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]
     settings = (read_channels, cfg.pairing, Path(cfg.cache_dir), captions, CLASS_NAMES, cfg.resamples)
     evaluations = [evaluate_files(samples, reference, protocol, *settings) for protocol in protocols]

@@ -10,18 +10,11 @@ import soundfile
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.data.manifest import read_manifest
 from foley.logs import get_logger
-from foley.metrics.clips import ClipFile, scan_directory
+from foley.metrics.clips import ClipFile
+from foley.references import read_clips
 from foley.reporting.listening import KEY_FILE, REFERENCE, Stimulus, low_pass, write_test
 from foley.seeding import numpy_generator
-
-
-def read_clips(path: Path) -> dict[str, ClipFile]:
-    """Clips of a folder or a manifest by id."""
-    if path.is_dir():
-        return {clip.id: clip for clip in scan_directory(path)}
-    return {entry.id: ClipFile(entry.path, entry.id, None, entry.caption) for entry in read_manifest(path)}
 
 
 def choose_items(folders: dict[str, dict[str, ClipFile]], num_items: int, seed: int) -> list[str]:
@@ -46,8 +39,9 @@ def read_stimulus(system: str, clip: ClipFile, caption: str, max_seconds: float)
 @hydra.main(version_base="1.3", config_path="../configs", config_name="listening_test")
 def main(cfg: DictConfig) -> None:
     """Write `listening_test.html` and `key.json`."""
-    folders = {name: read_clips(Path(path)) for name, path in cfg.systems.items()}
-    folders[REFERENCE] = read_clips(Path(cfg.reference))
+    clips = {name: read_clips(path) for name, path in cfg.systems.items()}
+    clips[REFERENCE] = read_clips(cfg.reference, audio_dir=cfg.audio_dir)
+    folders = {name: {clip.id: clip for clip in found} for name, found in clips.items()}
     stimuli = []
     for item in choose_items(folders, cfg.num_items, cfg.seed):
         caption = next((clips[item].caption for clips in folders.values() if clips[item].caption), None) or ""

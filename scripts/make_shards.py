@@ -1,22 +1,17 @@
 """Write the clips of a manifest to WebDataset tars, on a disk or at any fsspec URL, for `data=shards`."""
 
-from pathlib import Path
-
 import hydra
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.data.importers import read_table
-from foley.data.manifest import read_manifest
+from foley.data.importers import read_entries
 from foley.data.shards_writer import write_shards
 from foley.logs import get_logger
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="make_shards")
 def main(cfg: DictConfig) -> None:
-    manifest = Path(cfg.manifest)
-    read = read_manifest if manifest.suffix == ".jsonl" else read_table
-    index = write_shards(read(manifest, cfg.audio_dir), cfg.output, **cfg.writer)
+    index = write_shards(read_entries(cfg.manifest, cfg.audio_dir), cfg.output, **cfg.writer)
     clips, seconds = (sum(getattr(shard, name) for shard in index.shards) for name in ("num_samples", "seconds"))
     message = "%d clips (%.2f hours) in %d shards, %d left out: %s"
     get_logger(__name__).info(message, clips, seconds / 3600, len(index.shards), index.left_out, cfg.output)

@@ -14,14 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
 from foley.data.audio_io import read_channels
-from foley.data.manifest import read_manifest
 from foley.data.sampler import evenly_spaced
 from foley.generation import Generation
 from foley.logs import get_logger
-from foley.metrics.clips import ClipFile, LabelledAudio, scan_directory
+from foley.metrics.clips import LabelledAudio
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
 from foley.metrics.features import extract_audio, extract_files
 from foley.prompts import name_model, quote_overrides
+from foley.references import read_clips
 from foley.reporting.provenance import provenance
 from foley.reporting.sweeps import TRIAL_FILE
 from foley.requests import choose_method, choose_options, open_requested, requested_clips
@@ -45,9 +45,7 @@ def generate(cfg: DictConfig) -> Generation:
 def score(cfg: DictConfig, made: Generation) -> float:
     """The score of `made` against the reference; `_SILENT` where nothing can be heard."""
     protocol = instantiate(next(iter(cfg.protocol.values())))[0]
-    path = Path(cfg.reference)
-    entries = [] if path.is_dir() else read_manifest(path)
-    real = scan_directory(path) if path.is_dir() else [ClipFile(entry.path, entry.id) for entry in entries]
+    real = read_clips(cfg.reference, audio_dir=cfg.audio_dir)
     reference = extract_files(real, protocol, read_channels, Path(cfg.features_dir))
     clips = [LabelledAudio(*clip) for clip in zip(made.audio, [None] * len(made.prompts), strict=True)]
     try:

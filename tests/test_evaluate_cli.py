@@ -16,8 +16,9 @@ from hydra.errors import InstantiationException, MissingConfigException
 
 from foley.checkpoint import save_component
 from foley.config import PROJECT_ROOT
-from foley.metrics.evaluation import PairingError, SilentAudioError
+from foley.metrics.evaluation import SilentAudioError
 from foley.metrics.extractors.embedded import EmbeddedExtractor
+from foley.metrics.pairing import PairingError
 
 sys.path.append(str(Path(__file__).parent / "metrics"))
 from tiny_clap import save_clap

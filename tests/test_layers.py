@@ -17,6 +17,7 @@ ALLOWED = {
     "metrics": {"metrics", "reporting.tables"},
     "data": {"data"},
     "judging": {"data", "metrics", "prompts"},
+    "references": {"data", "metrics"},
     "novelty": set(),
     "prompts": {"prompts"},
     "reporting": {"reporting"},

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from foley.data.importers import read_audiocaps, read_table
+from foley.data.importers.tables import read_audiocaps, read_table
 from foley.data.manifest import ManifestError, read_manifest
 
 GOOD = {"path": "a.wav", "caption": "a dog barks"}

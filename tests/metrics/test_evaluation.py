@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from foley.metrics.clips import LabelledAudio
-from foley.metrics.evaluation import PairingError, SilentAudioError, evaluate_audio, restricted_accuracy
+from foley.metrics.evaluation import SilentAudioError, evaluate_audio, restricted_accuracy
+from foley.metrics.pairing import PairingError
 from foley.metrics.report import to_markdown, write_report
 
 LABELS = ["rain", "bell", "dog bark", "seven"]

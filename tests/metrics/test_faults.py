@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ import soundfile
 
 from foley.data.audio_io import AudioError, read_channels
 from foley.metrics.clips import scan_directory
-from foley.metrics.evaluation import PairingError, SilentAudioError, evaluate_files
+from foley.metrics.evaluation import SilentAudioError, evaluate_files
 from foley.metrics.features import extract_files
+from foley.metrics.pairing import PairingError
 from foley.metrics.report import write_report
 
 LABELS = ("rain", "bell", "dog bark", "seven")
@@ -48,6 +50,25 @@ def test_a_missing_pair_is_an_error_and_names_the_clip(folders, protocol):
         with pytest.raises(PairingError, match=r"1 of 8.*'?3'?"):
             evaluate(folders, protocol, pairing)
     assert evaluate(folders, protocol, "none").n_reference == 7
+
+
+def test_a_recording_without_a_clip_is_an_error_where_pairs_are_required(folders, protocol):
+    for suffix in ("wav", "json"):
+        (folders[0] / f"3.{suffix}").unlink()
+    with pytest.raises(PairingError, match=r"1 of 8 reference recordings have no generated clip.*'3'"):
+        evaluate(folders, protocol)
+    assert evaluate(folders, protocol, "auto").n_reference == 8
+
+
+def test_a_recording_with_several_captions_counts_once_and_pairs_by_any_of_them(folders, protocol):
+    samples, reference = map(scan_directory, folders)
+    captions = [replace(clip, id=f"{clip.id}-{n}", caption=f"{n}") for clip in reference for n in range(5)]
+    chosen = [replace(clip, id=f"{clip.id}-{index % 5}") for index, clip in enumerate(samples)]
+    once, often = (
+        evaluate_files(generated, known, protocol, read_channels, "required", resamples=4)
+        for generated, known in ((samples, reference), (chosen, captions))
+    )
+    assert (often.n_reference, often.pairing, often.scores) == (8, "paired by id", once.scores)
 
 
 def test_a_rewritten_file_of_equal_size_and_date_has_new_features(folders, protocol, tmp_path):

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from foley.data.importers import read_audiocaps, read_table
-from foley.data.manifest import ManifestEntry, read_manifest
+from foley.data.importers import read_audiocaps, read_entries
+from foley.data.manifest import ManifestEntry
 from foley.data.mixture import MixtureSource
 from foley.data.preflight import preflight
 from foley.data.procedural import ProceduralDataset
@@ -40,8 +40,7 @@ def clip_splits(
     if optional and not path.is_file():
         _log.warning("%s does not exist: going on without it", path)
         return {}
-    entries = read_manifest(path, audio_dir) if path.suffix == ".jsonl" else read_table(path, audio_dir)
-    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files)
+    return _sources(read_entries(path, audio_dir), sample_rate_hz, max_duration_seconds, cache_megabytes, check_files)
 
 
 def shard_splits(

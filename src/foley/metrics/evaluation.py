@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from foley.logs import get_logger
 from foley.metrics.bootstrap import Estimate
 from foley.metrics.clips import ClipFile, LabelledAudio, labels_by_caption, resolve_labels
 from foley.metrics.features import AudioLoader, ClipFeatures, extract_audio, extract_files
+from foley.metrics.pairing import Pairing, pair_clips
 from foley.metrics.posteriors import label_accuracy
 from foley.metrics.protocols import EvaluationProtocol
 from foley.metrics.scores import SCORES, Comparison
@@ -19,15 +20,10 @@ from foley.metrics.scores import SCORES, Comparison
 log = get_logger(__name__)
 
 SILENCE_PEAK = 1e-4  # -80 dBFS
-Pairing = Literal["auto", "required", "none"]
 
 
 class SilentAudioError(ValueError):
     """Every clip of a set is silent: no score of it would mean anything."""
-
-
-class PairingError(ValueError):
-    """Pairing was asked for and a generated clip has no reference, or an id occurs twice."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +66,6 @@ def _check_silence(clips: ClipFeatures, name: str) -> list[str]:
     return silent
 
 
-def _pair(generated: ClipFeatures, reference: ClipFeatures, pairing: Pairing) -> list[int] | None:
-    """Index of each generated clip's reference, or None for unpaired sets."""
-    if pairing == "none":
-        return None
-    position = {id: index for index, id in enumerate(reference.ids)}
-    missing = [id for id in generated.ids if id not in position]
-    repeated = len(position) < len(reference) or len(set(generated.ids)) < len(generated)
-    if not missing and not repeated:
-        return [position[id] for id in generated.ids]
-    # Some ids that match and some that do not are a mistake, not two unrelated sets.
-    if pairing == "required" or 0 < len(missing) < len(generated):
-        raise PairingError(
-            f"{len(missing)} of {len(generated)} generated clips have no reference (first: {missing[:5]}; repeated "
-            f"ids: {repeated}); give each clip its reference's id, or set pairing=none"
-        )
-    return None
-
-
 def restricted_accuracy(
     logits: Tensor, labels: Sequence[str | None], all_labels: Sequence[str], choices: Sequence[str]
 ) -> Accuracy | None:
@@ -127,26 +105,26 @@ def evaluate_features(
     """All scores of a protocol from extracted features.
 
     Args:
-        pairing: "required" raises PairingError for a generated clip without reference, "none" compares the sets
-            only, "auto" pairs where every generated clip has a reference.
+        reference: of a recording with several captions each has an id to pair with, and distances take it once.
+        pairing: see `pair_clips`.
         resamples: sets of clips drawn for each confidence interval; 0 leaves intervals out.
     Raises SilentAudioError where a whole set is silent.
     """
     silent = _check_silence(generated, "generated")
     _check_silence(reference, "reference")
-    pairs = _pair(generated, reference, pairing)
+    recordings, pairs = pair_clips(generated, reference, pairing)
     labels = protocol.extractor.labels
     unlabelled = sum(label not in labels for label in generated.labels) if labels else 0
     if unlabelled:
         log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))
-    sets = Comparison(generated, reference, pairs, protocol.extractor, protocol.inception_splits, resamples)
+    sets = Comparison(generated, recordings, pairs, protocol.extractor, protocol.inception_splits, resamples)
     scores: dict[str, Estimate] = {}
     for name in protocol.scores:
         scores |= SCORES[name](sets)
     return Evaluation(
         protocol=protocol.describe(),
         n_generated=len(generated),
-        n_reference=len(reference),
+        n_reference=len(recordings),
         pairing="none" if pairs is None else "paired by id",
         scores=scores,
         accuracy=_accuracies(generated, protocol),

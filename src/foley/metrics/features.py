@@ -36,7 +36,8 @@ class ClipFeatures:
     """What an extractor says of N clips.
 
     `features [M, D]`: one row for each clip, or as many as `windows [N]` says for extractors that go by windows;
-    `logits [N, K]`, absolute `peaks [N]` of the stored audio, and ids, labels and captions.
+    `logits [N, K]`, absolute `peaks [N]` of the stored audio, and ids, labels and captions. Clips of equal `recordings`
+    are one recording under several captions.
     """
 
     ids: list[str]
@@ -46,6 +47,7 @@ class ClipFeatures:
     windows: Tensor
     logits: Tensor
     peaks: Tensor
+    recordings: list[str]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,6 +55,27 @@ class ClipFeatures:
     def with_labels(self, labels: Sequence[str | None]) -> "ClipFeatures":
         """The same features under other labels."""
         return replace(self, labels=list(labels))
+
+    def distinct(self) -> tuple["ClipFeatures", list[int]]:
+        """Every recording once, under its first caption, and the place there of each clip `[N]`."""
+        first: dict[str, int] = {}
+        for row, recording in enumerate(self.recordings):
+            first.setdefault(recording, row)
+        place = {recording: number for number, recording in enumerate(first)}
+        return self._rows(list(first.values())), [place[recording] for recording in self.recordings]
+
+    def _rows(self, rows: Sequence[int]) -> "ClipFeatures":
+        parts = self.features.split(self.windows.tolist())
+        return ClipFeatures(
+            [self.ids[row] for row in rows],
+            [self.labels[row] for row in rows],
+            [self.captions[row] for row in rows],
+            features=torch.cat([parts[row] for row in rows]),
+            windows=self.windows[rows],
+            logits=self.logits[rows],
+            peaks=self.peaks[rows],
+            recordings=[self.recordings[row] for row in rows],
+        )
 
 
 class _Input(NamedTuple):
@@ -63,7 +86,11 @@ class _Input(NamedTuple):
 
 
 def _pack(
-    items: Iterable[Row], ids: Sequence[str], labels: Sequence[str | None], captions: Sequence[str | None]
+    items: Iterable[Row],
+    ids: Sequence[str],
+    labels: Sequence[str | None],
+    captions: Sequence[str | None],
+    recordings: Iterable[object],
 ) -> ClipFeatures:
     rows = list(items)
     if not rows:
@@ -76,6 +103,7 @@ def _pack(
         windows=torch.tensor([len(row["features"]) for row in rows]),
         logits=torch.stack([row["logits"] for row in rows]),
         peaks=torch.stack([row["peaks"] for row in rows]),
+        recordings=list(map(str, recordings)),
     )
 
 
@@ -117,7 +145,7 @@ def extract_audio(
             for clip, name in zip(clips[part], ids[part], strict=True)
         ]
         rows += _extract(inputs, protocol)
-    return _pack(rows, ids, [clip.label for clip in clips], [clip.caption for clip in clips])
+    return _pack(rows, ids, [clip.label for clip in clips], [clip.caption for clip in clips], range(len(clips)))
 
 
 class FeatureCache:
@@ -155,7 +183,7 @@ def extract_files(
     hashes = [hash_file(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
     missing = {key: clip.path for key, clip in zip(hashes, clips, strict=True) if key not in rows}
-    log.info("features of %d clips: %d cached, %d to extract", len(clips), len(clips) - len(missing), len(missing))
+    log.info("features of %d clips: %d files cached, %d to extract", len(clips), len(rows), len(missing))
     chunks = [list(missing.items())[start : start + _CHUNK_CLIPS] for start in range(0, len(missing), _CHUNK_CLIPS)]
 
     def prepare(path: Path) -> _Input:
@@ -173,4 +201,5 @@ def extract_files(
         [clip.id for clip in clips],
         [clip.label for clip in clips],
         [clip.caption for clip in clips],
+        (clip.path for clip in clips),
     )

@@ -8,10 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foley.data.manifest import ManifestEntry, ManifestError, Row, build_entries
+from foley.data.manifest import ManifestEntry, ManifestError, Row, build_entries, read_manifest
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _RENAMED = {"audio_path": "path", "file": "path", "seconds": "duration_seconds"}
+
+
+def read_entries(path: Path | str, root: Path | str | None = None) -> list[ManifestEntry]:
+    """Entries of a JSONL manifest or of a CSV or TSV file, by its name; raises ManifestError."""
+    return (read_manifest if Path(path).suffix == ".jsonl" else read_table)(path, root)
 
 
 def read_table(path: Path | str, root: Path | str | None = None, split: str = "") -> list[ManifestEntry]:
@@ -83,6 +88,8 @@ def table_rows(
         reader = csv.reader(stream, delimiter=delimiter, skipinitialspace=skip_spaces, strict=True)
         names = columns if headerless else None
         for line, cells in _numbered(reader):
+            if line == 1:
+                _refuse_mark(path, cells)
             if isinstance(cells, list) and (not cells or (comment and cells[0].startswith(comment))):
                 continue
             if names is None:
@@ -103,11 +110,14 @@ def _numbered(reader: Any) -> Iterator[tuple[int, list[str] | str]]:
             yield line, f"lines {line} to {reader.line_num} are no row ({error}): is a quote left open?"
 
 
+def _refuse_mark(path: Path, cells: list[str] | str) -> None:
+    if cells and cells[0].startswith("\ufeff"):
+        raise ManifestError(f"{path}, line 1: starts with a byte-order mark; save it as UTF-8 without BOM")
+
+
 def _header(path: Path, line: int, cells: list[str] | str, columns: Sequence[str]) -> list[str]:
     if isinstance(cells, str):
         raise ManifestError(f"{path}, {cells}")
-    if cells[0].startswith("\ufeff"):
-        raise ManifestError(f"{path}, line 1: starts with a byte-order mark; save it as UTF-8 without BOM")
     if missing := set(columns) - set(cells):
         raise ManifestError(f"{path}, line {line}: lacks the columns {sorted(missing)}, has {cells}")
     return cells

@@ -8,14 +8,14 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from foley.data.audio_io import read_channels
-from foley.data.manifest import read_manifest
 from foley.data.sampler import evenly_spaced
 from foley.logs import get_logger
-from foley.metrics.clips import ClipFile, LabelledAudio
+from foley.metrics.clips import LabelledAudio
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
 from foley.metrics.features import ClipFeatures, extract_audio, extract_files
 from foley.metrics.protocols import EvaluationProtocol
 from foley.metrics.report import flat_scores
+from foley.references import read_clips
 from foley.training.callbacks.audio_samples import AudioSamples
 
 log = get_logger(__name__)
@@ -33,6 +33,7 @@ class SampleScores(AudioSamples):
         max_clips: how many captions are generated, evenly spaced over the reference.
         protocol: name to the protocol's parts.
         cache_dir: keeps the reference's features between runs.
+        audio_dir: where the manifest's clips lie; by default its own folder.
         generation: as of `AudioSamples`.
     """
 
@@ -43,11 +44,11 @@ class SampleScores(AudioSamples):
         max_clips: int,
         protocol: Mapping[str, Sequence[EvaluationProtocol]],
         cache_dir: str,
+        audio_dir: str | None = None,
         **generation: Any,
     ) -> None:
-        entries = [entry for entry in read_manifest(reference) if split in (None, entry.split)]
-        self.clips = [ClipFile(entry.path, entry.id, entry.label or None, entry.caption) for entry in entries]
-        self.chosen = [self.clips[index] for index in evenly_spaced(len(entries), max_clips)]
+        self.clips = read_clips(reference, split, audio_dir)
+        self.chosen = [self.clips[index] for index in evenly_spaced(len(self.clips), max_clips)]
         self.parts = [part for parts in protocol.values() for part in parts]
         self.cache_dir = Path(cache_dir)
         self._known: dict[str, ClipFeatures] = {}
