@@ -12,7 +12,7 @@ from foley.data.sampler import evenly_spaced
 from foley.metrics.clips import LabelledAudio, scan_directory
 from foley.metrics.evaluation import restricted_accuracy
 from foley.metrics.features import ClipFeatures, extract_audio, extract_files
-from foley.metrics.frechet import GaussianStatistics, frechet_distance
+from foley.metrics.frechet import frechet_distance
 from foley.metrics.protocols import EvaluationProtocol, load_protocol
 from foley.prompts import COLUMN, read_prompt_rows
 
@@ -56,11 +56,5 @@ class Judge:
         clips = [LabelledAudio(clip[0], label) for clip, label in zip(audio, labels, strict=True)]
         features, known = extract_audio(clips, self.protocol), self.protocol.extractor.labels
         accuracy = restricted_accuracy(features.logits, labels, known, known)
-        return {
-            "label_accuracy": None if accuracy is None else accuracy.accuracy,
-            "frechet_distance": None if self.reference is None else _distance(self.reference, features),
-        }
-
-
-def _distance(*sets: ClipFeatures) -> float:
-    return frechet_distance(*(GaussianStatistics(clips.features.shape[1]).update(clips.features) for clips in sets))
+        distance = None if self.reference is None else frechet_distance(self.reference.features, features.features)
+        return {"label_accuracy": None if accuracy is None else accuracy.accuracy, "frechet_distance": distance}

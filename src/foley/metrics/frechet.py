@@ -14,36 +14,6 @@ log = get_logger(__name__)
 _PARTS = (1, 2, 3, 4)
 
 
-class GaussianStatistics:
-    """Mean and covariance of a stream of feature vectors in one pass (Chan, Golub and LeVeque 1979, eq. 2.1)."""
-
-    def __init__(self, dimension: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(dimension, dtype=torch.float64)
-        self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64)
-
-    def update(self, features: Tensor) -> "GaussianStatistics":
-        """Add `features [N, D]`; returns self."""
-        batch = features.detach().to("cpu", torch.float64)
-        if batch.shape[0] == 0:
-            return self
-        total = self.count + batch.shape[0]
-        batch_mean = batch.mean(dim=0)
-        centred = batch - batch_mean
-        shift = batch_mean - self.mean
-        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * batch.shape[0] / total)
-        self.mean = self.mean + shift * (batch.shape[0] / total)
-        self.count = total
-        return self
-
-    @property
-    def covariance(self) -> Tensor:
-        """Unbiased covariance `[D, D]`; raises ValueError below two vectors."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.count}; add clips to the set")
-        return self._scatter / (self.count - 1)
-
-
 @dataclass(frozen=True)
 class GaussianRoot:
     """A Gaussian as its `mean [D]` and a `root [K, D]` of its covariance: `root^T root`, with K = min(N, D).
@@ -100,11 +70,11 @@ def warn_if_small(name: str, n: int, dimension: int) -> None:
         )
 
 
-def frechet_distance(reference: GaussianStatistics, generated: GaussianStatistics) -> float:
-    """Frechet distance of two sets of features; warns where a set is too small for its covariance to be regular."""
-    for name, statistics in (("reference", reference), ("generated", generated)):
-        warn_if_small(name, statistics.count, statistics.mean.numel())
-    return gaussian_frechet_distance(reference.mean, reference.covariance, generated.mean, generated.covariance)
+def frechet_distance(reference: Tensor, generated: Tensor) -> float:
+    """Of the features `[N, D]` and `[M, D]` of two sets; warns where one is too small for a regular covariance."""
+    for name, features in (("reference", reference), ("generated", generated)):
+        warn_if_small(name, *features.shape)
+    return GaussianRoot.fit(reference).distance(GaussianRoot.fit(generated))
 
 
 def extrapolated_distance(distance: Callable[[Tensor], float], counts: Tensor, seed: int = 0) -> float:

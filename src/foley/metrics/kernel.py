@@ -26,16 +26,6 @@ class GaussianKernel:
         return (-squares.clamp_min(0) / (2 * self.bandwidth**2)).exp()
 
 
-@dataclass(frozen=True)
-class PolynomialKernel:
-    """`(x . y / D + 1)^degree`, that of the kernel inception distance (Binkowski et al. 2018, eq. 5)."""
-
-    degree: int = 3
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** self.degree
-
-
 Kernel = Callable[[Tensor, Tensor], Tensor]
 
 

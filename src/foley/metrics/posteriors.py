@@ -1,6 +1,6 @@
 """Scores of class posteriors, from the logits of an extractor. Everything is computed in float64."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,14 +8,6 @@ from torch import Tensor
 from foley.seeding import torch_generator
 
 KL_EPSILON = 1e-6
-
-
-@dataclass(frozen=True)
-class Score:
-    """A metric and the spread over its splits (0 where there is one split)."""
-
-    mean: float
-    std: float
 
 
 def divergence(reference: Tensor, generated: Tensor) -> Tensor:
@@ -32,20 +24,27 @@ def divergence(reference: Tensor, generated: Tensor) -> Tensor:
     return (torch.xlogy(reference, reference) - reference * (generated + KL_EPSILON).log()).sum(dim=-1)
 
 
-def kl_softmax(reference_logits: Tensor, generated_logits: Tensor) -> float:
-    """Mean KL(reference || generated) of paired class posteriors from logits `[N, K]` (AudioLDM-eval)."""
-    return float(divergence(reference_logits.double().softmax(-1), generated_logits.double().softmax(-1)).mean())
+def kl_softmax(reference_logits: Tensor, generated_logits: Tensor) -> Tensor:
+    """KL(reference || generated) `[N]` of paired class posteriors from logits `[N, K]` (AudioLDM-eval)."""
+    return divergence(reference_logits.double().softmax(-1), generated_logits.double().softmax(-1))
 
 
-def kl_sigmoid(reference_logits: Tensor, generated_logits: Tensor) -> float:
+def kl_sigmoid(reference_logits: Tensor, generated_logits: Tensor) -> Tensor:
     """As `kl_softmax` with independent sigmoid activations."""
-    return float(divergence(reference_logits.double().sigmoid(), generated_logits.double().sigmoid()).mean())
+    return divergence(reference_logits.double().sigmoid(), generated_logits.double().sigmoid())
 
 
-def kl_marginal(reference_logits: Tensor, generated_logits: Tensor) -> float:
-    """KL(reference || generated) of the mean class posteriors of two unpaired sets `[N, K]` and `[M, K]`."""
-    means = (logits.double().softmax(-1).mean(dim=0) for logits in (reference_logits, generated_logits))
-    return float(divergence(*means))
+def kl_marginal(reference_logits: Tensor, generated_logits: Tensor, counts: Sequence[Tensor]) -> Tensor:
+    """KL(reference || generated) `[R]` of the mean class posteriors of two unpaired sets `[N, K]` and `[M, K]`.
+
+    Args:
+        counts: how often each row counts in each of R sets, `[R, N]` and `[R, M]`.
+    """
+    means = [
+        (own @ logits.double().softmax(-1)) / own.sum(dim=1, keepdim=True)
+        for own, logits in zip(counts, (reference_logits, generated_logits), strict=True)
+    ]
+    return divergence(means[0], means[1])
 
 
 def inception_scores(logits: Tensor, splits: int = 1, counts: Tensor | None = None) -> Tensor:
@@ -69,12 +68,6 @@ def inception_scores(logits: Tensor, splits: int = 1, counts: Tensor | None = No
         mean = (weights[:, rows] @ negative_entropy) / total[:, 0]
         scores.append((mean - torch.xlogy(marginal, marginal).sum(dim=1)).exp())
     return torch.stack(scores, dim=1)
-
-
-def inception_score(logits: Tensor, splits: int = 1) -> Score:
-    """Mean and spread of `inception_scores` over the splits."""
-    values = inception_scores(logits, splits)[0]
-    return Score(float(values.mean()), float(values.std(correction=0)))
 
 
 def label_accuracy(logits: Tensor, targets: Tensor) -> float:

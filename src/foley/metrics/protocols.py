@@ -32,7 +32,9 @@ FUSED_CLAP = "laion/clap-htsat-fused"
 """The weights of stable-audio-metrics, 630k-audioset-fusion-best.pt, in transformers' layout."""
 
 _UNRELATED = ("a dog barks", "rain falls on a metal roof", "an opera singer practises scales")
-_HIGHEST_SIMILARITY = 0.9
+HIGHEST_SIMILARITY = 0.9
+"""Of what has nothing to do with each other, to a CLAP that was trained and has its tokenizer."""
+
 _REFERENCE_FIRST, _GENERATED_FIRST = "KL(reference || generated)", "KL(generated || reference)"
 
 
@@ -86,9 +88,9 @@ def require_distinct_captions(extractor: CaptionExtractor) -> None:
     """Refuse an extractor to which unrelated captions are alike, as they are to an incomplete tokenizer."""
     embedded = extractor.text(_UNRELATED)
     similar = float((embedded @ embedded.T).fill_diagonal_(-1).max())
-    if similar >= _HIGHEST_SIMILARITY:
+    if similar >= HIGHEST_SIMILARITY:
         raise ProtocolError(
-            f"unrelated captions have a similarity of {similar:.3f}, and it must be under {_HIGHEST_SIMILARITY}: "
+            f"unrelated captions have a similarity of {similar:.3f}, and it must be under {HIGHEST_SIMILARITY}: "
             "this is no trained CLAP, or its tokenizer is another's; fetch its files again"
         )
 

@@ -13,14 +13,14 @@ from foley.metrics.extractors import CaptionExtractor, Extractor
 from foley.metrics.features import ClipFeatures
 from foley.metrics.frechet import GaussianRoot, extrapolated_distance, warn_if_small
 from foley.metrics.kernel import kernel_audio_distance
-from foley.metrics.posteriors import divergence, inception_scores
+from foley.metrics.posteriors import inception_scores, kl_marginal, kl_sigmoid, kl_softmax
+from foley.metrics.protocols import HIGHEST_SIMILARITY
 
 log = get_logger(__name__)
 
 Scores = dict[str, Estimate]
 
 _FEWEST_CLIPS = 8
-_HIGHEST_UNRELATED = 0.9
 
 
 class CaptionError(ValueError):
@@ -106,30 +106,19 @@ def kl(sets: Comparison) -> Scores:
     reference, generated = sets.reference.logits[sets.pairs], sets.generated.logits
     counts = draw_counts(len(generated), sets.resamples, "generated")
     found = {}
-    for name, activation in (("kl_softmax", _softmax), ("kl_sigmoid", _sigmoid)):
+    for name, measure in (("kl_softmax", kl_softmax), ("kl_sigmoid", kl_sigmoid)):
         for suffix, first, second in (("", reference, generated), ("_reversed", generated, reference)):
-            values = divergence(activation(first), activation(second))
-            found[name + suffix] = estimate(counts @ values / counts.sum(dim=1), str(len(generated)))
+            found[name + suffix] = estimate(counts @ measure(first, second) / counts.sum(dim=1), str(len(generated)))
     return found
 
 
 def _unpaired_kl(sets: Comparison) -> Scores:
-    means = [
-        (counts @ _softmax(clips.logits)) / counts.sum(dim=1, keepdim=True)
-        for clips, counts in zip((sets.reference, sets.generated), sets.counts(), strict=True)
-    ]
+    logits, counts = (sets.reference.logits, sets.generated.logits), sets.counts()
+    forwards, backwards = kl_marginal(*logits, counts), kl_marginal(*logits[::-1], counts[::-1])
     return {
-        "kl_marginal": estimate(divergence(means[0], means[1]), sets.sizes, floor=0.0),
-        "kl_marginal_reversed": estimate(divergence(means[1], means[0]), sets.sizes, floor=0.0),
+        "kl_marginal": estimate(forwards, sets.sizes, floor=0.0),
+        "kl_marginal_reversed": estimate(backwards, sets.sizes, floor=0.0),
     }
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.double().softmax(-1)
-
-
-def _sigmoid(logits: Tensor) -> Tensor:
-    return logits.double().sigmoid()
 
 
 def inception(sets: Comparison) -> Scores:
@@ -172,9 +161,9 @@ def clap(sets: Comparison) -> Scores:
 def _unrelated(features: Tensor, texts: Tensor, counts: Tensor) -> Estimate:
     values = (features * texts).sum(dim=1).double()
     score = estimate(counts @ values / counts.sum(dim=1), str(len(features)))
-    if score.value >= _HIGHEST_UNRELATED:
+    if score.value >= HIGHEST_SIMILARITY:
         raise CaptionError(
-            f"CLAP score: captions of other clips score {score.value:.3f}, which must be under {_HIGHEST_UNRELATED}; "
+            f"CLAP score: captions of other clips score {score.value:.3f}, which must be under {HIGHEST_SIMILARITY}; "
             "this is no trained CLAP, or its tokenizer is another's: fetch its files again"
         )
     return score
