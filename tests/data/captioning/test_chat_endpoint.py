@@ -8,7 +8,8 @@ from email.utils import format_datetime
 import pytest
 from chat_server import completion
 
-from foley.data.captioning.endpoint import Answer, AnswerError, ChatEndpoint, EndpointError, _retry_after
+from foley.data.captioning.answers import Answer, AnswerError, EndpointError, retry_after
+from foley.data.captioning.endpoint import ChatEndpoint
 from foley.data.captioning.rate_limit import RateLimiter
 
 KEY = "sk-not-for-your-eyes"
@@ -125,7 +126,7 @@ def test_nobody_listens():
         endpoint.ask("", "rain")
 
 
-def test_retry_after_holds_back_all_requests_and_may_be_too_long(server, endpoint):
+def testretry_after_holds_back_all_requests_and_may_be_too_long(server, endpoint):
     server.script = [(429, {"Retry-After": "0.3"}, b"")]
     built = endpoint()
     start = time.monotonic()
@@ -136,12 +137,12 @@ def test_retry_after_holds_back_all_requests_and_may_be_too_long(server, endpoin
         built.ask("", "rain")
 
 
-def test_retry_after_in_both_forms():
+def testretry_after_in_both_forms():
     in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60))
-    assert 57 < (_retry_after({"Retry-After": in_a_minute}) or 0) <= 60
-    assert _retry_after({"Retry-After": "1.5"}) == 1.5
-    assert _retry_after({"Retry-After": "soon"}) is None
-    assert _retry_after({}) is None
+    assert 57 < (retry_after({"Retry-After": in_a_minute}) or 0) <= 60
+    assert retry_after({"Retry-After": "1.5"}) == 1.5
+    assert retry_after({"Retry-After": "soon"}) is None
+    assert retry_after({}) is None
 
 
 def test_the_rate_is_kept():

@@ -3,13 +3,12 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import requests
 from requests.auth import AuthBase
 
+from foley.data.captioning.answers import Answer, AnswerError, EndpointError, TemporaryError, read_answer, retry_after
 from foley.data.captioning.rate_limit import RateLimiter
 from foley.logs import get_logger
 from foley.seeding import numpy_generator
@@ -19,31 +18,6 @@ _REFUSED_REQUEST = (400, 413, 422)
 _TEMPORARY = (408, 409, 425, 429)
 _OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
 _SHOWN_CHARACTERS = 200
-
-
-class EndpointError(RuntimeError):
-    """Nothing can be asked of the endpoint: no key, a wrong one, no money, no such model."""
-
-
-class AnswerError(RuntimeError):
-    """No usable answer to this one request."""
-
-
-class _TemporaryError(RuntimeError):
-    """Worth another try; `wait_seconds` is what the server asks for."""
-
-    def __init__(self, reason: str, wait_seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_seconds = wait_seconds
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Text, and the tokens that were paid for (0 where the server does not count)."""
-
-    text: str
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +95,7 @@ class ChatEndpoint:
             self._limiter.wait()
             try:
                 return self._ask_once(body)
-            except _TemporaryError as error:
+            except TemporaryError as error:
                 last = error
                 wait_seconds = self._wait_seconds(error, attempt, user)
             if wait_seconds > self._max_wait_seconds:
@@ -129,7 +103,7 @@ class ChatEndpoint:
             self._limiter.pause(wait_seconds)
         raise AnswerError(f"no answer after {self._max_attempts} tries; the last: {last}")
 
-    def _wait_seconds(self, error: _TemporaryError, attempt: int, user: str) -> float:
+    def _wait_seconds(self, error: TemporaryError, attempt: int, user: str) -> float:
         if error.wait_seconds is not None:
             return error.wait_seconds
         longest = min(self._backoff_seconds * 2**attempt, self._max_wait_seconds)
@@ -141,10 +115,10 @@ class ChatEndpoint:
                 self.url, json=body, auth=self._auth, timeout=self._timeout_seconds, allow_redirects=False
             )
         except requests.RequestException as error:
-            raise _TemporaryError(self._clean(f"{type(error).__name__}: {error}")) from None
+            raise TemporaryError(self._clean(f"{type(error).__name__}: {error}")) from None
         if response.status_code != requests.codes.ok:
             self._refuse(response)
-        return _read_answer(response)
+        return read_answer(response)
 
     def _refuse(self, response: requests.Response) -> None:
         status = response.status_code
@@ -152,41 +126,10 @@ class ChatEndpoint:
         if any(code in response.text for code in _OUT_OF_MONEY):
             raise EndpointError(message)
         if status in _TEMPORARY or status >= 500:
-            raise _TemporaryError(message, _retry_after(response.headers))
+            raise TemporaryError(message, retry_after(response.headers))
         raise AnswerError(message) if status in _REFUSED_REQUEST else EndpointError(message)
 
     def _clean(self, text: str) -> str:
         """Servers quote keys in their errors."""
         one_line = " ".join(text.split())
         return one_line.replace(self._auth.key, "<key>") if self._auth.key else one_line
-
-
-def _read_answer(response: requests.Response) -> Answer:
-    try:
-        content = response.json()
-        choice = content["choices"][0]
-        text, finish = choice["message"]["content"], choice.get("finish_reason")
-        usage = content.get("usage") or {}
-        tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _TemporaryError(f"the answer is not a chat completion ({type(error).__name__}: {error})") from error
-    if not isinstance(text, str) or not text.strip():
-        raise AnswerError(f"the answer is empty (finish_reason {finish!r})")
-    if finish == "length":
-        raise AnswerError("the answer was cut at its greatest number of tokens")
-    return Answer(text, *tokens)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds from now; the header gives seconds or a date."""
-    value = headers.get("Retry-After", "").strip()
-    if not value:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None
