@@ -3,21 +3,21 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from foley.data.types import AudioBatch
 from foley.models.vae.base import AudioVAE
-from foley.training.adversarial import AdversarialTraining, Pair
+from foley.training.adversarial import Pair
+from foley.training.variational import VariationalTraining
 
 
-class CodecTraining(AdversarialTraining):
+class CodecTraining(VariationalTraining):
     """A VAE on audio, with terms of (reconstruction, original), both `[B, 1, T]`, and the term "kl".
 
     Args:
         codec: the model.
         objective, options: see `AdversarialTraining`.
     """
-
-    own_terms = frozenset({"kl"})
 
     def __init__(self, codec: AudioVAE, *objective: Any, **options: Any) -> None:
         super().__init__(*objective, **options)
@@ -34,7 +34,8 @@ class CodecTraining(AdversarialTraining):
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
         """The reconstruction of the audio from a draw of the posterior, or from its mean."""
         audio = batch["audio"]
-        posterior = self.codec.posterior(audio)
-        latent = posterior.mean if noise is None else posterior.sample(noise)
-        reconstruction = self.codec.decode(latent)[..., : audio.shape[-1]].float()
-        return Pair(audio, reconstruction, {"kl": posterior.kl()}, {"latent_std": posterior.mean.std()})
+
+        def decode(latent: Tensor) -> Tensor:
+            return self.codec.decode(latent)[..., : audio.shape[-1]]
+
+        return self.reconstruct(audio, self.codec.posterior(audio), decode, noise)

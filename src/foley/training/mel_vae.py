@@ -7,18 +7,17 @@ from torch.nn.functional import pad
 
 from foley.data.types import AudioBatch
 from foley.models.mel_codec.mel_vae import MelVAE
-from foley.training.adversarial import AdversarialTraining, Pair
+from foley.training.adversarial import Pair
+from foley.training.variational import VariationalTraining
 
 
-class MelVAETraining(AdversarialTraining):
+class MelVAETraining(VariationalTraining):
     """A VAE on mel spectrograms, with terms of (reconstruction, original), both `[B, mel_bands, F]`, and the term "kl".
 
     Args:
         mel_vae: the model.
         objective, options: see `AdversarialTraining`; the discriminator takes mel spectrograms.
     """
-
-    own_terms = frozenset({"kl"})
 
     def __init__(self, mel_vae: MelVAE, *objective: Any, **options: Any) -> None:
         super().__init__(*objective, **options)
@@ -36,7 +35,4 @@ class MelVAETraining(AdversarialTraining):
         """The reconstruction of the audio's mel spectrogram from a draw of the posterior, or from its mean."""
         audio = batch["audio"]
         mel = self.mel_vae.spectrogram(pad(audio, (0, -audio.shape[-1] % self.mel_vae.hop_samples)))
-        posterior = self.mel_vae.posterior(mel)
-        latent = posterior.mean if noise is None else posterior.sample(noise)
-        reconstruction = self.mel_vae.decode(latent).float()
-        return Pair(mel, reconstruction, {"kl": posterior.kl()}, {"latent_std": posterior.mean.std()})
+        return self.reconstruct(mel, self.mel_vae.posterior(mel), self.mel_vae.decode, noise)

@@ -1,43 +1,23 @@
 """Trains a spectral VAE: from magnitudes to magnitudes through the latent."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from foley.data.types import AudioBatch
 from foley.models.vae.spectral_vae import SpectralVAE
-from foley.training.adversarial import AdversarialTraining, Pair
+from foley.training.adversarial import Pair
+from foley.training.codec import CodecTraining
 
 
-class SpectralVAETraining(AdversarialTraining):
-    """A VAE on spectra, with terms of (reconstruction, original), both log magnitudes `[B, N, bins]`, and "kl".
+class SpectralVAETraining(CodecTraining):
+    """As `CodecTraining`, but its terms and its discriminator take log magnitudes `[B, N, bins]` instead of audio."""
 
-    Args:
-        codec: the model.
-        objective, options: see `AdversarialTraining`; the discriminator takes log magnitudes.
-    """
-
-    own_terms = frozenset({"kl"})
-
-    def __init__(self, codec: SpectralVAE, *objective: Any, **options: Any) -> None:
-        super().__init__(*objective, **options)
-        self.codec = codec
-
-    @property
-    def model(self) -> SpectralVAE:
-        return self.codec
-
-    @property
-    def sample_rate_hz(self) -> int:
-        return self.codec.sample_rate_hz
+    codec: SpectralVAE
 
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
         """The reconstruction of the spectra from a draw of the posterior, or from its mean."""
         spectra = self.codec.spectra(batch["audio"])
-        posterior = self.codec.spectral_posterior(spectra)
-        generated = self.codec.decode_spectra(posterior.mean if noise is None else posterior.sample(noise))
-        return Pair(spectra, generated, {"kl": posterior.kl()}, {"latent_std": posterior.mean.std()})
+        return self.reconstruct(spectra, self.codec.spectral_posterior(spectra), self.codec.decode_spectra, noise)
 
     def heard(self, batch: AudioBatch, pair: Pair) -> tuple[Tensor, Tensor]:
         """The clips themselves, and what the spectra sound like."""
