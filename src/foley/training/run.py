@@ -107,12 +107,9 @@ def _note_codec(module: FoleyModule, datamodule: pl.LightningDataModule, codec_p
 
 def _build_trainer(cfg: DictConfig) -> pl.Trainer:
     """Callbacks and loggers are dictionaries in the config, so that `callbacks.ema=null` takes one out."""
-    callbacks = [
-        instantiate(config, _convert_="all")
-        for config in (cfg.callbacks or {}).values()
-        if config and "_target_" in config
-    ]
-    loggers = [instantiate(config, _convert_="all") for config in (cfg.logger or {}).values() if config]
+    callbacks, loggers = (
+        [instantiate(config, _convert_="all") for config in _active(group)] for group in (cfg.callbacks, cfg.logger)
+    )
     trainer: pl.Trainer = instantiate(
         cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], _convert_="all"
     )
