@@ -20,9 +20,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.accel.accelerators import calibration_stem
 from foley.accel.budget import budget_schedule, schedule_error
-from foley.accel.calibration import Calibration
+from foley.accel.calibration import Calibration, calibration_stem
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.plots import plot_schedule, plot_tradeoff
 from foley.checkpoint import write_json

@@ -31,8 +31,8 @@ from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.accel import accelerators
-from foley.accel.accelerators import calibration_stem
 from foley.accel.cache import LayerCache
+from foley.accel.calibration import calibration_stem
 from foley.accel.cost import EvaluationMacs, run_cost
 from foley.accel.pipelines import accelerated
 from foley.accel.recorder import CalibrationRecorder

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.accel.accelerators import calibration_directory, calibration_stem
+from foley.accel.calibration import calibration_directory, calibration_stem
 from foley.accel.plots import plot_calibration
 from foley.accel.recorder import CalibrationRecorder
 from foley.accel.storage import info_path

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from foley.accel.accelerators import AudioCache, Budget, Fora, SmoothCache, calibration_directory, calibration_stem
+from foley.accel.accelerators import AudioCache, Budget, Fora, SmoothCache
+from foley.accel.calibration import calibration_directory, calibration_stem
 from foley.accel.callback import NoAcceleration
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.recorder import CalibrationRecorder

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from foley.accel.accelerators import AudioCache, Fora, SmoothCache, calibration_stem
+from foley.accel.accelerators import AudioCache, Fora, SmoothCache
+from foley.accel.calibration import calibration_stem
 from foley.accel.cost import count_evaluation_macs, run_cost
 from foley.accel.layers import find_cacheable_layers
 from foley.accel.recorder import CalibrationRecorder

@@ -11,7 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch import Tensor, nn
 
-from foley.accel.accelerators import AudioCache, Fora, SmoothCache, calibration_stem
+from foley.accel.accelerators import AudioCache, Fora, SmoothCache
+from foley.accel.calibration import calibration_stem
 from foley.accel.callback import NoAcceleration
 from foley.accel.litefocus import LiteFocus
 from foley.accel.pipelines import accelerated

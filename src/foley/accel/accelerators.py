@@ -1,105 +1,19 @@
 """The caching accelerators that configs name: a LayerCache whose schedule is decided when the run is known."""
 
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
-
-from torch import nn
+from typing import Any
 
 from foley.accel.budget import budget_schedule
 from foley.accel.cache import LayerCache
 from foley.accel.calibration import Calibration
-from foley.accel.layers import find_cacheable_layers
-from foley.accel.policies import audiocache_schedule, fora_schedule, layer_kind, smoothcache_schedule
+from foley.accel.plans import CalibratedPlan, IntervalPlan, Policy, Source
+from foley.accel.policies import audiocache_schedule, layer_kind, smoothcache_schedule
 from foley.accel.reuse import reuse_by_name
-from foley.accel.schedule import CacheSchedule
-from foley.accel.signature import RunSignature
-from foley.accel.storage import info_path
-from foley.diffusion.types import Accelerator, RunContext
+from foley.diffusion.types import Accelerator
 
-Source = Mapping[str, str | None]
 _SOME_CHECKPOINT: Source = MappingProxyType({"ckpt": "CHECKPOINT"})
-
-
-def calibration_stem(directory: Path, solver: str, num_steps: int | str) -> Path:
-    """Where the calibration of one solver and step count lies: `<directory>/<solver>_<steps>`, without extension."""
-    return directory / f"{solver}_{num_steps}"
-
-
-def calibration_directory(checkpoint: str | Path) -> Path:
-    """`calibration/` inside a system directory, or beside a checkpoint file."""
-    path = Path(checkpoint).expanduser()
-    return (path.parent if path.is_file() else path) / "calibration"
-
-
-class Policy(Protocol):
-    """From a calibration of the run's evaluations to one list of decisions per layer."""
-
-    def __call__(self, calibration: Calibration) -> Mapping[str, Sequence[bool]]: ...
-
-
-@dataclass(frozen=True)
-class CalibratedPlan:
-    """Reads the calibration for the run's solver and step count, and applies a policy to its curves.
-
-    Args:
-        source: the options by which scripts/calibrate.py knows the model, for the message where there is none.
-        calibrated_steps: reads the calibration of another number of steps of the same solver instead.
-    """
-
-    directory: Path
-    policy: Policy
-    description: Mapping[str, Any]
-    source: Source
-    calibrated_steps: int | None = None
-
-    def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
-        """Raises FileNotFoundError if there is no such calibration, SignatureMismatchError if it is another model's."""
-        signature = RunSignature.of(run, denoiser)
-        calibration = self._calibration_for(run, signature)
-        return CacheSchedule.from_rows(self.policy(calibration), calibration.kinds, signature, self.description)
-
-    def require(self, solver: str | None, num_steps: int | None, guidance_scale: float | None) -> None:
-        """Raises FileNotFoundError where no calibration can serve such a run; what is None is not known yet."""
-        steps = self.calibrated_steps or num_steps
-        file = info_path(calibration_stem(self.directory, solver or "*", steps or "*"))
-        if any(self.directory.glob(file.name)):
-            return
-        # The pipelines of diffusers keep their own solver.
-        named = None if solver is None or solver.endswith("Scheduler") else solver
-        scale = None if guidance_scale is None else f"{guidance_scale:g}"
-        options = {"solver": named, "prompts": "FILE", "steps": steps, "guidance_scale": scale}
-        given = {**self.source, **options, "output_dir": self.directory}
-        command = shlex.join(f"{key}={value}" for key, value in given.items() if value is not None)
-        raise FileNotFoundError(
-            f"{file} does not exist: this system is not calibrated for this solver and number of steps. "
-            f"Make it with: python scripts/calibrate.py {command}"
-        )
-
-    def _calibration_for(self, run: RunContext, signature: RunSignature) -> Calibration:
-        self.require(run.solver, run.num_steps, run.guidance_scale)
-        stem = calibration_stem(self.directory, run.solver, self.calibrated_steps or run.num_steps)
-        calibration = Calibration.load(stem)
-        if self.calibrated_steps not in (None, run.num_steps):
-            calibration = calibration.at(run.num_steps, run.timesteps.tolist())
-        calibration.signature.require(signature, f"the calibration {stem}")
-        return calibration
-
-
-@dataclass(frozen=True)
-class IntervalPlan:
-    """Computes every layer at every `interval`-th evaluation; needs no calibration."""
-
-    interval: int
-
-    def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
-        kinds = {layer.name: layer.kind for layer in find_cacheable_layers(denoiser)}
-        rows = dict.fromkeys(kinds, fora_schedule(run.num_evaluations, self.interval))
-        description = {"name": "fora", "interval": self.interval}
-        return CacheSchedule.from_rows(rows, kinds, RunSignature.of(run, denoiser), description)
 
 
 class CalibratedCache(LayerCache):

@@ -13,6 +13,17 @@ from foley.accel.signature import RunSignature
 from foley.accel.storage import load_record, save_record
 
 
+def calibration_stem(directory: Path, solver: str, num_steps: int | str) -> Path:
+    """Where the calibration of one solver and step count lies: `<directory>/<solver>_<steps>`, without extension."""
+    return directory / f"{solver}_{num_steps}"
+
+
+def calibration_directory(checkpoint: str | Path) -> Path:
+    """`calibration/` inside a system directory, or beside a checkpoint file."""
+    path = Path(checkpoint).expanduser()
+    return (path.parent if path.is_file() else path) / "calibration"
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """`mean` and `std` over prompts, `[layers, distances, evaluations]`: the change since `distance` evaluations ago.
