@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from foley.accel.accelerators import Fora
 from foley.accel.cache import LayerCache
 from foley.accel.combined import Combined
-from foley.accel.litefocus import compensation_indices
+from foley.accel.litefocus import LiteFocus, compensation_indices
 from foley.accel.local_global import LocalGlobal, local_global_attention
 from foley.config import PROJECT_ROOT
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
@@ -214,7 +214,10 @@ def test_the_configs_name_them() -> None:
         local_global = instantiate(compose("sample", overrides=["accel=local_global"]).accel)
         overrides = ["accel=audiocache_local_global", "accel.cache.threshold=0.1", "accel.attention.ratio=0.2"]
         combined = instantiate(compose("sample", overrides=overrides).accel)
+        exchanged = ["accel@accel.cache=fora", "accel@accel.attention=litefocus"]
+        others = instantiate(compose("sample", overrides=["accel=audiocache_local_global", *exchanged]).accel)
     assert isinstance(local_global, LocalGlobal)
     cache, attention = combined.accelerators
     assert isinstance(cache, LayerCache)
     assert isinstance(attention, LocalGlobal)
+    assert [type(part) for part in others.accelerators] == [Fora, LiteFocus]

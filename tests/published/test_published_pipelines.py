@@ -173,6 +173,22 @@ def _run(script: str, *overrides: str) -> None:
 
 
 @pytest.mark.slow
+def test_audioldm2_with_litefocus_and_caching_from_the_command_line(hub: Path, tmp_path: Path) -> None:
+    quick = ["model=audioldm2", f"hub_dir={hub}", "steps=3", "duration_seconds=0.3", "prompt=rain"]
+    blocks = "blocks=[down_blocks.1,up_blocks.1]"
+    both = ["accel=audiocache_local_global", "accel@accel.cache=fora", "accel@accel.attention=litefocus"]
+    costs = []
+    for name, accel in (("one", ["accel=litefocus", f"accel.{blocks}"]), ("two", [*both, f"accel.attention.{blocks}"])):
+        _run("sample.py", *quick, *accel, f"output_dir={tmp_path / name}")
+        (record,) = (tmp_path / name).glob("*.json")
+        settings = json.loads(record.read_text())["settings"]
+        assert settings["macs"] < settings["macs_uncached"]
+        costs.append(settings)
+    assert costs[1]["macs"] < costs[0]["macs"]
+    assert costs[1]["macs_uncached"] == costs[0]["macs_uncached"]
+
+
+@pytest.mark.slow
 def test_calibrate_then_sample_from_the_command_line(hub: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("rain\na dog barks\n")
