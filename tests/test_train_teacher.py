@@ -42,6 +42,8 @@ def test_the_published_configuration() -> None:
     assert (cfg.process.prediction, cfg.process.zero_terminal_snr) == ("epsilon", False)
     assert cfg.data.cache_dir.endswith("latents/music")
     assert cfg.task.masking is None
+    flow = config("experiment=audiolcm_teacher", "data=music", "process=flow")
+    assert (flow.process.prediction, flow.data.cache_dir) == ("flow", cfg.data.cache_dir)
 
 
 @pytest.mark.parametrize("process", ["epsilon", "flow", "flow_logit_normal"])
