@@ -19,7 +19,7 @@ import foley.config  # noqa: F401  (registers the resolvers)
 from foley.checkpoint import write_json
 from foley.judging import Judge, LabelledPrompts
 from foley.pipeline import TextToAudio, resolve_device
-from foley.reporting.curves import read_curve
+from foley.reporting.dashboard import read_metrics
 from foley.reporting.provenance import provenance
 
 Row = dict[str, Any]
@@ -40,7 +40,7 @@ def measure_run(name: str, folder: Path, first_step: int, judge: Judge, cfg: Dic
     paths = sorted(folder.glob("checkpoints/step_*.ckpt"))
     if not paths:
         raise FileNotFoundError(f"runs.{name}: {folder} holds no checkpoints/step_*.ckpt")
-    losses = dict(zip(*read_curve(folder / "metrics.csv", "val/loss"), strict=True))
+    losses = dict(read_metrics(folder / "metrics.csv").get("val/loss", []))
     rows = []
     for path in paths:
         step = int(path.stem.removeprefix("step_"))

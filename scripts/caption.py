@@ -29,7 +29,8 @@ def check_cost(captioner: StrongLabelCaptioner, cfg: DictConfig) -> None:
         return (row for _, row in pending if not isinstance(row, str))
 
     estimate = captioner.estimate(rows())
-    _log.info("about %s", estimate)
+    tokens = (estimate.prompt_tokens, estimate.completion_tokens)
+    _log.info("%d requests: about %d tokens to read, %d to write, $%.2f", estimate.requests, *tokens, estimate.usd)
     if cfg.max_cost_usd is not None and estimate.usd > cfg.max_cost_usd:
         raise AnnotationError(f"estimated at ${estimate.usd:.2f}, more than max_cost_usd={cfg.max_cost_usd}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from foley.checkpoint import write_text
 from foley.reporting.lines import Panel, plot_panels
+from foley.reporting.tables import markdown_table
 
 LAYOUT: Mapping[str, Mapping[str, str]] = {
     "Losses": {"training": r"train/(?!grad_norm|skipped)", "validation": r"val/loss$|val/(?!loss)[^/]+$"},
@@ -83,8 +84,9 @@ def _matching(series: Series, pattern: str) -> Series:
 
 def _last_values(lines: Any) -> str:
     rows = [(name, points[-1]) for panel in lines for name, points in panel.items()]
-    cells = "\n".join(f"| {name} | {value:.4g} | {step:.0f} |" for name, (step, value) in rows)
-    return f"| metric | last value | at step |\n| --- | ---: | ---: |\n{cells}"
+    return markdown_table(
+        ("metric", "last value", "at step"), [(name, f"{value:.4g}", f"{step:.0f}") for name, (step, value) in rows]
+    )
 
 
 def _media(run: Path) -> list[str]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from foley.checkpoint import write_json, write_text
 from foley.logs import get_logger
+from foley.reporting.tables import markdown_table
 
 TRIAL_FILE = "trial.json"
 Trial = Mapping[str, Any]
@@ -67,13 +68,12 @@ def _table(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: st
     """The front, with those of the settings that differ between trials."""
     everything = dict.fromkeys(name for trial in trials for name in trial["overrides"])
     names = [name for name in everything if len({trial["overrides"].get(name) for trial in trials}) > 1]
-    header = ["trial", score, cost, *names]
+    header = ("trial", score, cost, *names)
     rows = [
-        [str(t["number"]), f"{t[score]:.4f}", f"{t[cost]:.4f}", *(str(t["overrides"].get(name, "")) for name in names)]
+        (str(t["number"]), f"{t[score]:.4f}", f"{t[cost]:.4f}", *(str(t["overrides"].get(name, "")) for name in names))
         for t in front
     ]
-    lines = [header, ["---"] * len(header), *rows]
-    return f"Pareto front of {len(trials)} trials\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    return f"Pareto front of {len(trials)} trials\n\n{markdown_table(header, rows)}\n"
 
 
 def _plot(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: str, path: Path) -> None:
