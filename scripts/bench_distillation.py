@@ -59,6 +59,7 @@ class Workload:
         return {**row, **self.judge.score(runs[-1].audio, runs[-1].sample_rate_hz, self.prompts.labels)}
 
     def _generate(self, system: TextToAudio, num_steps: int, scale: float) -> Generation:
+        system.forget_prompts()  # so that the text counts in every row
         return system.generate(
             self.prompts.captions,
             self.duration_seconds,

@@ -42,16 +42,11 @@ def main(cfg: DictConfig) -> None:
     trained = Path(cfg.ckpt).exists()
     system = load_system(Path(cfg.ckpt)) if trained else untrained_system(cfg)
     pipeline = TextToAudio(system, resolve_device(cfg.device))
-    runs = [
-        pipeline.generate(
-            [PROMPT],
-            cfg.duration_seconds,
-            guidance=instantiate(cfg.guidance),
-            solver=cfg.solver.name,
-            num_steps=cfg.steps,
-        )
-        for _ in range(cfg.repeats + 1)
-    ]
+    settings = {"guidance": instantiate(cfg.guidance), "solver": cfg.solver.name, "num_steps": cfg.steps}
+    runs = []
+    for _ in range(cfg.repeats + 1):
+        pipeline.forget_prompts()  # so that the text counts in every run
+        runs.append(pipeline.generate([PROMPT], cfg.duration_seconds, **settings))
     result = summarise(runs[1:], pipeline, trained)
     write_json(Path(cfg.results_file), result)
     sys.stdout.write(json.dumps(result) + "\n")

@@ -101,6 +101,10 @@ class TextToAudio:
             )
         self.text.cache.directory = Path(directory).expanduser()
 
+    def forget_prompts(self) -> None:
+        """Encode every prompt anew, as a fresh process does; what is kept in a directory stays known."""
+        self._encode_text.cache.forget()
+
     def extend_rotary(self, method: str, trained_seconds: float) -> None:
         """Tell positions beyond `trained_seconds` apart by `foley.nn.rotary.RotaryExtension`, "linear" or "ntk".
 

@@ -63,6 +63,10 @@ class EmbeddingCache:
         if path is not None:
             write_tensors(path, {"embedding": embedding.detach().cpu()})
 
+    def forget(self) -> None:
+        """Leave nothing in memory; files stay."""
+        self._memory.clear()
+
     def embed(
         self, prompts: Sequence[str], device: torch.device, encode: Callable[[list[str]], list[Tensor]]
     ) -> TextEmbedding:
@@ -98,11 +102,11 @@ class CachedText:
 
     def __init__(self, text: TextConditioner) -> None:
         self._text = text
-        self._cache = EmbeddingCache(type(text).__name__)
+        self.cache = EmbeddingCache(type(text).__name__)
 
     def __call__(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
-        return self._cache.embed(prompts, next(self._text.parameters()).device, self._encode)
+        return self.cache.embed(prompts, next(self._text.parameters()).device, self._encode)
 
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> list[Tensor]:
