@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import soundfile
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from test_pipeline import CONFIGS
@@ -76,7 +78,10 @@ def test_two_processes_make_the_clips_of_one_and_go_on_where_they_stopped(system
     assert "1 were there already" in done.stdout + done.stderr
     assert contents(shared)[waves[1].name] == kept
     for wave in waves:
-        assert (shared / wave.name).read_bytes() == wave.read_bytes()
+        # Sums of another batch size and number of threads are rounded otherwise.
+        np.testing.assert_allclose(
+            soundfile.read(shared / wave.name)[0], soundfile.read(wave)[0], rtol=0, atol=4 / 2**15
+        )
         assert record(alone / wave.name) == record(shared / wave.name)
 
     before = contents(shared)
