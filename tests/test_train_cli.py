@@ -208,7 +208,7 @@ def test_two_processes_share_the_samples(cache: Path, tmp_path: Path) -> None:
 def test_two_processes_train_a_codec_and_its_discriminator(tmp_path: Path) -> None:
     """Two steps without the discriminator, which has no gradients then, and two with it."""
     clips = ["data=procedural", "data.splits.sizes={train: 16, val: 4}", "data.splits.duration_seconds=0.5"]
-    sizes = ["data.duration_seconds=0.1", "data.batch_size=2", "codec.width=16", "codec.latent_channels=4"]
+    sizes = ["data.duration_seconds=0.3", "data.batch_size=2", "codec.width=16", "codec.latent_channels=4"]
     parallel = ["trainer=ddp_cpu", "trainer.devices=2", "task.adversarial_start_step=2"]
     result = command("experiment=tiny_vae", f"hydra.run.dir={tmp_path}", *clips, *sizes, *parallel, *QUICK)
     assert result.returncode == 0, result.stderr[-3000:]
