@@ -187,3 +187,13 @@ def test_latent_batches(tmp_path):
     (validation,) = module.val_dataloader()
     assert validation["frame_mask"].sum().item() == 20
     assert module.latent_statistics[0].shape == (HOP,)
+
+
+def test_clips_of_a_source_can_occur_more_often(tmp_path, caplog):
+    index = encode(tmp_path / "cache")
+    repeated = LatentDataset(index, "train", 20, repeats={"05": 3, "nowhere/": 2})
+    assert [entry.id for entry in repeated.entries] == ["00", "01", "02", "03", "04", "05", "05", "05"]
+    assert not torch.equal(repeated[6].latent, repeated[7].latent)
+    assert "nowhere/" in caplog.text
+    module = LatentDataModule(str(tmp_path / "cache"), 0.2, 2, repeats={"05": 3})
+    assert {split: len(data) for split, data in module.datasets.items()} == {"train": 8, "val": 1}

@@ -100,6 +100,7 @@ class LatentDataModule(ResumableDataModule):
         cache_dir: what `scripts/encode_latents.py` wrote.
         duration_seconds: length of every batch item; longer latents are cropped, at random in training.
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
+        repeats: weights of sources in training: by the beginning of a clip's id, how often it occurs in an epoch.
 
     Raises:
         LatentCacheError: `cache_dir` is no latent cache.
@@ -114,15 +115,19 @@ class LatentDataModule(ResumableDataModule):
         seed: int = 0,
         pin_memory: bool = False,
         bucket_batches: int | None = None,
+        repeats: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         self.index = LatentCacheIndex.read(Path(cache_dir))
         self.num_frames = max(1, round(duration_seconds * self.index.sample_rate_hz / self.index.hop_samples))
         self.collate = LatentCollate(self.num_frames if bucket_batches is None else None)
         self.datasets = {
-            split: LatentDataset(self.index, split, self.num_frames, seed, random=split == "train")
-            for split in self.index.splits
+            split: self._dataset(split, repeats if split == "train" else None) for split in self.index.splits
         }
+
+    def _dataset(self, split: str, repeats: Mapping[str, int] | None) -> LatentDataset:
+        training = split == "train"
+        return LatentDataset(self.index, split, self.num_frames, self.seed, random=training, repeats=repeats)
 
     @property
     def codec_hash(self) -> str:

@@ -1,6 +1,6 @@
 """Cached latents ready for training: sampled from the posterior, cropped, padded, masked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,12 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from foley.data.augment import crop_start
-from foley.data.latent_cache import LatentCacheError, LatentCacheIndex
+from foley.data.latent_cache import LatentCacheError, LatentCacheIndex, LatentEntry
 from foley.data.types import LatentBatch, SampleKey, sample_key
+from foley.logs import get_logger
 from foley.seeding import numpy_generator, torch_generator
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,22 @@ class LatentDataset(Dataset[LatentItem]):
     Args:
         num_frames: longest item L; longer latents are cropped, shorter ones are kept (`LatentCollate` pads).
         random: crop anywhere and sample the posterior; otherwise crop at the start and take the posterior's mean.
+        repeats: by the beginning of a clip's id, how often it occurs in an epoch; once where no beginning fits.
+
+    Raises:
+        LatentCacheError: the cache has no such split.
     """
 
     def __init__(
-        self, index: LatentCacheIndex, split: str, num_frames: int, seed: int = 0, random: bool = True
+        self,
+        index: LatentCacheIndex,
+        split: str,
+        num_frames: int,
+        seed: int = 0,
+        random: bool = True,
+        repeats: Mapping[str, int] | None = None,
     ) -> None:
-        self.entries = [entry for entry in index.entries if entry.split == split]
+        self.entries = _repeated([entry for entry in index.entries if entry.split == split], repeats or {})
         if not self.entries:
             raise LatentCacheError(f"{index.directory} has no split {split!r}, only {index.splits}")
         self.num_frames = num_frames
@@ -68,6 +81,17 @@ class LatentDataset(Dataset[LatentItem]):
             noise = torch.randn(latent.shape, generator=torch_generator("posterior", self.seed, epoch, index))
             latent = latent + shard["std"][rows].float() * noise
         return LatentItem(latent.T, entry.caption, entry.label, entry.id)
+
+
+def _repeated(entries: list[LatentEntry], repeats: Mapping[str, int]) -> list[LatentEntry]:
+    for beginning in repeats:
+        if not any(entry.id.startswith(beginning) for entry in entries):
+            _log.warning("data.repeats names %r, with which no clip's id begins: it has no effect", beginning)
+    return [
+        entry
+        for entry in entries
+        for _ in range(next((times for start, times in repeats.items() if entry.id.startswith(start)), 1))
+    ]
 
 
 class LatentCollate:
