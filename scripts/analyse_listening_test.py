@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json, write_text
+from foley.files import write_json, write_text
 from foley.logs import get_logger
 from foley.metrics.report import markdown_table
 from foley.reporting.listening_results import (

@@ -21,8 +21,8 @@ import foley.config  # noqa: F401  (registers the resolvers)
 from foley.accel.callback import NoAcceleration
 from foley.accel.litefocus import compensation_indices, sparse_attention
 from foley.accel.local_global import local_global_attention
-from foley.checkpoint import write_json
 from foley.diffusion.types import Accelerator, RunContext, StepContext
+from foley.files import write_json
 from foley.metrics.latency import measure_rounds
 from foley.pipeline import resolve_device
 from foley.reporting.provenance import provenance

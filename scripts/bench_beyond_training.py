@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
+from foley.files import write_json
 from foley.generation import Generation
 from foley.judging import Judge, LabelledPrompts
 from foley.metrics.memory import peak_memory_bytes, reset_peak_memory

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
 from foley.decoding import LatentDecoder
+from foley.files import write_json
 from foley.metrics.latency import measure_rounds
 from foley.models.vae.fast_decoder import FastDecoder
 from foley.nn.conv import folded_copy

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
 from foley.diffusion.generate import generate_latents
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.solver import Solver
+from foley.files import write_json
 from foley.inference import compile_blocks, set_precision
 from foley.metrics.latency import measure_latency
 from foley.models.dit.backbone import DiffusionTransformer

@@ -36,8 +36,8 @@ from foley.accel.calibration import calibration_stem
 from foley.accel.cost import EvaluationMacs, run_cost
 from foley.accel.pipelines import accelerated
 from foley.accel.recorder import CalibrationRecorder
-from foley.checkpoint import write_json
 from foley.diffusion.types import Accelerator
+from foley.files import write_json
 from foley.hashing import hash_module
 from foley.metrics.latency import measure_rounds
 from foley.pipeline import resolve_device

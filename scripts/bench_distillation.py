@@ -16,8 +16,8 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
 from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.files import write_json
 from foley.generation import Generation
 from foley.judging import Judge, LabelledPrompts
 from foley.pipeline import TextToAudio, resolve_device

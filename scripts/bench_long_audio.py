@@ -20,11 +20,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
 from foley.decoding import LatentDecoder
 from foley.diffusion.generate import clip_size, generate_latents
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.solver import Solver
+from foley.files import write_json
 from foley.generation import GenerationSettings
 from foley.pipeline import resolve_device
 from foley.reporting.provenance import provenance

@@ -17,9 +17,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
 from foley.config import PROJECT_ROOT
 from foley.data.procedural import ProceduralDataset
+from foley.files import write_json
 from foley.logs import get_logger
 from foley.metrics.clips import LabelledAudio
 from foley.metrics.features import extract_audio

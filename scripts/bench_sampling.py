@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
+from foley.files import write_json
 from foley.pipeline import Generation, TextToAudio, resolve_device
 from foley.reporting.provenance import provenance
 from foley.system import load_system, untrained_system

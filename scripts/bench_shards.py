@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
 from foley.data.bucketing import LengthBuckets, padding_fraction
 from foley.data.dataset import AudioCollate, AudioDataset
 from foley.data.manifest import ManifestEntry, read_manifest
@@ -29,6 +28,7 @@ from foley.data.shards_index import ShardIndex
 from foley.data.shards_writer import write_shards
 from foley.data.sources import ClipSource
 from foley.data.types import AudioSource
+from foley.files import write_json
 from foley.reporting.pages import write_page
 from foley.reporting.provenance import provenance
 

@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
+from foley.files import write_json
 from foley.judging import Judge, LabelledPrompts
 from foley.pipeline import TextToAudio, resolve_device
 from foley.reporting.dashboard import read_metrics

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
+from foley.files import write_json
 from foley.logs import get_logger
 from foley.models.dit.backbone import DiffusionTransformer
 from foley.pipeline import resolve_device

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import write_json, write_text
+from foley.files import write_json, write_text
 from foley.judging import Judge, LabelledPrompts
 from foley.logs import get_logger
 from foley.metrics.memory import peak_memory_bytes

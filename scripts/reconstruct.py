@@ -8,10 +8,11 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import load_trained, write_json
+from foley.checkpoint import load_trained
 from foley.data.audio_io import read_audio
 from foley.data.augment import PeakLevel
 from foley.data.manifest import read_manifest
+from foley.files import write_json
 from foley.logs import get_logger
 from foley.pipeline import resolve_device
 from foley.reporting.audio_files import write_wav

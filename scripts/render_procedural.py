@@ -7,8 +7,8 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import write_text
 from foley.data.procedural import CLASS_NAMES, ProceduralDataset
+from foley.files import write_text
 from foley.logs import get_logger
 from foley.reporting.audio_files import write_wav
 

@@ -16,8 +16,8 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from foley.checkpoint import write_json
 from foley.config import PROJECT_ROOT, relative_to_checkout
+from foley.files import write_json
 from foley.hashing import hash_file
 from foley.logs import get_logger
 from foley.reporting.provenance import provenance
@@ -73,7 +73,8 @@ def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
 def main(cfg: DictConfig) -> None:
     """Run what has not been run in this way, and note the seconds of each stage and where it ran."""
     work_dir, keep_dir = PROJECT_ROOT / cfg.work_dir, PROJECT_ROOT / cfg.keep_dir
-    for name, stage in cfg.stages.items():
+    for name in cfg.only or cfg.stages:
+        stage = cfg.stages[name]
         if reason := reason_to_leave_out(stage):
             log.info("%s: left out, %s", name, reason)
             continue

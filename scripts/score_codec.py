@@ -11,10 +11,11 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import load_trained, write_json
+from foley.checkpoint import load_trained
 from foley.data.dataset import AudioDataset
 from foley.data.sampler import evenly_spaced
 from foley.data.types import AudioItem
+from foley.files import write_json
 from foley.hashing import hash_module
 from foley.logs import get_logger
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance

@@ -13,9 +13,9 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import write_json, write_text
 from foley.data.audio_io import read_channels
 from foley.data.manifest import ManifestEntry, read_manifest
+from foley.files import write_json, write_text
 from foley.logs import get_logger
 from foley.metrics.clips import ClipFile
 from foley.metrics.evaluation import restricted_accuracy

@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
 from foley.data.latent_cache import LatentCacheIndex
 from foley.data.latents import LatentCollate, LatentDataset
 from foley.data.procedural import CLASS_NAMES, captions_for
@@ -23,6 +22,7 @@ from foley.data.types import LatentBatch
 from foley.diffusion.generate import embed
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.process import DiffusionProcess
+from foley.files import write_json
 from foley.logs import get_logger
 from foley.models.normaliser import LatentNormaliser
 from foley.reporting.provenance import provenance

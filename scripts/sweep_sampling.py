@@ -12,9 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import write_json
 from foley.data.audio_io import read_channels
 from foley.data.sampler import evenly_spaced
+from foley.files import write_json
 from foley.generation import Generation
 from foley.logs import get_logger
 from foley.metrics.clips import LabelledAudio

@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
 import foley.config  # noqa: F401
-from foley.checkpoint import load_trained, save_component, write_json
+from foley.checkpoint import load_trained, save_component
 from foley.data.manifest import read_manifest
 from foley.data.types import AudioItem
+from foley.files import write_json
 from foley.metrics.extractors.embedded import EmbeddedExtractor
 from foley.metrics.protocols import load_protocol
 from foley.nn.conv import fold_weight_norm

@@ -7,7 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import atomic_write
+from foley.files import atomic_write
 from foley.logs import get_logger
 from foley.models.text.tokenizer import train_tokenizer
 

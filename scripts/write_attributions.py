@@ -7,8 +7,8 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import write_text
 from foley.data.manifest import read_manifest
+from foley.files import write_text
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="write_attributions")

@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 from safetensors import safe_open
 
 import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import WEIGHTS_FILE, read_config, write_json
+from foley.checkpoint import WEIGHTS_FILE, read_config
+from foley.files import write_json
 from foley.logs import get_logger
 from foley.reporting.pages import write_page
 from foley.system import STUDENT_FOLDER

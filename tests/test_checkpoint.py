@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from foley.checkpoint import CheckpointError, atomic_write, build_component, check_targets
+from foley.checkpoint import CheckpointError, build_component, check_targets
+from foley.files import atomic_write
 
 STRANGERS = [
     "os.system",
-    "foley.checkpoint.write_text",
+    "foley.checkpoint.write_json",
     "foley.checkpoint.Path",
     "foley.checkpoint.os.system",
     "foley.models.text.base.get_logger",

@@ -9,8 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from foley.checkpoint import write_json
 from foley.config import PROJECT_ROOT
+from foley.files import write_json
 from foley.reporting.pages import write_page
 
 EXPERIMENTS = ["vae", "pretrain", "align", "finetune", "student", "ablation"]
@@ -35,6 +35,7 @@ def stages(tmp_path):
     first.parent.mkdir(parents=True)
     return OmegaConf.create(
         {
+            "only": None,
             "work_dir": str(tmp_path / "work"),
             "keep_dir": str(tmp_path / "kept"),
             "stages": {
@@ -61,6 +62,13 @@ def test_a_stage_runs_once_its_product_is_kept_and_its_command_noted(main, stage
     assert note["command"].startswith("python ")
     assert note["seconds"] >= 0
     assert not (tmp_path / "kept/stages/unwanted.json").exists()
+
+
+def test_stages_can_be_chosen_by_name(main, stages, tmp_path):
+    stages.only = ["first"]
+    main.__wrapped__(stages)
+    assert (tmp_path / "work/a/first.txt").read_text() == "x"
+    assert not (tmp_path / "work/second.txt").exists()
 
 
 def test_a_stage_runs_again_with_another_command_or_another_input(main, stages, tmp_path):

@@ -11,13 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from foley.checkpoint import (
-    CheckpointError,
-    build_component,
-    load_trained,
-    read_training_checkpoint,
-    save_component,
-)
+from foley.checkpoint import CheckpointError, build_component, load_trained, read_training_checkpoint, save_component
 from foley.config import PROJECT_ROOT
 from foley.data.latent_cache import StaleCacheError
 from foley.data.latent_writer import latent_cache_writer

@@ -25,12 +25,11 @@ from foley.checkpoint import (
     read_training_checkpoint,
     save_component,
     trained_config,
-    write_json,
-    write_text,
 )
 from foley.config import PROJECT_ROOT
 from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
+from foley.files import write_json, write_text
 from foley.hashing import hash_file, hash_module
 from foley.models.lora import AdaptedDenoiser
 

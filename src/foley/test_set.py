@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from foley.checkpoint import write_json
+from foley.files import write_json
 from foley.generation import Generation
 from foley.logs import get_logger
 from foley.prompts import ClipRequest

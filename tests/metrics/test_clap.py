@@ -51,7 +51,7 @@ def test_windows_cover_a_long_clip_and_repeat_a_short_one() -> None:
 
 
 def test_absent_files_fail_at_once_and_name_the_source(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nothing cannot be loaded.*huggingface\.co/laion/clap-htsat-unfused"):
+    with pytest.raises(CheckpointError, match=r"nothing' cannot be loaded.*huggingface\.co/laion/clap-htsat-unfused"):
         ClapEmbedder.from_pretrained(tmp_path / "nothing")
 
 

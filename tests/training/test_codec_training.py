@@ -4,9 +4,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from training_parts import changed, fit_on_noise
 
 from foley.checkpoint import load_trained
 from foley.losses.adversarial import HingeLoss
@@ -39,34 +38,11 @@ def build(adversarial_start_step: int | None = None) -> CodecTraining:
     return module
 
 
-def fit(module: CodecTraining, folder: Path, steps: int = 4, callbacks: list | None = None) -> pl.Trainer:
-    generator = torch.Generator().manual_seed(1)
-    audio = 0.1 * torch.randn(8, 1, 1200, generator=generator)
-    batches = [{"audio": item, "length_samples": 1200, "id": str(index)} for index, item in enumerate(audio)]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        logger=False,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=2), DataLoader(batches, batch_size=4))
-    return trainer
-
-
-def changed(before: dict, after: dict) -> set[str]:
-    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-
-
 @pytest.mark.parametrize(("start", "expected"), [(None, {"codec"}), (9, {"codec"}), (2, {"codec", "discriminator"})])
 def test_each_part_learns_from_its_start(start: int | None, expected: set[str], tmp_path: Path) -> None:
     module = build(start)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    trainer = fit(module, tmp_path)
+    trainer = fit_on_noise(module, tmp_path, 1200)
     assert trainer.global_step == 4
     assert changed(before, module.state_dict()) == expected
     assert all(parameter.requires_grad for parameter in module.parameters())
@@ -79,14 +55,14 @@ def test_each_part_learns_from_its_start(start: int | None, expected: set[str], 
 def test_runs_repeat_bit_for_bit(tmp_path: Path) -> None:
     first, second = build(1), build(1)
     for module in (first, second):
-        fit(module, tmp_path)
+        fit_on_noise(module, tmp_path, 1200)
         torch.rand(3)
     assert not changed(first.state_dict(), second.state_dict())
 
 
 def test_the_codec_loads_from_the_checkpoint_and_its_examples_are_written(tmp_path: Path) -> None:
     module = build(1)
-    trainer = fit(module, tmp_path, callbacks=[Reconstructions(str(tmp_path / "sounds"))])
+    trainer = fit_on_noise(module, tmp_path, 1200, callbacks=[Reconstructions(str(tmp_path / "sounds"))])
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     codec = load_trained(tmp_path / "run.ckpt", "codec")
     audio = torch.randn(1, 1, 480)

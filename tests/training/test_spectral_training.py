@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
+from training_parts import changed, fit_on_noise
 
 from foley.checkpoint import build_component, load_trained
 from foley.losses.adversarial import LeastSquaresLoss
@@ -63,23 +62,6 @@ def build(kind: str, adversarial_start_step: int | None = None, **options: Any) 
     return module
 
 
-def fit(module: AdversarialTraining, folder: Path, steps: int = 4, callbacks: list | None = None) -> pl.Trainer:
-    audio = 0.1 * torch.randn(4, 1, SAMPLES, generator=torch.Generator().manual_seed(1))
-    batches = [{"audio": item, "length_samples": SAMPLES, "id": str(index)} for index, item in enumerate(audio)]
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
-        **quiet,
-    )
-    trainer.fit(module, DataLoader(batches, batch_size=2), DataLoader(batches, batch_size=4))
-    return trainer
-
-
 @pytest.mark.parametrize("kind", ["mel_vae", "vocoder", "codec"])
 @pytest.mark.parametrize(("start", "judged"), [(None, False), (9, False), (2, True)])
 def test_the_discriminator_acts_from_its_start_step_on(
@@ -87,10 +69,8 @@ def test_the_discriminator_acts_from_its_start_step_on(
 ) -> None:
     module = build(kind, start)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    trainer = fit(module, tmp_path)
-    after = module.state_dict()
-    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == ({kind, "discriminator"} if judged else {kind})
+    trainer = fit_on_noise(module, tmp_path, SAMPLES)
+    assert changed(before, module.state_dict()) == ({kind, "discriminator"} if judged else {kind})
     assert trainer.global_step == 4
     assert all(parameter.requires_grad for parameter in module.parameters())
     metrics = set(trainer.callback_metrics)
@@ -107,7 +87,7 @@ def test_the_discriminator_acts_from_its_start_step_on(
 @pytest.mark.parametrize("kind", ["mel_vae", "vocoder", "codec"])
 def test_the_part_loads_from_the_checkpoint(kind: str, tmp_path: Path) -> None:
     module = build(kind, 1)
-    trainer = fit(module, tmp_path, callbacks=[Reconstructions(str(tmp_path / "sounds"))])
+    trainer = fit_on_noise(module, tmp_path, SAMPLES, callbacks=[Reconstructions(str(tmp_path / "sounds"))])
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     loaded, mel = load_trained(tmp_path / "run.ckpt", kind), torch.randn(1, 80, 4)
     assert type(loaded) is type(module.model)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from foley.data.resumable import ResumableDataModule
 from foley.data.types import LatentBatch, SampleKey
@@ -162,6 +163,32 @@ def run(folder: Path, max_steps: int, ckpt_path: Path | None = None, module=None
     trainer = build_trainer(folder, max_steps, [log, *callbacks], **options)
     trainer.fit(module, datamodule=data or TinyData(), ckpt_path=ckpt_path, weights_only=True)
     return trainer, module, log
+
+
+def fit_on_noise(
+    module: pl.LightningModule, folder: Path, num_samples: int, steps: int = 4, callbacks: list | None = None
+) -> pl.Trainer:
+    """Train `module` on eight clips of quiet noise, two in a batch, and nothing but the callbacks given."""
+    audio = 0.1 * torch.randn(8, 1, num_samples, generator=torch.Generator().manual_seed(1))
+    batches = [{"audio": item, "length_samples": num_samples, "id": str(index)} for index, item in enumerate(audio)]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=2), DataLoader(batches, batch_size=4))
+    return trainer
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Components of which some tensor changed."""
+    return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foley.checkpoint import write_json, write_tensors
+from foley.files import write_json, write_tensors
 from foley.hashing import hash_file
 
 

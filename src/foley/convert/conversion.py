@@ -11,12 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from foley.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_config, save_component, write_text
+from foley.checkpoint import CONFIG_FILE, WEIGHTS_FILE, CheckpointError, read_config, save_component
 from foley.convert.bigvgan import bigvgan, vocoder_config
 from foley.convert.component import build_around
 from foley.convert.ezaudio import denoiser_config, ezaudio_denoiser
 from foley.convert.files import read_weights
 from foley.convert.waveform_vae import codec_config, waveform_vae
+from foley.files import write_text
 from foley.hashing import hash_file
 from foley.logs import get_logger
 

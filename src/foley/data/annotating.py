@@ -11,9 +11,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from foley.checkpoint import write_json
 from foley.data.journal import Journal, read_journals
 from foley.data.manifest import checked_rows
+from foley.files import write_json
 
 RESULTS, FAULTS, SETTINGS_FILE = "results", "faults", "settings.json"
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from foley.checkpoint import replacing
+from foley.files import replacing
 
 WriteRow = Callable[[Mapping[str, Any]], None]
 

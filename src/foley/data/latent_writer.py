@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foley.checkpoint import write_json, write_tensors
 from foley.data.latent_cache import FORMAT, INDEX_FILE, LatentCacheError, LatentEntry
+from foley.files import write_json, write_tensors
 
 _FRAMES_PER_SHARD = 1 << 19
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foley.checkpoint import write_tensors
+from foley.files import write_tensors
 from foley.hashing import hash_file
 from foley.logs import get_logger
 from foley.metrics.clips import ClipFile, LabelledAudio

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from foley.checkpoint import write_json, write_text
+from foley.files import write_json, write_text
 from foley.metrics.bootstrap import CONFIDENCE, Estimate
 from foley.metrics.evaluation import Evaluation
 from foley.reporting.tables import markdown_table

@@ -5,7 +5,7 @@ from pathlib import Path
 import soundfile
 from torch import Tensor
 
-from foley.checkpoint import atomic_write
+from foley.files import atomic_write
 
 PEAK_CEILING = 10 ** (-1 / 20)
 """-1 dBFS: louder audio is attenuated to this peak, quieter audio is never made louder."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foley.checkpoint import write_text
+from foley.files import write_text
 from foley.reporting.lines import Panel, plot_panels
 from foley.reporting.tables import markdown_table
 

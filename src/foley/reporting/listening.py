@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 from scipy.signal import firwin, oaconvolve
 
-from foley.checkpoint import write_json, write_text
+from foley.files import write_json, write_text
 from foley.seeding import derive_seed
 
 SCALE = {20: "Bad", 40: "Poor", 60: "Fair", 80: "Good", 100: "Excellent"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from foley.checkpoint import write_text
+from foley.files import write_text
 from foley.reporting.lines import plot_rows
 from foley.reporting.tables import Row, format_rows
 

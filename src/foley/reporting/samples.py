@@ -10,7 +10,7 @@ from typing import Any
 import soundfile
 from torch import Tensor, from_numpy
 
-from foley.checkpoint import write_json, write_text
+from foley.files import write_json, write_text
 from foley.reporting.audio_files import PEAK_CEILING, write_wav
 from foley.reporting.html import Card, render_page
 from foley.reporting.names import one_line, sample_stem

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from foley.checkpoint import write_json, write_text
+from foley.files import write_json, write_text
 from foley.logs import get_logger
 from foley.reporting.tables import markdown_table
 

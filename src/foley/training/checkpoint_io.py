@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from foley.checkpoint import CheckpointError, atomic_write, read_training_checkpoint
+from foley.checkpoint import CheckpointError, read_training_checkpoint
+from foley.files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -1,6 +1,7 @@
 """Captions by Qwen2-Audio (Chu et al. 2024), which hears the clip."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoProcessor, ProcessorMixin, Qwen2AudioForConditional
 from foley.data.annotating import AnnotationError, Fault, ManifestRow
 from foley.data.audio_io import AudioError, FloatArray, read_audio
 from foley.data.captioning.provenance import captioned, identity
+from foley.hub import load_pretrained
 
 _AUDIO_PROMPT = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 
@@ -107,18 +109,9 @@ def load_qwen2_audio(
         AnnotationError: files are missing.
     """
     where = {"local_files_only": not download}
-    processor = _load(AutoProcessor.from_pretrained, name_or_path, where)
+    mend = "set `captioner.download=true`, or give a local folder as `captioner.name_or_path`"
+    load = partial(load_pretrained, name_or_path=name_or_path, error_type=AnnotationError, mend=mend)
+    processor = load(AutoProcessor.from_pretrained, options=where)
     load_model = Qwen2AudioForConditionalGeneration.from_pretrained
-    model = _load(load_model, name_or_path, {**where, "dtype": getattr(torch, dtype)})
+    model = load(load_model, options={**where, "dtype": getattr(torch, dtype)})
     return Qwen2AudioCaptioner(model, processor, audio_dir, name_or_path, **options)
-
-
-def _load(from_pretrained: Callable[..., Any], name_or_path: str, options: dict[str, Any]) -> Any:
-    try:
-        return from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise AnnotationError(
-            f"{name_or_path!r} cannot be loaded: config.json, the processor's files and the safetensors are not all on "
-            f"this machine. Fetch it where there is a network (`hf download {name_or_path}`, or "
-            f"`captioner.download=true`), or give a local directory. Cause: {(str(error).splitlines() or ['?'])[0]}"
-        ) from error

@@ -1,6 +1,7 @@
 """LAION-CLAP (Wu et al. 2023) through transformers: one space for sounds and captions."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchaudio.functional import melscale_fbanks
 from transformers import AutoTokenizer, ClapModel, PreTrainedTokenizerBase
 
 from foley.checkpoint import CheckpointError
+from foley.hub import load_pretrained
 from foley.metrics.extractors import ExtractorOutput
 from foley.metrics.extractors.laion_clap import load_laion_clap
 
@@ -89,11 +91,18 @@ class ClapEmbedder:
             checkpoint: a file of the laion_clap package, whose weights take the place of the published ones.
         Raises CheckpointError where files are missing or the tokenizer is not whole.
         """
-        options = {"local_files_only": not download}
-        model = _load(ClapModel.from_pretrained, name_or_path, options)
+        load = partial(
+            load_pretrained,
+            name_or_path=name_or_path,
+            options={"local_files_only": not download},
+            error_type=CheckpointError,
+            mend="give the path of a folder that holds them",
+            repository=REPOSITORY,
+        )
+        model = load(ClapModel.from_pretrained)
         if checkpoint is not None:
             load_laion_clap(model, Path(checkpoint))
-        tokenizer = _load(AutoTokenizer.from_pretrained, name_or_path, options)
+        tokenizer = load(AutoTokenizer.from_pretrained)
         if len(tokenizer) < _SMALLEST_VOCABULARY_SHARE * model.config.text_config.vocab_size:
             raise CheckpointError(
                 f"{name_or_path}: the tokenizer knows {len(tokenizer)} tokens but the model has "
@@ -152,16 +161,3 @@ class ClapExtractor:
         embedded = self.embedder.windows(audio.flatten(0, 1)).unflatten(0, audio.shape[:2])
         features = nn.functional.normalize(embedded.mean(dim=1), dim=-1)
         return ExtractorOutput(features, features.new_zeros(len(audio), 0))
-
-
-def _load(from_pretrained: Callable[..., Any], name_or_path: str | Path, options: dict[str, Any]) -> Any:
-    """Call a transformers loader; its many ways to say that files are missing become one error."""
-    try:
-        return from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(
-            f"CLAP: {name_or_path} cannot be loaded: config.json, model.safetensors and the tokenizer's files are not "
-            f"all on this machine (no hash is pinned; the hub's revision is what it gives). Source: "
-            f"https://huggingface.co/{REPOSITORY}. Fetch it where there is a network (`hf download {REPOSITORY}`), or "
-            f"give the path of a folder that holds it. Cause: {(str(error).splitlines() or ['unknown'])[0]}"
-        ) from error

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from foley.checkpoint import write_tensors
+from foley.files import write_tensors
 from foley.logs import get_logger
 from foley.models.text.base import TextConditioner, TextEmbedding
 

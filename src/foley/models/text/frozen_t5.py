@@ -1,6 +1,7 @@
 """Published T5 and FLAN-T5 encoders, frozen."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
+from foley.hub import load_pretrained
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
 from foley.models.text.cache import EmbeddingCache
 
 # T5 checkpoints round their embedding table up: 32,128 rows for 32,100 tokens.
 _SMALLEST_VOCABULARY_SHARE = 0.9
+_MEND = "set `text.download=true`, give a local directory as `text.name_or_path`, or choose `text=small`"
 
 
 class TextModelError(RuntimeError):
@@ -67,8 +70,9 @@ class FrozenT5Conditioner(TextConditioner):
         super().__init__()
         source = {"revision": revision, "local_files_only": not download}
         self.max_length = max_length
-        self.tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, name_or_path, source)
-        encoder = _load(T5EncoderModel.from_pretrained, name_or_path, {**source, "dtype": getattr(torch, dtype)})
+        load = partial(load_pretrained, name_or_path=name_or_path, error_type=TextModelError, mend=_MEND)
+        self.tokenizer: PreTrainedTokenizerBase = load(AutoTokenizer.from_pretrained, options=source)
+        encoder = load(T5EncoderModel.from_pretrained, options={**source, "dtype": getattr(torch, dtype)})
         _check_vocabulary(self.tokenizer, encoder, name_or_path)
         if encoder.config.d_model != dim:
             raise TextModelError(f"{name_or_path} has width {encoder.config.d_model}, but `dim` is {dim}: set it so")
@@ -106,20 +110,6 @@ class FrozenT5Conditioner(TextConditioner):
         self.encoder._apply(fn, recurse)
         super()._apply(fn, recurse)
         return self
-
-
-def _load(from_pretrained: Callable[..., Any], name_or_path: str, options: dict[str, Any]) -> Any:
-    """Call a transformers loader; its many ways to say that files are missing become one error."""
-    try:
-        return from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise TextModelError(
-            f"text model {name_or_path!r} (revision {options['revision']!r}) cannot be loaded: its config.json, "
-            "tokenizer and model.safetensors are not all on this machine. "
-            f"Source: https://huggingface.co/{name_or_path}. Fetch it where there is a network "
-            f"(`hf download {name_or_path}`, or `text.download=true`), or give a local directory as "
-            f"`text.name_or_path`, or choose `text=small`. Cause: {(str(error).splitlines() or ['unknown'])[0]}"
-        ) from error
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, name_or_path: str) -> None:
