@@ -24,10 +24,11 @@ from foley.accel.budget import budget_schedule, schedule_error
 from foley.accel.calibration import Calibration, calibration_stem
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.accel.plots import plot_schedule, plot_tradeoff
-from foley.diffusion.generate import clip_size, embed, generate_latents
+from foley.diffusion.generate import embed, generate_latents
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid
 from foley.diffusion.solver import Solver
 from foley.diffusion.types import Accelerator
+from foley.durations import clip_size
 from foley.files import write_json
 from foley.judging import Judge, LabelledPrompts
 from foley.metrics.latency import measure_rounds

@@ -52,13 +52,14 @@ class Workload:
 
     def measure(self, system: TextToAudio, num_steps: int, scale: float) -> Row:
         """One row: seconds by stage, medians over the repeats, and scores."""
-        runs = [self._generate(system, num_steps, scale) for _ in range(self.repeats)]
+        runs = [self.generate(system, num_steps, scale) for _ in range(self.repeats)]
         stages = {stage: median(asdict(run.timings)[stage] for run in runs) for stage in asdict(runs[0].timings)}
         total = median(run.timings.total_seconds for run in runs)
         row = {"num_steps": num_steps, "guidance_scale": scale, **stages, "total_seconds": total}
         return {**row, **self.judge.score(runs[-1].audio, runs[-1].sample_rate_hz, self.prompts.labels)}
 
-    def _generate(self, system: TextToAudio, num_steps: int, scale: float) -> Generation:
+    def generate(self, system: TextToAudio, num_steps: int, scale: float) -> Generation:
+        """The clips, once."""
         system.forget_prompts()  # so that the text counts in every row
         return system.generate(
             self.prompts.captions,
@@ -74,7 +75,7 @@ def compare(workload: Workload, systems: Iterable[tuple[str, TextToAudio, Sequen
     """A row for each system and number of steps; speed-ups are over the first row."""
     rows = []
     for name, system, step_counts in systems:
-        workload.measure(system, 1, scale)  # warms up
+        workload.generate(system, 1, scale)  # warms up
         rows += [{"system": name, **workload.measure(system, steps, scale)} for steps in step_counts]
     for row in rows:
         for stage in ("denoise", "total"):

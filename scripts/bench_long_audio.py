@@ -21,9 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 
 import foley.config  # noqa: F401  (registers the resolvers)
 from foley.decoding import LatentDecoder
-from foley.diffusion.generate import clip_size, generate_latents
+from foley.diffusion.generate import generate_latents
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.solver import Solver
+from foley.durations import clip_size
 from foley.files import write_json
 from foley.generation import GenerationSettings
 from foley.pipeline import resolve_device

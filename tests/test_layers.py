@@ -6,7 +6,7 @@ from pathlib import Path
 import foley
 
 PACKAGE = Path(foley.__file__).parent
-BASE = {"config", "seeding", "hashing", "logs", "checkpoint", "files", "hub", "resampling"}
+BASE = {"config", "seeding", "hashing", "logs", "checkpoint", "durations", "files", "hub", "resampling"}
 EVERYTHING = {""}
 ALLOWED = {
     **{name: set() for name in BASE},

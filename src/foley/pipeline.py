@@ -13,10 +13,11 @@ from torch import Tensor
 
 from foley.accel.meter import CostMeter
 from foley.decoding import LatentDecoder
-from foley.diffusion.generate import clip_size, embed, generate_latents
+from foley.diffusion.generate import embed, generate_latents
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start
 from foley.diffusion.solver import default_solver
+from foley.durations import clip_size
 from foley.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
 from foley.generation import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
 from foley.hashing import hash_module

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from foley.checkpoint import CheckpointError, build_component, read_training_che
 from foley.data.latent_cache import StaleCacheError
 from foley.diffusion.consistency import Consistency, ddim_jump
 from foley.diffusion.generate import embed
+from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import DiffusionProcess
 from foley.losses.regression import pseudo_huber
-from foley.models.dit.masking import SpanMask
 from foley.models.normaliser import LatentNormaliser
 from foley.seeding import torch_generator
 from foley.system import System
+from foley.training.callbacks import audio_samples
+from foley.training.callbacks.audio_samples import AudioSamples
 from foley.training.distillation import ConsistencyDistillation, Draws
 from foley.training.teacher import Teacher
 
@@ -93,14 +96,35 @@ def test_draws_cover_grid_and_scales() -> None:
     assert 12.9 < draws.scale.max() <= 13
 
 
-def test_hidden_frames_alone_count() -> None:
-    module = distillation(
-        tiny_teacher(),
-        loss=lambda estimate, target, mask: (estimate - target)[mask[:, None].expand_as(target)].abs().sum(),
-    )
-    clean, hidden = torch.randn(2, CHANNELS, FRAMES), SpanMask(3)(2, FRAMES, torch_generator("mask"))
-    draws = module.draw(clean.shape, torch_generator("draws"))
-    assert module.consistency_loss(clean, embed(module.text, ["a", "b"]), draws, hidden) > 0
+@pytest.mark.parametrize("frames", ["hidden", "valid"])
+def test_hidden_and_valid_frames_alone_count(frames: str) -> None:
+    counted = torch.arange(FRAMES).expand(2, FRAMES) < FRAMES - 4
+    masks = []
+
+    def loss(estimate: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        masks.append(mask)
+        return pseudo_huber(estimate, target, mask=mask)
+
+    module = distillation(tiny_teacher(), loss=loss)
+    clean = torch.randn(2, CHANNELS, FRAMES)
+    draws, text = module.draw(clean.shape, torch_generator("draws")), embed(module.text, ["a", "b"])
+    value = module.consistency_loss(clean, text, draws, **{frames: counted})
+    assert torch.equal(masks[0], counted)
+    # Frames that do not count are seen where they are given, and not where they are padding: but for the first two,
+    # which the last convolutions of teacher and target reach.
+    other = torch.where(torch.arange(FRAMES) > FRAMES - 3, clean + 1, clean)
+    changed = module.consistency_loss(other, text, draws, **{frames: counted})
+    assert torch.equal(changed, value) == (frames == "valid")
+
+
+def test_a_student_of_another_teacher_does_not_resume() -> None:
+    first, second = distillation(tiny_teacher()), distillation(tiny_teacher())
+    checkpoint = {"state_dict": first.state_dict()}
+    first.on_save_checkpoint(checkpoint)
+    second.on_load_checkpoint(checkpoint)
+    second.checkpoint_metadata["teacher_hash"] = "another"
+    with pytest.raises(CheckpointError, match="config teacher_hash"):
+        second.on_load_checkpoint(checkpoint)
 
 
 def test_targets_in_half_precision_are_nearly_the_same() -> None:
@@ -246,6 +270,18 @@ def test_training_resumes_and_its_checkpoints_are_students(tmp_path: Path) -> No
     assert checkpoint["foley"]["teacher_hash"]
     prefixes = {key.split(".")[0] for key in checkpoint["state_dict"]}
     assert prefixes == {"denoiser", "target", "text", "normaliser"}
+
+
+def test_samples_while_it_trains_are_those_of_a_student(tmp_path: Path, monkeypatch) -> None:
+    codec = SimpleNamespace(sample_rate_hz=1000, hop_samples=10, decode=lambda latent: latent.mean(1, keepdim=True))
+    codec.to = lambda device: codec
+    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: codec)
+    module = distillation(tiny_teacher(), consistency=Consistency(50, (2.0, 6.0)))
+    at = [AudioSamples("codec", str(tmp_path), ["rain"], 0.12, ClassifierFreeGuidance(w)) for w in (1.0, 2.0, 3.0)]
+    below, lowest, inside = (samples.generate(module, tmp_path) for samples in at)
+    assert below.shape == (1, 1, FRAMES)
+    assert torch.equal(below, lowest)
+    assert torch.equal(inside, lowest)  # the embedding of the scale is zero before it is trained
 
 
 def test_a_frozen_text_encoder_is_left_out() -> None:

@@ -12,6 +12,7 @@ from foley.data.latent_cache import LatentCacheIndex
 from foley.data.latents import LatentCollate, LatentDataset
 from foley.data.resumable import ResumableDataModule
 from foley.data.types import AudioSource
+from foley.durations import clip_size
 from foley.logs import get_logger
 
 _log = get_logger(__name__)
@@ -119,7 +120,7 @@ class LatentDataModule(ResumableDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         self.index = LatentCacheIndex.read(Path(cache_dir))
-        self.num_frames = max(1, round(duration_seconds * self.index.sample_rate_hz / self.index.hop_samples))
+        _, self.num_frames = clip_size(duration_seconds, self.index.sample_rate_hz, self.index.hop_samples)
         self.collate = LatentCollate(self.num_frames if bucket_batches is None else None)
         self.datasets = {
             split: self._dataset(split, repeats if split == "train" else None) for split in self.index.splits

@@ -1,6 +1,5 @@
 """From prompts' features and seeds to latents: the one way in which anything here is generated."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -21,12 +20,6 @@ def embed(text: Callable[[list[str]], Any], prompts: Sequence[str]) -> Condition
     """What `text`, which returns `embeddings [B, S, Dc]` and their `mask [B, S]`, makes of `prompts`."""
     embedding = text(list(prompts))
     return Conditioning(embedding.embeddings, embedding.mask)
-
-
-def clip_size(duration_seconds: float, sample_rate_hz: int, hop_samples: int) -> tuple[int, int]:
-    """The samples T of a clip, at least one, and the latent frames L that cover them."""
-    num_samples = max(1, round(duration_seconds * sample_rate_hz))
-    return num_samples, math.ceil(num_samples / hop_samples)
 
 
 @torch.no_grad()

@@ -175,9 +175,14 @@ def branches(
     negative: Conditioning,
     known: KnownLatent | None = None,
     grid: EvaluationGrid | None = None,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The predictions of the positive and of the negative branch, in one joint batch; as `wrap` describes."""
-    predict = bind(denoiser, positive.cat(negative.expand(len(positive.mask))), known, grid)
+    """The predictions of the positive and of the negative branch, in one joint batch; as `wrap` describes.
+
+    `more` inputs have one row per item, and reach both branches.
+    """
+    twice = {name: torch.cat([rows, rows]) for name, rows in more.items()}
+    predict = bind(denoiser, positive.cat(negative.expand(len(positive.mask))), known, grid, twice)
 
     def both(noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         first, second = predict(noisy.repeat(2, 1, 1), timestep.repeat(2)).chunk(2)

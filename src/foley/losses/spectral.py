@@ -97,8 +97,9 @@ class LogMelLoss(nn.Module):
         return (self._log_mel(prediction) - self._log_mel(target)).abs().mean()
 
     def _log_mel(self, audio: Tensor) -> Tensor:
-        magnitudes = magnitude(audio.flatten(0, 1), self.window)
-        return (magnitudes.transpose(1, 2) @ self.bands).clamp(min=self.floor).log()
+        with torch.autocast(audio.device.type, enabled=False):
+            magnitudes = magnitude(audio.flatten(0, 1), self.window)
+            return (magnitudes.transpose(1, 2) @ self.bands).clamp(min=self.floor).log()
 
 
 class BandedLogLoss(nn.Module):
@@ -122,4 +123,5 @@ class BandedLogLoss(nn.Module):
         return (self._log_bands(prediction) - self._log_bands(target)).abs().mean()
 
     def _log_bands(self, spectra: Tensor) -> Tensor:
-        return (spectra.exp() @ self.bands).clamp(min=_SMALLEST_BAND).log()
+        with torch.autocast(spectra.device.type, enabled=False):
+            return (spectra.exp() @ self.bands).clamp(min=_SMALLEST_BAND).log()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,12 @@ def same_conv(
     padding = dilation * (kernel - 1) // 2
     conv = nn.Conv1d(in_channels, out_channels, kernel, dilation=dilation, padding=padding, bias=bias)
     return _initialise(conv, fan_in=in_channels * kernel, gain=gain)
+
+
+def in_single_precision(head: nn.Module, signal: Tensor) -> Tensor:
+    """`head(signal)` in the type of its weights, autocast or not: audio rounded to bfloat16 hisses."""
+    with torch.autocast(signal.device.type, enabled=False):
+        return cast(Tensor, head(signal.to(next(head.parameters()).dtype)))
 
 
 def down_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv1d:

@@ -47,7 +47,8 @@ class AdversarialTraining(FoleyModule):
     Args:
         terms: name to loss of (generated, original).
         weights: name to weight, for each of `terms` and of the subclass's `own_terms`, and with a discriminator for
-            "adversarial" and "feature_matching"; a term of weight 0 is not computed.
+            "adversarial" and "feature_matching"; one of `terms` with weight 0 is not
+            computed.
         optimizer, lr_schedule: partials for the model; the first takes parameter groups, the second an optimizer.
         discriminator: maps signals to feature maps; None trains without adversarial terms.
         discriminator_optimizer: partial; the schedule is the model's, counted from the discriminator's first step.
@@ -196,6 +197,7 @@ class AdversarialTraining(FoleyModule):
         if schedules:
             schedules[1].step()
         self.log("train/discriminator", loss, batch_size=len(original))
+        self.log("train/discriminator_grad_norm", norm, batch_size=len(original))
 
     def _opponent(self) -> tuple[nn.Module, AdversarialLoss]:
         if self.discriminator is None or self.adversarial is None:

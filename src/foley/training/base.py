@@ -67,7 +67,7 @@ class FoleyModule(pl.LightningModule):
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that resuming must not change; paths may."""
-    return {key: description[key] for key in ("components", "codec_hash") if key in description}
+    return {key: description[key] for key in ("components", "codec_hash", "teacher_hash") if key in description}
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:

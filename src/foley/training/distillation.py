@@ -56,6 +56,7 @@ class ConsistencyDistillation(LatentTraining):
         masking: draws hidden spans, so that the student of a masked teacher goes on editing; None hides everything.
         lora: makes the student out of the frozen teacher and adapters (`foley.models.lora`); only these train, and the
             embedding of the guidance scale. The target network shares what is frozen. None trains all weights.
+        mask_padding: leave padded frames out of attention and loss, as for a teacher that was trained so.
         half_precision_targets: evaluate teacher and target network in bfloat16, whatever the student trains in.
     """
 
@@ -71,6 +72,7 @@ class ConsistencyDistillation(LatentTraining):
         target_decay: float = 0.95,
         masking: SpanMasking | None = None,
         lora: Callable[[nn.Module], AdaptedDenoiser] | None = None,
+        mask_padding: bool = False,
         half_precision_targets: bool = False,
         seed: int = 0,
     ) -> None:
@@ -94,6 +96,7 @@ class ConsistencyDistillation(LatentTraining):
         self.loss = loss
         self.target_decay = target_decay
         self.masking = masking
+        self.mask_padding = mask_padding
         self.half_precision_targets = half_precision_targets
         self.grid = consistency.grid(self.process)
         self.jump_ends = consistency.jump_ends(self.grid)
@@ -152,7 +155,14 @@ class ConsistencyDistillation(LatentTraining):
             low + (high - low) * torch.rand(shape[:1], generator=generator),
         )
 
-    def consistency_loss(self, clean: Tensor, text: Conditioning, draws: Draws, hidden: Tensor | None = None) -> Tensor:
+    def consistency_loss(
+        self,
+        clean: Tensor,
+        text: Conditioning,
+        draws: Draws,
+        hidden: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """Algorithm 1, lines 5 to 7.
 
         Args:
@@ -160,17 +170,21 @@ class ConsistencyDistillation(LatentTraining):
             text: one row per item.
             draws: see `draw`.
             hidden: `[B, L]`, true where frames count and the latent is not shown to the networks; None hides all.
+            valid: `[B, L]`, false on frames that the networks do not attend to, nor the loss; None for all.
         """
         start, end = (times.to(clean.device)[draws.point] for times in (self.grid, self.jump_ends))
         known = None if hidden is None else KnownLatent(clean, hidden)
+        padding = {} if valid is None else {"frame_mask": valid}
+        given = {"guidance_scale": draws.scale, **padding}
         noisy = self.process.add_noise(clean, draws.noise, start)
-        estimate = self._estimate(self.denoiser, noisy, start, text, draws.scale, known)
+        estimate = self._estimate(self.denoiser, noisy, start, text, known, given)
         with torch.no_grad(), self._target_precision():
-            positive, negative = branches(self.teacher, text, self._negative(), known)(noisy, start)
+            positive, negative = branches(self.teacher, text, self._negative(), known, more=padding)(noisy, start)
             guided = extrapolate(positive.float(), negative.float(), draws.scale[:, None, None])
             before = ddim_jump(self.process, noisy, guided, start, end)
-            target = self._estimate(self.target, before, end, text, draws.scale, known)
-        return self.loss(estimate, target, mask=hidden)
+            target = self._estimate(self.target, before, end, text, known, given)
+        counted = [mask for mask in (hidden, valid) if mask is not None]
+        return self.loss(estimate, target, mask=torch.stack(counted).all(dim=0) if counted else None)
 
     def _estimate(
         self,
@@ -178,10 +192,10 @@ class ConsistencyDistillation(LatentTraining):
         noisy: Tensor,
         timestep: Tensor,
         text: Conditioning,
-        scale: Tensor,
         known: KnownLatent | None,
+        given: Mapping[str, Tensor],
     ) -> Tensor:
-        prediction = bind(network, text, known, more={"guidance_scale": scale})(noisy, timestep)
+        prediction = bind(network, text, known, more=given)(noisy, timestep)
         return self.consistency.estimate(self.process, noisy, prediction.float(), timestep)
 
     def _batch_loss(self, batch: LatentBatch, generator: torch.Generator, masking: SpanMasking | None) -> Tensor:
@@ -190,7 +204,7 @@ class ConsistencyDistillation(LatentTraining):
             text = embed(self.text, self.prompts(batch))
         draws = self.draw(clean.shape, generator).to(clean)
         hidden = masking(len(clean), clean.shape[-1], generator).to(clean.device) if masking else None
-        return self.consistency_loss(clean, text, draws, hidden)
+        return self.consistency_loss(clean, text, draws, hidden, batch["frame_mask"] if self.mask_padding else None)
 
     @torch.no_grad()
     def _negative(self) -> Conditioning:

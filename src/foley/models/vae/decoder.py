@@ -6,7 +6,7 @@ from math import prod
 from torch import Tensor, nn
 
 from foley.models.vae.encoder import residual_units
-from foley.nn.conv import Snake, same_conv, up_conv
+from foley.nn.conv import Snake, in_single_precision, same_conv, up_conv
 
 _HEAD_GAIN = 0.1  # training starts from a quiet output, not from loud noise
 
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to `[B, 1, L * hop]`."""
-        return self.head(self.activation(self.stages(self.stem(latent))))
+        return in_single_precision(self.head, self.activation(self.stages(self.stem(latent))))
 
     @property
     def context_frames(self) -> int:

@@ -68,7 +68,7 @@ class WaveformVAE(AudioVAE):
 
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """See `AudioVAE.encode_moments`."""
-        mean, scale = self.encoder(self._whole_frames(audio)).chunk(2, dim=1)
+        mean, scale = self.encoder(self._whole_frames(audio)).float().chunk(2, dim=1)
         return mean, scale
 
     def decode(self, latent: Tensor) -> Tensor:

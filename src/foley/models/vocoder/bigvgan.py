@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from foley.models.mel_codec.spectrogram import MelSpectrogram
 from foley.models.vocoder.anti_aliased import AntiAliasedSnake
-from foley.nn.conv import same_conv, up_conv
+from foley.nn.conv import in_single_precision, same_conv, up_conv
 
 _BRANCH_GAIN = 0.3  # units start near the identity, so that deep stacks keep their variance
 _HEAD_GAIN = 0.1  # training starts from a quiet output
@@ -116,7 +116,7 @@ class BigVGAN(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         """Log-mel spectrogram `[B, mel_bands, F]` to audio `[B, 1, F * hop]` within [-1, 1]."""
-        audio = self.head(self.activation(self.stages(self.stem(mel))))
+        audio = in_single_precision(self.head, self.activation(self.stages(self.stem(mel))))
         return audio.tanh() if self.final_tanh else audio.clamp(-1.0, 1.0)
 
     @property

@@ -11,10 +11,12 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from foley.checkpoint import load_trained
-from foley.diffusion.generate import clip_size, embed, generate_latents
-from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.diffusion.consistency import Consistency, ConsistencySolver
+from foley.diffusion.generate import embed, generate_latents
+from foley.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance
 from foley.diffusion.solver import Solver, default_solver
 from foley.diffusion.types import Accelerator
+from foley.durations import clip_size
 from foley.logs import get_logger
 from foley.reporting.audio_files import write_wav
 from foley.reporting.names import sample_stem
@@ -36,7 +38,7 @@ class AudioSamples(pl.Callback):
         output_dir: receives `step_000123/000_<prompt>_seed0.wav` and `.png`.
         prompts: what to generate.
         duration_seconds: length of each clip.
-        num_steps: of the solver that fits the module's process.
+        num_steps: of the solver that fits the module's process; a student in training samples in two steps.
         every_n_validations: generate at the first validation and at every n-th after it.
         batch_size: clips generated at a time.
     """
@@ -115,6 +117,7 @@ class AudioSamples(pl.Callback):
             self._codec = load_trained(codec_path, "codec")
         codec = self._codec.to(module.device)
         num_samples, num_frames = clip_size(self.duration_seconds, codec.sample_rate_hz, codec.hop_samples)
+        guidance, solver = self._method(module)
         latent = generate_latents(
             module.denoiser,
             module.process,
@@ -122,13 +125,20 @@ class AudioSamples(pl.Callback):
             embed(module.text, [""]),
             self.seeds[part],
             num_frames,
-            self.guidance,
-            Solver(default_solver(module.process), self.num_steps),
+            guidance,
+            solver,
             self.accelerator,
             device=module.device,
         )
         audio: Tensor = codec.decode(module.normaliser.denormalise(latent))
         return audio[..., :num_samples].cpu()
+
+    def _method(self, module: Any) -> tuple[ClassifierFreeGuidance, Solver]:
+        """How the module samples: a student as `TextToAudio` lets it, in two steps."""
+        student: Consistency | None = getattr(module, "consistency", None)
+        if student is None:
+            return self.guidance, Solver(default_solver(module.process), self.num_steps)
+        return EmbeddedGuidance(student.nearest_scale(self.guidance.scale)), ConsistencySolver(consistency=student)
 
     def _write(self, folder: Path, index: int, clip: Tensor) -> Path:
         path = folder / f"{sample_stem(self.prompts[index], index, self.seeds[index])}.wav"

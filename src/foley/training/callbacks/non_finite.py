@@ -61,7 +61,7 @@ class NonFiniteGuard(pl.Callback):
     def _log_norm(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, norm: torch.Tensor
     ) -> None:
-        """`train/grad_norm`, before clipping; of a second optimizer, such as a discriminator's, `train/grad_norm_1`."""
+        """`train/grad_norm`, before Lightning clips; of a second optimizer `train/grad_norm_1`."""
         index = trainer.optimizers.index(optimizer)
         pl_module.log("train/grad_norm" + (f"_{index}" if index else ""), norm)
 
