@@ -71,7 +71,11 @@ def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_demo")
 def main(cfg: DictConfig) -> None:
-    """Run what has not been run in this way, and note the seconds of each stage and where it ran."""
+    """Run what has not been run in this way, and note the seconds of each stage and where it ran.
+
+    A stage that goes on where an interruption left it names its folder in `fresh`, which is removed before the stage is
+    run in another way.
+    """
     work_dir, keep_dir = PROJECT_ROOT / cfg.work_dir, PROJECT_ROOT / cfg.keep_dir
     for name in cfg.only or cfg.stages:
         stage = cfg.stages[name]
@@ -82,6 +86,8 @@ def main(cfg: DictConfig) -> None:
         if is_done(stage, note, description):
             log.info("%s: done before (%s)", name, stage.product)
             continue
+        if note.is_file() and stage.get("fresh"):
+            shutil.rmtree(PROJECT_ROOT / stage.fresh, ignore_errors=True)
         seconds = run_stage(name, stage.command)
         keep(stage, work_dir, keep_dir)
         write_json(note, {**description, "seconds": round(seconds, 1), "provenance": provenance()})

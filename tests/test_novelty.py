@@ -55,6 +55,7 @@ def test_other_words_for_its_world_are_familiar(known, prompt):
         ("a cat meows", None),
         ("a violin plays a melody", None),
         ("traffic on a highway", None),
+        ("Собака лает", None),
         ("a dog barks and a cat meows", "dog"),
         ("a helicopter hovers above the city", "helicopter"),
     ],

@@ -35,7 +35,7 @@ def stem(word: str) -> str:
 
 def content_stems(text: str) -> frozenset[str]:
     """The stems of the words of `text` that carry meaning."""
-    return frozenset(stem(word) for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in _FUNCTION_WORDS)
+    return frozenset(stem(word) for word in re.findall(r"[^\W_]+", text.lower()) if word not in _FUNCTION_WORDS)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """LayerCache: what it skips, that it leaves no trace, and what it refuses."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,14 @@ def test_a_schedule_is_refused_once_the_weights_change(denoiser: Any, generate: 
     with torch.no_grad():
         denoiser.head.bias += 1
     with cache.attach(denoiser), pytest.raises(SignatureMismatchError, match="model_hash"):
+        generate(denoiser, [cache])
+
+
+def test_a_schedule_of_other_layers_is_refused(denoiser: Any, generate: Any) -> None:
+    schedule = _schedule(denoiser)
+    names = tuple(f"other.{name}" for name in schedule.layer_names)
+    cache = LayerCache(replace(schedule, layer_names=names))
+    with cache.attach(denoiser), pytest.raises(SignatureMismatchError, match=rf"layers {names[0]}.*cached here are"):
         generate(denoiser, [cache])
 
 

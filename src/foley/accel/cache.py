@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from foley.accel.layers import Forward, find_cacheable_layers, replaced_forwards
 from foley.accel.reuse import Hold, Reuse
 from foley.accel.schedule import CacheSchedule
+from foley.accel.signature import SignatureMismatchError
 from foley.diffusion.types import RunContext, StepContext
 
 
@@ -34,6 +35,7 @@ class LayerCache:
         self._plan = plan
         self._make_reuse = reuse
         self._denoiser: nn.Module | None = None
+        self._layer_names: tuple[str, ...] = ()
         self.schedule: CacheSchedule | None = None
         self._reset()
 
@@ -53,6 +55,7 @@ class LayerCache:
             RuntimeError: an accelerator is attached to it already.
         """
         layers = find_cacheable_layers(denoiser)
+        self._layer_names = tuple(layer.name for layer in layers)
         with replaced_forwards(denoiser, layers, self._caching_forward, self._skipping_norm):
             self._denoiser = denoiser
             try:
@@ -89,12 +92,18 @@ class LayerCache:
 
         Raises:
             RuntimeError: nothing is attached.
-            SignatureMismatchError: the schedule was made for another model, solver or number of steps.
+            SignatureMismatchError: the schedule was made for another model or other layers of it, another solver or
+                number of steps.
         """
         if self._denoiser is None:
             raise RuntimeError("LayerCache has no denoiser: generate inside its `attach(denoiser)` context")
         self._reset()
         self.schedule = self._plan.schedule_for(run, self._denoiser)
+        if self.schedule.layer_names != self._layer_names:
+            raise SignatureMismatchError(
+                f"the schedule was made for the layers {', '.join(self.schedule.layer_names)}, but those that can be "
+                f"cached here are {', '.join(self._layer_names)}. Run scripts/calibrate.py with the layers of this run."
+            )
         self._table = self.schedule.compute.tolist()
 
     def on_evaluation_start(self, context: StepContext) -> None:
