@@ -193,7 +193,7 @@ def read_pickle(path: Path, mmap: bool = False) -> Any:
 
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
     """A Lightning checkpoint, read as `read_pickle` does."""
-    checkpoint: dict[str, Any] = read_pickle(path, mmap=True)
+    checkpoint: dict[str, Any] = read_pickle(path)
     if FOLEY_KEY not in checkpoint:
         raise CheckpointError(f"{path} was not written by foley: it has no `{FOLEY_KEY}` entry")
     return checkpoint
