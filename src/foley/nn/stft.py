@@ -59,8 +59,10 @@ class FramedSTFT(nn.Module):
         previous = torch.zeros_like(spectra)
         for _ in range(iterations):
             consistent = self(self._add_up(spectra) * weight)
-            ahead = torch.add(consistent, consistent - previous, alpha=momentum)
-            spectra, previous = ahead * (magnitude / ahead.abs().clamp_min_(_SMALLEST)), consistent
+            ahead = torch.lerp(previous, consistent, 1 + momentum)
+            power = ahead.real.square().addcmul_(ahead.imag, ahead.imag)  # abs() is far slower
+            scale = power.clamp_min_(_SMALLEST**2).rsqrt_().mul_(magnitude)
+            spectra, previous = ahead.mul_(scale), consistent
         return self._add_up(spectra) * weight
 
     def _add_up(self, spectra: Tensor) -> Tensor:
