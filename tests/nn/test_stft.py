@@ -52,3 +52,9 @@ def test_silence_stays_silent():
 def test_windows_that_do_not_fit_the_hop_are_refused(window, hop):
     with pytest.raises(ValueError, match=f"window_samples {window} must be an even multiple of the hop, {hop}"):
         FramedSTFT(window, hop)
+
+
+def test_full_scale_is_the_magnitude_of_a_full_sinusoid():
+    stft = FramedSTFT(960, 240)
+    tone = torch.sin(2 * torch.pi * 40 / 960 * torch.arange(9600.0))[None]
+    assert stft(tone).abs().max().item() == pytest.approx(stft.full_scale, rel=1e-3)

@@ -35,6 +35,11 @@ class FramedSTFT(nn.Module):
         """Frequencies from zero to half the rate."""
         return self.window_samples // 2 + 1
 
+    @property
+    def full_scale(self) -> float:
+        """The magnitude of a sinusoid between -1 and 1 in its own bin."""
+        return float(self.window.sum()) / 2 / self.window_samples**0.5
+
     def forward(self, audio: Tensor) -> Tensor:
         """`[B, N * hop]` to complex `[B, N, bins]`; frame n is centred on the end of hop n, zeros lie beyond."""
         half = self.window_samples // 2

@@ -126,8 +126,12 @@ class SpectralVAE(AudioVAE):
         return self.phase(self.decode_spectra(latent))
 
     def phase(self, spectra: Tensor) -> Tensor:
-        """Log magnitudes `[B, L * pool, bins]` to audio `[B, 1, L * hop]`; what lies near the floor is silent."""
-        magnitude = (spectra.exp() - _SILENCE_MARGIN * self.floor).clamp(min=0)
+        """Log magnitudes `[B, L * pool, bins]` to audio `[B, 1, L * hop]`.
+
+        What lies near the floor is silent, and nothing is louder than a sinusoid at full scale: where a latent is no
+        codec's, a guided or distilled one, the exponential would make a thud of a small overshoot.
+        """
+        magnitude = (spectra.exp() - _SILENCE_MARGIN * self.floor).clamp(min=0, max=self.stft.full_scale)
         return self.stft.invert_magnitude(magnitude, self.phase_iterations)[:, None]
 
     def _moments(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
