@@ -26,10 +26,10 @@ def same_conv(
     return _initialise(conv, fan_in=in_channels * kernel, gain=gain)
 
 
-def in_single_precision(head: nn.Module, signal: Tensor) -> Tensor:
+def in_single_precision(head: nn.Conv1d, signal: Tensor) -> Tensor:
     """`head(signal)` in the type of its weights, autocast or not: audio rounded to bfloat16 hisses."""
     with torch.autocast(signal.device.type, enabled=False):
-        return cast(Tensor, head(signal.to(next(head.parameters()).dtype)))
+        return cast(Tensor, head(signal.to(head.weight.dtype)))
 
 
 def down_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv1d:
