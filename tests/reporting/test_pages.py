@@ -14,7 +14,10 @@ from foley.reporting.provenance import provenance
 from foley.reporting.tables import format_rows
 
 PAGES = PROJECT_ROOT / "docs" / "results"
-TEMPLATES = [PAGES / "templates" / f"{page}.md" for page in ("acceleration", "data", "demo-model", "denoiser", "distillation", "metrics")]
+TEMPLATES = [
+    PAGES / "templates" / f"{page}.md"
+    for page in ("acceleration", "data", "demo-model", "denoiser", "distillation", "metrics")
+]
 ROWS = [
     {"system": "teacher", "steps": 100, "seconds": {"denoise": 2.0}, "accuracy": 0.5},
     {"system": "student", "steps": 2, "seconds": {"denoise": 0.125}, "accuracy": None},
@@ -90,7 +93,9 @@ def test_results_without_a_file_or_a_part_are_not_measured(folder: Path) -> None
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda file: file.stem)
 def test_the_pages_that_ship_are_what_their_templates_make_of_the_results(template: Path, tmp_path: Path) -> None:
     pages = tmp_path / "results"
-    shutil.copytree(PAGES, pages, ignore=shutil.ignore_patterns("*.md", "*.flac"))  # one page may read another's results
+    shutil.copytree(
+        PAGES, pages, ignore=shutil.ignore_patterns("*.md", "*.flac")
+    )  # one page may read another's results
     write_page(template, pages / template.name)
     written, ships = ((folder / template.name).read_text() for folder in (pages, PAGES))
     assert written == ships, f"run: python scripts/report.py page={template.stem}"
