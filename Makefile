@@ -30,7 +30,7 @@ ship: $(STAMP)  ## adopt what `make train-demo` trained as the system that ships
 	test -f outputs/train-demo/system/student/system.json && rm -rf data/demo
 	cp -r outputs/train-demo/system data/demo
 
-results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md (80 minutes on 2 cores)
+results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md (3 hours on a core)
 	$(PY) scripts/run_stages.py --config-name=results
 
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores

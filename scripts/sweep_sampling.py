@@ -24,7 +24,7 @@ from foley.prompts import name_model, quote_overrides
 from foley.references import read_clips
 from foley.reporting.provenance import provenance
 from foley.reporting.sweeps import TRIAL_FILE
-from foley.requests import choose_method, choose_options, open_requested, requested_clips
+from foley.requests import choose_checkpoint, choose_method, choose_options, open_requested, requested_clips
 
 # Worse than any distance; infinity would be no JSON, and no volume that a search could compare.
 _SILENT = 1e6
@@ -32,6 +32,9 @@ _SILENT = 1e6
 
 def generate(cfg: DictConfig) -> Generation:
     """Clips of evenly spread prompts, each with the seed that it has in sample.py; after one clip to warm up."""
+    if cfg.trainer is not None:
+        raise ValueError("a sweep shares out its trials, not a trial's prompts: leave trainer= out, or take launcher=")
+    cfg.ckpt = choose_checkpoint(cfg)
     clips = requested_clips(cfg)
     chosen = [clips[index] for index in evenly_spaced(len(clips), min(cfg.num_prompts, len(clips)))]
     (method, arguments), options = choose_method(cfg), choose_options(cfg)

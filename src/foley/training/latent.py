@@ -69,7 +69,7 @@ class LatentTraining(FoleyModule):
         latents = require_latents(datamodule)
         self.checkpoint_metadata["codec_hash"] = latents.codec_hash
         longest = max(entry.num_frames for entry in latents.index.entries)
-        if self._prompt_field == "id" and longest > latents.num_frames:
+        if self.prompt_field == "id" and longest > latents.num_frames:
             raise ValueError(
                 f"data.duration_seconds is {latents.num_frames} frames, but {latents.index.directory} has clips of "
                 f"{longest}: precomputed features go with whole clips; raise it, or encode with max_duration_seconds"
@@ -77,10 +77,11 @@ class LatentTraining(FoleyModule):
 
     def prompts(self, batch: LatentBatch) -> list[str]:
         """What conditions each item of `batch`."""
-        return batch["id"] if self._prompt_field == "id" else batch["caption"]
+        return batch["id"] if self.prompt_field == "id" else batch["caption"]
 
     @property
-    def _prompt_field(self) -> str:
+    def prompt_field(self) -> str:
+        """What of a clip is its prompt, "caption" or "id"."""
         return str(getattr(self.text, "prompt_field", "caption"))
 
     def configure_optimizers(self) -> Any:

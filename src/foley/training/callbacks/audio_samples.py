@@ -30,7 +30,7 @@ class AudioSamples(pl.Callback):
     """Writes a WAV and a spectrogram for each prompt, and a table of them to W&B where that is the logger.
 
     The weights are those of validation: the averaged ones. Prompt i has the seed `seed + i`, with which sample.py makes
-    the same clip. A module that takes no prompts (stage 1, a codec) has nothing to say and is left in peace.
+    the same clip. A module that takes no captions (stage 1, a codec) has nothing to say and is left in peace.
 
     Args:
         codec_path: component directory or training checkpoint of the codec; loaded at the first use. None, with a
@@ -77,8 +77,8 @@ class AudioSamples(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.codec_path is None:
             log.warning("no audio samples: they need the codec that made the latents; set codec_path=...")
-        elif not _takes_prompts(pl_module):
-            log.warning("no audio samples: this %s takes no prompts", type(pl_module).__name__)
+        elif not _takes_captions(pl_module):
+            log.warning("no audio samples: this %s takes no captions", type(pl_module).__name__)
 
     # Callbacks' `on_validation_epoch_end` comes before the averaged weights are swapped out in `on_validation_end`.
     @rank_zero_only
@@ -93,7 +93,7 @@ class AudioSamples(pl.Callback):
 
     def _due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Count this validation, and say whether samples are wanted of it."""
-        if trainer.sanity_checking or not _takes_prompts(pl_module):
+        if trainer.sanity_checking or not _takes_captions(pl_module):
             return False
         self._validations += 1
         return (self._validations - 1) % self.every_n_validations == 0
@@ -156,5 +156,5 @@ class AudioSamples(pl.Callback):
         logger.log_table("samples", columns=["caption", "audio", "spectrogram"], data=rows, step=step)
 
 
-def _takes_prompts(module: pl.LightningModule) -> bool:
-    return isinstance(module, LatentTraining) and module.text is not None
+def _takes_captions(module: pl.LightningModule) -> bool:
+    return isinstance(module, LatentTraining) and module.text is not None and module.prompt_field == "caption"
