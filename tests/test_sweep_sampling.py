@@ -45,6 +45,12 @@ def test_a_grid_is_reported(tmp_path, launcher):
     assert (tmp_path / "out/pareto.png").is_file()
 
 
+def test_a_sweep_takes_the_student_or_says_that_there_is_none(tmp_path):
+    done = sweep(tmp_path, "steps=1", "student=true")
+    assert done.returncode != 0
+    assert "no student of this system is exported" in done.stderr
+
+
 def test_a_search_has_two_objectives(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     # Without optuna_sampling, whose caching wants a calibrated system.

@@ -180,6 +180,11 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     assert drawn == {f"{name}.png" for name in names}
 
 
+def test_the_benchmark_spends_the_budget_in_two_ways() -> None:
+    sweeps = _config("bench_caching", "prompts=x").sweeps
+    assert (sweeps.budget.accel.method, sweeps.budget_greedy.accel.method) == ("dynamic", "greedy")
+
+
 def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path) -> None:
     arguments = (f"ckpt={system_dir}", f"prompts={system_dir}/prompts.txt", "reuses=[hold]", "repeats=1")
     narrow = (

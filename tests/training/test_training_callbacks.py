@@ -94,6 +94,14 @@ def test_a_stage_without_text_has_no_samples(tmp_path: Path) -> None:
     assert not (tmp_path / "samples").exists()
 
 
+def test_a_model_of_features_has_no_samples_of_captions(tmp_path: Path, caplog) -> None:
+    module = build_module()
+    module.text.prompt_field = "id"
+    run(tmp_path, 7, module=module, callbacks=[samples(tmp_path / "samples")])
+    assert "takes no captions" in caplog.text
+    assert not (tmp_path / "samples").exists()
+
+
 def test_throughput_counts_audio(tmp_path: Path) -> None:
     trainer, _, _ = run(tmp_path, 3, callbacks=[Throughput(clip_seconds=2.5, every_n_steps=2)])
     clips = trainer.callback_metrics["throughput/clips_per_second"]
