@@ -60,6 +60,14 @@ def is_done(stage: DictConfig, note: Path, description: dict[str, Any]) -> bool:
     return description.items() <= made.items()
 
 
+def begin(folder: Path, description: dict[str, Any]) -> None:
+    """Remove `folder` unless an interruption left it there in this way, and note beside it in what way it is made."""
+    begun = folder.with_name(f"{folder.name}.begun.json")
+    if not (begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == description):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(begun, description)
+
+
 def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
     """Copy what the repository keeps of a stage, `stage.keep` below `work_dir`, to the same place below `keep_dir`."""
     for pattern in stage.get("keep", ()):
@@ -86,8 +94,8 @@ def main(cfg: DictConfig) -> None:
         if is_done(stage, note, description):
             log.info("%s: done before (%s)", name, stage.product)
             continue
-        if note.is_file() and stage.get("fresh"):
-            shutil.rmtree(PROJECT_ROOT / stage.fresh, ignore_errors=True)
+        if stage.get("fresh"):
+            begin(PROJECT_ROOT / stage.fresh, description)
         seconds = run_stage(name, stage.command)
         keep(stage, work_dir, keep_dir)
         write_json(note, {**description, "seconds": round(seconds, 1), "provenance": provenance()})

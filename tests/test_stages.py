@@ -83,15 +83,21 @@ def test_a_stage_runs_again_with_another_command_or_another_input(main, stages, 
 
 def test_the_folder_of_another_way_is_removed_but_not_that_of_an_interruption(main, stages, tmp_path):
     left = tmp_path / "work/a/left.txt"
-    stages.stages.first.fresh = str(left.parent)
-    left.write_text("by an interrupted run")
+    stages.only, stages.stages.first.fresh = ["first"], str(left.parent)
+
+    def fail() -> None:  # without its folder
+        with pytest.raises(SystemExit, match="status 1"):
+            main.__wrapped__(stages)
+        assert not left.parent.exists()
+
+    left.write_text("of another way")
+    fail()
+    left.parent.mkdir()
+    left.write_text("by the interrupted run")
     main.__wrapped__(stages)
     assert left.exists()
     stages.stages.first.command += "y"
-    stages.only = ["first"]
-    with pytest.raises(SystemExit, match="status 1"):
-        main.__wrapped__(stages)  # the test's command makes no folder
-    assert not left.parent.exists()
+    fail()
 
 
 def test_a_stage_that_fails_or_lacks_its_input_ends_the_run(main, stages, tmp_path):

@@ -54,6 +54,12 @@ def test_matches_the_encoder_called_directly(t5: str) -> None:
     torch.testing.assert_close(result.embeddings[1][result.mask[1]], expected[0], rtol=1e-5, atol=1e-6)
 
 
+def test_autocast_does_not_reach_what_is_kept(t5: str) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = FrozenT5Conditioner(t5, DIM)(["rain falls"])
+    assert torch.equal(kept.embeddings, FrozenT5Conditioner(t5, DIM)(["rain falls"]).embeddings)
+
+
 def test_frozen_in_eval_and_out_of_checkpoints(t5: str) -> None:
     owner = nn.ModuleDict({"text": FrozenT5Conditioner(t5, DIM), "denoiser": nn.Linear(2, 2)}).train()
     encoder = owner["text"].encoder

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from training_parts import changed, fit_on_noise
 
@@ -12,6 +13,7 @@ from foley.losses.adversarial import HingeLoss
 from foley.losses.spectral import MultiResolutionSTFTLoss
 from foley.models.vae.discriminator import MultiScaleSTFTDiscriminator
 from foley.models.vae.waveform_vae import WaveformVAE
+from foley.training.callbacks.non_finite import NonFiniteGuard
 from foley.training.callbacks.reconstructions import Reconstructions
 from foley.training.codec import CodecTraining
 from foley.training.optim import inverse_power_schedule
@@ -50,6 +52,20 @@ def test_each_part_learns_from_its_start(start: int | None, expected: set[str], 
         trainer.callback_metrics
     )
     assert ("train/adversarial" in trainer.callback_metrics) == (start == 2)
+
+
+def test_the_logged_gradient_norm_is_the_one_before_clipping(tmp_path: Path) -> None:
+    module = build()
+    module.weights["stft"] = 1e4
+    clipped: list[float] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            clipped.append(float(torch.nn.utils.get_total_norm([p.grad for p in pl_module.model.parameters()])))
+
+    trainer = fit_on_noise(module, tmp_path, 1200, callbacks=[NonFiniteGuard(), Watch()])
+    assert trainer.callback_metrics["train/grad_norm"] > 100
+    assert max(clipped) <= 1.001
 
 
 def test_runs_repeat_bit_for_bit(tmp_path: Path) -> None:

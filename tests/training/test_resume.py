@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from training_parts import TinyData, build_module, run
 
@@ -115,6 +116,27 @@ def test_sigterm_leaves_a_checkpoint_and_the_restart_goes_on(tmp_path: Path) -> 
     assert len(steps) == step + 5, "one logger run with a row for each step"
     assert steps == sorted(set(steps))
     assert steps[-1] in (step + 4, step + 5)
+
+
+def test_a_job_is_requeued_after_the_step_and_a_checkpoint(tmp_path: Path) -> None:
+    """As submitit does at SIGUSR2, whose handler ends the job at once."""
+    checkpoints = tmp_path / "checkpoints"
+
+    class Preempt(pl.Callback):
+        def on_train_batch_start(self, trainer, *_) -> None:
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+    def requeue(*_) -> None:
+        raise SystemExit(f"left {read_training_checkpoint(checkpoints / 'last.ckpt')['global_step']}")
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit, match="left 4"):
+            run(tmp_path, 1000, every=500, callbacks=[Preempt()])
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 @pytest.mark.slow

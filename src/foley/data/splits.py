@@ -12,7 +12,7 @@ from foley.data.shards import ShardSource
 from foley.data.shards_index import ShardIndex
 from foley.data.sources import CachedSource, ClipSource
 from foley.data.types import AudioSource
-from foley.logs import get_logger
+from foley.logs import get_logger, process_rank
 from foley.seeding import derive_seed
 
 _log = get_logger(__name__)
@@ -148,7 +148,7 @@ def _sources(
     cache_megabytes: int,
     check_files: bool,
 ) -> Splits:
-    if check_files:
+    if check_files and process_rank() == 0:  # the others would wait for the same disk
         preflight(entries)
     by_split: dict[str, list[ManifestEntry]] = {}
     for entry in entries:

@@ -175,11 +175,14 @@ class AdversarialTraining(FoleyModule):
         optimizers, schedules = _listed(self.optimizers()), _listed(self.lr_schedulers())
         optimizers[0].zero_grad()
         self.manual_backward(loss)
-        if self.gradient_clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
         optimizers[0].step()
         if schedules:
             schedules[0].step()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the model's gradients, which callbacks have seen by now as they were."""
+        if self.gradient_clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
 
     def _update_discriminator(self, original: Tensor, generated: Tensor) -> None:
         discriminator, adversarial = self._opponent()

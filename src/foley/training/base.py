@@ -50,10 +50,9 @@ class FoleyModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that disagrees with this module; raises CheckpointError with every key concerned."""
-        complaints = [
-            *_differences(_comparable(checkpoint.get(FOLEY_KEY, {})), _comparable(self._description())),
-            *compare_states(checkpoint["state_dict"], self.saved_state(self.state_dict())).complaints,
-        ]
+        complaints = _differences(_comparable(checkpoint.get(FOLEY_KEY, {})), _comparable(self._description()))
+        if "state_dict" in checkpoint:  # FSDP keeps and compares the weights itself
+            complaints += compare_states(checkpoint["state_dict"], self.saved_state(self.state_dict())).complaints
         if complaints:
             raise CheckpointError(
                 f"the checkpoint does not fit {type(self).__name__}:\n  "

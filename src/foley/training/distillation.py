@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -101,6 +102,14 @@ class ConsistencyDistillation(LatentTraining):
         self.grid = consistency.grid(self.process)
         self.jump_ends = consistency.jump_ends(self.grid)
         self._unconditional: Conditioning | None = None
+
+    def setup(self, stage: str) -> None:
+        """Refuse FSDP, which shards student and target network each in its own way."""
+        super().setup(stage)
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer=fsdp cannot distil, for the target network must follow the student: trainer=ddp can"
+            )
 
     def train(self, mode: bool = True) -> Self:
         """The student alone: what is frozen stays in eval mode."""

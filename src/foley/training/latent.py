@@ -57,6 +57,7 @@ class LatentTraining(FoleyModule):
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.seed = seed
+        self._parameter_groups: list[dict[str, Any]] = []
         if text is not None and not text.trainable:
             text.requires_grad_(False)
             self.unsaved_components = ("text",)
@@ -84,8 +85,17 @@ class LatentTraining(FoleyModule):
         """What of a clip is its prompt, "caption" or "id"."""
         return str(getattr(self.text, "prompt_field", "caption"))
 
+    def setup(self, stage: str) -> None:
+        """Group the parameters while they have their shapes: FSDP leaves flat shards of them."""
+        self._parameter_groups = parameter_groups(self)
+
+    def on_fit_start(self) -> None:
+        """Bring a frozen text encoder here, which FSDP leaves where it was."""
+        if self.text is not None and not self.text.trainable:
+            self.text.to(self.device)
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(parameter_groups(self))
+        optimizer = self.make_optimizer(self._parameter_groups or parameter_groups(self))
         if self.make_lr_schedule is None:
             return optimizer
         return {

@@ -95,7 +95,10 @@ class FrozenT5Conditioner(TextConditioner):
         """Unpadded embeddings `[S, Dc]`, one per prompt."""
         tokens = [self._tokens(prompt) for prompt in prompts]
         batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.encoder.device)
-        hidden = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        with torch.autocast(self.encoder.device.type, enabled=False):  # what is kept must not depend on who asked first
+            hidden = self.encoder(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).last_hidden_state
         return [row[: len(ids)].clone() for row, ids in zip(hidden, tokens, strict=True)]
 
     def _tokens(self, prompt: str) -> list[int]:

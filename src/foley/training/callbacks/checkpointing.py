@@ -1,6 +1,8 @@
 """When checkpoints are written: every n steps, when validation improves, at the end, and at pre-emption."""
 
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,6 +12,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 class PeriodicCheckpoint(ModelCheckpoint):
     """`step_000123.ckpt` every n steps and at the end or a termination of the run; `last.ckpt` links to the newest.
+
+    A handler of SIGUSR2 that is there before the run begins, as submitit's, which puts the job in the queue again and
+    ends it, is called after the step in which the signal came, and after a checkpoint.
 
     Args:
         dirpath: folder of the checkpoints.
@@ -26,6 +31,8 @@ class PeriodicCheckpoint(ModelCheckpoint):
             save_top_k=-1 if keep_all else 1,
             enable_version_counter=False,
         )
+        self._requeue: Any = None
+        self._requeue_asked: tuple[int, FrameType | None] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the next epoch where the checkpoint was of an epoch's last batch.
@@ -34,6 +41,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
         restart would repeat an epoch.
         """
         super().on_train_start(trainer, pl_module)
+        self._put_off_requeue()
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
             trainer.fit_loop.reset_restart_stage()
@@ -45,15 +53,39 @@ class PeriodicCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._save_now(trainer)
+        self._requeue_if_asked(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The weights that a finished run ends with are always on disk."""
         self._save_now(trainer)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give SIGUSR2 back."""
+        super().teardown(trainer, pl_module, stage)
+        if self._requeue is not None:
+            signal.signal(signal.SIGUSR2, self._requeue)
+            self._requeue = None
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """SIGTERM ends a run between two steps, so what it leaves can be resumed; Ctrl-C may strike within one."""
         if isinstance(exception, SIGTERMException):
             self._save_now(trainer)
+
+    def _put_off_requeue(self) -> None:
+        if callable(handler := signal.getsignal(signal.SIGUSR2)):
+            self._requeue = handler
+            signal.signal(signal.SIGUSR2, self._ask_for_requeue)
+
+    def _ask_for_requeue(self, number: int, frame: FrameType | None) -> None:
+        self._requeue_asked = (number, frame)
+
+    def _requeue_if_asked(self, trainer: pl.Trainer) -> None:
+        """All ranks together, whichever was signalled first: saving is a joint act."""
+        if self._requeue is None:
+            return
+        if trainer.strategy.reduce_boolean_decision(self._requeue_asked is not None, all=False):
+            self._save_now(trainer)
+            self._requeue(*(self._requeue_asked or (signal.SIGUSR2, None)))
 
     def _save_now(self, trainer: pl.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
