@@ -163,6 +163,14 @@ def test_what_a_pipeline_cannot_do_is_refused_before_anything_is_loaded(tmp_path
     assert isinstance(caught.value, error) or isinstance(caught.value.__cause__, error)
 
 
+@pytest.mark.parametrize(
+    "override", ["seed=abc", "num=1.5", "steps=two", "batch_size=null", "guidance_scale=high", "window_seconds=long"]
+)
+def test_numbers_that_are_none_are_refused_by_name(tmp_path, override):
+    with pytest.raises(ValueError, match=f"{override}: give a (whole )?number"):
+        sample_here("prompt=rain", f"ckpt={tmp_path}", f"output_dir={tmp_path}", override)
+
+
 def test_a_missing_calibration_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={tmp_path}/none solver=ddim"):
         sample_here(f"ckpt={tmp_path}/none", "solver=ddim", "accel=audiocache", f"output_dir={tmp_path / 'out'}")

@@ -28,13 +28,35 @@ _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batc
 _INCIDENTAL |= {"hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
+_WHOLE = ("seed", "num", "batch_size", "steps", "caption_seed")
+_REAL = ("duration_seconds", "max_duration_seconds", "window_seconds", "overlap_seconds", "decode_chunk_seconds")
+_REAL += ("trained_seconds", "guidance_scale", "guidance_rescale", "strength")
+_REAL += ("mask_start_seconds", "mask_length_seconds", "boundary_seconds")
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    """Raise ValueError for an option that should be a number and is none."""
+    for names, kinds, wanted in ((_WHOLE, int, "a whole number"), (_REAL, (int, float), "a number")):
+        for name in names:
+            value = cfg[name]
+            if isinstance(value, bool) or not (value is None or isinstance(value, kinds)):
+                raise ValueError(f"{name}={value}: give {wanted}")
+    for name in ("seed", "num", "batch_size"):
+        if cfg[name] is None:
+            raise ValueError(f"{name}=null: give a whole number, or leave it out")
+
+
 def choose_checkpoint(cfg: DictConfig) -> str | None:
     """The system to generate with: `ckpt`, or the student inside it; raises CheckpointError where it has none."""
     return str(student_of(Path(str(cfg.ckpt)))) if cfg.student else cfg.ckpt
 
 
 def requested_clips(cfg: DictConfig) -> list[ClipRequest]:
-    """Every clip that the command asks for; raises ValueError as `request_clips` does, and for impossible prompts."""
+    """Every clip that the command asks for.
+
+    Raises ValueError as `request_clips` does, for impossible prompts, and for numbers that are none.
+    """
+    _check_numbers(cfg)
     if cfg.trainer is not None and cfg.prompts is None:
         raise ValueError("trainer= shares out the prompts of a file: give prompts=FILE, or leave it out")
     if cfg.features is not None:
