@@ -28,10 +28,10 @@ _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batc
 _INCIDENTAL |= {"hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
-_WHOLE = ("seed", "num", "batch_size", "steps", "caption_seed")
-_REAL = ("duration_seconds", "max_duration_seconds", "window_seconds", "overlap_seconds", "decode_chunk_seconds")
-_REAL += ("trained_seconds", "guidance_scale", "guidance_rescale", "strength")
-_REAL += ("mask_start_seconds", "mask_length_seconds", "boundary_seconds")
+_WHOLE = ["seed", "num", "batch_size", "steps", "caption_seed"]
+_REAL = ["duration_seconds", "max_duration_seconds", "window_seconds", "overlap_seconds", "decode_chunk_seconds"]
+_REAL += ["trained_seconds", "guidance_scale", "guidance_rescale", "strength"]
+_REAL += ["mask_start_seconds", "mask_length_seconds", "boundary_seconds"]
 
 
 def _check_numbers(cfg: DictConfig) -> None:
