@@ -2,7 +2,6 @@
 
 import signal
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,7 +31,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._requeue: Any = None
-        self._requeue_asked: tuple[int, FrameType | None] | None = None
+        self._requeue_asked = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the next epoch where the checkpoint was of an epoch's last batch.
@@ -76,16 +75,17 @@ class PeriodicCheckpoint(ModelCheckpoint):
             self._requeue = handler
             signal.signal(signal.SIGUSR2, self._ask_for_requeue)
 
-    def _ask_for_requeue(self, number: int, frame: FrameType | None) -> None:
-        self._requeue_asked = (number, frame)
+    def _ask_for_requeue(self, *_: Any) -> None:
+        self._requeue_asked = True
 
     def _requeue_if_asked(self, trainer: pl.Trainer) -> None:
         """All ranks together, whichever was signalled first: saving is a joint act."""
         if self._requeue is None:
             return
-        if trainer.strategy.reduce_boolean_decision(self._requeue_asked is not None, all=False):
+        if trainer.strategy.reduce_boolean_decision(self._requeue_asked, all=False):
+            self._requeue_asked = False
             self._save_now(trainer)
-            self._requeue(*(self._requeue_asked or (signal.SIGUSR2, None)))
+            self._requeue(signal.SIGUSR2, None)
 
     def _save_now(self, trainer: pl.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
