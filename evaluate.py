@@ -6,13 +6,13 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers resolvers)
-from foley.data.audio_io import read_channels
+import foley.core.config  # noqa: F401  (registers resolvers)
+from foley.data.audio import read_channels
 from foley.data.procedural import CLASS_NAMES, captions_for
-from foley.metrics.clips import scan_directory
 from foley.metrics.evaluation import evaluate_files
-from foley.metrics.report import flat_scores, show, write_report
-from foley.references import read_clips
+from foley.metrics.features import scan_directory
+from foley.metrics.references import read_clips
+from foley.reporting.scores import flat_scores, show, write_report
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")

@@ -7,10 +7,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.logs import get_logger
-from foley.prompts import name_model, quote_overrides
-from foley.requests import (
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.requests import (
     choose_checkpoint,
     choose_method,
     choose_options,
@@ -19,7 +17,9 @@ from foley.requests import (
     open_requested,
     requested_clips,
 )
-from foley.test_set import TestSet, launch_processes
+from foley.core.logs import get_logger
+from foley.generation.collection import TestSet, launch_processes
+from foley.generation.prompts import name_model, quote_overrides
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")

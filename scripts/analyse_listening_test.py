@@ -6,11 +6,10 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.files import write_json, write_text
-from foley.logs import get_logger
-from foley.metrics.report import markdown_table
-from foley.reporting.listening_results import (
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.files import write_json, write_text
+from foley.core.logs import get_logger
+from foley.reporting.listening import (
     QUESTIONS,
     Score,
     plot_scores,
@@ -18,6 +17,7 @@ from foley.reporting.listening_results import (
     score_systems,
     unreliable_listeners,
 )
+from foley.reporting.scores import markdown_table
 
 log = get_logger(__name__)
 
@@ -26,7 +26,7 @@ def show(score: Score) -> str:
     return f"{score.mean:.2f} [{score.low:.2f}, {score.high:.2f}]"
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="analyse_listening_test")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/analyse_listening_test")
 def main(cfg: DictConfig) -> None:
     """Write `listening.json`, `.md` and `.png`."""
     files = sorted(Path(cfg.results).glob("*.csv"))

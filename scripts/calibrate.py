@@ -11,19 +11,18 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.accel.calibration import calibration_directory, calibration_stem
-from foley.accel.plots import plot_calibration
-from foley.accel.recorder import CalibrationRecorder
-from foley.accel.storage import info_path
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
+from foley.accel.caching.plots import plot_calibration
+from foley.core.files import info_path
+from foley.core.logs import get_logger
 from foley.data.sampler import evenly_spaced
-from foley.logs import get_logger
-from foley.pipeline import resolve_device
-from foley.prompts import name_model, read_prompts
-from foley.published import open_generator
+from foley.generation.opening import open_generator
+from foley.generation.prompts import name_model, read_prompts
+from foley.generation.text_to_audio import resolve_device
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="calibrate")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/calibrate")
 def main(cfg: DictConfig) -> None:
     prompts = read_prompts(Path(cfg.prompts))
     recorder = CalibrationRecorder(cfg.max_distance)

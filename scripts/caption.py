@@ -12,11 +12,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.core.logs import get_logger
 from foley.data.annotating import AnnotationError, ManifestRow, annotate, pending_rows
-from foley.data.captioning.merging import write_captioned_manifest
+from foley.data.captioning.answers import write_captioned_manifest
 from foley.data.captioning.strong_labels import StrongLabelCaptioner
-from foley.logs import get_logger
 
 _log = get_logger(__name__)
 
@@ -42,7 +42,7 @@ def finish(cfg: DictConfig) -> None:
     _log.info("%s: %d captioned clips; what failed is in %s/faults-rank*.jsonl", path, written, cfg.out)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="caption")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/caption")
 def main(cfg: DictConfig) -> None:
     """Compose, estimate, caption, merge."""
     captioner: Any = instantiate(cfg.captioner, _convert_="all")

@@ -17,13 +17,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.files import write_json
-from foley.logs import get_logger
-from foley.models.dit.backbone import DiffusionTransformer
-from foley.pipeline import resolve_device
-from foley.reporting.provenance import provenance
-from foley.reporting.tables import markdown_table
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.files import write_json
+from foley.core.logs import get_logger
+from foley.generation.text_to_audio import resolve_device
+from foley.models.dit.model import DiffusionTransformer
+from foley.reporting.tables import markdown_table, provenance
 from foley.training.memory import activation_bytes
 
 _COPIES = 4  # of every parameter in float32: itself, its gradient, and AdamW's two moments
@@ -90,7 +89,7 @@ def as_table(rows: dict[str, dict[str, Any]], verb: str) -> str:
     )
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="compare_parameters")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/compare_parameters")
 def main(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device)
     measured = device.type == "cuda"

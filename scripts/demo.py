@@ -11,15 +11,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import track
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.files import write_json, write_text
-from foley.judging import Judge, LabelledPrompts
-from foley.logs import get_logger
-from foley.metrics.memory import peak_memory_bytes
-from foley.pipeline import Generation, TextToAudio
-from foley.reporting.html import Card, render_comparison
-from foley.reporting.names import slug
-from foley.reporting.provenance import provenance
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.core.files import slug, write_json, write_text
+from foley.core.logs import get_logger
+from foley.generation.prompts import LabelledPrompts
+from foley.generation.text_to_audio import Generation, TextToAudio
+from foley.metrics.judge import Judge
+from foley.metrics.latency import peak_memory_bytes
+from foley.reporting.samples import Card, render_comparison
+from foley.reporting.tables import provenance
 
 log = get_logger(__name__)
 
@@ -42,7 +42,7 @@ def generate(cfg: DictConfig, name: str, prompts: list[str]) -> Generation:
     )
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="demo")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/demo")
 def main(cfg: DictConfig) -> None:
     """Write the page and `demo.json`."""
     prompts, labels = LabelledPrompts.read(Path(cfg.prompts))

@@ -5,13 +5,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import load_trained
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.components import load_trained
 from foley.data.encoding import encode_latents
-from foley.pipeline import resolve_device
+from foley.generation.text_to_audio import resolve_device
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="encode_latents")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/encode_latents")
 def main(cfg: DictConfig) -> None:
     data = hydra.utils.instantiate(cfg.data, _convert_="all")
     encode_latents(

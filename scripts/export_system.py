@@ -7,11 +7,11 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.data.latent_cache import LatentCacheIndex
-from foley.logs import get_logger
-from foley.novelty import representative
-from foley.system import System, load_system, save_system, share_parts
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.logs import get_logger
+from foley.data.latents import LatentCacheIndex
+from foley.generation.novelty import representative
+from foley.system.system import System, load_system, save_system, share_parts
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -22,7 +22,7 @@ def with_captions(system: System, latents: Path) -> System:
     return replace(system, captions=representative(entry.caption for entry in entries if entry.split == "train"))
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="export_system")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/export_system")
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}")

@@ -10,11 +10,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.core.logs import get_logger
 from foley.data.annotating import AnnotationError, annotate
 from foley.data.clap_filter import keep_by_threshold
-from foley.logs import get_logger
-from foley.reporting.histogram import draw_histogram
+from foley.reporting.plots import draw_histogram
 
 _log = get_logger(__name__)
 
@@ -33,7 +33,7 @@ def finish(cfg: DictConfig) -> None:
         _log.info("threshold %.2f keeps %d (%.1f %%)", limit, count, 100 * count / len(filtered.scores))
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="filter_clap")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/filter_clap")
 def main(cfg: DictConfig) -> None:
     """Compose, score, keep."""
     scorer = instantiate(cfg.scorer, _convert_="all")

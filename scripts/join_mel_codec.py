@@ -5,13 +5,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.checkpoint import load_trained, save_component, trained_config
-from foley.logs import get_logger
-from foley.models.mel_codec.codec import MelCodec
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.components import load_trained, save_component, trained_config
+from foley.core.logs import get_logger
+from foley.models.codec.mel_codec import MelCodec
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="join_mel_codec")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/join_mel_codec")
 def main(cfg: DictConfig) -> None:
     paths = {name: Path(cfg[name]) for name in ("mel_vae", "vocoder")}
     parts = {name: load_trained(path, name) for name, path in paths.items()}
@@ -20,7 +20,7 @@ def main(cfg: DictConfig) -> None:
         "sample_rate_hz": parts["mel_vae"].spectrogram.sample_rate_hz,
     }
     configs = {name: trained_config(path, name) for name, path in paths.items()}
-    config = {"_target_": "foley.models.mel_codec.codec.MelCodec", **numbers, **configs}
+    config = {"_target_": "foley.models.codec.mel_codec.MelCodec", **numbers, **configs}
     save_component(MelCodec(**parts, **numbers), config, Path(cfg.output_dir))
     get_logger(__name__).info("wrote %s", cfg.output_dir)
 

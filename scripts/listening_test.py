@@ -9,12 +9,12 @@ import hydra
 import soundfile
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.logs import get_logger
-from foley.metrics.clips import ClipFile
-from foley.references import read_clips
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.logs import get_logger
+from foley.core.seeding import numpy_generator
+from foley.metrics.features import ClipFile
+from foley.metrics.references import read_clips
 from foley.reporting.listening import KEY_FILE, REFERENCE, Stimulus, low_pass, write_test
-from foley.seeding import numpy_generator
 
 
 def choose_items(folders: dict[str, dict[str, ClipFile]], num_items: int, seed: int) -> list[str]:
@@ -36,7 +36,7 @@ def read_stimulus(system: str, clip: ClipFile, caption: str, max_seconds: float)
     return Stimulus(system, clip.id, caption, samples, rate)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="listening_test")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/listening_test")
 def main(cfg: DictConfig) -> None:
     """Write `listening_test.html` and `key.json`."""
     clips = {name: read_clips(path) for name, path in cfg.systems.items()}

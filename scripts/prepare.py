@@ -9,12 +9,12 @@ import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.core.logs import get_logger
 from foley.data.preparation import prepare_manifest
-from foley.logs import get_logger
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="prepare")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/prepare")
 def main(cfg: DictConfig) -> None:
     """Read, match, check, write."""
     files = instantiate(cfg.dataset, _convert_="all")

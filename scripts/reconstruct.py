@@ -7,19 +7,17 @@ import torch
 from omegaconf import DictConfig
 from rich.progress import track
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import load_trained
-from foley.data.audio_io import read_audio
-from foley.data.augment import PeakLevel
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.core.components import load_trained
+from foley.core.files import sample_stem, write_json
+from foley.core.logs import get_logger
+from foley.data.audio import read_audio, write_wav
+from foley.data.dataset import PeakLevel
 from foley.data.manifest import read_manifest
-from foley.files import write_json
-from foley.logs import get_logger
-from foley.pipeline import resolve_device
-from foley.reporting.audio_files import write_wav
-from foley.reporting.names import sample_stem
+from foley.generation.text_to_audio import resolve_device
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="reconstruct")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/reconstruct")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""

@@ -1,7 +1,7 @@
 """Run the stages of a config, one command after another; each has a product, which is kept and not made again.
 
-python scripts/run_stages.py --config-name=train_demo
-python scripts/run_stages.py --config-name=results size=quick
+python scripts/run_stages.py --config-name=script/train_demo
+python scripts/run_stages.py --config-name=script/results size=quick
 """
 
 import json
@@ -16,11 +16,11 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from foley.config import PROJECT_ROOT, relative_to_checkout
-from foley.files import write_json
-from foley.hashing import hash_file
-from foley.logs import get_logger
-from foley.reporting.provenance import provenance
+from foley.core.config import PROJECT_ROOT, relative_to_checkout
+from foley.core.files import write_json
+from foley.core.hashing import hash_file
+from foley.core.logs import get_logger
+from foley.reporting.tables import provenance
 
 log = get_logger(__name__)
 
@@ -77,7 +77,7 @@ def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
             shutil.copyfile(source, target)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train_demo")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/train_demo")
 def main(cfg: DictConfig) -> None:
     """Run what has not been run in this way, and note the seconds of each stage and where it ran.
 

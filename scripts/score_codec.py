@@ -10,20 +10,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import track
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import load_trained
-from foley.data.dataset import AudioDataset
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.core.components import load_trained
+from foley.core.files import slug, write_json
+from foley.core.hashing import hash_module
+from foley.core.logs import get_logger
+from foley.data.audio import write_flac
+from foley.data.dataset import AudioDataset, AudioItem
 from foley.data.sampler import evenly_spaced
-from foley.data.types import AudioItem
-from foley.files import write_json
-from foley.hashing import hash_module
-from foley.logs import get_logger
+from foley.generation.text_to_audio import resolve_device
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
-from foley.pipeline import resolve_device
-from foley.reporting.audio_files import write_flac
-from foley.reporting.names import slug
-from foley.reporting.provenance import provenance
 from foley.reporting.samples import draw_sheet
+from foley.reporting.tables import provenance
 
 
 def score(codec: Any, item: AudioItem) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory:
     draw_sheet(directory / "pairs.png", clips, titles, codec.sample_rate_hz)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="score_codec")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/score_codec")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write `codec.json` and the pairs."""

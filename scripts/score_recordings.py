@@ -12,16 +12,15 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.data.audio_io import read_channels
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.core.files import write_json, write_text
+from foley.core.logs import get_logger
+from foley.data.audio import read_channels
 from foley.data.manifest import ManifestEntry, read_manifest
-from foley.files import write_json, write_text
-from foley.logs import get_logger
-from foley.metrics.clips import ClipFile
 from foley.metrics.evaluation import restricted_accuracy
-from foley.metrics.features import extract_files
+from foley.metrics.features import ClipFile, extract_files
 from foley.metrics.protocols import load_protocol
-from foley.reporting.provenance import provenance
+from foley.reporting.tables import provenance
 
 
 def write_prompts(entries: Sequence[ManifestEntry], labels: Sequence[str], path: Path) -> None:
@@ -33,7 +32,7 @@ def write_prompts(entries: Sequence[ManifestEntry], labels: Sequence[str], path:
     write_text(path, "\n".join(rows) + "\n")
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="score_recordings")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/score_recordings")
 def main(cfg: DictConfig) -> None:
     """Write `recordings.json` and `prompts.jsonl`."""
     protocol, entries = load_protocol("embedded", Path(cfg.extractor_dir)), read_manifest(Path(cfg.manifest))

@@ -14,20 +14,19 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.data.latent_cache import LatentCacheIndex
-from foley.data.latents import LatentCollate, LatentDataset
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.files import write_json
+from foley.core.logs import get_logger
+from foley.core.seeding import torch_generator
+from foley.data.dataset import LatentBatch
+from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset
 from foley.data.procedural import CLASS_NAMES, captions_for
-from foley.data.types import LatentBatch
-from foley.diffusion.generate import embed
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.process import DiffusionProcess
-from foley.files import write_json
-from foley.logs import get_logger
-from foley.models.normaliser import LatentNormaliser
-from foley.reporting.provenance import provenance
-from foley.seeding import torch_generator
-from foley.system import load_system
+from foley.diffusion.sampler import embed
+from foley.models.codec.normaliser import LatentNormaliser
+from foley.reporting.tables import provenance
+from foley.system.system import load_system
 
 
 def clips_of_each_class(cfg: DictConfig) -> LatentBatch:
@@ -66,7 +65,7 @@ def summarise(errors: Tensor, classes: Tensor) -> dict[str, float]:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="score_text_use")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/score_text_use")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     system, batch = load_system(Path(cfg.ckpt)), clips_of_each_class(cfg)

@@ -11,20 +11,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import foley.config  # noqa: F401  (registers the resolvers)
-from foley.data.audio_io import read_channels
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.requests import choose_checkpoint, choose_method, choose_options, open_requested, requested_clips
+from foley.core.files import write_json
+from foley.core.logs import get_logger
+from foley.data.audio import read_channels
 from foley.data.sampler import evenly_spaced
-from foley.files import write_json
-from foley.generation import Generation
-from foley.logs import get_logger
-from foley.metrics.clips import LabelledAudio
+from foley.generation.prompts import name_model, quote_overrides
+from foley.generation.settings import Generation
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
-from foley.metrics.features import extract_audio, extract_files
-from foley.prompts import name_model, quote_overrides
-from foley.references import read_clips
-from foley.reporting.provenance import provenance
+from foley.metrics.features import LabelledAudio, extract_audio, extract_files
+from foley.metrics.references import read_clips
 from foley.reporting.sweeps import TRIAL_FILE
-from foley.requests import choose_checkpoint, choose_method, choose_options, open_requested, requested_clips
+from foley.reporting.tables import provenance
 
 # Worse than any distance; infinity would be no JSON, and no volume that a search could compare.
 _SILENT = 1e6
@@ -58,7 +57,7 @@ def score(cfg: DictConfig, made: Generation) -> float:
     return evaluation.scores[cfg.score].value
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="sweep_sampling")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/sweep_sampling")
 def main(cfg: DictConfig) -> tuple[float, float]:
     """Write `trial.json`, and hand a search its two objectives."""
     made = generate(cfg)

@@ -11,17 +11,17 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
-import foley.config  # noqa: F401
-from foley.checkpoint import load_trained, save_component
+import foley.core.config  # noqa: F401
+from foley.core.components import load_trained, save_component
+from foley.core.files import write_json
+from foley.core.seeding import derive_seed
+from foley.data.dataset import AudioItem
 from foley.data.manifest import read_manifest
-from foley.data.types import AudioItem
-from foley.files import write_json
-from foley.metrics.extractors.embedded import EmbeddedExtractor
+from foley.metrics.embedded.data import build_labels, load_splits, measure, through_codec
+from foley.metrics.embedded.network import EmbeddedExtractor
+from foley.metrics.embedded.train import ExtractorTraining, MelAugmentation, training_loader
 from foley.metrics.protocols import load_protocol
 from foley.nn.conv import fold_weight_norm
-from foley.seeding import derive_seed
-from foley.training.extractor import ExtractorTraining, MelAugmentation, training_loader
-from foley.training.extractor_data import build_labels, load_splits, measure, through_codec
 
 Splits = dict[str, dict[str, list[AudioItem]]]
 """Clips by split and group."""
@@ -36,7 +36,7 @@ def with_codec(splits: Splits, codec: Any, stride: int) -> Splits:
     return {**splits, "train": added, "test": {**test, **restored}}
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train_extractor")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/train_extractor")
 def main(config: DictConfig) -> None:
     """Compose, train, save, measure."""
     entries = read_manifest(config.manifest)

@@ -13,12 +13,12 @@ import hydra
 from omegaconf import DictConfig
 from safetensors import safe_open
 
-import foley.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.checkpoint import WEIGHTS_FILE, read_config
-from foley.files import write_json
-from foley.logs import get_logger
+import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.core.components import WEIGHTS_FILE, read_config
+from foley.core.files import write_json
+from foley.core.logs import get_logger
 from foley.reporting.pages import write_page
-from foley.system import STUDENT_FOLDER
+from foley.system.system import STUDENT_FOLDER
 
 TRAINING_FILE, ATTRIBUTION_FILE = "training.json", "ATTRIBUTION.md"
 Facts = dict[str, Any]
@@ -78,7 +78,7 @@ def describe(system: Path) -> Facts:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="write_card")
+@hydra.main(version_base="1.3", config_path="../configs", config_name="script/write_card")
 def main(cfg: DictConfig) -> None:
     """Write `training.json` where notes are given, and the card."""
     system = Path(cfg.system)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from foley.config import PROJECT_ROOT
+from foley.core.config import PROJECT_ROOT
 
 
 @pytest.fixture(scope="session")

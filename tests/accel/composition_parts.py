@@ -2,18 +2,18 @@
 
 import torch
 
-from foley.accel.accelerators import Fora
+from foley.accel.attention.local_global import LocalGlobal
+from foley.accel.caching.policies import Fora
 from foley.accel.combined import Combined
-from foley.accel.local_global import LocalGlobal
-from foley.diffusion.generate import generate_latents
+from foley.core.hashing import hash_tensors
+from foley.core.seeding import torch_generator
+from foley.diffusion.context import Accelerator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
-from foley.diffusion.types import Accelerator
-from foley.hashing import hash_tensors
-from foley.models.dit.backbone import DiffusionTransformer
+from foley.models.dit.model import DiffusionTransformer
 from foley.nn.adaln import AdaLNSola
-from foley.seeding import torch_generator
 
 CHANNELS, FRAMES, CONTEXT_DIM = 4, 20, 6
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from foley.core.seeding import torch_generator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Start, sample
 from foley.diffusion.solver import Solver
-from foley.seeding import torch_generator
 
 CHANNELS, WIDTH, TOKENS = 4, 8, 3
 

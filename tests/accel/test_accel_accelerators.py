@@ -6,12 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from foley.accel.accelerators import AudioCache, Budget, Fora, SmoothCache
-from foley.accel.calibration import calibration_directory, calibration_stem
-from foley.accel.callback import NoAcceleration
+from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
+from foley.accel.caching.policies import AudioCache, Budget, Fora, SmoothCache
+from foley.accel.caching.schedule import SignatureMismatchError
+from foley.accel.combined import NoAcceleration
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
-from foley.accel.recorder import CalibrationRecorder
-from foley.accel.signature import SignatureMismatchError
 
 CHANNELS, WIDTH, TOKENS = 4, 8, 3
 

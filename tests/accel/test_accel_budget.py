@@ -4,8 +4,7 @@ from itertools import product
 
 import pytest
 
-from foley.accel.budget import budget_schedule, schedule_error
-from foley.accel.policies import audiocache_schedule, fora_schedule
+from foley.accel.caching.policies import audiocache_schedule, budget_schedule, fora_schedule, schedule_error
 
 CHANGES = {"a.ff": [0.0, 0.5, 0.1, 0.1, 0.9, 0.1], "b.ff": [0.0, 0.2, 0.2, 0.2, 0.2, 0.2]}
 MACS, TOTAL = {"a.ff": 3, "b.ff": 1}, 5

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from foley.accel.cache import LayerCache
+from foley.accel.caching.layer_cache import LayerCache
+from foley.accel.caching.schedule import CacheSchedule, RunSignature, SignatureMismatchError
 from foley.accel.layers import find_cacheable_layers
-from foley.accel.schedule import CacheSchedule
-from foley.accel.signature import RunSignature, SignatureMismatchError
+from foley.core.hashing import hash_module
 from foley.diffusion.sampler import Start
-from foley.hashing import hash_module
 
 NUM_STEPS = 6
 

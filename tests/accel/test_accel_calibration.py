@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from foley.accel.calibration import Calibration
-from foley.accel.plots import plot_calibration, plot_schedule
-from foley.accel.policies import audiocache_schedule
-from foley.accel.recorder import CalibrationRecorder, relative_change
-from foley.accel.schedule import CacheSchedule
-from foley.accel.signature import SignatureMismatchError
+from foley.accel.caching.calibration import Calibration, CalibrationRecorder, relative_change
+from foley.accel.caching.plots import plot_calibration, plot_schedule
+from foley.accel.caching.policies import audiocache_schedule
+from foley.accel.caching.schedule import CacheSchedule, SignatureMismatchError
 
 LAYER = "blocks.1.feed_forward"
 

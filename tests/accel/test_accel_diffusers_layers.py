@@ -1,22 +1,18 @@
 """Which layers of the models of diffusers can be cached, with which norms, and that nothing else is skipped."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
+from tiny_pipelines import audioldm2, stable_audio_dit
 from torch import nn
 
-from foley.accel.accelerators import Fora
-from foley.accel.cache import LayerCache
+from foley.accel.caching.layer_cache import LayerCache
+from foley.accel.caching.policies import Fora
 from foley.accel.layers import declare_cacheable_layers, find_cacheable_layers
-from foley.diffusion.types import RunContext, StepContext
-from foley.hashing import hash_module
-
-sys.path.append(str(Path(__file__).parents[1] / "published"))
-from tiny_pipelines import audioldm2, stable_audio_dit
+from foley.core.hashing import hash_module
+from foley.diffusion.context import RunContext, StepContext
 
 ITEMS = 2
 

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from foley.accel.litefocus import compensation_indices, sparse_attention
-from foley.seeding import torch_generator
+from foley.accel.attention.litefocus import compensation_indices, sparse_attention
+from foley.core.seeding import torch_generator
 
 BATCH, HEADS, FRAMES, FREQUENCIES, DIM = 2, 3, 20, 4, 8
 NUM_TOKENS = FRAMES * FREQUENCIES

@@ -8,21 +8,21 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.nn import functional as F
 
-from foley.accel.accelerators import Fora
-from foley.accel.cache import LayerCache
+from foley.accel.attention.litefocus import LiteFocus, compensation_indices
+from foley.accel.attention.local_global import LocalGlobal, local_global_attention
+from foley.accel.caching.layer_cache import LayerCache
+from foley.accel.caching.policies import Fora
 from foley.accel.combined import Combined
-from foley.accel.litefocus import LiteFocus, compensation_indices
-from foley.accel.local_global import LocalGlobal, local_global_attention
-from foley.config import PROJECT_ROOT
+from foley.core.config import PROJECT_ROOT
+from foley.core.seeding import torch_generator
+from foley.diffusion.context import RunContext, StepContext
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import sample
 from foley.diffusion.solver import Solver
-from foley.diffusion.types import RunContext, StepContext
-from foley.models.dit.backbone import DiffusionTransformer
+from foley.models.dit.model import DiffusionTransformer
 from foley.nn.adaln import AdaLNSola, TimeToken
 from foley.nn.attention import dense_core
-from foley.seeding import torch_generator
 
 BATCH, HEADS, DIM = 2, 3, 8
 CHANNELS, WIDTH, FRAMES, CONTEXT = 4, 32, 40, 16
@@ -138,7 +138,7 @@ def test_a_time_token_is_visible_to_every_frame(dit: DiffusionTransformer, monke
         seen.append(indices)
         return local_global_attention(q, k, v, window, indices, mask)
 
-    monkeypatch.setattr("foley.accel.local_global.local_global_attention", spy)
+    monkeypatch.setattr("foley.accel.attention.local_global.local_global_attention", spy)
     _sample(dit, LocalGlobal(window_frames=3, ratio=0.1))
     assert {len(indices) for indices in seen} == {FRAMES // 10 + dit.prepends_time_token}
     assert all(0 in indices for indices in seen) or not dit.prepends_time_token

@@ -1,25 +1,20 @@
 """What a generation costs, counted while it runs: against the closed form, and without changing a bit of it."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_pipelines import audioldm2, stable_audio_dit
 from torch import Tensor
 
-from foley.accel.accelerators import Fora
-from foley.accel.audioldm2 import find_self_attention
-from foley.accel.callback import NoAcceleration
-from foley.accel.combined import Combined
+from foley.accel.attention.litefocus import LiteFocus
+from foley.accel.caching.calibration import CalibrationRecorder
+from foley.accel.caching.policies import Fora
+from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.cost import MacCounter, count_call_macs
-from foley.accel.litefocus import LiteFocus
+from foley.accel.diffusers.audioldm2 import find_self_attention
 from foley.accel.meter import CostMeter
-from foley.accel.recorder import CalibrationRecorder
-from foley.diffusion.types import RunContext, StepContext
-
-sys.path.append(str(Path(__file__).parents[1] / "published"))
-from tiny_pipelines import audioldm2, stable_audio_dit
+from foley.diffusion.context import RunContext, StepContext
 
 ITEMS, FRAMES, TOKENS = 2, 16, 3
 

@@ -6,20 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from foley.accel.accelerators import AudioCache, Fora, SmoothCache
-from foley.accel.calibration import calibration_stem
+from foley.accel.caching.calibration import CalibrationRecorder, calibration_stem
+from foley.accel.caching.policies import AudioCache, Fora, SmoothCache
 from foley.accel.cost import count_evaluation_macs, run_cost
 from foley.accel.layers import find_cacheable_layers
-from foley.accel.recorder import CalibrationRecorder
+from foley.core.seeding import torch_generator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import sample
 from foley.diffusion.solver import Solver
-from foley.models.dit.backbone import DiffusionTransformer
 from foley.models.dit.llama import LlamaTransformer
-from foley.models.dit.transformer import LatentTransformer
+from foley.models.dit.model import DiffusionTransformer, LatentTransformer
 from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, TimeToken
-from foley.seeding import torch_generator
 
 BATCH, CHANNELS, FRAMES, WIDTH, TOKENS, CONTEXT = 2, 4, 20, 32, 5, 16
 SCHEMES = {"sola": AdaLNSola(4, 4.0), "adaln": AdaLN(), "single": AdaLNSingle(), "token": TimeToken()}

@@ -1,6 +1,5 @@
 """Accelerators on whole pipelines of diffusers: evaluations told from timesteps, bits kept, the model restored."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,19 +8,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from tiny_pipelines import audioldm2, stable_audio, stable_audio_dit
 from torch import Tensor, nn
 
-from foley.accel.accelerators import AudioCache, Fora, SmoothCache
-from foley.accel.calibration import calibration_stem
-from foley.accel.callback import NoAcceleration
-from foley.accel.litefocus import LiteFocus
-from foley.accel.pipelines import accelerated
-from foley.accel.recorder import CalibrationRecorder
-from foley.accel.signature import SignatureMismatchError
-from foley.diffusion.types import RunContext, StepContext
-
-sys.path.append(str(Path(__file__).parents[1] / "published"))
-from tiny_pipelines import audioldm2, stable_audio, stable_audio_dit
+from foley.accel.attention.litefocus import LiteFocus
+from foley.accel.caching.calibration import CalibrationRecorder, calibration_stem
+from foley.accel.caching.policies import AudioCache, Fora, SmoothCache
+from foley.accel.caching.schedule import SignatureMismatchError
+from foley.accel.combined import NoAcceleration
+from foley.accel.diffusers.pipelines import accelerated
+from foley.diffusion.context import RunContext, StepContext
 
 STEPS = 5
 

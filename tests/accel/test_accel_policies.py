@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from foley.accel.policies import audiocache_schedule, fora_schedule, smoothcache_schedule
+from foley.accel.caching.policies import audiocache_schedule, fora_schedule, smoothcache_schedule
 
 
 def test_audiocache_recomputes_when_the_sum_reaches_delta() -> None:

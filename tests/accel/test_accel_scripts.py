@@ -11,16 +11,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from foley.accel.accelerators import AudioCache, require_calibrations
-from foley.accel.callback import NoAcceleration
-from foley.config import PROJECT_ROOT
-from foley.pipeline import TextToAudio
-from foley.prompts import name_model
-from foley.system import build_system, save_system
+from foley.accel.caching.policies import AudioCache, require_calibrations
+from foley.accel.combined import NoAcceleration
+from foley.core.config import PROJECT_ROOT
+from foley.generation.prompts import name_model
+from foley.generation.text_to_audio import TextToAudio
+from foley.system.system import build_system, save_system
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "denoiser": {
-        "_target_": "foley.models.dit.backbone.DiffusionTransformer",
+        "_target_": "foley.models.dit.model.DiffusionTransformer",
         **{"latent_channels": 4, "width": 32, "depth": 2, "num_heads": 2, "context_dim": 16},
         "modulation": {"_target_": "foley.nn.adaln.AdaLNSola", "rank": 2, "alpha": 2},
     },
@@ -30,11 +30,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"dim": 16, "depth": 1, "num_heads": 2, "max_length": 32},
     },
     "codec": {
-        "_target_": "foley.models.vae.waveform_vae.WaveformVAE",
+        "_target_": "foley.models.codec.waveform_vae.WaveformVAE",
         **{"channels": 4, "multipliers": [1, 2], "strides": [4, 10], "latent_channels": 4, "num_units": [1, 1]},
         "sample_rate_hz": 2000,
     },
-    "normaliser": {"_target_": "foley.models.normaliser.LatentNormaliser", "channels": 4},
+    "normaliser": {"_target_": "foley.models.codec.normaliser.LatentNormaliser", "channels": 4},
     "process": {"_target_": "foley.diffusion.process.DiffusionProcess"},
 }
 QUICK = ("steps=4", "duration_seconds=0.5", "device=cpu")
@@ -46,7 +46,7 @@ def _config(name: str, *overrides: str) -> Any:
 
 
 def _run_script(name: str, *overrides: str) -> None:
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name}.py"))["main"](_config(name, *overrides))
+    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name.removeprefix('script/')}.py"))["main"](_config(name, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def system_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.add_(0.1 * torch.randn_like(parameter))
     save_system(system, directory)
     (directory / "prompts.txt").write_text("rain\na dog barks\na bell\n")
-    _run_script("calibrate", f"ckpt={directory}", f"prompts={directory}/prompts.txt", "num_prompts=2", *QUICK)
+    _run_script("script/calibrate", f"ckpt={directory}", f"prompts={directory}/prompts.txt", "num_prompts=2", *QUICK)
     return directory
 
 
@@ -141,7 +141,7 @@ def test_the_command_for_a_missing_calibration_names_the_model_and_the_place(
     assert script
     overrides = name_model(shlex.split(command))
     assert set(options) <= set(overrides)
-    calibrate = _config("calibrate", *overrides)
+    calibrate = _config("script/calibrate", *overrides)
     assert (calibrate.solver.name, calibrate.steps, calibrate.guidance_scale) == ("ddim", 25, 3)
     assert str(Path(calibrate.output_dir) / "ddim_25.json") in str(error.value)
 
@@ -164,7 +164,7 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     prompts.write_text('{"caption": "rain falls", "label": "rain"}\n{"caption": "wind blows", "label": "wind"}\n')
     arguments = (f"ckpt={system_dir}", f"prompts={prompts}", "sweeps.audiocache.values=[0.0,9.0]", "repeats=1")
     narrow = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "sweeps.budget.values=[1.2]")
-    _run_script("bench_caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
+    _run_script("bench/caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
     rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
     policies = ["audiocache"] * 4 + [name for name in ("smoothcache", "fora", "budget", "budget_greedy") for _ in "12"]
     assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(policies, ["hold", "taylor"] * 6, strict=True))
@@ -181,7 +181,7 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
 
 
 def test_the_benchmark_spends_the_budget_in_two_ways() -> None:
-    sweeps = _config("bench_caching", "prompts=x").sweeps
+    sweeps = _config("bench/caching", "prompts=x").sweeps
     assert (sweeps.budget.accel.method, sweeps.budget_greedy.accel.method) == ("dynamic", "greedy")
 
 
@@ -193,7 +193,7 @@ def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path
         "sweeps.smoothcache.values=[9.0]",
     )
     finer = ("steps=2", "calibrated_steps=[4]", "sweeps.fora.values=[2]", "duration_seconds=0.5", "device=cpu")
-    _run_script("bench_caching", *arguments, *narrow, *finer, f"output_dir={tmp_path}")
+    _run_script("bench/caching", *arguments, *narrow, *finer, f"output_dir={tmp_path}")
     rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
     assert [(row["policy"], row["calibrated_steps"]) for row in rows] == [
         ("audiocache", 4), ("smoothcache", 4), ("fora", None),

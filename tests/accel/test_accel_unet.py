@@ -10,17 +10,17 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
-from foley.accel.accelerators import Fora
-from foley.accel.audioldm2 import find_self_attention
+from foley.accel.attention.litefocus import LiteFocus, compensation_indices, sparse_attention
+from foley.accel.attention.token_merging import TokenMerging, draw_destinations, match_tokens
+from foley.accel.caching.policies import Fora
 from foley.accel.combined import Combined
-from foley.accel.litefocus import LiteFocus, compensation_indices, sparse_attention
-from foley.accel.token_merging import TokenMerging, draw_destinations, match_tokens
-from foley.config import PROJECT_ROOT
+from foley.accel.diffusers.audioldm2 import find_self_attention
+from foley.core.config import PROJECT_ROOT
+from foley.core.seeding import torch_generator
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import sample
 from foley.diffusion.solver import Solver
-from foley.seeding import torch_generator
 
 CHANNELS, FRAMES, FREQUENCIES = 4, 24, 8
 
@@ -180,7 +180,7 @@ def test_litefocus_takes_the_frequencies_of_the_feature_map(
         seen.append((q.shape[2], num_frequencies, len(indices)))
         return sparse_attention(q, k, v, num_frequencies, indices, **settings)
 
-    monkeypatch.setattr("foley.accel.litefocus.sparse_attention", spy)
+    monkeypatch.setattr("foley.accel.attention.litefocus.sparse_attention", spy)
     _sample(unet, LiteFocus(ratio=0.1))
     assert seen == [(FRAMES // 2 * 4, 4, 4)] * (3 * (4 + 8))
     seen.clear()

@@ -9,14 +9,13 @@ import pytorch_lightning as pl
 import soundfile
 import torch
 
-from foley.checkpoint import FOLEY_KEY
-from foley.data.augment import Augmentation
+from foley.core.components import FOLEY_KEY
 from foley.data.datamodule import AudioDataModule
+from foley.data.dataset import Augmentation
 from foley.data.manifest import ManifestEntry
 from foley.data.shards_writer import write_shards
 from foley.data.splits import shard_splits
-from foley.training.callbacks.checkpointing import PeriodicCheckpoint
-from foley.training.checkpoint_io import AtomicCheckpointIO
+from foley.training.callbacks.checkpointing import AtomicCheckpointIO, PeriodicCheckpoint
 
 RATE = 8000
 TRAIN, VAL = 45, 7

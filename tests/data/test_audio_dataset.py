@@ -3,14 +3,21 @@ import pytest
 import soundfile
 import torch
 
-from foley.data.audio_io import AudioError
-from foley.data.augment import Augmentation, PeakLevel, RmsLevel
-from foley.data.dataset import AudioCollate, AudioDataset, DataFaultError
+from foley.core.seeding import torch_generator
+from foley.data.audio import AudioError
+from foley.data.dataset import (
+    AudioCollate,
+    AudioDataset,
+    AudioItem,
+    Augmentation,
+    DataFaultError,
+    PeakLevel,
+    RmsLevel,
+    SampleKey,
+)
 from foley.data.manifest import read_manifest
-from foley.data.mixture import MixtureSource
-from foley.data.sources import CachedSource, ClipSource
-from foley.data.types import AudioItem, SampleKey
-from foley.seeding import torch_generator
+from foley.data.sampler import MixtureSource
+from foley.data.splits import CachedSource, ClipSource
 
 RATE = 24000
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from foley.data.audio_io import AudioError, read_audio, resample
+from foley.data.audio import AudioError, read_audio, resample
+from foley.data.datamodule import preflight
 from foley.data.manifest import ManifestEntry
-from foley.data.preflight import preflight
 
 RATE = 24000
 

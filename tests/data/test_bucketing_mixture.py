@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from foley.data.bucketing import LengthBuckets, padding_fraction
+from foley.core.seeding import numpy_generator
 from foley.data.datamodule import AudioDataModule
-from foley.data.mixture import MixtureSource
-from foley.data.sampler import ResumableSampler
-from foley.data.types import AudioItem
-from foley.seeding import numpy_generator
+from foley.data.dataset import AudioItem
+from foley.data.sampler import LengthBuckets, MixtureSource, ResumableSampler, padding_fraction
 
 SIZE, UNIT = 1003, 8
 LENGTHS = np.random.default_rng(0).gamma(2.0, 3.0, SIZE).clip(0.3, 30.0)

@@ -17,16 +17,15 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
-from foley.config import PROJECT_ROOT
-from foley.data.datamodule import AudioDataModule
+from foley.core.config import PROJECT_ROOT
+from foley.data.datamodule import AudioDataModule, preflight
 from foley.data.dataset import AudioCollate, AudioDataset, DataFaultError
 from foley.data.encoding import encode_latents
-from foley.data.latent_cache import LatentCacheIndex
+from foley.data.latents import LatentCacheIndex
 from foley.data.manifest import ManifestError, read_manifest
-from foley.data.preflight import preflight
 from foley.data.shards_writer import write_shards
 from foley.data.splits import clip_splits
-from foley.models.vae.waveform_vae import WaveformVAE
+from foley.models.codec.waveform_vae import WaveformVAE
 
 RATE = 8000
 FAULTY_EVERY = 20
@@ -169,7 +168,7 @@ def test_a_wrong_line_stops_everything_before_anything_is_written(manifest, tmp_
         clip_splits(str(manifest), RATE)
     make_shards = runpy.run_path(str(PROJECT_ROOT / "scripts" / "make_shards.py"))["main"]
     with pytest.raises(ManifestError, match="line 201"):
-        make_shards(_compose("make_shards", f"manifest={manifest}", f"output={tmp_path / 'shards'}"))
+        make_shards(_compose("script/make_shards", f"manifest={manifest}", f"output={tmp_path / 'shards'}"))
     assert not (tmp_path / "shards").exists()
 
 
@@ -181,18 +180,18 @@ def _compose(name, *overrides):
 def test_the_command_writes_shards_and_the_configs_read_them(manifest, tmp_path):
     make_shards = runpy.run_path(str(PROJECT_ROOT / "scripts" / "make_shards.py"))["main"]
     shards = tmp_path / "shards"
-    make_shards(_compose("make_shards", f"manifest={manifest}", f"output={shards}", "writer.sample_rate_hz=null"))
+    make_shards(_compose("script/make_shards", f"manifest={manifest}", f"output={shards}", "writer.sample_rate_hz=null"))
     part, settings = f"url={shards}", ["data.sample_rate_hz=8000", "data.duration_seconds=0.05", "codec_ckpt=unused"]
-    cfg = _compose("encode_latents", "data=shards", f"data.splits.{part}", "data.bucket_batches=10", *settings)
+    cfg = _compose("script/encode_latents", "data=shards", f"data.splits.{part}", "data.bucket_batches=10", *settings)
     data = instantiate(cfg.data, _convert_="all")
     assert sum(len(batch["id"]) for batch in data.train_dataloader()) == 190 // 16 * 16
     parts = [f"data.splits.parts.shards.{part}", f"data.splits.parts.manifest.manifest={manifest}"]
     third = ["+data/splits@data.splits.parts.more=shards", f"data.splits.parts.more.{part}"]
     weights = [f"{sign}data.splits.train_weights.{name}" for sign, name in (("", "shards=2"), ("+", "more=1"))]
-    cfg = _compose("encode_latents", "data=mixture", *parts, *third, *weights, "data.splits.train_size=40", *settings)
+    cfg = _compose("script/encode_latents", "data=mixture", *parts, *third, *weights, "data.splits.train_size=40", *settings)
     assert instantiate(cfg.data.splits, _convert_="all")["train"].shares == [20, 10, 10]
     one = ["data=mixture", parts[0], "~data.splits.parts.manifest", "~data.splits.train_weights.manifest"]
-    assert len(instantiate(_compose("encode_latents", *one, *settings).data.splits, _convert_="all")["train"]) == 190
+    assert len(instantiate(_compose("script/encode_latents", *one, *settings).data.splits, _convert_="all")["train"]) == 190
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from foley.config import PROJECT_ROOT
-from foley.data.augment import Augmentation
+from foley.core.config import PROJECT_ROOT
 from foley.data.datamodule import AudioDataModule
+from foley.data.dataset import Augmentation
 from foley.data.splits import clip_splits, joined_splits, procedural_splits
 
 SIZES = {"train": 8, "val": 3}
@@ -17,7 +17,7 @@ def procedural(**options):
 
 def instantiate_data(*overrides):
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("encode_latents", overrides=["codec_ckpt=unused", *overrides])
+        cfg = compose("script/encode_latents", overrides=["codec_ckpt=unused", *overrides])
     return instantiate(cfg.data, _convert_="all")
 
 

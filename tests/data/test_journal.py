@@ -2,7 +2,7 @@
 
 import pytest
 
-from foley.data.journal import Journal, JournalError, read_journals
+from foley.data.annotating import Journal, JournalError, read_journals
 
 
 def test_ranks_append_to_files_of_their_own(tmp_path):

@@ -7,14 +7,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from foley.data.audio_io import AudioError
+from foley.core.hashing import hash_module
+from foley.core.seeding import torch_generator
+from foley.data.audio import AudioError
 from foley.data.datamodule import AudioDataModule, LatentDataModule
+from foley.data.dataset import AudioItem, SampleKey
 from foley.data.encoding import encode_latents
-from foley.data.latent_cache import LatentCacheError, LatentCacheIndex, StaleCacheError
-from foley.data.latents import LatentCollate, LatentDataset
-from foley.data.types import AudioItem, SampleKey
-from foley.hashing import hash_module
-from foley.seeding import torch_generator
+from foley.data.latents import LatentCacheError, LatentCacheIndex, LatentCollate, LatentDataset, StaleCacheError
 
 HOP = 10
 RATE = 1000
@@ -117,7 +116,7 @@ def test_crops_are_padded_and_masked(tmp_path):
 
 def test_several_shards_hold_the_same(tmp_path, monkeypatch):
     one = LatentDataset(encode(tmp_path / "one"), "train", 50, random=False)
-    monkeypatch.setattr("foley.data.latent_writer._FRAMES_PER_SHARD", 40)
+    monkeypatch.setattr("foley.data.encoding._FRAMES_PER_SHARD", 40)
     index = encode(tmp_path / "many")
     assert len({entry.shard for entry in index.entries}) > 2
     many = LatentDataset(index, "train", 50, random=False)

@@ -11,10 +11,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-import foley.config  # noqa: F401
-from foley.config import PROJECT_ROOT
+import foley.core.config  # noqa: F401
+from foley.core.config import PROJECT_ROOT
 from foley.data.audio_folder import AudioFolder, AudioFolderError
-from foley.data.importers.annotations import AnnotationFile
+from foley.data.importers.tables import AnnotationFile
 from foley.data.importers.youtube import autoacd_caption, autoacd_key
 from foley.data.manifest import ManifestError, read_manifest
 from foley.data.preparation import prepare_manifest
@@ -36,7 +36,7 @@ def prepare(tmp_path, write_clip):
             (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         settings = {"dataset": dataset, "audio_dir": folder, "out": tmp_path / "out", **overrides}
         with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-            cfg = compose("prepare", [f"{key}={value}" for key, value in settings.items()])
+            cfg = compose("script/prepare", [f"{key}={value}" for key, value in settings.items()])
         files = instantiate(cfg.dataset, _convert_="all")
         summary = prepare_manifest(files, folder, tmp_path / "out")
         return summary, lines(tmp_path / "out" / "manifest.jsonl"), lines(tmp_path / "out" / "ledger.jsonl")
@@ -86,7 +86,7 @@ def test_the_script_says_what_it_kept(tmp_path, write_clip, caplog):
     os.link(write_clip("clip.wav"), tmp_path / f"{VIDEO}.wav")
     (tmp_path / "vggsound.csv").write_text(f"{VIDEO},30,barking,test\n{OTHER},30,barking,test\n")
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("prepare", ["dataset=vggsound", f"audio_dir={tmp_path}", f"out={tmp_path / 'out'}"])
+        cfg = compose("script/prepare", ["dataset=vggsound", f"audio_dir={tmp_path}", f"out={tmp_path / 'out'}"])
     caplog.set_level("INFO")
     runpy.run_path(str(PROJECT_ROOT / "scripts" / "prepare.py"))["main"](cfg)
     assert "kept 1 of 2 rows" in caplog.text

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from foley.data.procedural import CLASS_NAMES, ProceduralDataset, captions_for, components_of
-from foley.data.procedural.captions import _tidy
-from foley.data.procedural.classes import CLASSES
+from foley.data.procedural.captions import TEMPLATES, _tidy
+from foley.data.procedural.dataset import CLASSES
 from foley.data.procedural.synthesis import Canvas
-from foley.data.procedural.templates import TEMPLATES
 
 RATE_HZ = 24_000
 

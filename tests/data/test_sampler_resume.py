@@ -3,9 +3,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from foley.data.dataset import SampleKey
 from foley.data.resumable import ResumableDataModule
 from foley.data.sampler import ResumableSampler, evenly_spaced
-from foley.data.types import SampleKey
 
 
 def test_each_epoch_is_a_new_permutation():

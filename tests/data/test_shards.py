@@ -14,14 +14,12 @@ import soundfile
 import torch
 
 from foley.data import shards_writer
-from foley.data.audio_io import AudioError
+from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, DataFaultError
 from foley.data.manifest import read_manifest
-from foley.data.shards import ShardSource
-from foley.data.shards_index import ShardError, ShardIndex
+from foley.data.shards import ShardError, ShardIndex, ShardSource
 from foley.data.shards_writer import write_shards
-from foley.data.sources import ClipSource
-from foley.data.splits import shard_splits
+from foley.data.splits import ClipSource, shard_splits
 
 RATE = 24000
 

@@ -5,14 +5,13 @@ import torch
 from diffusers import LCMScheduler
 from safetensors.torch import load_file
 
+from foley.core.seeding import torch_generator
 from foley.diffusion.consistency import Consistency, ConsistencySolver, ddim_jump
-from foley.diffusion.generate import generate_latents
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EmbeddedGuidance, KnownLatent, extrapolate
 from foley.diffusion.process import PREDICTIONS, DiffusionProcess
-from foley.diffusion.sampler import Start, sample
+from foley.diffusion.sampler import Start, generate_latents, sample
 from foley.diffusion.solver import CONSISTENCY, Solver
 from foley.diffusion.windows import Windows
-from foley.seeding import torch_generator
 
 STUDENT = EmbeddedGuidance(5.0)
 

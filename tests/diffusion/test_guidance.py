@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from foley.core.seeding import torch_generator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
-from foley.seeding import torch_generator
 
 
 def predictions() -> tuple[torch.Tensor, torch.Tensor]:

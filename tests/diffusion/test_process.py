@@ -2,8 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from foley.core.seeding import torch_generator
 from foley.diffusion.process import PREDICTIONS, DiffusionProcess
-from foley.seeding import torch_generator
 
 
 def make(prediction: str) -> DiffusionProcess:

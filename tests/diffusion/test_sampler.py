@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from foley.core.seeding import torch_generator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Start, sample
 from foley.diffusion.solver import SOLVERS, Solver
-from foley.seeding import torch_generator
 
 MEAN, STD = 0.7, 0.5
 FLOW = ("euler_flow", "heun_flow")
@@ -209,7 +209,7 @@ def test_unknown_solvers_are_refused():
 @pytest.mark.parametrize("hoisted", [False, True])
 def test_golden_guided_ddim(shared, hoisted):
     """Ten guided steps of the published implementation, weights and all; what steps share may be computed once."""
-    from foley.convert.ezaudio import ezaudio_denoiser
+    from foley.system.convert.ezaudio import ezaudio_denoiser
 
     with safe_open(shared / "golden" / "ezaudio_dit_tiny.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -5,9 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from foley.diffusion.generate import generate_latents
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
 from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
 from foley.diffusion.windows import Windows
 

@@ -9,7 +9,7 @@ from published_keys import constant_state, laion_clap
 from tiny_clap import save_clap
 from transformers import ClapFeatureExtractor
 
-from foley.checkpoint import CheckpointError
+from foley.core.components import CheckpointError
 from foley.metrics.extractors.clap import ClapEmbedder, ClapSpectrogram, split_windows
 
 RATE_HZ = 48000

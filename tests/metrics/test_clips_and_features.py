@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from foley.metrics.clips import ClipFile, label_from_text, labels_by_caption, resolve_labels, scan_directory
-from foley.metrics.features import extract_files
+from foley.metrics.features import (
+    ClipFile,
+    extract_files,
+    label_from_text,
+    labels_by_caption,
+    resolve_labels,
+    scan_directory,
+)
 
 LABELS = ["rain", "bell", "alarm", "car_alarm", "dog bark"]
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from foley.checkpoint import load_component, save_component
-from foley.metrics.extractors.embedded import EmbeddedExtractor, RelativeLogMel
+from foley.core.components import load_component, save_component
+from foley.metrics.embedded.network import EmbeddedExtractor, RelativeLogMel
 
 LABELS, GROUPS = ["a", "b", "c"], {"first": ["a", "b"]}
 RATE_HZ = 24000

@@ -6,10 +6,9 @@ import logging
 import pytest
 import torch
 
-from foley.metrics.clips import LabelledAudio
-from foley.metrics.evaluation import SilentAudioError, evaluate_audio, restricted_accuracy
-from foley.metrics.pairing import PairingError
-from foley.metrics.report import to_markdown, write_report
+from foley.metrics.evaluation import PairingError, SilentAudioError, evaluate_audio, restricted_accuracy
+from foley.metrics.features import LabelledAudio
+from foley.reporting.scores import to_markdown, write_report
 
 LABELS = ["rain", "bell", "dog bark", "seven"]
 

@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from foley.data.audio_io import AudioError, read_channels
-from foley.metrics.clips import scan_directory
-from foley.metrics.evaluation import SilentAudioError, evaluate_files
-from foley.metrics.features import extract_files
-from foley.metrics.pairing import PairingError
-from foley.metrics.report import write_report
+from foley.data.audio import AudioError, read_channels
+from foley.metrics.evaluation import PairingError, SilentAudioError, evaluate_files
+from foley.metrics.features import extract_files, scan_directory
+from foley.reporting.scores import write_report
 
 LABELS = ("rain", "bell", "dog bark", "seven")
 

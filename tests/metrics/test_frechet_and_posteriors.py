@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from foley.metrics.frechet import GaussianRoot, extrapolated_distance, frechet_distance, gaussian_frechet_distance
-from foley.metrics.posteriors import inception_scores, kl_marginal, kl_sigmoid, kl_softmax, label_accuracy
+from foley.metrics.distances import GaussianRoot, extrapolated_distance, frechet_distance, gaussian_frechet_distance
+from foley.metrics.scores import inception_scores, kl_marginal, kl_sigmoid, kl_softmax, label_accuracy
 
 FEATURES = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
 

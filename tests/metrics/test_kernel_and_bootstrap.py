@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foley.metrics.bootstrap import draw_counts, estimate
-from foley.metrics.kernel import GaussianKernel, kernel_audio_distance, median_bandwidth, squared_discrepancy
+from foley.metrics.distances import GaussianKernel, kernel_audio_distance, median_bandwidth, squared_discrepancy
+from foley.metrics.scores import draw_counts, estimate
 
 
 def linear_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def test_discrepancy_of_means_is_known() -> None:
 def test_blocks_do_not_change_the_value(monkeypatch) -> None:
     x, y = normal(50, 0), normal(40, 1)
     whole = kernel_audio_distance(x, y)
-    monkeypatch.setattr("foley.metrics.kernel._BLOCK_ROWS", 7)
+    monkeypatch.setattr("foley.metrics.distances._BLOCK_ROWS", 7)
     torch.testing.assert_close(kernel_audio_distance(x, y), whole)
 
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from tiny_clap import save_clap
 
-from foley.checkpoint import CheckpointError, save_component
-from foley.config import PROJECT_ROOT
-from foley.metrics.clips import LabelledAudio
-from foley.metrics.extractors.embedded import EmbeddedExtractor
-from foley.metrics.features import extract_audio
+from foley.core.components import CheckpointError, save_component
+from foley.core.config import PROJECT_ROOT
+from foley.metrics.embedded.network import EmbeddedExtractor
+from foley.metrics.features import LabelledAudio, extract_audio
 from foley.metrics.protocols import ProtocolError, clap, load_protocol, panns, stable_audio, vggish
 
 CONFIG = {"labels": ["a", "b"], "label_groups": {}, "widths": [4, 4, 4, 4, 4], "feature_dim": 8}

@@ -6,8 +6,7 @@ import torch
 from published_keys import cnn14, openl3, passt, save_state, vggish
 from torchaudio.compliance.kaldi import get_mel_banks
 
-from foley.checkpoint import CheckpointError
-from foley.metrics.clips import LabelledAudio
+from foley.core.components import CheckpointError
 from foley.metrics.extractors import cnn14 as cnn14_module
 from foley.metrics.extractors import passt as passt_module
 from foley.metrics.extractors import vggish as vggish_module
@@ -16,7 +15,7 @@ from foley.metrics.extractors.openl3 import OpenL3, openl3_weights
 from foley.metrics.extractors.passt import Passt
 from foley.metrics.extractors.spectrograms import mel_triangles
 from foley.metrics.extractors.vggish import Vggish
-from foley.metrics.features import extract_audio
+from foley.metrics.features import LabelledAudio, extract_audio
 from foley.metrics.preprocessing import OpenL3Preprocessing, PasstPreprocessing, VggishPreprocessing
 from foley.metrics.protocols import EvaluationProtocol
 

@@ -3,14 +3,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from foley.checkpoint import build_component, load_component, save_component
-from foley.config import PROJECT_ROOT
-from foley.diffusion.generate import generate_latents
+from foley.core.components import build_component, load_component, save_component
+from foley.core.config import PROJECT_ROOT
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
-from foley.models.dit.backbone import DiffusionTransformer
 from foley.models.dit.llama import LlamaTransformer
+from foley.models.dit.model import DiffusionTransformer
 from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, TimeToken
 
 CHANNELS, FRAMES, TOKENS, CONTEXT_DIM = 4, 20, 5, 6

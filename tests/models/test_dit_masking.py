@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from foley.core.seeding import torch_generator
 from foley.models.dit.masking import SpanMask
-from foley.seeding import torch_generator
 
 
 def draw(mask=None, batch_size=256, num_frames=100):

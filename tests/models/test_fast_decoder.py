@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foley.models.vae.fast_decoder import FastDecoder
-from foley.models.vae.waveform_vae import WaveformVAE
+from foley.models.codec.fast_decoder import FastDecoder
+from foley.models.codec.waveform_vae import WaveformVAE
 
 SIZES = [
     {"channels": 4, "multipliers": (1, 2, 2), "strides": (10, 6, 4), "num_units": (0, 1, 2)},

@@ -7,11 +7,11 @@ import torch
 from hydra.errors import InstantiationException
 from mel_codec_parts import CODEC, MEL_VAE, SPECTROGRAM, VOCODER, mel_codec
 
-from foley.checkpoint import build_component, load_component, save_component
-from foley.decoding import LatentDecoder
-from foley.hashing import hash_module
-from foley.models.mel_codec.codec import MelCodec
-from foley.seeding import torch_generator
+from foley.core.components import build_component, load_component, save_component
+from foley.core.hashing import hash_module
+from foley.core.seeding import torch_generator
+from foley.generation.decoding import LatentDecoder
+from foley.models.codec.mel_codec import MelCodec
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from foley.models.mel_codec.spectrogram import MelSpectrogram
+from foley.models.codec.mel_vae import MelSpectrogram
 
 
 def slaney_mel(hertz: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foley.models.normaliser import LatentNormaliser
+from foley.models.codec.normaliser import LatentNormaliser
 
 
 @pytest.mark.parametrize("compressed", [False, True])

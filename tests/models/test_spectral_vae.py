@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from foley.losses.spectral import BandedLogLoss
-from foley.models.vae.spectral_vae import SpectralVAE
+from foley.models.codec.spectral_vae import SpectralVAE
 
 
 @pytest.fixture(scope="module")

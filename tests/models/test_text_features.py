@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from foley.checkpoint import load_component, save_component
+from foley.core.components import load_component, save_component
 from foley.models.text import FeatureConditioner, FeatureError
 
 CONFIG = {"_target_": "foley.models.text.FeatureConditioner", "feature_dim": 5, "dim": 8, "max_length": 6}

@@ -10,9 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from foley.checkpoint import load_component, save_component
+from foley.core.components import load_component, save_component
 from foley.models.text import EmbeddingCache, FrozenT5Conditioner, TextModelError
-from foley.models.text.tokenizer import train_tokenizer
+from foley.models.text.small import train_tokenizer
 
 DIM = 16
 

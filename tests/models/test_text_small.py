@@ -9,10 +9,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer
 
-from foley.checkpoint import load_component, save_component
-from foley.config import PROJECT_ROOT
+from foley.core.components import load_component, save_component
+from foley.core.config import PROJECT_ROOT
 from foley.models.text import CachedText, SmallTextEncoder
-from foley.models.text.tokenizer import BEGINNING, train_tokenizer
+from foley.models.text.small import BEGINNING, train_tokenizer
 
 TOKENIZER = PROJECT_ROOT / "data" / "tokenizer" / "audiocaps.json"
 

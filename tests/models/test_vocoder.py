@@ -9,11 +9,9 @@ from hydra.errors import InstantiationException
 from mel_codec_parts import VOCODER
 from scipy import signal
 
-from foley.checkpoint import build_component
-from foley.models.mel_codec.discriminator import PatchDiscriminator
-from foley.models.vocoder.anti_aliased import AntiAliasedSnake, downsample, low_pass_filter, upsample
-from foley.models.vocoder.bigvgan import AMPUnit, BigVGAN
-from foley.models.vocoder.discriminator import PeriodResolutionDiscriminator
+from foley.core.components import build_component
+from foley.models.codec.discriminators import PatchDiscriminator, PeriodResolutionDiscriminator
+from foley.models.codec.vocoder import AMPUnit, AntiAliasedSnake, BigVGAN, downsample, low_pass_filter, upsample
 
 
 def sine(cycles_per_sample: float, length: int = 400) -> torch.Tensor:

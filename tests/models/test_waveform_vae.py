@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from foley.checkpoint import build_component
-from foley.models.vae.bottleneck import GaussianPosterior
-from foley.models.vae.discriminator import DACDiscriminator, MultiScaleSTFTDiscriminator
-from foley.models.vae.waveform_vae import WaveformVAE
-from foley.seeding import torch_generator
+from foley.core.components import build_component
+from foley.core.seeding import torch_generator
+from foley.models.codec.base import GaussianPosterior
+from foley.models.codec.discriminators import DACDiscriminator, MultiScaleSTFTDiscriminator
+from foley.models.codec.waveform_vae import WaveformVAE
 
 CONFIG = {
-    "_target_": "foley.models.vae.waveform_vae.WaveformVAE",
+    "_target_": "foley.models.codec.waveform_vae.WaveformVAE",
     "channels": 4,
     "multipliers": [1, 2, 2],
     "strides": [10, 6, 4],

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, Modulation, TimeToken
+from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, ModulatedNorm, Modulation, TimeToken
 from foley.nn.embedding import (
     GuidanceEmbedding,
     LearnedPositions,
@@ -16,7 +16,6 @@ from foley.nn.embedding import (
     sinusoidal_embedding,
 )
 from foley.nn.feedforward import GegluFeedForward
-from foley.nn.norm import ModulatedNorm
 
 SCHEMES = [AdaLN(), AdaLNSingle(), AdaLNSola(rank=2, alpha=4)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import conv1d
 
-from foley.nn.winograd import WinogradConv, filtering_matrices
+from foley.models.codec.fast_decoder import WinogradConv, filtering_matrices
 
 
 @pytest.mark.parametrize(("points", "outputs", "taps"), [((0, 1, -1), 2, 3), ((0, 1, -1, 0.5), 4, 2)])

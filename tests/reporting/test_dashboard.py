@@ -6,7 +6,7 @@ import re
 import pytest
 from hydra import compose, initialize_config_dir
 
-from foley.config import PROJECT_ROOT
+from foley.core.config import PROJECT_ROOT
 from foley.reporting.dashboard import LAYOUT, MEDIA, build_workspace, read_metrics, write_dashboard
 from foley.reporting.sweeps import TRIAL_FILE, pareto_front, write_report
 
@@ -89,7 +89,7 @@ def composed(name, *overrides):
 
 def test_sampling_is_searched_with_two_objectives():
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    cfg = composed("sweep_sampling", "hparams_search=optuna_sampling", "reference=x", "prompts=y")
+    cfg = composed("script/sweep_sampling", "hparams_search=optuna_sampling", "reference=x", "prompts=y")
     assert list(cfg.hydra.sweeper.direction) == ["minimize", "minimize"]
     assert {"guidance_scale", "guidance_rescale", "steps", "accel.threshold"} <= cfg.hydra.sweeper.params.keys()
     assert cfg.hydra.callbacks.pareto._target_ == "foley.reporting.sweeps.ParetoReport"

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
-from foley.config import PROJECT_ROOT
-from foley.reporting.lines import plot_rows
+from foley.core.config import PROJECT_ROOT
 from foley.reporting.pages import NOT_MEASURED, Results, write_page
-from foley.reporting.provenance import provenance
-from foley.reporting.tables import format_rows
+from foley.reporting.plots import plot_rows
+from foley.reporting.tables import format_rows, provenance
 
 PAGES = PROJECT_ROOT / "docs" / "results"
 TEMPLATES = [

@@ -5,11 +5,10 @@ import pytest
 import soundfile
 import torch
 
-from foley.reporting.audio_files import PEAK_CEILING, write_wav
-from foley.reporting.html import Card
-from foley.reporting.names import sample_stem, slug
-from foley.reporting.samples import Sample, write_samples
-from foley.reporting.spectrogram import draw_sheet, log_mel
+from foley.core.files import sample_stem, slug
+from foley.data.audio import PEAK_CEILING, write_wav
+from foley.reporting.plots import draw_sheet, log_mel
+from foley.reporting.samples import Card, Sample, write_samples
 
 RATE = 24000
 HOSTILE = [

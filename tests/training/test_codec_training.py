@@ -8,14 +8,14 @@ import pytorch_lightning as pl
 import torch
 from training_parts import changed, fit_on_noise
 
-from foley.checkpoint import load_trained
+from foley.core.components import load_trained
 from foley.losses.adversarial import HingeLoss
 from foley.losses.spectral import MultiResolutionSTFTLoss
-from foley.models.vae.discriminator import MultiScaleSTFTDiscriminator
-from foley.models.vae.waveform_vae import WaveformVAE
+from foley.models.codec.discriminators import MultiScaleSTFTDiscriminator
+from foley.models.codec.waveform_vae import WaveformVAE
+from foley.training.callbacks.listening import Reconstructions
 from foley.training.callbacks.non_finite import NonFiniteGuard
-from foley.training.callbacks.reconstructions import Reconstructions
-from foley.training.codec import CodecTraining
+from foley.training.codecs import CodecTraining
 from foley.training.optim import inverse_power_schedule
 
 CODEC = {"channels": 4, "multipliers": [2], "strides": [10], "num_units": [1], "latent_channels": 2}
@@ -36,7 +36,7 @@ def build(adversarial_start_step: int | None = None) -> CodecTraining:
         adversarial_start_step=adversarial_start_step or 0,
         gradient_clip_norm=1.0,
     )
-    module.component_configs = {"codec": {"_target_": "foley.models.vae.waveform_vae.WaveformVAE", **CODEC}}
+    module.component_configs = {"codec": {"_target_": "foley.models.codec.waveform_vae.WaveformVAE", **CODEC}}
     return module
 
 

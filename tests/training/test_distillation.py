@@ -9,25 +9,24 @@ import torch
 from torch import Tensor, nn
 from training_parts import CHANNELS, FRAMES, TinyData, TinyText, build_trainer
 
-from foley.checkpoint import CheckpointError, build_component, read_training_checkpoint
-from foley.data.latent_cache import StaleCacheError
+from foley.core.components import CheckpointError, build_component, read_training_checkpoint
+from foley.core.seeding import torch_generator
+from foley.data.latents import StaleCacheError
 from foley.diffusion.consistency import Consistency, ddim_jump
-from foley.diffusion.generate import embed
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.sampler import embed
 from foley.losses.regression import pseudo_huber
-from foley.models.normaliser import LatentNormaliser
-from foley.seeding import torch_generator
-from foley.system import System
-from foley.training.callbacks import audio_samples
-from foley.training.callbacks.audio_samples import AudioSamples
-from foley.training.distillation import ConsistencyDistillation, Draws
-from foley.training.teacher import Teacher
+from foley.models.codec.normaliser import LatentNormaliser
+from foley.system.system import System
+from foley.training.callbacks import listening
+from foley.training.callbacks.listening import AudioSamples
+from foley.training.distillation import ConsistencyDistillation, Draws, Teacher
 
 MEAN, STD = 0.7, 0.5
 PREDICTIONS = ["v", "epsilon", "flow"]
 DENOISER = {
-    "_target_": "foley.models.dit.backbone.DiffusionTransformer",
+    "_target_": "foley.models.dit.model.DiffusionTransformer",
     **{"latent_channels": CHANNELS, "width": 16, "depth": 2, "num_heads": 2, "context_dim": TinyText.dim},
     "modulation": {"_target_": "foley.nn.adaln.AdaLN"},
 }
@@ -275,7 +274,7 @@ def test_training_resumes_and_its_checkpoints_are_students(tmp_path: Path) -> No
 def test_samples_while_it_trains_are_those_of_a_student(tmp_path: Path, monkeypatch) -> None:
     codec = SimpleNamespace(sample_rate_hz=1000, hop_samples=10, decode=lambda latent: latent.mean(1, keepdim=True))
     codec.to = lambda device: codec
-    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: codec)
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: codec)
     module = distillation(tiny_teacher(), consistency=Consistency(50, (2.0, 6.0)))
     at = [AudioSamples("codec", str(tmp_path), ["rain"], 0.12, ClassifierFreeGuidance(w)) for w in (1.0, 2.0, 3.0)]
     below, lowest, inside = (samples.generate(module, tmp_path) for samples in at)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from foley.core.seeding import torch_generator
 from foley.diffusion.process import DiffusionProcess
-from foley.models.normaliser import LatentNormaliser
-from foley.seeding import torch_generator
+from foley.models.codec.normaliser import LatentNormaliser
 from foley.training.diffusion import DiffusionTraining
 
 MEAN, STD = 0.7, 0.5

@@ -8,10 +8,10 @@ import torch
 from test_distillation import distillation, run, tiny_teacher
 from training_parts import CHANNELS, FRAMES
 
-from foley.checkpoint import build_component, read_training_checkpoint
-from foley.diffusion.generate import embed
+from foley.core.components import build_component, read_training_checkpoint
+from foley.core.seeding import torch_generator
+from foley.diffusion.sampler import embed
 from foley.models.lora import AdaptedDenoiser
-from foley.seeding import torch_generator
 
 adapters = partial(AdaptedDenoiser, rank=2)
 LoraModule = partial(distillation, lora=adapters)

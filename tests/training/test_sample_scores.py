@@ -8,10 +8,10 @@ import soundfile
 import torch
 from training_parts import run
 
-from foley.config import PROJECT_ROOT
+from foley.core.config import PROJECT_ROOT
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.metrics.protocols import embedded
-from foley.training.callbacks import audio_samples
+from foley.training.callbacks import listening
 from foley.training.callbacks.evaluation import SampleScores
 
 
@@ -52,7 +52,7 @@ def scores(tmp_path: Path) -> SampleScores:
 
 
 def test_scores_are_logged_at_validation(tmp_path: Path, scores: SampleScores, monkeypatch) -> None:
-    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec(1.0))
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec(1.0))
     trainer, _, _ = run(tmp_path, 7, callbacks=[scores])
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert logged["val/embedded/frechet_distance"] > 0
@@ -62,7 +62,7 @@ def test_scores_are_logged_at_validation(tmp_path: Path, scores: SampleScores, m
 
 
 def test_silent_samples_have_no_scores_and_do_not_stop_the_run(tmp_path: Path, scores, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec(0.0))
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec(0.0))
     trainer, _, _ = run(tmp_path, 7, callbacks=[scores])
     assert "val/embedded/frechet_distance" not in trainer.callback_metrics
     assert "all 4 generated clips are silent" in caplog.text

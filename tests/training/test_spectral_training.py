@@ -8,30 +8,27 @@ import pytest
 import torch
 from training_parts import changed, fit_on_noise
 
-from foley.checkpoint import build_component, load_trained
+from foley.core.components import build_component, load_trained
 from foley.losses.adversarial import LeastSquaresLoss
 from foley.losses.spectral import BandedLogLoss, LogMelLoss
-from foley.models.mel_codec.discriminator import PatchDiscriminator
-from foley.models.vocoder.discriminator import PeriodResolutionDiscriminator
+from foley.models.codec.discriminators import PatchDiscriminator, PeriodResolutionDiscriminator
 from foley.training.adversarial import AdversarialTraining
-from foley.training.callbacks.reconstructions import Reconstructions
-from foley.training.mel_vae import MelVAETraining
-from foley.training.spectral_vae import SpectralVAETraining
-from foley.training.vocoder import VocoderTraining
+from foley.training.callbacks.listening import Reconstructions
+from foley.training.codecs import MelVAETraining, SpectralVAETraining, VocoderTraining
 
-SPECTROGRAM = {"_target_": "foley.models.mel_codec.spectrogram.MelSpectrogram", "sample_rate_hz": 16000}
+SPECTROGRAM = {"_target_": "foley.models.codec.mel_vae.MelSpectrogram", "sample_rate_hz": 16000}
 MEL_VAE = {
-    "_target_": "foley.models.mel_codec.mel_vae.MelVAE",
+    "_target_": "foley.models.codec.mel_vae.MelVAE",
     "spectrogram": SPECTROGRAM,
     **{"channels": 16, "multipliers": [1], "strides": [2], "num_blocks": 1, "latent_channels": 4, "norm_groups": 4},
 }
 VOCODER = {
-    "_target_": "foley.models.vocoder.bigvgan.BigVGAN",
+    "_target_": "foley.models.codec.vocoder.BigVGAN",
     "spectrogram": SPECTROGRAM,
     **{"channels": 8, "strides": [16, 16], "kernels": [3], "dilations": [1], "convs_per_unit": 1},
 }
 SPECTRAL_VAE = {
-    "_target_": "foley.models.vae.spectral_vae.SpectralVAE",
+    "_target_": "foley.models.codec.spectral_vae.SpectralVAE",
     **{"width": 8, "window_samples": 256, "frame_samples": 64, "latent_channels": 4, "sample_rate_hz": 16000},
 }
 SAMPLES = 8100  # no multiple of a frame

@@ -11,15 +11,13 @@ from torch import distributed
 from training_parts import build_module, run
 
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.pipeline import TextToAudio
-from foley.system import System
-from foley.training.callbacks import audio_samples
-from foley.training.callbacks.audio_samples import AudioSamples
-from foley.training.callbacks.caching_curves import CachingCurves
-from foley.training.callbacks.memory import TrainingMemory
+from foley.generation.text_to_audio import TextToAudio
+from foley.system.system import System
+from foley.training.callbacks import listening
+from foley.training.callbacks.evaluation import CachingCurves
+from foley.training.callbacks.listening import AudioSamples
+from foley.training.callbacks.monitoring import AppendingCSVLogger, Throughput, TrainingMemory
 from foley.training.callbacks.non_finite import NonFiniteGuard
-from foley.training.callbacks.throughput import Throughput
-from foley.training.csv_logger import AppendingCSVLogger
 
 
 class Codec(torch.nn.Module):
@@ -38,7 +36,7 @@ def samples(folder: Path, every: int = 1) -> AudioSamples:
 
 
 def test_audio_samples_are_written(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec())
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec())
     run(tmp_path, 14, callbacks=[samples(tmp_path / "samples", every=2)])
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"step_000007"}
     names = sorted(path.name for path in (tmp_path / "samples/step_000007").iterdir())
@@ -48,7 +46,7 @@ def test_audio_samples_are_written(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_change_curves_come_with_the_samples(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec())
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec())
     callback = CachingCurves("codec", str(tmp_path / "samples"), ["rain"], 0.995, ClassifierFreeGuidance(2.0), 3)
     module = build_module()
     module.denoiser.inner.cacheable_kind = "feed_forward"
@@ -66,7 +64,7 @@ def test_the_norm_of_the_gradients_is_logged(tmp_path: Path) -> None:
 
 
 def test_a_sample_is_what_the_pipeline_makes_of_its_prompt_and_seed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec())
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec())
     module = build_module()
     parts = {"denoiser": module.denoiser, "text": module.text, "codec": Codec(), "normaliser": module.normaliser}
     pipeline, guidance = TextToAudio(System(parts, module.process, {})), ClassifierFreeGuidance(2.0)
@@ -75,7 +73,7 @@ def test_a_sample_is_what_the_pipeline_makes_of_its_prompt_and_seed(tmp_path: Pa
 
 
 def test_a_restart_goes_on_counting_validations(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(audio_samples, "load_trained", lambda path, name: Codec())
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec())
     run(tmp_path, 8, callbacks=[samples(tmp_path / "samples", every=2)])
     last = tmp_path / "checkpoints" / "last.ckpt"
     run(tmp_path, 14, last, callbacks=[samples(tmp_path / "samples", every=2)])

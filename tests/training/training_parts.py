@@ -10,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from foley.core.seeding import torch_generator
+from foley.data.dataset import LatentBatch, SampleKey
 from foley.data.resumable import ResumableDataModule
-from foley.data.types import LatentBatch, SampleKey
 from foley.diffusion.process import DiffusionProcess
+from foley.models.codec.normaliser import LatentNormaliser
 from foley.models.dit.masking import SpanMask
-from foley.models.normaliser import LatentNormaliser
-from foley.seeding import torch_generator
-from foley.training.callbacks.checkpointing import BestCheckpoint, PeriodicCheckpoint
+from foley.training.callbacks.checkpointing import AtomicCheckpointIO, BestCheckpoint, PeriodicCheckpoint
 from foley.training.callbacks.ema import ExponentialMovingAverage
+from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.callbacks.non_finite import NonFiniteGuard
-from foley.training.checkpoint_io import AtomicCheckpointIO
-from foley.training.csv_logger import AppendingCSVLogger
 from foley.training.diffusion import DiffusionTraining
 from foley.training.optim import cosine_schedule
 

@@ -1,11 +1,31 @@
-"""Several accelerators as one."""
+"""No accelerator, and several accelerators as one."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from foley.diffusion.types import Accelerator, RunContext, StepContext
+from foley.diffusion.context import Accelerator, RunContext, StepContext
+
+
+class NoAcceleration:
+    """The accelerator that changes nothing."""
+
+    @contextmanager
+    def attach(self, denoiser: nn.Module) -> Iterator[None]:
+        yield
+
+    def on_run_start(self, run: RunContext) -> None:
+        pass
+
+    def on_evaluation_start(self, context: StepContext) -> None:
+        pass
+
+    def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
+        pass
+
+    def on_run_end(self) -> None:
+        pass
 
 
 class Combined:

@@ -11,8 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
-from foley.accel.schedule import CacheSchedule
 
 _FLOPS_PER_MAC = 2
 

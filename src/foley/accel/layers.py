@@ -9,13 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from foley.accel.policies import layer_kind
-
 Forward = Callable[..., Any]
 
 _BLOCK = re.compile(r"(^|.*\.)transformer_blocks\.\d+")
 _BLOCK_NORMS = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}
 """The layers of a block of diffusers, and the norm that comes before each."""
+
+
+def layer_kind(layer: str) -> str:
+    """The kind of a layer is the last part of its name: `in_blocks.0.feed_forward`, `transformer_blocks.3.attn1`."""
+    return layer.rpartition(".")[2]
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foley.accel.cache import LayerCache
-from foley.accel.callback import NoAcceleration
-from foley.accel.combined import Combined
+from foley.accel.caching.layer_cache import LayerCache
+from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.cost import EvaluationMacs, MacCounter, RunCost, count_call_macs, run_cost
 from foley.accel.layers import CacheableLayer, find_cacheable_layers
-from foley.diffusion.types import Accelerator, RunContext, StepContext
+from foley.diffusion.context import Accelerator, RunContext, StepContext
 
 
 class CostMeter:

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from foley.core.files import json_lines, write_json
 from foley.data.annotating import Fault, ManifestRow, read_results
-from foley.data.audio_io import AudioError, FloatArray, read_audio
-from foley.data.json_lines import json_lines
+from foley.data.audio import AudioError, FloatArray, read_audio
 from foley.data.manifest import checked_rows
-from foley.files import write_json
 
 SCORES_FILE, MANIFEST_FILE, SUMMARY_FILE = "scores.jsonl", "manifest.jsonl", "summary.json"
 

@@ -1,8 +1,9 @@
-"""Clips ready for training: levelled, cropped, augmented, collated; unusable ones replaced by the next good one."""
+"""Captioned audio as training sees it: items, level and augmentation, batches."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,13 +12,145 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from foley.data.audio_io import AudioError, check_samples
-from foley.data.augment import Augmentation, PeakLevel, RmsLevel, crop_start, is_silent
-from foley.data.types import AudioBatch, AudioItem, AudioSource, SampleKey, durations_seconds, sample_key
-from foley.logs import get_logger
-from foley.seeding import numpy_generator
+from foley.core.logs import get_logger
+from foley.core.seeding import numpy_generator
+from foley.data.audio import AudioError, check_samples
 
 _log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class AudioItem:
+    """One captioned clip: mono `audio [T]`, float32 in [-1, 1], at its source's sample rate and true length."""
+
+    audio: Tensor
+    caption: str
+    label: str = ""
+    id: str = ""
+
+
+class AudioSource(Protocol):
+    """A map-style collection of clips (files, procedural sounds, a mixture).
+
+    `render` is a function of (index, epoch) alone, so that order, workers and resumption do not matter.
+    A source that cannot produce item `index` raises `AudioError` (`foley.data.audio`).
+    """
+
+    sample_rate_hz: int
+
+    def __len__(self) -> int: ...
+
+    def render(self, index: int, epoch: int) -> AudioItem: ...
+
+
+@runtime_checkable
+class TimedSource(Protocol):
+    """A source that knows the durations `[N]` of its clips without reading them."""
+
+    def durations_seconds(self, epoch: int) -> NDArray[np.float32]: ...
+
+
+def durations_seconds(source: AudioSource, epoch: int) -> NDArray[np.float32]:
+    """Of the clips that `source` renders in `epoch`; raises ValueError where it does not know them."""
+    if not isinstance(source, TimedSource):
+        raise ValueError(f"{type(source).__name__} does not know how long its clips are; turn off bucket_batches")
+    return source.durations_seconds(epoch)
+
+
+class SampleKey(NamedTuple):
+    """What samplers yield: all randomness of an item is keyed by (seed, epoch, index)."""
+
+    index: int  # type: ignore[assignment]  # a named tuple may hide `tuple.index`
+    epoch: int = 0
+
+
+def sample_key(key: SampleKey | int) -> SampleKey:
+    """`key`, or the key of an index in epoch 0: loaders that bring their own sampler give plain indices."""
+    return key if isinstance(key, SampleKey) else SampleKey(key)
+
+
+class AudioBatch(TypedDict):
+    """`audio [B, 1, T]` zero-padded at the end; `length_samples [B]` (long) says where the padding starts."""
+
+    audio: Tensor
+    length_samples: Tensor
+    caption: list[str]
+    label: list[str]
+    id: list[str]
+
+
+class LatentBatch(TypedDict):
+    """`latent [B, C, L]` zero-padded at the end; `frame_mask [B, L]` is true on real frames."""
+
+    latent: Tensor
+    frame_mask: Tensor
+    caption: list[str]
+    label: list[str]
+    id: list[str]
+
+
+SILENCE_PEAK = 1e-5
+"""A clip whose largest sample is below this (-100 dB of full scale) counts as silent."""
+
+
+def is_silent(audio: Tensor) -> bool:
+    """Whether no sample of `audio [T]` rises above `SILENCE_PEAK`."""
+    return bool(audio.abs().amax() < SILENCE_PEAK)
+
+
+@dataclass(frozen=True)
+class PeakLevel:
+    """Scales a clip so that its largest sample is at `peak_db` of full scale; a silent clip is left as it is."""
+
+    peak_db: float = -1.0
+
+    def __call__(self, audio: Tensor) -> Tensor:
+        peak = float(audio.abs().amax())
+        return audio if peak < SILENCE_PEAK else audio * (decibels_to_gain(self.peak_db) / peak)
+
+
+@dataclass(frozen=True)
+class RmsLevel:
+    """Scales a clip to a root mean square of `rms_db`, or less where its peaks would pass `peak_db`."""
+
+    rms_db: float = -20.0
+    peak_db: float = -1.0
+
+    def __call__(self, audio: Tensor) -> Tensor:
+        peak = float(audio.abs().amax())
+        if peak < SILENCE_PEAK:
+            return audio
+        rms = float(audio.square().mean().sqrt())
+        return audio * min(decibels_to_gain(self.rms_db) / rms, decibels_to_gain(self.peak_db) / peak)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random polarity and attenuation.
+
+    Args:
+        phase_flip_probability: of turning the waveform upside down, which no ear hears.
+        max_attenuation_db: a gain uniform in [-max_attenuation_db, 0] dB.
+    """
+
+    phase_flip_probability: float = 0.5
+    max_attenuation_db: float = 6.0
+
+    def __call__(self, audio: Tensor, generator: np.random.Generator) -> Tensor:
+        flip, attenuation = generator.random(2)
+        gain = decibels_to_gain(-attenuation * self.max_attenuation_db)
+        return audio * (-gain if flip < self.phase_flip_probability else gain)
+
+
+def crop_start(length: int, crop_length: int, generator: np.random.Generator | None) -> int:
+    """Where a crop of `crop_length` out of `length` starts: anywhere, or at 0 without a generator."""
+    room = length - crop_length
+    return 0 if generator is None or room <= 0 else int(generator.integers(room + 1))
+
+
+def decibels_to_gain(decibels: float) -> float:
+    """20 dB are a factor of 10."""
+    return math.pow(10.0, decibels / 20.0)
 
 
 class DataFaultError(RuntimeError):

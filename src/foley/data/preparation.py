@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from foley.core.files import json_lines, write_json
+from foley.data.audio import AudioError, open_audio, read_audio
 from foley.data.audio_folder import AudioFolder, AudioFolderError
-from foley.data.audio_io import AudioError, open_audio, read_audio
-from foley.data.importers.annotations import AnnotationFile
-from foley.data.json_lines import json_lines
+from foley.data.importers.tables import AnnotationFile
 from foley.data.manifest import ManifestError, build_entry
-from foley.files import write_json
 
 MANIFEST_FILE, LEDGER_FILE, SUMMARY_FILE = "manifest.jsonl", "ledger.jsonl", "summary.json"
 

@@ -1,16 +1,120 @@
-"""The order of samples: a permutation by (seed, epoch), shared out over ranks, continued exactly after a restart."""
+"""Which clip comes when: seeded order, shares of sources, batches of similar length, shards of processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from foley.data.types import SampleKey
-from foley.logs import get_logger
-from foley.seeding import numpy_generator
+from foley.core.logs import get_logger
+from foley.core.seeding import numpy_generator
+from foley.data.dataset import AudioItem, AudioSource, SampleKey, durations_seconds
 
 _log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LengthBuckets:
+    """Rearranges a sampler's order (see `foley.data.sampler.Arrangement`); a function of (seed, epoch, order) alone.
+
+    The order is cut into windows, the clips of a window are sorted by length, and its batches are mixed again. Batches
+    of all ranks at one step hold neighbours, so that no rank waits for longer clips than its own.
+
+    Args:
+        lengths: lengths `[N]` of the clips in an epoch, in any unit.
+        window_batches: more of them pad less and mix less.
+    """
+
+    lengths: Callable[[int], NDArray[np.generic]]
+    window_batches: int
+    seed: int = 0
+
+    def __call__(self, order: NDArray[np.int64], epoch: int, unit: int) -> NDArray[np.int64]:
+        """`order [N]` with batches of `unit` samples, over all ranks, of similar length; the remainder stays last."""
+        lengths = self.lengths(epoch)
+        generator = numpy_generator("buckets", self.seed, epoch)
+        whole = len(order) // unit * unit
+        windows = [
+            self._window(order[start : min(start + self.window_batches * unit, whole)], lengths, unit, generator)
+            for start in range(0, whole, self.window_batches * unit)
+        ]
+        return np.concatenate([*windows, order[whole:]])
+
+    @staticmethod
+    def _window(
+        order: NDArray[np.int64], lengths: NDArray[np.generic], unit: int, generator: np.random.Generator
+    ) -> NDArray[np.int64]:
+        sorted_order = order[np.argsort(lengths[order], kind="stable")]
+        return generator.permutation(sorted_order.reshape(-1, unit)).reshape(-1)
+
+
+def padding_fraction(lengths: NDArray[np.generic], order: NDArray[np.int64], batch_size: int) -> float:
+    """The share of padding in whole batches that are as long as their longest clip."""
+    batches = lengths[order[: len(order) // batch_size * batch_size]].reshape(-1, batch_size)
+    return float(1 - batches.sum() / (batches.max(axis=1).sum() * batch_size))
+
+
+class MixtureSource:
+    """Several sources as one: each whole in every epoch, or each with a share of `size` samples.
+
+    A source with a share walks through a fixed permutation of its clips from epoch to epoch, so that all of them are
+    heard equally often, whether its share is smaller or larger than itself.
+
+    Args:
+        weights: relative shares; None takes every source whole.
+        size: samples in an epoch with `weights` (default: the sum of the sources' sizes).
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[AudioSource],
+        weights: Sequence[float] | None = None,
+        size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        rates = {source.sample_rate_hz for source in sources}
+        if len(rates) != 1:
+            raise ValueError(f"the sources of a mixture must share one sample rate, got {sorted(rates)}")
+        self.sources = list(sources)
+        self.sample_rate_hz = rates.pop()
+        sizes = [len(source) for source in sources]
+        self.shares = sizes if weights is None else _shares(weights, sum(sizes) if size is None else size, len(sizes))
+        self._ends = list(accumulate(self.shares))
+        self._orders = [numpy_generator("mixture", seed, i).permutation(n) for i, n in enumerate(sizes)]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def durations_seconds(self, epoch: int) -> NDArray[np.float32]:
+        """Of every slot of `epoch`; raises ValueError where a source does not know its own."""
+        seconds = [
+            durations_seconds(source, epoch)[self._clips(part, epoch, np.arange(self.shares[part]))]
+            for part, source in enumerate(self.sources)
+        ]
+        return np.concatenate(seconds)
+
+    def render(self, index: int, epoch: int) -> AudioItem:
+        """Slot `index` of `epoch`; raises what the source raises."""
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        slot = index - (self._ends[part] - self.shares[part])
+        return self.sources[part].render(int(self._clips(part, epoch, np.array(slot))), epoch)
+
+    def _clips(self, part: int, epoch: int, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Indices into source `part` of the clips that its `slots` hold in `epoch`."""
+        order = self._orders[part]
+        clips: NDArray[np.int64] = order[(epoch * self.shares[part] + slots) % len(order)]
+        return clips
+
+
+def _shares(weights: Sequence[float], size: int, count: int) -> list[int]:
+    if len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
+        raise ValueError(f"expected {count} weights, none negative, got {list(weights)}")
+    ends = np.rint(np.cumsum(weights) / np.sum(weights) * size).astype(int)
+    return [int(share) for share in np.diff(ends, prepend=0)]
+
 
 Arrangement = Callable[[np.ndarray, int, int], np.ndarray]
 

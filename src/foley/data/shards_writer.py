@@ -19,14 +19,22 @@ from rich.progress import track
 from safetensors.numpy import save
 from torch.utils.data import DataLoader
 
+from foley.core.files import atomic_write
+from foley.core.hashing import hash_file
+from foley.core.logs import get_logger
 from foley.data.dataset import DataFaultError
 from foley.data.manifest import ManifestEntry
-from foley.data.shards import TAR_BLOCK_BYTES
-from foley.data.shards_encoding import EncodedClips
-from foley.data.shards_index import COLUMNS, INDEX_FILE, LEFT_OUT_FILE, SAMPLES_FILE, Shard, ShardError, ShardIndex
-from foley.files import atomic_write
-from foley.hashing import hash_file
-from foley.logs import get_logger
+from foley.data.shards import (
+    COLUMNS,
+    INDEX_FILE,
+    LEFT_OUT_FILE,
+    SAMPLES_FILE,
+    TAR_BLOCK_BYTES,
+    EncodedClips,
+    Shard,
+    ShardError,
+    ShardIndex,
+)
 
 _BYTES_PER_MEGABYTE = 1 << 20
 _log = get_logger(__name__)

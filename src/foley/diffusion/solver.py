@@ -22,9 +22,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from foley.diffusion.context import RunContext
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import DiffusionProcess
-from foley.diffusion.types import RunContext
 
 _SMALLEST_SIGNAL_POWER = 2.0**-24
 _HEUN_LARGEST_SIGMA = 80.0

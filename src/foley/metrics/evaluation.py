@@ -1,23 +1,82 @@
-"""Judge generated clips against reference clips under one protocol."""
+"""One evaluation: pair samples with references, extract features, score."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from foley.logs import get_logger
-from foley.metrics.bootstrap import Estimate
-from foley.metrics.clips import ClipFile, LabelledAudio, labels_by_caption, resolve_labels
-from foley.metrics.features import AudioLoader, ClipFeatures, extract_audio, extract_files
-from foley.metrics.pairing import Pairing, pair_clips
-from foley.metrics.posteriors import label_accuracy
+from foley.core.logs import get_logger
+from foley.metrics.features import (
+    AudioLoader,
+    ClipFeatures,
+    ClipFile,
+    LabelledAudio,
+    extract_audio,
+    extract_files,
+    labels_by_caption,
+    resolve_labels,
+)
 from foley.metrics.protocols import EvaluationProtocol
-from foley.metrics.scores import SCORES, Comparison
+from foley.metrics.scores import SCORES, Comparison, Estimate, label_accuracy
 
-log = get_logger(__name__)
+_log = get_logger(__name__)
+
+Pairing = Literal["auto", "required", "none"]
+
+
+class PairingError(ValueError):
+    """Pairing was asked for and a clip has no counterpart, or an id occurs twice."""
+
+
+def pair_clips(
+    generated: ClipFeatures, reference: ClipFeatures, pairing: Pairing
+) -> tuple[ClipFeatures, list[int] | None]:
+    """The reference's recordings, each once, and the place there of each generated clip's, or None for unpaired sets.
+
+    Args:
+        pairing: "required" raises PairingError for a clip of either set without counterpart, "none" compares the sets
+            only, "auto" pairs where every generated clip has a reference.
+    """
+    recordings, places = reference.distinct()
+    matches = _match(generated, reference, pairing)
+    if matches is None:
+        return recordings, None
+    pairs = [places[match] for match in matches]
+    _check_recordings(recordings, pairs, pairing)
+    return recordings, pairs
+
+
+def _match(generated: ClipFeatures, reference: ClipFeatures, pairing: Pairing) -> list[int] | None:
+    """Index of each generated clip's reference."""
+    if pairing == "none":
+        return None
+    position = {id: index for index, id in enumerate(reference.ids)}
+    missing = [id for id in generated.ids if id not in position]
+    repeated = len(position) < len(reference) or len(set(generated.ids)) < len(generated)
+    if not missing and not repeated:
+        return [position[id] for id in generated.ids]
+    # Some ids that match and some that do not are a mistake, not two unrelated sets.
+    if pairing == "required" or 0 < len(missing) < len(generated):
+        raise PairingError(
+            f"{len(missing)} of {len(generated)} generated clips have no reference (first: {missing[:5]}; repeated "
+            f"ids: {repeated}); give each clip its reference's id, or set pairing=none"
+        )
+    return None
+
+
+def _check_recordings(recordings: ClipFeatures, pairs: Sequence[int], pairing: Pairing) -> None:
+    """A recording that nothing was generated for is an error where pairs are required."""
+    lacking = [recordings.ids[index] for index in sorted(set(range(len(recordings))) - set(pairs))]
+    if not lacking:
+        return
+    message = f"{len(lacking)} of {len(recordings)} reference recordings have no generated clip (first: {lacking[:5]})"
+    if pairing == "required":
+        raise PairingError(f"{message}; generate the rest, or set pairing=auto")
+    _log.info("%s; the distances are to all of them", message)
+
 
 SILENCE_PEAK = 1e-4  # -80 dBFS
 
@@ -62,7 +121,7 @@ def _check_silence(clips: ClipFeatures, name: str) -> list[str]:
             "the decoder and the sampling settings that made them"
         )
     if silent:
-        log.error("SILENT OUTPUT: %d of %d %s clips: %s", len(silent), len(clips), name, ", ".join(silent))
+        _log.error("SILENT OUTPUT: %d of %d %s clips: %s", len(silent), len(clips), name, ", ".join(silent))
     return silent
 
 
@@ -116,7 +175,7 @@ def evaluate_features(
     labels = protocol.extractor.labels
     unlabelled = sum(label not in labels for label in generated.labels) if labels else 0
     if unlabelled:
-        log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))
+        _log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))
     sets = Comparison(generated, recordings, pairs, protocol.extractor, protocol.inception_splits, resamples)
     scores: dict[str, Estimate] = {}
     for name in protocol.scores:

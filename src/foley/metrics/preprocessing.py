@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchaudio.functional import resample as sinc_resample
 
+from foley.core.resampling import resample
 from foley.metrics.extractors import vggish
 from foley.metrics.extractors.clap import split_windows
 from foley.metrics.extractors.openl3 import OpenL3
 from foley.metrics.extractors.passt import WINDOW_SAMPLES as PASST_WINDOW_SAMPLES
-from foley.resampling import resample
 
 Resampler = Callable[[Tensor, int, int], Tensor]
 
@@ -42,7 +42,7 @@ def _kaiser_best(audio: Tensor, from_hz: int, to_hz: int) -> Tensor:
 
 
 RESAMPLERS: dict[str, Resampler] = {
-    "polyphase, Kaiser beta 8, 16 zero crossings (foley.resampling)": _polyphase,
+    "polyphase, Kaiser beta 8, 16 zero crossings (foley.core.resampling)": _polyphase,
     "sinc, Hann, width 6, rolloff 0.99 (torchaudio default)": _sinc,
     "sinc, Kaiser beta 14.77, width 64, rolloff 0.948 (resampy kaiser_best, by torchaudio)": _kaiser_best,
     "soxr HQ (librosa and stable-audio-metrics)": _soxr,

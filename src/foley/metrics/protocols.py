@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from foley.checkpoint import WEIGHTS_FILE, load_component
-from foley.hashing import hash_file, hash_module
+from foley.core.components import WEIGHTS_FILE, load_component
+from foley.core.hashing import hash_file, hash_module
 from foley.metrics.extractors import CaptionExtractor, Extractor, cnn14, passt
 from foley.metrics.extractors import clap as clap_extractor
 from foley.metrics.extractors import vggish as vggish_extractor

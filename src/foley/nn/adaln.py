@@ -1,8 +1,4 @@
-"""How time modulates a transformer block: AdaLN, AdaLN-single, AdaLN-SOLA, or a time token.
-
-A scheme is plain data that builds two modules: one shared by all blocks, and one per block. The block's gate is
-`1 - g`, so that blocks are open while the modulation is still zero (EzAudio, Section 3.2).
-"""
+"""Norms that the diffusion time modulates, and the schemes by which it reaches them: AdaLN and its relatives."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -10,7 +6,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from foley.nn.linear import zero_linear
+from foley.nn.feedforward import zero_linear
 
 
 @dataclass(frozen=True)
@@ -147,3 +143,29 @@ class TimeToken:
 
     def build_block(self, width: int) -> nn.Module:
         return NoBlockModulation()
+
+
+_RMS_EPSILON = 1e-5
+
+
+class ModulatedNorm(nn.LayerNorm):
+    """Layer norm: `norm(x) * factor + shift`, or the plain norm where there is no modulation."""
+
+    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`."""
+        return _modulate(super().forward(x), modulation)
+
+
+class ModulatedRMSNorm(nn.RMSNorm):
+    """The same around RMSNorm (Zhang and Sennrich 2019, equation 4), with the epsilon of LLaMA."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=_RMS_EPSILON)
+
+    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`."""
+        return _modulate(super().forward(x), modulation)
+
+
+def _modulate(normed: Tensor, modulation: Modulation | None) -> Tensor:
+    return normed if modulation is None else torch.addcmul(modulation.shift, normed, modulation.factor)

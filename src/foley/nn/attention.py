@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foley.nn.linear import xavier_linear, zero_linear
+from foley.nn.feedforward import xavier_linear, zero_linear
 from foley.nn.rotary import RotaryTable, apply_rotary
 
 AttentionCore = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from foley.nn.linear import normal_linear, zero_linear
+from foley.nn.feedforward import normal_linear, zero_linear
 
 
 def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

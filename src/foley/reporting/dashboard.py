@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foley.files import write_text
-from foley.reporting.lines import Panel, plot_panels
+from foley.core.files import write_text
+from foley.reporting.plots import Panel, plot_panels
 from foley.reporting.tables import markdown_table
 
 LAYOUT: Mapping[str, Mapping[str, str]] = {

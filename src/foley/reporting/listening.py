@@ -1,10 +1,11 @@
-"""A listening test as one page: blind, with anchors, ready to open from a disk."""
+"""Listening tests: the page for listeners, the key, and mean opinion scores."""
 
 import base64
+import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import soundfile
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from scipy.signal import firwin, oaconvolve
+from scipy.stats import t as student_t
 
-from foley.files import write_json, write_text
-from foley.seeding import derive_seed
+from foley.core.files import write_json, write_text
+from foley.core.seeding import derive_seed, numpy_generator
 
 SCALE = {20: "Bad", 40: "Poor", 60: "Fair", 80: "Good", 100: "Excellent"}
 """The five levels of AudioCache's questionnaire (Shi et al. 2025, section IV-A)."""
@@ -89,3 +93,138 @@ def _check_complete(stimuli: Sequence[Stimulus]) -> None:
         raise ValueError(f"{len(missing)} clips are missing, such as {missing[:3]}: each system must have each item")
     if len(found) != len(set(found)):
         raise ValueError("a system has two clips of one item: give each clip an id of its own")
+
+
+QUESTIONS = {"mos_q": "MOS-Q, audio quality", "mos_f": "MOS-F, text fidelity"}
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """`values[question][listener, item, system]`; NaN where a listener gave none."""
+
+    listeners: list[str]
+    items: list[str]
+    systems: list[str]
+    values: dict[str, np.ndarray]
+
+    def only(self, listeners: Sequence[str]) -> "Ratings":
+        """Of some of the listeners."""
+        rows = [self.listeners.index(listener) for listener in listeners]
+        return Ratings(list(listeners), self.items, self.systems, {name: v[rows] for name, v in self.values.items()})
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean and its 95 % interval; `n` ratings."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+Interval = Callable[[np.ndarray, int], list[Score]]
+"""From one question's ratings `[listener, item, system]` and a seed to a score per system."""
+
+
+def read_ratings(results: Sequence[Path], key_file: Path) -> Ratings:
+    """Join the listeners' files with the key of their test.
+
+    Raises ValueError, naming the file and its line, for another test's results, an unknown stimulus, a rating off the
+    scale, or a second rating of one stimulus by one listener.
+    """
+    key = json.loads(key_file.read_text(encoding="utf-8"))
+    stimuli = key["stimuli"]
+    found: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for file in results:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            for row in (reader := csv.DictReader(stream)):
+                place, cell = f"{file}, line {reader.line_num}", (row["listener"], row["stimulus"])
+                if row["test"] != key["test"] or row["stimulus"] not in stimuli:
+                    raise ValueError(f"{place}: not of the test {key['test']} that {key_file} describes: {row}")
+                if any(row[question] not in map(str, SCALE) for question in QUESTIONS):
+                    raise ValueError(f"{place}: ratings must be of {list(SCALE)}, got {row}")
+                if cell in found:
+                    raise ValueError(f"{place}: {cell[0]} has rated {cell[1]} before; give each file once")
+                found[cell] = row
+    return _arrange(found, stimuli)
+
+
+def _arrange(found: Mapping[tuple[str, str], Mapping[str, Any]], stimuli: Mapping[str, Mapping[str, str]]) -> Ratings:
+    listeners = sorted({listener for listener, _ in found})
+    items, systems = (sorted({stimulus[axis] for stimulus in stimuli.values()}) for axis in ("item", "system"))
+    values = {name: np.full((len(listeners), len(items), len(systems)), np.nan) for name in QUESTIONS}
+    for (listener, code), row in found.items():
+        stimulus = stimuli[code]
+        place = (listeners.index(listener), items.index(stimulus["item"]), systems.index(stimulus["system"]))
+        for name, array in values.items():
+            array[place] = float(row[name])
+    return Ratings(listeners, items, systems, values)
+
+
+def bootstrap(values: np.ndarray, seed: int, resamples: int = 2000) -> list[Score]:
+    """Listeners and items are drawn anew together, for both are samples of larger populations (Owen 2007)."""
+    draw = numpy_generator("listening bootstrap", seed)
+    listeners, items, _ = values.shape
+    means = np.empty((resamples, values.shape[2]))
+    for index in range(resamples):
+        rows, columns = draw.integers(listeners, size=listeners), draw.integers(items, size=items)
+        means[index] = np.nanmean(values[np.ix_(rows, columns)], axis=(0, 1))
+    low, high = np.nanquantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return _scores(values, low, high)
+
+
+def t_interval(values: np.ndarray, seed: int = 0) -> list[Score]:
+    """Student's t over the listeners' means: for the population of listeners, and these items."""
+    means = np.nanmean(values, axis=1)
+    count = len(means)
+    half = student_t.ppf((1 + LEVEL) / 2, count - 1) * means.std(axis=0, ddof=1) / np.sqrt(count)
+    centre = means.mean(axis=0)
+    return _scores(values, centre - half, centre + half)
+
+
+INTERVALS: dict[str, Interval] = {"bootstrap": bootstrap, "t": t_interval}
+
+
+def _scores(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> list[Score]:
+    means, counts = np.nanmean(values, axis=(0, 1)), (~np.isnan(values)).sum(axis=(0, 1))
+    rows = zip(means.tolist(), low.tolist(), high.tolist(), counts.tolist(), strict=True)
+    return [Score(*row) for row in rows]
+
+
+def unreliable_listeners(ratings: Ratings) -> list[str]:
+    """Those who rate the anchors' quality on average no lower than that of the recordings themselves."""
+    if not {REFERENCE, ANCHOR} <= set(ratings.systems):
+        return []
+    quality = np.nanmean(ratings.values["mos_q"], axis=1)
+    reference, anchor = (quality[:, ratings.systems.index(name)] for name in (REFERENCE, ANCHOR))
+    return [name for name, unsure in zip(ratings.listeners, anchor >= reference, strict=True) if unsure]
+
+
+def score_systems(ratings: Ratings, interval: str = "bootstrap", seed: int = 0) -> dict[str, dict[str, Score]]:
+    """Scores by system and question, the best quality first; ValueError for another interval or one listener."""
+    if interval not in INTERVALS:
+        raise ValueError(f"interval={interval} must be one of {', '.join(INTERVALS)}")
+    if len(ratings.listeners) < 2:
+        raise ValueError(f"an interval needs two listeners or more, got {ratings.listeners}")
+    scores = {name: INTERVALS[interval](values, seed) for name, values in ratings.values.items()}
+    rows = {s: {name: scores[name][i] for name in QUESTIONS} for i, s in enumerate(ratings.systems)}
+    return dict(sorted(rows.items(), key=lambda row: -row[1]["mos_q"].mean))
+
+
+def plot_scores(scores: Mapping[str, Mapping[str, Score]], path: Path) -> None:
+    """A panel per question: means with their intervals on the whole scale."""
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(scores)), layout="constrained")
+    systems = list(scores)[::-1]
+    for axes, (name, title) in zip(figure.subplots(1, len(QUESTIONS), sharey=True), QUESTIONS.items(), strict=True):
+        chosen = [scores[system][name] for system in systems]
+        means = np.array([score.mean for score in chosen])
+        spread = np.abs(np.array([[score.low, score.high] for score in chosen]).T - means)
+        axes.errorbar(means, systems, xerr=spread, fmt="o", capsize=3)
+        axes.set(title=title, xticks=list(SCALE), xlim=(min(SCALE) - 2, max(SCALE) + 2))
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)

@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from foley.files import write_text
-from foley.reporting.lines import plot_rows
+from foley.core.files import write_text
+from foley.reporting.plots import plot_rows
 from foley.reporting.tables import Row, format_rows
 
 NOT_MEASURED = "Not measured yet."
@@ -45,7 +45,7 @@ class Results:
     def plot(
         self, name: str, rows: Sequence[Row], x: str, measures: Mapping[str, str], line: str, **options: Any
     ) -> str:
-        """Draw `foley.reporting.lines.plot_rows` into the file of that name; the image, or nothing without rows."""
+        """Draw `foley.reporting.plots.plot_rows` into the file of that name; the image, or nothing without rows."""
         return self.picture(name) if plot_rows(rows, x, measures, line, self.folder / name, **options) else ""
 
     def picture(self, name: str) -> str:

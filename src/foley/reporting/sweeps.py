@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from foley.files import write_json, write_text
-from foley.logs import get_logger
+from foley.core.files import write_json, write_text
+from foley.core.logs import get_logger
 from foley.reporting.tables import markdown_table
 
 TRIAL_FILE = "trial.json"

@@ -1,4 +1,4 @@
-"""Trains a model that renders a signal anew, on named terms and, from a chosen step on, on adversarial ones."""
+"""Adversarial training of codecs: what all of them share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from foley.data.types import AudioBatch
+from foley.core.seeding import torch_generator
+from foley.data.dataset import AudioBatch
 from foley.losses.adversarial import FeatureMaps, feature_matching
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
-from foley.seeding import torch_generator
+from foley.models.codec.base import GaussianPosterior
 from foley.training.base import FoleyModule
 from foley.training.optim import parameter_groups
 
@@ -227,3 +228,20 @@ def _check_weights(terms: set[str], weights: Mapping[str, float], has_discrimina
         raise ValueError(f"task.weights {dict(weights)} gives no weight for {missing}")
     if unknown := sorted(set(weights) - wanted - _ADVERSARIAL_TERMS):
         raise ValueError(f"task.weights names {unknown}, which are not among the terms {sorted(wanted)}")
+
+
+class VariationalTraining(AdversarialTraining):
+    """A VAE, with the term "kl" beside those of (reconstruction, original); see `AdversarialTraining`."""
+
+    own_terms = frozenset({"kl"})
+
+    def reconstruct(
+        self,
+        original: Tensor,
+        posterior: GaussianPosterior,
+        decode: Callable[[Tensor], Tensor],
+        noise: torch.Generator | None,
+    ) -> Pair:
+        """`original` and what `decode` makes of a draw of its posterior, or of the mean where there is no noise."""
+        latent = posterior.mean if noise is None else posterior.sample(noise)
+        return Pair(original, decode(latent).float(), {"kl": posterior.kl()}, {"latent_std": posterior.mean.std()})

@@ -6,7 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from foley.checkpoint import FOLEY_KEY, CheckpointError, compare_states
+from foley.core.components import FOLEY_KEY, CheckpointError, compare_states, current_config
 
 
 class FoleyModule(pl.LightningModule):
@@ -50,7 +50,9 @@ class FoleyModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that disagrees with this module; raises CheckpointError with every key concerned."""
-        complaints = _differences(_comparable(checkpoint.get(FOLEY_KEY, {})), _comparable(self._description()))
+        complaints = _differences(
+            _comparable(current_config(checkpoint.get(FOLEY_KEY, {}))), _comparable(self._description())
+        )
         if "state_dict" in checkpoint:  # FSDP keeps and compares the weights itself
             complaints += compare_states(checkpoint["state_dict"], self.saved_state(self.state_dict())).complaints
         if complaints:

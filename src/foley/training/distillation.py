@@ -1,9 +1,10 @@
-"""Distils a student that generates in a few evaluations: guided multi-step consistency distillation."""
+"""Consistency distillation of a teacher (AudioLCM, Liu et al. 2024)."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import pytorch_lightning as pl
@@ -12,16 +13,63 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from foley.data.types import LatentBatch
+from foley.core.components import CheckpointError, build_component
+from foley.core.config import relative_to_checkout
+from foley.core.hashing import hash_module
+from foley.core.seeding import torch_generator
+from foley.data.dataset import LatentBatch
+from foley.data.latents import StaleCacheError
 from foley.diffusion.consistency import Consistency, ddim_jump
-from foley.diffusion.generate import embed
 from foley.diffusion.guidance import Conditioning, KnownLatent, bind, branches, extrapolate
-from foley.hashing import hash_module
+from foley.diffusion.sampler import embed
 from foley.models.lora import AdaptedDenoiser
-from foley.seeding import torch_generator
-from foley.training.diffusion import SpanMasking
-from foley.training.latent import LatentTraining
-from foley.training.teacher import Teacher
+from foley.system.system import System, codec_hashes, load_system
+from foley.training.diffusion import LatentTraining, SpanMasking
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained system without its codec, and the hashes of the codecs whose latents it knows (empty: any)."""
+
+    system: System
+    codec_hashes: set[str]
+
+    @classmethod
+    def load(cls, path: str) -> "Teacher":
+        """From an exported system directory or a training checkpoint; CheckpointError for a student."""
+        absolute = Path(path).resolve()
+        system = load_system(absolute, with_codec=False)
+        if system.consistency is not None:
+            raise CheckpointError(f"teacher={path} is a student itself; give the system that it was distilled from")
+        return cls(system, codec_hashes(absolute))
+
+    @property
+    def student_configs(self) -> dict[str, dict[str, Any]]:
+        """How to build each component of a student, and the process; files in the checkout are named relative to it."""
+        configs: dict[str, Mapping[str, Any]] = dict(self.system.configs)
+        configs["denoiser"] = {**configs["denoiser"], "guidance_embedding": True}
+        return {
+            name: {key: relative_to_checkout(value) for key, value in configs[name].items()}
+            for name in ("denoiser", "text", "normaliser", "process")
+        }
+
+    def make_student(self) -> nn.Module:
+        """A denoiser with the teacher's weights and a guidance embedding that starts at zero."""
+        student: nn.Module = build_component(self.student_configs["denoiser"], "teacher")
+        missing, _ = student.load_state_dict(self.system.modules["denoiser"].state_dict(), strict=False)
+        if foreign := [key for key in missing if not key.startswith("guidance_embedding.")]:
+            raise CheckpointError(f"the teacher's denoiser lacks weights that a student needs: {', '.join(foreign)}")
+        return student
+
+    def require_codec(self, codec_hash: str) -> None:
+        """Raise StaleCacheError where latents of this codec are not what the teacher was trained on."""
+        if self.codec_hashes and codec_hash not in self.codec_hashes:
+            known = " or ".join(sorted(digest[:12] for digest in self.codec_hashes))
+            raise StaleCacheError(
+                f"the latents are of the codec {codec_hash[:12]}, the teacher was trained on those of {known}; "
+                "encode them with the teacher's codec"
+            )
+
 
 Loss = Callable[..., Tensor]
 """`(estimate [B, C, L], target [B, C, L], mask=[B, L] or None) -> []`."""

@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from foley.checkpoint import ALLOWED_PACKAGES, CheckpointError, load_trained
-from foley.config import PROJECT_ROOT, relative_to_checkout
+from foley.core.components import ALLOWED_PACKAGES, CheckpointError, load_trained
+from foley.core.config import PROJECT_ROOT, relative_to_checkout
+from foley.core.hashing import hash_module
+from foley.core.logs import get_logger
 from foley.data.datamodule import LatentDataModule
-from foley.hashing import hash_module
-from foley.logs import get_logger
 from foley.training.base import FoleyModule
-from foley.training.checkpoint_io import AtomicCheckpointIO
+from foley.training.callbacks.checkpointing import AtomicCheckpointIO
 from foley.training.warm_start import warm_start
 
 _log = get_logger(__name__)

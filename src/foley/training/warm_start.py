@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from foley.checkpoint import FOLEY_KEY, CheckpointError, compare_states, read_training_checkpoint
-from foley.logs import get_logger
+from foley.core.components import FOLEY_KEY, CheckpointError, compare_states, read_training_checkpoint
+from foley.core.logs import get_logger
 from foley.training.base import FoleyModule
 
 _log = get_logger(__name__)

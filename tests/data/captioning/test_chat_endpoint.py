@@ -9,8 +9,7 @@ import pytest
 from chat_server import completion
 
 from foley.data.captioning.answers import Answer, AnswerError, EndpointError, retry_after
-from foley.data.captioning.endpoint import ChatEndpoint
-from foley.data.captioning.rate_limit import RateLimiter
+from foley.data.captioning.endpoint import ChatEndpoint, RateLimiter
 
 KEY = "sk-not-for-your-eyes"
 

@@ -77,7 +77,7 @@ def test_captions_are_the_models_words_and_do_not_depend_on_the_batch(captioner)
 
 
 def test_captions_are_those_of_generate(captioner, tmp_path):
-    from foley.data.audio_io import read_audio
+    from foley.data.audio import read_audio
 
     audio = read_audio(tmp_path / "1-.wav", 16000)
     prompt = f"<|audio_bos|><|AUDIO|><|audio_eos|>{INSTRUCTION}"

@@ -10,11 +10,10 @@ from chat_server import completion
 from hydra import compose, initialize_config_dir
 from pytorch_lightning import Trainer
 
-from foley.config import PROJECT_ROOT
+from foley.core.config import PROJECT_ROOT
 from foley.data.annotating import AnnotationError, annotate, pending_rows, read_results
-from foley.data.captioning.cost import Prices, estimate_cost
-from foley.data.captioning.endpoint import ChatEndpoint
-from foley.data.captioning.merging import write_captioned_manifest
+from foley.data.captioning.answers import write_captioned_manifest
+from foley.data.captioning.endpoint import ChatEndpoint, Prices, estimate_cost
 from foley.data.captioning.strong_labels import StrongLabelCaptioner
 from foley.data.manifest import read_manifest
 
@@ -125,7 +124,7 @@ def test_the_estimate_is_arithmetic(captioner, strong_manifest, tmp_path):
 
 def test_configs_hold_no_key():
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("caption", ["captioner=strong_labels", "manifest=m", "out=o"])
+        cfg = compose("script/caption", ["captioner=strong_labels", "manifest=m", "out=o"])
     assert cfg.captioner.endpoint.api_key_env == "OPENAI_API_KEY"
     assert not [name for name in cfg.captioner.endpoint if name in ("key", "api_key", "token")]
 

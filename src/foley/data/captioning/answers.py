@@ -1,11 +1,29 @@
-"""What a chat endpoint answers: text, or one of three kinds of failure."""
+"""What a captioner answers, where a caption comes from, and captions put in the place of a manifest's own."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
 
 import requests
+
+from foley.core.files import json_lines
+from foley.data.annotating import read_results
+from foley.data.manifest import checked_rows
+
+
+def identity(source: str, model: str, prompt: str) -> dict[str, str]:
+    """What all captions of a run have in common; the prompt as SHA-256 of its text."""
+    return {"source": source, "model": model, "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest()}
+
+
+def captioned(caption: str, identity: dict[str, str], **more: Any) -> dict[str, Any]:
+    """A result: the caption on one line, with its identity and the time at which it was made (UTC)."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"caption": " ".join(caption.split()), **identity, "date": now, **more}
 
 
 class EndpointError(RuntimeError):
@@ -63,3 +81,25 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError):
         return None
+
+
+def write_captioned_manifest(manifest: Path, output_dir: Path) -> tuple[Path, int]:
+    """Write `output_dir/manifest.jsonl`: the rows of `manifest` that have a caption in `output_dir`, with it.
+
+    Paths, licences and all other fields stay; `captioning` holds model, prompt hash, date and source. Rows without
+    a caption are left out.
+
+    Returns:
+        The path and the number of rows.
+    """
+    captions = {result.pop("id"): result for result in read_results(output_dir)}
+    written = 0
+    path = output_dir / "manifest.jsonl"
+    with json_lines(path) as write:
+        for _, row in checked_rows(manifest):
+            if isinstance(row, str) or row["id"] not in captions:
+                continue
+            made = {**captions[row["id"]]}
+            write({**row, "caption": made.pop("caption"), "captioning": made})
+            written += 1
+    return path, written

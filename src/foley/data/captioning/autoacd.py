@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from foley.core.hashing import hash_file
+from foley.core.logs import get_logger
 from foley.data.annotating import Fault, ManifestRow
-from foley.data.captioning.provenance import captioned
+from foley.data.captioning.answers import captioned
 from foley.data.importers.tables import table_rows
 from foley.data.importers.youtube import autoacd_caption, autoacd_key
-from foley.hashing import hash_file
-from foley.logs import get_logger
 
 _log = get_logger(__name__)
 _MAX_LISTED = 20

@@ -1,19 +1,57 @@
-"""Chat completions of any server that speaks OpenAI's protocol: retries, rate limit, time-outs, and no key in sight."""
+"""Chat completions of any server that speaks OpenAI's protocol: retries, time-outs, and what a run costs."""
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import requests
 from requests.auth import AuthBase
 
+from foley.core.logs import get_logger
+from foley.core.seeding import numpy_generator
 from foley.data.captioning.answers import Answer, AnswerError, EndpointError, TemporaryError, read_answer, retry_after
-from foley.data.captioning.rate_limit import RateLimiter
-from foley.logs import get_logger
-from foley.seeding import numpy_generator
 
 _log = get_logger(__name__)
+
+
+class RateLimiter:
+    """Spaces out requests evenly; `pause` holds back all of them.
+
+    Args:
+        per_minute: requests; None for as many as there are.
+    """
+
+    def __init__(
+        self,
+        per_minute: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if per_minute is not None and per_minute <= 0:
+            raise ValueError(f"requests per minute must be positive, got {per_minute}")
+        self._interval = 60.0 / per_minute if per_minute else 0.0
+        self._clock, self._sleep = clock, sleep
+        self._next = clock()
+        self._lock = Lock()
+
+    def wait(self) -> None:
+        """Return when the next request may start."""
+        with self._lock:
+            now = self._clock()
+            start = max(now, self._next)
+            self._next = start + self._interval
+        if start > now:
+            self._sleep(start - now)
+
+    def pause(self, seconds: float) -> None:
+        """Let no request start in the next `seconds`."""
+        with self._lock:
+            self._next = max(self._next, self._clock() + seconds)
+
+
 _REFUSED_REQUEST = (400, 413, 422)
 _TEMPORARY = (408, 409, 425, 429)
 _OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
@@ -133,3 +171,45 @@ class ChatEndpoint:
         """Servers quote keys in their errors."""
         one_line = " ".join(text.split())
         return one_line.replace(self._auth.key, "<key>") if self._auth.key else one_line
+
+
+_CHARACTERS_PER_TOKEN = 4.0
+_TOKENS_PER_MESSAGE = 4
+_PER_MILLION = 1e6
+
+
+@dataclass(frozen=True)
+class Prices:
+    """US dollars for a million tokens."""
+
+    prompt_usd_per_million: float
+    completion_usd_per_million: float
+
+    def cost_usd(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """Of so many tokens."""
+        prompt = prompt_tokens * self.prompt_usd_per_million
+        return (prompt + completion_tokens * self.completion_usd_per_million) / _PER_MILLION
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """Of `requests` requests."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float
+
+
+def estimate_cost(system: str, users: Iterable[str], completion_tokens: float, prices: Prices) -> CostEstimate:
+    """For one request per text in `users`: four characters a token, which is near for English, and no retries.
+
+    Args:
+        completion_tokens: expected in one answer.
+    """
+    requests, prompt_tokens = 0, 0.0
+    for user in users:
+        requests += 1
+        prompt_tokens += (len(system) + len(user)) / _CHARACTERS_PER_TOKEN + 2 * _TOKENS_PER_MESSAGE
+    answers = requests * completion_tokens
+    return CostEstimate(requests, round(prompt_tokens), round(answers), prices.cost_usd(prompt_tokens, answers))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, ProcessorMixin, Qwen2AudioForConditionalGeneration
 
+from foley.core.hub import load_pretrained
 from foley.data.annotating import AnnotationError, Fault, ManifestRow
-from foley.data.audio_io import AudioError, FloatArray, read_audio
-from foley.data.captioning.provenance import captioned, identity
-from foley.hub import load_pretrained
+from foley.data.audio import AudioError, FloatArray, read_audio
+from foley.data.captioning.answers import captioned, identity
 
 _AUDIO_PROMPT = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 

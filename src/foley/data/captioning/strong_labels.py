@@ -7,10 +7,8 @@ from typing import Any
 import torch
 
 from foley.data.annotating import Fault, ManifestRow
-from foley.data.captioning.answers import AnswerError, EndpointError
-from foley.data.captioning.cost import CostEstimate, Prices, estimate_cost
-from foley.data.captioning.endpoint import ChatEndpoint
-from foley.data.captioning.provenance import captioned, identity
+from foley.data.captioning.answers import AnswerError, EndpointError, captioned, identity
+from foley.data.captioning.endpoint import ChatEndpoint, CostEstimate, Prices, estimate_cost
 from foley.data.events import Event, describe_events
 
 _QUOTES = "\"'“”"

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from foley.checkpoint import CheckpointError, load_state, read_pickle
-from foley.hashing import hash_file
+from foley.core.components import CheckpointError, load_state, read_pickle
+from foley.core.hashing import hash_file
 
 Module = TypeVar("Module", bound=nn.Module)
 

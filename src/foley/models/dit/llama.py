@@ -6,13 +6,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from foley.models.dit.block import BlockShape, TransformerBlock
-from foley.models.dit.conditions import Conditions
-from foley.models.dit.output import OutputLayer
-from foley.models.dit.transformer import LatentTransformer
-from foley.nn.adaln import AdaLN, ModulationScheme
+from foley.models.dit.model import BlockShape, Conditions, LatentTransformer, OutputLayer, TransformerBlock
+from foley.nn.adaln import AdaLN, ModulatedRMSNorm, ModulationScheme
 from foley.nn.feedforward import SwigluFeedForward
-from foley.nn.norm import ModulatedRMSNorm
 from foley.nn.rotary import RotaryEmbedding
 
 _HIDDEN_MULTIPLE = 256

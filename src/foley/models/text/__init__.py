@@ -1,9 +1,8 @@
 """Prompts to conditioning sequences: frozen T5 encoders, a small encoder that trains along, precomputed features."""
 
 from foley.models.text.base import TextConditioner, TextEmbedding
-from foley.models.text.cache import CachedText, EmbeddingCache
 from foley.models.text.features import FeatureConditioner, FeatureError, feature_files
-from foley.models.text.frozen_t5 import FrozenT5Conditioner, TextModelError
+from foley.models.text.frozen_t5 import CachedText, EmbeddingCache, FrozenT5Conditioner, TextModelError
 from foley.models.text.small import SmallTextEncoder
 
 __all__ = [

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from foley.logs import get_logger
+from foley.core.logs import get_logger
 
 logger = get_logger(__name__)
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from foley.logs import get_logger
+from foley.core.logs import get_logger
 from foley.models.text.base import TextConditioner, TextEmbedding
 from foley.nn.embedding import LearnedPositions
-from foley.nn.linear import normal_linear
+from foley.nn.feedforward import normal_linear
 
 SUFFIX = ".safetensors"
 _KEY = "features"

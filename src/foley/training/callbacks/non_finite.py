@@ -7,7 +7,7 @@ import torch
 from torch import distributed
 from torch.optim import Optimizer
 
-from foley.logs import get_logger
+from foley.core.logs import get_logger
 
 _log = get_logger(__name__)
 

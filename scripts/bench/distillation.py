@@ -1,0 +1,128 @@
+"""A student against its teacher: label accuracy, Frechet distance and wall seconds at every number of steps.
+
+With `curves`, also students of different k over their training; with `guidance_sweep`, the student at other scales.
+Seconds are those of the whole list of prompts, by stage.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.files import write_json
+from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.generation.prompts import LabelledPrompts
+from foley.generation.settings import Generation
+from foley.generation.text_to_audio import TextToAudio, resolve_device
+from foley.metrics.judge import Judge
+from foley.reporting.plots import plot_rows
+from foley.reporting.tables import provenance
+
+Row = dict[str, Any]
+_SCORES = {"label_accuracy": "label accuracy", "frechet_distance": "Frechet distance"}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every row generates, and how it is judged."""
+
+    prompts: LabelledPrompts
+    judge: Judge
+    duration_seconds: float
+    batch_size: int
+    repeats: int
+    any_guidance_scale: bool
+
+    @classmethod
+    def build(cls, cfg: DictConfig) -> "Workload":
+        return cls(
+            LabelledPrompts.read(Path(cfg.prompts), cfg.num_prompts),
+            Judge.load(Path(cfg.extractor_dir), cfg.reference),
+            cfg.duration_seconds,
+            cfg.batch_size,
+            cfg.repeats,
+            cfg.any_guidance_scale,
+        )
+
+    def measure(self, system: TextToAudio, num_steps: int, scale: float) -> Row:
+        """One row: seconds by stage, medians over the repeats, and scores."""
+        runs = [self.generate(system, num_steps, scale) for _ in range(self.repeats)]
+        stages = {stage: median(asdict(run.timings)[stage] for run in runs) for stage in asdict(runs[0].timings)}
+        total = median(run.timings.total_seconds for run in runs)
+        row = {"num_steps": num_steps, "guidance_scale": scale, **stages, "total_seconds": total}
+        return {**row, **self.judge.score(runs[-1].audio, runs[-1].sample_rate_hz, self.prompts.labels)}
+
+    def generate(self, system: TextToAudio, num_steps: int, scale: float) -> Generation:
+        """The clips, once."""
+        system.forget_prompts()  # so that the text counts in every row
+        return system.generate(
+            self.prompts.captions,
+            self.duration_seconds,
+            guidance=ClassifierFreeGuidance(scale),
+            num_steps=num_steps,
+            batch_size=self.batch_size,
+            any_guidance_scale=self.any_guidance_scale,
+        )
+
+
+def compare(workload: Workload, systems: Iterable[tuple[str, TextToAudio, Sequence[int]]], scale: float) -> list[Row]:
+    """A row for each system and number of steps; speed-ups are over the first row."""
+    rows = []
+    for name, system, step_counts in systems:
+        workload.generate(system, 1, scale)  # warms up
+        rows += [{"system": name, **workload.measure(system, steps, scale)} for steps in step_counts]
+    for row in rows:
+        for stage in ("denoise", "total"):
+            row[f"{stage}_speedup"] = rows[0][f"{stage}_seconds"] / row[f"{stage}_seconds"]
+    return rows
+
+
+def measure_curves(workload: Workload, cfg: DictConfig, device: Any) -> list[Row]:
+    """A row for each checkpoint of each run in `cfg.curves`."""
+    rows = []
+    for jump_steps, folder in cfg.curves.items():
+        paths = sorted(Path(folder).glob("checkpoints/step_*.ckpt"))
+        if not paths:
+            raise FileNotFoundError(f"curves.{jump_steps}={folder} holds no checkpoints/step_*.ckpt")
+        for path in paths:
+            row = workload.measure(TextToAudio.load(path, device), cfg.curve_steps, cfg.guidance_scale)
+            rows.append({"k": int(jump_steps), "training_step": int(path.stem.removeprefix("step_")), **row})
+    return rows
+
+
+@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/distillation")
+def main(cfg: DictConfig) -> None:
+    workload, device = Workload.build(cfg), resolve_device(cfg.device)
+    teacher = TextToAudio.load(cfg.teacher, device)
+    systems = [("teacher", teacher, cfg.teacher_steps)]
+    sweep: list[Row] = []
+    if cfg.student is not None:
+        student = TextToAudio.load(cfg.student, device)
+        systems.append(("student", student, cfg.student_steps))
+        sweep = [workload.measure(student, n, scale) for n in cfg.student_steps for scale in cfg.guidance_sweep]
+    rows, curves = compare(workload, systems, cfg.guidance_scale), measure_curves(workload, cfg, device)
+    output_dir = Path(cfg.output_dir)
+    results = {"rows": rows, "guidance_sweep": sweep, "curves": curves}
+    named = ("teacher", "student", "guidance_scale", "duration_seconds", "batch_size", "repeats", "reference")
+    settings = {
+        **{name: cfg[name] for name in named},
+        "prompts": len(workload.prompts.captions),
+        "model_hashes": {name: system.model_hash for name, system, _ in systems},
+        "device": str(device),
+    }
+    write_json(output_dir / "distillation.json", {"settings": settings, "provenance": provenance(), **results})
+    plot_rows(rows, "denoise_seconds", _SCORES, "{system}", output_dir / "distillation.png", log_x=True)
+    plot_rows(sweep, "guidance_scale", _SCORES, "{num_steps} steps", output_dir / "guidance.png")
+    plot_rows(curves, "training_step", _SCORES, "k {k}", output_dir / "curves.png")
+    sys.stdout.write("\n".join(json.dumps(row) for row in [*rows, *sweep, *curves]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

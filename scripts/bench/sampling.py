@@ -1,0 +1,56 @@
+"""Seconds to generate one clip on this machine, split into text, denoising and decoding."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.core.files import write_json
+from foley.generation.text_to_audio import Generation, TextToAudio, resolve_device
+from foley.reporting.tables import provenance
+from foley.system.system import load_system, untrained_system
+
+PROMPT = "a dog barks while rain falls on a tin roof"
+
+
+def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> dict[str, Any]:
+    """Medians over the runs; `real_time_ratio` is seconds of audio for each second of work."""
+    stages = {key: median(asdict(run.timings)[key] for run in runs) for key in asdict(runs[0].timings)}
+    total = median(run.timings.total_seconds for run in runs)
+    return {
+        **{key: round(seconds, 4) for key, seconds in stages.items()},
+        "total_seconds": round(total, 4),
+        "real_time_ratio": round(runs[0].settings["duration_seconds"] / total, 3),
+        "repeats": len(runs),
+        "trained_weights": trained,
+        "denoiser_parameters": sum(p.numel() for p in pipeline.denoiser.parameters()),
+        "codec_parameters": sum(p.numel() for p in pipeline.codec.parameters()),
+        "settings": runs[0].settings,
+        "provenance": provenance(),
+    }
+
+
+@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/sampling")
+def main(cfg: DictConfig) -> None:
+    trained = Path(cfg.ckpt).exists()
+    system = load_system(Path(cfg.ckpt)) if trained else untrained_system(cfg)
+    pipeline = TextToAudio(system, resolve_device(cfg.device))
+    settings = {"guidance": instantiate(cfg.guidance), "solver": cfg.solver.name, "num_steps": cfg.steps}
+    runs = []
+    for _ in range(cfg.repeats + 1):
+        pipeline.forget_prompts()  # so that the text counts in every run
+        runs.append(pipeline.generate([PROMPT], cfg.duration_seconds, **settings))
+    result = summarise(runs[1:], pipeline, trained)
+    write_json(Path(cfg.results_file), result)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""LiteFocus (Tan et al. 2024): each query attends to its own frequency and to a random sample of all tokens."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foley.accel.attention.seeded import SeededAccelerator
+from foley.accel.diffusers.audioldm2 import (
+    Attend,
+    FeatureMapSizes,
+    UNetSelfAttention,
+    find_self_attention,
+    replaced_attention,
+    watched_feature_maps,
+)
+
+
+def compensation_indices(num_tokens: int, ratio: float, generator: torch.Generator) -> Tensor:
+    """`floor(ratio * num_tokens)` different token indices, drawn on the generator's device (LiteFocus, eq. 6)."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio is a share of the tokens, between 0 and 1, got {ratio}")
+    return torch.randperm(num_tokens, generator=generator)[: math.floor(ratio * num_tokens)]
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_frequencies: int,
+    compensation_indices: Tensor,
+    double_count: bool = False,
+    same_frequency: bool = True,
+) -> Tensor:
+    """Softmax attention over `{same frequency} united with C`, `[B, H, N, D]` to `[B, H, N, D]` (LiteFocus, eq. 1-5).
+
+    Queries are grouped by frequency, so that each group shares its keys: O(N (T + r N)) scores, none of which is
+    computed and thrown away but those of duplicates.
+
+    Args:
+        q, k, v: `[B, H, N, D]`; token `t * num_frequencies + f` is frame t, frequency f.
+        compensation_indices: C `[M]`, all different; empty for attention to the same frequency only.
+        double_count: count a key in both sets twice, as the published code does; by default once, as the paper says.
+        same_frequency: false attends to C alone.
+
+    Raises:
+        ValueError: N is no multiple of the number of frequencies, or there is nothing to attend to.
+    """
+    if q.shape[2] % num_frequencies:
+        raise ValueError(f"{q.shape[2]} tokens do not divide into {num_frequencies} frequencies")
+    indices = compensation_indices.to(q.device)
+    shared_k, shared_v = (x.index_select(2, indices) for x in (k, v))
+    if not same_frequency:
+        if not len(indices):
+            raise ValueError("attention without the same frequency needs compensation tokens, got none: raise `ratio`")
+        return F.scaled_dot_product_attention(q, shared_k, shared_v)
+    keys, values = (
+        torch.cat([_by_frequency(x, num_frequencies), tokens.repeat(1, num_frequencies, 1, 1)], dim=2)
+        for x, tokens in ((k, shared_k), (v, shared_v))
+    )
+    mask = None if double_count or not len(indices) else _counted_once(indices, num_frequencies, keys)
+    attended = F.scaled_dot_product_attention(_by_frequency(q, num_frequencies), keys, values, attn_mask=mask)
+    return attended.unflatten(1, (num_frequencies, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _by_frequency(x: Tensor, num_frequencies: int) -> Tensor:
+    """`[B, H, T F, D]` to `[B, F H, T, D]`; no copy where heads were split from the last axis."""
+    return x.unflatten(2, (-1, num_frequencies)).permute(0, 3, 1, 2, 4).flatten(1, 2)
+
+
+def _counted_once(indices: Tensor, num_frequencies: int, keys: Tensor) -> Tensor:
+    """A mask `[1, F H, 1, T + M]` of `keys [B, F H, T + M, D]`, false where one of the last M is among the first T."""
+    frequencies = torch.arange(num_frequencies, device=indices.device).unsqueeze(1)
+    keep = F.pad(indices % num_frequencies != frequencies, (keys.shape[2] - len(indices), 0), value=True)
+    return keep.repeat_interleave(keys.shape[1] // num_frequencies, dim=0)[None, :, None]
+
+
+class LiteFocus(SeededAccelerator):
+    """LiteFocus on AudioLDM2's U-Net: the compensation tokens are drawn anew for each layer and evaluation.
+
+    Args:
+        ratio: r, the share of all tokens that every query attends to; 0 leaves the same frequency alone.
+        blocks: of the U-Net. Published: its second down block and the up block of the same resolution.
+        same_frequency: false attends to the compensation tokens only.
+        double_count: as in `sparse_attention`.
+        seed: of the compensation tokens.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.1,
+        blocks: Sequence[str] = ("down_blocks.1", "up_blocks.2"),
+        same_frequency: bool = True,
+        double_count: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed)
+        self._ratio = ratio
+        self._blocks = blocks
+        self._core = partial(sparse_attention, double_count=double_count, same_frequency=same_frequency)
+
+    @contextmanager
+    def attach(self, denoiser: nn.Module) -> Iterator[None]:
+        """Replace the attention processors inside the context, and restore them on any exit.
+
+        Raises:
+            ValueError: the denoiser is no AudioLDM2 U-Net, or lacks one of the blocks.
+            RuntimeError: LiteFocus or Token Merging is attached to it already.
+        """
+        layers = find_self_attention(denoiser, self._blocks)
+        with watched_feature_maps(layers) as sizes, replaced_attention(layers, partial(self._sparse, sizes)):
+            yield
+
+    def _sparse(self, sizes: FeatureMapSizes, layer: UNetSelfAttention) -> Attend:
+        def attend(attention: Attention, tokens: Tensor) -> Tensor:
+            _, num_frequencies = sizes[layer.transformer]
+            num_tokens, device = tokens.shape[1], tokens.device
+            indices = self.drawn(layer.name, compensation_indices, num_tokens, self._ratio, device=device)
+            projections = (attention.to_q, attention.to_k, attention.to_v)
+            q, k, v = (project(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for project in projections)
+            attended = self._core(q, k, v, num_frequencies, indices).transpose(1, 2).flatten(-2)
+            for module in attention.to_out:
+                attended = module(attended)
+            return attended
+
+        return attend

@@ -1,0 +1,59 @@
+"""What accelerators that draw at random share: they know the evaluation, and derive their draws from it alone."""
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from foley.core.seeding import torch_generator
+from foley.diffusion.context import RunContext, StepContext
+
+
+class SeededAccelerator:
+    """Draws depend on the seed, the layer and the evaluation; so both guidance branches and all devices share them."""
+
+    changes_cost = True
+    """Layers do less work than their own forwards, and not by a schedule; see `foley.accel.meter.CostMeter`."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._reset()
+
+    def _reset(self) -> None:
+        self._num_evaluations = 0
+        self._evaluation: int | None = None
+        self._tables: dict[Hashable, Tensor] = {}
+
+    def drawn(
+        self, layer: str, draw: Callable[..., Tensor], *arguments: float | tuple[int, int], device: torch.device
+    ) -> Tensor:
+        """`draw(*arguments, generator)` `[M]` for the layer of that name at the present evaluation.
+
+        Drawn for all evaluations of a run at once, and copied to the device once: each copy would wait for it.
+        Raises RuntimeError outside of an evaluation.
+        """
+        if self._evaluation is None:
+            raise RuntimeError(
+                f"a {type(self).__name__} is attached, but the sampler does not call it: pass it as a callback"
+            )
+        key = (layer, arguments, device)
+        if key not in self._tables:
+            generators = (
+                torch_generator(type(self).__name__, self._seed, layer, evaluation)
+                for evaluation in range(self._num_evaluations)
+            )
+            self._tables[key] = torch.stack([draw(*arguments, generator) for generator in generators]).to(device)
+        return self._tables[key][self._evaluation]
+
+    def on_run_start(self, run: RunContext) -> None:
+        self._reset()
+        self._num_evaluations = run.num_evaluations
+
+    def on_evaluation_start(self, context: StepContext) -> None:
+        self._evaluation = context.evaluation
+
+    def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
+        self._evaluation = None
+
+    def on_run_end(self) -> None:
+        self._reset()

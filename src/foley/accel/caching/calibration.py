@@ -1,0 +1,235 @@
+"""Change curves of a denoiser's layers: recorded once without caching, kept, and read by the policies."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foley.accel.caching.schedule import RunSignature
+from foley.accel.cost import EvaluationMacs, MacCounter
+from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, replaced_forwards
+from foley.core.files import load_record, save_record
+from foley.diffusion.context import RunContext, StepContext
+
+
+def calibration_stem(directory: Path, solver: str, num_steps: int | str) -> Path:
+    """Where the calibration of one solver and step count lies: `<directory>/<solver>_<steps>`, without extension."""
+    return directory / f"{solver}_{num_steps}"
+
+
+def calibration_directory(checkpoint: str | Path) -> Path:
+    """`calibration/` inside a system directory, or beside a checkpoint file."""
+    path = Path(checkpoint).expanduser()
+    return (path.parent if path.is_file() else path) / "calibration"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """`mean` and `std` over prompts, `[layers, distances, evaluations]`: the change since `distance` evaluations ago.
+
+    Entry `[i, k - 1, s]` compares evaluation s with evaluation s - k; entries with s < k are zero and mean nothing.
+    `timesteps` are those of the evaluations; `macs` are counted at the duration and batch size of the calibration, and
+    their proportions are what matters.
+    """
+
+    mean: Tensor
+    std: Tensor
+    layer_names: tuple[str, ...]
+    layer_kinds: tuple[str, ...]
+    signature: RunSignature
+    num_prompts: int
+    timesteps: tuple[float, ...]
+    macs: EvaluationMacs
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of each layer, in order of execution."""
+        return dict(zip(self.layer_names, self.layer_kinds, strict=True))
+
+    def changes(self) -> dict[str, list[float]]:
+        """Per layer, the mean change since the previous evaluation (AudioCache, eq. 1)."""
+        return dict(zip(self.layer_names, self.mean[:, 0].tolist(), strict=True))
+
+    def at(self, num_steps: int, timesteps: Sequence[float]) -> "Calibration":
+        """For a run of another number of steps: the differences of the cumulative curves between its evaluations.
+
+        So a fine calibration serves a coarser run. Changes that turn back add up all the same, so that errors are
+        rather too large than too small. The standard deviations are not known: NaN. Raises ValueError where timesteps
+        do not fall from one evaluation to the next, as those of a second-order solver do not.
+        """
+        own, asked = -np.asarray(self.timesteps), -np.asarray(timesteps)  # ascending, as interpolation wants them
+        if (np.diff(own) <= 0).any() or (np.diff(asked) <= 0).any():
+            raise ValueError(
+                f"the calibration of solver {self.signature.solver!r} cannot be read at other steps: its timesteps do "
+                "not fall steadily; calibrate for the number of steps that you sample with"
+            )
+        curves = self.mean[:, 0].double().cumsum(dim=1).numpy()
+        positions = torch.from_numpy(np.stack([np.interp(asked, own, curve) for curve in curves]))
+        mean = torch.zeros(*self.mean.shape[:2], len(asked))
+        for distance in range(1, mean.shape[1] + 1):
+            mean[:, distance - 1, distance:] = positions[:, distance:] - positions[:, :-distance]
+        signature = replace(self.signature, num_steps=num_steps, num_evaluations=len(asked))
+        std = torch.full_like(mean, torch.nan)
+        return replace(self, mean=mean, std=std, signature=signature, timesteps=tuple(timesteps))
+
+    def errors(self, max_lookahead: int) -> dict[str, list[list[float]]]:
+        """Per layer, at `[k - 1][s]`, the mean change from evaluation s to s + k, for k up to `max_lookahead`.
+
+        Raises:
+            ValueError: the calibration did not record as many distances.
+        """
+        recorded = self.mean.shape[1]
+        if not 1 <= max_lookahead <= recorded:
+            raise ValueError(f"max_lookahead must be between 1 and the {recorded} recorded, got {max_lookahead}")
+        return {
+            name: [curves[k - 1, k:].tolist() for k in range(1, max_lookahead + 1)]
+            for name, curves in zip(self.layer_names, self.mean, strict=True)
+        }
+
+    def save(self, stem: Path) -> None:
+        """Write `<stem>.safetensors` and `<stem>.json`."""
+        info = {
+            "signature": asdict(self.signature),
+            "layer_names": self.layer_names,
+            "layer_kinds": self.layer_kinds,
+            "num_prompts": self.num_prompts,
+            "timesteps": self.timesteps,
+            "macs": asdict(self.macs),
+        }
+        save_record(stem, {"mean": self.mean, "std": self.std}, info)
+
+    @classmethod
+    def load(cls, stem: Path) -> "Calibration":
+        """Read what `save` wrote; raises as `load_record` does, and ValueError where an earlier version wrote it."""
+        tensors, info = load_record(stem)
+        if "macs" not in info:
+            raise ValueError(f"{stem}.json was written by an earlier version; make it again with scripts/calibrate.py")
+        return cls(
+            mean=tensors["mean"],
+            std=tensors["std"],
+            layer_names=tuple(info["layer_names"]),
+            layer_kinds=tuple(info["layer_kinds"]),
+            signature=RunSignature(**info["signature"]),
+            num_prompts=info["num_prompts"],
+            timesteps=tuple(info["timesteps"]),
+            macs=EvaluationMacs(**info["macs"]),
+        )
+
+
+def relative_change(current: Tensor, previous: Tensor) -> Tensor:
+    """`|current - previous|_1 / |current|_1` of each item of a batch, `[B]` (AudioCache, eq. 1).
+
+    0 where both are silent, as the output of a layer that starts at zero is.
+    """
+    difference = (current - previous).flatten(1).abs().sum(dim=1, dtype=torch.float32)
+    size = current.flatten(1).abs().sum(dim=1, dtype=torch.float32)
+    return difference / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class CalibrationRecorder:
+    """An accelerator that speeds nothing up: it lets every layer compute and records how much the output changes.
+
+    Keeps the last `max_distance` outputs of each layer and branch. Runs may differ in batch size; each item of a batch
+    is one prompt, over whose guidance branches the change is averaged. A run that breaks off is left out. The
+    multiply-accumulates are those of the last run's first evaluation.
+    """
+
+    def __init__(self, max_distance: int = 3) -> None:
+        self._max_distance = max_distance
+        self._layers: list[CacheableLayer] = []
+        self._denoiser: nn.Module | None = None
+        self._signature: RunSignature | None = None
+        self._timesteps: tuple[float, ...] = ()
+        self._macs = MacCounter()
+        self._finished_runs: list[Tensor] = []
+        self._context: StepContext | None = None
+        self._forget_run()
+
+    def _forget_run(self) -> None:
+        self._history: dict[tuple[str, int], deque[Tensor]] = {}
+        self._totals = torch.zeros(0)
+        self._counts = torch.zeros(0)
+
+    @contextmanager
+    def attach(self, denoiser: nn.Module) -> Iterator[None]:
+        """Watch the cacheable layers of `denoiser` inside the context; raises as `LayerCache.attach` does."""
+        layers = find_cacheable_layers(denoiser)
+        with replaced_forwards(denoiser, layers, self._recording_forward):
+            self._layers, self._denoiser = layers, denoiser
+            try:
+                yield
+            finally:
+                self._denoiser = None
+                self._forget_run()
+
+    def _recording_forward(self, index: int, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = self._macs.call(index, original, *args, **kwargs)
+            self._record(index, output.detach())
+            return output
+
+        return forward
+
+    def _record(self, index: int, output: Tensor) -> None:
+        if self._context is None:
+            raise RuntimeError("a CalibrationRecorder is attached, but the sampler does not call it as a callback")
+        evaluation, batch_size = self._context.evaluation, self._context.run.batch_size
+        self._totals = self._totals.to(output.device)  # stays there for the run: to read it would wait for the device
+        history = self._history.setdefault((self._context.branch, index), deque(maxlen=self._max_distance))
+        for distance, previous in enumerate(reversed(history)):
+            branches = relative_change(output, previous).view(-1, batch_size)
+            self._totals[index, distance, evaluation] += branches.sum(dim=0)
+        self._counts[index, evaluation] += output.shape[0] // batch_size
+        history.append(output)
+
+    def on_run_start(self, run: RunContext) -> None:
+        """Raises RuntimeError if nothing is attached, SignatureMismatchError if runs of two kinds would be mixed."""
+        if self._denoiser is None:
+            raise RuntimeError("CalibrationRecorder has no denoiser: generate inside its `attach(denoiser)` context")
+        signature = RunSignature.of(run, self._denoiser)
+        if self._signature is not None:
+            self._signature.require(signature, "the calibration recorded so far")
+        self._signature = signature
+        self._timesteps = tuple(run.timesteps.tolist())
+        self._forget_run()
+        self._totals = torch.zeros(len(self._layers), self._max_distance, run.num_evaluations, run.batch_size)
+        self._counts = torch.zeros(len(self._layers), run.num_evaluations)
+
+    def on_evaluation_start(self, context: StepContext) -> None:
+        self._context = context
+        if context.evaluation == 0:
+            self._macs = MacCounter()
+            self._macs.start()
+
+    def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
+        self._context = None
+        self._macs.stop()
+
+    def on_run_end(self) -> None:
+        self._macs.stop()
+        if self._counts.numel() and (self._counts > 0).all():
+            self._finished_runs.append(self._totals.cpu() / self._counts[:, None, :, None])
+        self._context = None
+        self._forget_run()
+
+    def calibration(self) -> Calibration:
+        """The curves over all prompts of the finished runs; raises RuntimeError if there is none."""
+        if self._signature is None or not self._finished_runs:
+            raise RuntimeError("no generation has run to its end under this recorder: there is nothing to average")
+        prompts = torch.cat(self._finished_runs, dim=-1)
+        return Calibration(
+            mean=prompts.mean(dim=-1),
+            std=prompts.std(dim=-1, correction=0),
+            layer_names=tuple(layer.name for layer in self._layers),
+            layer_kinds=tuple(layer.kind for layer in self._layers),
+            signature=self._signature,
+            num_prompts=prompts.shape[-1],
+            timesteps=self._timesteps,
+            macs=self._macs.evaluation([layer.name for layer in self._layers]),
+        )

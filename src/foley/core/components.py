@@ -1,0 +1,279 @@
+"""Components on disk: `model.safetensors` beside a `config.json` that says how to build the module.
+
+A component's config is a plain mapping with Hydra's `_target_`. Configs may come from strangers, so only classes
+of this package are built, and weights are only ever read as safetensors or with `weights_only`.
+"""
+
+import importlib
+import json
+import pickle
+import shutil
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from foley.core.files import write_json, write_tensors
+
+ALLOWED_PACKAGES = (
+    *("foley.models.", "foley.nn.", "foley.diffusion.", "foley.losses."),
+    *("foley.metrics.extractors.", "foley.metrics.embedded."),
+)
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+FOLEY_KEY = "foley"
+"""Entry of a training checkpoint that says how to build the components whose weights it holds."""
+
+_MOVED = {
+    "foley.diffusion.generate": "foley.diffusion.sampler",
+    "foley.diffusion.types": "foley.diffusion.context",
+    "foley.metrics.extractors.embedded": "foley.metrics.embedded.network",
+    "foley.models.dit.backbone": "foley.models.dit.model",
+    "foley.models.dit.block": "foley.models.dit.model",
+    "foley.models.dit.conditions": "foley.models.dit.model",
+    "foley.models.dit.output": "foley.models.dit.model",
+    "foley.models.dit.transformer": "foley.models.dit.model",
+    "foley.models.mel_codec.autoencoder": "foley.models.codec.mel_vae",
+    "foley.models.mel_codec.codec": "foley.models.codec.mel_codec",
+    "foley.models.mel_codec.discriminator": "foley.models.codec.discriminators",
+    "foley.models.mel_codec.mel_vae": "foley.models.codec.mel_vae",
+    "foley.models.mel_codec.spectrogram": "foley.models.codec.mel_vae",
+    "foley.models.normaliser": "foley.models.codec.normaliser",
+    "foley.models.text.cache": "foley.models.text.frozen_t5",
+    "foley.models.text.tokenizer": "foley.models.text.small",
+    "foley.models.vae.base": "foley.models.codec.base",
+    "foley.models.vae.bottleneck": "foley.models.codec.base",
+    "foley.models.vae.decoder": "foley.models.codec.waveform_vae",
+    "foley.models.vae.discriminator": "foley.models.codec.discriminators",
+    "foley.models.vae.encoder": "foley.models.codec.waveform_vae",
+    "foley.models.vae.fast_decoder": "foley.models.codec.fast_decoder",
+    "foley.models.vae.spectral_vae": "foley.models.codec.spectral_vae",
+    "foley.models.vae.waveform_vae": "foley.models.codec.waveform_vae",
+    "foley.models.vocoder.anti_aliased": "foley.models.codec.vocoder",
+    "foley.models.vocoder.bigvgan": "foley.models.codec.vocoder",
+    "foley.models.vocoder.discriminator": "foley.models.codec.discriminators",
+    "foley.nn.convnext": "foley.nn.conv",
+    "foley.nn.linear": "foley.nn.feedforward",
+    "foley.nn.norm": "foley.nn.adaln",
+    "foley.nn.winograd": "foley.models.codec.fast_decoder",
+}
+"""Modules of version 0.1 to where their classes are now: configs saved with older weights name them."""
+
+_ASSET = "asset:"
+# What the unpickler raises, depending on the bytes, on a file that is cut short or no pickle at all.
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(ValueError, LookupError, TypeError, AttributeError, struct.error),
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, trusted or matched with its config."""
+
+
+def current_config(config: Any) -> Any:
+    """A saved config whose targets are named as they are today; everything else is as it was."""
+    if isinstance(config, Mapping):
+        return {
+            key: _current_target(value) if key == "_target_" else current_config(value) for key, value in config.items()
+        }
+    return [current_config(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def _current_target(target: Any) -> Any:
+    module, _, name = str(target).rpartition(".")
+    return f"{_MOVED[module]}.{name}" if module in _MOVED else target
+
+
+def check_targets(config: Any, source: str) -> None:
+    """Refuse a config that could build or resolve anything but this package's component classes.
+
+    Raises CheckpointError. Interpolations are refused too: they would be resolved after this check.
+    """
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            _require_component_class(str(config["_target_"]), source)
+        for value in config.values():
+            check_targets(value, source)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_targets(value, source)
+    elif isinstance(config, str) and "${" in config:
+        raise CheckpointError(
+            f"{source}: refusing the interpolation {config!r}; a checkpoint's config holds plain values"
+        )
+
+
+def _require_component_class(target: str, source: str) -> None:
+    """Functions and re-exported modules are no components: the target must be a class that this package defines."""
+    module_name, _, name = target.rpartition(".")
+    if f"{module_name}.".startswith(ALLOWED_PACKAGES):
+        try:
+            found = vars(importlib.import_module(module_name)).get(name)
+        except ModuleNotFoundError:
+            found = None
+        if isinstance(found, type) and f"{found.__module__}.".startswith(ALLOWED_PACKAGES):
+            return
+    raise CheckpointError(
+        f"{source}: refusing to build `_target_: {target}`; a checkpoint's config may only name classes under "
+        f"{', '.join(ALLOWED_PACKAGES)}"
+    )
+
+
+def build_component(config: Mapping[str, Any], source: str = "config") -> Any:
+    """Instantiate a component from its plain config after checking every target in it."""
+    check_targets(config, source)
+    return instantiate(dict(config), _convert_="all")
+
+
+@dataclass(frozen=True)
+class StateComparison:
+    """A saved state dict beside a module's own: the keys that both have, and a line for each of unequal shape."""
+
+    common: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+
+    @property
+    def complaints(self) -> list[str]:
+        """A line for each key on which the two disagree; empty where the save fits exactly."""
+        lines = [f"missing in the checkpoint: {key}" for key in self.missing]
+        return lines + [f"unexpected in the checkpoint: {key}" for key in self.unexpected] + self.reshaped
+
+
+def compare_states(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> StateComparison:
+    """Compare the names and shapes of a saved state dict with a module's `own`."""
+    common = sorted(set(own) & set(saved))
+    reshaped = [
+        f"shape of {key}: {tuple(saved[key].shape)} in the checkpoint, {tuple(own[key].shape)} in the model"
+        for key in common
+        if own[key].shape != saved[key].shape
+    ]
+    return StateComparison(common, sorted(set(own) - set(saved)), sorted(set(saved) - set(own)), reshaped)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str, assign: bool = False) -> None:
+    """Load `state` into `module`, strictly; the error lists the keys and shapes that disagree.
+
+    Args:
+        assign: adopt the tensors themselves instead of copying their values.
+    """
+    if complaints := compare_states(state, module.state_dict()).complaints:
+        raise CheckpointError(
+            "\n  ".join([f"{source} does not fit {type(module).__name__}:", *complaints])
+            + "\nUse the config saved with the weights."
+        )
+    module.load_state_dict(state, assign=assign)
+
+
+def save_component(
+    module: nn.Module,
+    config: Mapping[str, Any],
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    assets: Mapping[str, Path] | None = None,
+) -> None:
+    """Write `module` and its plain `config` into `directory`.
+
+    Args:
+        dtype: store floating tensors in this type (half precision for shipping); None keeps them.
+        assets: config key to file; each file is copied along and the key then points into the directory.
+    """
+    check_targets(config, "config")
+    directory.mkdir(parents=True, exist_ok=True)
+    portable = dict(config)
+    for key, file in (assets or {}).items():
+        if file.resolve() != (directory / file.name).resolve():
+            shutil.copyfile(file, directory / file.name)
+        portable[key] = _ASSET + file.name
+    state = {
+        name: tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in module.state_dict().items()
+    }
+    write_tensors(directory / WEIGHTS_FILE, state)
+    write_json(directory / CONFIG_FILE, portable)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config in `directory`, with `asset:` values turned into paths inside it."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: {directory} is not a component directory")
+    config: dict[str, Any] = current_config(json.loads(path.read_text(encoding="utf-8")))
+    for key, value in config.items():
+        if isinstance(value, str) and value.startswith(_ASSET):
+            config[key] = str(directory / Path(value.removeprefix(_ASSET)).name)
+    return config
+
+
+def load_component(directory: Path) -> Any:
+    """Build the module described in `directory`, load its weights as float32, and put it in eval mode."""
+    config = read_config(directory)
+    module = build_component(config, str(directory / CONFIG_FILE))
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(directory / WEIGHTS_FILE).items()
+    }
+    load_state(module, state, str(directory / WEIGHTS_FILE))
+    return module.eval()
+
+
+def read_pickle(path: Path, mmap: bool = False) -> Any:
+    """What `torch.save` wrote, read without unpickling code; raises CheckpointError where that is not possible.
+
+    Args:
+        mmap: leave tensors on disk until they are used, where the format allows it.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except _UNREADABLE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{path} cannot be read safely (weights_only), it is damaged or of another kind: {reason}"
+        ) from error
+
+
+def read_training_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint, read as `read_pickle` does."""
+    checkpoint: dict[str, Any] = read_pickle(path)
+    if FOLEY_KEY not in checkpoint:
+        raise CheckpointError(f"{path} was not written by foley: it has no `{FOLEY_KEY}` entry")
+    checkpoint[FOLEY_KEY] = current_config(checkpoint[FOLEY_KEY])
+    return checkpoint
+
+
+def component_from_training(checkpoint: Mapping[str, Any], name: str, source: str) -> Any:
+    """Component `name` of a training checkpoint that has been read already; in eval mode."""
+    components = checkpoint[FOLEY_KEY]["components"]
+    if name not in components:
+        raise CheckpointError(f"{source} holds no component {name!r}, only {sorted(components)}")
+    module = build_component(components[name], source)
+    prefix = f"{name}."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    load_state(module, state, f"{source} [{name}]")
+    return module.eval()
+
+
+def load_trained(path: Path, name: str) -> Any:
+    """Component `name` from a component directory or from a training checkpoint (averaged weights where kept)."""
+    if path.is_dir():
+        return load_component(path)
+    return component_from_training(read_training_checkpoint(path), name, str(path))
+
+
+def trained_config(path: Path, name: str) -> dict[str, Any]:
+    """How to build what `load_trained` gives."""
+    if path.is_dir():
+        return read_config(path)
+    config: dict[str, Any] = read_training_checkpoint(path)[FOLEY_KEY]["components"][name]
+    return config

@@ -1,0 +1,131 @@
+"""Files that are whole or absent, JSON Lines, tensors beside the JSON that describes them, and safe file names."""
+
+import json
+import os
+import re
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from foley.core.hashing import hash_file
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, flushed to disk and renamed into place where the block ends without an error.
+
+    A reader sees the old file or the new one, never a part; on any error the temporary file is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` on a file that then takes the place of `path`, see `replacing`."""
+    with replacing(path) as temporary:
+        write(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    atomic_write(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors`, no two of which may share memory, as safetensors, atomically."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda temporary: save_file(contiguous, temporary))
+
+
+WriteRow = Callable[[Mapping[str, Any]], None]
+
+
+@contextmanager
+def json_lines(path: Path) -> Iterator[WriteRow]:
+    """What appends a row to a file that takes the place of `path` where the block ends without an error.
+
+    Characters that UTF-8 cannot hold (halves of surrogate pairs, in some captions) become question marks.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as stream:
+
+        def write(row: Mapping[str, Any]) -> None:
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+def tensor_path(stem: Path) -> Path:
+    """`<stem>.safetensors`; appended, since a stem may hold a dot of its own."""
+    return stem.with_name(stem.name + ".safetensors")
+
+
+def info_path(stem: Path) -> Path:
+    """`<stem>.json`."""
+    return stem.with_name(stem.name + ".json")
+
+
+def save_record(stem: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Write `tensors` and `info`; the JSON comes last and holds the hash of the tensors it belongs to."""
+    write_tensors(tensor_path(stem), tensors)
+    write_json(info_path(stem), {**info, "tensors_sha256": hash_file(tensor_path(stem))})
+
+
+def load_record(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_record` wrote.
+
+    Raises:
+        FileNotFoundError: one of the two files is absent.
+        ValueError: the tensors are not those that the JSON was written for.
+    """
+    info: dict[str, Any] = json.loads(info_path(stem).read_text(encoding="utf-8"))
+    expected, actual = info.pop("tensors_sha256", None), hash_file(tensor_path(stem))
+    if actual != expected:
+        raise ValueError(
+            f"{tensor_path(stem)} has SHA-256 {actual}, but {info_path(stem).name} was written for {expected}: "
+            "the two files do not belong together; make them again"
+        )
+    return load_file(tensor_path(stem)), info
+
+
+_MAX_SLUG_CHARACTERS = 48
+
+
+def slug(text: str) -> str:
+    """Lower-case ASCII letters, digits and single hyphens out of `text`; "sound" where nothing is left."""
+    ascii_text = unicodedata.normalize("NFKD", text[:1000]).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_text)[:_MAX_SLUG_CHARACTERS].strip("-") or "sound"
+
+
+def sample_stem(prompt: str, index: int, seed: int) -> str:
+    """The name, without extension, of item `index` of a run; unique because the index is."""
+    return f"{index:03d}_{slug(prompt)}_seed{seed}"
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of white space and unprintable characters as one space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

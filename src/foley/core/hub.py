@@ -1,0 +1,94 @@
+"""Where published files come from: the Hugging Face hub, its cache on this machine, or a folder laid out like it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+from foley.core.components import CheckpointError
+
+
+def load_pretrained(
+    from_pretrained: Callable[..., Any],
+    name_or_path: str | Path,
+    options: Mapping[str, Any],
+    error_type: type[Exception],
+    mend: str,
+    repository: str | None = None,
+) -> Any:
+    """Call a loader of transformers, whose many ways to say that files are missing become one error.
+
+    Args:
+        mend: what else helps: "give a local directory as ...".
+        repository: on the hub, where `name_or_path` may be a folder.
+
+    Raises:
+        error_type: files are missing or do not fit; it says where to fetch them.
+    """
+    try:
+        return from_pretrained(name_or_path, **options)
+    except (OSError, ValueError, ImportError) as error:
+        source = repository or name_or_path
+        revision = f" (revision {options['revision']!r})" if "revision" in options else ""
+        raise error_type(
+            f"{str(name_or_path)!r}{revision} cannot be loaded: config.json, model.safetensors and the files of the "
+            "tokenizer or processor are not all on this machine. "
+            f"Source: https://huggingface.co/{source}. Fetch it where there is a network (`hf download {source}`), or "
+            f"{mend}. Cause: {(str(error).splitlines() or ['unknown'])[0]}"
+        ) from error
+
+
+_ANSWER_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The Hugging Face Hub behind its cache on this machine, or a local folder laid out like it.
+
+    Args:
+        directory: holds `<owner>/<repository>/<file>`, and nothing is looked for elsewhere; None asks the cache, then
+            the network.
+    """
+
+    directory: Path | None = None
+
+    def file(self, repository: str, name: str) -> Path:
+        """File `name` of `repository`, downloaded where necessary; raises CheckpointError where it cannot be had."""
+        if self.directory is not None:
+            path = self.directory / repository / name
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path} does not exist: hub_dir={self.directory} must hold {name} of "
+                    f"https://huggingface.co/{repository} there"
+                )
+            return path
+        try:
+            return Path(hf_hub_download(repository, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            self.require_network(repository, name, name)
+        try:
+            return Path(hf_hub_download(repository, name))
+        except (HTTPError, OSError) as error:
+            raise _unavailable(repository, name, error) from error
+
+    def require_network(self, repository: str, probe: str, wanted: str) -> None:
+        """Raise CheckpointError, which says how to get the files `wanted`, unless the hub knows file `probe`.
+
+        Asked before a download because the libraries go on trying for a minute where there is no network.
+        """
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, probe), timeout=_ANSWER_SECONDS)
+        except (HTTPError, OSError) as error:
+            raise _unavailable(repository, wanted, error) from error
+
+
+def _unavailable(repository: str, wanted: str, cause: Exception) -> CheckpointError:
+    reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return CheckpointError(
+        f"{wanted} of {repository} is not on this machine and cannot be fetched ({reason}). "
+        f"Source: https://huggingface.co/{repository}. Fetch it where there is a network "
+        f"(`hf download {repository} {wanted}`), or put it at DIR/{repository}/{wanted} and give hub_dir=DIR"
+    )

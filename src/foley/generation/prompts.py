@@ -1,0 +1,186 @@
+"""Prompts from files and from the command line."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from foley.core.seeding import derive_seed
+from foley.data.sampler import evenly_spaced
+
+COLUMN = "caption"
+CAPTIONS = ("all", "first", "random")
+_IDS = ("id", "audiocap_id")
+_CLIPS = ("youtube_id", "file_name", "audio_path", "path")
+
+
+@dataclass(frozen=True)
+class PromptColumns:
+    """Names of a prompt file's columns.
+
+    Args:
+        id: of the clip to generate, by which it is paired with its reference; None is `id` or AudioCaps' own.
+        clip: what the captions of one recording share; None is a name that AudioCaps, Clotho or a manifest uses.
+    """
+
+    caption: str = COLUMN
+    id: str | None = None
+    clip: str | None = None
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """One clip asked for; `notes` are the prompt's label and id where its file gives them."""
+
+    prompt: str
+    seed: int
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The captions of `read_prompt_rows`."""
+    return [row[COLUMN] for row in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path: Path, columns: PromptColumns = PromptColumns()) -> list[dict[str, Any]]:
+    """Rows with a `caption` out of a .csv, .tsv or .jsonl file, or else one caption on each non-empty line.
+
+    Raises ValueError, with the line number, where there is none.
+    """
+    if not path.is_file():
+        raise ValueError(f"prompts={path}: there is no such file")
+    text = path.read_text(encoding="utf-8-sig")
+    readers: dict[str, Callable[[str, Path, str], list[dict[str, Any]]]]
+    readers = {".csv": _from_csv, ".tsv": partial(_from_csv, delimiter="\t"), ".jsonl": _from_jsonl}
+    rows = readers.get(path.suffix.lower(), _from_lines)(text, path, columns.caption)
+    if not rows:
+        raise ValueError(f"prompts={path}: the file holds no prompt")
+    return [row | {COLUMN: row[columns.caption]} for row in rows]
+
+
+def select_captions(
+    rows: Sequence[dict[str, Any]], captions: str, clip_column: str | None, seed: int
+) -> list[dict[str, Any]]:
+    """All rows, or of each recording's the "first" or a "random" one, in the order of the file.
+
+    A random choice depends on the seed and the recording alone. Raises ValueError for another word, and where no
+    column tells the recordings apart.
+    """
+    if captions not in CAPTIONS:
+        raise ValueError(f"captions={captions} must be one of {', '.join(CAPTIONS)}")
+    if captions == "all":
+        return list(rows)
+    column = clip_column or next((name for name in _CLIPS if name in rows[0]), None)
+    if column is None or any(column not in row for row in rows):
+        raise ValueError(
+            f"captions={captions}: no column {column or ' or '.join(_CLIPS)} tells which captions belong to one "
+            f"recording; the file has {list(rows[0])}: set clip_column="
+        )
+    clips: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        clips.setdefault(str(row[column]), []).append(row)
+    if captions == "first":
+        return [same[0] for same in clips.values()]
+    return [same[derive_seed("caption", seed, clip) % len(same)] for clip, same in clips.items()]
+
+
+def request_clips(
+    prompt: str | None,
+    file: str | None,
+    first_seed: int,
+    num: int,
+    columns: PromptColumns = PromptColumns(),
+    captions: str = "all",
+    caption_seed: int = 0,
+) -> list[ClipRequest]:
+    """Every clip asked for: `num` clips of each prompt, with seeds that count up from `first_seed`.
+
+    Args:
+        captions, caption_seed: which captions of each recording in `file`, as `select_captions` takes them.
+
+    Raises ValueError unless exactly one of `prompt` and `file` is given and `num` is at least 1.
+    """
+    if (prompt is None) == (file is None):
+        raise ValueError('give either prompt="a dog barks" or prompts=FILE')
+    if num < 1:
+        raise ValueError(f"num must be at least 1, got {num}")
+    rows = read_prompt_rows(Path(file), columns) if file is not None else [{COLUMN: str(prompt)}]
+    chosen = select_captions(rows, captions, columns.clip, caption_seed)
+    repeated = [row for row in chosen for _ in range(num)]
+    # An id names one clip: it pairs a generated clip with its reference.
+    ids = ((columns.id,) if columns.id else _IDS) if num == 1 else ()
+    return [ClipRequest(row[COLUMN], seed, _notes(row, ids)) for seed, row in enumerate(repeated, start=first_seed)]
+
+
+class LabelledPrompts(NamedTuple):
+    """Prompts, and what the clips made from them are expected to be; None where that is not known."""
+
+    captions: list[str]
+    labels: list[str | None]
+
+    @classmethod
+    def read(cls, path: Path, count: int | None = None) -> "LabelledPrompts":
+        """At most `count` of the file, spread evenly; raises ValueError as `read_prompt_rows` does."""
+        rows = read_prompt_rows(path)
+        chosen = [rows[index] for index in evenly_spaced(len(rows), count or len(rows))]
+        return cls([row[COLUMN] for row in chosen], [row.get("label") for row in chosen])
+
+
+def quote_overrides(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Quote the values of free-text Hydra overrides, so that commas, quotes and `${` in a prompt are just text."""
+    return [_quote(argument) if argument.partition("=")[0] in keys else argument for argument in arguments]
+
+
+def name_model(arguments: Sequence[str]) -> list[str]:
+    """`model=NAME` chooses out of configs/published where something is generated; configs/model is for training."""
+    return [re.sub("^model=", "published=", argument) for argument in arguments]
+
+
+def _quote(override: str) -> str:
+    key, _, value = override.partition("=")
+    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+        return override
+    # Hydra reads a backslash as an escape only where it precedes a quote or an interpolation.
+    escaped = re.sub(r"(\\*)('|\$\{|$)", lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value)
+    return f"{key}='{escaped}'"
+
+
+def _notes(row: Mapping[str, Any], ids: Sequence[str]) -> dict[str, str]:
+    """The label and the first id that the row has."""
+    named = {"label": row.get("label"), "id": next((row[name] for name in ids if row.get(name)), None)}
+    return {name: value for name, value in named.items() if value}
+
+
+def _from_lines(text: str, path: Path, column: str) -> list[dict[str, Any]]:
+    return [{column: line.strip()} for line in text.splitlines() if line.strip()]
+
+
+def _from_csv(text: str, path: Path, column: str, delimiter: str = ",") -> list[dict[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if column not in (reader.fieldnames or ()):
+        raise ValueError(f"prompts={path}: no {column!r} column, only {reader.fieldnames}; set caption_column=")
+    return [_checked(row, path, reader.line_num, column) for row in reader]
+
+
+def _from_jsonl(text: str, path: Path, column: str) -> list[dict[str, Any]]:
+    rows = []
+    # Not splitlines: JSON strings may hold other line separators than the newline.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"prompts={path}, line {number}: not JSON ({error})") from error
+            rows.append(_checked(row, path, number, column))
+    return rows
+
+
+def _checked(row: Any, path: Path, line_number: int, column: str) -> dict[str, Any]:
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        raise ValueError(f"prompts={path}, line {line_number}: no {column!r}")
+    return row

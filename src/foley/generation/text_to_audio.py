@@ -1,0 +1,332 @@
+"""`TextToAudio`: the one object that a user of a trained system needs."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from functools import partial
+from math import inf
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from foley.accel.meter import CostMeter
+from foley.accel.precision import compile_blocks, set_precision
+from foley.core.durations import clip_size
+from foley.core.hashing import hash_module
+from foley.core.logs import get_logger
+from foley.diffusion.guidance import KnownLatent
+from foley.diffusion.sampler import Start, embed, generate_latents
+from foley.diffusion.solver import default_solver
+from foley.generation.decoding import LatentDecoder
+from foley.generation.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
+from foley.generation.novelty import KnownCaptions
+from foley.generation.settings import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
+from foley.models.text import CachedText, FrozenT5Conditioner
+from foley.nn.rotary import RotaryExtension
+from foley.system.system import System, load_system, save_system
+
+_log = get_logger(__name__)
+
+
+def resolve_device(name: str) -> torch.device:
+    """A torch device by name; "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+class TextToAudio:
+    """Generates audio from captions with a trained system, or with a student distilled from one.
+
+    A student samples with solver "consistency", by default in two steps, and takes the guidance scales of its training.
+
+    Args:
+        system: its modules; they are put in eval mode and moved to `device`. Prompts are encoded once, and latents
+            are decoded with the codec's weights as they are now.
+        device: where to run.
+        max_duration_seconds: longer requests are refused; raise it knowingly, for quality falls off beyond the
+            training length and memory grows with the square of the duration.
+    """
+
+    def __init__(self, system: System, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0) -> None:
+        self.system = system
+        self.process = system.process
+        self.student = system.consistency
+        self.known_captions = KnownCaptions(system.captions)
+        self.device = torch.device(device)
+        self.max_duration_seconds = max_duration_seconds
+        modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
+        self.denoiser, self.text = modules["denoiser"], modules["text"]
+        self.codec, self.normaliser = modules["codec"], modules["normaliser"]
+        self._encode_text = CachedText(self.text) if self.text.trainable else self.text
+        self._decode = LatentDecoder(self.codec)
+        self.inference: dict[str, Any] = {"precision": "float32", "compile": False}
+        self.model_hash = hash_module(self.denoiser)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0) -> Self:
+        """From an exported system directory or a diffusion training checkpoint; raises CheckpointError."""
+        return cls(load_system(Path(path)), device, max_duration_seconds)
+
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Export as a system directory, floating weights as `dtype` (None keeps float32)."""
+        save_system(self.system, Path(directory), dtype)
+
+    def optimise(self, precision: str = "float32", compiled: bool = False) -> None:
+        """Hold the denoiser in another precision ("bf16", "fp16"), and compile its blocks at their first use.
+
+        Raises ValueError for an unknown precision.
+        """
+        set_precision(self.denoiser, precision)
+        if compiled:
+            compile_blocks(self.denoiser)
+        self.inference |= {"precision": precision, "compile": compiled}
+
+    def set_decoder_precision(self, precision: str) -> None:
+        """Decode in another precision; float32, the default, is the fast decoder on a CPU (`LatentDecoder`).
+
+        Raises ValueError for an unknown precision, and where the codec only has one.
+        """
+        self._decode = LatentDecoder(self.codec, precision)
+        self.inference["decoder_precision"] = precision
+
+    def keep_text_embeddings(self, directory: str | Path) -> None:
+        """Keep embeddings of a frozen text encoder in `directory` between runs; ValueError for any other encoder."""
+        if not isinstance(self.text, FrozenT5Conditioner):
+            raise ValueError(
+                f"text_cache_dir={directory}: {type(self.text).__name__} is not a frozen encoder whose embeddings "
+                "could be kept; leave it out, prompts are encoded once all the same"
+            )
+        self.text.cache.directory = Path(directory).expanduser()
+
+    def forget_prompts(self) -> None:
+        """Encode every prompt anew, as a fresh process does; what is kept in a directory stays known."""
+        self._encode_text.cache.forget()
+
+    def extend_rotary(self, method: str, trained_seconds: float) -> None:
+        """Tell positions beyond `trained_seconds` apart by `foley.nn.rotary.RotaryExtension`, "linear" or "ntk".
+
+        Raises ValueError for a denoiser without rotary positions, and for an unknown method.
+        """
+        rotary = getattr(self.denoiser, "rotary", None)
+        if rotary is None:
+            raise ValueError(
+                f"rotary_extension={method}: {type(self.denoiser).__name__} has no rotary positions to extend; "
+                "generate long audio with window_seconds="
+            )
+        _, num_frames = clip_size(trained_seconds, self.sample_rate_hz, self.codec.hop_samples)
+        rotary.extension = RotaryExtension(method, num_frames + self.denoiser.prepends_time_token)
+        self.inference |= {"rotary_extension": method, "trained_seconds": trained_seconds}
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Of the generated audio."""
+        rate: int = self.codec.sample_rate_hz
+        return rate
+
+    @property
+    def frames_per_second(self) -> float:
+        """Of the latents."""
+        frames: float = self.sample_rate_hz / self.codec.hop_samples
+        return frames
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        duration_seconds: float = 5.0,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Audio for each prompt. An item depends on its prompt, seed and settings, not on the rest of its batch.
+
+        Args:
+            prompts: captions; the empty one asks for an unconditional sample.
+            seeds: one per prompt; by default 0, 1, 2, ...
+            options: the fields of `GenerationSettings`.
+
+        Raises:
+            ValueError: for a request that cannot be met; nothing has been computed then.
+            RuntimeError: where the result is not finite.
+        """
+        request = self._request(prompts, seeds, options)
+        self._check_duration("duration_seconds", duration_seconds)
+        num_samples, num_frames = clip_size(duration_seconds, self.sample_rate_hz, self.codec.hop_samples)
+        canvas = Canvas(num_frames, lambda audio: audio[..., :num_samples], {"duration_seconds": duration_seconds})
+        return self._run(request, canvas, Timings())
+
+    def edit(
+        self,
+        prompts: Sequence[str],
+        file: str | Path,
+        mask: EditMask,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """The recording in `file` with the masked part generated anew for each prompt; see `foley.generation.editing`.
+
+        The denoiser sees the codec's mean latent of the kept frames of the window, so it must have been trained with
+        masks, as the EzAudio stages are. A mask over everything is plain generation of its length.
+
+        Args and raises as for `generate`.
+        """
+        request = self._request(prompts, seeds, options)
+        recording = Recording.read(Path(file), self.sample_rate_hz, "edit")
+        window = mask.window(recording)
+        self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
+        timings = Timings()
+        hidden = window.hidden_mask(self.codec.hop_samples)
+        known = None
+        if not bool(hidden.all()):
+            known = KnownLatent(self._encode(window.crop(recording.samples), timings), hidden.to(self.device))
+        description = {
+            "duration_seconds": window.total / self.sample_rate_hz,
+            "edit": {**recording.describe(), **asdict(mask), "cross_fade_seconds": CROSS_FADE_SECONDS},
+        }
+        finish = partial(paste, recording.samples, window=window)
+        canvas = Canvas(hidden.shape[1], finish, description, known=known, peak_ceiling=inf)
+        return self._run(request, canvas, timings)
+
+    def vary(
+        self,
+        prompts: Sequence[str],
+        file: str | Path,
+        strength: float = 0.5,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Variations of the recording in `file`: its latent, noised and denoised again for each prompt (`Start`).
+
+        Args:
+            strength: the share of solver steps to take, to the nearest step. 1 takes them all, from pure noise, and
+                is plain generation; 0 takes none and gives the recording back through the codec.
+
+        Other args and raises as for `generate`.
+        """
+        request = self._request(prompts, seeds, options)
+        if not 0 <= strength <= 1:
+            raise ValueError(
+                "strength must lie between 0 (the recording through the codec) and 1 (plain generation), "
+                f"got {strength}"
+            )
+        recording = Recording.read(Path(file), self.sample_rate_hz, "init")
+        self._check_duration(f"init={file}", recording.duration_seconds)
+        timings = Timings()
+        first_step = round((1 - strength) * request.settings.num_steps)
+        start = Start(self._encode(recording.samples, timings), first_step)
+        description = {
+            "duration_seconds": recording.duration_seconds,
+            "init": {**recording.describe(), "strength": strength, "first_step": first_step},
+        }
+        num_samples = len(recording.samples)
+        canvas = Canvas(start.clean.shape[-1], lambda audio: audio[..., :num_samples], description, start=start)
+        return self._run(request, canvas, timings)
+
+    def _request(
+        self, prompts: Sequence[str], seeds: Sequence[int] | None, options: Mapping[str, Any]
+    ) -> GenerationRequest:
+        """Checked against this system, so that an impossible request is refused before anything is computed."""
+        student = self.student
+        if student:
+            settings = GenerationSettings.of_student(student, **options)
+        else:
+            settings = GenerationSettings(**{"solver": default_solver(self.process), **options})
+        settings.plan(student).build(self.process)
+        settings.guide(student)
+        request = GenerationRequest.of(prompts, seeds, settings)
+        self._prompt_notes(request)  # warns before the work, not after it
+        return request
+
+    def _prompt_notes(self, request: GenerationRequest) -> list[dict[str, Any]]:
+        return [self.known_captions.notes(prompt) for prompt in request.prompts]
+
+    @torch.no_grad()
+    def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
+        """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]`."""
+        with self._timed(timings, "encode_seconds"):
+            latent: Tensor = self.normaliser.normalise(self.codec.encode(samples[None, None].to(self.device)))
+            return latent
+
+    def _fit_windows(self, request: GenerationRequest, num_frames: int) -> GenerationRequest:
+        """In windows as long as the learned positions reach, where that is not far enough and none were asked for."""
+        positions, settings = getattr(self.denoiser, "positions", None), request.settings
+        if positions is None or num_frames <= positions.max_length or settings.window_seconds is not None:
+            return request
+        seconds = positions.max_length / self.frames_per_second
+        _log.info(
+            "%d frames exceed the %d learned positions: windows of %g s", num_frames, positions.max_length, seconds
+        )
+        return replace(request, settings=replace(settings, window_seconds=seconds))
+
+    @torch.no_grad()
+    def _run(self, request: GenerationRequest, canvas: Canvas, timings: Timings) -> Generation:
+        request = self._fit_windows(request, canvas.num_frames)
+        settings = request.settings
+        guidance, solver = settings.guide(self.student), settings.plan(self.student)
+        with self._timed(timings, "text_seconds"):
+            negative = embed(self._encode_text, [settings.negative_prompt]) if guidance.needs_negative else None
+        meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
+        windows = settings.windows(canvas.num_frames, self.frames_per_second)
+        rows = []
+        for start in range(0, len(request.prompts), settings.batch_size):
+            items = slice(start, start + settings.batch_size)
+            with self._timed(timings, "text_seconds"):
+                positive = embed(self._encode_text, request.prompts[items])
+            with self._timed(timings, "denoise_seconds"):
+                latent = generate_latents(
+                    self.denoiser,
+                    self.process,
+                    positive,
+                    negative,
+                    request.seeds[items],
+                    canvas.num_frames,
+                    guidance,
+                    solver,
+                    meter,
+                    self.device,
+                    settings.progress,
+                    canvas.known,
+                    canvas.start,
+                    windows,
+                )
+            with self._timed(timings, "decode_seconds"):
+                audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
+                rows.append(canvas.finish(audio.cpu()))
+        cost = {} if meter is None else meter.describe()
+        return self._generation(torch.cat(rows), request, canvas, timings, cost)
+
+    def _generation(
+        self, audio: Tensor, request: GenerationRequest, canvas: Canvas, timings: Timings, cost: Mapping[str, float]
+    ) -> Generation:
+        settings = request.settings
+        settings.check_finite(audio)
+        description = {
+            **canvas.description,
+            **settings.describe(),
+            **cost,
+            "prediction": self.process.prediction,
+            "sample_rate_hz": self.sample_rate_hz,
+            **self.inference,
+            "model_hash": self.model_hash,
+        }
+        prompts, seeds = request.prompts, request.seeds
+        return Generation(
+            audio,
+            self.sample_rate_hz,
+            prompts,
+            seeds,
+            description,
+            timings,
+            canvas.peak_ceiling,
+            self._prompt_notes(request),
+        )
+
+    def _check_duration(self, name: str, seconds: float) -> None:
+        if not 0 < seconds <= self.max_duration_seconds:
+            raise ValueError(
+                f"{name} must be above 0 and at most {self.max_duration_seconds} (max_duration_seconds), got {seconds}"
+            )
+
+    def _timed(self, timings: Timings, field: str) -> AbstractContextManager[None]:
+        return timings.measured(field, self.device)

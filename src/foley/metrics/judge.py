@@ -1,0 +1,42 @@
+"""How good clips in memory are, under the protocol of the extractor that ships."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from foley.data.audio import read_channels
+from foley.metrics.distances import frechet_distance
+from foley.metrics.evaluation import restricted_accuracy
+from foley.metrics.features import ClipFeatures, LabelledAudio, extract_audio, extract_files, scan_directory
+from foley.metrics.protocols import EvaluationProtocol, load_protocol
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Label accuracy among all labels that the extractor knows, and Frechet distance to a reference where there is one.
+
+    The distance of a few hundred clips is biased upwards; compare it between sets of equal size alone.
+    """
+
+    protocol: EvaluationProtocol
+    reference: ClipFeatures | None = None
+
+    @classmethod
+    def load(cls, extractor_dir: Path, reference: str | Path | None = None) -> "Judge":
+        """With the audio files in `reference`; raises ProtocolError, or FileNotFoundError where it holds none."""
+        protocol = load_protocol("embedded", extractor_dir)
+        if reference is None:
+            return cls(protocol)
+        return cls(protocol, extract_files(scan_directory(Path(reference)), protocol, read_channels, None))
+
+    def score(self, audio: Tensor, sample_rate_hz: int, labels: Sequence[str | None]) -> dict[str, float | None]:
+        """Scores of `audio [N, 1, T]`; None for what cannot be had: another rate, no known label, no reference."""
+        if sample_rate_hz != self.protocol.sample_rate_hz:
+            return {"label_accuracy": None, "frechet_distance": None}
+        clips = [LabelledAudio(clip[0], label) for clip, label in zip(audio, labels, strict=True)]
+        features, known = extract_audio(clips, self.protocol), self.protocol.extractor.labels
+        accuracy = restricted_accuracy(features.logits, labels, known, known)
+        distance = None if self.reference is None else frechet_distance(self.reference.features, features.features)
+        return {"label_accuracy": None if accuracy is None else accuracy.accuracy, "frechet_distance": distance}

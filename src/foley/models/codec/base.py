@@ -1,0 +1,85 @@
+"""What a codec is, and the Gaussian bottleneck of the VAEs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+_SMALLEST_STD = 1e-4
+
+
+@dataclass(frozen=True)
+class GaussianPosterior:
+    """A diagonal Gaussian over latents: `mean` and `std`, each `[B, C, L]`."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, scale: Tensor) -> "GaussianPosterior":
+        """From the encoder's raw output: `std = softplus(scale) + 1e-4` (Stable Audio)."""
+        return cls(mean, softplus(scale) + _SMALLEST_STD)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """One reparameterised draw `[B, C, L]`; the noise is drawn where the generator lives, then moved."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
+        return torch.addcmul(self.mean, self.std, noise.to(self.mean))
+
+    def kl(self) -> Tensor:
+        """`sum_c(mean^2 + var - log var - 1)`, averaged over batch and frames: twice the divergence from N(0, 1)."""
+        variance = self.std.square()
+        return (self.mean.square() + variance - variance.log() - 1).sum(1).mean()
+
+
+class AudioVAE(nn.Module):
+    """Base of the codecs; they give `encode_moments`, `decode`, `hop_samples`, and set the two attributes.
+
+    Attributes:
+        latent_channels: C.
+        sample_rate_hz: rate of the audio.
+    """
+
+    latent_channels: int
+    sample_rate_hz: int
+
+    @property
+    def hop_samples(self) -> int:
+        """Audio samples for each latent frame."""
+        raise NotImplementedError
+
+    @property
+    def context_frames(self) -> int | None:
+        """How many latent frames before a frame, and after it, its audio hears; None where that is not known."""
+        return None
+
+    def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, 1, T]` to the raw (mean, scale), each `[B, C, L]` with L = ceil(T / hop); the end is zero-padded.
+
+        Raises:
+            ValueError: where the audio is not mono `[B, 1, T]` with T > 0.
+        """
+        raise NotImplementedError
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """`[B, C, L]` to audio `[B, 1, L * hop]`; not clipped."""
+        raise NotImplementedError
+
+    def posterior(self, audio: Tensor) -> GaussianPosterior:
+        """The distribution of the latent given `audio` `[B, 1, T]`."""
+        return GaussianPosterior.from_moments(*self.encode_moments(audio))
+
+    def encode(self, audio: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """`[B, 1, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
+        return self.encode_moments(audio)[0] if generator is None else self.posterior(audio).sample(generator)
+
+    def reconstruct(self, audio: Tensor) -> Tensor:
+        """`[B, 1, T]` to `[B, 1, T]` through the mean of the posterior, on the codec's device."""
+        device = next(self.parameters()).device
+        return self.decode(self.encode(audio.to(device)))[..., : audio.shape[-1]]
+
+    def _whole_frames(self, audio: Tensor) -> Tensor:
+        """`audio` checked, and zero-padded at its end to a whole number of latent frames."""
+        if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[2] == 0:
+            raise ValueError(f"audio must be mono [B, 1, T] with T > 0, got shape {list(audio.shape)}")
+        return nn.functional.pad(audio, (0, -audio.shape[-1] % self.hop_samples))

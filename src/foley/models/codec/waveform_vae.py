@@ -1,0 +1,200 @@
+"""The waveform VAE of EzAudio (Hai et al. 2024): encoder, decoder, and the codec that they make."""
+
+from collections.abc import Sequence
+from math import prod
+
+from torch import Tensor, nn
+
+from foley.models.codec.base import AudioVAE
+from foley.nn.conv import Snake, down_conv, fold_weight_norm, in_single_precision, same_conv, up_conv
+
+_BRANCH_GAIN = 0.3  # units start near the identity, so that deep stacks keep their variance
+
+
+class ResidualUnit(nn.Module):
+    """`x + conv1(snake(conv7_dilated(snake(x))))`, keeping channels and length."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            Snake(channels),
+            same_conv(channels, channels, 7, dilation),
+            Snake(channels),
+            same_conv(channels, channels, 1, gain=_BRANCH_GAIN),
+        )
+
+    def forward(self, signal: Tensor) -> Tensor:
+        """`[B, C, T]` to `[B, C, T]`."""
+        return signal + self.layers(signal)
+
+
+def residual_units(channels: int, count: int) -> nn.Sequential:
+    """`count` residual units with dilations 1, 3, 9, ..."""
+    return nn.Sequential(*(ResidualUnit(channels, 3**index) for index in range(count)))
+
+
+class EncoderStage(nn.Module):
+    """Residual units, then Snake and a convolution that divides the length by `stride`."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, num_units: int) -> None:
+        super().__init__()
+        self.units = residual_units(in_channels, num_units)
+        self.activation = Snake(in_channels)
+        self.resample = down_conv(in_channels, out_channels, stride)
+
+    def forward(self, signal: Tensor) -> Tensor:
+        """`[B, C_in, T]` to `[B, C_out, T / stride]`."""
+        return self.resample(self.activation(self.units(signal)))
+
+
+class Encoder(nn.Module):
+    """Audio to the raw moments of the latent.
+
+    Args:
+        widths: channels at the audio rate, then after each stage.
+        strides: down-sampling factor of each stage.
+        num_units: residual units in each stage.
+        out_channels: channels of the output, twice the latent's.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], strides: Sequence[int], num_units: Sequence[int], out_channels: int
+    ) -> None:
+        super().__init__()
+        self.stem = same_conv(1, widths[0], 7)
+        self.stages = nn.Sequential(*map(EncoderStage, widths[:-1], widths[1:], strides, num_units))
+        self.activation = Snake(widths[-1])
+        self.head = same_conv(widths[-1], out_channels, 3)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """`[B, 1, T]` to `[B, out_channels, T / hop]`; T must be a multiple of the hop."""
+        return self.head(self.activation(self.stages(self.stem(audio))))
+
+
+_HEAD_GAIN = 0.1  # training starts from a quiet output, not from loud noise
+
+
+class DecoderStage(nn.Module):
+    """Snake and a transposed convolution that multiplies the length by `stride`, then residual units."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, num_units: int) -> None:
+        super().__init__()
+        self.activation = Snake(in_channels)
+        self.resample = up_conv(in_channels, out_channels, stride)
+        self.units = residual_units(out_channels, num_units)
+
+    def forward(self, signal: Tensor) -> Tensor:
+        """`[B, C_in, T]` to `[B, C_out, T * stride]`."""
+        return self.units(self.resample(self.activation(signal)))
+
+
+class Decoder(nn.Module):
+    """Latent to audio.
+
+    Args:
+        in_channels: latent channels C.
+        widths, strides, num_units: as the encoder's, in the encoder's order; built here from the last to the first.
+    """
+
+    def __init__(
+        self, in_channels: int, widths: Sequence[int], strides: Sequence[int], num_units: Sequence[int]
+    ) -> None:
+        super().__init__()
+        up = list(reversed(widths))
+        self.stem = same_conv(in_channels, up[0], 7)
+        self.stages = nn.Sequential(*map(DecoderStage, up[:-1], up[1:], reversed(strides), reversed(num_units)))
+        self.activation = Snake(up[-1])
+        self.head = same_conv(up[-1], 1, 7, bias=False, gain=_HEAD_GAIN)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """`[B, C, L]` to `[B, 1, L * hop]`."""
+        return in_single_precision(self.head, self.activation(self.stages(self.stem(latent))))
+
+    @property
+    def context_frames(self) -> int:
+        """How many latent frames before a frame, and after it, its audio hears: the receptive field of the layers."""
+        layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)]
+        hop = prod(layer.stride[0] for layer in layers)
+        first, last = 0, hop - 1
+        for layer in reversed(layers):
+            first, last = _heard(layer, first, last)
+        return max(-first, last)
+
+
+def _heard(layer: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tuple[int, int]:
+    """The first and the last input of a layer that its outputs `first` to `last` depend on."""
+    reach, padding, stride = layer.dilation[0] * (layer.kernel_size[0] - 1), int(layer.padding[0]), layer.stride[0]
+    if isinstance(layer, nn.ConvTranspose1d):
+        return -((reach - padding - first) // stride), (last + padding) // stride
+    return first - padding, last - padding + reach
+
+
+_INITIAL_SCALE = -5.0  # before the softplus: a standard deviation of 0.007
+
+
+class WaveformVAE(AudioVAE):
+    """Fully convolutional VAE on mono waveforms (EzAudio section II-A; the Stable Audio / DAC family).
+
+    Args:
+        channels: width at the audio rate.
+        multipliers: width after each stage, in units of `channels`.
+        strides: down-sampling of each stage, even; their product is the hop.
+        latent_channels: C.
+        sample_rate_hz: rate of the audio.
+        num_units: residual units of each stage (dilations 1, 3, 9); fewer at the audio rate make a codec cheap.
+
+    Raises:
+        ValueError: where the stages disagree in number, or a stride is odd.
+    """
+
+    def __init__(
+        self,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 4, 8),
+        strides: Sequence[int] = (2, 4, 6, 10),
+        latent_channels: int = 128,
+        sample_rate_hz: int = 24000,
+        num_units: Sequence[int] = (3, 3, 3, 3),
+    ) -> None:
+        super().__init__()
+        if not len(multipliers) == len(strides) == len(num_units):
+            raise ValueError(
+                f"multipliers {list(multipliers)}, strides {list(strides)} and num_units {list(num_units)} "
+                "must have one entry for each stage"
+            )
+        widths = [channels, *(channels * multiplier for multiplier in multipliers)]
+        self.strides = tuple(strides)
+        self.latent_channels = latent_channels
+        self.sample_rate_hz = sample_rate_hz
+        self.encoder = Encoder(widths, strides, num_units, 2 * latent_channels)
+        self.decoder = Decoder(latent_channels, widths, strides, num_units)
+        self._start_narrow()
+
+    def _start_narrow(self) -> None:
+        """Give the posterior little noise at first: from a wide one the decoder learns no waveform for a long time."""
+        if self.encoder.head.bias is not None:
+            nn.init.constant_(self.encoder.head.bias[self.latent_channels :], _INITIAL_SCALE)
+
+    @property
+    def hop_samples(self) -> int:
+        """Audio samples for each latent frame."""
+        return prod(self.strides)
+
+    @property
+    def context_frames(self) -> int:
+        """See `AudioVAE.context_frames`."""
+        return self.decoder.context_frames
+
+    def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """See `AudioVAE.encode_moments`."""
+        mean, scale = self.encoder(self._whole_frames(audio)).float().chunk(2, dim=1)
+        return mean, scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """`[B, C, L]` to audio `[B, 1, L * hop]`; not clipped."""
+        return self.decoder(latent)
+
+    def fold_weight_norm(self) -> "WaveformVAE":
+        """Fold the weight norm for inference, in place; afterwards the state dict no longer fits the config."""
+        fold_weight_norm(self)
+        return self

@@ -1,0 +1,171 @@
+"""Drawings: lines over steps, spectrograms, histograms."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchaudio.functional import melscale_fbanks
+
+from foley.core.files import one_line
+from foley.reporting.tables import Row, format_cell
+
+_WIDTH_INCHES, _HEIGHT_INCHES, _DPI = 6.0, 3.6, 160
+
+
+def draw_histogram(
+    path: Path, values: Sequence[float], x_label: str, limits: Mapping[float, str], bins: int = 60
+) -> None:
+    """Counts of `values`, with a line at each of `limits` and what it means in the legend."""
+    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(values, bins=bins, color="0.7")
+    for number, (limit, name) in enumerate(sorted(limits.items())):
+        axes.axvline(limit, color=f"C{number}", linewidth=1.2, label=name)
+    axes.set(xlabel=x_label, ylabel="clips")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+
+
+_PANEL_WIDTH_INCHES, _PANEL_HEIGHT_INCHES = 5.0, 3.6
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: `lines` maps a name to its points `(x, y)`."""
+
+    x_label: str
+    y_label: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    log_x: bool = False
+
+
+def plot_rows(
+    rows: Sequence[Row],
+    x: str,
+    measures: Mapping[str, str],
+    line: str,
+    path: Path,
+    log_x: bool = False,
+    x_label: str = "",
+) -> bool:
+    """A panel for each measure that all rows have, with a line for each group of rows; tells whether it drew any.
+
+    Args:
+        x: the key of the horizontal axis, whose words are the label unless `x_label` is given.
+        measures: keys of vertical axes, and their labels.
+        line: the name of a row's line, as a format: "k {k}".
+    """
+    panels = []
+    for measure, title in measures.items():
+        if rows and all(row.get(measure) is not None for row in rows):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for row in rows:
+                lines.setdefault(format_cell(line, row), []).append((row[x], row[measure]))
+            panels.append(Panel(x_label or x.replace("_", " "), title, lines, log_x))
+    if panels:
+        plot_panels(panels, path)
+    return bool(panels)
+
+
+def plot_panels(panels: Sequence[Panel], path: Path) -> None:
+    """Panels side by side, with a marker at each point; a line has the same colour in all of them."""
+    width = _PANEL_WIDTH_INCHES * len(panels)
+    figure = Figure(figsize=(width, _PANEL_HEIGHT_INCHES), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, points in panel.lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if panel.log_x else "linear")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+
+
+_FFT_SAMPLES = 1024
+_HOP_SAMPLES = 256
+_MEL_BANDS = 96
+_DYNAMIC_RANGE_DB = 80.0
+_LOWEST_REFERENCE_DB = -40.0
+_MAX_TITLE_CHARACTERS = 60
+_BACKGROUND = "#0f1117"
+
+
+def log_mel(audio: Tensor, sample_rate_hz: int) -> Tensor:
+    """Mel power in dB, `[bands, frames]`, of `audio` `[T]`, or of the mean of its channels `[channels, T]`.
+
+    Clipped 80 dB below the loudest point.
+    """
+    audio = audio.mean(dim=0) if audio.ndim == 2 else audio
+    window = torch.hann_window(_FFT_SAMPLES)
+    spectrum = torch.stft(
+        audio.float().cpu(), _FFT_SAMPLES, _HOP_SAMPLES, window=window, pad_mode="constant", return_complex=True
+    )
+    bins = _FFT_SAMPLES // 2 + 1
+    bank = melscale_fbanks(bins, 0.0, sample_rate_hz / 2, _MEL_BANDS, sample_rate_hz)
+    power = bank.T @ (spectrum.abs() / window.sum()).square()
+    decibels = 10 * torch.log10(power.clamp(min=1e-12))
+    loudest = max(float(decibels.max()), _LOWEST_REFERENCE_DB)
+    return decibels.clamp(loudest - _DYNAMIC_RANGE_DB, loudest)
+
+
+def draw_spectrogram(path: Path, audio: Tensor, sample_rate_hz: int) -> None:
+    """A bare image of one clip, as `log_mel` takes it, without title or frame."""
+    figure = Figure(figsize=(6, 1.6), facecolor=_BACKGROUND)
+    axes = figure.add_axes((0, 0, 1, 1))
+    _show(axes, audio, sample_rate_hz)
+    axes.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def draw_sheet(path: Path, clips: Sequence[Tensor], titles: Sequence[str], sample_rate_hz: int) -> None:
+    """A grid of clips, as `log_mel` takes them, with their captions as titles, mel axis in kHz and time in seconds."""
+    columns = min(3, len(clips))
+    rows = math.ceil(len(clips) / columns)
+    with matplotlib.style.context("dark_background"), warnings.catch_warnings():
+        # A caption may hold characters that the font lacks; it is drawn with boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = Figure(figsize=(5.2 * columns, 2.3 * rows + 0.3), facecolor=_BACKGROUND, layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes in grid[len(clips) :]:
+            axes.set_visible(False)
+        for axes, clip, title in zip(grid, clips, titles, strict=False):
+            _show(axes, clip, sample_rate_hz)
+            _label(axes, title, sample_rate_hz)
+        figure.savefig(path, dpi=110)
+
+
+def _show(axes: Axes, audio: Tensor, sample_rate_hz: int) -> None:
+    decibels = log_mel(audio, sample_rate_hz).numpy()
+    extent = (0.0, audio.shape[-1] / sample_rate_hz, 0.0, float(_MEL_BANDS))
+    axes.imshow(decibels, origin="lower", aspect="auto", cmap="magma", extent=extent, interpolation="bilinear")
+
+
+def _label(axes: Axes, title: str, sample_rate_hz: int) -> None:
+    text = one_line(title) or "(no caption)"
+    short = text if len(text) <= _MAX_TITLE_CHARACTERS else text[: _MAX_TITLE_CHARACTERS - 1] + "…"
+    axes.set_title(short, fontsize=9, loc="left", parse_math=False)
+    kilohertz = np.array([k for k in (0.25, 1.0, 4.0, 10.0) if 2000 * k < sample_rate_hz])
+    axes.set_yticks(_mel(1000 * kilohertz) / _mel(np.array(sample_rate_hz / 2)) * _MEL_BANDS)
+    axes.set_yticklabels([f"{k:g}k" for k in kilohertz])
+    axes.tick_params(labelsize=7, length=2, color="#666666")
+    axes.set_xlabel("seconds", fontsize=7)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _mel(hertz: np.ndarray) -> np.ndarray:
+    return 2595 * np.log10(1 + hertz / 700)

@@ -1,0 +1,98 @@
+"""An evaluation as a table on the console, as JSON and as Markdown."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from foley.core.files import write_json, write_text
+from foley.metrics.evaluation import Evaluation
+from foley.metrics.scores import CONFIDENCE, Estimate
+from foley.reporting.tables import markdown_table
+
+Row = tuple[str, str, str, str]
+
+TITLES = {
+    "frechet_distance": "Frechet distance",
+    "frechet_distance_infinity": "Frechet distance, n to infinity",
+    "kernel_audio_distance": "Kernel audio distance",
+    "kl_softmax": "KL(reference || generated), softmax, paired",
+    "kl_softmax_reversed": "KL(generated || reference), softmax, paired",
+    "kl_sigmoid": "KL(reference || generated), sigmoid, paired",
+    "kl_sigmoid_reversed": "KL(generated || reference), sigmoid, paired",
+    "kl_marginal": "KL(reference || generated) of mean posteriors, unpaired",
+    "kl_marginal_reversed": "KL(generated || reference) of mean posteriors, unpaired",
+    "inception_score": "Inception score",
+    "clap_score": "CLAP score",
+    "clap_score_unrelated": "CLAP score of other clips' captions",
+}
+_HEADER = ("metric", "value", f"{CONFIDENCE:.0%} interval", "n (reference / generated)")
+
+
+def score_rows(evaluation: Evaluation) -> list[Row]:
+    """(metric, value, interval, n) of every score that the evaluation has."""
+    rows = [
+        (TITLES[name], f"{score.value:.4f}", _interval(score), score.n) for name, score in evaluation.scores.items()
+    ]
+    for group, accuracy in evaluation.accuracy.items():
+        name = f"Label accuracy, {group} ({accuracy.choices} classes)"
+        rows.append((name, f"{accuracy.accuracy:.1%}", "", str(accuracy.n)))
+    return rows
+
+
+def _interval(score: Estimate) -> str:
+    return "" if score.low is None else f"{score.low:.4f} to {score.high:.4f}"
+
+
+def class_rows(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """(class, accuracy among all labels, n) per class, hardest first."""
+    everything = evaluation.accuracy.get("all")
+    per_class = everything.per_class if everything else {}
+    return [(label, f"{value:.1%}", str(n)) for label, (value, n) in sorted(per_class.items(), key=lambda kv: kv[1])]
+
+
+def to_markdown(evaluations: Sequence[Evaluation]) -> str:
+    """The whole report as Markdown, a chapter for each protocol."""
+    return "\n\n".join(map(_chapter, evaluations)) + "\n"
+
+
+def _chapter(evaluation: Evaluation) -> str:
+    facts = [f"- {key}: {value}" for key, value in evaluation.protocol.items()]
+    parts = [
+        f"# Evaluation, protocol `{evaluation.protocol['protocol']}`",
+        "\n".join([*facts, f"- pairing: {evaluation.pairing}", f"- clips without label: {evaluation.n_unlabelled}"]),
+        markdown_table(_HEADER, score_rows(evaluation)),
+    ]
+    if classes := class_rows(evaluation):
+        parts += ["## Accuracy per class", markdown_table(("class", "accuracy", "n"), classes)]
+    if evaluation.silent:
+        parts += ["## ALARM: silent clips", "\n".join(f"- {id}" for id in evaluation.silent)]
+    return "\n\n".join(parts)
+
+
+def show(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Draw the scores on the console."""
+    facts = evaluation.protocol
+    title = f"protocol {facts['protocol']} v{facts['version']}, extractor {facts['extractor_hash'][:12]}"
+    table = Table(*_HEADER, title=title)
+    for row in score_rows(evaluation):
+        table.add_row(*row)
+    (console or Console()).print(table)
+
+
+def flat_scores(evaluations: Iterable[Evaluation]) -> dict[str, float]:
+    """`protocol/score` to value, and `protocol/accuracy/group`: what loggers take."""
+    flat: dict[str, float] = {}
+    for evaluation in evaluations:
+        name = evaluation.protocol["protocol"]
+        flat |= {f"{name}/{score}": found.value for score, found in evaluation.scores.items()}
+        flat |= {f"{name}/accuracy/{group}": found.accuracy for group, found in evaluation.accuracy.items()}
+    return flat
+
+
+def write_report(evaluations: Sequence[Evaluation], directory: Path) -> None:
+    """Write `evaluation.json`, by protocol, and `evaluation.md` into `directory`."""
+    by_protocol = {evaluation.protocol["protocol"]: evaluation.to_dict() for evaluation in evaluations}
+    write_json(directory / "evaluation.json", by_protocol)
+    write_text(directory / "evaluation.md", to_markdown(evaluations))

@@ -1,0 +1,124 @@
+"""What a run costs: memory, throughput, and the CSV file that all metrics go to."""
+
+import csv
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from torch import Tensor
+
+from foley.training.memory import ActivationCounter
+
+
+class _AppendingWriter(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        """Adopt the header of an earlier `metrics.csv`, where the parent would delete the file."""
+        if self._fs.isfile(self.metrics_file_path):
+            with self._fs.open(self.metrics_file_path, "r", newline="") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+
+class AppendingCSVLogger(CSVLogger):
+    """Lightning's CSV logger with a fixed folder, keeping the rows of the run's earlier lives.
+
+    Args:
+        save_dir: the folder of `metrics.csv` and `hparams.yaml`.
+        flush_logs_every_n_steps: rows between writes.
+    """
+
+    def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 50) -> None:
+        super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer, created on first use; a dummy on other ranks than zero."""
+        if self._experiment is None:
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+        return self._experiment
+
+
+class TrainingMemory(pl.Callback):
+    """Logs `memory/activation_mib`, what the first step saves for its backward pass, and on a GPU `memory/peak_mib`.
+
+    A module with several backward passes a step is measured up to the first of them.
+
+    Args:
+        every_n_steps: how often the peak is logged.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
+        self._measuring = ExitStack()
+        self._counter: ActivationCounter | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._counter = ActivationCounter(pl_module.parameters())
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._counter is not None:
+            self._measuring.enter_context(self._counter.hooks())
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        self._measuring.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._measuring.close()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._measuring.close()  # a step without a backward pass
+        if self._counter is not None:
+            pl_module.log("memory/activation_mib", self._counter.total_bytes / 2**20)
+            self._counter = None
+        # Seldom: to log a number copies it to the device, and waits.
+        if pl_module.device.type == "cuda" and batch_idx % self.every_n_steps == 0:
+            pl_module.log("memory/peak_mib", torch.cuda.max_memory_allocated(pl_module.device) / 2**20)
+
+
+class Throughput(pl.Callback):
+    """Logs `throughput/clips_per_second` and `throughput/audio_seconds_per_second`, over all ranks.
+
+    Validation and checkpoints are left out of the time.
+
+    Args:
+        every_n_steps: batches in one measurement.
+        clip_seconds: duration of every batch item.
+    """
+
+    def __init__(self, clip_seconds: float, every_n_steps: int = 10) -> None:
+        self.clip_seconds = clip_seconds
+        self.every_n_steps = every_n_steps
+        self._restart()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches += 1
+        self._clips += len(batch["id"])
+        if self._batches >= self.every_n_steps:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rate = self._clips * trainer.world_size / max(time.perf_counter() - self._start, 1e-9)
+        pl_module.log("throughput/clips_per_second", rate, prog_bar=True)
+        pl_module.log("throughput/audio_seconds_per_second", rate * self.clip_seconds)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = time.perf_counter()
+        self._batches = self._clips = 0

@@ -1,0 +1,113 @@
+"""The Lightning modules that train codecs: waveform VAE, spectral VAE, mel VAE, vocoder."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from foley.data.dataset import AudioBatch
+from foley.models.codec.base import AudioVAE
+from foley.models.codec.mel_vae import MelVAE
+from foley.models.codec.spectral_vae import SpectralVAE
+from foley.models.codec.vocoder import BigVGAN
+from foley.training.adversarial import AdversarialTraining, Pair, VariationalTraining
+
+
+class CodecTraining(VariationalTraining):
+    """A VAE on audio, with terms of (reconstruction, original), both `[B, 1, T]`, and the term "kl".
+
+    Args:
+        codec: the model.
+        objective, options: see `AdversarialTraining`.
+    """
+
+    def __init__(self, codec: AudioVAE, *objective: Any, **options: Any) -> None:
+        super().__init__(*objective, **options)
+        self.codec = codec
+
+    @property
+    def model(self) -> AudioVAE:
+        return self.codec
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.codec.sample_rate_hz
+
+    def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
+        """The reconstruction of the audio from a draw of the posterior, or from its mean."""
+        audio = batch["audio"]
+
+        def decode(latent: Tensor) -> Tensor:
+            return self.codec.decode(latent)[..., : audio.shape[-1]]
+
+        return self.reconstruct(audio, self.codec.posterior(audio), decode, noise)
+
+
+class SpectralVAETraining(CodecTraining):
+    """As `CodecTraining`, but its terms and its discriminator take log magnitudes `[B, N, bins]` instead of audio."""
+
+    codec: SpectralVAE
+
+    def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
+        """The reconstruction of the spectra from a draw of the posterior, or from its mean."""
+        spectra = self.codec.spectra(batch["audio"])
+        return self.reconstruct(spectra, self.codec.spectral_posterior(spectra), self.codec.decode_spectra, noise)
+
+    def heard(self, batch: AudioBatch, pair: Pair) -> tuple[Tensor, Tensor]:
+        """The clips themselves, and what the spectra sound like."""
+        audio = batch["audio"]
+        return audio, self.codec.phase(pair.generated)[..., : audio.shape[-1]]
+
+
+class MelVAETraining(VariationalTraining):
+    """A VAE on mel spectrograms, with terms of (reconstruction, original), both `[B, mel_bands, F]`, and the term "kl".
+
+    Args:
+        mel_vae: the model.
+        objective, options: see `AdversarialTraining`; the discriminator takes mel spectrograms.
+    """
+
+    def __init__(self, mel_vae: MelVAE, *objective: Any, **options: Any) -> None:
+        super().__init__(*objective, **options)
+        self.mel_vae = mel_vae
+
+    @property
+    def model(self) -> MelVAE:
+        return self.mel_vae
+
+    @property
+    def sample_rate_hz(self) -> None:
+        return None
+
+    def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
+        """The reconstruction of the audio's mel spectrogram from a draw of the posterior, or from its mean."""
+        audio = batch["audio"]
+        mel = self.mel_vae.spectrogram(pad(audio, (0, -audio.shape[-1] % self.mel_vae.hop_samples)))
+        return self.reconstruct(mel, self.mel_vae.posterior(mel), self.mel_vae.decode, noise)
+
+
+class VocoderTraining(AdversarialTraining):
+    """A vocoder, with terms of (generated, original), both `[B, 1, T]`.
+
+    Args:
+        vocoder: the model.
+        objective, options: see `AdversarialTraining`.
+    """
+
+    def __init__(self, vocoder: BigVGAN, *objective: Any, **options: Any) -> None:
+        super().__init__(*objective, **options)
+        self.vocoder = vocoder
+
+    @property
+    def model(self) -> BigVGAN:
+        return self.vocoder
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.vocoder.spectrogram.sample_rate_hz
+
+    def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
+        """The audio made anew from its mel spectrogram; there is no noise in it."""
+        audio = batch["audio"]
+        return Pair(audio, self.vocoder(self.vocoder.spectrogram(audio))[..., : audio.shape[-1]].float())

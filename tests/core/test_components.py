@@ -1,0 +1,48 @@
+"""Components on disk: what is refused before anything is built."""
+
+from pathlib import Path
+
+import pytest
+
+from foley.core.components import CheckpointError, build_component, check_targets
+from foley.core.files import atomic_write
+
+STRANGERS = [
+    "os.system",
+    "foley.core.components.write_json",
+    "foley.core.components.Path",
+    "foley.core.components.os.system",
+    "foley.models.text.base.get_logger",
+    "foley.models.codec.normaliser.nn.Module",
+    "foley.models.absent.Module",
+]
+
+
+@pytest.mark.parametrize("target", STRANGERS)
+def test_only_component_classes_are_built(target: str) -> None:
+    with pytest.raises(CheckpointError, match="refusing to build"):
+        check_targets({"nested": [{"_target_": target}]}, "a stranger's config")
+
+
+def test_interpolations_are_refused() -> None:
+    config = {"_target_": "foley.models.codec.normaliser.LatentNormaliser", "channels": "${oc.env:HOME}"}
+    with pytest.raises(CheckpointError, match="interpolation"):
+        build_component(config)
+
+
+def test_a_component_is_built() -> None:
+    module = build_component({"_target_": "foley.models.codec.normaliser.LatentNormaliser", "channels": 3})
+    assert module.mean.shape == (3,)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_text("old")
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        atomic_write(file, fail)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

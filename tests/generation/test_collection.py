@@ -1,0 +1,136 @@
+"""Test sets of a prompt file: shared out, continued, and never written twice."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from test_text_to_audio import CONFIGS
+
+from foley.cli.requests import choose_options
+from foley.core.config import PROJECT_ROOT
+from foley.system.system import build_system, save_system
+
+ROWS = [("dog", "a dog barks"), ("dog", "barking, loud"), ("rain", "rain falls"), ("rain", "drops"), ("bell", "a bell")]
+
+
+@pytest.fixture(scope="module")
+def system_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("system")
+    save_system(build_system(CONFIGS), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def audiocaps(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "audiocaps_test.csv"
+    rows = [f'{index},{clip},30,"{caption}"' for index, (clip, caption) in enumerate(ROWS, start=100)]
+    file.write_text("\n".join(["audiocap_id,youtube_id,start_time,caption", *rows]), encoding="utf-8")
+    return file
+
+
+def sample(*overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PROJECT_ROOT / "sample.py"), "steps=2", "duration_seconds=0.2", *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+
+
+def contents(folder):
+    return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.glob("*_seed*.*")}
+
+
+def record(wave):
+    """What a clip's JSON says, but for costs, which are means over its batch."""
+    facts = json.loads(wave.with_suffix(".json").read_text(encoding="utf-8"))
+    facts["settings"] = {key: value for key, value in facts["settings"].items() if not key.startswith("mac")}
+    return facts
+
+
+def config(*overrides: str):
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        return compose("sample", overrides=["prompt=rain", *overrides])
+
+
+def test_two_processes_make_the_clips_of_one_and_go_on_where_they_stopped(system_dir, audiocaps, tmp_path):
+    given = [f"prompts={audiocaps}", f"ckpt={system_dir}", "device=cpu", "seed=7"]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    done = sample(*given, f"output_dir={alone}", "batch_size=4")
+    assert done.returncode == 0, done.stderr
+    assert (alone / "index.html").is_file()
+    waves = sorted(alone.glob("*.wav"))
+    assert len(waves) == len(ROWS)
+    for index, wave in enumerate(waves):
+        facts = json.loads(wave.with_suffix(".json").read_text(encoding="utf-8"))
+        assert (facts["prompt"], facts["seed"], facts["id"]) == (ROWS[index][1], 7 + index, str(100 + index))
+
+    # As if killed after two clips: one of them has no JSON yet.
+    shared.mkdir()
+    for name in ["test_set.json", *(file.name for wave in waves[1:3] for file in alone.glob(f"{wave.stem}.*"))]:
+        (shared / name).write_bytes((alone / name).read_bytes())
+    (shared / waves[2].with_suffix(".json").name).unlink()
+    kept = contents(shared)[waves[1].name]
+    done = sample(*given, f"output_dir={shared}", "trainer=ddp_cpu", "trainer.devices=2", "batch_size=1")
+    assert done.returncode == 0, done.stderr
+    assert "4 clips made" in done.stdout + done.stderr
+    assert "1 were there already" in done.stdout + done.stderr
+    assert contents(shared)[waves[1].name] == kept
+    for wave in waves:
+        # Sums of another batch size and number of threads are rounded otherwise.
+        np.testing.assert_allclose(
+            soundfile.read(shared / wave.name)[0], soundfile.read(wave)[0], rtol=0, atol=4 / 2**15
+        )
+        assert record(alone / wave.name) == record(shared / wave.name)
+
+    before = contents(shared)
+    done = sample(*given, f"output_dir={shared}")
+    assert "0 clips made" in done.stdout + done.stderr
+    pages = {name for name in before if name.endswith(".png")}
+    assert {k: v for k, v in contents(shared).items() if k not in pages} == {
+        k: v for k, v in before.items() if k not in pages
+    }
+    done = sample(*given, f"output_dir={shared}", "guidance_scale=2")
+    assert done.returncode != 0
+    assert "guidance_scale was None, is 2" in done.stderr
+
+
+def test_processes_share_out_a_file_only():
+    done = sample("prompt=rain", "trainer=ddp_cpu")
+    assert done.returncode != 0
+    assert "give prompts=FILE" in done.stderr
+
+
+PAPERS = {
+    "ezaudio": ("ezaudio_xl", 100, 5.0, 0.75, 10.0, "random", ["panns", "clap"]),
+    "audiocache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "smoothcache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "litefocus": ("audioldm2", 200, 3.5, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
+    "audiolcm": (None, 2, 6.0, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
+}
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_papers_test_set(paper):
+    model, *expected = PAPERS[paper]
+    cfg = config(f"eval_preset={paper}", *([] if model is None else [f"published={model}"]))
+    found = [cfg.steps, cfg.guidance_scale, cfg.guidance_rescale, cfg.duration_seconds, cfg.captions]
+    assert [*found, list(cfg.eval_preset.protocol)] == expected
+    by_hand = config(f"eval_preset={paper}", "steps=7", "guidance=none", "solver=heun", "accel=none", "captions=first")
+    assert (by_hand.steps, by_hand.guidance_scale, by_hand.solver.name) == (7, 1.0, "heun")
+    assert by_hand.captions == "first"
+    assert choose_options(by_hand)["accelerator"].__class__.__name__ == "NoAcceleration"
+
+
+def test_a_papers_accelerator_comes_with_its_test_set():
+    names = {paper: type(instantiate(config(f"eval_preset={paper}").accel)).__name__ for paper in PAPERS}
+    assert names == {
+        "ezaudio": "NoAcceleration",
+        "audiocache": "AudioCache",
+        "smoothcache": "SmoothCache",
+        "litefocus": "LiteFocus",
+        "audiolcm": "NoAcceleration",
+    }
+    assert config("eval_preset=audiocache").accel.calibration_dir.checkpoint.endswith("data/demo")
+    assert config("eval_preset=ezaudio", "steps=3").solver.name == "ddim"

@@ -1,0 +1,80 @@
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from foley.generation.prompts import ClipRequest, quote_overrides, read_prompts, request_clips
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "a dog\n\n  rain, heavy  \n"),
+        ("a.csv", '\ufeffid,caption\n1,a dog\n2,"rain, heavy"\n'),
+        ("a.jsonl", '{"caption": "a dog"}\n\n{"caption": "rain, heavy", "id": 2}\n'),
+    ],
+)
+def test_prompts_are_read_from_every_format(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == ["a dog", "rain, heavy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "\n", "holds no prompt"),
+        ("a.csv", "id,text\n1,dog\n", "no 'caption' column"),
+        ("a.jsonl", '{"caption": "dog"}\n{"text": "dog"}\n', "line 2"),
+        ("a.jsonl", "{dog}\n", "line 1: not JSON"),
+    ],
+)
+def test_unusable_files_are_refused_with_the_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_missing_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_clips_are_prompts_times_seeds():
+    assert request_clips("dog", None, 3, 2) == [ClipRequest("dog", 3), ClipRequest("dog", 4)]
+    assert request_clips("", None, 0, 1) == [ClipRequest("", 0)]
+    for bad in [(None, None, 0, 1), ("dog", "file", 0, 1), ("dog", None, 0, 0)]:
+        with pytest.raises(ValueError, match=r"prompt=|num must"):
+            request_clips(*bad)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a dog, barking",
+        "",
+        "it's {odd} [text] a=b:c",
+        "${oc.env:HOME}",
+        "back\\slash\\",
+        "🐕 $5 #1",
+        "\\'",
+        "null",
+        "12",
+    ],
+)
+def test_a_prompt_survives_the_command_line(prompt):
+    quoted = quote_overrides([f"prompt={prompt}", "seed=1"], ["prompt"])
+    assert quoted[1] == "seed=1"
+    override = OverridesParser.create().parse_override(quoted[0])
+    assert OmegaConf.create({"prompt": override.value()}).prompt == prompt
+
+
+def test_prompts_that_are_quoted_already_are_left_alone():
+    assert quote_overrides(["prompt='a, b'"], ["prompt"]) == ["prompt='a, b'"]
+
+
+def test_a_files_labels_and_ids_travel_with_its_prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"caption": "a bell", "label": "bell", "id": "b1"}\n{"caption": "rain"}\n')
+    once, twice = request_clips(None, str(file), 5, 1), request_clips(None, str(file), 5, 2)
+    assert once == [ClipRequest("a bell", 5, {"label": "bell", "id": "b1"}), ClipRequest("rain", 6)]
+    assert [clip.notes for clip in twice[:2]] == [{"label": "bell"}] * 2
+    assert len({clip.seed for clip in twice}) == 4

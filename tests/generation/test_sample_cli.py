@@ -1,0 +1,186 @@
+"""`sample.py` as a user runs it."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from test_text_to_audio import CONFIGS
+
+from foley.cli.requests import choose_method
+from foley.core.components import CheckpointError
+from foley.core.config import PROJECT_ROOT
+from foley.system.system import build_system, save_system
+
+HOSTILE = 'rain, it\'s "loud" ../../x\n🐕 ${oc.env:HOME} <b>'
+
+
+def run_sample(*overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PROJECT_ROOT / "sample.py"), *overrides]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def system_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("system")
+    save_system(build_system(CONFIGS), directory)
+    return directory
+
+
+def test_a_prompt_becomes_a_folder_to_listen_to(system_dir, tmp_path):
+    out = tmp_path / "out"
+    done = run_sample(
+        f"prompt={HOSTILE}", "num=2", "seed=7", "steps=3", "duration_seconds=0.3", "guidance_scale=4",
+        "solver=dpmpp_2m", f"ckpt={system_dir}", f"output_dir={out}", "device=cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(out / "index.html") in done.stdout + done.stderr
+    sidecars = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*.json"))]
+    assert [sidecar["prompt"] for sidecar in sidecars] == [HOSTILE] * 2
+    assert [sidecar["seed"] for sidecar in sidecars] == [7, 8]
+    settings = sidecars[0]["settings"]
+    assert (settings["num_steps"], settings["guidance_scale"], settings["solver"]) == (3, 4, "dpmpp_2m")
+    waves = sorted(out.glob("*.wav"))
+    assert [soundfile.info(wave).frames for wave in waves] == [600, 600]
+    assert (out / "spectrograms.png").is_file()
+    assert not (tmp_path.parent / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    path = tmp_path_factory.mktemp("in") / "a dog, it's=loud.wav"
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, 2000).astype(np.int16)
+    soundfile.write(path, samples, 2000, subtype="PCM_16")
+    return path
+
+
+def test_an_edited_file_keeps_every_sample_outside_the_mask(system_dir, recording, tmp_path):
+    done = run_sample(
+        f"edit={recording}", "mask_start_seconds=0.4", "mask_length_seconds=1", "boundary_seconds=0.2", "prompt=rain",
+        "num=2", "steps=3", f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    clips = [soundfile.read(wave, dtype="int16")[0] for wave in sorted(tmp_path.glob("*.wav"))]
+    assert [len(clip) for clip in clips] == [2800, 2800]
+    for clip in clips:
+        assert np.array_equal(clip[:800], soundfile.read(recording, dtype="int16")[0][:800])
+    assert not np.array_equal(*clips)
+    settings = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))["settings"]
+    assert (settings["edit"]["mask_start_seconds"], settings["edit"]["boundary_seconds"]) == (0.4, 0.2)
+
+
+def test_a_variation_has_the_length_of_its_file(system_dir, recording, tmp_path):
+    done = run_sample(
+        f"init={recording}", "strength=0.34", "prompt=rain", "negative_prompt=a dog, barking", "steps=3",
+        "solver=heun", f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert soundfile.info(next(tmp_path.glob("*.wav"))).frames == 2000
+    settings = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))["settings"]
+    assert (settings["init"]["first_step"], settings["negative_prompt"]) == (2, "a dog, barking")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompt=rain", "steps=0"], "whole number >= 1"),
+        ([], "give either prompt"),
+    ],
+)
+def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overrides, message):
+    done = run_sample(*overrides, f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu")
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not list(tmp_path.glob("*.wav"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"edit": "a.wav", "init": "b.wav"}, "exclude each other"),
+        ({"mask_start_seconds": 1}, "give edit=FILE too"),
+        ({"edit": "a.wav", "mask_length_seconds": 1}, "mask_start_seconds must be a number of seconds"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(options, message):
+    defaults = OmegaConf.load(PROJECT_ROOT / "configs" / "sample.yaml")
+    with pytest.raises(ValueError, match=message):
+        choose_method(OmegaConf.merge(defaults, options))
+
+
+def sample_here(*overrides: str) -> None:
+    """`sample.py` in this process, which is faster."""
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        cfg = compose("sample", overrides=["prompt=rain", "device=cpu", *overrides])
+    runpy.run_path(str(PROJECT_ROOT / "sample.py"), run_name="sample")["main"](cfg)
+
+
+def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_dir, tmp_path):
+    ways = {
+        "plain": [],
+        "half": ["precision=bf16"],
+        "windows": ["window_seconds=0.5", "overlap_seconds=0.1"],
+        "extended": ["rotary_extension=ntk", "trained_seconds=0.5"],
+    }
+    settings = {}
+    for name, overrides in ways.items():
+        sample_here(f"ckpt={system_dir}", "steps=2", "duration_seconds=1", f"output_dir={tmp_path / name}", *overrides)
+        (sidecar,) = (tmp_path / name).glob("*.json")
+        settings[name] = json.loads(sidecar.read_text(encoding="utf-8"))["settings"]
+        assert soundfile.info(sidecar.with_suffix(".wav")).frames == 2000
+    assert (settings["plain"]["precision"], settings["plain"]["compile"]) == ("float32", False)
+    assert settings["half"]["precision"] == "bf16"
+    assert (settings["windows"]["window_seconds"], settings["windows"]["overlap_seconds"]) == (0.5, 0.1)
+    assert (settings["extended"]["rotary_extension"], settings["extended"]["trained_seconds"]) == ("ntk", 0.5)
+    assert {"window_seconds", "rotary_extension"}.isdisjoint(settings["plain"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["edit=a.wav", "mask_start_seconds=0", "mask_length_seconds=1"], ValueError, "only generate"),
+        (["init=a.wav"], ValueError, "only generate"),
+        (["precision=bf16"], ValueError, "only generate"),
+        (["compile=true"], ValueError, "only generate"),
+        (["rotary_extension=ntk"], ValueError, "only generate"),
+        (["window_seconds=5"], ValueError, "window_seconds: a published pipeline"),
+        (["guidance_rescale=0.5"], ValueError, "no rescale"),
+        (["solver=heun"], ValueError, "solver=heun: a published pipeline keeps its own"),
+        (["accel=smoothcache"], FileNotFoundError, "calibrate.py model=audioldm2 hub_dir="),
+        (["published.family=musicgen"], ValueError, "got 'musicgen'"),
+        ([], CheckpointError, "must hold model_index.json"),  # what is loaded first
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused_before_anything_is_loaded(tmp_path, overrides, error, message):
+    places = [f"hub_dir={tmp_path}", f"cache_dir={tmp_path}", f"output_dir={tmp_path / 'out'}"]
+    with pytest.raises(Exception, match=message) as caught:
+        sample_here("published=audioldm2", *places, *overrides)
+    assert isinstance(caught.value, error) or isinstance(caught.value.__cause__, error)
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=abc", "num=1.5", "steps=two", "batch_size=null", "guidance_scale=high", "window_seconds=long"]
+)
+def test_numbers_that_are_none_are_refused_by_name(tmp_path, override):
+    with pytest.raises(ValueError, match=f"{override}: give a (whole )?number"):
+        sample_here("prompt=rain", f"ckpt={tmp_path}", f"output_dir={tmp_path}", override)
+
+
+def test_a_missing_calibration_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={tmp_path}/none solver=ddim"):
+        sample_here(f"ckpt={tmp_path}/none", "solver=ddim", "accel=audiocache", f"output_dir={tmp_path / 'out'}")
+
+
+def test_help_lists_the_options():
+    done = run_sample("--help")
+    assert done.returncode == 0, done.stderr
+    for option in (
+        *("prompt", "prompts", "duration_seconds", "edit", "init", "strength", "guidance_scale"),
+        *("solver", "steps", "accel", "output_dir"),
+    ):
+        assert option in done.stdout

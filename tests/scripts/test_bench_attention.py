@@ -1,0 +1,77 @@
+"""scripts/bench/attention.py at small sizes: what it reports, and that its ways to compute the same agree."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import nn
+
+from foley.accel.diffusers.audioldm2 import find_self_attention
+from foley.core.config import PROJECT_ROOT
+
+SMALL_UNET = (
+    "unet.in_channels=4",
+    "unet.out_channels=4",
+    "unet.block_out_channels=[8,16,16,16]",
+    "unet.attention_head_dim=2",
+    "unet.cross_attention_dim=[[null,6,10],[null,6,10],[null,6,10],[null,6,10]]",
+    "+unet.norm_num_groups=4",
+    "+unet.layers_per_block=1",
+)
+
+
+def _config(*overrides: str) -> Any:
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        return compose("bench/attention", overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file: Path = tmp_path_factory.mktemp("bench") / "attention.json"
+    sizes = (
+        "attention.num_tokens=[64,128]",
+        "window.num_tokens=[300]",
+        "step.durations_seconds=[1]",
+        "rounds=1",
+        "step.rounds=1",
+        "device=cpu",
+    )
+    cfg = _config(*SMALL_UNET, *sizes, f"results_file={file}")
+    runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench" / "attention.py"))["main"](cfg)
+    report: dict[str, Any] = json.loads(file.read_text())
+    return report
+
+
+def test_every_variant_is_timed_against_dense(result: dict[str, Any]) -> None:
+    assert [row["num_tokens"] for row in result["attention"]] == [64, 128]
+    assert [row["num_tokens"] for row in result["window"]] == [300]
+    assert result["window"][0]["local_global"]["seconds"] > 0
+    assert [row["duration_seconds"] for row in result["denoising_step"]] == [1]
+    for row, variant in ((result["attention"][0], "straight_reading"), (result["denoising_step"][0], "token_merging")):
+        assert row["dense"]["speedup"] == 1
+        assert row["litefocus"]["speedup"] == row["dense"]["seconds"] / row["litefocus"]["seconds"]
+        assert row[variant]["seconds"] > 0
+    assert {"commit", "processor", "torch"} <= result["provenance"].keys()
+    assert result["settings"]["accelerators"]["litefocus"]["ratio"] == result["settings"]["attention"]["ratio"] == 0.1
+
+
+def test_each_way_to_compute_the_same_gives_the_same(result: dict[str, Any]) -> None:
+    for row in result["attention"]:
+        assert len(row["largest_difference"]) == 2
+        assert max(row["largest_difference"].values()) < 1e-5
+
+
+def test_the_published_unet_has_the_heads_of_the_attention_benchmark() -> None:
+    cfg = _config()
+    with torch.device("meta"):
+        unet: nn.Module = instantiate(cfg.unet)
+    layers = find_self_attention(unet, cfg.accelerators.litefocus.blocks)
+    assert len(layers) == 2 * 4 + 3 * 4
+    for layer in layers:
+        assert layer.attention.heads == cfg.attention.num_heads
+        assert layer.attention.to_q.out_features == cfg.attention.num_heads * cfg.attention.head_dim

@@ -1,0 +1,27 @@
+"""The denoiser's benchmark at a small size: it runs, and its counts follow closed forms."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from foley.core.config import PROJECT_ROOT
+
+
+def test_the_benchmark_reports_steps_training_and_generation(tmp_path: Path) -> None:
+    overrides = ["model=ezaudio_tiny", "text=small", "codec=tiny", "num_frames=8", "num_tokens=3", "steps=2"]
+    overrides += ["repeats=1", "matmul_size=64", "decode=true", "device=cpu", f"results_file={tmp_path}/result.json"]
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        config = compose("bench/denoiser", overrides)
+    runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench" / "denoiser.py"))["main"](config)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["relative_difference_by_hoisting"] < 1e-4
+    assert set(result["sampling_step_seconds"]) == {"float32", "bfloat16"}
+    assert result["speedup_over_plain_float32"]["float32_plain"] == 1
+    training = result["training_step"]
+    assert training["float32_checkpointed"]["activation_mib"] < training["float32"]["activation_mib"]
+    flops = [entry["model_tflops"] * entry["seconds"] for entry in training.values()]
+    assert flops == pytest.approx([flops[0]] * 4)
+    assert set(result["generation_bfloat16_seconds"]) == {"denoise", "decode", "audio_seconds_per_second"}

@@ -1,0 +1,72 @@
+"""`scripts/bench/distillation.py` on tiny systems: every row, sweep and curve it is asked for."""
+
+import json
+import runpy
+from dataclasses import replace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from test_student import STUDENT_CONFIGS
+from test_text_to_audio import CONFIGS, training_checkpoint
+
+from foley.core.components import read_training_checkpoint
+from foley.core.config import PROJECT_ROOT
+from foley.core.hashing import hash_module
+from foley.generation.text_to_audio import TextToAudio
+from foley.metrics.features import LabelledAudio, extract_audio
+from foley.system.system import build_system, save_system
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A teacher, its student, and the run in which the student was trained."""
+    path = tmp_path_factory.mktemp("systems")
+    save_system(build_system(CONFIGS), path / "teacher")
+    student = build_system(STUDENT_CONFIGS)
+    save_system(student, path / "student")
+    (path / "run/checkpoints").mkdir(parents=True)
+    file = training_checkpoint(student, path, hash_module(student.modules["codec"]))
+    checkpoint = read_training_checkpoint(file)
+    checkpoint["foley"]["components"] |= {name: STUDENT_CONFIGS[name] for name in ("denoiser", "consistency")}
+    for step in (100, 200):
+        torch.save(checkpoint, path / f"run/checkpoints/step_{step:06d}.ckpt")
+    (path / "prompts.jsonl").write_text('{"caption": "rain falls", "label": "rain"}\n{"caption": "wind"}\n')
+    return path
+
+
+def test_rows_sweep_and_curves(folder, tmp_path):
+    overrides = [
+        *(f"teacher={folder}/teacher", f"student={folder}/student", f"prompts={folder}/prompts.jsonl"),
+        *("teacher_steps=[4,2]", "student_steps=[1,2]", "guidance_scale=6", "guidance_sweep=[5,9]"),
+        *(f"+curves.20={folder}/run", "duration_seconds=0.2", "device=cpu", f"output_dir={tmp_path}"),
+    ]
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        cfg = compose("bench/distillation", overrides=overrides)
+    runpy.run_path(str(PROJECT_ROOT / "scripts/bench/distillation.py"), run_name="bench")["main"](cfg)
+    results = json.loads((tmp_path / "distillation.json").read_text())
+    assert [(row["system"], row["num_steps"]) for row in results["rows"]] == [
+        ("teacher", 4), ("teacher", 2), ("student", 1), ("student", 2),
+    ]  # fmt: skip
+    assert results["rows"][0]["total_speedup"] == 1
+    assert all(row["denoise_seconds"] > 0 and row["denoise_speedup"] > 0 for row in results["rows"])
+    assert {row["label_accuracy"] for row in results["rows"]} == {None}  # these systems' rate is not the extractor's
+    assert [(row["num_steps"], row["guidance_scale"]) for row in results["guidance_sweep"]] == [
+        (1, 5), (1, 9), (2, 5), (2, 9),
+    ]  # fmt: skip
+    assert [(row["k"], row["training_step"], row["num_steps"]) for row in results["curves"]] == [
+        (20, 100, 2), (20, 200, 2),
+    ]  # fmt: skip
+
+
+def test_at_the_extractors_rate_rows_have_scores(folder):
+    bench = runpy.run_path(str(PROJECT_ROOT / "scripts/bench/distillation.py"), run_name="bench")
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        cfg = compose("bench/distillation", overrides=["student=null", f"prompts={folder}/prompts.jsonl"])
+    workload = bench["Workload"].build(cfg)
+    system = TextToAudio(build_system({**CONFIGS, "codec": {**CONFIGS["codec"], "sample_rate_hz": 24000}}))
+    reference = extract_audio([LabelledAudio(torch.randn(4800)) for _ in range(2)], workload.judge.protocol)
+    workload = replace(workload, duration_seconds=0.2, judge=replace(workload.judge, reference=reference))
+    row = workload.measure(system, 2, 3.0)
+    assert 0 <= row["label_accuracy"] <= 1
+    assert row["frechet_distance"] > 0
