@@ -1,17 +1,18 @@
 """The denoiser of AudioLCM's teacher: a plain stack of LLaMA's blocks."""
 
 import math
-from itertools import zip_longest
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
 
-from foley.models.dit.model import BlockShape, Conditions, LatentTransformer, OutputLayer, TransformerBlock
+from foley.models.dit.hoisting import BlockInputs
+from foley.models.dit.model import BlockShape, LatentTransformer, OutputLayer, TransformerBlock
 from foley.nn.adaln import AdaLN, ModulatedRMSNorm, ModulationScheme
 from foley.nn.feedforward import SwigluFeedForward
 from foley.nn.rotary import RotaryEmbedding
 
-_HIDDEN_MULTIPLE = 256
+_HIDDEN_MULTIPLE = 256  # LLaMA's: matrix products like widths of such multiples
 
 
 class LlamaTransformer(LatentTransformer):
@@ -27,6 +28,12 @@ class LlamaTransformer(LatentTransformer):
         modulation: how the diffusion time reaches the blocks; AdaLN by default.
         feed_forward_ratio: hidden width of the feed-forward layer over D, rounded up to a multiple of 256 as in LLaMA;
             8/3 costs as much as a layer of four times D without a gate.
+
+    Example:
+        >>> import torch
+        >>> denoiser = LlamaTransformer(latent_channels=8, width=32, depth=2, num_heads=2, context_dim=16)
+        >>> denoiser(torch.randn(1, 8, 50), torch.tensor([999]), context=torch.randn(1, 7, 16)).shape
+        torch.Size([1, 8, 50])
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class LlamaTransformer(LatentTransformer):
             gradient_checkpointing=gradient_checkpointing,
             guidance_embedding=guidance_embedding,
         )
+        # SwiGLU has three matrices where a plain layer has two: 2/3 of its hidden width costs the same.
         hidden = _HIDDEN_MULTIPLE * math.ceil(round(feed_forward_ratio * width) / _HIDDEN_MULTIPLE)
         has_context = context_dim is not None
         shape = BlockShape(width, num_heads, hidden, False, has_context, ModulatedRMSNorm, SwigluFeedForward)
@@ -61,7 +69,7 @@ class LlamaTransformer(LatentTransformer):
         """All blocks, in order of execution."""
         return cast(list[TransformerBlock], list(self.stack))
 
-    def _run_blocks(self, x: Tensor, conditions: Conditions) -> Tensor:
-        for block, hoisted in zip_longest(self.blocks(), conditions.hoisted):
-            x = self._run(block, x, conditions.block_inputs, None, hoisted)
+    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs]) -> Tensor:
+        for block, own in zip(self.stack, inputs, strict=True):
+            x = self._run(block, x, own)
         return x

@@ -1,74 +1,45 @@
-"""EzAudio-DiT and its ablation variants (Hai et al. 2024, Section 3.2), from the block to the whole transformer."""
+"""EzAudio-DiT and its ablation variants (Hai et al. 2024, Section II-B and Fig. 1), from the block to the whole.
 
-from collections.abc import Iterator, Sequence
+    noisy latent   visible latent, mask       timestep     text
+         |                |                      |           |
+         +--- project ----+                 sinusoids, MLP  MLP
+                 |                               |           |
+      tokens [B, N, D]                     time [B, D]  context [B, S, D]
+                 |                               |           |
+         depth / 2 in-blocks  <------------------+-----------+     each block:
+          |      |                               |           |       [long skip: x = W norm([x, skip])]
+          |   mid block  <-----------------------+-----------+       x += gate * self-attention(modulate(norm(x)))
+          |      |                               |           |       x += cross-attention(norm(x), norm(context))
+          +-> depth / 2 out-blocks  <------------+-----------+       x += gate * feed-forward(modulate(norm(x)))
+         (last in, first out)                    |
+                 |                               |
+         norm, modulate, linear, conv <----------+
+                 |
+       prediction [B, C, L]
+
+B batch, C latent channels, L latent frames, N tokens (L, or L + 1 with a time token), D width, S text tokens.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from foley.models.dit.hoisting import BlockInputs, Conditions, Hoistable, RunConditions
 from foley.models.dit.masking import MaskedInput
-from foley.nn.adaln import BlockModulation, ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
+from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
 from foley.nn.attention import Attention, KeysValues
 from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
 from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, normal_linear, xavier_linear, zero_linear
 from foley.nn.rotary import RotaryEmbedding, RotaryTable
 
+# ---------------------------------------------------------------- the block
 
-class OutputLayer(nn.Module):
-    """Modulated norm, linear to the latent channels and a convolution over time that starts at zero.
-
-    Args:
-        width: D.
-        latent_channels: C.
-        modulated: shift and scale by the time embedding.
-        norm: its kind.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        latent_channels: int,
-        modulated: bool,
-        norm: type[ModulatedNorm] | type[ModulatedRMSNorm] = ModulatedNorm,
-    ) -> None:
-        super().__init__()
-        self.norm = norm(width)
-        self.modulation = zero_linear(width, 2 * width) if modulated else None
-        self.linear = xavier_linear(width, latent_channels)
-        self.conv = nn.Conv1d(latent_channels, latent_channels, kernel_size=3, padding=1)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
-
-    def modulate(self, time: Tensor) -> Modulation | None:
-        """Shift and scale for times `[B, D]`; None where the time does not modulate."""
-        if self.modulation is None:
-            return None
-        shift, scale = self.modulation(time).unsqueeze(1).chunk(2, dim=-1)
-        return Modulation(shift, 1 + scale, gate=torch.ones_like(scale))
-
-    def forward(self, x: Tensor, modulation: Modulation | None) -> Tensor:
-        """Tokens `[B, L, D]` to a latent `[B, C, L]`."""
-        latent = self.linear(self.norm(x, modulation))
-        return self.conv(latent.transpose(1, 2))
-
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """What all blocks of one evaluation share.
-
-    `time [B, D]` and `shared_modulation [B, 6 D]` come from the diffusion time; `context [B, S, D]` is the projected
-    text. Masks are true where a key may be attended to, `[B, 1, 1, N]` and `[B, 1, 1, S]`.
-    """
-
-    time: Tensor
-    shared_modulation: Tensor | None = None
-    rotary: RotaryTable | None = None
-    frame_mask: Tensor | None = None
-    context: Tensor | None = None
-    context_mask: Tensor | None = None
+# A layer that names its `cacheable_kind` may be left out by an accelerator, which puts an earlier output of the same
+# layer in its place. So its `forward` is all that it costs; gate and residual sum stay outside, in the block.
 
 
 @dataclass(frozen=True)
@@ -82,14 +53,6 @@ class BlockShape:
     cross_attention: bool
     norm: type[ModulatedNorm] | type[ModulatedRMSNorm] = ModulatedNorm
     feed_forward: type[GatedFeedForward] = GegluFeedForward
-
-
-@dataclass(frozen=True)
-class HoistedBlock:
-    """What one block makes of time and text alone: computed once for a whole generation."""
-
-    modulation: BlockModulation
-    keys_values: KeysValues | None
 
 
 class SelfAttentionLayer(nn.Module):
@@ -110,7 +73,11 @@ class SelfAttentionLayer(nn.Module):
 
 
 class CrossAttentionLayer(nn.Module):
-    """Norms of stream and context, and attention to the context; starts at zero."""
+    """Norms of stream and context, and attention to the context.
+
+    Its output starts at zero, so that a model whose masked pre-training knew no text goes on where it stopped
+    (Section II-C). The time does not modulate it.
+    """
 
     cacheable_kind = "cross_attention"
 
@@ -121,7 +88,7 @@ class CrossAttentionLayer(nn.Module):
         self.attention = Attention(shape.width, shape.num_heads, shape.qk_norm, zero_output=True)
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """Of a context `[B, S, D]`, whatever the stream and the time."""
+        """Of a context `[B, S, D]`, whatever the stream and the time: each `[B, H, S, head_dim]`."""
         return self.attention.keys_values(self.norm_context(context))
 
     def forward(self, x: Tensor, context: Tensor | KeysValues, mask: Tensor | None) -> Tensor:
@@ -146,7 +113,10 @@ class FeedForwardLayer(nn.Module):
 
 
 class SkipFusion(nn.Module):
-    """Joins the stream with an earlier block's output: `W norm([x, skip])` (EzAudio, Section 3.2)."""
+    """Joins the stream with an in-block's output: `W norm([x, skip])` (Fig. 1b).
+
+    The skip carries detail of the input's many channels past the middle of the stack; the norm keeps it stable.
+    """
 
     def __init__(self, width: int, normed: bool) -> None:
         super().__init__()
@@ -175,115 +145,81 @@ class TransformerBlock(nn.Module):
         self.cross_attention = CrossAttentionLayer(shape) if shape.cross_attention else None
         self.feed_forward = FeedForwardLayer(shape)
 
-    def hoist(self, inputs: BlockInputs) -> HoistedBlock:
-        """Modulation for each of the times `inputs.time [E, D]`, and the context's keys and values."""
-        modulation = self.modulation(inputs.time, inputs.shared_modulation)
-        if self.cross_attention is None or inputs.context is None:
-            return HoistedBlock(modulation, None)
-        return HoistedBlock(modulation, self.cross_attention.keys_values(inputs.context))
-
-    def forward(
-        self, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None, hoisted: HoistedBlock | None = None
-    ) -> Tensor:
-        """`[B, N, D]` to `[B, N, D]`; what is `hoisted` is not computed again."""
+    def forward(self, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; `skip [B, N, D]` is the output of the matching in-block."""
         if self.skip is not None:
             x = self.skip(x, skip)
-        modulation = hoisted.modulation if hoisted else self.modulation(inputs.time, inputs.shared_modulation)
+        modulation = inputs.modulation  # given where a run has computed it beforehand
+        if modulation is None:
+            modulation = self.modulation(inputs.time, inputs.shared_modulation)
         attended = self.self_attention(x, modulation.self_attention, inputs.frame_mask, inputs.rotary)
         x = _add_gated(x, attended, modulation.self_attention)
         if self.cross_attention is not None:
-            context = hoisted.keys_values if hoisted else inputs.context
-            x = x + self.cross_attention(x, context, inputs.context_mask)
+            x = x + self.cross_attention(x, inputs.context, inputs.context_mask)
         return _add_gated(x, self.feed_forward(x, modulation.feed_forward), modulation.feed_forward)
+
+    def hoist(self, inputs: BlockInputs) -> BlockInputs:
+        """Inputs that hold the modulation for each of the times `[R, D]`, and the context's keys and values."""
+        modulation, context = self.modulation(inputs.time, inputs.shared_modulation), inputs.context
+        if self.cross_attention is not None and isinstance(context, Tensor):
+            context = self.cross_attention.keys_values(context)
+        return replace(inputs, time=None, shared_modulation=None, modulation=modulation, context=context)
 
 
 def _add_gated(x: Tensor, output: Tensor, modulation: Modulation | None) -> Tensor:
     return x + output if modulation is None else torch.addcmul(x, modulation.gate, output)
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Of one evaluation.
-
-    `static_input`, `[B, L, D]` or broadcastable to it, is what visible latent, mask and positions add to the tokens;
-    `output_modulation` is that of the last layer. Where `hoisted` is not empty, it has one entry per block, and the
-    blocks compute nothing from time and context.
-    """
-
-    static_input: Tensor
-    block_inputs: BlockInputs
-    output_modulation: Modulation | None
-    hoisted: Sequence[HoistedBlock] = ()
+# ---------------------------------------------------------------- around the blocks
 
 
-class RunConditions:
-    """The conditions of a generation, computed once for all its evaluations.
+class OutputLayer(nn.Module):
+    """Modulated norm, linear to the latent channels and a convolution over time that starts at zero.
+
+    The model so begins by predicting zero, the mean of what it learns to predict.
 
     Args:
-        timesteps: `[E]`, those of the evaluations.
-        conditions: in all that depends on the time, with one row, or one row per item, for each timestep in turn.
+        width: D.
+        latent_channels: C.
+        modulated: shift and scale by the time embedding.
+        norm: its kind.
     """
 
-    def __init__(self, timesteps: Tensor, conditions: Conditions) -> None:
-        self._timesteps = timesteps
-        self._time = conditions.block_inputs.time
-        self._rows = torch.arange(len(self._time) // len(timesteps), device=timesteps.device)
-        modulations = [_parts(block.modulation) for block in conditions.hoisted]
-        parts = [part for modulation in (*modulations, _parts(conditions.output_modulation)) for part in modulation]
-        self._table = torch.stack(parts, dim=1) if parts else None
-        # Views of the table's first rows: each modulation is kept once.
-        self._layout = _fill(conditions, None if self._table is None else self._table[: len(self._rows)])
+    def __init__(
+        self,
+        width: int,
+        latent_channels: int,
+        modulated: bool,
+        norm: type[ModulatedNorm] | type[ModulatedRMSNorm] = ModulatedNorm,
+    ) -> None:
+        super().__init__()
+        self.norm = norm(width)
+        self.modulation = zero_linear(width, 2 * width) if modulated else None
+        self.linear = xavier_linear(width, latent_channels)
+        self.conv = nn.Conv1d(latent_channels, latent_channels, kernel_size=3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
-    def at(self, timestep: Tensor) -> Conditions:
-        """The conditions of the evaluation at `timestep [B]`: one of the run's timesteps, the same for all items.
+    def modulate(self, time: Tensor) -> Modulation | None:
+        """Shift and scale, each `[B, 1, D]`, for times `[B, D]`; None where the time does not modulate."""
+        if self.modulation is None:
+            return None
+        shift, scale = self.modulation(time).unsqueeze(1).chunk(2, dim=-1)
+        return Modulation(shift, 1 + scale, gate=torch.ones_like(scale))  # no residual, hence nothing to gate
 
-        Raises ValueError for another timestep, on the CPU; elsewhere the check would wait for all work queued.
-        """
-        # By value and on the device: to look a number up on the host would wait too.
-        found = self._timesteps == timestep[0]
-        # A fake tensor, with which costs are counted, has no value.
-        readable = found.device.type == "cpu" and type(found) is Tensor
-        if readable and not (bool(found.any()) and bool((timestep == timestep[0]).all())):
-            raise ValueError(f"timestep {timestep.tolist()} is not one of the {len(found)} that were prepared for")
-        rows = found.to(torch.uint8).argmax(dim=0, keepdim=True) * len(self._rows) + self._rows
-        filled = _fill(self._layout, None if self._table is None else self._table[rows])
-        return replace(filled, block_inputs=replace(filled.block_inputs, time=self._time[rows]))
-
-
-def _fill(layout: Conditions, table: Tensor | None) -> Conditions:
-    """`layout` with the modulations of `table [rows, parts, 1, D]`, of which they are views."""
-    parts = iter(() if table is None else table.unbind(dim=1))
-    hoisted = [HoistedBlock(_take_block(block.modulation, parts), block.keys_values) for block in layout.hoisted]
-    return replace(layout, output_modulation=_take(layout.output_modulation, parts), hoisted=hoisted)
+    def forward(self, x: Tensor, modulation: Modulation | None) -> Tensor:
+        """Tokens `[B, L, D]` to a latent `[B, C, L]`."""
+        latent = self.linear(self.norm(x, modulation))
+        return self.conv(latent.transpose(1, 2))
 
 
-def _parts(modulation: BlockModulation | Modulation | None) -> list[Tensor]:
-    """All tensors of a modulation, in the order in which `_take` and `_take_block` put them back."""
-    if isinstance(modulation, BlockModulation):
-        return _parts(modulation.self_attention) + _parts(modulation.feed_forward)
-    return [] if modulation is None else [modulation.shift, modulation.factor, modulation.gate]
-
-
-def _take_block(like: BlockModulation, parts: Iterator[Tensor]) -> BlockModulation:
-    return BlockModulation(_take(like.self_attention, parts), _take(like.feed_forward, parts))
-
-
-def _take(like: Modulation | None, parts: Iterator[Tensor]) -> Modulation | None:
-    return None if like is None else Modulation(next(parts), next(parts), next(parts))
-
-
-class LatentTransformer(nn.Module):
+class LatentTransformer(Hoistable):
     """Base of the denoisers over 1-D latents; a subclass builds the blocks, then `output_layer`, and runs the blocks.
 
     Args:
-        latent_channels: C.
-        width: D.
-        context_dim: Dc of the text embeddings; None builds no cross-attention (stage-1 masked pre-training).
-        modulation: how the diffusion time reaches the blocks.
         rotary: rotary positions in self-attention; None for none.
-        learned_positions: number of learned absolute positions, the longest input in frames; None for none.
-        gradient_checkpointing: recompute blocks in the backward pass to save memory.
-        guidance_embedding: add an embedding of the guidance scale to that of the time, as a distilled student needs.
+        latent_channels, width, context_dim, modulation, learned_positions, gradient_checkpointing, guidance_embedding:
+            as for `DiffusionTransformer`.
     """
 
     output_layer: OutputLayer
@@ -304,6 +240,7 @@ class LatentTransformer(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.prepends_time_token = modulation.prepends_time_token
         self.masked_input = MaskedInput(latent_channels)
+        # Of the noisy latent's C channels, the visible latent's C, and the mask.
         self.input_projection = xavier_linear(2 * latent_channels + 1, width)
         self.positions = LearnedPositions(learned_positions, width) if learned_positions else None
         self.rotary = rotary
@@ -316,8 +253,8 @@ class LatentTransformer(nn.Module):
         """All blocks, in order of execution."""
         raise NotImplementedError
 
-    def _run_blocks(self, x: Tensor, conditions: Conditions) -> Tensor:
-        """Tokens `[B, N, D]` through all blocks; `conditions.hoisted` is empty or has one entry per block."""
+    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs]) -> Tensor:
+        """Tokens `[B, N, D]` through all blocks, each with its own inputs."""
         raise NotImplementedError
 
     def forward(
@@ -347,21 +284,21 @@ class LatentTransformer(nn.Module):
             run: what `prepare` made of all of these; they are then not looked at.
         """
         if run is None:
-            time, frames = self._embed_time(timestep, guidance_scale), noisy.shape[-1]
-            conditions = self._condition(time, frames, context, context_mask, frame_mask, visible, hidden_mask)
+            conditions = self.condition(
+                *(timestep, noisy.shape[-1], context, context_mask, frame_mask, visible, hidden_mask, guidance_scale)
+            )
         else:
             conditions = run.at(timestep)
-        weight = self.input_projection.weight[:, : self.latent_channels]
-        x = nn.functional.linear(noisy.transpose(1, 2).to(weight.dtype), weight) + conditions.static_input
+        x = self._project_noisy(noisy) + conditions.static_input  # [B, L, D]
         if self.prepends_time_token:
-            x = torch.cat([conditions.block_inputs.time.unsqueeze(1).expand(len(x), -1, -1), x], dim=1)
-        x = self._run_blocks(x, conditions)
+            x = torch.cat([conditions.time.unsqueeze(1).expand(len(x), -1, -1), x], dim=1)  # [B, L + 1, D]
+        x = self._run_blocks(x, conditions.blocks)
         x = x[:, 1:] if self.prepends_time_token else x
         return self.output_layer(x, conditions.output_modulation).to(noisy.dtype)
 
-    def prepare(
+    def condition(
         self,
-        timesteps: Tensor,
+        timestep: Tensor,
         num_frames: int,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
@@ -369,42 +306,9 @@ class LatentTransformer(nn.Module):
         visible: Tensor | None = None,
         hidden_mask: Tensor | None = None,
         guidance_scale: Tensor | None = None,
-    ) -> RunConditions:
-        """Everything that the evaluations at `timesteps [E]` of one generation share, for `forward(..., run=...)`.
-
-        All modulations, the context's keys and values, rotary tables and the visible latent's share of the tokens are
-        computed here, once. The other arguments are those of `forward`.
-        """
-        num_scales = 1 if guidance_scale is None else len(guidance_scale)
-        scales = None if guidance_scale is None else guidance_scale.repeat(len(timesteps))
-        time = self._embed_time(timesteps.repeat_interleave(num_scales), scales)
-        conditions = self._condition(time, num_frames, context, context_mask, frame_mask, visible, hidden_mask)
-        hoisted = [block.hoist(conditions.block_inputs) for block in self.blocks()]
-        return RunConditions(timesteps, replace(conditions, hoisted=hoisted))
-
-    def _embed_time(self, timestep: Tensor, guidance_scale: Tensor | None) -> Tensor:
-        """`[B, D]` of diffusion times `[B]` and, in a student, of guidance scales."""
-        if (guidance_scale is None) != (self.guidance_embedding is None):
-            raise ValueError(
-                "this model embeds the guidance scale: give `guidance_scale [B]`"
-                if guidance_scale is None
-                else "this model does not embed a guidance scale; only a distilled student does (guidance_embedding)"
-            )
-        time = self.time_embedding(timestep)
-        if self.guidance_embedding is not None:
-            time = time + self.guidance_embedding(guidance_scale)
-        return nn.functional.silu(time)
-
-    def _condition(
-        self,
-        time: Tensor,
-        num_frames: int,
-        context: Tensor | None,
-        context_mask: Tensor | None,
-        frame_mask: Tensor | None,
-        visible: Tensor | None,
-        hidden_mask: Tensor | None,
     ) -> Conditions:
+        """All that an evaluation over L frames makes of anything but the noisy latent; arguments as `forward`'s."""
+        time = self._embed_time(timestep, guidance_scale)
         num_tokens = num_frames + self.prepends_time_token
         if self.prepends_time_token and frame_mask is not None:
             frame_mask = nn.functional.pad(frame_mask, (1, 0), value=True)
@@ -417,35 +321,51 @@ class LatentTransformer(nn.Module):
             context_mask=_key_mask(context_mask),
         )
         static = self._static_input(num_frames, visible, hidden_mask)
-        return Conditions(static, inputs, self.output_layer.modulate(time))
+        return Conditions(static, time, [inputs] * len(self.blocks()), self.output_layer.modulate(time))
+
+    # The input projection is one matrix over the channels [noisy C, visible C, mask 1], multiplied in two parts:
+    # W [noisy, visible, mask] + b = W_noisy noisy + (W_rest [visible, mask] + b). Only the first changes between steps.
+
+    def _project_noisy(self, noisy: Tensor) -> Tensor:
+        """`[B, C, L]` to `[B, L, D]`."""
+        weight = self.input_projection.weight[:, : self.latent_channels]
+        return nn.functional.linear(noisy.transpose(1, 2).to(weight.dtype), weight)
 
     def _static_input(self, num_frames: int, visible: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
-        """What the input projection makes of all channels but the noisy ones, and the positions, `[B, L, D]`."""
+        """What the projection makes of the other channels, and the positions: `[B, L, D]` or broadcastable to it."""
         weight, bias = self.input_projection.weight[:, self.latent_channels :], self.input_projection.bias
         static = nn.functional.linear(self.masked_input(visible, hidden_mask), weight, bias)
         if self.positions is None:
             return static
         return self.positions(static.expand(-1, num_frames, -1))
 
+    def _embed_time(self, timestep: Tensor, guidance_scale: Tensor | None) -> Tensor:
+        """`[B, D]` of diffusion times `[B]` and, in a student, of guidance scales."""
+        if (guidance_scale is None) != (self.guidance_embedding is None):
+            raise ValueError(
+                "this model embeds the guidance scale: give `guidance_scale [B]`"
+                if guidance_scale is None
+                else "this model does not embed a guidance scale; only a distilled student does (guidance_embedding)"
+            )
+        time = self.time_embedding(timestep)
+        if self.guidance_embedding is not None:
+            time = time + self.guidance_embedding(guidance_scale)
+        return nn.functional.silu(time)  # here once, since every projection of it would begin with it
+
     def _embed_context(self, context: Tensor | None) -> Tensor | None:
+        """Text `[B, S, Dc]` to `[B, S, D]`."""
         if self.context_embedding is None:
             return None
         if context is None:
             raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
         return self.context_embedding(context.to(self.input_projection.weight.dtype))
 
-    def _run(
-        self,
-        block: TransformerBlock,
-        x: Tensor,
-        inputs: BlockInputs,
-        skip: Tensor | None,
-        hoisted: HoistedBlock | None,
-    ) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
+        """One block; where gradients are checkpointed it keeps only its inputs for the backward pass."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            output: Tensor = checkpoint(block, x, inputs, skip, hoisted, use_reentrant=False)
+            output: Tensor = checkpoint(block, x, inputs, skip, use_reentrant=False)
             return output
-        return cast(Tensor, block(x, inputs, skip, hoisted))
+        return cast(Tensor, block(x, inputs, skip))
 
 
 def _context_embedding(context_dim: int, width: int) -> nn.Sequential:
@@ -463,8 +383,11 @@ def _key_mask(mask: Tensor | None) -> Tensor | None:
     return mask[:, None, None]
 
 
+# ---------------------------------------------------------------- EzAudio-DiT
+
+
 class DiffusionTransformer(LatentTransformer):
-    """Denoiser over 1-D latents (EzAudio, Hai et al. 2024, Section 3.2).
+    """Denoiser over 1-D latents (EzAudio, Hai et al. 2024, Section II-B).
 
     Args:
         latent_channels: C.
@@ -481,6 +404,25 @@ class DiffusionTransformer(LatentTransformer):
         learned_positions: number of learned absolute positions, the longest input in frames; None for none.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
         guidance_embedding: add an embedding of the guidance scale to that of the time, as a distilled student needs.
+
+    Raises:
+        ValueError: where `depth` is odd, or `width` does not divide into heads.
+
+    Example:
+        >>> import torch
+        >>> from foley.nn.adaln import AdaLNSola
+        >>> denoiser = DiffusionTransformer(
+        ...     latent_channels=8, width=32, depth=2, num_heads=2, context_dim=16, modulation=AdaLNSola(rank=4, alpha=4)
+        ... )
+        >>> noisy, context = torch.randn(2, 8, 50), torch.randn(2, 7, 16)  # 50 frames, 7 tokens of text
+        >>> denoiser(noisy, torch.tensor([999, 10]), context).shape
+        torch.Size([2, 8, 50])
+
+        A generation prepares once what its evaluations share:
+
+        >>> run = denoiser.prepare(torch.tensor([999, 500]), num_frames=50, context=context)
+        >>> denoiser(noisy, torch.tensor([500, 500]), run=run).shape
+        torch.Size([2, 8, 50])
     """
 
     def __init__(
@@ -525,11 +467,12 @@ class DiffusionTransformer(LatentTransformer):
         """All blocks, in order of execution."""
         return cast(list[TransformerBlock], [*self.in_blocks, self.mid_block, *self.out_blocks])
 
-    def _run_blocks(self, x: Tensor, conditions: Conditions) -> Tensor:
-        skips: list[Tensor] = []
-        for index, (block, hoisted) in enumerate(zip_longest(self.blocks(), conditions.hoisted)):
-            skip = skips.pop() if index > len(self.in_blocks) else None
-            x = self._run(block, x, conditions.block_inputs, skip, hoisted)
-            if index < len(self.in_blocks):
-                skips.append(x)
+    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs]) -> Tensor:
+        each, skips = iter(inputs), list[Tensor]()
+        for block in self.in_blocks:
+            x = self._run(block, x, next(each))
+            skips.append(x)
+        x = self._run(self.mid_block, x, next(each))
+        for block in self.out_blocks:
+            x = self._run(block, x, next(each), skips.pop())  # the innermost pair first, as in a U-Net
         return x
