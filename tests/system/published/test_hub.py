@@ -47,7 +47,7 @@ def test_a_text_encoder_whose_download_breaks_off_is_named(empty_cache, monkeypa
     def breaks_off(name, local_files_only, **options):
         raise OSError("no such file") if local_files_only else HTTPError("peer closed connection")
 
-    monkeypatch.setattr("foley.models.text.frozen_t5.AutoTokenizer.from_pretrained", breaks_off)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", breaks_off)
     monkeypatch.setattr(Hub, "require_network", lambda *names: None)
     with pytest.raises(CheckpointError, match=r"text encoder no-one/no-model: peer closed connection"):
         load_text(Hub(), TEXT)

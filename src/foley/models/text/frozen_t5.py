@@ -5,19 +5,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from foley.core.files import write_tensors
 from foley.core.hub import load_pretrained
 from foley.core.logs import get_logger
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = get_logger(__name__)
 
@@ -130,7 +132,7 @@ class TextModelError(RuntimeError):
 class _Shared:
     """Holds a model outside the module tree: not in state dicts, not trained, and shared by copies of its owner."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: "PreTrainedModel") -> None:
         self.model = model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
@@ -172,6 +174,8 @@ class FrozenT5Conditioner(TextConditioner):
         cache_dir: str | None = None,
         download: bool = False,
     ) -> None:
+        from transformers import AutoTokenizer, T5EncoderModel  # seconds to import, and of no use to other encoders
+
         super().__init__()
         source = {"revision": revision, "local_files_only": not download}
         self.max_length = max_length
@@ -187,7 +191,7 @@ class FrozenT5Conditioner(TextConditioner):
         self.cache = EmbeddingCache(identity, Path(cache_dir) if cache_dir else None)
 
     @property
-    def encoder(self) -> PreTrainedModel:
+    def encoder(self) -> "PreTrainedModel":
         """The frozen encoder."""
         return self._shared.model
 
@@ -220,7 +224,7 @@ class FrozenT5Conditioner(TextConditioner):
         return self
 
 
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, name_or_path: str) -> None:
+def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", encoder: "PreTrainedModel", name_or_path: str) -> None:
     """An incomplete tokenizer would load silently and map every word to the unknown token."""
     rows = int(encoder.config.vocab_size)
     if not _SMALLEST_VOCABULARY_SHARE * rows <= len(tokenizer) <= rows:
