@@ -1,6 +1,6 @@
 """Networks: codecs between audio and latents, denoisers over latents, and the text encoders that condition them.
 
-A codec's latent is `[B, C, L]`; a denoiser maps a noisy one, times `[B]` and text `[B, S, Dc]` to a prediction of its shape.
+A codec's latent is `[B, C, L]`; a denoiser maps a noisy one, times `[B]` and text `[B, S, Dc]` to a prediction like it.
 """
 
 from foley.models.codec.base import AudioVAE, GaussianPosterior

@@ -1,4 +1,16 @@
-"""Norms that the diffusion time modulates, and the schemes by which it reaches them: AdaLN and its relatives."""
+"""Norms that the diffusion time modulates, and the schemes by which it reaches them: AdaLN and its relatives.
+
+In a block, self-attention and feed-forward layer F are wrapped as `x + gate * F(norm(x) * factor + shift)`, where
+`[shift, scale, g]` of both come from the time embedding t, `factor = 1 + scale`, `gate = 1 - g`. The schemes differ in
+how they make these six parts of width D (EzAudio, Hai et al. 2024, Fig. 2d):
+
+    AdaLN          W_i t                                        6 D^2 weights in every block i
+    AdaLN-single   W t + table_i                                6 D^2 once, 6 D in every block
+    AdaLN-SOLA     W t + (alpha / r) B_i A_i t + table_i        6 D^2 once, 42 D r + 6 D in every block
+    time token     -                                            the time is a token, and nothing is modulated
+
+With A `[6 r, D]` and B `[6 D, 6 r]`. All start at zero: every block begins open, unmodulated, `x + F(norm(x))`.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -28,6 +40,7 @@ class BlockModulation:
     @classmethod
     def from_values(cls, values: Tensor) -> "BlockModulation":
         """Split `[B, 6 D]` into shift, scale and g of self-attention, then of the feed-forward layer."""
+        # 1 + scale and 1 - g, so that zeros, from which all schemes start, leave a layer as it is; EzAudio's signs.
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = values.unsqueeze(1).chunk(6, dim=-1)
         return cls(Modulation(shift_a, 1 + scale_a, 1 - gate_a), Modulation(shift_f, 1 + scale_f, 1 - gate_f))
 
@@ -50,6 +63,7 @@ class BlockProjection(nn.Module):
         self.projection = zero_linear(width, 6 * width)
 
     def forward(self, time: Tensor, shared: Tensor | None) -> BlockModulation:
+        """Of times `[B, D]`; there is nothing shared."""
         return BlockModulation.from_values(self.projection(time))
 
 
@@ -61,6 +75,7 @@ class BlockTable(nn.Module):
         self.table = nn.Parameter(torch.zeros(6, width))
 
     def forward(self, time: Tensor, shared: Tensor) -> BlockModulation:
+        """Of the shared projection `[B, 6 D]` alone."""
         return BlockModulation.from_values(shared + self.table.flatten())
 
 
@@ -75,7 +90,9 @@ class BlockLowRank(nn.Module):
         self.scaling = alpha / rank
 
     def forward(self, time: Tensor, shared: Tensor) -> BlockModulation:
-        low_rank = self.up(self.down(time))
+        """Of times `[B, D]` and their shared projection `[B, 6 D]`."""
+        low_rank = self.up(self.down(time))  # B A t: [B, D] to [B, 6 r] to [B, 6 D]
+        # alpha / r, as in LoRA, keeps the correction's size when the rank changes.
         return BlockModulation.from_values(shared + self.scaling * low_rank + self.table.flatten())
 
 
@@ -114,11 +131,20 @@ class AdaLNSingle:
 
 @dataclass(frozen=True)
 class AdaLNSola:
-    """One shared projection, and per block a low-rank correction and a table (EzAudio, Section 3.2).
+    """One shared projection, and per block a low-rank correction and a table (EzAudio, Section II-B).
+
+    "AdaLN-single orchestrated by low-rank adjustment": nearly as few weights as AdaLN-single, and as stable as AdaLN.
 
     Args:
         rank: r of each of the six correction parts.
         alpha: the correction is scaled by `alpha / rank`.
+
+    Example:
+        >>> scheme = AdaLNSola(rank=4, alpha=4)
+        >>> shared, block = scheme.build_shared(32), scheme.build_block(32)  # one for the model, one for each block
+        >>> time = torch.randn(2, 32)
+        >>> block(time, shared(time)).self_attention.gate.shape
+        torch.Size([2, 1, 32])
     """
 
     rank: int
@@ -145,7 +171,7 @@ class TimeToken:
         return NoBlockModulation()
 
 
-_RMS_EPSILON = 1e-5
+_RMS_EPSILON = 1e-5  # LLaMA's
 
 
 class ModulatedNorm(nn.LayerNorm):
@@ -157,7 +183,7 @@ class ModulatedNorm(nn.LayerNorm):
 
 
 class ModulatedRMSNorm(nn.RMSNorm):
-    """The same around RMSNorm (Zhang and Sennrich 2019, equation 4), with the epsilon of LLaMA."""
+    """The same around RMSNorm (Zhang and Sennrich 2019, equation 4)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=_RMS_EPSILON)
@@ -168,4 +194,5 @@ class ModulatedRMSNorm(nn.RMSNorm):
 
 
 def _modulate(normed: Tensor, modulation: Modulation | None) -> Tensor:
+    # [B, N, D] * [B, 1, D] + [B, 1, D], in one pass over the tokens
     return normed if modulation is None else torch.addcmul(modulation.shift, normed, modulation.factor)

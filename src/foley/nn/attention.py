@@ -1,4 +1,4 @@
-"""Multi-head attention around a swappable core."""
+"""Multi-head attention around a swappable core, which accelerators exchange for one that computes less."""
 
 from collections.abc import Callable
 
@@ -36,6 +36,12 @@ class Attention(nn.Module):
         num_heads: H.
         qk_norm: LayerNorm on the queries and keys of each head.
         zero_output: start the output projection at zero.
+
+    Example:
+        >>> attention = Attention(width=32, num_heads=2)
+        >>> x, context = torch.randn(1, 50, 32), torch.randn(1, 7, 32)
+        >>> attention(x).shape, attention.attend(x, attention.keys_values(context)).shape
+        (torch.Size([1, 50, 32]), torch.Size([1, 50, 32]))
     """
 
     core: AttentionCore
@@ -56,10 +62,12 @@ class Attention(nn.Module):
 
     def keys_values(self, source: Tensor, rotary: RotaryTable | None = None) -> KeysValues:
         """Keys and values of `[B, N, D]`; for a context they do not change between steps."""
+        # Norm, then rotation: a rotation keeps lengths, so rotated queries and keys stay normed (QK-norm).
         key = self.norm_k(self._split_heads(self.to_k(source)))
         if rotary is not None:
             key = apply_rotary(key, rotary)
-        return key.transpose(1, 2), self._split_heads(self.to_v(source)).transpose(1, 2)
+        value = self._split_heads(self.to_v(source))
+        return key.transpose(1, 2), value.transpose(1, 2)  # [B, H, N, head_dim]
 
     def attend(
         self,
@@ -69,10 +77,10 @@ class Attention(nn.Module):
         rotary: RotaryTable | None = None,
     ) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`: queries from `x`, over given keys and values."""
-        query = self.norm_q(self._split_heads(self.to_q(x)))
+        query = self.norm_q(self._split_heads(self.to_q(x)))  # [B, N, H, head_dim]
         if rotary is not None:
             query = apply_rotary(query, rotary)
-        attended = self.core(query.transpose(1, 2), *keys_values, mask)
+        attended = self.core(query.transpose(1, 2), *keys_values, mask)  # [B, H, N, head_dim]
         return self.output(attended.transpose(1, 2).flatten(-2))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rotary: RotaryTable | None = None) -> Tensor:
@@ -80,4 +88,5 @@ class Attention(nn.Module):
         return self.attend(x, self.keys_values(x, rotary), mask, rotary)
 
     def _split_heads(self, x: Tensor) -> Tensor:
+        """`[B, N, D]` to `[B, N, H, head_dim]`."""
         return x.unflatten(-1, (self.num_heads, -1))

@@ -1,4 +1,8 @@
-"""Convolutions: weight norm and its folding, padding that keeps lengths, ConvNeXt blocks."""
+"""Convolutions: weight norm and its folding, padding that keeps lengths, Snake, ConvNeXt blocks.
+
+Weight norm (Salimans and Kingma 2016) writes a weight as `g v / |v|`, and so learns its size apart from its direction.
+Folding computes that product once, for inference.
+"""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -21,7 +25,7 @@ def same_conv(
 
     It starts with the variance of its input times `gain ** 2`; small gains suit the ends of residual branches.
     """
-    padding = dilation * (kernel - 1) // 2
+    padding = dilation * (kernel - 1) // 2  # T + 2 padding - dilation (kernel - 1) = T
     conv = nn.Conv1d(in_channels, out_channels, kernel, dilation=dilation, padding=padding, bias=bias)
     return _initialise(conv, fan_in=in_channels * kernel, gain=gain)
 
@@ -35,6 +39,7 @@ def in_single_precision(head: nn.Conv1d, signal: Tensor) -> Tensor:
 def down_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv1d:
     """A weight-normalised convolution over `2 * stride` samples that divides the length by an even `stride`."""
     check_stride(stride)
+    # (T + 2 (stride / 2) - 2 stride) / stride + 1 = T / stride; windows overlap by half.
     conv = nn.Conv1d(in_channels, out_channels, 2 * stride, stride, padding=stride // 2)
     return _initialise(conv, fan_in=in_channels * 2 * stride)
 
@@ -43,7 +48,7 @@ def up_conv(in_channels: int, out_channels: int, stride: int) -> nn.ConvTranspos
     """The transposed counterpart of `down_conv`: multiplies the length by an even `stride`."""
     check_stride(stride)
     conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, padding=stride // 2)
-    return _initialise(conv, fan_in=in_channels * 2)
+    return _initialise(conv, fan_in=in_channels * 2)  # each output hears two taps of each channel
 
 
 def _initialise(conv: _Conv, fan_in: int, gain: float = 1.0) -> _Conv:
@@ -77,7 +82,9 @@ def folded_copy(module: nn.Module) -> nn.Module:
 
 
 def _plain(conv: Any) -> nn.Module:
+    """A convolution without weight norm that has the weights of `conv`."""
     options = {name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    # Weight norm puts a subclass in the place of the class; what it was before is the one to build.
     plain = type_before_parametrizations(conv)(
         conv.in_channels, conv.out_channels, bias=conv.bias is not None, device="meta", **options
     )
@@ -105,6 +112,7 @@ class Snake(nn.Module):
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`alpha` and `1 / beta`, each `[C]`."""
+        # In log scale both stay positive, and start at one.
         return self.log_alpha.exp(), (self.log_beta.exp() + _SMALLEST_BETA).reciprocal()
 
 
@@ -114,14 +122,16 @@ class _Snake(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, signal: Tensor, alpha: Tensor, gain: Tensor) -> Tensor:
         ctx.save_for_backward(signal, alpha, gain)
+        # x + gain sin^2(alpha x), over [B, C, T]
         return torch.addcmul(signal, (signal * alpha).sin_().square_(), gain)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         signal, alpha, gain = ctx.saved_tensors
+        # With u = alpha x, sin^2 u = (1 - cos 2u) / 2, and its derivative is sin 2u:
+        #   d/dx = 1 + alpha gain sin 2u,   d/dalpha = gain x sin 2u,   d/dgain = (1 - cos 2u) / 2.
         double_angle = signal * (2 * alpha)
-        # sin^2(u) = (1 - cos 2u) / 2 and its derivative is sin 2u.
         weighted = gradient * double_angle.sin()
         by_gain = 0.5 * (gradient - gradient * double_angle.cos_()).sum((0, 2), keepdim=True)[0]
         by_alpha = (weighted * signal).sum((0, 2), keepdim=True)[0] * gain
@@ -129,6 +139,7 @@ class _Snake(torch.autograd.Function):
 
 
 snake: Callable[[Tensor, Tensor, Tensor], Tensor] = _Snake.apply
+"""`(signal [B, C, T], alpha [C, 1], gain [C, 1])` to `signal + gain sin^2(alpha signal)`."""
 
 
 _KERNEL = 7
@@ -150,7 +161,7 @@ class ConvNeXtBlock(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[B, L, D]` to `[B, L, D]`."""
-        mixed = self.depthwise(rows.transpose(1, 2)).transpose(1, 2)
+        mixed = self.depthwise(rows.transpose(1, 2)).transpose(1, 2)  # over time, each channel by itself
         return rows + self.scale * self.layers(self.norm(mixed))
 
     @property

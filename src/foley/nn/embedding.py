@@ -10,6 +10,7 @@ from foley.nn.feedforward import normal_linear, zero_linear
 
 def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """`[B]` to `[B, dim]` in float32: cosines, then sines, at geometrically spaced frequencies."""
+    # cos(t / max_period^(i / half)) and its sine: from one radian a step to nearly max_period steps a radian.
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=values.device) / (dim // 2)
     angles = values.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -24,6 +25,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(normal_linear(num_sinusoids, width), nn.SiLU(), normal_linear(width, width))
 
     def forward(self, timestep: Tensor) -> Tensor:
+        """`[B]`, whole or fractional steps of the training schedule, to `[B, D]`."""
         sinusoids = sinusoidal_embedding(timestep, self.num_sinusoids)
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
@@ -33,6 +35,7 @@ def guidance_sinusoids(scale: Tensor, dim: int) -> Tensor:
 
     Sines, then cosines, of 1000 w at frequencies from 1 to exactly 1 / 10000.
     """
+    # Unlike `sinusoidal_embedding`: sines come first, and `half - 1` reaches the last frequency; as published.
     half = dim // 2
     step = torch.tensor(10000.0, device=scale.device).log() / (half - 1)
     angles = 1000 * scale.float()[:, None] * torch.exp(-step * torch.arange(half, device=scale.device))
@@ -51,6 +54,7 @@ class GuidanceEmbedding(nn.Module):
         self.projection = zero_linear(num_sinusoids, width)
 
     def forward(self, scale: Tensor) -> Tensor:
+        """`[B]` to `[B, D]`."""
         sinusoids = guidance_sinusoids(scale, self.num_sinusoids)
         return self.projection(sinusoids.to(self.projection.weight.dtype))
 

@@ -40,27 +40,29 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        # Both products in one matrix: two small ones take longer.
         self.input = xavier_linear(width, 2 * hidden)
         self.output = xavier_linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
-        value, gate = self.input(x).chunk(2, dim=-1)
+        value, gate = self.input(x).chunk(2, dim=-1)  # each [B, N, hidden]
         return self.output(value * self.activate(gate))
 
     def activate(self, gate: Tensor) -> Tensor:
+        """Elementwise."""
         raise NotImplementedError
 
 
 class GegluFeedForward(GatedFeedForward):
-    """GEGLU: EzAudio's."""
+    """GEGLU, `a * gelu(b)`: EzAudio's."""
 
     def activate(self, gate: Tensor) -> Tensor:
         return F.gelu(gate)
 
 
 class SwigluFeedForward(GatedFeedForward):
-    """SwiGLU: LLaMA's."""
+    """SwiGLU, `a * silu(b)`: LLaMA's."""
 
     def activate(self, gate: Tensor) -> Tensor:
         return F.silu(gate)

@@ -1,4 +1,13 @@
-"""Rotary position embedding (RoFormer, Su et al. 2021, equation 34), in the rotate-half layout."""
+"""Rotary position embedding (RoFormer, Su et al. 2021, equation 34), in the rotate-half layout.
+
+At position n, the pair (x_i, x_{i + d/2}) of a head's d numbers is turned by n theta_i, with theta_i = base^(-2i/d):
+
+    x_i       cos(n theta_i) - x_{i + d/2} sin(n theta_i)
+    x_{i+d/2} cos(n theta_i) + x_i         sin(n theta_i)
+
+So the product of a query at m and a key at n depends on m - n alone. Rotate-half pairs the two halves of a head, where
+the paper pairs neighbours; a permutation of learned weights tells them apart, and halves are faster to swap.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,12 +52,14 @@ class RotaryExtension:
         """The inverse frequencies for an input of `length` positions."""
         factor = max(1.0, length / self.trained_length)
         if self.method == "linear":
-            return inverse_frequencies(head_dim, base) / factor
+            return inverse_frequencies(head_dim, base) / factor  # position n as if it were n / factor
+        # With this power the lowest frequency, i = d / 2 - 1, is divided by the factor, and the highest, i = 0, by one.
         return inverse_frequencies(head_dim, base * factor ** (head_dim / (head_dim - 2)))
 
 
 def apply_rotary(x: Tensor, table: RotaryTable) -> Tensor:
     """Rotate `[B, N, H, head_dim]` by its positions."""
+    # The roll swaps the halves; the minus of the first line above is in the table. [B, N, H, d] * [N, 1, d].
     return torch.addcmul(x * table.cos, x.roll(x.shape[-1] // 2, dims=-1), table.signed_sin)
 
 
@@ -56,12 +67,24 @@ class RotaryEmbedding(nn.Module):
     """Makes the tables that all blocks of a model share, and keeps the longest one per device and dtype.
 
     `extension` may be set for inputs longer than those of training; then the tables depend on the length.
+
+    Args:
+        head_dim: of each head, even (ValueError).
+        base: of the frequencies; the larger, the more slowly the last pairs turn.
+
+    Example:
+        >>> rotary = RotaryEmbedding(head_dim=16)
+        >>> table = rotary(50, torch.device("cpu"), torch.float32)
+        >>> apply_rotary(torch.randn(1, 50, 2, 16), table).shape
+        torch.Size([1, 50, 2, 16])
+        >>> rotary.extension = RotaryExtension("ntk", trained_length=500)  # for inputs of more than 500 frames
     """
 
     def __init__(self, head_dim: int, base: float = 10000.0) -> None:
         super().__init__()
         self.head_dim, self.base = head_dim, base
         self.extension: RotaryExtension | None = None
+        # A plain attribute, no buffer: `model.bfloat16()` would round it.
         self.inverse_frequencies = inverse_frequencies(head_dim, base)
         self._tables: dict[tuple[torch.device, torch.dtype], RotaryTable] = {}
 
@@ -78,7 +101,8 @@ class RotaryEmbedding(nn.Module):
     # A table first made while sampling must still serve training: tensors made in inference mode cannot.
     @torch.inference_mode(False)
     def _build(self, length: int, frequencies: Tensor, device: torch.device, dtype: torch.dtype) -> RotaryTable:
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+        # In single precision whatever the model's: bfloat16 has no number between 256 and 258, nor such an angle.
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # [N, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
         cos, signed_sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return RotaryTable(cos.unsqueeze(1).to(device, dtype), signed_sin.unsqueeze(1).to(device, dtype))
