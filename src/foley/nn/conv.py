@@ -14,7 +14,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations, type_before_parametrizations
 
-_SMALLEST_BETA = 1e-9
+BRANCH_GAIN = 0.3
+"""Of the ends of residual branches at the start: blocks begin near the identity, so deep stacks keep their variance."""
+
+HEAD_GAIN = 0.1
+"""Of the last layer before the audio at the start: training begins from a quiet output, not from loud noise."""
+
+_SMALLEST_BETA = 1e-9  # keeps 1 / beta finite
 _Conv = TypeVar("_Conv", nn.Conv1d, nn.ConvTranspose1d)
 
 
@@ -144,7 +150,6 @@ snake: Callable[[Tensor, Tensor, Tensor], Tensor] = _Snake.apply
 
 _KERNEL = 7
 _EXPANSION = 3
-_BRANCH_SCALE = 0.3  # blocks start near the identity
 
 
 class ConvNeXtBlock(nn.Module):
@@ -157,7 +162,7 @@ class ConvNeXtBlock(nn.Module):
         self.layers = nn.Sequential(
             nn.Linear(width, _EXPANSION * width), nn.GELU(), nn.Linear(_EXPANSION * width, width)
         )
-        self.scale = nn.Parameter(torch.full((width,), _BRANCH_SCALE))
+        self.scale = nn.Parameter(torch.full((width,), BRANCH_GAIN))
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[B, L, D]` to `[B, L, D]`."""

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+INITIAL_SCALE = -5.0
+"""What an encoder gives for the scale at first: softplus makes it a standard deviation of 0.007.
+
+From a wide posterior the decoder learns nothing for a long time: noise hides the latent from it.
+"""
+
 _SMALLEST_STD = 1e-4
 
 
@@ -23,12 +29,14 @@ class GaussianPosterior:
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """One reparameterised draw `[B, C, L]`; the noise is drawn where the generator lives, then moved."""
+        # mean + std * noise: gradients reach both (Kingma and Welling 2014, section 2.4).
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
         return torch.addcmul(self.mean, self.std, noise.to(self.mean))
 
     def kl(self) -> Tensor:
         """`sum_c(mean^2 + var - log var - 1)`, averaged over batch and frames: twice the divergence from N(0, 1)."""
-        variance = self.std.square()
+        # Summed over channels and averaged over the rest: the divergence of a frame.
+        variance = self.std.square()  # [B, C, L]
         return (self.mean.square() + variance - variance.log() - 1).sum(1).mean()
 
 

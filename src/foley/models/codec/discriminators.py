@@ -1,12 +1,36 @@
-"""The discriminators against which codecs and vocoders are trained."""
+"""The discriminators against which codecs and vocoders are trained.
 
-from collections.abc import Sequence
+Each gives a list for every scale: the feature maps of its layers in order, for feature matching, and the logits last.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pad
 from torch.nn.utils.parametrizations import weight_norm
 
+
+def conv2d(
+    in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1), dilation: int = 1
+) -> nn.Conv2d:
+    """A weight-normalised convolution over time and frequency that keeps the size where the stride is 1."""
+    padding = (dilation * (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
+    return weight_norm(nn.Conv2d(in_channels, out_channels, kernel, stride, padding, (dilation, 1)))
+
+
+def _feature_maps(picture: Tensor, hidden: Iterable[nn.Module], logits: nn.Module, slope: float) -> list[Tensor]:
+    """Of a picture `[B, 1 or 2, H, W]`: the output of every hidden layer, leaky ReLU included, and the logits."""
+    maps = []
+    for layer in hidden:
+        picture = leaky_relu(layer(picture), slope)
+        maps.append(picture)
+    return [*maps, logits(picture)]
+
+
+# ---------------------------------------------------------------- of waveforms: EnCodec's, the Descript Audio Codec's
+
+_STFT_SLOPE = 0.2
 _FREQUENCY_KERNEL = 9
 _TIME_DILATIONS = (1, 2, 4)
 
@@ -24,6 +48,7 @@ class STFTDiscriminator(nn.Module):
     def __init__(self, fft_size: int, filters: int) -> None:
         super().__init__()
         self.register_buffer("window", torch.hann_window(fft_size), persistent=False)
+        # Dilated over time and strided over frequency: each layer hears longer, and in coarser bands.
         self.hidden = nn.ModuleList(
             [
                 conv2d(2, filters, (3, _FREQUENCY_KERNEL)),
@@ -40,12 +65,8 @@ class STFTDiscriminator(nn.Module):
         spectrum = torch.stft(
             audio.flatten(0, 1).float(), size, size // 4, window=self.window, normalized=True, return_complex=True
         )
-        signal = torch.view_as_real(spectrum).permute(0, 3, 2, 1)
-        maps = []
-        for layer in self.hidden:
-            signal = leaky_relu(layer(signal), 0.2)
-            maps.append(signal)
-        return [*maps, self.logits(signal)]
+        picture = torch.view_as_real(spectrum).permute(0, 3, 2, 1)  # [B, F, frames, 2] to [B, 2, frames, F]
+        return _feature_maps(picture, self.hidden, self.logits, _STFT_SLOPE)
 
 
 class MultiScaleSTFTDiscriminator(nn.Module):
@@ -81,7 +102,7 @@ class DACDiscriminator(nn.Module):
         fft_sizes: Sequence[int] = (2048, 1024, 512),
     ) -> None:
         super().__init__()
-        # Slow to import, and of no use to the other discriminator.
+        # Slow to import, and of no use to the other discriminators.
         from dac.model.discriminator import Discriminator
 
         self.published = Discriminator(periods=list(periods), fft_sizes=list(fft_sizes), sample_rate=sample_rate_hz)
@@ -92,15 +113,10 @@ class DACDiscriminator(nn.Module):
         return maps
 
 
-def conv2d(
-    in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1), dilation: int = 1
-) -> nn.Conv2d:
-    """A weight-normalised convolution over time and frequency that keeps the size where the stride is 1."""
-    padding = (dilation * (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
-    return weight_norm(nn.Conv2d(in_channels, out_channels, kernel, stride, padding, (dilation, 1)))
+# ---------------------------------------------------------------- of mel spectrograms: PatchGAN
 
-
-_KERNEL = 4
+_PATCH_SLOPE = 0.2
+_PATCH_KERNEL = 4
 _MOST_WIDENING = 8
 
 
@@ -116,24 +132,24 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [1, *(filters * min(2**index, _MOST_WIDENING) for index in range(num_layers + 1))]
         strides = [*[2] * num_layers, 1]
-        self.hidden = nn.ModuleList(map(_conv, widths[:-1], widths[1:], strides))
-        self.logits = _conv(widths[-1], 1, 1)
+        self.hidden = nn.ModuleList(map(_patch_conv, widths[:-1], widths[1:], strides))
+        self.logits = _patch_conv(widths[-1], 1, 1)
 
     def forward(self, mel: Tensor) -> list[list[Tensor]]:
         """`[B, mel_bands, F]` to the feature maps of one scale, logits `[B, 1, H, W]` last."""
-        signal, maps = mel[:, None], []
-        for layer in self.hidden:
-            signal = leaky_relu(layer(signal), 0.2)
-            maps.append(signal)
-        return [[*maps, self.logits(signal)]]
+        return [_feature_maps(mel[:, None], self.hidden, self.logits, _PATCH_SLOPE)]
 
 
-def _conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
-    return weight_norm(nn.Conv2d(in_channels, out_channels, _KERNEL, stride, padding=1))
+def _patch_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    # An even kernel padded by one, as published: it halves an even size, and takes one off at stride 1.
+    return weight_norm(nn.Conv2d(in_channels, out_channels, _PATCH_KERNEL, stride, padding=1))
 
 
-_SLOPE = 0.1
+# ---------------------------------------------------------------- of a vocoder's waveforms: HiFi-GAN's, UnivNet's
+
+_JUDGE_SLOPE = 0.1
 _PERIOD_WIDENING = (1, 4, 16, 32, 32)
+_PERIOD_STRIDES = (3, 3, 3, 3, 1)
 _SPECTRAL_LAYERS = 5
 
 
@@ -147,11 +163,7 @@ class _Judge(nn.Module):
     def judge(self, picture: Tensor) -> list[Tensor]:
         """`[B, 1, H, W]` to feature maps, logits last."""
         *hidden, logits = self.layers
-        signal, maps = picture, []
-        for layer in hidden:
-            signal = leaky_relu(layer(signal), _SLOPE)
-            maps.append(signal)
-        return [*maps, logits(signal)]
+        return _feature_maps(picture, hidden, logits, _JUDGE_SLOPE)
 
 
 class PeriodDiscriminator(_Judge):
@@ -164,10 +176,10 @@ class PeriodDiscriminator(_Judge):
 
     def __init__(self, period: int, filters: int) -> None:
         widths = [1, *(filters * factor for factor in _PERIOD_WIDENING)]
-        strides = [3, 3, 3, 3, 1]
         layers = [
+            # Kernels one column wide: samples meet only those of their own phase in the period.
             conv2d(before, after, (5, 1), (stride, 1))
-            for before, after, stride in zip(widths[:-1], widths[1:], strides, strict=True)
+            for before, after, stride in zip(widths[:-1], widths[1:], _PERIOD_STRIDES, strict=True)
         ]
         super().__init__([*layers, conv2d(widths[-1], 1, (3, 1))])
         self.period = period
@@ -196,7 +208,7 @@ class ResolutionDiscriminator(_Judge):
         """`[B, 1, T]` to feature maps `[B, filters, F, frames]`, logits `[B, 1, F, frames]` last."""
         fft_size, hop, window = self.resolution
         margin = (fft_size - hop) // 2
-        reflected = pad(audio.float(), (margin, margin), mode="reflect")[:, 0]
+        reflected = pad(audio.float(), (margin, margin), mode="reflect")[:, 0]  # [B, T + 2 margin]
         ones = torch.ones(window, device=audio.device)  # the published discriminator has no window either
         spectrum = torch.stft(reflected, fft_size, hop, window, ones, center=False, return_complex=True)
         return self.judge(spectrum.abs()[:, None])

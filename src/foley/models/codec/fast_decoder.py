@@ -1,4 +1,15 @@
-"""A waveform decoder that is exact and faster on a CPU: Winograd convolutions, and everything in one layout."""
+"""A waveform decoder that is exact and faster on a CPU: Winograd convolutions, and everything in one layout.
+
+Minimal filtering. Directly, m outputs of a filter of r taps cost m r multiplications. n = m + r - 1 are enough, as many
+as there are points at which the values of a product of polynomials, of m and of r coefficients, determine it:
+
+    y = A [(G g) * (B d)]      g [r] taps, d [n] samples, y [m] outputs;  G [n, r], B [n, n], A [m, n]
+
+Here m = 4, so that 7 taps need 10 products in the place of 28. Between channels each of the n products becomes a matrix
+product `[rows, C_in] @ [C_in, C_out]`, nearly all of the work; `G g` is computed once, `A` and `B` are small and fixed.
+
+Signals are rows `[T, C]` (channels last): a matrix product takes them as they are, and so does every elementwise pass.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,11 +20,15 @@ from torch import Tensor, nn
 from foley.models.codec.waveform_vae import Decoder
 from foley.nn.conv import Snake
 
-_OUTPUTS = 4
+_OUTPUTS = 4  # m
+_BLOCK_ROWS = 512  # of elementwise passes: what one writes is still in the cache for the next
 _PRODUCT_ROWS = 256  # of each matrix product: its operands stay in the cache
 # One point fewer than the multiplications of a tile; the last is at infinity. Those for 7 taps were searched for: a
 # rounding error of 2e-6 of the output's standard deviation, a few times that of the direct sum.
 _POINTS = {7: (0, 0.4, -0.4, 0.8, -0.8, 1.25, -1.25, 2, -2), 2: (0, 1, -1, 0.5)}
+
+
+# ---------------------------------------------------------------- minimal filtering
 
 
 def filtering_matrices(points: Sequence[float], outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,14 +37,17 @@ def filtering_matrices(points: Sequence[float], outputs: int, taps: int) -> tupl
     `A @ ((G @ taps) * (B @ signal))` are m outputs of the correlation of n samples with the taps (Toom-Cook: the
     values of polynomials at `points` and at infinity, interpolated; transposed as in Lavin and Gray 2016).
     """
-    x = torch.tensor(points, dtype=torch.float64)
-    differences = (x[:, None] - x).fill_diagonal_(1)
+    x = torch.tensor(points, dtype=torch.float64)  # [n - 1]
+    differences = (x[:, None] - x).fill_diagonal_(1)  # [n - 1, n - 1]; their products are Lagrange's denominators
+    # Row i, [1, x_i, x_i^2, ...], evaluates a polynomial at x_i; its value at infinity is its last coefficient.
     powers = x[:, None] ** torch.arange(max(outputs, taps))
     infinity = torch.zeros(1, max(outputs, taps), dtype=torch.float64)
     at_output, at_tap = infinity.clone(), infinity.clone()
     at_output[0, outputs - 1] = at_tap[0, taps - 1] = 1
-    synthesis = torch.cat([powers, at_output])[:, :outputs].T
-    filters = torch.cat([powers / differences.prod(1, keepdim=True), at_tap])[:, :taps]
+    synthesis = torch.cat([powers, at_output])[:, :outputs].T  # A [m, n]
+    # The denominators go to the taps, which are transformed once, and not to the signal.
+    filters = torch.cat([powers / differences.prod(1, keepdim=True), at_tap])[:, :taps]  # G [n, r]
+    # B: row i holds Lagrange's numerator, the polynomial that is zero at all points but x_i; the last, at all points.
     others = [torch.cat([x[:index], x[index + 1 :]]) for index in range(len(x))]
     rows = [torch.cat([_polynomial(roots), x.new_zeros(1)]) for roots in others]
     return synthesis, filters, torch.stack([*rows, _polynomial(x)])
@@ -63,7 +81,7 @@ class WinogradConv(nn.Module):
         super().__init__()
         self.taps, self.dilation, self.padding = len(taps), dilation, padding
         synthesis, filters, analysis = filtering_matrices(_POINTS[self.taps], _OUTPUTS, self.taps)
-        products = torch.tensordot(filters.to(taps.device), taps.detach().double(), 1)
+        products = torch.tensordot(filters.to(taps.device), taps.detach().double(), 1)  # G g: [n, C_in, C_out]
         self.register_buffer("products", products.to(taps.dtype))
         self.register_buffer("synthesis", synthesis.to(taps))
         self.register_buffer("analysis", analysis.to(taps))
@@ -75,6 +93,7 @@ class WinogradConv(nn.Module):
 
     def padded(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """A buffer that `blocks` takes, zero where it must be, and the view `[num_rows, C_in]` of it to be filled."""
+        # A tile is m outputs of each of the `dilation` interleaved signals; the last may reach beyond the end.
         tiles = -(-self.output_rows(num_rows) // (_OUTPUTS * self.dilation))
         total = (_OUTPUTS * tiles + self.taps - 1) * self.dilation
         buffer = self.products.new_empty(total, self.products.shape[1])
@@ -85,9 +104,11 @@ class WinogradConv(nn.Module):
 
     def blocks(self, buffer: Tensor, num_rows: int) -> Iterator[tuple[slice, Tensor]]:
         """Output rows, from the first to the `num_rows`-th, a block at a time: which they are, and `[rows, C_out]`."""
+        # A dilated convolution is `dilation` plain ones on interleaved signals: one "row" of them is `width` numbers.
         width = self.dilation * buffer.shape[1]
-        count = len(self.analysis)
+        count = len(self.analysis)  # n
         tiles = -(-num_rows // (_OUTPUTS * self.dilation))
+        # [n, tiles, width] without a copy: sample i of tile t is row t m + i; neighbouring tiles overlap by r - 1.
         windows = buffer.as_strided((count, tiles, width), (width, _OUTPUTS * width, 1))
         step = -(-_PRODUCT_ROWS // self.dilation)
         for first in range(0, tiles, step):
@@ -99,8 +120,9 @@ class WinogradConv(nn.Module):
     def _tiles(self, windows: Tensor) -> Tensor:
         """Windows `[n, tiles, dilation * C_in]` to output rows `[tiles * m * dilation, C_out]`."""
         count, tiles, _ = windows.shape
-        values = (self.analysis @ windows.reshape(count, -1)).view(count, tiles * self.dilation, -1)
-        products = torch.bmm(values, self.products)
+        values = (self.analysis @ windows.reshape(count, -1)).view(count, tiles * self.dilation, -1)  # B d
+        products = torch.bmm(values, self.products)  # (G g) * (B d), summed over C_in: [n, tiles * dilation, C_out]
+        # A of it: [m, tiles, dilation, C_out], then in the order of time, which is tile, output, interleaved signal.
         outputs = (self.synthesis @ products.view(count, -1)).view(_OUTPUTS, tiles, self.dilation, -1)
         rows = outputs.new_empty(tiles, _OUTPUTS, self.dilation, len(self.bias))  # else the sum keeps the tiles' order
         return torch.add(outputs.transpose(0, 1), self.bias, out=rows).flatten(0, 2)
@@ -116,7 +138,7 @@ class WinogradConv(nn.Module):
         return output
 
 
-_BLOCK_ROWS = 512
+# ---------------------------------------------------------------- the decoder of `waveform_vae`, over rows
 
 
 class FastDecoder(nn.Module):
@@ -130,7 +152,7 @@ class FastDecoder(nn.Module):
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.stem = _same(decoder.stem)
+        self.stem = _winograd(decoder.stem)
         self.stages = nn.Sequential(*map(_FastStage, decoder.stages))
         self.activation = _FastSnake(decoder.activation)
         self.register_buffer("head", decoder.head.weight.detach()[0].clone())
@@ -143,13 +165,16 @@ class FastDecoder(nn.Module):
     def _audio(self, rows: Tensor) -> Tensor:
         """`[L, C]` to `[1, L * hop]`."""
         rows = self.stages(self.stem(rows))
+        # The head has one output channel, so the products of each row with all taps come first, [T, C] @ [C, taps].
+        # Sample t is the sum over k of row t + k - taps // 2 times tap k: a diagonal, along which a stride of
+        # taps + 1 walks.
         taps = self.head.shape[1]
         each = rows.new_zeros(len(rows) + taps - 1, taps)
         inner = each[taps // 2 : taps // 2 + len(rows)]
         for start in range(0, len(rows), _BLOCK_ROWS):
             part = slice(start, start + _BLOCK_ROWS)
             torch.mm(self.activation(rows[part]), self.head, out=inner[part])
-        return each.as_strided((len(rows), taps), (taps, taps + 1)).sum(1)[None]  # along diagonals
+        return each.as_strided((len(rows), taps), (taps, taps + 1)).sum(1)[None]
 
 
 class _FastSnake(nn.Module):
@@ -185,11 +210,12 @@ class _FastUnit(nn.Module):
         super().__init__()
         first, conv, second, mix = unit.layers
         self.first, self.second = _FastSnake(first), _FastSnake(second)
-        self.conv = _same(conv)
+        self.conv = _winograd(conv)
         self.register_buffer("weight", mix.weight.detach()[..., 0].T.contiguous())
         self.register_buffer("bias", mix.bias.detach())
 
     def forward(self, rows: Tensor) -> Tensor:
+        """`[T, C]` to `[T, C]`, in place."""
         buffer, signal = self.conv.padded(len(rows))
         self.first.fill(signal, rows)
         for part, hidden in self.conv.blocks(buffer, len(rows)):
@@ -215,12 +241,13 @@ class _FastStage(nn.Module):
         output = rows.new_empty(num_rows, self.resample.bias.numel())
         for part, block in self.resample.blocks(buffer, num_rows):
             output[part] = block
+        # Each row [stride * C_out] is `stride` samples; a margin is what the transposed convolution's padding cuts off.
         margin = self.stride // 2
         signal = output.view(num_rows * self.stride, -1)[margin : margin + len(rows) * self.stride]
         return self.units(signal)
 
 
-def _same(conv: Any) -> WinogradConv:
+def _winograd(conv: Any) -> WinogradConv:
     """Of a weight-normalised `nn.Conv1d`."""
     return WinogradConv(conv.weight.permute(2, 1, 0), conv.bias, conv.dilation[0], conv.padding[0])
 
@@ -228,5 +255,6 @@ def _same(conv: Any) -> WinogradConv:
 def _transposed(conv: Any) -> WinogradConv:
     """Of a weight-normalised `nn.ConvTranspose1d`: sample j hears this frame at tap j, the last at `stride + j`."""
     stride = conv.stride[0]
+    # Weights [C_in, C_out, 2 stride] to [2, C_in, stride * C_out]; the earlier frame's tap comes first in time.
     frames = conv.weight.unflatten(2, (2, stride)).permute(2, 0, 3, 1).flatten(2)
     return WinogradConv(frames.flip(0), conv.bias.repeat(stride), dilation=1, padding=1)

@@ -17,6 +17,17 @@ class MelCodec(AudioVAE):
 
     Raises:
         ValueError: where the parts were made for different spectrograms, or the numbers are not the parts'.
+
+    Example:
+        >>> import torch
+        >>> from foley.models.codec.mel_vae import MelSpectrogram
+        >>> mel = MelSpectrogram(sample_rate_hz=16000, mel_bands=16, window_samples=256, hop_samples=64)
+        >>> mel_vae = MelVAE(mel, channels=8, multipliers=(1,), strides=(2,), latent_channels=4, norm_groups=4)
+        >>> vocoder = BigVGAN(mel, channels=16, strides=(8, 8), kernels=(3,), dilations=(1,))
+        >>> codec = MelCodec(mel_vae, vocoder, latent_channels=4, sample_rate_hz=16000)
+        >>> latent = codec.encode(torch.randn(1, 1, 1280))
+        >>> latent.shape, codec.decode(latent).shape  # a hop of 2 * 64 samples
+        (torch.Size([1, 4, 10]), torch.Size([1, 1, 1280]))
     """
 
     def __init__(self, mel_vae: MelVAE, vocoder: BigVGAN, latent_channels: int, sample_rate_hz: int) -> None:
@@ -45,6 +56,7 @@ class MelCodec(AudioVAE):
 
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """See `AudioVAE.encode_moments`."""
+        # [B, 1, T] to [B, mel_bands, L * frames_per_latent] to two [B, C, L]
         return self.mel_vae.encode_moments(self.mel_vae.spectrogram(self._whole_frames(audio)))
 
     def decode(self, latent: Tensor) -> Tensor:

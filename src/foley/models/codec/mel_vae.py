@@ -1,4 +1,8 @@
-"""The 1-D mel VAE of AudioLCM's codec: mel spectrogram, convolutional autoencoder, VAE."""
+"""The 1-D mel VAE of AudioLCM's codec (Liu et al. 2024, Section 4.1): mel spectrogram, autoencoder, VAE.
+
+Mel bands are channels, not a second axis: a sound moved up by an octave is another sound, so nothing is shared across
+bands, and the length is free (Huang et al. 2023, Make-An-Audio 2). F mel frames, L = F / prod(strides) latent frames.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 from torchaudio.functional import melscale_fbanks
 
-from foley.models.codec.base import GaussianPosterior
+from foley.models.codec.base import INITIAL_SCALE, GaussianPosterior
 
 _SMALLEST_POWER = 1e-9  # keeps the gradient of the magnitude finite
-_FLOOR = 1e-5
+_FLOOR = 1e-5  # of the mel magnitudes, before the logarithm; HiFi-GAN's
+_NORM_EPSILON = 1e-6
+_DECODER_KERNEL = 3
 
 
 class MelSpectrogram(nn.Module):
@@ -66,6 +72,7 @@ class MelSpectrogram(nn.Module):
         Raises:
             ValueError: where the audio is too short to be reflected at its ends.
         """
+        # F frames over T + 2 margin = (F - 1) hop + window samples: frame n is centred on (n + 1/2) hop.
         window_samples, margin = len(self.window), (len(self.window) - self.hop_samples) // 2
         signal = pad(audio[:, 0], (0, -audio.shape[-1] % self.hop_samples))
         if signal.shape[-1] <= margin:
@@ -73,16 +80,25 @@ class MelSpectrogram(nn.Module):
         # Rounding to half precision would be audible after the logarithm.
         with torch.autocast(audio.device.type, enabled=False):
             reflected = pad(signal.to(self.window.dtype)[:, None], (margin, margin), mode="reflect")[:, 0]
-            spectrum = torch.stft(
+            spectrum = torch.stft(  # [B, bins, F]
                 reflected, window_samples, self.hop_samples, window=self.window, center=False, return_complex=True
             )
             magnitude = (torch.view_as_real(spectrum).square().sum(-1) + _SMALLEST_POWER).sqrt()
+            # [mel_bands, bins] times [B, bins, F]: each band a weighted sum of bins
             mel = (self.bands.T @ magnitude).clamp(min=_FLOOR)
             return mel.log10() if self.decimal_log else mel.log()
 
 
-_NORM_EPSILON = 1e-6
-_DECODER_KERNEL = 3
+# ---------------------------------------------------------------- the autoencoder's parts
+
+
+def _norm(channels: int, norm_groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(norm_groups, channels, eps=_NORM_EPSILON)
+
+
+def _same(in_channels: int, out_channels: int, kernel: int) -> nn.Conv1d:
+    """A convolution that keeps the length; `kernel` must be odd."""
+    return nn.Conv1d(in_channels, out_channels, kernel, padding=kernel // 2)
 
 
 class ResidualBlock(nn.Module):
@@ -116,7 +132,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C, F]` to `[B, C, F]`."""
-        query, key, value = self.query_key_value(self.norm(signal)).transpose(1, 2).unsqueeze(1).chunk(3, dim=-1)
+        rows = self.query_key_value(self.norm(signal)).transpose(1, 2)  # [B, F, 3 C]
+        query, key, value = rows.unsqueeze(1).chunk(3, dim=-1)  # each [B, 1, F, C], 1 head
         attended = scaled_dot_product_attention(query, key, value)
         return signal + self.output(attended[:, 0].transpose(1, 2))
 
@@ -130,7 +147,7 @@ class Downsample(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C, F]` to `[B, C, F / 2]`."""
-        return self.conv(pad(signal, (0, 1)))
+        return self.conv(pad(signal, (0, 1)))  # zeros at the end alone: (F + 1 - 3) / 2 + 1 = F / 2 for even F
 
 
 class Upsample(nn.Module):
@@ -143,6 +160,25 @@ class Upsample(nn.Module):
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C, F]` to `[B, C, 2 F]`."""
         return self.conv(interpolate(signal, scale_factor=2.0))
+
+
+def _blocks(in_channels: int, out_channels: int, count: int, kernel: int, norm_groups: int) -> list[nn.Module]:
+    """Residual blocks, of which the first changes the width."""
+    widths = [in_channels, *[out_channels] * count]
+    return [ResidualBlock(*pair, kernel, norm_groups) for pair in pairwise(widths)]
+
+
+def _middle(channels: int, kernel: int, norm_groups: int) -> list[nn.Module]:
+    """Attention between two blocks, at the latent's rate: the only layer that hears the whole clip."""
+    before, after = _blocks(channels, channels, 2, kernel, norm_groups)
+    return [before, SelfAttention(channels, norm_groups), after]
+
+
+def _head(in_channels: int, out_channels: int, kernel: int, norm_groups: int) -> list[nn.Module]:
+    return [_norm(in_channels, norm_groups), nn.SiLU(), _same(in_channels, out_channels, kernel)]
+
+
+# ---------------------------------------------------------------- encoder and decoder
 
 
 class MelEncoder(nn.Sequential):
@@ -204,29 +240,7 @@ class MelDecoder(nn.Sequential):
         super().__init__(*layers, *_head(up[-1], mel_bands, kernel, norm_groups))
 
 
-def _blocks(in_channels: int, out_channels: int, count: int, kernel: int, norm_groups: int) -> list[nn.Module]:
-    widths = [in_channels, *[out_channels] * count]
-    return [ResidualBlock(*pair, kernel, norm_groups) for pair in pairwise(widths)]
-
-
-def _middle(channels: int, kernel: int, norm_groups: int) -> list[nn.Module]:
-    before, after = _blocks(channels, channels, 2, kernel, norm_groups)
-    return [before, SelfAttention(channels, norm_groups), after]
-
-
-def _head(in_channels: int, out_channels: int, kernel: int, norm_groups: int) -> list[nn.Module]:
-    return [_norm(in_channels, norm_groups), nn.SiLU(), _same(in_channels, out_channels, kernel)]
-
-
-def _norm(channels: int, norm_groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(norm_groups, channels, eps=_NORM_EPSILON)
-
-
-def _same(in_channels: int, out_channels: int, kernel: int) -> nn.Conv1d:
-    return nn.Conv1d(in_channels, out_channels, kernel, padding=kernel // 2)
-
-
-_INITIAL_SCALE = -5.0  # before the softplus: a standard deviation of 0.007
+# ---------------------------------------------------------------- the VAE
 
 
 class MelVAE(nn.Module):
@@ -244,6 +258,13 @@ class MelVAE(nn.Module):
 
     Raises:
         ValueError: where the stages disagree in number, or a stride is neither 1 nor 2.
+
+    Example:
+        >>> mel = MelSpectrogram(sample_rate_hz=16000, mel_bands=16, window_samples=256, hop_samples=64)
+        >>> mel_vae = MelVAE(mel, channels=8, multipliers=(1,), strides=(2,), latent_channels=4, norm_groups=4)
+        >>> frames = mel(torch.randn(1, 1, 1280))
+        >>> frames.shape, mel_vae.posterior(frames).mean.shape
+        (torch.Size([1, 16, 20]), torch.Size([1, 4, 10]))
     """
 
     def __init__(
@@ -269,8 +290,7 @@ class MelVAE(nn.Module):
         mel_bands, widths = spectrogram.mel_bands, [channels * multiplier for multiplier in multipliers]
         self.encoder = MelEncoder(mel_bands, widths, strides, num_blocks, 2 * latent_channels, kernel, norm_groups)
         self.decoder = MelDecoder(latent_channels, mel_bands, widths, strides, num_blocks, kernel, norm_groups)
-        # Little noise at first, as in the waveform VAE.
-        nn.init.constant_(self.encoder[-1].bias[latent_channels:], _INITIAL_SCALE)  # type: ignore[index]
+        nn.init.constant_(self.encoder[-1].bias[latent_channels:], INITIAL_SCALE)  # type: ignore[index]
 
     @property
     def hop_samples(self) -> int:

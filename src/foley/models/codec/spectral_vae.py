@@ -1,17 +1,20 @@
-"""A VAE that does its work at the frame rate: magnitudes of spectra in and out, phases found afterwards."""
+"""A VAE that does its work at the frame rate: magnitudes of spectra in and out, phases found afterwards.
+
+audio [B, 1, T] -> log magnitudes [B, L * pool, bins] -> blocks -> join `pool` frames -> blocks -> moments [B, L, 2 C]
+latent [B, C, L] -> blocks -> part into `pool` frames -> blocks -> log magnitudes -> Griffin-Lim -> audio
+"""
 
 from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
 
-from foley.models.codec.base import AudioVAE, GaussianPosterior
+from foley.models.codec.base import INITIAL_SCALE, AudioVAE, GaussianPosterior
 from foley.nn.conv import ConvNeXtBlock, convnext
 from foley.nn.stft import FramedSTFT
 
 _LOG_CENTRE, _LOG_SPREAD = -5.0, 3.0  # of the log magnitudes of sounds, roughly
 _SILENCE_MARGIN = 1.5  # in floors: guesses at silence scatter around the floor
-_INITIAL_SCALE = -5.0  # before the softplus: a standard deviation of 0.007
 
 
 class SpectralEncoder(nn.Module):
@@ -29,8 +32,9 @@ class SpectralEncoder(nn.Module):
 
     def forward(self, spectra: Tensor) -> Tensor:
         """`[B, L * pool, bins]` to `[B, L, out_channels]`."""
-        fine = self.fine(self.stem((spectra - _LOG_CENTRE) / _LOG_SPREAD))
-        return self.head(self.norm(self.coarse(self.down(fine.unflatten(1, (-1, self.pool)).flatten(2)))))
+        fine = self.fine(self.stem((spectra - _LOG_CENTRE) / _LOG_SPREAD))  # [B, L * pool, D]
+        joined = fine.unflatten(1, (-1, self.pool)).flatten(2)  # [B, L, pool * D]: nothing is averaged away
+        return self.head(self.norm(self.coarse(self.down(joined))))
 
 
 class SpectralDecoder(nn.Module):
@@ -48,13 +52,14 @@ class SpectralDecoder(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[B, L, C]` to `[B, L * pool, bins]`."""
-        fine = self.up(self.coarse(self.stem(rows))).unflatten(2, (self.pool, -1)).flatten(1, 2)
+        coarse = self.coarse(self.stem(rows))  # [B, L, D]
+        fine = self.up(coarse).unflatten(2, (self.pool, -1)).flatten(1, 2)  # [B, L * pool, D]
         return self.head(self.norm(self.fine(fine))) * _LOG_SPREAD + _LOG_CENTRE
 
     @property
     def reach_frames(self) -> int:
         """How many latent frames before a frame, and after it, its spectra hear."""
-        return -(-_reach(self.fine) // self.pool) + _reach(self.coarse)
+        return -(-_reach(self.fine) // self.pool) + _reach(self.coarse)  # fine frames count as a pool-th, rounded up
 
 
 class SpectralVAE(AudioVAE):
@@ -73,6 +78,13 @@ class SpectralVAE(AudioVAE):
         encoder_blocks, decoder_blocks: how many at the rate of the spectra, and at that of the latent.
         floor: smallest magnitude told apart from silence, in the orthonormal transform.
         phase_iterations: of Griffin-Lim, when decoding.
+
+    Example:
+        >>> import torch
+        >>> codec = SpectralVAE(width=32, latent_channels=4)
+        >>> latent = codec.encode(torch.randn(1, 1, 4800))
+        >>> latent.shape, codec.decode(latent).shape  # a hop of 2 * 240 samples
+        (torch.Size([1, 4, 10]), torch.Size([1, 1, 4800]))
     """
 
     def __init__(
@@ -97,7 +109,7 @@ class SpectralVAE(AudioVAE):
         self.stft = FramedSTFT(window_samples, frame_samples)
         self.encoder = SpectralEncoder(self.stft.bins, width, encoder_blocks, pool, 2 * latent_channels)
         self.decoder = SpectralDecoder(self.stft.bins, width, decoder_blocks, pool, latent_channels)
-        nn.init.constant_(self.encoder.head.bias[latent_channels:], _INITIAL_SCALE)
+        nn.init.constant_(self.encoder.head.bias[latent_channels:], INITIAL_SCALE)
 
     @property
     def hop_samples(self) -> int:
@@ -134,9 +146,11 @@ class SpectralVAE(AudioVAE):
         return self.stft.invert_magnitude(magnitude, self.phase_iterations)[:, None]
 
     def _moments(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
+        # [B, L, 2 C] to two [B, C, L]
         mean, scale = self.encoder(spectra).transpose(1, 2).float().chunk(2, dim=1)
         return mean, scale
 
 
 def _reach(blocks: nn.Sequential) -> int:
+    """Rows before and after a row that the output of `blocks` depends on."""
     return sum(cast(ConvNeXtBlock, block).reach for block in blocks)

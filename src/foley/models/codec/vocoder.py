@@ -1,4 +1,10 @@
-"""BigVGAN (Lee et al. 2023): a vocoder of anti-aliased periodic activations."""
+"""BigVGAN (Lee et al. 2023): a vocoder of anti-aliased periodic activations.
+
+    mel [B, bands, F] -> stem -> stages: (stride up, mean over AMP blocks of kernels 3, 7, 11) -> Snake -> head -> audio
+
+Snake's sin^2 makes harmonics of what it hears, above half the sample rate too, where they would fold back as noise. So
+every Snake runs at twice the rate between two low-pass filters: read `AntiAliasedSnake` first.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, conv_transpose1d, pad
 
 from foley.models.codec.mel_vae import MelSpectrogram
-from foley.nn.conv import Snake, in_single_precision, same_conv, up_conv
+from foley.nn.conv import BRANCH_GAIN, HEAD_GAIN, Snake, in_single_precision, same_conv, up_conv
 
+_EDGE_KERNEL = 7  # of the first and the last convolution
 _RATIO = 2
 _TAPS = 6 * _RATIO
 _TRANSITION = 0.6 / _RATIO  # half the width of the transition band, in units of the higher sample rate
@@ -23,11 +30,13 @@ def low_pass_filter() -> Tensor:
     The window follows Kaiser's formulas for the attenuation that twelve taps reach (BigVGAN, section 3.2; the taps and
     the transition of the published models). It passes a constant as it is.
     """
+    # Kaiser: n taps with a transition of delta radians reach A = 2.285 (n - 1) delta + 7.95 decibels; here n is half of
+    # the taps, and delta is 4 pi times the half-width, as published.
     attenuation = 2.285 * (_TAPS // 2 - 1) * math.pi * 4 * _TRANSITION + 7.95
     beta = 0.1102 * (attenuation - 8.7)  # for more than 50 dB
     window = torch.kaiser_window(_TAPS, periodic=False, beta=beta)
     taps = window * torch.sinc((torch.arange(_TAPS) - (_TAPS - 1) / 2) / _RATIO)
-    return taps / taps.sum()
+    return taps / taps.sum()  # a gain of one at zero Hz
 
 
 class AntiAliasedSnake(nn.Module):
@@ -51,7 +60,8 @@ class AntiAliasedSnake(nn.Module):
 
 def upsample(signal: Tensor, low_pass: Tensor) -> Tensor:
     """`[B, C, T]` to `[B, C, 2 T]` with the filter `[C, 1, 12]`; the ends are held."""
-    margin = _TAPS // _RATIO - 1
+    # Zeros between samples, then the low-pass; times the ratio, since half of what it averages is zero.
+    margin = _TAPS // _RATIO - 1  # samples held at each end, of which the filter's tails are cut off again
     held = pad(signal, (margin, margin), mode="replicate")
     spread = conv_transpose1d(held, _RATIO * low_pass, stride=_RATIO, groups=signal.shape[1])
     cut = margin * _RATIO + (_TAPS - _RATIO) // 2
@@ -64,19 +74,14 @@ def downsample(signal: Tensor, low_pass: Tensor) -> Tensor:
     return conv1d(held, low_pass, stride=_RATIO, groups=signal.shape[1])
 
 
-_BRANCH_GAIN = 0.3  # units start near the identity, so that deep stacks keep their variance
-_HEAD_GAIN = 0.1  # training starts from a quiet output
-_EDGE_KERNEL = 7
-
-
 class AMPUnit(nn.Module):
-    """`x + conv(snake(x))` with a dilated convolution, or with a plain one after it (`num_convs` 2)."""
+    """`x + conv(snake(x))` with a dilated convolution; with `num_convs` 2, a snake and a plain one after it."""
 
     def __init__(self, channels: int, kernel: int, dilation: int, num_convs: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for index in range(num_convs):
-            gain = _BRANCH_GAIN if index == num_convs - 1 else 1.0
+        for index in range(num_convs):  # the first is dilated, the last small at the start
+            gain = BRANCH_GAIN if index == num_convs - 1 else 1.0
             conv = same_conv(channels, channels, kernel, dilation if index == 0 else 1, gain=gain)
             layers += [AntiAliasedSnake(channels), conv]
         self.layers = nn.Sequential(*layers)
@@ -115,7 +120,7 @@ class BigVGANStage(nn.Module):
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C_in, T]` to `[B, C_out, T * stride]`."""
         signal = self.resample(signal)
-        return torch.stack([block(signal) for block in self.blocks]).mean(0)
+        return torch.stack([block(signal) for block in self.blocks]).mean(0)  # [kernels, B, C_out, T * stride]
 
     @property
     def reach(self) -> int:
@@ -138,6 +143,12 @@ class BigVGAN(nn.Module):
 
     Raises:
         ValueError: where the strides do not multiply to the hop, or one is odd.
+
+    Example:
+        >>> mel = MelSpectrogram(sample_rate_hz=16000, mel_bands=16, window_samples=256, hop_samples=64)
+        >>> vocoder = BigVGAN(mel, channels=16, strides=(8, 8), kernels=(3,), dilations=(1,))
+        >>> vocoder(mel(torch.randn(1, 1, 1280))).shape
+        torch.Size([1, 1, 1280])
     """
 
     def __init__(
@@ -165,7 +176,7 @@ class BigVGAN(nn.Module):
             )
         )
         self.activation = AntiAliasedSnake(widths[-1])
-        self.head = same_conv(widths[-1], 1, _EDGE_KERNEL, bias=final_bias, gain=_HEAD_GAIN)
+        self.head = same_conv(widths[-1], 1, _EDGE_KERNEL, bias=final_bias, gain=HEAD_GAIN)
 
     def forward(self, mel: Tensor) -> Tensor:
         """Log-mel spectrogram `[B, mel_bands, F]` to audio `[B, 1, F * hop]` within [-1, 1]."""
@@ -175,6 +186,8 @@ class BigVGAN(nn.Module):
     @property
     def context_frames(self) -> int:
         """How many mel frames before a frame, and after it, its audio hears at most."""
+        # From the audio back to the mel: at each stage so many samples more, then a stride-th of them, and one for the
+        # transposed convolution's overlap.
         reach = _EDGE_KERNEL // 2 + AntiAliasedSnake.reach
         for stage in cast(Iterable[BigVGANStage], reversed(self.stages)):
             reach = -(-(reach + stage.reach) // stage.stride) + 1

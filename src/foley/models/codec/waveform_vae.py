@@ -1,14 +1,28 @@
-"""The waveform VAE of EzAudio (Hai et al. 2024): encoder, decoder, and the codec that they make."""
+"""The waveform VAE of EzAudio (Hai et al. 2024, Section II-A): encoder, decoder, and the codec that they make.
+
+    audio [B, 1, T]       -> stem, stages (units, Snake, stride down), Snake, head -> mean and scale, each [B, C, L]
+    latent [B, C, L]      -> stem, stages (Snake, stride up, units),   Snake, head -> audio [B, 1, L * hop]
+
+The blocks are those of the Descript Audio Codec (Kumar et al. 2023), with a Gaussian in the place of its quantiser. All
+convolutions keep or exactly divide the length, so frame n of the latent is samples n * hop to (n + 1) * hop.
+"""
 
 from collections.abc import Sequence
 from math import prod
 
 from torch import Tensor, nn
 
-from foley.models.codec.base import AudioVAE
-from foley.nn.conv import Snake, down_conv, fold_weight_norm, in_single_precision, same_conv, up_conv
-
-_BRANCH_GAIN = 0.3  # units start near the identity, so that deep stacks keep their variance
+from foley.models.codec.base import INITIAL_SCALE, AudioVAE
+from foley.nn.conv import (
+    BRANCH_GAIN,
+    HEAD_GAIN,
+    Snake,
+    down_conv,
+    fold_weight_norm,
+    in_single_precision,
+    same_conv,
+    up_conv,
+)
 
 
 class ResidualUnit(nn.Module):
@@ -20,7 +34,7 @@ class ResidualUnit(nn.Module):
             Snake(channels),
             same_conv(channels, channels, 7, dilation),
             Snake(channels),
-            same_conv(channels, channels, 1, gain=_BRANCH_GAIN),
+            same_conv(channels, channels, 1, gain=BRANCH_GAIN),
         )
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -29,7 +43,7 @@ class ResidualUnit(nn.Module):
 
 
 def residual_units(channels: int, count: int) -> nn.Sequential:
-    """`count` residual units with dilations 1, 3, 9, ..."""
+    """`count` residual units with dilations 1, 3, 9, ...: three of them hear 1 + 6 (1 + 3 + 9) = 79 samples."""
     return nn.Sequential(*(ResidualUnit(channels, 3**index) for index in range(count)))
 
 
@@ -71,9 +85,6 @@ class Encoder(nn.Module):
         return self.head(self.activation(self.stages(self.stem(audio))))
 
 
-_HEAD_GAIN = 0.1  # training starts from a quiet output, not from loud noise
-
-
 class DecoderStage(nn.Module):
     """Snake and a transposed convolution that multiplies the length by `stride`, then residual units."""
 
@@ -104,7 +115,7 @@ class Decoder(nn.Module):
         self.stem = same_conv(in_channels, up[0], 7)
         self.stages = nn.Sequential(*map(DecoderStage, up[:-1], up[1:], reversed(strides), reversed(num_units)))
         self.activation = Snake(up[-1])
-        self.head = same_conv(up[-1], 1, 7, bias=False, gain=_HEAD_GAIN)
+        self.head = same_conv(up[-1], 1, 7, bias=False, gain=HEAD_GAIN)
 
     def forward(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to `[B, 1, L * hop]`."""
@@ -113,6 +124,7 @@ class Decoder(nn.Module):
     @property
     def context_frames(self) -> int:
         """How many latent frames before a frame, and after it, its audio hears: the receptive field of the layers."""
+        # Backwards from the samples of frame 0, which are 0 to hop - 1, to the frames that they depend on.
         layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)]
         hop = prod(layer.stride[0] for layer in layers)
         first, last = 0, hop - 1
@@ -125,15 +137,14 @@ def _heard(layer: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tupl
     """The first and the last input of a layer that its outputs `first` to `last` depend on."""
     reach, padding, stride = layer.dilation[0] * (layer.kernel_size[0] - 1), int(layer.padding[0]), layer.stride[0]
     if isinstance(layer, nn.ConvTranspose1d):
+        # Input i reaches outputs i stride - padding to i stride - padding + reach; solved for i, rounded inwards.
         return -((reach - padding - first) // stride), (last + padding) // stride
+    # Only strides of 1 here: output o hears inputs o - padding to o - padding + reach.
     return first - padding, last - padding + reach
 
 
-_INITIAL_SCALE = -5.0  # before the softplus: a standard deviation of 0.007
-
-
 class WaveformVAE(AudioVAE):
-    """Fully convolutional VAE on mono waveforms (EzAudio section II-A; the Stable Audio / DAC family).
+    """Fully convolutional VAE on mono waveforms (EzAudio, Section II-A; the Stable Audio and DAC family).
 
     Args:
         channels: width at the audio rate.
@@ -145,6 +156,13 @@ class WaveformVAE(AudioVAE):
 
     Raises:
         ValueError: where the stages disagree in number, or a stride is odd.
+
+    Example:
+        >>> import torch
+        >>> codec = WaveformVAE(channels=8, multipliers=(1, 2), strides=(4, 6), latent_channels=4, num_units=(1, 1))
+        >>> latent = codec.encode(torch.randn(1, 1, 2400))
+        >>> latent.shape, codec.decode(latent).shape  # a hop of 4 * 6 samples
+        (torch.Size([1, 4, 100]), torch.Size([1, 1, 2400]))
     """
 
     def __init__(
@@ -168,12 +186,8 @@ class WaveformVAE(AudioVAE):
         self.sample_rate_hz = sample_rate_hz
         self.encoder = Encoder(widths, strides, num_units, 2 * latent_channels)
         self.decoder = Decoder(latent_channels, widths, strides, num_units)
-        self._start_narrow()
-
-    def _start_narrow(self) -> None:
-        """Give the posterior little noise at first: from a wide one the decoder learns no waveform for a long time."""
         if self.encoder.head.bias is not None:
-            nn.init.constant_(self.encoder.head.bias[self.latent_channels :], _INITIAL_SCALE)
+            nn.init.constant_(self.encoder.head.bias[latent_channels:], INITIAL_SCALE)
 
     @property
     def hop_samples(self) -> int:
@@ -187,6 +201,7 @@ class WaveformVAE(AudioVAE):
 
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """See `AudioVAE.encode_moments`."""
+        # [B, 2 C, L]; in single precision, since the posterior is sampled and compared from here on.
         mean, scale = self.encoder(self._whole_frames(audio)).float().chunk(2, dim=1)
         return mean, scale
 
