@@ -53,7 +53,7 @@ class AdaptedDenoiser(nn.Module):
 
         adapted = {name: layer for name, layer in self.denoiser.named_modules() if isinstance(layer, LoraLayer)}
         for name, layer in adapted.items():
-            layer.merge()
+            layer.merge()  # W + (alpha / rank) B A
             parent, _, attribute = name.rpartition(".")
             setattr(self.denoiser.get_submodule(parent), attribute, layer.get_base_layer())
         del self.denoiser.peft_config

@@ -1,7 +1,9 @@
 """A VAE that does its work at the frame rate: magnitudes of spectra in and out, phases found afterwards.
 
-audio [B, 1, T] -> log magnitudes [B, L * pool, bins] -> blocks -> join `pool` frames -> blocks -> moments [B, L, 2 C]
-latent [B, C, L] -> blocks -> part into `pool` frames -> blocks -> log magnitudes -> Griffin-Lim -> audio
+The way in and the way out:
+
+    audio [B, 1, T]  -> log magnitudes [B, L * pool, bins] -> blocks -> `pool` frames to one -> blocks -> moments
+    latent [B, C, L] -> blocks -> one frame to `pool` -> blocks -> log magnitudes -> Griffin-Lim -> audio
 """
 
 from collections.abc import Sequence

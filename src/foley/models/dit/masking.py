@@ -1,16 +1,29 @@
-"""Masked modelling of latents: which frames are hidden, and how a visible latent enters the model."""
+"""Masked modelling of latents (EzAudio, Section II-C): which frames are hidden, and how a visible latent enters.
+
+The model learns sound without text by completing hidden frames from the visible ones; all hidden is the ordinary
+unconditional model. Editing later uses the same inputs.
+"""
 
 import torch
 from torch import Tensor, nn
 
 
 class SpanMask:
-    """Draws the frames to hide, as spans on a grid with a random phase (EzAudio, Section 3.3).
+    """Draws the frames to hide, as spans on a grid with a random phase (EzAudio, Section II-C).
 
     Args:
         span_frames: frames per span.
         ratio: bounds of the uniformly drawn share of spans to hide.
         partial_probability: share of items that are masked in part; the others are hidden in full.
+
+    Raises:
+        ValueError: where a span has no frame, or the bounds are not 0 < low <= high <= 1.
+
+    Example:
+        >>> mask = SpanMask(span_frames=10, ratio=(0.25, 1.0))  # 0.2 s at 50 frames a second, as published
+        >>> hidden = mask(2, 500, torch.Generator().manual_seed(0))
+        >>> hidden.shape, hidden.dtype
+        (torch.Size([2, 500]), torch.bool)
     """
 
     def __init__(
@@ -25,10 +38,13 @@ class SpanMask:
 
     def __call__(self, batch_size: int, num_frames: int, generator: torch.Generator) -> Tensor:
         """`hidden_mask [B, L]` on the CPU, true = hidden; every item hides one frame or more."""
+        # The first `num_hidden` spans of a random order: a rank is a span's place in it, [B, spans].
         num_spans = -(-num_frames // self.span_frames)
         ratio = self.low + (self.high - self.low) * torch.rand(batch_size, 1, generator=generator)
         num_hidden = (ratio * num_spans).round().clamp(min=1)
         rank = torch.rand(batch_size, num_spans, generator=generator).argsort(dim=1).argsort(dim=1)
+        # The grid begins somewhere within a span, so that no frame is always the first of one; what is cut off at the
+        # start is the end of the last span.
         phase = torch.randint(self.span_frames, (batch_size, 1), generator=generator)
         frame_span = (torch.arange(num_frames) + phase) // self.span_frames % num_spans
         full = torch.rand(batch_size, 1, generator=generator) >= self.partial_probability
@@ -57,6 +73,6 @@ class MaskedInput(nn.Module):
             return torch.cat([self.mask_embedding, self.mask_embedding.new_ones(1)])[None, None]
         if hidden_mask is None:
             raise ValueError("a visible latent needs `hidden_mask [B, L]`, true where frames are to be generated")
-        hidden = hidden_mask.unsqueeze(-1)
+        hidden = hidden_mask.unsqueeze(-1)  # [B, L, 1]
         filled = torch.where(hidden, self.mask_embedding, visible.transpose(1, 2).to(self.mask_embedding.dtype))
         return torch.cat([filled, hidden.to(filled.dtype)], dim=-1)
