@@ -84,6 +84,7 @@ class BlockLowRank(nn.Module):
 
     def __init__(self, width: int, rank: int, alpha: float) -> None:
         super().__init__()
+        # One A for all six parts, of 6 r rows, and one B of 6 D: a part may use the directions found by another.
         self.down = nn.Linear(width, 6 * rank, bias=False)
         self.up = zero_linear(6 * rank, 6 * width, bias=False)
         self.table = nn.Parameter(torch.zeros(6, width))

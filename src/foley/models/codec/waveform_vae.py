@@ -75,6 +75,7 @@ class Encoder(nn.Module):
         self, widths: Sequence[int], strides: Sequence[int], num_units: Sequence[int], out_channels: int
     ) -> None:
         super().__init__()
+        # Each stage is `stride` times slower and, in the published codec, up to twice as wide.
         self.stem = same_conv(1, widths[0], 7)
         self.stages = nn.Sequential(*map(EncoderStage, widths[:-1], widths[1:], strides, num_units))
         self.activation = Snake(widths[-1])
@@ -111,10 +112,11 @@ class Decoder(nn.Module):
         self, in_channels: int, widths: Sequence[int], strides: Sequence[int], num_units: Sequence[int]
     ) -> None:
         super().__init__()
-        up = list(reversed(widths))
+        up = list(reversed(widths))  # from the latent's rate to the audio's
         self.stem = same_conv(in_channels, up[0], 7)
         self.stages = nn.Sequential(*map(DecoderStage, up[:-1], up[1:], reversed(strides), reversed(num_units)))
         self.activation = Snake(up[-1])
+        # Without a bias, which would be an offset of the audio.
         self.head = same_conv(up[-1], 1, 7, bias=False, gain=HEAD_GAIN)
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -43,10 +43,11 @@ class SpanMask:
         ratio = self.low + (self.high - self.low) * torch.rand(batch_size, 1, generator=generator)
         num_hidden = (ratio * num_spans).round().clamp(min=1)
         rank = torch.rand(batch_size, num_spans, generator=generator).argsort(dim=1).argsort(dim=1)
-        # The grid begins somewhere within a span, so that no frame is always the first of one; what is cut off at the
-        # start is the end of the last span.
+        # The grid begins somewhere within a span, so that no frame is always the first of one. What runs over at the
+        # end belongs to the first span, which was cut short.
         phase = torch.randint(self.span_frames, (batch_size, 1), generator=generator)
         frame_span = (torch.arange(num_frames) + phase) // self.span_frames % num_spans
+        # Drawn whatever the probability, so that it changes nothing of the other draws.
         full = torch.rand(batch_size, 1, generator=generator) >= self.partial_probability
         return (rank < num_hidden).gather(1, frame_span) | full
 

@@ -147,15 +147,20 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; `skip [B, N, D]` is the output of the matching in-block."""
+        # Long skip, in the out-blocks of EzAudio-DiT.
         if self.skip is not None:
             x = self.skip(x, skip)
-        modulation = inputs.modulation  # given where a run has computed it beforehand
-        if modulation is None:
+        # AdaLN: shift, factor and gate of the two modulated layers, each [B, 1, D].
+        modulation = inputs.modulation
+        if modulation is None:  # no run has computed it beforehand
             modulation = self.modulation(inputs.time, inputs.shared_modulation)
+        # Frames hear each other.
         attended = self.self_attention(x, modulation.self_attention, inputs.frame_mask, inputs.rotary)
         x = _add_gated(x, attended, modulation.self_attention)
+        # Frames hear the text; keys and values are the text's.
         if self.cross_attention is not None:
             x = x + self.cross_attention(x, inputs.context, inputs.context_mask)
+        # Each frame by itself.
         return _add_gated(x, self.feed_forward(x, modulation.feed_forward), modulation.feed_forward)
 
     def hoist(self, inputs: BlockInputs) -> BlockInputs:
@@ -167,6 +172,7 @@ class TransformerBlock(nn.Module):
 
 
 def _add_gated(x: Tensor, output: Tensor, modulation: Modulation | None) -> Tensor:
+    # x + gate * output: [B, N, D] + [B, 1, D] * [B, N, D]
     return x + output if modulation is None else torch.addcmul(x, modulation.gate, output)
 
 
@@ -239,13 +245,15 @@ class LatentTransformer(Hoistable):
         self.latent_channels = latent_channels
         self.gradient_checkpointing = gradient_checkpointing
         self.prepends_time_token = modulation.prepends_time_token
+        # The latent, in one linear layer: the noisy one's C channels, the visible one's C, and the mask.
         self.masked_input = MaskedInput(latent_channels)
-        # Of the noisy latent's C channels, the visible latent's C, and the mask.
         self.input_projection = xavier_linear(2 * latent_channels + 1, width)
         self.positions = LearnedPositions(learned_positions, width) if learned_positions else None
         self.rotary = rotary
+        # The diffusion time, and in a student the guidance scale.
         self.time_embedding = TimeEmbedding(width)
         self.guidance_embedding = GuidanceEmbedding(width) if guidance_embedding else None
+        # The text, and what all blocks' modulations have in common.
         self.context_embedding = _context_embedding(context_dim, width) if context_dim else None
         self.shared_modulation = modulation.build_shared(width)
 
@@ -285,7 +293,7 @@ class LatentTransformer(Hoistable):
         """
         if run is None:
             conditions = self.condition(
-                *(timestep, noisy.shape[-1], context, context_mask, frame_mask, visible, hidden_mask, guidance_scale)
+                timestep, noisy.shape[-1], context, context_mask, frame_mask, visible, hidden_mask, guidance_scale
             )
         else:
             conditions = run.at(timestep)
@@ -293,6 +301,7 @@ class LatentTransformer(Hoistable):
         if self.prepends_time_token:
             x = torch.cat([conditions.time.unsqueeze(1).expand(len(x), -1, -1), x], dim=1)  # [B, L + 1, D]
         x = self._run_blocks(x, conditions.blocks)
+        # The time token has done its work: only frames become a latent.
         x = x[:, 1:] if self.prepends_time_token else x
         return self.output_layer(x, conditions.output_modulation).to(noisy.dtype)
 
@@ -310,7 +319,7 @@ class LatentTransformer(Hoistable):
         """All that an evaluation over L frames makes of anything but the noisy latent; arguments as `forward`'s."""
         time = self._embed_time(timestep, guidance_scale)
         num_tokens = num_frames + self.prepends_time_token
-        if self.prepends_time_token and frame_mask is not None:
+        if self.prepends_time_token and frame_mask is not None:  # the time is attended to by all
             frame_mask = nn.functional.pad(frame_mask, (1, 0), value=True)
         inputs = BlockInputs(
             time=time,
@@ -321,6 +330,7 @@ class LatentTransformer(Hoistable):
             context_mask=_key_mask(context_mask),
         )
         static = self._static_input(num_frames, visible, hidden_mask)
+        # One and the same inputs for every block; `prepare` makes each its own of them.
         return Conditions(static, time, [inputs] * len(self.blocks()), self.output_layer.modulate(time))
 
     # The input projection is one matrix over the channels [noisy C, visible C, mask 1], multiplied in two parts:

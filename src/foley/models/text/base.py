@@ -23,7 +23,7 @@ class TextEmbedding:
 
 
 class TextConditioner(nn.Module):
-    """Prompts to embeddings. The empty prompt is valid: it is the unconditional one.
+    """Prompts to embeddings. The empty prompt is valid: it is the unconditional one, of classifier-free guidance.
 
     Attributes:
         dim: width Dc of the embeddings.

@@ -42,6 +42,14 @@ class FeatureConditioner(TextConditioner):
         max_length: longest sequence S; what lies beyond is dropped with a warning.
         directory: holds `<id>.safetensors`, or the clip's path with that suffix in place of its own; None knows no
             clips, only files.
+
+    Raises:
+        FeatureError: when called, where a prompt names no file or the file holds other features.
+
+    Example:
+        >>> conditioner = FeatureConditioner(feature_dim=512, dim=16, max_length=40)
+        >>> conditioner([""]).embeddings.shape
+        torch.Size([1, 1, 16])
     """
 
     trainable = True
@@ -71,6 +79,7 @@ class FeatureConditioner(TextConditioner):
             raise FeatureError(f"{prompt!r} is no {SUFFIX} file, and no directory of features is given")
         for name in (f"{prompt}{SUFFIX}", str(Path(prompt).with_suffix(SUFFIX))):
             file = self.directory / name
+            # A prompt may come from a stranger: no ".." leads out of the directory.
             if file.is_file() and file.resolve().is_relative_to(self.directory.resolve()):
                 return file
         raise FeatureError(f"{self.directory} holds no features of {prompt!r}: {prompt}{SUFFIX} does not exist")
@@ -78,7 +87,7 @@ class FeatureConditioner(TextConditioner):
     def _embed(self, prompt: str) -> Tensor:
         if not prompt:
             return self.empty_embedding
-        features = self._read(self.find(prompt))
+        features = self._read(self.find(prompt))  # [S, feature_dim]
         return self.positions(self.projection(features.to(self.projection.weight))[None])[0]
 
     def _read(self, file: Path) -> Tensor:

@@ -21,7 +21,13 @@ from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# T5 checkpoints round their embedding table up: 32,128 rows for 32,100 tokens.
+_SMALLEST_VOCABULARY_SHARE = 0.9
+_MEND = "set `text.download=true`, give a local directory as `text.name_or_path`, or choose `text=small`"
 logger = get_logger(__name__)
+
+
+# ---------------------------------------------------------------- embeddings that are kept
 
 
 class EmbeddingCache:
@@ -81,6 +87,7 @@ class EmbeddingCache:
         Args:
             encode: prompts that are not known, each once, to unpadded embeddings `[S, Dc]`.
         """
+        # Each distinct prompt once, in the order of first appearance.
         found = {prompt: self.get(prompt, device) for prompt in dict.fromkeys(prompts)}
         known = {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
         missing = [prompt for prompt in found if prompt not in known]
@@ -88,7 +95,7 @@ class EmbeddingCache:
             known.update(zip(missing, encode(missing), strict=True))
         for prompt in missing:
             self.put(prompt, known[prompt])
-        rows = [known[prompt] for prompt in prompts]
+        rows = [known[prompt] for prompt in prompts]  # each [S_i, Dc], of its own length
         lengths = torch.tensor([len(row) for row in rows], device=device)
         embeddings = pad_sequence(rows, batch_first=True)
         return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=device) < lengths[:, None])
@@ -120,9 +127,7 @@ class CachedText:
         return [row[mask] for row, mask in zip(encoded.embeddings, encoded.mask, strict=True)]
 
 
-# T5 checkpoints round their embedding table up: 32,128 rows for 32,100 tokens.
-_SMALLEST_VOCABULARY_SHARE = 0.9
-_MEND = "set `text.download=true`, give a local directory as `text.name_or_path`, or choose `text=small`"
+# ---------------------------------------------------------------- the encoder
 
 
 class TextModelError(RuntimeError):
@@ -159,6 +164,11 @@ class FrozenT5Conditioner(TextConditioner):
 
     Raises:
         TextModelError: where files are missing, or the tokenizer or `dim` does not fit the model.
+
+    Example:
+        >>> text = FrozenT5Conditioner("google/flan-t5-base", dim=768, download=True)  # doctest: +SKIP
+        >>> text(["a dog barks"]).embeddings.shape  # doctest: +SKIP
+        torch.Size([1, 6, 768])
     """
 
     trainable = False
@@ -216,7 +226,7 @@ class FrozenT5Conditioner(TextConditioner):
         if len(ids) <= self.max_length:
             return ids
         warn_truncated(prompt, self.max_length)
-        return [*ids[: self.max_length - 1], ids[-1]]
+        return [*ids[: self.max_length - 1], ids[-1]]  # T5 was trained to see the end token
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenT5Conditioner":
         self.encoder._apply(fn, recurse)

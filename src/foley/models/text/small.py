@@ -66,6 +66,12 @@ class SmallTextEncoder(TextConditioner):
 
     Raises:
         ValueError: where the tokenizer file is missing or gives the empty prompt no token.
+
+    Example:
+        >>> encoder = SmallTextEncoder("data/tokenizer/audiocaps.json", dim=16, depth=1, num_heads=2, max_length=32)
+        >>> text = encoder(["a dog barks", ""])
+        >>> text.embeddings.shape[::2], text.mask[1].sum().item()  # the empty prompt has its beginning alone
+        (torch.Size([2, 16]), 1)
     """
 
     trainable = True
@@ -94,9 +100,9 @@ class SmallTextEncoder(TextConditioner):
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`."""
         ids, mask = (tensor.to(self.tokens.weight.device) for tensor in self.tokenise(prompts))
-        x = self.positions(self.tokens(ids))
+        x = self.positions(self.tokens(ids))  # [B, S, Dc]
         for block in self.blocks:
-            x = block(x, mask[:, None, None])
+            x = block(x, mask[:, None, None])  # in both directions: nothing is generated here
         return TextEmbedding(self.norm(x), mask)
 
 
@@ -109,7 +115,7 @@ def _load_tokenizer(tokenizer_file: str, max_length: int) -> Tokenizer:
         )
     tokenizer: Tokenizer = Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(max_length)
-    tokenizer.enable_padding()
+    tokenizer.enable_padding()  # to the longest of a batch
     if not tokenizer.encode("").ids:
         raise ValueError(f"{tokenizer_file}: the empty prompt has no token; the tokenizer must add a beginning token")
     return tokenizer
