@@ -20,7 +20,10 @@ LONGEST_FUNCTION = 48  # lines, signature and docstring included
 MEDIAN_FUNCTION = 7
 ROOMS_OF_MATHS = ("accel", "diffusion", "models", "nn")
 FEWEST_COMMENTS = 0.5  # comment lines in 100 lines of those rooms
-SHORT_FILES: dict[str, str] = {}
+SHORT_FILES = {
+    "core/logs.py": "everything logs; it belongs to no other file",
+    "metrics/references.py": "the one place where metrics read manifests, which the layers allow it alone",
+}
 """Files of under `SHORTEST_FILE` lines, each with its reason."""
 
 
@@ -97,7 +100,8 @@ def test_no_file_is_too_long():
 
 def test_short_files_have_a_reason():
     short = {name for name, file in source_files().items() if num_lines(file) < SHORTEST_FILE}
-    assert short == set(SHORT_FILES), "fold it into the file that uses it, or give its reason in SHORT_FILES"
+    assert short - set(SHORT_FILES) == set(), "fold it into the file that uses it, or give its reason in SHORT_FILES"
+    assert set(SHORT_FILES) <= set(source_files()), "SHORT_FILES names a file that is gone"
 
 
 def test_functions_are_short():

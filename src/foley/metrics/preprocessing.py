@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchaudio.functional import resample as sinc_resample
 
-from foley.core.resampling import resample
+from foley.core.rates import resample
 from foley.metrics.extractors import vggish
 from foley.metrics.extractors.clap import split_windows
 from foley.metrics.extractors.openl3 import OpenL3

@@ -1,4 +1,8 @@
-"""Data sets of YouTube segments: AudioSet with weak and strong labels, AudioCaps, VGGSound, Auto-ACD, MusicCaps."""
+"""Data sets of YouTube segments: AudioSet with weak and strong labels, AudioCaps, VGGSound, Auto-ACD, MusicCaps.
+
+Each reader takes `annotations` (`{split: path}`), the licence that every row carries, and `names`, the patterns by
+which a clip's file may be called (see `youtube_clip`), the best first.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -12,7 +12,7 @@ from foley.accel.caching.calibration import Calibration, CalibrationRecorder
 from foley.accel.caching.plots import plot_calibration
 from foley.core.logs import get_logger
 from foley.data.audio import read_channels
-from foley.data.sampler import evenly_spaced
+from foley.data.ordering import evenly_spaced
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
 from foley.metrics.features import ClipFeatures, LabelledAudio, extract_audio, extract_files
 from foley.metrics.protocols import EvaluationProtocol

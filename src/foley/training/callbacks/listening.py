@@ -11,9 +11,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from foley.core.components import load_trained
-from foley.core.durations import clip_size
 from foley.core.files import sample_stem
 from foley.core.logs import get_logger
+from foley.core.rates import clip_size
 from foley.data.audio import write_wav
 from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.context import Accelerator
