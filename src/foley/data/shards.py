@@ -48,6 +48,7 @@ COLUMNS = {
 }
 """Of the table: number of the shard, where the clip's FLAC starts, its size, the size of its JSON, its duration."""
 
+TAR_BLOCK_BYTES = 512
 _CHUNK_BYTES = 1 << 20
 
 
@@ -152,9 +153,6 @@ def hash_stream(open_stream: Callable[[], Any]) -> str:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-TAR_BLOCK_BYTES = 512
 
 
 def text_start(audio_bytes: int) -> int:
