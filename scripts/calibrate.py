@@ -16,7 +16,7 @@ from foley.accel.caching.calibration import CalibrationRecorder, calibration_dir
 from foley.accel.caching.plots import plot_calibration
 from foley.core.files import info_path
 from foley.core.logs import get_logger
-from foley.data.sampler import evenly_spaced
+from foley.data.ordering import evenly_spaced
 from foley.generation.opening import open_generator
 from foley.generation.prompts import name_model, read_prompts
 from foley.generation.text_to_audio import resolve_device

@@ -17,7 +17,7 @@ from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.data.audio import write_flac
 from foley.data.dataset import AudioDataset, AudioItem
-from foley.data.sampler import evenly_spaced
+from foley.data.ordering import evenly_spaced
 from foley.generation.text_to_audio import resolve_device
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
 from foley.reporting.samples import draw_sheet

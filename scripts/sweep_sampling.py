@@ -16,7 +16,7 @@ from foley.cli.requests import choose_checkpoint, choose_method, choose_options,
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_channels
-from foley.data.sampler import evenly_spaced
+from foley.data.ordering import evenly_spaced
 from foley.generation.prompts import name_model, quote_overrides
 from foley.generation.settings import Generation
 from foley.metrics.evaluation import SilentAudioError, evaluate_features

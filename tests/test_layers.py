@@ -24,7 +24,7 @@ ALLOWED = {
     "generation": BELOW_TRAINING | {"generation"},
     "generation.editing": {"data"},
     "generation.decoding": {"accel.precision", "models", "nn"},
-    "generation.prompts": {"data.sampler"},
+    "generation.prompts": {"data.ordering"},
     "generation.novelty": set(),
     "cli": {""},
 }

@@ -24,7 +24,7 @@ from foley.accel.caching.calibration import Calibration, calibration_stem
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
 from foley.accel.caching.policies import budget_schedule, schedule_error
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
-from foley.core.durations import clip_size
+from foley.core.rates import clip_size
 from foley.core.files import write_json
 from foley.diffusion.context import Accelerator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid

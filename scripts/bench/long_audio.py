@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import foley.core.config  # noqa: F401  (registers the resolvers)
-from foley.core.durations import clip_size
+from foley.core.rates import clip_size
 from foley.core.files import write_json
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.sampler import generate_latents

@@ -22,7 +22,7 @@ import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.core.files import write_json
 from foley.data.dataset import AudioCollate, AudioDataset, AudioSource
 from foley.data.manifest import ManifestEntry, read_manifest
-from foley.data.sampler import LengthBuckets, ResumableSampler, evenly_spaced, padding_fraction
+from foley.data.ordering import LengthBuckets, ResumableSampler, evenly_spaced, padding_fraction
 from foley.data.shards import ShardIndex, ShardSource
 from foley.data.shards_writer import write_shards
 from foley.data.splits import ClipSource

@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
+import composition_parts
 import pytest
 import torch
 from composition_parts import both, build_denoiser, digest, generate
@@ -61,6 +61,6 @@ def test_no_generation_touches_the_next() -> None:
 def test_two_generations_in_a_row_are_those_of_two_fresh_processes() -> None:
     denoiser, accelerator = build_denoiser(), both()
     in_a_row = [digest(generate(denoiser, accelerator)) for _ in range(2)]
-    program = [sys.executable, str(Path(__file__).with_name("composition_parts.py"))]
+    program = [sys.executable, composition_parts.__file__]
     fresh = [subprocess.run(program, capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)]
     assert in_a_row == fresh

@@ -16,8 +16,7 @@ from foley.data.dataset import (
     SampleKey,
 )
 from foley.data.manifest import read_manifest
-from foley.data.sampler import MixtureSource
-from foley.data.splits import CachedSource, ClipSource
+from foley.data.splits import CachedSource, ClipSource, MixtureSource
 
 RATE = 24000
 

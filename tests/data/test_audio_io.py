@@ -5,8 +5,7 @@ import pytest
 import soundfile
 
 from foley.data.audio import AudioError, read_audio, resample
-from foley.data.datamodule import preflight
-from foley.data.manifest import ManifestEntry
+from foley.data.manifest import ManifestEntry, preflight
 
 RATE = 24000
 

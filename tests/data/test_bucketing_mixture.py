@@ -9,7 +9,8 @@ import torch
 from foley.core.seeding import numpy_generator
 from foley.data.datamodule import AudioDataModule
 from foley.data.dataset import AudioItem
-from foley.data.sampler import LengthBuckets, MixtureSource, ResumableSampler, padding_fraction
+from foley.data.ordering import LengthBuckets, ResumableSampler, padding_fraction
+from foley.data.splits import MixtureSource
 
 SIZE, UNIT = 1003, 8
 LENGTHS = np.random.default_rng(0).gamma(2.0, 3.0, SIZE).clip(0.3, 30.0)

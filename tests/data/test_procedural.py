@@ -7,7 +7,7 @@ import torch
 from foley.data.procedural import CLASS_NAMES, ProceduralDataset, captions_for, components_of
 from foley.data.procedural.captions import TEMPLATES, _tidy
 from foley.data.procedural.dataset import CLASSES
-from foley.data.procedural.synthesis import Canvas
+from foley.data.procedural.synthesis import Timeline
 
 RATE_HZ = 24_000
 
@@ -23,7 +23,7 @@ def _centroid_hz(audio: np.ndarray) -> float:
 
 
 def _draw(name: str, seed: int = 0, seconds: float = 2.0) -> np.ndarray:
-    return CLASSES[name].draw(Canvas(round(seconds * RATE_HZ), RATE_HZ, np.random.default_rng(seed)))[0]
+    return CLASSES[name].draw(Timeline(round(seconds * RATE_HZ), RATE_HZ, np.random.default_rng(seed)))[0]
 
 
 def test_there_are_at_least_24_classes_with_8_distinct_canonical_captions_each() -> None:
@@ -141,8 +141,8 @@ def test_ocean_swells_and_white_noise_does_not() -> None:
 
 
 def test_the_rate_parameter_is_the_number_of_events() -> None:
-    canvas = Canvas(4 * RATE_HZ, RATE_HZ, np.random.default_rng(0))
-    audio = CLASSES["metronome"].render(canvas, rate_hz=3.0)
+    timeline = Timeline(4 * RATE_HZ, RATE_HZ, np.random.default_rng(0))
+    audio = CLASSES["metronome"].render(timeline, rate_hz=3.0)
     loud = np.abs(audio).reshape(-1, 240).max(axis=1) > 0.3
     assert abs(int(np.sum(np.diff(loud.astype(int)) == 1)) - 12) <= 1
 

@@ -4,8 +4,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from foley.data.dataset import SampleKey
+from foley.data.ordering import ResumableSampler, evenly_spaced
 from foley.data.resumable import ResumableDataModule
-from foley.data.sampler import ResumableSampler, evenly_spaced
 
 
 def test_each_epoch_is_a_new_permutation():

@@ -18,7 +18,7 @@ from torch import distributed, multiprocessing, set_num_threads
 from foley.core.components import read_training_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, on more processes than cores
-SCRIPT = Path(__file__).with_name("shard_parts.py")
+SCRIPT = Path(shard_parts.__file__)
 BATCH = 4
 
 

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from test_text_to_audio import CONFIGS
+from small_system import CONFIGS
 
 from foley.cli.requests import choose_options
 from foley.core.config import PROJECT_ROOT

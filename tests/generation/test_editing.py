@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_text_to_audio import CONFIGS, STEPS, CountingAccelerator
+from small_system import CONFIGS, STEPS, CountingAccelerator
 
 from foley.accel.caching.policies import Fora
 from foley.core.hashing import hash_file

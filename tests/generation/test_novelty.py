@@ -4,7 +4,7 @@ import json
 import logging
 
 import pytest
-from test_text_to_audio import CONFIGS
+from small_system import CONFIGS
 
 from foley.core.config import PROJECT_ROOT
 from foley.data.procedural import CLASS_NAMES, captions_for

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_text_to_audio import CONFIGS
+from small_system import CONFIGS
 
 from foley.cli.requests import choose_method
 from foley.core.components import CheckpointError

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
+from small_system import CONFIGS
 from test_sample_cli import run_sample
-from test_text_to_audio import CONFIGS
 
 from foley.cli.requests import open_requested, requested_clips
 from foley.core.config import PROJECT_ROOT

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from small_system import CONFIGS
 from test_sample_cli import run_sample
 from test_student import STUDENT_CONFIGS
-from test_text_to_audio import CONFIGS
 
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT

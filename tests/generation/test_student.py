@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from small_system import CONFIGS, training_checkpoint
 from test_sample_cli import run_sample
-from test_text_to_audio import CONFIGS, training_checkpoint
 
 from foley.accel.caching.policies import Fora
 from foley.core.components import read_training_checkpoint

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from test_text_to_audio import CONFIGS
+from small_system import CONFIGS
 
 from foley.core.config import PROJECT_ROOT
 from foley.system.system import build_system, save_system

@@ -1,12 +1,12 @@
 """The whole path from prompts to audio, with untrained weights."""
 
 import json
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from small_system import CONFIGS, STEPS, CountingAccelerator, training_checkpoint
 
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
@@ -15,27 +15,6 @@ from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.settings import MAX_PROMPT_CHARACTERS
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import build_system, load_system, save_system
-
-TOKENIZER = PROJECT_ROOT / "data" / "tokenizer" / "audiocaps.json"
-CONFIGS = {
-    "denoiser": {
-        "_target_": "foley.models.dit.model.DiffusionTransformer",
-        **{"latent_channels": 4, "width": 32, "depth": 2, "num_heads": 2, "context_dim": 16},
-        "modulation": {"_target_": "foley.nn.adaln.AdaLNSola", "rank": 2, "alpha": 2},
-    },
-    "text": {
-        "_target_": "foley.models.text.SmallTextEncoder",
-        **{"tokenizer_file": str(TOKENIZER), "dim": 16, "depth": 1, "num_heads": 2, "max_length": 32},
-    },
-    "codec": {
-        "_target_": "foley.models.codec.waveform_vae.WaveformVAE",
-        **{"channels": 4, "multipliers": [1, 2], "strides": [4, 10], "latent_channels": 4, "num_units": [1, 1]},
-        "sample_rate_hz": 2000,
-    },
-    "normaliser": {"_target_": "foley.models.codec.normaliser.LatentNormaliser", "channels": 4},
-    "process": {"_target_": "foley.diffusion.process.DiffusionProcess"},
-}
-STEPS = {"num_steps": 4, "duration_seconds": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -93,34 +72,6 @@ def test_guiding_the_empty_prompt_away_from_itself_changes_nothing(pipeline):
     plain = pipeline.generate([""], guidance=ClassifierFreeGuidance(1.0), **STEPS)
     guided = pipeline.generate([""], guidance=ClassifierFreeGuidance(7.0), **STEPS)
     torch.testing.assert_close(plain.audio, guided.audio, atol=1e-4, rtol=1e-3)
-
-
-class CountingAccelerator:
-    """Stands for an accelerator: counts, and can fail inside a run."""
-
-    def __init__(self, fail=False):
-        self.fail, self.attached, self.evaluations, self.ended = fail, [], 0, 0
-
-    @contextmanager
-    def attach(self, denoiser):
-        self.attached.append(denoiser)
-        try:
-            yield
-        finally:
-            self.attached.remove(denoiser)
-
-    def on_run_start(self, run):
-        assert self.attached
-
-    def on_evaluation_start(self, context):
-        self.evaluations += 1
-
-    def on_evaluation_end(self, context, prediction):
-        if self.fail:
-            raise RuntimeError("inside a cached generation")
-
-    def on_run_end(self):
-        self.ended += 1
 
 
 def test_the_accelerator_is_attached_for_each_run_and_detached_after(pipeline):
@@ -195,21 +146,6 @@ def test_a_system_from_a_stranger_builds_nothing_foreign(system, tmp_path):
     file.write_text(json.dumps(info | {"process": {"_target_": "os.system", "command": "true"}}))
     with pytest.raises(CheckpointError, match="refusing to build"):
         load_system(tmp_path)
-
-
-def training_checkpoint(system, tmp_path, codec_hash):
-    from foley.core.components import save_component
-
-    save_component(system.modules["codec"], CONFIGS["codec"], tmp_path / "codec")
-    state = {
-        f"{name}.{key}": tensor
-        for name in ("denoiser", "text", "normaliser")
-        for key, tensor in system.modules[name].state_dict().items()
-    }
-    components = {name: CONFIGS[name] for name in ("denoiser", "text", "normaliser", "process")}
-    foley = {"components": components, "codec_dir": str(tmp_path / "codec"), "codec_hash": codec_hash}
-    torch.save({"foley": foley, "state_dict": state}, tmp_path / "last.ckpt")
-    return tmp_path / "last.ckpt"
 
 
 def test_a_training_checkpoint_generates_with_the_codec_it_names(pipeline, system, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 from hydra import compose, initialize_config_dir
-from test_text_to_audio import CONFIGS, training_checkpoint
+from small_system import CONFIGS, training_checkpoint
 
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 
 from foley.core.config import PROJECT_ROOT
 from foley.reporting.dashboard import LAYOUT, MEDIA, build_workspace, read_metrics, write_dashboard
-from foley.reporting.sweeps import TRIAL_FILE, pareto_front, write_report
+from foley.reporting.sweeps import TRIAL_FILE, pareto_front, write_pareto_report
 
 
 def trial(number, distance, seconds):
@@ -29,7 +29,7 @@ def test_a_sweep_is_reported(tmp_path):
     for one in TRIALS:
         (tmp_path / str(one["number"])).mkdir()
         (tmp_path / str(one["number"]) / TRIAL_FILE).write_text(json.dumps(one))
-    write_report(tmp_path, "seconds_per_clip")
+    write_pareto_report(tmp_path, "seconds_per_clip")
     table = (tmp_path / "pareto.md").read_text()
     assert "| 1 | 5.0000 | 2.0000 | 1 |" in table
     assert "| 2 |" not in table
@@ -39,7 +39,7 @@ def test_a_sweep_is_reported(tmp_path):
 
 
 def test_a_sweep_without_trials_has_no_report(tmp_path):
-    write_report(tmp_path, "seconds_per_clip")
+    write_pareto_report(tmp_path, "seconds_per_clip")
     assert not list(tmp_path.iterdir())
 
 
@@ -95,7 +95,7 @@ def test_sampling_is_searched_with_two_objectives():
     assert cfg.hydra.callbacks.pareto._target_ == "foley.reporting.sweeps.ParetoReport"
 
 
-@pytest.mark.parametrize("entry", [("train", "experiment=tiny_pretrain", "trainer=ddp"), ("sweep_sampling",)])
+@pytest.mark.parametrize("entry", [("train", "experiment=tiny_pretrain", "trainer=ddp"), ("script/sweep_sampling",)])
 def test_jobs_go_to_slurm(entry):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     name, *overrides = entry

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from small_system import CONFIGS, training_checkpoint
 from test_student import STUDENT_CONFIGS
-from test_text_to_audio import CONFIGS, training_checkpoint
 
 from foley.core.components import read_training_checkpoint
 from foley.core.config import PROJECT_ROOT

@@ -13,14 +13,12 @@ import torch
 import wandb
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException, MissingConfigException
+from tiny_clap import save_clap
 
 from foley.core.components import save_component
 from foley.core.config import PROJECT_ROOT
 from foley.metrics.embedded.network import EmbeddedExtractor
 from foley.metrics.evaluation import PairingError, SilentAudioError
-
-sys.path.append(str(Path(__file__).parent / "metrics"))
-from tiny_clap import save_clap
 
 RATE_HZ = 24000
 CONFIG = {

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import training_parts
 from training_parts import TinyData, build_module, run
 
 from foley.core.components import CheckpointError, read_training_checkpoint
 from foley.training.callbacks.non_finite import NonFiniteLossError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
-SCRIPT = Path(__file__).with_name("training_parts.py")
+SCRIPT = Path(training_parts.__file__)
 
 
 def assert_same(left, right, path: str = "") -> None:

@@ -1,4 +1,8 @@
-"""Files that are whole or absent, JSON Lines, tensors beside the JSON that describes them, and safe file names."""
+"""Files that are whole or absent: each is written beside its place and renamed into it.
+
+Text, JSON, JSON Lines and tensors; tensors beside a JSON that describes them and carries their hash (`save_record`);
+and names for files of generated things: safe on every file system, unique, and still readable.
+"""
 
 import json
 import os
@@ -14,6 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foley.core.hashing import hash_file
+
+_MAX_SLUG_CHARACTERS = 48
+
+WriteRow = Callable[[Mapping[str, Any]], None]
+"""Appends a row to a JSON Lines file."""
 
 
 @contextmanager
@@ -60,9 +69,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors`, no two of which may share memory, as safetensors, atomically."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     atomic_write(path, lambda temporary: save_file(contiguous, temporary))
-
-
-WriteRow = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
@@ -112,11 +118,12 @@ def load_record(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(tensor_path(stem)), info
 
 
-_MAX_SLUG_CHARACTERS = 48
-
-
 def slug(text: str) -> str:
-    """Lower-case ASCII letters, digits and single hyphens out of `text`; "sound" where nothing is left."""
+    """Lower-case ASCII letters, digits and single hyphens out of `text`; "sound" where nothing is left.
+
+    >>> slug("A dog barks, twice!")
+    'a-dog-barks-twice'
+    """
     ascii_text = unicodedata.normalize("NFKD", text[:1000]).encode("ascii", "ignore").decode().lower()
     return re.sub(r"[^a-z0-9]+", "-", ascii_text)[:_MAX_SLUG_CHARACTERS].strip("-") or "sound"
 

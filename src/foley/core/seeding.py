@@ -11,16 +11,30 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on nothing else."""
+    """A 63-bit seed that depends on every part and on nothing else.
+
+    >>> derive_seed("crop", 0) == derive_seed("crop", 0), derive_seed("crop", 0) == derive_seed("crop", 1)
+    (True, False)
+    """
+    # Joined by a character that no name holds, so that ("a", "bc") and ("ab", "c") differ.
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def torch_generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded from `parts`; draw on the CPU, then move, so that every device sees the same numbers."""
+    """A CPU generator seeded from `parts`; draw on the CPU, then move, so that every device sees the same numbers.
+
+    >>> first, again = (torch.rand(3, generator=torch_generator("noise", 7)) for _ in range(2))
+    >>> torch.equal(first, again)
+    True
+    """
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 def numpy_generator(*parts: int | str) -> np.random.Generator:
-    """The NumPy counterpart of `torch_generator`."""
+    """The NumPy counterpart of `torch_generator`.
+
+    >>> numpy_generator("order", 0).permutation(4).tolist() == numpy_generator("order", 0).permutation(4).tolist()
+    True
+    """
     return np.random.default_rng(derive_seed(*parts))

@@ -1,4 +1,8 @@
-"""Captions and scores for the clips of a manifest, one by one, with a journal from which a broken run goes on."""
+"""A result for every row of a manifest (a caption, a score), shared out over ranks by Lightning.
+
+Each rank appends what it finds to a journal of its own, JSON lines that outlive a killed run; the next run continues at
+the clip where it ended.
+"""
 
 import json
 import os

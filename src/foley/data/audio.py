@@ -1,4 +1,9 @@
-"""Audio files, read and written: every format in, finite float32 out, and WAV with headroom back."""
+"""Audio files, read and written: every format in, finite float32 out, and WAV with headroom back.
+
+The content decides the format, not the file's name. Channels are averaged (six as well as two), which keeps the range
+[-1, 1]; other rates go through a polyphase Kaiser filter. Floating files keep samples beyond 1, up to a limit. What
+cannot be used is refused with its path.
+"""
 
 import math
 import re
@@ -9,9 +14,12 @@ import soundfile
 from torch import Tensor
 
 from foley.core.files import atomic_write
-from foley.core.resampling import FloatArray, resample
+from foley.core.rates import FloatArray, resample
 
 MAX_ABS_SAMPLE = 16.0
+PEAK_CEILING = 10 ** (-1 / 20)
+"""-1 dBFS: louder audio is attenuated to this peak, quieter audio is never made louder."""
+
 _DURATION_TOLERANCE_SECONDS = 0.1
 # What libsndfile reports of a data chunk that ends early, and the size that a streaming writer puts there.
 _SIZE_DISAGREES = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -112,10 +120,6 @@ def mix_down(samples: FloatArray) -> FloatArray:
     """`[T, channels]` to `[T]`: the mean of the channels."""
     mono: FloatArray = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
     return mono
-
-
-PEAK_CEILING = 10 ** (-1 / 20)
-"""-1 dBFS: louder audio is attenuated to this peak, quieter audio is never made louder."""
 
 
 def write_wav(path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: float = PEAK_CEILING) -> float:

@@ -1,63 +1,18 @@
-"""The Lightning data modules of audio and of latents, and the check of all files before a run."""
+"""What a training run reads: the Lightning data modules of captioned audio and of cached latents."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from torch import Tensor
 
-from foley.core.durations import clip_size
 from foley.core.logs import get_logger
-from foley.data.audio import AudioError, open_audio, read_audio
+from foley.core.rates import clip_size
 from foley.data.dataset import AudioCollate, AudioDataset, AudioSource, Augmentation, PeakLevel, RmsLevel
 from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset
-from foley.data.manifest import ManifestEntry
 from foley.data.resumable import ResumableDataModule
 
 _log = get_logger(__name__)
-
-_MAX_LISTED = 20
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A manifest entry that cannot be used, and why."""
-
-    entry: ManifestEntry
-    reason: str
-
-
-def preflight(entries: Sequence[ManifestEntry], decode: bool = False) -> list[Fault]:
-    """The faults among `entries`: missing, empty, undecodable and truncated files.
-
-    Args:
-        decode: read every sample too, which also finds truncated compressed files, NaN and absurd samples; without it
-            only headers are read.
-    """
-    faults = [Fault(entry, reason) for entry in entries if (reason := _reason(entry, decode))]
-    if faults:
-        listed = "\n  ".join(f"line {fault.entry.line}: {fault.reason}" for fault in faults[:_MAX_LISTED])
-        _log.warning(
-            "%d of %d clips cannot be used and will be skipped:\n  %s%s",
-            len(faults),
-            len(entries),
-            listed,
-            f"\n  and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else "",
-        )
-    return faults
-
-
-def _reason(entry: ManifestEntry, decode: bool) -> str:
-    try:
-        with open_audio(entry.path, entry.duration_seconds) as file:
-            rate = file.samplerate
-        if decode:
-            read_audio(entry.path, rate)
-    except AudioError as error:
-        return str(error)
-    return ""
-
 
 _STEP_SECONDS = 0.1
 """Lengths of bucketed batches are multiples of this: longer than the windows of spectral losses, and few shapes."""

@@ -1,4 +1,7 @@
-"""Captioned audio as training sees it: items, level and augmentation, batches."""
+"""Clips ready for training: what travels through the data layer, then level, crop and augmentation, then batches.
+
+Clips that cannot be used are replaced by the next good one, and counted.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,6 +18,9 @@ from torch.utils.data import Dataset
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator
 from foley.data.audio import AudioError, check_samples
+
+SILENCE_PEAK = 1e-5
+"""A clip whose largest sample is below this (-100 dB of full scale) counts as silent."""
 
 _log = get_logger(__name__)
 
@@ -87,10 +93,6 @@ class LatentBatch(TypedDict):
     caption: list[str]
     label: list[str]
     id: list[str]
-
-
-SILENCE_PEAK = 1e-5
-"""A clip whose largest sample is below this (-100 dB of full scale) counts as silent."""
 
 
 def is_silent(audio: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""Encoding a data set into cached latents, once."""
+"""Clips to a latent cache: every clip is encoded once, so that diffusion training never runs the codec.
+
+Full shards are written as they fill, the index last; the folder appears under its name only when it is complete.
+"""
 
 import dataclasses
 import math
@@ -23,6 +26,7 @@ from foley.data.latents import FORMAT, INDEX_FILE, LatentCacheError, LatentEntry
 _log = get_logger(__name__)
 
 _FRAMES_PER_SHARD = 1 << 19
+_MAX_WAITING = 512  # clips kept back until others of their length fill a batch
 
 
 class LatentCacheWriter:
@@ -139,9 +143,6 @@ def _swap(new: Path, directory: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-_MAX_WAITING = 512
-
-
 class Posterior(Protocol):
     """A diagonal Gaussian over latents: mean and standard deviation, each `[B, C, L]`."""
 
@@ -152,7 +153,7 @@ class Posterior(Protocol):
     def std(self) -> Tensor: ...
 
 
-class Encoder(Protocol):
+class LatentEncoder(Protocol):
     """The part of a codec that encoding needs; it is an `nn.Module` too, so that it can be hashed."""
 
     sample_rate_hz: int
@@ -164,7 +165,7 @@ class Encoder(Protocol):
 
 
 def encode_latents(
-    codec: Encoder,
+    codec: LatentEncoder,
     datasets: Mapping[str, AudioDataset],
     output_dir: Path,
     batch_size: int = 16,
@@ -238,7 +239,7 @@ def _equal_length_batches(
 
 @torch.no_grad()
 def _encode_batch(
-    codec: Encoder,
+    codec: LatentEncoder,
     items: list[AudioItem],
     split: str,
     min_samples: int,

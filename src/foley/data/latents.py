@@ -1,4 +1,8 @@
-"""Cached latents: the index beside them, and the data set that training reads."""
+"""A latent cache, safetensors shards and an index that names the codec that made them, and the data set it gives.
+
+A shard holds `mean` and `std` of the posterior, float16 `[frames, C]`, clip after clip. Training samples the posterior,
+crops and pads.
+"""
 
 import json
 from collections.abc import Mapping, Sequence

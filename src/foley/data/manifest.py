@@ -1,15 +1,22 @@
 """Captioned clips listed in JSON Lines: one object a line, refused with the line number where it is wrong.
 
+`preflight` looks at every file of a manifest before a run does, and lists those that cannot be used.
+
 Fields: `path` (relative to the manifest's folder), `caption`; optional `id` (default: the path), `duration_seconds`
 (alias `seconds`), `split`, `label`, `speaker`, `source`, `license`. Other fields are ignored.
 """
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from foley.core.logs import get_logger
+from foley.data.audio import AudioError, open_audio, read_audio
+
+_log = get_logger(__name__)
 
 _MAX_LISTED = 20
 _BOM = b"\xef\xbb\xbf"
@@ -152,3 +159,42 @@ def check_relative(path: str) -> str:
     if path.startswith(("/", "\\")) or PureWindowsPath(path).drive or ".." in parts or "\0" in path:
         raise ValueError(f"path {path!r} leaves the manifest's folder; give it relative, without `..`")
     return path
+
+
+@dataclass(frozen=True)
+class FaultyEntry:
+    """A manifest entry that cannot be used, and why."""
+
+    entry: ManifestEntry
+    reason: str
+
+
+def preflight(entries: Sequence[ManifestEntry], decode: bool = False) -> list[FaultyEntry]:
+    """The faults among `entries`: missing, empty, undecodable and truncated files.
+
+    Args:
+        decode: read every sample too, which also finds truncated compressed files, NaN and absurd samples; without it
+            only headers are read.
+    """
+    faults = [FaultyEntry(entry, reason) for entry in entries if (reason := _reason(entry, decode))]
+    if faults:
+        listed = "\n  ".join(f"line {fault.entry.line}: {fault.reason}" for fault in faults[:_MAX_LISTED])
+        _log.warning(
+            "%d of %d clips cannot be used and will be skipped:\n  %s%s",
+            len(faults),
+            len(entries),
+            listed,
+            f"\n  and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else "",
+        )
+    return faults
+
+
+def _reason(entry: ManifestEntry, decode: bool) -> str:
+    try:
+        with open_audio(entry.path, entry.duration_seconds) as file:
+            rate = file.samplerate
+        if decode:
+            read_audio(entry.path, rate)
+    except AudioError as error:
+        return str(error)
+    return ""

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
-from foley.data.sampler import Arrangement, LengthBuckets, ResumableSampler, SamplerState
+from foley.data.ordering import Arrangement, LengthBuckets, ResumableSampler, SamplerState
 
 
 class ResumableDataModule(pl.LightningDataModule):

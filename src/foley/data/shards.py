@@ -1,4 +1,13 @@
-"""Shards of audio (WebDataset tars): their index, the clips in them, how each is stored."""
+"""Clips out of WebDataset tars, each read by its byte offset from a disk or any fsspec URL.
+
+`{split}-{number:06d}.tar` hold `key.flac` followed by `key.json` for every clip. `samples.safetensors` is a table of
+byte offsets, 24 bytes a clip whatever its caption; `index.json` is written last and names the shards.
+
+The `webdataset` library reads these tars too, but not here: it streams shards through shuffle buffers, and neither
+their contents nor the place in the stream can be saved, so that a resumed run would have to read again all it has read.
+By offset a clip is a function of its index, as of any other source: the sampler's permutation is a full shuffle, splits
+the clips over ranks and workers, and resumes at the exact next batch.
+"""
 
 import dataclasses
 import hashlib
@@ -39,6 +48,7 @@ COLUMNS = {
 }
 """Of the table: number of the shard, where the clip's FLAC starts, its size, the size of its JSON, its duration."""
 
+TAR_BLOCK_BYTES = 512
 _CHUNK_BYTES = 1 << 20
 
 
@@ -143,9 +153,6 @@ def hash_stream(open_stream: Callable[[], Any]) -> str:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-TAR_BLOCK_BYTES = 512
 
 
 def text_start(audio_bytes: int) -> int:

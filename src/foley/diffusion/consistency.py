@@ -1,8 +1,20 @@
 """Consistency models of latents, as AudioLCM has them (Liu et al. 2024): what distillation and sampling share.
 
-A consistency function maps any point of a solution of the probability-flow ODE to the solution's clean end. It is made
-of a denoiser that knows the guidance scale: `f(z, t) = c_skip(t) z + c_out(t) x0(z, t)`, where x0 is the clean latent
-that the prediction implies. Every prediction type takes this one path.
+A consistency function maps any point of a solution of the probability-flow ODE to the solution's clean end, and so the
+same end from every point of it (equation 4). It is made of a denoiser that knows the guidance scale w:
+
+    f(z, w, c, t) = c_skip(t) z + c_out(t) x0(z, w, c, t)                                    (12)
+    c_skip(t) = s^2 / ((10 t)^2 + s^2),   c_out(t) = 10 t / sqrt((10 t)^2 + s^2),   s = sigma_data
+
+x0 is the clean latent that the prediction implies, for epsilon `(z - sigma_t epsilon) / alpha_t` as the paper has it.
+Every prediction type takes this one path. c_skip(0) = 1 and c_out(0) = 0 hold the boundary condition f(z, 0) = z.
+
+Distillation jumps between the points of a grid, k training timesteps apart, with the teacher's guided DDIM solver Psi:
+
+    z_{t_n} - z_{t_{n+k}} = (1 + omega) Psi(z, c) - omega Psi(z, empty)                      (13)
+
+Psi is affine in the prediction, so that one jump with the guided prediction, w = 1 + omega, is the same
+(`ddim_jump`). `foley.training.distillation` makes the loss of it, `ConsistencySolver` here samples.
 
 With zero terminal SNR the noisiest point is pure noise. There `c_skip` is below 1e-8 and `c_out` 1, so f is x0 alone:
 the negated prediction for v. The noise that a prediction implies there is the point itself, guided or not, so that the
@@ -24,10 +36,8 @@ from foley.diffusion.solver import CONSISTENCY, Solver
 
 
 def ddim_jump(process: DiffusionProcess, noisy: Tensor, prediction: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """One DDIM step `[B, C, L]` from timestep `start` to `end`, each `[B]`, however far apart (equation 13).
-
-    Clean latent and noise are affine in the prediction, so a guided prediction gives a guided estimate of both.
-    """
+    """One DDIM step `[B, C, L]` from timestep `start` to `end`, each `[B]`, however far apart: Psi of equation (13)."""
+    # Both are affine in the prediction, so a guided prediction gives a guided estimate of both.
     clean, noise = process.to_clean(noisy, prediction, start), process.to_noise(noisy, prediction, start)
     return process.add_noise(clean, noise, end)
 
@@ -42,6 +52,19 @@ class Consistency:
         timestep_scaling: how fast the boundary condition gives way to the denoiser.
 
     Raises ValueError for a k below 1 and for a range that is none.
+
+    Example:
+        >>> process, consistency = DiffusionProcess("v"), Consistency(jump_steps=20)
+        >>> grid = consistency.grid(process)
+        >>> len(grid), grid[0].item(), grid[-1].item()
+        (50, 19, 999)
+        >>> noisy, prediction = torch.randn(1, 8, 50), torch.randn(1, 8, 50)
+        >>> clean_end = consistency.estimate(process, noisy, prediction, grid[-1:])
+        >>> torch.allclose(clean_end, -prediction)  # out of pure noise, v is the negated clean latent
+        True
+        >>> at_zero = consistency.estimate(process, noisy, prediction, torch.tensor([0]))
+        >>> torch.allclose(at_zero, noisy)  # the boundary condition
+        True
     """
 
     def __init__(
@@ -62,14 +85,14 @@ class Consistency:
 
     def scalings(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """`c_skip` and `c_out`, each `[B]`: 1 and 0 at timestep 0, nearly 0 and 1 from the first point of a grid on."""
-        scaled = self.timestep_scaling * timestep.float()
-        power = scaled.square() + self.sigma_data**2
+        scaled = self.timestep_scaling * timestep.float()  # 10 t
+        power = scaled.square() + self.sigma_data**2  # (10 t)^2 + s^2
         return self.sigma_data**2 / power, scaled / power.sqrt()
 
     def estimate(self, process: DiffusionProcess, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The consistency function `[B, C, L]`, out of a denoiser's prediction at `timestep [B]` (equation 12)."""
-        skip, out = (scaling.to(noisy)[:, None, None] for scaling in self.scalings(timestep))
-        return skip * noisy + out * process.to_clean(noisy, prediction, timestep)
+        """The consistency function `[B, C, L]`, out of a denoiser's prediction at `timestep [B]`."""
+        skip, out = (scaling.to(noisy)[:, None, None] for scaling in self.scalings(timestep))  # [B, 1, 1]
+        return skip * noisy + out * process.to_clean(noisy, prediction, timestep)  # (12)
 
     def grid(self, process: DiffusionProcess) -> Tensor:
         """The N timesteps between which distillation jumps, cleanest first and pure noise last; k lies between two.
@@ -82,6 +105,7 @@ class Consistency:
                 "steps; take a divisor, such as 1, 5, 10, 20 or 50"
             )
         edges = torch.arange(self.jump_steps, process.num_train_steps + 1, self.jump_steps)
+        # A flow's times are real and end at num_train_steps; discrete ones count from 0.
         return edges.float() if process.is_flow else edges - 1
 
     def jump_ends(self, grid: Tensor) -> Tensor:
@@ -112,7 +136,16 @@ class Consistency:
 
 @dataclass(frozen=True)
 class ConsistencySolver(Solver):
-    """Multi-step consistency sampling (AudioLCM, algorithm 2): one evaluation a step, evenly spread over the grid."""
+    """Multi-step consistency sampling (AudioLCM, algorithm 2): one evaluation a step, evenly spread over the grid.
+
+    Args:
+        num_steps: evaluations, tau_1 > tau_2 > ... in the algorithm; published results take 1, 2, 4 and 8.
+        consistency: the student's own, whose grid and boundary condition it was distilled with.
+
+    Example:
+        >>> ConsistencySolver(num_steps=4).build(DiffusionProcess("v")).timesteps
+        tensor([999, 759, 499, 259])
+    """
 
     name: str = field(default=CONSISTENCY, init=False)
     num_steps: int = 2
@@ -154,9 +187,9 @@ class ConsistencyScheduler:
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """The noisy latent `[B, C, L]` of the next timestep, or after the last one the clean latent."""
-        clean = self.consistency.estimate(self.process, latent, prediction, timestep.expand(len(latent)))
+        clean = self.consistency.estimate(self.process, latent, prediction, timestep.expand(len(latent)))  # lines 3, 6
         later = self.timesteps[self.timesteps < timestep]
         if not len(later):
             return (clean,)
         noise = randn_tensor(tuple(latent.shape), generator=generator, device=latent.device, dtype=latent.dtype)
-        return (self.process.add_noise(clean, noise, later[0].expand(len(latent))),)
+        return (self.process.add_noise(clean, noise, later[0].expand(len(latent))),)  # line 5

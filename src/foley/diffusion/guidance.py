@@ -1,4 +1,18 @@
-"""Classifier-free guidance: the one rule, and the joint batch that evaluates both of its branches at once."""
+"""Classifier-free guidance: the one rule, and the joint batch that evaluates both of its branches at once.
+
+EzAudio (Hai et al. 2024, section II-D) with scale w, rescale phi and the predictions v of a positive and a negative
+prompt, the latter empty unless it is given:
+
+    v_cfg  = v_neg + w (v_pos - v_neg)                (1)
+    v_re   = v_cfg * std(v_pos) / std(v_cfg)          (2)
+    v'_cfg = phi * v_re + (1 - phi) * v_cfg           (3)
+
+(2) and (3) are Lin et al. 2024, section 3.4. All are linear in v up to the standard deviations, so that they hold for
+every prediction type of a `DiffusionProcess`.
+
+A run binds to the denoiser, once, all that stays the same throughout it: `guidance.wrap(denoiser, ...)` is what a
+sampler gets, a callable of noisy latent and timestep.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +43,7 @@ class Conditioning:
 
     def cat(self, other: "Conditioning") -> "Conditioning":
         """Both along the batch axis; the shorter is padded with masked tokens."""
-        tokens = max(self.mask.shape[1], other.mask.shape[1])
+        tokens = max(self.mask.shape[1], other.mask.shape[1])  # S
         parts = [
             (
                 pad(part.context, (0, 0, 0, tokens - part.mask.shape[1])),
@@ -67,16 +81,30 @@ class EvaluationGrid:
 
 
 def extrapolate(positive: Tensor, negative: Tensor, scale: float | Tensor) -> Tensor:
-    """The guided prediction, equation (1) of EzAudio; `scale` w is a number or broadcastable."""
-    return negative + scale * (positive - negative)
+    """The guided prediction `[B, C, L]`, equation (1); `scale` w is a number, or `[B, 1, 1]` for one each.
+
+    >>> extrapolate(torch.tensor(3.0), torch.tensor(1.0), scale=5.0)
+    tensor(11.)
+    """
+    return negative + scale * (positive - negative)  # (1)
 
 
 class ClassifierFreeGuidance:
-    """Equations (1)-(3) of EzAudio (Hai et al. 2024); the rescale is that of Lin et al. 2024, section 3.4.
+    """Equations (1)-(3) of this module.
 
     Args:
         scale: w in `v_neg + w (v_pos - v_neg)`; 1 is exactly the conditional model and skips the other branch.
         rescale: phi in [0, 1]: how far the guided prediction is brought back to the conditional one's spread.
+
+    Raises ValueError for a scale that is negative or not finite, and for a rescale outside [0, 1].
+
+    Example:
+        >>> positive, negative = torch.randn(2, 8, 50), torch.randn(2, 8, 50)
+        >>> guided = ClassifierFreeGuidance(scale=5.0, rescale=1.0).combine(positive, negative)
+        >>> torch.allclose(guided.std(dim=(1, 2)), positive.std(dim=(1, 2)))  # each item keeps its spread
+        True
+        >>> ClassifierFreeGuidance(scale=1.0).combine(positive, negative) is positive
+        True
     """
 
     def __init__(self, scale: float = 3.0, rescale: float = 0.0) -> None:
@@ -100,11 +128,11 @@ class ClassifierFreeGuidance:
         """
         if not self.needs_negative:
             return positive
-        guided = extrapolate(positive, negative, self.scale)
+        guided = extrapolate(positive, negative, self.scale)  # (1)
         if not self.rescale:
             return guided
-        spread = _spread(positive, hidden_mask) / _spread(guided, hidden_mask)
-        return self.rescale * (guided * spread) + (1 - self.rescale) * guided  # equations (2) and (3)
+        ratio = _spread(positive, hidden_mask) / _spread(guided, hidden_mask)  # [B, 1, 1]
+        return self.rescale * (guided * ratio) + (1 - self.rescale) * guided  # (2) in brackets, then (3)
 
     def wrap(
         self,
@@ -132,6 +160,8 @@ class ClassifierFreeGuidance:
 
 class EmbeddedGuidance(ClassifierFreeGuidance):
     """Guidance that a distilled student computes itself: it is given the scale w, and evaluated once.
+
+    AudioLCM (Liu et al. 2024, equation 12) embeds omega = w - 1; here w itself is the denoiser's input.
 
     Args:
         scale: w, in the convention of `ClassifierFreeGuidance`.
@@ -162,11 +192,11 @@ def _spread(prediction: Tensor, hidden_mask: Tensor | None) -> Tensor:
     """The standard deviation `[B, 1, 1]` of each item's values, of its hidden frames alone where there is a mask."""
     if hidden_mask is None:
         return prediction.std(dim=(1, 2), keepdim=True)
-    weight = hidden_mask[:, None].to(prediction.dtype).expand_as(prediction)
+    weight = hidden_mask[:, None].to(prediction.dtype).expand_as(prediction)  # [B, C, L]
     count = weight.sum(dim=(1, 2), keepdim=True)
     mean = (weight * prediction).sum(dim=(1, 2), keepdim=True) / count
     squares = (weight * (prediction - mean).square()).sum(dim=(1, 2), keepdim=True)
-    return (squares / (count - 1)).sqrt()
+    return (squares / (count - 1)).sqrt()  # unbiased, as torch.std is
 
 
 def branches(
@@ -182,6 +212,7 @@ def branches(
     `more` inputs have one row per item, and reach both branches.
     """
     twice = {name: torch.cat([rows, rows]) for name, rows in more.items()}
+    # One evaluation of 2 B rows costs less than two of B, and accelerators then take one decision for both branches.
     predict = bind(denoiser, positive.cat(negative.expand(len(positive.mask))), known, grid, twice)
 
     def both(noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +237,7 @@ def bind(
         return _bind_windows(denoiser, text, known, grid, grid.windows, more)
     inputs: dict[str, Any] = {"context": text.context, "context_mask": text.mask, **more}
     if known is not None:
-        rows = known.repeat(len(text.mask))
+        rows = known.repeat(len(text.mask))  # both branches see the same frames
         inputs |= {"visible": rows.visible, "hidden_mask": rows.hidden_mask}
     prepare = getattr(denoiser, "prepare", None)
     if grid is None or prepare is None:

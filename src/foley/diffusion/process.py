@@ -1,7 +1,9 @@
 """The forward process, and the conversions between what a denoiser predicts and what a sampler needs.
 
-With `noisy = alpha * clean + sigma * noise`, every prediction type is a linear combination of the same two tensors,
-`prediction = a * noise + b * clean`, so one 2x2 system converts any of them:
+A clean latent is mixed with standard normal noise, and every prediction type is another mixture of the same two:
+
+    noisy      = alpha * clean + sigma * noise        (1)  Ho et al. 2020, equation 4
+    prediction =     b * clean +     a * noise        (2)
 
 ========= ======= ======== =====================================
 type      a       b        reference
@@ -11,6 +13,15 @@ epsilon   1       0        Ho et al. 2020, equation 14
 x0        0       1
 flow      1       -1       Lipman et al. 2023 (alpha = 1 - t, sigma = t)
 ========= ======= ======== =====================================
+
+(1) and (2) are two equations in two unknowns. Solved for them, with the determinant d = alpha a - sigma b:
+
+    clean = (a * noisy - sigma * prediction) / d      (3)
+    noise = (alpha * prediction - b * noisy) / d      (4)
+
+d is alpha^2 + sigma^2 = 1 for v, 1 for flow, alpha for epsilon and -sigma for x0. So v and flow are well conditioned at
+every noise level, epsilon is singular where the signal ends (alpha = 0) and x0 where the noise does (sigma = 0).
+EzAudio (section II-A) predicts v on a schedule that ends in pure noise.
 """
 
 from collections.abc import Sequence
@@ -26,7 +37,8 @@ def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
 
     Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1.
     """
-    root = alphas_cumprod.sqrt()
+    root = alphas_cumprod.sqrt()  # the signal levels alpha [num_train_steps], which fall
+    # Shifted so that the last is 0, then scaled so that the first is what it was; those between keep their proportions.
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
 
@@ -47,6 +59,16 @@ class DiffusionProcess:
 
     Raises ValueError for an unknown prediction, for epsilon with zero terminal SNR (at the noisiest step the noise then
     says nothing about the clean latent), and for `logit_normal` without flow.
+
+    Example:
+        >>> process = DiffusionProcess("v")
+        >>> clean, noise, timestep = torch.randn(2, 8, 50), torch.randn(2, 8, 50), torch.tensor([250, 999])
+        >>> noisy = process.add_noise(clean, noise, timestep)
+        >>> perfect = process.target(clean, noise, timestep)  # what a denoiser that knows everything would predict
+        >>> torch.allclose(process.to_clean(noisy, perfect, timestep), clean, atol=1e-5)
+        True
+        >>> process.snr(timestep)[1].item()  # the last step holds no signal
+        0.0
     """
 
     def __init__(
@@ -73,8 +95,10 @@ class DiffusionProcess:
         self.logit_normal = logit_normal
         self.num_train_steps = num_train_steps
         self.zero_terminal_snr = zero_terminal_snr
+        # Scaled linear (Rombach et al. 2022): the square roots of the betas are evenly spaced. In double precision: the
+        # last values are small differences of numbers near 1.
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_steps, dtype=torch.float64).square()
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # alpha^2 of each timestep [num_train_steps]
         if zero_terminal_snr:
             alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
         self.alphas_cumprod = alphas_cumprod
@@ -88,8 +112,9 @@ class DiffusionProcess:
     def levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Signal level alpha and noise level sigma, each `[B]` float32, at `timestep` `[B]`."""
         if self.is_flow:
-            sigma = timestep.float() / self.num_train_steps
+            sigma = timestep.float() / self.num_train_steps  # t in [0, 1]: straight lines from data to noise
             return 1 - sigma, sigma
+        # Variance preserving: alpha^2 + sigma^2 = 1.
         signal_power = self._signal_power_on(timestep.device)[timestep]
         return signal_power.sqrt().float(), (1 - signal_power).sqrt().float()
 
@@ -99,23 +124,23 @@ class DiffusionProcess:
         return (alpha / sigma).square()
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """The noisy latent `[B, C, L]` at `timestep` `[B]`."""
+        """The noisy latent `[B, C, L]` at `timestep` `[B]`, equation (1) of this module."""
         alpha, sigma = self._columns(timestep, clean)
         return alpha * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """What the denoiser learns to predict, `[B, C, L]`."""
+        """What the denoiser learns to predict, `[B, C, L]`, equation (2)."""
         of_noise, of_clean = self._mixture(*self._columns(timestep, clean))
         return of_noise * noise + of_clean * clean
 
     def to_clean(self, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The clean latent that `prediction` implies, `[B, C, L]`."""
+        """The clean latent that `prediction` implies, `[B, C, L]`, equation (3)."""
         alpha, sigma = self._columns(timestep, noisy)
         of_noise, of_clean = self._mixture(alpha, sigma)
         return (of_noise * noisy - sigma * prediction) / (alpha * of_noise - sigma * of_clean)
 
     def to_noise(self, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The noise that `prediction` implies, `[B, C, L]`."""
+        """The noise that `prediction` implies, `[B, C, L]`, equation (4)."""
         alpha, sigma = self._columns(timestep, noisy)
         of_noise, of_clean = self._mixture(alpha, sigma)
         return (alpha * prediction - of_clean * noisy) / (alpha * of_noise - sigma * of_clean)
@@ -129,7 +154,8 @@ class DiffusionProcess:
         """
         alpha, sigma = self.levels(timestep)
         of_noise, of_clean = self._mixture(alpha, sigma)
-        clean_error_per_error = sigma / (alpha * of_noise - sigma * of_clean)
+        # By (3), an error of the prediction is one of the clean latent sigma / d times as large.
+        clean_error_per_error = sigma / (alpha * of_noise - sigma * of_clean)  # [B]
         return (alpha / sigma).square().clamp(max=gamma) * clean_error_per_error.square()
 
     def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -150,10 +176,11 @@ class DiffusionProcess:
         return self._signal_power[device]
 
     def _columns(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels as `[B, 1, 1]`, which spread over `[B, C, L]`, on the device and in the type of `like`."""
         alpha, sigma = self.levels(timestep.to(like.device))
         return alpha.to(like.dtype)[:, None, None], sigma.to(like.dtype)[:, None, None]
 
     def _mixture(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors a (of the noise) and b (of the clean latent) in the module's table."""
+        """The factors a (of the noise) and b (of the clean latent) in the module's table, shaped like the levels."""
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
         return {"v": (alpha, -sigma), "epsilon": (one, zero), "x0": (zero, one), "flow": (one, -one)}[self.prediction]

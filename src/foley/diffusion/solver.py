@@ -76,6 +76,18 @@ class Solver:
     """A solver's name and its number of steps; raises ValueError for an unknown name or fewer than one step.
 
     Heun's solvers evaluate the denoiser `2 * num_steps - 1` times, all others `num_steps` times.
+
+    Args:
+        name: one of `SOLVERS`; deterministic but for "ddpm" and those that end in "_sde".
+        num_steps: steps from noise to the clean latent.
+
+    Example:
+        >>> Solver("ddim", 5).build(DiffusionProcess("v")).timesteps  # trailing: begins at pure noise
+        tensor([999, 799, 599, 399, 199])
+        >>> len(Solver("heun", 5).build(DiffusionProcess("v")).timesteps)  # evaluations
+        9
+        >>> Solver("euler_flow", 4).build(DiffusionProcess("flow")).timesteps
+        tensor([1000.,  750.,  500.,  250.])
     """
 
     name: str = "ddim"
@@ -116,8 +128,9 @@ class Solver:
 
     def _build_diffusion(self, entry: _Entry, process: DiffusionProcess) -> Any:
         signal_power = process.alphas_cumprod.numpy()
-        if entry.finite_sigma:
+        if entry.finite_sigma:  # sigma / alpha is what these solvers step in, and it must not be infinite
             signal_power = signal_power.clip(min=_SMALLEST_SIGNAL_POWER)
+        # diffusers takes betas alone: undo the running product, alpha_t^2 = prod(1 - beta).
         betas = 1 - signal_power / np.concatenate([[1.0], signal_power[:-1]])
         scheduler = entry.scheduler(
             num_train_timesteps=process.num_train_steps,
@@ -139,7 +152,7 @@ class Solver:
 
     def _build_flow(self, entry: _Entry, process: DiffusionProcess) -> Any:
         scheduler = entry.scheduler(num_train_timesteps=process.num_train_steps)
-        if self.name == "euler_flow":
+        if self.name == "euler_flow":  # t from 1 down in equal steps; the scheduler appends the 0
             scheduler.set_timesteps(sigmas=np.linspace(1, 1 / self.num_steps, self.num_steps).tolist())
         else:
             scheduler.set_timesteps(self.num_steps)
@@ -148,8 +161,9 @@ class Solver:
 
 def _karras_timesteps(signal_power: np.ndarray, num_steps: int) -> list[float]:
     """Fractional timesteps of a Karras grid between the smallest sigma and `_HEUN_LARGEST_SIGMA`."""
-    sigmas = np.sqrt((1 - signal_power) / signal_power)
+    sigmas = np.sqrt((1 - signal_power) / signal_power)  # sigma / alpha of each training timestep
     largest, smallest = (float(end) ** (1 / _KARRAS_RHO) for end in (min(_HEUN_LARGEST_SIGMA, sigmas[-1]), sigmas[0]))
-    grid = np.linspace(largest, smallest, num_steps) ** _KARRAS_RHO
+    grid = np.linspace(largest, smallest, num_steps) ** _KARRAS_RHO  # Karras et al. 2022, equation 5
+    # The denoiser was trained on timesteps: find each sigma between two of them, where log sigma is nearly linear.
     timesteps: list[float] = np.interp(np.log(grid), np.log(sigmas), np.arange(len(sigmas))).tolist()
     return timesteps

@@ -1,4 +1,13 @@
-"""Long latents as overlapping windows of a length that the denoiser knows."""
+"""Long latents as overlapping windows of a length that the denoiser knows (MultiDiffusion, Bar-Tal et al. 2023).
+
+At every evaluation the latent is cut into n windows, all are denoised in one batch, and the predictions are averaged
+where windows overlap, so that all windows agree on what they share:
+
+    prediction[l] = sum_i weight(l - start_i) window_i[l - start_i] / sum_i weight(l - start_i)
+
+MultiDiffusion averages what the solver makes of each window. All solvers here are affine in the prediction, so that
+averaging the prediction is the same, and leaves the solver one latent.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +20,19 @@ from torch import Tensor
 class Windows:
     """Cuts `num_frames` L into windows of W frames that overlap by at least `overlap_frames`, evenly spread.
 
-    A denoiser's predictions for the windows are averaged where they overlap, at every evaluation, so that all windows
-    agree on what they share (MultiDiffusion, Bar-Tal et al. 2023). A window's weight falls off linearly to its ends.
+    A window's weight falls off linearly to its ends.
 
     Raises ValueError unless `0 <= overlap_frames < window_frames <= num_frames`.
+
+    Example:
+        >>> windows = Windows(num_frames=1200, window_frames=500, overlap_frames=100)
+        >>> windows.starts
+        [0, 350, 700]
+        >>> latent = torch.randn(2, 8, 1200)
+        >>> windows.split(latent).shape
+        torch.Size([6, 8, 500])
+        >>> torch.allclose(windows.merge(windows.split(latent)), latent, atol=1e-5)
+        True
     """
 
     num_frames: int
@@ -32,7 +50,7 @@ class Windows:
     def starts(self) -> list[int]:
         """The first frame of each window; the last window ends with the latent."""
         room, stride = self.num_frames - self.window_frames, self.window_frames - self.overlap_frames
-        gaps = -(-room // stride)
+        gaps = -(-room // stride)  # rounded up: as few windows as overlap by enough, then spread evenly
         return [index * room // gaps for index in range(gaps + 1)] if gaps else [0]
 
     @property
@@ -51,7 +69,7 @@ class Windows:
     def merge(self, windows: Tensor) -> Tensor:
         """The weighted average `[B, C, L]` of `[n B, C, W]`."""
         ramp = torch.arange(1, self.window_frames + 1, device=windows.device)
-        weight = torch.minimum(ramp, ramp.flip(0)).to(windows.dtype)
+        weight = torch.minimum(ramp, ramp.flip(0)).to(windows.dtype)  # [W], 1 at both ends and W / 2 in the middle
         parts = windows.chunk(self.count)
         total = windows.new_zeros(*parts[0].shape[:-1], self.num_frames)
         weights = windows.new_zeros(self.num_frames)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from foley.core.seeding import derive_seed
-from foley.data.sampler import evenly_spaced
+from foley.data.ordering import evenly_spaced
 
 COLUMN = "caption"
 CAPTIONS = ("all", "first", "random")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from foley.accel.meter import CostMeter
 from foley.accel.precision import compile_blocks, set_precision
-from foley.core.durations import clip_size
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
+from foley.core.rates import clip_size
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import default_solver

@@ -1,4 +1,8 @@
-"""Adversarial losses over discriminators that return, for each scale, their feature maps with the logits last."""
+"""Adversarial losses over discriminators that return, for each scale, their feature maps with the logits last.
+
+The discriminator learns to tell real from generated; the generator minimises what `generator` gives, and beside it the
+distance of the hidden feature maps (`feature_matching`), which is what most of its gradient comes from.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -7,10 +11,16 @@ from torch import Tensor
 from torch.nn.functional import l1_loss, relu
 
 FeatureMaps = Sequence[Sequence[Tensor]]
+"""`maps[scale][layer]`, each `[B, ...]`; the last layer of a scale is its logits."""
 
 
 class HingeLoss:
-    """Hinge loss (Lim & Ye 2017): the discriminator stops pushing beyond a margin of 1."""
+    """Hinge loss (Lim & Ye 2017): the discriminator stops pushing beyond a margin of 1.
+
+    >>> real, generated = [[torch.tensor([2.0])]], [[torch.tensor([-0.5])]]
+    >>> HingeLoss().discriminator(real, generated), HingeLoss().generator(generated)
+    (tensor(0.5000), tensor(0.5000))
+    """
 
     def discriminator(self, real: FeatureMaps, generated: FeatureMaps) -> Tensor:
         """What the discriminator minimises; a scalar, the mean over scales."""

@@ -25,12 +25,18 @@ def a_weighting(frequencies_hz: Tensor) -> Tensor:
 class MultiResolutionSTFTLoss(nn.Module):
     """Spectral convergence plus L1 of log magnitudes, averaged over resolutions (Yamamoto et al. 2020, eqs. 3-6).
 
-    A-weighting is applied to the bins of the spectrum, where it is exact, rather than as a filter on the waveform.
+    With magnitudes S of the target and P of the prediction, `|S - P|_F / |S|_F + mean |log S - log P|`. A-weighting is
+    applied to the bins of the spectrum, where it is exact, rather than as a filter on the waveform.
 
     Args:
         sample_rate_hz: of the audio; it places the bins on the weighting curve.
         fft_sizes: window lengths in samples; the hop is a quarter of each.
         floor: smallest magnitude told apart from silence.
+
+    Example:
+        >>> loss, audio = MultiResolutionSTFTLoss(24000), torch.randn(2, 1, 4800)
+        >>> loss(audio, audio).item(), loss(0.5 * audio, audio) < loss(0.1 * audio, audio)
+        (0.0, tensor(True))
     """
 
     def __init__(

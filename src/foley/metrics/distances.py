@@ -1,4 +1,15 @@
-"""Distances between sets of features: Frechet, Frechet at infinite n, and the kernel audio distance."""
+"""Distances between sets of features: Frechet, Frechet at infinite n, and the kernel audio distance.
+
+With Gaussians (m, S) fitted to the features of both sets, the Frechet distance is (Heusel et al. 2017, equation 6)
+
+    FD = |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))                                            (1)
+
+The kernel audio distance (Chung et al. 2025) assumes no distribution: it is the squared maximum mean discrepancy
+
+    KAD = 100 (E k(x, x') + E k(y, y') - 2 E k(x, y)),   k(x, y) = exp(-|x - y|^2 / (2 s^2))          (2)
+
+over pairs of different clips, with s the median distance in the reference. All is computed in float64.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,9 +20,14 @@ from torch import Tensor
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
 
-log = get_logger(__name__)
+SCALE = 100.0
+"""KAD is the squared discrepancy in hundredths, as its authors report it."""
 
-_PARTS = (1, 2, 3, 4)
+_PARTS = (1, 2, 3, 4)  # into how many equal parts a set is dealt to extrapolate its distance
+_BLOCK_ROWS = 512
+_BANDWIDTH_PAIRS = 100_000
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,8 +43,8 @@ class GaussianRoot:
     @classmethod
     def of(cls, mean: Tensor, covariance: Tensor) -> "GaussianRoot":
         """From `covariance [D, D]`, which may be singular."""
-        values, vectors = torch.linalg.eigh(covariance.double())
-        return cls(mean.double(), (vectors * values.clamp_min(0).sqrt()).T)
+        values, vectors = torch.linalg.eigh(covariance.double())  # S = V diag(values) V^T
+        return cls(mean.double(), (vectors * values.clamp_min(0).sqrt()).T)  # rounding may make a zero negative
 
     @classmethod
     def fit(cls, features: Tensor, counts: Tensor | None = None) -> "GaussianRoot":
@@ -39,11 +55,11 @@ class GaussianRoot:
         if total < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, got {total:g}; add clips to the set")
         mean = weights @ kept / total
-        root = (kept - mean) * (weights / (total - 1)).sqrt()[:, None]
+        root = (kept - mean) * (weights / (total - 1)).sqrt()[:, None]  # [N, D], and root^T root is the covariance
         return cls(mean, root) if len(root) <= root.shape[1] else cls.of(mean, root.T @ root)
 
     def distance(self, other: "GaussianRoot") -> float:
-        """`|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))` (Heusel et al. 2017, eq. 6).
+        """Equation (1) of this module.
 
         The square root's eigenvalues are the singular values of `root_a root_b^T`: real, stable, and valid for
         singular covariances.
@@ -54,14 +70,19 @@ class GaussianRoot:
 
 
 def gaussian_frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
-    """Frechet distance of two Gaussians, see `GaussianRoot.distance`."""
+    """Frechet distance of two Gaussians, see `GaussianRoot.distance`.
+
+    >>> zero, identity = torch.zeros(8), torch.eye(8)
+    >>> round(gaussian_frechet_distance(zero, identity, zero + 1, 4 * identity), 6)  # 8 of the means, 8 (1 + 4 - 4)
+    16.0
+    """
     return GaussianRoot.of(mean_a, covariance_a).distance(GaussianRoot.of(mean_b, covariance_b))
 
 
 def warn_if_small(name: str, n: int, dimension: int) -> None:
     """Say that a set's covariance is singular, where it is."""
     if n <= dimension:
-        log.warning(
+        _log.warning(
             "Frechet distance: the %s set has n = %d <= %d features, so its covariance is singular and the "
             "distance biased upwards; compare only with distances at the same n",
             name,
@@ -71,7 +92,12 @@ def warn_if_small(name: str, n: int, dimension: int) -> None:
 
 
 def frechet_distance(reference: Tensor, generated: Tensor) -> float:
-    """Of the features `[N, D]` and `[M, D]` of two sets; warns where one is too small for a regular covariance."""
+    """Of the features `[N, D]` and `[M, D]` of two sets; warns where one is too small for a regular covariance.
+
+    >>> features = torch.randn(100, 4)
+    >>> round(frechet_distance(features, features + 2), 6)  # a shift of 2 in each of 4 dimensions
+    16.0
+    """
     for name, features in (("reference", reference), ("generated", generated)):
         warn_if_small(name, *features.shape)
     return GaussianRoot.fit(reference).distance(GaussianRoot.fit(generated))
@@ -90,19 +116,13 @@ def extrapolated_distance(distance: Callable[[Tensor], float], counts: Tensor, s
     clips = torch.arange(len(counts)).repeat_interleave(counts.long())
     shuffled = clips[torch.randperm(len(clips), generator=torch_generator("extrapolation", len(clips), seed))]
     means = []
-    for parts in _PARTS:
+    for parts in _PARTS:  # n = N / parts, so parts grows as 1 / n does
         found = [distance(part.bincount(minlength=len(counts)).double()) for part in shuffled.tensor_split(parts)]
         means.append(sum(found) / parts)
     x, y = (torch.tensor(values, dtype=torch.float64) for values in (_PARTS, means))
+    # Least squares: the line's value at 0 parts, where 1 / n is 0.
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return float(y.mean() - slope * x.mean())
-
-
-SCALE = 100.0
-"""KAD is the squared discrepancy in hundredths, as its authors report it."""
-
-_BLOCK_ROWS = 512
-_BANDWIDTH_PAIRS = 100_000
 
 
 @dataclass(frozen=True)
@@ -112,11 +132,12 @@ class GaussianKernel:
     bandwidth: float
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        squares = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T
+        squares = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1) - 2 * x @ y.T  # |x - y|^2, [N, M]
         return (-squares.clamp_min(0) / (2 * self.bandwidth**2)).exp()
 
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
+"""`(x [N, D], y [M, D]) -> [N, M]`."""
 
 
 def median_bandwidth(features: Tensor) -> float:
@@ -160,7 +181,12 @@ def kernel_audio_distance(
     counts: tuple[Tensor, Tensor] | None = None,
     kernel: Kernel | None = None,
 ) -> Tensor:
-    """KAD `[R]` with the Gaussian kernel of the reference's median distance, or another."""
+    """KAD `[R]`, equation (2), with the Gaussian kernel of the reference's median distance, or another.
+
+    >>> reference, other = torch.randn(200, 4), torch.randn(200, 4)
+    >>> kernel_audio_distance(reference, other).item() < 1 < kernel_audio_distance(reference, other + 1).item()
+    True
+    """
     kernel = kernel or GaussianKernel(median_bandwidth(reference))
     return SCALE * squared_discrepancy(reference, generated, kernel, counts)
 
@@ -172,7 +198,7 @@ def _pair_mean(x: Tensor, y: Tensor, kernel: Kernel, x_counts: Tensor, y_counts:
     for start in range(0, len(x), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
         values = kernel(x[rows], y)
-        if without_self:
+        if without_self:  # row i of this block is vector start + i
             values.diagonal(start).zero_()
         total += (x_counts[:, rows] * (y_counts @ values.T)).sum(dim=1)
     pairs = x_counts.sum(dim=1) * y_counts.sum(dim=1)

@@ -1,4 +1,7 @@
-"""One evaluation: pair samples with references, extract features, score."""
+"""One evaluation under one protocol: pair generated clips with reference clips by their ids, and score both.
+
+`evaluate_files` reads, `evaluate_audio` takes clips in memory, and both end in `evaluate_features`.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +25,11 @@ from foley.metrics.features import (
 from foley.metrics.protocols import EvaluationProtocol
 from foley.metrics.scores import SCORES, Comparison, Estimate, label_accuracy
 
-_log = get_logger(__name__)
+SILENCE_PEAK = 1e-4  # -80 dBFS
 
 Pairing = Literal["auto", "required", "none"]
+
+_log = get_logger(__name__)
 
 
 class PairingError(ValueError):
@@ -76,9 +81,6 @@ def _check_recordings(recordings: ClipFeatures, pairs: Sequence[int], pairing: P
     if pairing == "required":
         raise PairingError(f"{message}; generate the rest, or set pairing=auto")
     _log.info("%s; the distances are to all of them", message)
-
-
-SILENCE_PEAK = 1e-4  # -80 dBFS
 
 
 class SilentAudioError(ValueError):
@@ -199,7 +201,16 @@ def evaluate_audio(
     pairing: Pairing = "none",
     resamples: int = 0,
 ) -> Evaluation:
-    """Scores of clips in memory, at the protocol's rate; extract a reference that is used often once, and pass that."""
+    """Scores of clips in memory, at the protocol's rate; extract a reference that is used often once, and pass that.
+
+    >>> from foley.core.config import PROJECT_ROOT
+    >>> from foley.metrics.protocols import load_protocol
+    >>> protocol = load_protocol("embedded", PROJECT_ROOT / "data" / "extractor")
+    >>> clips = [LabelledAudio(0.1 * torch.randn(48000)) for _ in range(8)]
+    >>> evaluation = evaluate_audio(clips, clips, protocol)
+    >>> evaluation.n_generated, round(evaluation.scores["frechet_distance"].value, 3)
+    (8, 0.0)
+    """
     known = reference if isinstance(reference, ClipFeatures) else extract_audio(reference, protocol)
     return evaluate_features(extract_audio(samples, protocol), known, protocol, pairing, resamples)
 

@@ -1,4 +1,8 @@
-"""Clips to score and their features, cached by the content of each file."""
+"""Clips that a metric judges, in memory or on disk, and their features under a protocol.
+
+Features are cached by the content of the audio file and the identity of the protocol: an edited file or another
+extractor never meets old features.
+"""
 
 import json
 import re
@@ -22,6 +26,18 @@ from foley.core.logs import get_logger
 from foley.metrics.protocols import EvaluationProtocol
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+_CHUNK_CLIPS = 16
+_LOADER_THREADS = 2
+
+AudioLoader = Callable[[Path], tuple[NDArray[np.float32], int]]
+"""Gives samples `[T, channels]` as they are stored, and their rate."""
+Row = dict[str, Tensor]
+"""What is kept of a clip: `features [F, D]`, `logits [K]`, `peaks []`."""
+
+_log = get_logger(__name__)
+
+
+# Clips and their labels.
 
 
 class LabelledAudio(NamedTuple):
@@ -97,15 +113,7 @@ def labels_by_caption(pairs: Iterable[tuple[str | None, str | None]]) -> dict[st
     return {caption: next(iter(labels)) for caption, labels in found.items() if len(labels) == 1}
 
 
-log = get_logger(__name__)
-
-_CHUNK_CLIPS = 16
-_LOADER_THREADS = 2
-
-AudioLoader = Callable[[Path], tuple[NDArray[np.float32], int]]
-"""Gives samples `[T, channels]` as they are stored, and their rate."""
-Row = dict[str, Tensor]
-"""What is kept of a clip: `features [F, D]`, `logits [K]`, `peaks []`."""
+# Their features.
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,7 @@ class FeatureCache:
         try:
             return load_file(path)
         except SafetensorError as error:
-            log.warning("%s cannot be read (%s); extracting its features again", path, error)
+            _log.warning("%s cannot be read (%s); extracting its features again", path, error)
             return None
 
     def save(self, content_hash: str, row: Row) -> None:
@@ -260,7 +268,7 @@ def extract_files(
     hashes = [hash_file(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
     missing = {key: clip.path for key, clip in zip(hashes, clips, strict=True) if key not in rows}
-    log.info("features of %d clips: %d files cached, %d to extract", len(clips), len(rows), len(missing))
+    _log.info("features of %d clips: %d files cached, %d to extract", len(clips), len(rows), len(missing))
     chunks = [list(missing.items())[start : start + _CHUNK_CLIPS] for start in range(0, len(missing), _CHUNK_CLIPS)]
 
     def prepare(path: Path) -> _Input:

@@ -18,6 +18,14 @@ class Judge:
     """Label accuracy among all labels that the extractor knows, and Frechet distance to a reference where there is one.
 
     The distance of a few hundred clips is biased upwards; compare it between sets of equal size alone.
+
+    Example:
+        >>> import torch
+        >>> from foley.core.config import PROJECT_ROOT
+        >>> judge = Judge.load(PROJECT_ROOT / "data" / "extractor")
+        >>> hiss = 0.1 * torch.randn(2, 1, 48000)
+        >>> judge.score(hiss, 24000, ["white noise", "white noise"])
+        {'label_accuracy': 1.0, 'frechet_distance': None}
     """
 
     protocol: EvaluationProtocol

@@ -1,4 +1,7 @@
-"""Seconds and peak memory of a piece of work."""
+"""Wall-clock seconds of a piece of work, with warm-up and device synchronisation, and its peak memory.
+
+Rivals are timed in turns (`measure_rounds`), so that what else the machine does slows all of them.
+"""
 
 import statistics
 import time
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
@@ -62,7 +67,12 @@ def _timed(call: Callable[[], Result]) -> tuple[Result, float, float]:
 
 
 def measure_latency(call: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Latency:
-    """Time `repeats` calls after `warmup` untimed ones; raises ValueError where there is nothing to time."""
+    """Time `repeats` calls after `warmup` untimed ones; raises ValueError where there is nothing to time.
+
+    >>> latency = measure_latency(lambda: torch.randn(100).sum(), repeats=3)
+    >>> latency.minimum_seconds <= latency.median_seconds <= latency.maximum_seconds
+    True
+    """
     seconds = measure_rounds({"call": call}, repeats, warmup).seconds["call"]
     return Latency(statistics.median(seconds), min(seconds), max(seconds), repeats)
 
@@ -82,9 +92,6 @@ def measure_rounds(calls: Mapping[Name, Callable[[], Result]], rounds: int, warm
                 measured.seconds[name].append(seconds)
                 measured.processor_seconds[name].append(processor_seconds)
     return measured
-
-
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchaudio.functional import resample as sinc_resample
 
-from foley.core.resampling import resample
+from foley.core.rates import resample
 from foley.metrics.extractors import vggish
 from foley.metrics.extractors.clap import split_windows
 from foley.metrics.extractors.openl3 import OpenL3
@@ -42,16 +42,23 @@ def _kaiser_best(audio: Tensor, from_hz: int, to_hz: int) -> Tensor:
 
 
 RESAMPLERS: dict[str, Resampler] = {
-    "polyphase, Kaiser beta 8, 16 zero crossings (foley.core.resampling)": _polyphase,
+    "polyphase, Kaiser beta 8, 16 zero crossings (foley.resampling)": _polyphase,
     "sinc, Hann, width 6, rolloff 0.99 (torchaudio default)": _sinc,
     "sinc, Kaiser beta 14.77, width 64, rolloff 0.948 (resampy kaiser_best, by torchaudio)": _kaiser_best,
     "soxr HQ (librosa and stable-audio-metrics)": _soxr,
 }
+"""By the name that reports state. A name is part of a protocol's identity, and so of its cache: it never changes."""
+
 _POLYPHASE, _SINC, _KAISER_BEST, _SOXR = RESAMPLERS
 
 
 class Preprocessing:
-    """`audio [channels, T]` at any rate to an extractor's input; subclasses say how, and state it."""
+    """`audio [channels, T]` at any rate to an extractor's input; subclasses say how, and state it.
+
+    Example:
+        >>> PannsPreprocessing()(torch.randn(2, 44100), from_hz=44100).shape  # 1 s, padded to 2 s at 16 kHz
+        torch.Size([32000])
+    """
 
     sample_rate_hz: ClassVar[int]
     channels: ClassVar[int] = 1

@@ -1,4 +1,8 @@
-"""Named, versioned evaluation protocols: numbers are comparable only under the same name, version and extractor."""
+"""Named, versioned evaluation protocols: numbers are comparable only under the same name, version and extractor.
+
+A protocol is a preprocessing, an extractor and the scores made of its features. To add one: a class in
+`preprocessing.py`, a network in `extractors/`, and a function here that joins them.
+"""
 
 import hashlib
 import json
@@ -47,7 +51,10 @@ class EvaluationProtocol:
     """How clips become features, and which scores are made of these.
 
     Args:
+        preprocessing: from stored audio to the extractor's input.
+        extractor_hash: of its weights; reports state it.
         scores: names out of `foley.metrics.scores.SCORES`.
+        inception_splits: parts over which the inception score is averaged.
         direction: of the divergence that the protocol's papers report; both are measured.
     """
 
@@ -197,6 +204,10 @@ def load_protocol(name: str, directory: str | Path, expected_sha256: str | None 
     """Protocol `name`, which has one extractor, from its weights in `directory`; never falls back to another.
 
     Raises ProtocolError for an unknown name, and what the protocols themselves raise.
+
+    >>> from foley.core.config import PROJECT_ROOT
+    >>> load_protocol("embedded", PROJECT_ROOT / "data" / "extractor").describe()["sample_rate_hz"]
+    24000
     """
     if name not in _SINGLE:
         raise ProtocolError(f"unknown protocol {name!r}; available: {', '.join(_SINGLE)}")

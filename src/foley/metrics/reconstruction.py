@@ -1,4 +1,7 @@
-"""How well a codec gives audio back, and the baselines that it is compared with."""
+"""How well a codec gives audio back, and the baselines that it is compared with.
+
+Every distance gives one value an item, `[B]`; a baseline has a codec's `sample_rate_hz` and `reconstruct`.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -22,11 +25,16 @@ def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019, eq. 2), of `[B, 1, T]` waveforms.
 
     Means are removed; a small power keeps silent references finite.
+
+    >>> reference = torch.sin(torch.arange(8000) / 9)[None, None]
+    >>> noise = torch.randn(1, 1, 8000)
+    >>> si_sdr(2 * reference + 0.1 * noise, reference).round().item()  # the scale does not count
+    23.0
     """
     estimate, reference = (
         signal.flatten(1) - signal.flatten(1).mean(1, keepdim=True) for signal in (estimate, reference)
     )
-    scale = (estimate * reference).sum(1) / (reference.square().sum(1) + _TINY_POWER)
+    scale = (estimate * reference).sum(1) / (reference.square().sum(1) + _TINY_POWER)  # [B], the best one
     target = scale[:, None] * reference
     distortion = (estimate - target).square().sum(1)
     return 10 * torch.log10((target.square().sum(1) + _TINY_POWER) / (distortion + _TINY_POWER))

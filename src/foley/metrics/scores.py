@@ -1,4 +1,10 @@
-"""The scores of a protocol, from features and logits, with bootstrap intervals."""
+"""The scores of a protocol: class posteriors, confidence intervals, and the table of what a protocol may ask for.
+
+Intervals are by bootstrap over clips (Efron 1979): how far a score would move with other clips. Clips are drawn with
+replacement, and what a clip gives (its windows, its pair) is drawn with it. A draw is a row of counts `[R, N]`, how
+often each clip is in it, and the first row is all ones: the score of row 0 is the score itself. All is computed in
+float64.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +20,14 @@ from foley.metrics.extractors import CaptionExtractor, Extractor
 from foley.metrics.features import ClipFeatures
 from foley.metrics.protocols import HIGHEST_SIMILARITY
 
-KL_EPSILON = 1e-6
+KL_EPSILON = 1e-6  # AudioLDM-eval's, in the denominator
+CONFIDENCE = 0.95
+_FEWEST_CLIPS = 8  # of an extrapolated distance, whose smallest part is a quarter of them
+
+_log = get_logger(__name__)
+
+
+# Class posteriors.
 
 
 def divergence(reference: Tensor, generated: Tensor) -> Tensor:
@@ -32,7 +45,11 @@ def divergence(reference: Tensor, generated: Tensor) -> Tensor:
 
 
 def kl_softmax(reference_logits: Tensor, generated_logits: Tensor) -> Tensor:
-    """KL(reference || generated) `[N]` of paired class posteriors from logits `[N, K]` (AudioLDM-eval)."""
+    """KL(reference || generated) `[N]` of paired class posteriors from logits `[N, K]` (AudioLDM-eval).
+
+    >>> kl_softmax(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 2.0]]))
+    tensor([1.4225], dtype=torch.float64)
+    """
     return divergence(reference_logits.double().softmax(-1), generated_logits.double().softmax(-1))
 
 
@@ -69,10 +86,11 @@ def inception_scores(logits: Tensor, splits: int = 1, counts: Tensor | None = No
     order = torch.randperm(n, generator=torch_generator("inception_score", n))
     scores = []
     for rows in order.tensor_split(splits):
-        total = weights[:, rows].sum(dim=1, keepdim=True).clamp_min(1)
-        marginal = weights[:, rows] @ posteriors[rows] / total
+        total = weights[:, rows].sum(dim=1, keepdim=True).clamp_min(1)  # [R, 1]
+        marginal = weights[:, rows] @ posteriors[rows] / total  # p(y), [R, K]
         negative_entropy = torch.xlogy(posteriors[rows], posteriors[rows]).sum(dim=1)
-        mean = (weights[:, rows] @ negative_entropy) / total[:, 0]
+        # E KL(p(y|x) || p(y)) = H(y) - E H(y|x)
+        mean = (weights[:, rows] @ negative_entropy) / total[:, 0]  # [R]
         scores.append((mean - torch.xlogy(marginal, marginal).sum(dim=1)).exp())
     return torch.stack(scores, dim=1)
 
@@ -84,7 +102,7 @@ def label_accuracy(logits: Tensor, targets: Tensor) -> float:
     return float((logits.argmax(dim=-1) == targets).double().mean())
 
 
-CONFIDENCE = 0.95
+# Confidence intervals.
 
 
 @dataclass(frozen=True)
@@ -126,11 +144,9 @@ def estimate(values: Tensor, n: str, floor: float | None = None) -> Estimate:
     return Estimate(value, low if floor is None else max(low, floor), high, n)
 
 
-log = get_logger(__name__)
+# What a protocol may ask for.
 
 Scores = dict[str, Estimate]
-
-_FEWEST_CLIPS = 8
 
 
 class CaptionError(ValueError):
@@ -165,7 +181,7 @@ class Comparison:
         )
 
 
-def _spread(counts: Tensor, clips: ClipFeatures) -> Tensor:
+def _of_windows(counts: Tensor, clips: ClipFeatures) -> Tensor:
     """Counts of clips `[R, N]` as counts of their features `[R, M]`."""
     return counts.repeat_interleave(clips.windows, dim=1)
 
@@ -192,19 +208,20 @@ def frechet(sets: Comparison) -> Scores:
 def frechet_infinity(sets: Comparison) -> Scores:
     """The distance extrapolated to infinitely many generated clips; left out of sets of fewer than `_FEWEST_CLIPS`."""
     if len(sets.generated) < _FEWEST_CLIPS:
-        log.warning("no extrapolated distance: it needs %d clips, got %d", _FEWEST_CLIPS, len(sets.generated))
+        _log.warning("no extrapolated distance: it needs %d clips, got %d", _FEWEST_CLIPS, len(sets.generated))
         return {}
     values = []
     for draw, (reference, generated) in enumerate(zip(*sets.counts(), strict=True)):
         known = _fit(sets.reference, reference)
-        values.append(extrapolated_distance(partial(_distance_to, known, sets.generated), generated, draw))
+        distance = partial(_distance_to, known, sets.generated)
+        values.append(extrapolated_distance(distance, generated, draw))
     return {"frechet_distance_infinity": estimate(torch.tensor(values, dtype=torch.float64), sets.sizes)}
 
 
 def kad(sets: Comparison) -> Scores:
     """Kernel audio distance, unbiased at any n."""
     reference, generated = sets.counts()
-    counts = _spread(reference, sets.reference), _spread(generated, sets.generated)
+    counts = _of_windows(reference, sets.reference), _of_windows(generated, sets.generated)
     values = kernel_audio_distance(sets.reference.features, sets.generated.features, counts)
     return {"kernel_audio_distance": estimate(values, sets.sizes)}
 
@@ -236,7 +253,7 @@ def inception(sets: Comparison) -> Scores:
     n = len(sets.generated)
     splits = min(sets.inception_splits, n)
     if splits < sets.inception_splits:
-        log.warning(
+        _log.warning(
             "inception score: %d splits instead of %d, for there are %d clips", splits, sets.inception_splits, n
         )
     counts = draw_counts(n, sets.resamples, "generated")

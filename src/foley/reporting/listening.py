@@ -13,16 +13,18 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.signal import firwin, oaconvolve
 from scipy.stats import t as student_t
 
 from foley.core.files import write_json, write_text
 from foley.core.seeding import derive_seed, numpy_generator
+from foley.reporting.plots import save_figure
 
 SCALE = {20: "Bad", 40: "Poor", 60: "Fair", 80: "Good", 100: "Excellent"}
 """The five levels of AudioCache's questionnaire (Shi et al. 2025, section IV-A)."""
+QUESTIONS = {"mos_q": "MOS-Q, audio quality", "mos_f": "MOS-F, text fidelity"}
+CONFIDENCE = 0.95
 REFERENCE, ANCHOR = "reference", "low_pass_anchor"
 PAGE_FILE, KEY_FILE = "listening_test.html", "key.json"
 _LOW_PASS_TAPS = 1025
@@ -93,10 +95,6 @@ def _check_complete(stimuli: Sequence[Stimulus]) -> None:
         raise ValueError(f"{len(missing)} clips are missing, such as {missing[:3]}: each system must have each item")
     if len(found) != len(set(found)):
         raise ValueError("a system has two clips of one item: give each clip an id of its own")
-
-
-QUESTIONS = {"mos_q": "MOS-Q, audio quality", "mos_f": "MOS-F, text fidelity"}
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ def bootstrap(values: np.ndarray, seed: int, resamples: int = 2000) -> list[Scor
     for index in range(resamples):
         rows, columns = draw.integers(listeners, size=listeners), draw.integers(items, size=items)
         means[index] = np.nanmean(values[np.ix_(rows, columns)], axis=(0, 1))
-    low, high = np.nanquantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    low, high = np.nanquantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return _scores(values, low, high)
 
 
@@ -179,7 +177,7 @@ def t_interval(values: np.ndarray, seed: int = 0) -> list[Score]:
     """Student's t over the listeners' means: for the population of listeners, and these items."""
     means = np.nanmean(values, axis=1)
     count = len(means)
-    half = student_t.ppf((1 + LEVEL) / 2, count - 1) * means.std(axis=0, ddof=1) / np.sqrt(count)
+    half = student_t.ppf((1 + CONFIDENCE) / 2, count - 1) * means.std(axis=0, ddof=1) / np.sqrt(count)
     centre = means.mean(axis=0)
     return _scores(values, centre - half, centre + half)
 
@@ -225,6 +223,4 @@ def plot_scores(scores: Mapping[str, Mapping[str, Score]], path: Path) -> None:
         axes.set(title=title, xticks=list(SCALE), xlim=(min(SCALE) - 2, max(SCALE) + 2))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Drawings: lines over steps, spectrograms, histograms."""
+"""Drawings, made without a display: lines of measured series, histograms, and log-mel spectrograms of clips."""
 
 import math
 import warnings
@@ -10,7 +10,6 @@ import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchaudio.functional import melscale_fbanks
@@ -19,6 +18,20 @@ from foley.core.files import one_line
 from foley.reporting.tables import Row, format_cell
 
 _WIDTH_INCHES, _HEIGHT_INCHES, _DPI = 6.0, 3.6, 160
+_PANEL_WIDTH_INCHES, _PANEL_HEIGHT_INCHES = 5.0, 3.6
+_FFT_SAMPLES = 1024
+_HOP_SAMPLES = 256
+_MEL_BANDS = 96
+_DYNAMIC_RANGE_DB = 80.0
+_LOWEST_REFERENCE_DB = -40.0
+_MAX_TITLE_CHARACTERS = 60
+_BACKGROUND = "#0f1117"
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG; the folder is made where it is absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
 
 
 def draw_histogram(
@@ -33,12 +46,7 @@ def draw_histogram(
     axes.set(xlabel=x_label, ylabel="clips")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7)
-    FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
-
-
-_PANEL_WIDTH_INCHES, _PANEL_HEIGHT_INCHES = 5.0, 3.6
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -90,18 +98,7 @@ def plot_panels(panels: Sequence[Panel], path: Path) -> None:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
-    FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
-
-
-_FFT_SAMPLES = 1024
-_HOP_SAMPLES = 256
-_MEL_BANDS = 96
-_DYNAMIC_RANGE_DB = 80.0
-_LOWEST_REFERENCE_DB = -40.0
-_MAX_TITLE_CHARACTERS = 60
-_BACKGROUND = "#0f1117"
+    save_figure(figure, path)
 
 
 def log_mel(audio: Tensor, sample_rate_hz: int) -> Tensor:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from foley.core.files import write_json, write_text
 from foley.core.logs import get_logger
+from foley.reporting.plots import save_figure
 from foley.reporting.tables import markdown_table
 
 TRIAL_FILE = "trial.json"
@@ -32,7 +32,7 @@ class ParetoReport(Callback):
         self.cost = cost
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        write_report(Path(config.hydra.sweep.dir), self.cost)
+        write_pareto_report(Path(config.hydra.sweep.dir), self.cost)
 
 
 def read_trials(directory: Path) -> list[Trial]:
@@ -50,7 +50,7 @@ def pareto_front(trials: Sequence[Trial], score: str, cost: str) -> list[Trial]:
     return front
 
 
-def write_report(directory: Path, cost: str) -> None:
+def write_pareto_report(directory: Path, cost: str) -> None:
     """Write `trials.json`, `pareto.md` and `pareto.png` of the trials below `directory`."""
     trials = read_trials(directory)
     if not trials:
@@ -87,5 +87,4 @@ def _plot(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: str
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, path)

@@ -1,4 +1,11 @@
-"""Adversarial training of codecs: what all of them share."""
+"""Trains a model that renders a signal anew, on named terms and, from a chosen step on, on adversarial ones.
+
+    model:          sum_i weight_i term_i(generated, original)
+    discriminator:  hinge or least squares of original and generated (see `foley.losses.adversarial`)
+
+The signal is whatever the subclass says: audio, a mel spectrogram, log magnitudes. `VariationalTraining` adds what
+trainers of VAEs share: a draw of the posterior, its divergence as a term, and the spread of its means.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -48,8 +55,7 @@ class AdversarialTraining(FoleyModule):
     Args:
         terms: name to loss of (generated, original).
         weights: name to weight, for each of `terms` and of the subclass's `own_terms`, and with a discriminator for
-            "adversarial" and "feature_matching"; one of `terms` with weight 0 is not
-            computed.
+            "adversarial" and "feature_matching"; one of `terms` with weight 0 is not computed.
         optimizer, lr_schedule: partials for the model; the first takes parameter groups, the second an optimizer.
         discriminator: maps signals to feature maps; None trains without adversarial terms.
         discriminator_optimizer: partial; the schedule is the model's, counted from the discriminator's first step.
@@ -209,6 +215,23 @@ class AdversarialTraining(FoleyModule):
         return self.discriminator, self.adversarial
 
 
+class VariationalTraining(AdversarialTraining):
+    """A VAE, with the term "kl" beside those of (reconstruction, original); see `AdversarialTraining`."""
+
+    own_terms = frozenset({"kl"})
+
+    def reconstruct(
+        self,
+        original: Tensor,
+        posterior: GaussianPosterior,
+        decode: Callable[[Tensor], Tensor],
+        noise: torch.Generator | None,
+    ) -> Pair:
+        """`original` and what `decode` makes of a draw of its posterior, or of the mean where there is no noise."""
+        latent = posterior.mean if noise is None else posterior.sample(noise)
+        return Pair(original, decode(latent).float(), {"kl": posterior.kl()}, {"latent_std": posterior.mean.std()})
+
+
 def _audio_distances(original: Tensor, generated: Tensor, sample_rate_hz: int) -> dict[str, Tensor]:
     return {
         "si_sdr_db": si_sdr(generated, original).mean(),
@@ -228,20 +251,3 @@ def _check_weights(terms: set[str], weights: Mapping[str, float], has_discrimina
         raise ValueError(f"task.weights {dict(weights)} gives no weight for {missing}")
     if unknown := sorted(set(weights) - wanted - _ADVERSARIAL_TERMS):
         raise ValueError(f"task.weights names {unknown}, which are not among the terms {sorted(wanted)}")
-
-
-class VariationalTraining(AdversarialTraining):
-    """A VAE, with the term "kl" beside those of (reconstruction, original); see `AdversarialTraining`."""
-
-    own_terms = frozenset({"kl"})
-
-    def reconstruct(
-        self,
-        original: Tensor,
-        posterior: GaussianPosterior,
-        decode: Callable[[Tensor], Tensor],
-        noise: torch.Generator | None,
-    ) -> Pair:
-        """`original` and what `decode` makes of a draw of its posterior, or of the mean where there is no noise."""
-        latent = posterior.mean if noise is None else posterior.sample(noise)
-        return Pair(original, decode(latent).float(), {"kl": posterior.kl()}, {"latent_std": posterior.mean.std()})

@@ -1,4 +1,7 @@
-"""The Lightning modules that train codecs: waveform VAE, spectral VAE, mel VAE, vocoder."""
+"""The Lightning modules that train codecs: waveform VAE, spectral VAE, mel VAE, vocoder.
+
+Each says what the signal is and how its model renders it; `foley.training.adversarial` does the rest.
+"""
 
 from typing import Any
 

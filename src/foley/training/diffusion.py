@@ -1,4 +1,14 @@
-"""Training a denoiser on cached latents."""
+"""Trains a denoiser on cached latents: masked pre-training, text alignment and fine-tuning in one module.
+
+`LatentTraining` is what all training on latents shares, distillation too; `DiffusionTraining` is EzAudio's objective
+(Hai et al. 2024, sections II-A and II-C). With a mask m of hidden frames, true where the latent must be generated, and
+the prediction's target y (v by default, see `foley.diffusion.process`):
+
+    loss = sum_l m_l |denoiser(z_t, t, c, (1 - m) z, m)_l - y_l|^2 / sum_l m_l
+
+Stages differ in options alone: without text and with masks (pre-training), with both (alignment), with text and
+everything hidden (fine-tuning).
+"""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,6 +25,9 @@ from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
 from foley.training.base import FoleyModule
 from foley.training.optim import parameter_groups
+
+SpanMasking = Callable[[int, int, torch.Generator], Tensor]
+"""`(B, L, generator) -> hidden [B, L]`, true where the latent must be generated."""
 
 
 def require_latents(datamodule: pl.LightningDataModule) -> LatentDataModule:
@@ -106,10 +119,6 @@ class LatentTraining(FoleyModule):
         }
 
 
-SpanMasking = Callable[[int, int, torch.Generator], Tensor]
-"""`(B, L, generator) -> hidden [B, L]`, true where the latent must be generated."""
-
-
 class DiffusionTraining(LatentTraining):
     """Masked denoising with an optional text condition (EzAudio, section II; methods 1).
 
@@ -155,12 +164,12 @@ class DiffusionTraining(LatentTraining):
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """The loss: squared error on hidden frames, averaged over the batch's hidden frames."""
-        clean = self.normaliser.normalise(batch["latent"])
+        clean = self.normaliser.normalise(batch["latent"])  # z [B, C, L]
         size, _, frames = clean.shape
         generator = torch_generator("train", self.seed, self.trainer.global_step, batch_idx, self.global_rank)
         timestep = self.process.sample_timesteps(size, generator)
         noise = torch.randn(clean.shape, generator=generator)
-        dropped = torch.rand(size, generator=generator) < self.caption_dropout
+        dropped = torch.rand(size, generator=generator) < self.caption_dropout  # they teach the negative branch
         captions = ["" if drop else text for text, drop in zip(self.prompts(batch), dropped.tolist(), strict=True)]
         hidden = self.masking(size, frames, generator) if self.masking else None
         error, counted = self._errors(clean, noise, timestep, captions, batch["frame_mask"], hidden)
@@ -211,13 +220,13 @@ class DiffusionTraining(LatentTraining):
         valid = frame_mask if self.mask_padding else None
         counted = torch.ones_like(frame_mask) if valid is None else valid
         inputs: dict[str, Any] = {}
-        if hidden is not None:
+        if hidden is not None:  # the denoiser keeps from `visible` what is hidden
             hidden = hidden.to(clean.device)
             counted = counted & hidden
             inputs = {"visible": clean, "hidden_mask": hidden}
         noisy = self.process.add_noise(clean, noise, timestep)
         prediction = self.denoiser(noisy, timestep, frame_mask=valid, **self._context(captions), **inputs)
-        squared = (prediction.float() - self.process.target(clean, noise, timestep)).square().mean(dim=1)
+        squared = (prediction.float() - self.process.target(clean, noise, timestep)).square().mean(dim=1)  # [B, L]
         return (squared * counted).sum(dim=1), counted.sum(dim=1).to(squared)
 
     def _context(self, captions: list[str]) -> dict[str, Tensor | None]:

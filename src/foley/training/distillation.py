@@ -1,4 +1,16 @@
-"""Consistency distillation of a teacher (AudioLCM, Liu et al. 2024)."""
+"""Distils a student that generates in a few evaluations: guided multi-step consistency distillation.
+
+AudioLCM (Liu et al. 2024), algorithm 1. theta is the student, theta- the target network that follows it, f the
+consistency function of `foley.diffusion.consistency`, and t_{n+k}, t_n two points of its grid, k timesteps apart:
+
+    line 4   n, omega, noise at random                         `draw`
+    line 5   z_{t_{n+k}} ~ N(alpha z, sigma^2 I)               a clean latent is noised to a point of the grid
+    line 6   z_{t_n}, one guided DDIM jump of the teacher      equation (13)
+    line 7   d(f_theta(z_{t_{n+k}}), f_theta-(z_{t_n}))        equation (14): two points of one solution, one clean end
+    line 9   theta- <- mu theta- + (1 - mu) theta              `update_target`
+
+Guidance scales w are 1 + omega throughout. `Teacher` is the system that a student is made from.
+"""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +37,9 @@ from foley.diffusion.sampler import embed
 from foley.models.lora import AdaptedDenoiser
 from foley.system.system import System, codec_hashes, load_system
 from foley.training.diffusion import LatentTraining, SpanMasking
+
+Loss = Callable[..., Tensor]
+"""`(estimate [B, C, L], target [B, C, L], mask=[B, L] or None) -> []`."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +86,6 @@ class Teacher:
             )
 
 
-Loss = Callable[..., Tensor]
-"""`(estimate [B, C, L], target [B, C, L], mask=[B, L] or None) -> []`."""
-
-
 @dataclass(frozen=True)
 class Draws:
     """What chance adds to a batch: `noise [B, C, L]`, a point of the grid `[B]` and a guidance scale w `[B]` each."""
@@ -91,10 +102,8 @@ class Draws:
 class ConsistencyDistillation(LatentTraining):
     """AudioLCM's distillation (Liu et al. 2024, algorithm 1) of a teacher with any prediction type (methods 2).
 
-    A clean latent is noised to a point of the grid, and the teacher takes one guided DDIM jump to the point before. The
-    student's consistency function of the first and the target network's of the second are the same point of one
-    solution, so their distance is the loss. The target network is a moving average of the student. `denoiser` is the
-    student; its text encoder is the teacher's, frozen. Everything random is drawn as in `DiffusionTraining`.
+    `denoiser` is the student, with its teacher's text encoder, frozen; `target` the moving average of it. Everything
+    random is drawn as in `DiffusionTraining`.
 
     Args:
         teacher: gives the denoiser, text encoder, normaliser and process.
@@ -135,8 +144,9 @@ class ConsistencyDistillation(LatentTraining):
         super().__init__(student, system.process, modules["normaliser"], optimizer, modules["text"], lr_schedule, seed)
         self.source = teacher
         self.teacher = modules["denoiser"].requires_grad_(False)
+        # What adapters leave frozen is one tensor in student and target: a copy that is told it has been made already.
         frozen = {id(parameter): parameter for parameter in student.parameters() if not parameter.requires_grad}
-        self.target = deepcopy(student, frozen).requires_grad_(False)
+        self.target = deepcopy(student, frozen).requires_grad_(False)  # line 2
         self.text.requires_grad_(False)
         self.unsaved_components = (*self.unsaved_components, "teacher")
         self.component_configs = configs
@@ -198,13 +208,13 @@ class ConsistencyDistillation(LatentTraining):
 
     @torch.no_grad()
     def update_target(self) -> None:
-        """Algorithm 1, line 9."""
+        """Line 9 of algorithm 1, with mu = `target_decay`; parameters that do not train are shared or equal."""
         pairs = zip(self.target.parameters(), self.denoiser.parameters(), strict=True)
         kept, current = zip(*((target, student) for target, student in pairs if student.requires_grad), strict=True)
         torch._foreach_lerp_(kept, current, 1 - self.target_decay)
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Draws:
-        """Draws for clean latents of `shape [B, C, L]`."""
+        """Line 4: draws for clean latents of `shape [B, C, L]`."""
         low, high = self.consistency.lowest_scale, self.consistency.highest_scale
         return Draws(
             torch.randn(shape, generator=generator),
@@ -220,7 +230,7 @@ class ConsistencyDistillation(LatentTraining):
         hidden: Tensor | None = None,
         valid: Tensor | None = None,
     ) -> Tensor:
-        """Algorithm 1, lines 5 to 7.
+        """Lines 5 to 7 of algorithm 1, the loss of equation (14).
 
         Args:
             clean: normalised latents `[B, C, L]`.
@@ -229,19 +239,19 @@ class ConsistencyDistillation(LatentTraining):
             hidden: `[B, L]`, true where frames count and the latent is not shown to the networks; None hides all.
             valid: `[B, L]`, false on frames that the networks do not attend to, nor the loss; None for all.
         """
-        start, end = (times.to(clean.device)[draws.point] for times in (self.grid, self.jump_ends))
+        start, end = (times.to(clean.device)[draws.point] for times in (self.grid, self.jump_ends))  # t_{n+k}, t_n [B]
         known = None if hidden is None else KnownLatent(clean, hidden)
         padding = {} if valid is None else {"frame_mask": valid}
         given = {"guidance_scale": draws.scale, **padding}
-        noisy = self.process.add_noise(clean, draws.noise, start)
-        estimate = self._estimate(self.denoiser, noisy, start, text, known, given)
+        noisy = self.process.add_noise(clean, draws.noise, start)  # line 5
+        estimate = self._estimate(self.denoiser, noisy, start, text, known, given)  # f_theta
         with torch.no_grad(), self._target_precision():
             positive, negative = branches(self.teacher, text, self._negative(), known, more=padding)(noisy, start)
             guided = extrapolate(positive.float(), negative.float(), draws.scale[:, None, None])
-            before = ddim_jump(self.process, noisy, guided, start, end)
-            target = self._estimate(self.target, before, end, text, known, given)
+            before = ddim_jump(self.process, noisy, guided, start, end)  # line 6
+            target = self._estimate(self.target, before, end, text, known, given)  # f_theta-
         counted = [mask for mask in (hidden, valid) if mask is not None]
-        return self.loss(estimate, target, mask=torch.stack(counted).all(dim=0) if counted else None)
+        return self.loss(estimate, target, mask=torch.stack(counted).all(dim=0) if counted else None)  # line 7
 
     def _estimate(
         self,
@@ -252,6 +262,7 @@ class ConsistencyDistillation(LatentTraining):
         known: KnownLatent | None,
         given: Mapping[str, Tensor],
     ) -> Tensor:
+        """The consistency function of `network`, equation (12), `[B, C, L]`."""
         prediction = bind(network, text, known, more=given)(noisy, timestep)
         return self.consistency.estimate(self.process, noisy, prediction.float(), timestep)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-_TABLE_NAMES = ("table", "embedding", "token", "vector")
+_TABLE_NAMES = ("table", "embedding", "token", "vector")  # of parameters with two axes that are no matrices
 
 
 def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
@@ -73,5 +73,12 @@ def cosine_schedule(
 def inverse_power_schedule(
     optimizer: Optimizer, inv_gamma: float = 200_000.0, power: float = 0.5, warmup_steps: int = 0
 ) -> LambdaLR:
-    """Linear warm-up times `(1 + step / inv_gamma) ** -power`, the decay of EzAudio's autoencoder."""
+    """Linear warm-up times `(1 + step / inv_gamma) ** -power`, the decay of EzAudio's autoencoder.
+
+    >>> import torch
+    >>> optimizer = torch.optim.AdamW(nn.Linear(2, 2).parameters(), lr=1.5e-4)
+    >>> rate_at = inverse_power_schedule(optimizer, inv_gamma=3, power=0.5).lr_lambdas[0]
+    >>> rate_at(0), rate_at(9)  # (1 + 9 / 3) ** -0.5
+    (1.0, 0.5)
+    """
     return LambdaLR(optimizer, lambda step: _warm_up(step, warmup_steps) * (1 + step / inv_gamma) ** -power)

@@ -1,4 +1,8 @@
-"""Chat completions of any server that speaks OpenAI's protocol: retries, time-outs, and what a run costs."""
+"""Chat completions of any server that speaks OpenAI's protocol, and what a run will cost before it is paid for.
+
+Retries, time-outs, a steady rate and the pauses that a server asks for are shared by the threads of a process. No key
+is ever shown.
+"""
 
 import os
 import time
@@ -13,6 +17,14 @@ from requests.auth import AuthBase
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator
 from foley.data.captioning.answers import Answer, AnswerError, EndpointError, TemporaryError, read_answer, retry_after
+
+_REFUSED_REQUEST = (400, 413, 422)
+_TEMPORARY = (408, 409, 425, 429)
+_OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
+_SHOWN_CHARACTERS = 200
+_CHARACTERS_PER_TOKEN = 4.0  # of English, roughly: an estimate of cost needs no tokenizer
+_TOKENS_PER_MESSAGE = 4
+_PER_MILLION = 1e6
 
 _log = get_logger(__name__)
 
@@ -50,12 +62,6 @@ class RateLimiter:
         """Let no request start in the next `seconds`."""
         with self._lock:
             self._next = max(self._next, self._clock() + seconds)
-
-
-_REFUSED_REQUEST = (400, 413, 422)
-_TEMPORARY = (408, 409, 425, 429)
-_OUT_OF_MONEY = ("insufficient_quota", "billing_hard_limit_reached")
-_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
@@ -171,11 +177,6 @@ class ChatEndpoint:
         """Servers quote keys in their errors."""
         one_line = " ".join(text.split())
         return one_line.replace(self._auth.key, "<key>") if self._auth.key else one_line
-
-
-_CHARACTERS_PER_TOKEN = 4.0
-_TOKENS_PER_MESSAGE = 4
-_PER_MILLION = 1e6
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from foley.data.importers.tables import AnnotationFile, absent, one_line, read_rows, split_files, table_rows
+from foley.data.importers.tables import AnnotationFile, absent, read_rows, single_spaced, split_files, table_rows
 from foley.data.manifest import ManifestError, Row
 
 _CAPTIONS_PER_CLIP = 5
@@ -43,10 +43,10 @@ def _clotho_rows(
         name = cells["file_name"]
         known = facts.get(name.strip(), {})
         source = f"Clotho: {known['manufacturer']}, {known['sound_link']}" if known else "Clotho"
-        about = {"split": split, "source": one_line(source), "license": known.get("license") or license}
+        about = {"split": split, "source": single_spaced(source), "license": known.get("license") or license}
         names = [pattern.format(folder=folder, stem=PurePosixPath(name).stem) for pattern in _CLOTHO_NAMES]
         for number, column in enumerate(columns, start=1):
-            row = {"id": f"{folder}/{name.strip()}#{number}", "caption": one_line(cells[column])}
+            row = {"id": f"{folder}/{name.strip()}#{number}", "caption": single_spaced(cells[column])}
             yield line, {**row, "names": names, **about}
 
 
@@ -106,9 +106,9 @@ def _wavcaps_row(entry: Mapping[str, Any], collection: str, license: str) -> dic
     source = ", ".join(str(part) for part in (f"WavCaps ({collection})", author, origin) if part)
     return {
         "id": f"{collection}/{stem}",
-        "caption": one_line(caption) if isinstance(caption, str) else caption,
+        "caption": single_spaced(caption) if isinstance(caption, str) else caption,
         "names": [f"{collection}/{stem}", f"{collection}_flac/{stem}", stem],
-        "source": one_line(source),
+        "source": single_spaced(source),
         "license": license,
         "split": "train",
     }
@@ -133,7 +133,7 @@ def song_describer(
         title, track_license = tracks.get(str(track), ("", license))
         return {
             "id": cells["caption_id"],
-            "caption": one_line(cells["caption"]),
+            "caption": single_spaced(cells["caption"]),
             "names": [f"{track.parent.name}/{track.stem}.2min", f"{track.stem}.2min", track.stem],
             "source": f"Song Describer: {title}" if title else "Song Describer",
             "license": track_license,
@@ -150,4 +150,4 @@ def read_licenses(path: Path) -> dict[str, tuple[str, str]]:
         return {}
     text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
     blocks = (block.strip().split("\n") for block in text.split("\n\n"))
-    return {lines[0].strip(): (one_line(lines[1]), one_line(lines[2])) for lines in blocks if len(lines) >= 3}
+    return {lines[0].strip(): (single_spaced(lines[1]), single_spaced(lines[2])) for lines in blocks if len(lines) >= 3}

@@ -10,6 +10,8 @@ from typing import Any
 from foley.data.manifest import ManifestEntry, ManifestError, Row, build_entries, read_manifest
 
 _YOUTUBE_ID = re.compile(r"[\w-]{11}", re.ASCII)
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_RENAMED = {"audio_path": "path", "file": "path", "seconds": "duration_seconds"}
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,9 @@ def parse_seconds(text: str, what: str) -> float:
     return seconds
 
 
-def one_line(text: str) -> str:
+def single_spaced(text: str) -> str:
     """A caption without line breaks and repeated spaces."""
     return " ".join(text.split())
-
-
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_RENAMED = {"audio_path": "path", "file": "path", "seconds": "duration_seconds"}
 
 
 def read_entries(path: Path | str, root: Path | str | None = None) -> list[ManifestEntry]:

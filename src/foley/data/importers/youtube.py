@@ -1,4 +1,8 @@
-"""Data sets of YouTube segments: AudioSet with weak and strong labels, AudioCaps, VGGSound, Auto-ACD, MusicCaps."""
+"""Data sets of YouTube segments: AudioSet with weak and strong labels, AudioCaps, VGGSound, Auto-ACD, MusicCaps.
+
+Each reader takes `annotations` (`{split: path}`), the licence that every row carries, and `names`, the patterns by
+which a clip's file may be called (see `youtube_clip`), the best first.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +14,9 @@ from foley.data.events import Event, describe_events
 from foley.data.importers.tables import (
     AnnotationFile,
     absent,
-    one_line,
     parse_seconds,
     read_rows,
+    single_spaced,
     split_files,
     table_rows,
     youtube_clip,
@@ -20,6 +24,8 @@ from foley.data.importers.tables import (
 from foley.data.manifest import ManifestError, Row
 
 Cells = dict[str, str]
+
+SEGMENT_SECONDS = 10.0
 
 _AUDIOSET_KEY = re.compile(r"Y([\w-]{11})", re.ASCII)
 _VGGSOUND_KEY = re.compile(r"([\w-]{11})_(\d{6})", re.ASCII)
@@ -33,7 +39,7 @@ def audiocaps(annotations: Mapping[str, str], license: str, names: Sequence[str]
     def build(split: str, cells: Cells) -> dict[str, Any]:
         clip = youtube_clip(cells["youtube_id"], cells["start_time"], names, audiocap_id=cells["audiocap_id"])
         about = {"split": split, "source": f"AudioCaps, {_url(clip)}", "license": license}
-        return {"id": cells["audiocap_id"], "caption": one_line(cells["caption"]), **clip, **about}
+        return {"id": cells["audiocap_id"], "caption": single_spaced(cells["caption"]), **clip, **about}
 
     columns = ("audiocap_id", "youtube_id", "start_time", "caption")
     for split, path in split_files(annotations):
@@ -48,7 +54,7 @@ def vggsound(annotations: Mapping[str, str], license: str, names: Sequence[str])
 
     def build(cells: Cells) -> dict[str, Any]:
         clip = youtube_clip(cells["youtube_id"], cells["start_seconds"], names)
-        label = one_line(cells["label"])
+        label = single_spaced(cells["label"])
         about = {"split": cells["split"], "source": f"VGGSound, {_url(clip)}", "license": license}
         return {"id": clip_id(clip), "caption": label, "label": label, **clip, **about}
 
@@ -81,7 +87,7 @@ def musiccaps(annotations: Mapping[str, str], license: str, names: Sequence[str]
         clip = youtube_clip(cells["ytid"], cells["start_s"], names, end=cells["end_s"])
         split = "test" if cells["is_audioset_eval"].strip().lower() == "true" else "train"
         about = {"split": split, "source": f"MusicCaps, {_url(clip)}", "license": license}
-        return {"id": clip_id(clip), "caption": one_line(cells["caption"]), **clip, **about}
+        return {"id": clip_id(clip), "caption": single_spaced(cells["caption"]), **clip, **about}
 
     for _, path in split_files(annotations):
         yield read_rows(path, ("ytid", "start_s", "end_s", "caption", "is_audioset_eval"), build)
@@ -102,7 +108,7 @@ def autoacd_key(key: str) -> tuple[str, str | None]:
 def autoacd_caption(text: str) -> str:
     """A caption of Auto-ACD without the sentence that introduces some of them."""
     match = _PREAMBLE.search(text)
-    return one_line(match[1] if match else text)
+    return single_spaced(match[1] if match else text)
 
 
 def clip_id(clip: Mapping[str, Any]) -> str:
@@ -112,9 +118,6 @@ def clip_id(clip: Mapping[str, Any]) -> str:
 
 def _url(clip: Mapping[str, Any]) -> str:
     return f"https://youtu.be/{clip['youtube_id']}"
-
-
-SEGMENT_SECONDS = 10.0
 
 
 def audioset(

@@ -1,4 +1,8 @@
-"""What a listener might write under a clip of each class: phrases, and captions drawn from them."""
+"""What a listener might write under a clip of each class: phrases, and captions drawn from them.
+
+Every template stands alone and reads well with every slot left empty; that form is the canonical caption. Slots in
+braces take adjectives that hold for the clip.
+"""
 
 import re
 from collections.abc import Mapping

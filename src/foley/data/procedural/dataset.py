@@ -10,7 +10,7 @@ from foley.core.seeding import numpy_generator
 from foley.data.dataset import AudioItem
 from foley.data.procedural import events, noise, tonal
 from foley.data.procedural.captions import MIXTURE, SEQUENCE, caption, combine
-from foley.data.procedural.synthesis import Canvas, Signal
+from foley.data.procedural.synthesis import Signal, Timeline
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Parameter:
 
 @dataclass(frozen=True)
 class SoundClass:
-    """One kind of sound: `render(canvas, **parameter values)` draws it."""
+    """One kind of sound: `render(timeline, **parameter values)` draws it."""
 
     render: Callable[..., Signal]
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
 
-    def draw(self, canvas: Canvas) -> tuple[Signal, dict[str, tuple[str, ...]]]:
+    def draw(self, timeline: Timeline) -> tuple[Signal, dict[str, tuple[str, ...]]]:
         """A signal `[T]` with random parameters, and the true adjectives per caption slot (`pitch`, `rate`, ...)."""
-        positions = {name: float(canvas.rng.random()) for name in self.parameters}
+        positions = {name: float(timeline.rng.random()) for name in self.parameters}
         values = {name: self.parameters[name].value(position) for name, position in positions.items()}
         slots = {name.removesuffix("_hz"): self.parameters[name].words(at) for name, at in positions.items()}
-        return np.asarray(self.render(canvas, **values), dtype=np.float64), slots
+        return np.asarray(self.render(timeline, **values), dtype=np.float64), slots
 
 
 def _pitch(low_hz: float, high_hz: float) -> Parameter:
@@ -189,30 +189,30 @@ class ProceduralDataset:
         epoch = epoch if self.fresh_each_epoch else 0
         rng = numpy_generator("procedural", self.seed, epoch, index)
         first = self.classes[index % len(self.classes)]
-        canvas = Canvas(round(self.duration_seconds * self.sample_rate_hz), self.sample_rate_hz, rng)
+        timeline = Timeline(round(self.duration_seconds * self.sample_rate_hz), self.sample_rate_hz, rng)
         if len(self.classes) > 1 and rng.random() < self.combination_probability:
             second = str(rng.choice([name for name in self.classes if name != first]))
-            signal, text, label = _combination(canvas, first, second)
+            signal, text, label = _combination(timeline, first, second)
         else:
-            (signal, text), label = _single(canvas, first), first
+            (signal, text), label = _single(timeline, first), first
         audio = torch.from_numpy(signal.astype(np.float32))
         return AudioItem(audio=audio, caption=text, label=label, id=f"procedural-{self.seed}-{epoch}-{index}")
 
 
-def _single(canvas: Canvas, class_name: str) -> tuple[Signal, str]:
+def _single(timeline: Timeline, class_name: str) -> tuple[Signal, str]:
     """A clip of one class at a random loudness, and its caption."""
-    signal, slots = CLASSES[class_name].draw(canvas.part(max(canvas.duration_seconds, _SHORTEST_DRAWN_SECONDS)))
-    signal = _window(signal, canvas.samples)
-    level = float(canvas.rng.random())
-    signal = _scale_to(_fade(signal, canvas.sample_rate_hz), _QUIETEST * (_LOUDEST / _QUIETEST) ** level)
-    return signal, caption(class_name, slots, level, canvas.rng)
+    signal, slots = CLASSES[class_name].draw(timeline.part(max(timeline.duration_seconds, _SHORTEST_DRAWN_SECONDS)))
+    signal = _window(signal, timeline.samples)
+    level = float(timeline.rng.random())
+    signal = _scale_to(_fade(signal, timeline.sample_rate_hz), _QUIETEST * (_LOUDEST / _QUIETEST) ** level)
+    return signal, caption(class_name, slots, level, timeline.rng)
 
 
-def _combination(canvas: Canvas, first: str, second: str) -> tuple[Signal, str, str]:
+def _combination(timeline: Timeline, first: str, second: str) -> tuple[Signal, str, str]:
     """Two classes, one after the other or both at once: signal, caption and label."""
-    in_sequence = bool(canvas.rng.random() < 0.5)
-    half = canvas.part(canvas.duration_seconds / 2) if in_sequence else canvas
+    in_sequence = bool(timeline.rng.random() < 0.5)
+    half = timeline.part(timeline.duration_seconds / 2) if in_sequence else timeline
     (a, text_a), (b, text_b) = _single(half, first), _single(half, second)
-    text = combine((text_a, text_b), SEQUENCE if in_sequence else MIXTURE, canvas.rng)
-    signal = np.resize(np.concatenate([a, b]), canvas.samples) if in_sequence else a + b
+    text = combine((text_a, text_b), SEQUENCE if in_sequence else MIXTURE, timeline.rng)
+    signal = np.resize(np.concatenate([a, b]), timeline.samples) if in_sequence else a + b
     return _scale_to(signal, min(float(np.abs(signal).max()), _LOUDEST)), text, f"{first}{LABEL_SEPARATOR}{second}"

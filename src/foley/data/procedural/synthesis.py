@@ -15,7 +15,7 @@ Signal = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Canvas:
+class Timeline:
     """`samples` T at `sample_rate_hz`, and the clip's own random generator."""
 
     samples: int
@@ -31,16 +31,16 @@ class Canvas:
     def duration_seconds(self) -> float:
         return self.samples / self.sample_rate_hz
 
-    def part(self, duration_seconds: float) -> "Canvas":
-        """A canvas of its own length that shares the generator: for a kernel that is placed several times."""
-        return Canvas(max(1, round(duration_seconds * self.sample_rate_hz)), self.sample_rate_hz, self.rng)
+    def part(self, duration_seconds: float) -> "Timeline":
+        """A timeline of its own length that shares the generator: for a kernel that is placed several times."""
+        return Timeline(max(1, round(duration_seconds * self.sample_rate_hz)), self.sample_rate_hz, self.rng)
 
 
-def cycles(canvas: Canvas, frequency_hz: float | Signal, start: float = 0.0) -> Signal:
+def cycles(timeline: Timeline, frequency_hz: float | Signal, start: float = 0.0) -> Signal:
     """Running phase in cycles `[T]`: the integral of a constant or varying frequency."""
     if isinstance(frequency_hz, np.ndarray):
-        return start + np.cumsum(frequency_hz) / canvas.sample_rate_hz
-    return start + frequency_hz * canvas.time
+        return start + np.cumsum(frequency_hz) / timeline.sample_rate_hz
+    return start + frequency_hz * timeline.time
 
 
 def sine(phase_cycles: Signal) -> Signal:
@@ -48,27 +48,27 @@ def sine(phase_cycles: Signal) -> Signal:
     return np.sin(2 * np.pi * phase_cycles)
 
 
-def harmonics(canvas: Canvas, frequency_hz: float | Signal, amplitudes: Signal) -> Signal:
+def harmonics(timeline: Timeline, frequency_hz: float | Signal, amplitudes: Signal) -> Signal:
     """A harmonic sound `[T]`; `amplitudes[k]` belongs to harmonic k + 1, left out where it nears the Nyquist rate."""
     top_hz = float(np.max(frequency_hz))
-    audible = amplitudes[: max(1, int(0.45 * canvas.sample_rate_hz / top_hz))]
+    audible = amplitudes[: max(1, int(0.45 * timeline.sample_rate_hz / top_hz))]
     # Powers of one complex rotation: a multiplication per harmonic instead of a sine.
-    rotation = np.exp(2j * np.pi * cycles(canvas, frequency_hz))
-    power, total = rotation.copy(), np.zeros(canvas.samples)
+    rotation = np.exp(2j * np.pi * cycles(timeline, frequency_hz))
+    power, total = rotation.copy(), np.zeros(timeline.samples)
     for amplitude in audible:
         total += amplitude * power.imag
         power *= rotation
     return total
 
 
-def shaped_noise(canvas: Canvas, gain: Callable[[Signal], Signal]) -> Signal:
+def shaped_noise(timeline: Timeline, gain: Callable[[Signal], Signal]) -> Signal:
     """Stationary Gaussian noise `[T]` of unit variance whose spectrum has the magnitude `gain(frequency_hz)`."""
-    length = next_fast_len(max(canvas.samples, 64), real=True)
-    frequency_hz = np.fft.rfftfreq(length, 1 / canvas.sample_rate_hz)
-    draws = canvas.rng.standard_normal((2, frequency_hz.size))
+    length = next_fast_len(max(timeline.samples, 64), real=True)
+    frequency_hz = np.fft.rfftfreq(length, 1 / timeline.sample_rate_hz)
+    draws = timeline.rng.standard_normal((2, frequency_hz.size))
     spectrum = (draws[0] + 1j * draws[1]) * gain(np.maximum(frequency_hz, frequency_hz[1]))
     spectrum[0] = 0
-    noise: Signal = irfft(spectrum, length)[: canvas.samples]
+    noise: Signal = irfft(spectrum, length)[: timeline.samples]
     return noise / max(float(np.sqrt(np.mean(noise**2))), 1e-12)
 
 
@@ -83,9 +83,9 @@ def bandpass(low_hz: float, high_hz: float, order: int = 3) -> Callable[[Signal]
     return lambda frequency_hz: upper(frequency_hz) / np.sqrt(1 + (low_hz / frequency_hz) ** (2 * order))
 
 
-def decay(canvas: Canvas, decay_seconds: float, attack_seconds: float = 0.002) -> Signal:
+def decay(timeline: Timeline, decay_seconds: float, attack_seconds: float = 0.002) -> Signal:
     """Percussive envelope `[T]`: a short linear attack, then an exponential fall by 1/e each `decay_seconds`."""
-    return np.minimum(canvas.time / attack_seconds, 1.0) * np.exp(-canvas.time / decay_seconds)
+    return np.minimum(timeline.time / attack_seconds, 1.0) * np.exp(-timeline.time / decay_seconds)
 
 
 def pulses(phase_cycles: Signal, duty: float, edge: float = 0.05) -> Signal:
@@ -94,35 +94,37 @@ def pulses(phase_cycles: Signal, duty: float, edge: float = 0.05) -> Signal:
     return np.clip(np.minimum(position, duty - position) / edge, 0.0, 1.0)
 
 
-def smooth_random(canvas: Canvas, rate_hz: float) -> Signal:
+def smooth_random(timeline: Timeline, rate_hz: float) -> Signal:
     """A slowly wandering curve `[T]` in [0, 1] that takes a new direction about `rate_hz` times a second."""
-    knots = max(4, int(canvas.duration_seconds * rate_hz) + 4)
-    values = canvas.rng.random(knots)
-    position = canvas.rng.random() + canvas.time * rate_hz
+    knots = max(4, int(timeline.duration_seconds * rate_hz) + 4)
+    values = timeline.rng.random(knots)
+    position = timeline.rng.random() + timeline.time * rate_hz
     index = np.minimum(position.astype(np.intp), knots - 2)
     blend = 0.5 - 0.5 * np.cos(np.pi * np.clip(position - index, 0, 1))
     return values[index] * (1 - blend) + values[index + 1] * blend
 
 
-def regular_onsets(canvas: Canvas, rate_hz: float, jitter: float = 0.0) -> Signal:
+def regular_onsets(timeline: Timeline, rate_hz: float, jitter: float = 0.0) -> Signal:
     """Onset times in seconds, `rate_hz` a second, each shifted by up to `jitter` periods; the first comes early."""
     period = 1 / rate_hz
-    first = 0.4 * canvas.rng.random() * min(period, canvas.duration_seconds)
-    onsets = np.arange(first, canvas.duration_seconds, period)
-    return np.clip(onsets + jitter * period * canvas.rng.uniform(-1, 1, onsets.size), 0, None)
+    first = 0.4 * timeline.rng.random() * min(period, timeline.duration_seconds)
+    onsets = np.arange(first, timeline.duration_seconds, period)
+    return np.clip(onsets + jitter * period * timeline.rng.uniform(-1, 1, onsets.size), 0, None)
 
 
-def random_onsets(canvas: Canvas, rate_hz: float) -> Signal:
+def random_onsets(timeline: Timeline, rate_hz: float) -> Signal:
     """About `rate_hz` onset times a second, uniformly at random, at least one."""
-    count = max(1, canvas.rng.poisson(rate_hz * canvas.duration_seconds))
-    return canvas.rng.random(count) * 0.95 * canvas.duration_seconds
+    count = max(1, timeline.rng.poisson(rate_hz * timeline.duration_seconds))
+    return timeline.rng.random(count) * 0.95 * timeline.duration_seconds
 
 
-def place(canvas: Canvas, onsets_seconds: Signal, kernels: list[Signal], amplitudes: Signal | None = None) -> Signal:
-    """Sum of kernels `[T]`; onset i starts kernel `i mod len(kernels)`, cut off at the end of the canvas."""
-    total = np.zeros(canvas.samples)
+def place(
+    timeline: Timeline, onsets_seconds: Signal, kernels: list[Signal], amplitudes: Signal | None = None
+) -> Signal:
+    """Sum of kernels `[T]`; onset i starts kernel `i mod len(kernels)`, cut off at the end of the timeline."""
+    total = np.zeros(timeline.samples)
     for number, onset in enumerate(onsets_seconds):
-        start = int(onset * canvas.sample_rate_hz)
-        kernel = kernels[number % len(kernels)][: max(0, canvas.samples - start)]
+        start = int(onset * timeline.sample_rate_hz)
+        kernel = kernels[number % len(kernels)][: max(0, timeline.samples - start)]
         total[start : start + kernel.size] += kernel if amplitudes is None else amplitudes[number] * kernel
     return total

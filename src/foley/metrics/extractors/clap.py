@@ -1,22 +1,28 @@
-"""LAION-CLAP, by transformers' model or by LAION's own checkpoints."""
+"""LAION-CLAP (Wu et al. 2023) by transformers' model: one space for sounds and captions.
+
+Weights are the published ones of transformers, or a checkpoint of the laion_clap package such as
+`630k-audioset-fusion-best.pt`, renamed. `transformers` takes seconds to import, so only what loads a model does.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
-from transformers import AutoTokenizer, ClapModel, PreTrainedTokenizerBase
 
 from foley.core.components import CheckpointError, load_state, read_pickle
 from foley.core.hub import load_pretrained
 from foley.metrics.extractors import ExtractorOutput
 from foley.metrics.extractors.weights import PublishedWeights, require_tensors
+
+if TYPE_CHECKING:
+    from transformers import ClapModel, PreTrainedTokenizerBase
 
 REPOSITORY = "laion/clap-htsat-unfused"
 _WINDOW_SECONDS = 10
@@ -70,7 +76,7 @@ class ClapEmbedder:
 
     sample_rate_hz = 48000
 
-    def __init__(self, model: ClapModel, tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> None:
+    def __init__(self, model: "ClapModel", tokenizer: "PreTrainedTokenizerBase", device: str = "cpu") -> None:
         self.model = model.requires_grad_(False).eval().to(device)
         self.tokenizer = tokenizer
         audio: Any = model.config.audio_config
@@ -92,6 +98,8 @@ class ClapEmbedder:
             checkpoint: a file of the laion_clap package, whose weights take the place of the published ones.
         Raises CheckpointError where files are missing or the tokenizer is not whole.
         """
+        from transformers import AutoTokenizer, ClapModel
+
         load = partial(
             load_pretrained,
             name_or_path=name_or_path,
@@ -191,7 +199,7 @@ _NUMBER = np._core.multiarray.scalar  # type: ignore[attr-defined]
 _HARMLESS = [(_NUMBER, "numpy.core.multiarray.scalar"), _NUMBER, np.dtype, type(np.dtype(np.float64))]
 
 
-def load_laion_clap(model: ClapModel, path: Path) -> None:
+def load_laion_clap(model: "ClapModel", path: Path) -> None:
     """Give `model` the weights at `path`; raises CheckpointError that lists keys and shapes that disagree."""
     with torch.serialization.safe_globals(_HARMLESS):
         content = read_pickle(path, mmap=True)

@@ -1,4 +1,8 @@
-"""Callbacks that score samples and draw caching curves while a denoiser trains."""
+"""Callbacks that score samples and draw caching curves while a denoiser trains.
+
+`SampleScores` logs as curves what evaluate.py measures once; `CachingCurves` shows how much each kind of layer changes
+between evaluations as training goes on: what caching could save.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +16,7 @@ from foley.accel.caching.calibration import Calibration, CalibrationRecorder
 from foley.accel.caching.plots import plot_calibration
 from foley.core.logs import get_logger
 from foley.data.audio import read_channels
-from foley.data.sampler import evenly_spaced
+from foley.data.ordering import evenly_spaced
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
 from foley.metrics.features import ClipFeatures, LabelledAudio, extract_audio, extract_files
 from foley.metrics.protocols import EvaluationProtocol
@@ -20,7 +24,7 @@ from foley.metrics.references import read_clips
 from foley.reporting.scores import flat_scores
 from foley.training.callbacks.listening import AudioSamples
 
-log = get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class SampleScores(AudioSamples):
@@ -67,7 +71,7 @@ class SampleScores(AudioSamples):
                 for part in self.parts
             ]
         except SilentAudioError as error:
-            log.warning("step %d: no scores of samples: %s", trainer.global_step, error)
+            _log.warning("step %d: no scores of samples: %s", trainer.global_step, error)
             return
         scores = {f"val/{name}": value for name, value in flat_scores(evaluations).items()}
         pl_module.log_dict(scores, rank_zero_only=True)

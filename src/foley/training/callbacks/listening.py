@@ -1,4 +1,4 @@
-"""Callbacks that let one hear a run: samples of a denoiser, reconstructions of a codec."""
+"""Callbacks that let one hear a run at validation: fixed prompts with fixed noise, or a codec's reconstructions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +11,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from foley.core.components import load_trained
-from foley.core.durations import clip_size
 from foley.core.files import sample_stem
 from foley.core.logs import get_logger
+from foley.core.rates import clip_size
 from foley.data.audio import write_wav
 from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.context import Accelerator
@@ -24,7 +24,7 @@ from foley.reporting.plots import draw_spectrogram
 from foley.training.adversarial import AdversarialTraining
 from foley.training.diffusion import LatentTraining
 
-log = get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class AudioSamples(pl.Callback):
@@ -77,9 +77,9 @@ class AudioSamples(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.codec_path is None:
-            log.warning("no audio samples: they need the codec that made the latents; set codec_path=...")
+            _log.warning("no audio samples: they need the codec that made the latents; set codec_path=...")
         elif not _takes_captions(pl_module):
-            log.warning("no audio samples: this %s takes no captions", type(pl_module).__name__)
+            _log.warning("no audio samples: this %s takes no captions", type(pl_module).__name__)
 
     # Callbacks' `on_validation_epoch_end` comes before the averaged weights are swapped out in `on_validation_end`.
     @rank_zero_only
@@ -88,7 +88,7 @@ class AudioSamples(pl.Callback):
             return
         audio = self.generate(pl_module, self.codec_path)
         if not bool(audio.isfinite().all()):
-            log.warning("step %d: no audio samples, for they are not finite", trainer.global_step)
+            _log.warning("step %d: no audio samples, for they are not finite", trainer.global_step)
             return
         self._publish(trainer, pl_module, audio)
 
