@@ -180,7 +180,9 @@ def _compose(name, *overrides):
 def test_the_command_writes_shards_and_the_configs_read_them(manifest, tmp_path):
     make_shards = runpy.run_path(str(PROJECT_ROOT / "scripts" / "make_shards.py"))["main"]
     shards = tmp_path / "shards"
-    make_shards(_compose("script/make_shards", f"manifest={manifest}", f"output={shards}", "writer.sample_rate_hz=null"))
+    make_shards(
+        _compose("script/make_shards", f"manifest={manifest}", f"output={shards}", "writer.sample_rate_hz=null")
+    )
     part, settings = f"url={shards}", ["data.sample_rate_hz=8000", "data.duration_seconds=0.05", "codec_ckpt=unused"]
     cfg = _compose("script/encode_latents", "data=shards", f"data.splits.{part}", "data.bucket_batches=10", *settings)
     data = instantiate(cfg.data, _convert_="all")
@@ -188,10 +190,15 @@ def test_the_command_writes_shards_and_the_configs_read_them(manifest, tmp_path)
     parts = [f"data.splits.parts.shards.{part}", f"data.splits.parts.manifest.manifest={manifest}"]
     third = ["+data/splits@data.splits.parts.more=shards", f"data.splits.parts.more.{part}"]
     weights = [f"{sign}data.splits.train_weights.{name}" for sign, name in (("", "shards=2"), ("+", "more=1"))]
-    cfg = _compose("script/encode_latents", "data=mixture", *parts, *third, *weights, "data.splits.train_size=40", *settings)
+    cfg = _compose(
+        "script/encode_latents", "data=mixture", *parts, *third, *weights, "data.splits.train_size=40", *settings
+    )
     assert instantiate(cfg.data.splits, _convert_="all")["train"].shares == [20, 10, 10]
     one = ["data=mixture", parts[0], "~data.splits.parts.manifest", "~data.splits.train_weights.manifest"]
-    assert len(instantiate(_compose("script/encode_latents", *one, *settings).data.splits, _convert_="all")["train"]) == 190
+    assert (
+        len(instantiate(_compose("script/encode_latents", *one, *settings).data.splits, _convert_="all")["train"])
+        == 190
+    )
 
 
 if __name__ == "__main__":
