@@ -25,6 +25,7 @@ def recipe(name):
     cfg = composed("train", "experiment=ablation", f"model={name}")
     assert cfg.model.depth == 24
     plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", "model")]))
+    plain["optimizer"] = OmegaConf.to_container(cfg.optimizer, resolve=True)
     return plain, OmegaConf.to_container(cfg.model)
 
 

@@ -40,7 +40,7 @@ class Teacher:
         absolute = Path(path).resolve()
         system = load_system(absolute, with_codec=False)
         if system.consistency is not None:
-            raise CheckpointError(f"system={path} is a student itself; give the system that it was distilled from")
+            raise CheckpointError(f"teacher={path} is a student itself; give the system that it was distilled from")
         return cls(system, codec_hashes(absolute))
 
     @property
