@@ -46,7 +46,9 @@ def _config(name: str, *overrides: str) -> Any:
 
 
 def _run_script(name: str, *overrides: str) -> None:
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name.removeprefix('script/')}.py"))["main"](_config(name, *overrides))
+    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name.removeprefix('script/')}.py"))["main"](
+        _config(name, *overrides)
+    )
 
 
 @pytest.fixture(scope="module")

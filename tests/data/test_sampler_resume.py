@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -154,6 +156,44 @@ def test_trainer_resumes_at_the_next_batch(num_workers, options, tmp_path):
         if step < 18:
             resumed = _fit(tmp_path / "resumed", 18, checkpoint, num_workers, **options)
             assert resumed == straight[step:], checkpoint.name
+
+
+def _on(rank, devices, batch_size=6):
+    """The data module of a rank, as a trainer has it before the first batch."""
+    module = _KeyModule(0)
+    module.batch_size = batch_size
+    loop = SimpleNamespace(
+        epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(processed=0)))
+    )
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=devices, limit_train_batches=1.0, fit_loop=loop)
+    return module
+
+
+def test_a_batch_is_shared_out_over_devices_and_stays_the_same():
+    whole = [batch.tolist() for batch in _on(0, 1).train_dataloader()]
+    for devices in (2, 3):
+        ranks = [[batch.tolist() for batch in _on(rank, devices).train_dataloader()] for rank in range(devices)]
+        assert {len(batch) for batches in ranks for batch in batches} == {6 // devices}
+        together = [
+            [key for keys in zip(*batches, strict=True) for key in keys] for batches in zip(*ranks, strict=True)
+        ]
+        assert together == whole
+        evaluated = [torch.cat(list(_on(rank, devices).val_dataloader()))[:, 0].tolist() for rank in range(devices)]
+        assert sorted(index for indices in evaluated for index in indices) == list(range(15))
+
+
+def test_a_run_goes_on_with_the_same_samples_on_another_number_of_devices():
+    state = {"epoch": 2, "consumed": 6, "size": 15, "batches": 0}
+    alone, half = _on(0, 1), _on(1, 2)
+    for module in (alone, half):
+        module.load_state_dict(state)
+    (expected,), (shared,) = (list(module.train_dataloader()) for module in (alone, half))
+    assert shared.tolist() == expected[1::2].tolist()
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_mend():
+    with pytest.raises(ValueError, match=r"data\.batch_size=6 .* among 4 of them: .*data\.batch_size=8, or .*devices"):
+        _on(0, 4).train_dataloader()
 
 
 def test_evaluation_order_is_fixed_and_complete():

@@ -24,7 +24,7 @@ BATCH = 4
 
 def _module(url: str, rank: int, world_size: int, num_workers: int = 2, epoch: int = 0, consumed: int = 0):
     """The data module of a rank, as a trainer would have it at this place of a run."""
-    data = build_data(url, num_workers)
+    data = build_data(url, num_workers, world_size)
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, limit_train_batches=1.0, fit_loop=loop)

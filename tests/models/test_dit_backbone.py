@@ -181,17 +181,16 @@ def test_errors_say_what_to_do(inputs):
         make_model()(**inputs, visible=inputs["noisy"])
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (PROJECT_ROOT / "configs/model").glob("*.yaml") if path.stem != "base")
-)
-def test_every_model_config_builds(name, tmp_path):
+@pytest.mark.parametrize("size", sorted(path.stem for path in (PROJECT_ROOT / "configs/size").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (PROJECT_ROOT / "configs/model").glob("*.yaml")))
+def test_every_model_config_builds(name, size, tmp_path):
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        composed = compose(overrides=[f"+model={name}", "+codec.latent_channels=8", "+text.dim=12"])
+        composed = compose(overrides=[f"+model={name}", f"+size={size}", "+codec.latent_channels=8", "+text.dim=12"])
     config = OmegaConf.to_container(composed, resolve=True)["model"]
-    with torch.device("meta" if not name.endswith("tiny") else "cpu"):
+    with torch.device("cpu" if size == "tiny" else "meta"):
         model = build_component(config)
     assert model.latent_channels == 8
-    if name.endswith("tiny"):
+    if size == "tiny":
         save_component(model, config, tmp_path / name)
         latent, context = torch.randn(1, 8, 16), torch.randn(1, 3, 12)
         loaded = load_component(tmp_path / name)

@@ -78,7 +78,7 @@ def test_trained_parts_join_and_encode(
 
 def test_a_system_on_mel_latents_generates(tmp_path: Path) -> None:
     small = ["model.width=16", "model.depth=2", "model.num_heads=2", "codec.mel_vae.channels=16"]
-    cfg = config("experiment=tiny_align", "codec=mel_16khz_tiny", *small, "codec.vocoder.channels=16")
+    cfg = config("experiment=tiny", "codec=mel_16khz_tiny", *small, "codec.vocoder.channels=16")
     save_system(untrained_system(cfg), tmp_path)
     pipeline = TextToAudio(load_system(tmp_path))
     generated = pipeline.generate(["rain"], duration_seconds=0.7, num_steps=2)

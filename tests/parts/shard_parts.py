@@ -33,9 +33,10 @@ def write_clips(folder: Path) -> str:
     return str(folder / "shards")
 
 
-def build_data(url: str, num_workers: int = 2) -> AudioDataModule:
-    splits = shard_splits(url, RATE)
-    return AudioDataModule(splits, RATE, 0.1, 4, num_workers, seed=3, augmentation=Augmentation(), bucket_batches=4)
+def build_data(url: str, num_workers: int = 2, devices: int = 1) -> AudioDataModule:
+    """Batches of four clips on each device."""
+    options = {"seed": 3, "augmentation": Augmentation(), "bucket_batches": 4}
+    return AudioDataModule(shard_splits(url, RATE), RATE, 0.1, 4 * devices, num_workers, **options)
 
 
 def digest(batch: dict) -> str:
@@ -83,7 +84,7 @@ def run(url: str, folder: Path, max_steps: int, devices: int = 1) -> None:
         callbacks=[PeriodicCheckpoint(str(folder / "checkpoints"), every_n_train_steps=2)],
     )
     resume = last if last.exists() else None
-    trainer.fit(Recorder(folder), datamodule=build_data(url), ckpt_path=resume, weights_only=True)
+    trainer.fit(Recorder(folder), datamodule=build_data(url, devices=devices), ckpt_path=resume, weights_only=True)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ def composed(config, *overrides):
 
 def recipe(name):
     """Everything but the denoiser, its numbers for the denoiser included."""
-    cfg = composed("train", f"experiment=ablation/{name}")
+    cfg = composed("train", "experiment=ablation", f"model={name}")
     assert cfg.model.depth == 24
     plain = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", "model")]))
+    plain["optimizer"] = OmegaConf.to_container(cfg.optimizer, resolve=True)
     return plain, OmegaConf.to_container(cfg.model)
 
 
@@ -41,16 +42,15 @@ def test_ablations_differ_in_the_block_alone(name):
 @pytest.mark.parametrize(("name", "millions"), MILLIONS.items())
 def test_the_script_compares_the_denoisers_of_the_ablations(name, millions):
     compared = composed("script/compare_parameters").denoisers[name]
-    assert compared == composed("train", f"experiment=ablation/{name}").model
+    assert compared == composed("train", "experiment=ablation", f"model={name}").model
     with torch.device("meta"):
         denoiser = instantiate(compared)
     assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, 1) == millions
 
 
 def test_the_script_writes_sizes_and_memory(tmp_path):
-    small = [f"model@denoisers.{name}={name}_tiny" for name in MILLIONS]
     script, results = str(PROJECT_ROOT / "scripts" / "compare_parameters.py"), tmp_path / "parameters.json"
-    command = [sys.executable, script, *small, "codec=tiny", "device=cpu", "autocast=false", "num_frames=50"]
+    command = [sys.executable, script, "size=tiny", "codec=tiny", "device=cpu", "autocast=false", "num_frames=50"]
     command += [f"results_file={results}", f"hydra.run.dir={tmp_path / 'run'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def test_the_script_writes_sizes_and_memory(tmp_path):
     assert written["settings"]["memory"] == "counted"
     for name, row in written["rows"].items():
         with torch.device("meta"):
-            denoiser = instantiate(composed("script/compare_parameters", *small, "codec=tiny").denoisers[name])
+            denoiser = instantiate(composed("script/compare_parameters", "size=tiny", "codec=tiny").denoisers[name])
         assert row["parameters"] == sum(parameter.numel() for parameter in denoiser.parameters())
         assert row["state_bytes"] == 16 * row["parameters"]
         assert row["state_bytes"] < row["checkpointed_bytes"] < row["stored_bytes"]

@@ -11,7 +11,7 @@ from foley.core.config import PROJECT_ROOT
 
 
 def test_the_benchmark_reports_steps_training_and_generation(tmp_path: Path) -> None:
-    overrides = ["model=ezaudio_tiny", "text=small", "codec=tiny", "num_frames=8", "num_tokens=3", "steps=2"]
+    overrides = ["size=tiny", "text=small", "codec=tiny", "num_frames=8", "num_tokens=3", "steps=2"]
     overrides += ["repeats=1", "matmul_size=64", "decode=true", "device=cpu", f"results_file={tmp_path}/result.json"]
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
         config = compose("bench/denoiser", overrides)

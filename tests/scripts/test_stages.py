@@ -13,7 +13,8 @@ from foley.core.config import PROJECT_ROOT
 from foley.core.files import write_json
 from foley.reporting.pages import write_page
 
-EXPERIMENTS = ["vae", "pretrain", "align", "finetune", "student", "ablation"]
+STAGES = [f"denoiser stage={stage}" for stage in ("pretrain", "align", "finetune")]
+EXPERIMENTS = ["vae", *STAGES, "student", "ablation"]
 
 
 def config(name: str, *overrides: str) -> DictConfig:
@@ -109,8 +110,12 @@ def test_a_stage_that_fails_or_lacks_its_input_ends_the_run(main, stages, tmp_pa
         main.__wrapped__(stages)
 
 
-def compose_first_job(name: str, arguments: list[str]) -> None:
+CONFIGS = {"": "", "scripts": "script/", "scripts/bench": "bench/"}
+
+
+def compose_first_job(script: Path, arguments: list[str]) -> None:
     """Compose a script's config, of a sweep the first job; hydra's own settings are not for composing."""
+    name = CONFIGS["" if script.parent == Path() else script.parent.as_posix()] + script.stem
     jobs = "-m" in arguments
     overrides = [argument for argument in arguments if argument != "-m" and not argument.startswith("hydra.")]
     sweeps = [o for o in overrides if jobs and "," in o and not set("[{") & set(o)]
@@ -120,22 +125,22 @@ def compose_first_job(name: str, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [("train_demo", []), ("results", []), ("results", ["size=quick", "dac_weights=w.pth"])],
+    [("train_demo", []), ("results", []), ("results", ["effort=quick", "dac_weights=w.pth"])],
 )
 def test_every_stage_names_a_command_of_the_repository(name, overrides):
-    cfg = config(name, *overrides)
+    cfg = config(f"script/{name}", *overrides)
     commands = [stage.command for stage in cfg.stages.values()]
     for command in [*commands, *cfg.then]:
         script, *arguments = shlex.split(command)
         assert (PROJECT_ROOT / script).is_file(), command
-        compose_first_job(Path(script).stem, arguments)
+        compose_first_job(Path(script), arguments)
     assert all(stage.product for stage in cfg.stages.values())
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_experiments_of_the_demo_compose(experiment):
     latents = [] if experiment == "vae" else ["data.cache_dir=latents"]
-    cfg = config("train", "name=test", f"experiment=demo/{experiment}", *latents)
+    cfg = config("train", "name=test", *f"experiment=demo/{experiment}".split(), *latents)
     assert cfg.trainer.max_time is None
     assert cfg.trainer.max_steps > 0
 

@@ -182,6 +182,19 @@ def test_non_finite_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
         run(tmp_path, 20, data=TinyData(poisoned=frozenset(range(20))))
 
 
+def test_an_option_written_out_is_the_default_that_it_names(tmp_path: Path) -> None:
+    masking = {"_target_": "foley.models.dit.masking.SpanMask"}
+    short, long = build_module(), build_module()
+    short.component_configs["masking"] = masking
+    long.component_configs["masking"] = {**masking, "span_frames": 10, "ratio": [0.25, 1.0]}
+    run(tmp_path, 4, module=short)
+    run(tmp_path, 8, tmp_path / "checkpoints/last.ckpt", module=long)
+    other = build_module()
+    other.component_configs["masking"] = {**masking, "span_frames": 5}
+    with pytest.raises(CheckpointError, match=r"masking.span_frames: 10 in the checkpoint, 5 in the run"):
+        run(tmp_path, 8, tmp_path / "checkpoints/last.ckpt", module=other)
+
+
 def test_resuming_with_another_config_lists_the_keys(tmp_path: Path) -> None:
     run(tmp_path, 4)
     other = build_module(context_dim=None)

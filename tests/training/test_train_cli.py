@@ -36,8 +36,9 @@ QUICK = [
     "lr_schedule.warmup_steps=1",
 ]
 SMALL = ["model.width=16", "model.depth=2", "model.num_heads=2", "data.batch_size=4", *QUICK]
-DIFFUSION = ["ezaudio_pretrain", "ezaudio_align", "ezaudio_finetune", "ezaudio_xl", "ezaudio_l"]
-DIFFUSION += ["tiny_pretrain", "tiny_align", "tiny_finetune", "tiny_ddp_smoke"]
+STAGES = ("pretrain", "align", "finetune")
+DIFFUSION = [*(f"ezaudio_xl stage={stage}" for stage in STAGES), "ezaudio_xl", "ezaudio_l"]
+DIFFUSION += [*(f"tiny stage={stage}" for stage in STAGES), "tiny_ddp_smoke"]
 
 
 def config(*overrides: str) -> DictConfig:
@@ -60,7 +61,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small(cache: Path, folder: Path, experiment: str, *overrides: str) -> DictConfig:
     data = [f"data.cache_dir={cache}", f"paths.output_dir={folder}"]
-    return config(f"experiment={experiment}", *SMALL, *data, *overrides)
+    return config(*f"experiment={experiment}".split(), *SMALL, *data, *overrides)
 
 
 def command(*overrides: str) -> subprocess.CompletedProcess:
@@ -71,23 +72,22 @@ def command(*overrides: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("experiment", DIFFUSION)
 def test_experiments_compose(experiment: str) -> None:
-    cfg = config(f"experiment={experiment}")
+    cfg = config(*f"experiment={experiment}".split())
     assert cfg.task._target_ == "foley.training.diffusion.DiffusionTraining"
     assert cfg.task.denoiser.latent_channels == cfg.codec.latent_channels
     assert (cfg.task.text is None) == (cfg.model.context_dim is None) == ("pretrain" in experiment)
 
 
 def test_published_numbers() -> None:
-    stages = [config(f"experiment=ezaudio_{stage}") for stage in ("pretrain", "align", "finetune")]
+    stages = [config("experiment=ezaudio_xl", f"stage={stage}") for stage in STAGES]
     assert [stage.trainer.max_steps for stage in stages] == [100_000, 50_000, 30_000]
     assert [stage.optimizer.lr for stage in stages] == [1e-4, 5e-5, 1e-5]
-    gpus = 8
-    assert {stage.data.batch_size * gpus for stage in stages} == {128}
+    assert {stage.data.batch_size for stage in stages} == {128}
 
 
 @pytest.mark.parametrize("group", ["trainer=gpu", "trainer=ddp", "trainer=fsdp", "logger=many", "debug=fdr"])
 def test_groups_compose(group: str) -> None:
-    cfg = config("experiment=tiny_pretrain", "data.cache_dir=x", group)
+    cfg = config("experiment=tiny", "stage=pretrain", "data.cache_dir=x", group)
     assert cfg.trainer._target_ == "pytorch_lightning.Trainer"
     for whole_tensors_only in (cfg.callbacks.ema, cfg.callbacks.non_finite):
         assert (whole_tensors_only is None) == (group == "trainer=fsdp")
@@ -96,7 +96,7 @@ def test_groups_compose(group: str) -> None:
 
 def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:
     first = tmp_path / "pretrain"
-    metrics = train(small(cache, first, "tiny_pretrain"))
+    metrics = train(small(cache, first, "tiny stage=pretrain"))
     assert {"train/loss", "val/loss", "val/loss_noise_level_0"} <= metrics.keys()
     assert (first / "config.yaml").is_file()
     last = first / "checkpoints/last.ckpt"
@@ -104,13 +104,15 @@ def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:
     assert load_trained(last, "denoiser").latent_channels == config().codec.latent_channels
     assert (load_trained(last, "normaliser").std > 1).all()
 
-    train(small(cache, first, "tiny_pretrain", "ckpt_path=auto", "trainer.max_steps=6", "lr_schedule.total_steps=4"))
+    train(
+        small(cache, first, "tiny stage=pretrain", "ckpt_path=auto", "trainer.max_steps=6", "lr_schedule.total_steps=4")
+    )
     assert read_training_checkpoint(last)["global_step"] == 6
     rows = list(csv.DictReader((first / "metrics.csv").open()))
     assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(6))
 
     second = tmp_path / "align"
-    train(small(cache, second, "tiny_align", f"ckpt={last}"))
+    train(small(cache, second, "tiny", f"ckpt={last}"))
     checkpoint = read_training_checkpoint(second / "checkpoints/last.ckpt")
     assert checkpoint["global_step"] == 4
     assert any("cross_attention" in key for key in checkpoint["state_dict"])
@@ -118,9 +120,9 @@ def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_student_is_distilled_from_a_training_checkpoint(cache: Path, tmp_path: Path) -> None:
-    train(small(cache, tmp_path / "teacher", "tiny_align", "trainer.max_steps=2", "callbacks.audio_samples=null"))
+    train(small(cache, tmp_path / "teacher", "tiny", "trainer.max_steps=2", "callbacks.audio_samples=null"))
     teacher = tmp_path / "teacher/checkpoints/last.ckpt"
-    overrides = [f"teacher={teacher}", f"data.cache_dir={cache}", f"paths.output_dir={tmp_path / 'student'}", *QUICK]
+    overrides = [f"system={teacher}", f"data.cache_dir={cache}", f"paths.output_dir={tmp_path / 'student'}", *QUICK]
     cfg = config("experiment=tiny_lcm", "data.batch_size=4", "trainer.precision=32-true", *overrides)
     metrics = train(cfg)
     assert {"train/loss", "val/loss"} <= metrics.keys()
@@ -137,7 +139,7 @@ def test_a_student_is_distilled_from_a_training_checkpoint(cache: Path, tmp_path
 
 
 def test_published_distillation() -> None:
-    cfg = config("experiment=audiolcm", "teacher=x", "data.cache_dir=y")
+    cfg = config("experiment=audiolcm", "system=x", "data.cache_dir=y")
     assert (cfg.optimizer.lr, cfg.data.batch_size, cfg.trainer.max_steps) == (9.6e-5, 8, 15_000)
     assert (cfg.task.consistency.jump_steps, cfg.task.target_decay) == (20, 0.95)
     assert cfg.task.consistency.guidance_range == [5.0, 13.0]
@@ -145,7 +147,7 @@ def test_published_distillation() -> None:
 
 def test_only_a_codec_asks_for_unused_parameters() -> None:
     assert config("experiment=tiny_vae", "trainer=ddp").trainer.strategy == "ddp_find_unused_parameters_true"
-    assert config("experiment=tiny_align", "trainer=ddp").trainer.strategy == "ddp"
+    assert config("experiment=tiny", "trainer=ddp").trainer.strategy == "ddp"
 
 
 def test_the_codec_must_have_made_the_latents(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +155,9 @@ def test_the_codec_must_have_made_the_latents(cache: Path, tmp_path: Path, monke
     save_component(build_component(codec), codec, tmp_path / "codec")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StaleCacheError, match="encoded by the codec hash, but the codec in use is"):
-        train(small(cache, tmp_path / "run", "tiny_pretrain", "codec_path=codec"))
+        train(small(cache, tmp_path / "run", "tiny stage=pretrain", "codec_path=codec"))
     monkeypatch.setattr("foley.training.run.hash_module", lambda module: "hash")
-    train(small(cache, tmp_path / "run", "tiny_pretrain", "codec_path=codec", "trainer.max_steps=2"))
+    train(small(cache, tmp_path / "run", "tiny stage=pretrain", "codec_path=codec", "trainer.max_steps=2"))
     stored = read_training_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["foley"]["codec_dir"]
     assert not Path(stored).is_absolute()
     assert (PROJECT_ROOT / stored).resolve() == (tmp_path / "codec").resolve()
@@ -164,7 +166,7 @@ def test_the_codec_must_have_made_the_latents(cache: Path, tmp_path: Path, monke
 def test_diffusion_needs_latents(tmp_path: Path) -> None:
     clips = ["data=procedural", "data.splits.sizes={train: 4}", f"paths.output_dir={tmp_path}"]
     with pytest.raises(TypeError, match="a denoiser trains on data=latents, got AudioDataModule"):
-        train(config("experiment=tiny_pretrain", *clips))
+        train(config("experiment=tiny", "stage=pretrain", *clips))
 
 
 def test_a_checkpoint_to_resume_from_must_exist(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_a_checkpoint_to_resume_from_must_exist(tmp_path: Path) -> None:
 
 
 def test_a_sweep_gets_a_number() -> None:
-    cfg = config("experiment=tiny_pretrain", "optimized_metric=val/loss")
+    cfg = config("experiment=tiny", "stage=pretrain", "optimized_metric=val/loss")
     assert optimized_metric(cfg, {"val/loss": 2.0}) == 2.0
     assert optimized_metric(cfg, {"val/loss": float("nan")}) == float("inf")
     with pytest.raises(KeyError, match="val/loss was not logged"):
@@ -184,7 +186,7 @@ def test_a_sweep_gets_a_number() -> None:
 
 @pytest.mark.slow
 def test_multirun_and_many_loggers(cache: Path, tmp_path: Path) -> None:
-    overrides = ["-m", "experiment=tiny_pretrain", "logger=many", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+    overrides = ["-m", "experiment=tiny", "stage=pretrain", "logger=many", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
     result = command(*overrides, f"data.cache_dir={cache}", *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     for job in ("0", "1"):
@@ -196,7 +198,7 @@ def test_multirun_and_many_loggers(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_the_samples(cache: Path, tmp_path: Path) -> None:
     overrides = ["experiment=tiny_ddp_smoke", "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
-    result = command(*overrides, f"data.cache_dir={cache}", *SMALL)
+    result = command(*overrides, f"data.cache_dir={cache}", *SMALL, "data.batch_size=8")
     assert result.returncode == 0, result.stderr[-3000:]
     checkpoint = read_training_checkpoint(tmp_path / "checkpoints/last.ckpt")
     assert checkpoint["global_step"] == 4
@@ -208,7 +210,7 @@ def test_two_processes_share_the_samples(cache: Path, tmp_path: Path) -> None:
 def test_two_processes_train_a_codec_and_its_discriminator(tmp_path: Path) -> None:
     """Two steps without the discriminator, which has no gradients then, and two with it."""
     clips = ["data=procedural", "data.splits.sizes={train: 16, val: 4}", "data.splits.duration_seconds=0.5"]
-    sizes = ["data.duration_seconds=0.3", "data.batch_size=2", "codec.width=16", "codec.latent_channels=4"]
+    sizes = ["data.duration_seconds=0.3", "data.batch_size=4", "codec.width=16", "codec.latent_channels=4"]
     parallel = ["trainer=ddp_cpu", "trainer.devices=2", "task.adversarial_start_step=2"]
     result = command("experiment=tiny_vae", f"hydra.run.dir={tmp_path}", *clips, *sizes, *parallel, *QUICK)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -219,7 +221,7 @@ def test_two_processes_train_a_codec_and_its_discriminator(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_optuna_searches(cache: Path, tmp_path: Path) -> None:
-    overrides = ["-m", "experiment=tiny_pretrain", "hparams_search=optuna", "hydra.sweeper.n_trials=2"]
+    overrides = ["-m", "experiment=tiny", "stage=pretrain", "hparams_search=optuna", "hydra.sweeper.n_trials=2"]
     result = command(*overrides, f"hydra.sweep.dir={tmp_path}", f"data.cache_dir={cache}", *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "optimization_results.yaml").is_file()

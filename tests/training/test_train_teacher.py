@@ -57,7 +57,7 @@ def test_a_teacher_trains_samples_and_is_distilled(cache: Path, tmp_path: Path, 
     assert result.settings["solver"] == ("euler_flow" if is_flow else "ddim")
     assert system.generate(["rain"], **settings, solver="heun_flow" if is_flow else "heun").audio.isfinite().all()
 
-    overrides = [f"teacher={teacher}", f"data.cache_dir={cache}", f"paths.output_dir={tmp_path / 'student'}", *QUICK]
+    overrides = [f"system={teacher}", f"data.cache_dir={cache}", f"paths.output_dir={tmp_path / 'student'}", *QUICK]
     distil = ["experiment=tiny_lcm", "+lora@task.lora=default", "task.lora.rank=2", "trainer.precision=32-true"]
     train(config(*distil, "data.batch_size=4", *overrides, "trainer.max_steps=2"))
     last = tmp_path / "student/checkpoints/last.ckpt"
@@ -69,9 +69,9 @@ def test_a_teacher_trains_samples_and_is_distilled(cache: Path, tmp_path: Path, 
 
 
 def test_adapters_are_an_option_of_the_published_distillation() -> None:
-    cfg = config("experiment=audiolcm_lora", "teacher=x", "data.cache_dir=y")
+    cfg = config("experiment=audiolcm_lora", "system=x", "data.cache_dir=y")
     assert (cfg.task.lora.rank, cfg.trainer.max_steps) == (16, 15_000)
-    assert config("experiment=audiolcm", "teacher=x", "data.cache_dir=y").task.lora is None
+    assert config("experiment=audiolcm", "system=x", "data.cache_dir=y").task.lora is None
 
 
 @pytest.fixture

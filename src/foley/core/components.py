@@ -12,6 +12,7 @@ import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ _MOVED = {
 """Modules of version 0.1 to where their classes are now: configs saved with older weights name them."""
 
 _ASSET = "asset:"
+_PLAIN = (bool, int, float, str, tuple, list, type(None))
 # What the unpickler raises, depending on the bytes, on a file that is cut short or no pickle at all.
 _UNREADABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError),
@@ -113,18 +115,36 @@ def check_targets(config: Any, source: str) -> None:
 
 def _require_component_class(target: str, source: str) -> None:
     """Functions and re-exported modules are no components: the target must be a class that this package defines."""
+    if _component_class(target) is None:
+        raise CheckpointError(
+            f"{source}: refusing to build `_target_: {target}`; a checkpoint's config may only name classes under "
+            f"{', '.join(ALLOWED_PACKAGES)}"
+        )
+
+
+def _component_class(target: str) -> type | None:
     module_name, _, name = target.rpartition(".")
-    if f"{module_name}.".startswith(ALLOWED_PACKAGES):
-        try:
-            found = vars(importlib.import_module(module_name)).get(name)
-        except ModuleNotFoundError:
-            found = None
-        if isinstance(found, type) and f"{found.__module__}.".startswith(ALLOWED_PACKAGES):
-            return
-    raise CheckpointError(
-        f"{source}: refusing to build `_target_: {target}`; a checkpoint's config may only name classes under "
-        f"{', '.join(ALLOWED_PACKAGES)}"
-    )
+    if not f"{module_name}.".startswith(ALLOWED_PACKAGES):
+        return None
+    try:
+        found = vars(importlib.import_module(module_name)).get(name)
+    except ModuleNotFoundError:
+        return None
+    return found if isinstance(found, type) and f"{found.__module__}.".startswith(ALLOWED_PACKAGES) else None
+
+
+def written_out(config: Any) -> Any:
+    """A component's config with the plain options that it leaves to its class: the two build the same component.
+
+    >>> written_out({"_target_": "foley.models.dit.masking.SpanMask", "partial_probability": 0.5})["ratio"]
+    [0.25, 1.0]
+    """
+    if not isinstance(config, Mapping):
+        return list(config) if isinstance(config, tuple) else config
+    component = _component_class(str(config.get("_target_", "")))
+    defaults = signature(component).parameters.values() if component else ()
+    plain = {option.name: option.default for option in defaults if isinstance(option.default, _PLAIN)}
+    return {key: written_out(value) for key, value in {**plain, **config}.items()}
 
 
 def build_component(config: Mapping[str, Any], source: str = "config") -> Any:

@@ -15,10 +15,11 @@ class ResumableDataModule(pl.LightningDataModule):
 
     The position follows from the number of batches that the trainer has processed: neither what loaders have drawn
     ahead nor the trainer's count of epochs (which a restart at the end of an epoch may advance twice) matters.
-    Training has a new order in every epoch; validation and test keep theirs.
+    Training has a new order in every epoch; validation and test keep theirs. A batch holds the same samples however
+    many processes share it, so that the order goes on exactly on another number of devices too.
 
     Args:
-        batch_size: samples in one batch of one rank.
+        batch_size: samples in one batch of all processes together; ValueError where it does not divide among them.
         num_workers: loader processes; they persist between epochs. 0 loads in the training process.
         bucket_batches: batches hold clips of similar length, sorted within windows of this many batches over all ranks
             (see `LengthBuckets`); the data sets need a method `lengths(epoch)`. None: batches are random.
@@ -86,14 +87,25 @@ class ResumableDataModule(pl.LightningDataModule):
         return ResumableSampler(
             size,
             self.seed,
-            self.batch_size,
+            self._share(),
             shuffle=training,
             drop_last=training,
             rank=rank,
             world_size=world_size,
-            max_batches=self._max_batches(size // (self.batch_size * world_size)) if training else None,
+            max_batches=self._max_batches(size // self.batch_size) if training else None,
             progress=self._batches_since if training else _always_at_the_start,
             arrange=self._arrangement(split),
+        )
+
+    def _share(self) -> int:
+        """Samples of a batch on this process; ValueError where they do not come out even."""
+        devices = self.trainer.world_size if self.trainer else 1
+        if self.batch_size % devices == 0:
+            return self.batch_size // devices
+        above = -(-self.batch_size // devices) * devices
+        raise ValueError(
+            f"data.batch_size={self.batch_size} is the sum over devices and does not divide among {devices} of them: "
+            f"set a multiple, such as data.batch_size={above}, or another trainer.devices"
         )
 
     def _arrangement(self, split: str) -> Arrangement | None:
@@ -110,7 +122,7 @@ class ResumableDataModule(pl.LightningDataModule):
     def _loader(self, split: str, sampler: ResumableSampler) -> DataLoader[Any]:
         return DataLoader(
             self.datasets[split],
-            batch_size=self.batch_size,
+            batch_size=self._share(),
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

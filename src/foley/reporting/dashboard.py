@@ -30,7 +30,7 @@ Series = dict[str, list[tuple[float, float]]]
 def read_metrics(path: Path) -> Series:
     """Every metric of a `metrics.csv` as points (step, value); raises FileNotFoundError where there is none."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: train with logger=csv (the default) or logger=many")
+        raise FileNotFoundError(f"{path} does not exist: the run was without its logger, logger.csv=null")
     series: Series = {}
     with path.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):

@@ -6,7 +6,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from foley.core.components import FOLEY_KEY, CheckpointError, compare_states, current_config
+from foley.core.components import FOLEY_KEY, CheckpointError, compare_states, current_config, written_out
 
 
 class FoleyModule(pl.LightningModule):
@@ -67,8 +67,10 @@ class FoleyModule(pl.LightningModule):
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that resuming must not change; paths may."""
-    return {key: description[key] for key in ("components", "codec_hash", "teacher_hash") if key in description}
+    """The entries that resuming must not change, options left to their defaults among them; paths may."""
+    return {
+        key: written_out(description[key]) for key in ("components", "codec_hash", "teacher_hash") if key in description
+    }
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:

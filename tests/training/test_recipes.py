@@ -1,0 +1,85 @@
+"""The configs of training as recipes: few files, few levels, and stages that are rows of one table."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
+
+from foley.core.config import PROJECT_ROOT
+
+CONFIGS = PROJECT_ROOT / "configs"
+MOST_FILES, MOST_LEVELS = 12, 3
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", ["name=test", *overrides])
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The config files that are read from here on."""
+    paths: set[str] = set()
+    load = ConfigRepository.load_config
+
+    def watched(repository: ConfigRepository, config_path: str) -> ConfigResult | None:
+        result = load(repository, config_path)
+        if result is not None and result.path.startswith("file://"):
+            paths.add(config_path.removesuffix(".yaml"))
+        return result
+
+    monkeypatch.setattr(ConfigRepository, "load_config", watched)
+    return paths
+
+
+@pytest.mark.parametrize("stage", [None, "pretrain", "align", "finetune"])
+def test_the_published_recipe_is_composed_of_few_files(read: set[str], stage: str | None) -> None:
+    config("experiment=ezaudio_xl", *([f"stage={stage}"] if stage else []))
+    assert {"train", "experiment/ezaudio_xl", "model/ezaudio", "size/xl"} <= read
+    assert len(read) <= MOST_FILES, sorted(read)
+
+
+def levels(file: Path) -> int:
+    """A config of a group and those of the same group that it builds on, counted along the longest chain."""
+    group = file.relative_to(CONFIGS).parts[0]
+    entries = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+    bases = [entry.partition("@")[0] for entry in entries if isinstance(entry, str) and entry != "_self_"]
+    paths = [CONFIGS / base.lstrip("/") if base.startswith("/") else file.parent / base for base in bases]
+    return 1 + max(
+        (levels(path.with_suffix(".yaml")) for path in paths if path.parts[len(CONFIGS.parts)] == group), default=0
+    )
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in CONFIGS.iterdir() if path.is_dir()))
+def test_no_config_is_buried_under_others(group: str) -> None:
+    assert max(levels(file) for file in (CONFIGS / group).rglob("*.yaml")) <= MOST_LEVELS
+
+
+@pytest.mark.parametrize("experiment", ["ezaudio_xl", "ezaudio_l", "tiny", "demo/denoiser"])
+def test_stages_share_all_but_their_row(experiment: str) -> None:
+    stages = {
+        stage: config(f"experiment={experiment}", f"stage={stage}") for stage in ("pretrain", "align", "finetune")
+    }
+    components = {stage: OmegaConf.to_container(cfg.task, resolve=True) for stage, cfg in stages.items()}
+    assert components["pretrain"]["text"] is None
+    assert components["pretrain"]["denoiser"] == {**components["align"]["denoiser"], "context_dim": None}
+    steps = {"optimizer": None, "lr_schedule": None}
+    assert {**components["align"], **steps} == {**components["finetune"], **steps}
+    parts = [components[stage]["masking"]["partial_probability"] for stage in ("pretrain", "align", "finetune")]
+    assert parts == [1.0, 0.25, 0.25]
+    assert len({cfg.optimizer.lr for cfg in stages.values()}) == (3 if experiment.startswith("ezaudio") else 2)
+
+
+def test_another_stage_is_refused_by_name() -> None:
+    with pytest.raises(InterpolationKeyError, match=r"stages\.scracth\.steps"):
+        OmegaConf.to_container(config("experiment=ezaudio_xl", "stage=scracth").trainer, resolve=True)
+
+
+def test_training_and_scripts_keep_their_files_in_the_same_places() -> None:
+    paths = OmegaConf.load(CONFIGS / "paths/default.yaml")
+    assert OmegaConf.load(CONFIGS / "train.yaml").paths == paths
