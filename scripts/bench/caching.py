@@ -63,7 +63,7 @@ class Workload:
 
     @classmethod
     def build(cls, cfg: DictConfig) -> "Workload":
-        system = load_system(Path(cfg.ckpt)) if cfg.ckpt else untrained_system(cfg)
+        system = load_system(cfg.system) if cfg.system else untrained_system(cfg)
         pipeline = TextToAudio(system, resolve_device(cfg.device))
         prompts = LabelledPrompts.read(Path(cfg.prompts), cfg.num_prompts)
         positive, negative = embed(pipeline.text, prompts.captions), embed(pipeline.text, [""])
@@ -179,7 +179,7 @@ def main(cfg: DictConfig) -> None:
         "prompts": len(workload.positive.mask),
         **{f"{name}_uncached": score for name, score in workload.score(uncached, judge).items()},
         "denoiser_width": workload.pipeline.system.configs["denoiser"]["width"],
-        "trained_weights": cfg.ckpt is not None,
+        "trained_weights": cfg.system is not None,
         "model_hash": workload.pipeline.model_hash,
         "device": str(workload.pipeline.device),
     }

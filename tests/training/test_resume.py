@@ -13,7 +13,8 @@ import pytorch_lightning as pl
 import torch
 from training_parts import TinyData, build_module, run
 
-from foley.core.components import CheckpointError, read_training_checkpoint
+from foley.core.components import CheckpointError
+from foley.system.checkpoint import read_training_checkpoint
 from foley.training.callbacks.non_finite import NonFiniteLossError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
