@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from foley.cli.requests import chosen_source
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from test_text_to_audio import CONFIGS
 
+from foley.cli.sampling import chosen_source
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.system.system import build_system, save_system

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from foley.cli.requests import open_requested, requested_clips
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from test_sample_cli import run_sample
 from test_text_to_audio import CONFIGS
 
+from foley.cli.sampling import open_requested, requested_clips
 from foley.core.config import PROJECT_ROOT
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
@@ -47,9 +48,15 @@ def published_config(name: str, overrides: Mapping[str, Any] | None = None) -> D
 
 @lru_cache
 def _compose_published(name: str) -> DictConfig:
-    # The context manager puts the state of a Hydra run back that it may be inside of.
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(f"published/{name}")
+    # Hydra composes one application at a time: the one that this may be inside of is set aside.
+    instance = GlobalHydra.instance()
+    around = instance.hydra
+    instance.clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return compose(f"published/{name}")
+    finally:
+        instance.hydra = around
 
 
 def published_default(key: str, otherwise: Any, _root_: DictConfig) -> Any:

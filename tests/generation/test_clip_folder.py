@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from foley.cli.requests import requested_settings
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from test_text_to_audio import CONFIGS
 
+from foley.cli.sampling import requested_settings
 from foley.core.config import PROJECT_ROOT
 from foley.system.system import build_system, save_system
 
