@@ -8,39 +8,29 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.cli.requests import (
-    choose_checkpoint,
-    choose_method,
-    choose_options,
-    describe_request,
-    describe_source,
-    open_requested,
-    requested_clips,
-)
+from foley.cli import sampling
 from foley.core.logs import get_logger
-from foley.generation.collection import TestSet, launch_processes
-from foley.generation.prompts import name_model, quote_overrides
+from foley.generation.clip_folder import ClipFolder, launch_processes
+from foley.generation.prompts import quote_overrides
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
-    cfg.ckpt = choose_checkpoint(cfg)
-    clips = requested_clips(cfg)
-    (method, arguments), options = choose_method(cfg), choose_options(cfg)
+    cfg.system = sampling.chosen_system(cfg)
+    clips, settings = sampling.requested_clips(cfg), sampling.requested_settings(cfg)
     processes = launch_processes(cfg.trainer)
-    generator = open_requested(cfg, method, options, None if cfg.trainer is None else processes.device)
-    generate = partial(getattr(generator, method), **arguments, **options)
+    generator = sampling.open_requested(cfg, settings, None if cfg.trainer is None else processes.device)
     directory = Path(processes.broadcast(cfg.output_dir))
-    if cfg.prompts is not None:
-        request = describe_request(cfg, clips, generator.model_hash)
-        page = TestSet(directory, clips, request, describe_source(cfg)).generate(generate, processes, cfg.batch_size)
+    if cfg.prompts is None:
+        page, _ = generator.generate_clips(clips, settings).write(directory)
     else:
-        result = generate([clip.prompt for clip in clips], seeds=[clip.seed for clip in clips])
-        page, _ = result.write(directory, more_settings=describe_source(cfg))
+        folder = ClipFolder(directory, clips, sampling.describe_request(cfg, clips, generator.model_hash))
+        page = folder.fill(partial(generator.generate_clips, settings=settings), processes, cfg.batch_size)
     get_logger(__name__).info("%d clips: open %s", len(clips), page)
 
 
 if __name__ == "__main__":
-    sys.argv = quote_overrides(name_model(sys.argv), ("prompt", "negative_prompt", "edit", "init", "features"))
+    arguments = sampling.refuse_old_names(sys.argv)
+    sys.argv = quote_overrides(arguments, ("prompt", "negative_prompt", "edit", "init", "features"))
     main()

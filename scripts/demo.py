@@ -15,7 +15,8 @@ import foley.core.config  # noqa: F401  (registers the resolvers that the config
 from foley.core.files import slug, write_json, write_text
 from foley.core.logs import get_logger
 from foley.generation.prompts import LabelledPrompts
-from foley.generation.text_to_audio import Generation, TextToAudio
+from foley.generation.result import Generation
+from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.judge import Judge
 from foley.metrics.latency import peak_memory_bytes
 from foley.reporting.samples import Card, render_comparison
@@ -33,7 +34,7 @@ def write_variant(directory: Path, name: str, result: Generation) -> list[Card]:
 
 def generate(cfg: DictConfig, name: str, prompts: list[str]) -> Generation:
     """The prompts in one variant; solver, steps and guidance are the system's own choice, or the student's."""
-    return TextToAudio.load(cfg.variants[name].ckpt).generate(
+    return TextToAudio.load(cfg.variants[name].system).generate(
         prompts,
         cfg.duration_seconds,
         accelerator=instantiate(cfg.variants[name].accel),
@@ -50,8 +51,8 @@ def main(cfg: DictConfig) -> None:
     columns: dict[str, list[Card]] = {}
     scores: dict[str, dict[str, Any]] = {}
     for name, variant in cfg.variants.items():
-        if not Path(variant.ckpt).is_dir():
-            log.info("%s: left out, there is no %s", name, variant.ckpt)
+        if not Path(variant.system).is_dir():
+            log.info("%s: left out, there is no %s", name, variant.system)
             continue
         result = generate(cfg, name, prompts)
         accuracy = judge.score(result.audio, result.sample_rate_hz, labels)["label_accuracy"]

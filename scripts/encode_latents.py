@@ -6,9 +6,9 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.core.config  # noqa: F401  (registers the resolvers)
-from foley.core.components import load_trained
 from foley.data.encoding import encode_latents
 from foley.generation.text_to_audio import resolve_device
+from foley.system.checkpoint import load_trained
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="script/encode_latents")

@@ -6,9 +6,10 @@ import hydra
 from omegaconf import DictConfig
 
 import foley.core.config  # noqa: F401  (registers the resolvers)
-from foley.core.components import load_trained, save_component, trained_config
+from foley.core.components import save_component
 from foley.core.logs import get_logger
 from foley.models.codec.mel_codec import MelCodec
+from foley.system.checkpoint import load_trained, trained_config
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="script/join_mel_codec")

@@ -8,13 +8,13 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.core.components import load_trained
 from foley.core.files import sample_stem, write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_audio, write_wav
 from foley.data.dataset import PeakLevel
 from foley.data.manifest import read_manifest
 from foley.generation.text_to_audio import resolve_device
+from foley.system.checkpoint import load_trained
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="script/reconstruct")

@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
-from foley.core.components import load_trained
 from foley.core.files import slug, write_json
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
@@ -20,8 +19,9 @@ from foley.data.dataset import AudioDataset, AudioItem
 from foley.data.ordering import evenly_spaced
 from foley.generation.text_to_audio import resolve_device
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
-from foley.reporting.samples import draw_sheet
+from foley.reporting.plots import draw_sheet
 from foley.reporting.tables import provenance
+from foley.system.checkpoint import load_trained
 
 
 def score(codec: Any, item: AudioItem) -> dict[str, Any]:

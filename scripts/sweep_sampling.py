@@ -12,13 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import foley.core.config  # noqa: F401  (registers the resolvers)
-from foley.cli.requests import choose_checkpoint, choose_method, choose_options, open_requested, requested_clips
+from foley.cli.sampling import chosen_system, open_requested, refuse_old_names, requested_clips, requested_settings
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_channels
 from foley.data.ordering import evenly_spaced
-from foley.generation.prompts import name_model, quote_overrides
-from foley.generation.settings import Generation
+from foley.generation.prompts import quote_overrides
+from foley.generation.result import Generation
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
 from foley.metrics.features import LabelledAudio, extract_audio, extract_files
 from foley.metrics.references import read_clips
@@ -33,15 +33,12 @@ def generate(cfg: DictConfig) -> Generation:
     """Clips of evenly spread prompts, each with the seed that it has in sample.py; after one clip to warm up."""
     if cfg.trainer is not None:
         raise ValueError("a sweep shares out its trials, not a trial's prompts: leave trainer= out, or take launcher=")
-    cfg.ckpt = choose_checkpoint(cfg)
-    clips = requested_clips(cfg)
+    cfg.system = chosen_system(cfg)
+    clips, settings = requested_clips(cfg), requested_settings(cfg)
     chosen = [clips[index] for index in evenly_spaced(len(clips), min(cfg.num_prompts, len(clips)))]
-    (method, arguments), options = choose_method(cfg), choose_options(cfg)
-    make = getattr(open_requested(cfg, method, options), method)
-    prompts, seeds = [clip.prompt for clip in chosen], [clip.seed for clip in chosen]
-    make(prompts[:1], seeds=seeds[:1], **arguments, **options)
-    result: Generation = make(prompts, seeds=seeds, **arguments, **options)
-    return result
+    generator = open_requested(cfg, settings)
+    generator.generate_clips(chosen[:1], settings)
+    return generator.generate_clips(chosen, settings)
 
 
 def score(cfg: DictConfig, made: Generation) -> float:
@@ -49,7 +46,7 @@ def score(cfg: DictConfig, made: Generation) -> float:
     protocol = instantiate(next(iter(cfg.protocol.values())))[0]
     real = read_clips(cfg.reference, audio_dir=cfg.audio_dir)
     reference = extract_files(real, protocol, read_channels, Path(cfg.features_dir))
-    clips = [LabelledAudio(*clip) for clip in zip(made.audio, [None] * len(made.prompts), strict=True)]
+    clips = [LabelledAudio(*clip) for clip in zip(made.audio, [None] * len(made.clips), strict=True)]
     try:
         evaluation = evaluate_features(extract_audio(clips, protocol, made.sample_rate_hz), reference, protocol, "none")
     except SilentAudioError:
@@ -61,7 +58,7 @@ def score(cfg: DictConfig, made: Generation) -> float:
 def main(cfg: DictConfig) -> tuple[float, float]:
     """Write `trial.json`, and hand a search its two objectives."""
     made = generate(cfg)
-    seconds, distance = made.timings.total_seconds / len(made.prompts), score(cfg, made)
+    seconds, distance = made.timings.total_seconds / len(made.clips), score(cfg, made)
     job = HydraConfig.get().job
     trial = {
         "number": 0 if OmegaConf.is_missing(job, "num") else job.num,
@@ -69,7 +66,7 @@ def main(cfg: DictConfig) -> tuple[float, float]:
         "score": cfg.score,
         cfg.score: distance,
         "seconds_per_clip": seconds,
-        "clips": len(made.prompts),
+        "clips": len(made.clips),
         "settings": made.settings,
         "provenance": provenance(),
     }
@@ -79,5 +76,5 @@ def main(cfg: DictConfig) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.argv = quote_overrides(name_model(sys.argv), ("prompt", "negative_prompt"))
+    sys.argv = quote_overrides(refuse_old_names(sys.argv), ("prompt", "negative_prompt"))
     main()

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
 import foley.core.config  # noqa: F401
-from foley.core.components import load_trained, save_component
+from foley.core.components import save_component
 from foley.core.files import write_json
 from foley.core.seeding import derive_seed
 from foley.data.dataset import AudioItem
@@ -22,6 +22,7 @@ from foley.metrics.embedded.network import EmbeddedExtractor
 from foley.metrics.embedded.train import ExtractorTraining, MelAugmentation, training_loader
 from foley.metrics.protocols import load_protocol
 from foley.nn.conv import fold_weight_norm
+from foley.system.checkpoint import load_trained
 
 Splits = dict[str, dict[str, list[AudioItem]]]
 """Clips by split and group."""

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.core.files import write_json
 from foley.generation.prompts import LabelledPrompts
-from foley.generation.settings import Generation
+from foley.generation.result import Generation
 from foley.generation.text_to_audio import TextToAudio, resolve_device
 from foley.metrics.judge import Judge
 from foley.metrics.latency import peak_memory_bytes, reset_peak_memory

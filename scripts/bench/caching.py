@@ -24,8 +24,8 @@ from foley.accel.caching.calibration import Calibration, calibration_stem
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
 from foley.accel.caching.policies import budget_schedule, schedule_error
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
-from foley.core.rates import clip_size
 from foley.core.files import write_json
+from foley.core.rates import clip_size
 from foley.diffusion.context import Accelerator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid
 from foley.diffusion.sampler import embed, generate_latents
@@ -63,7 +63,7 @@ class Workload:
 
     @classmethod
     def build(cls, cfg: DictConfig) -> "Workload":
-        system = load_system(Path(cfg.ckpt)) if cfg.ckpt else untrained_system(cfg)
+        system = load_system(cfg.system) if cfg.system else untrained_system(cfg)
         pipeline = TextToAudio(system, resolve_device(cfg.device))
         prompts = LabelledPrompts.read(Path(cfg.prompts), cfg.num_prompts)
         positive, negative = embed(pipeline.text, prompts.captions), embed(pipeline.text, [""])
@@ -179,7 +179,7 @@ def main(cfg: DictConfig) -> None:
         "prompts": len(workload.positive.mask),
         **{f"{name}_uncached": score for name, score in workload.score(uncached, judge).items()},
         "denoiser_width": workload.pipeline.system.configs["denoiser"]["width"],
-        "trained_weights": cfg.ckpt is not None,
+        "trained_weights": cfg.system is not None,
         "model_hash": workload.pipeline.model_hash,
         "device": str(workload.pipeline.device),
     }

@@ -20,8 +20,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import foley.core.config  # noqa: F401  (registers the resolvers)
-from foley.core.rates import clip_size
 from foley.core.files import write_json
+from foley.core.rates import clip_size
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.core.files import write_json
-from foley.generation.text_to_audio import Generation, TextToAudio, resolve_device
+from foley.generation.result import Generation
+from foley.generation.text_to_audio import TextToAudio, resolve_device
 from foley.reporting.tables import provenance
 from foley.system.system import load_system, untrained_system
 

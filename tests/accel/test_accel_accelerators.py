@@ -66,7 +66,7 @@ def test_fora_follows_the_evaluations_of_heun(denoiser: Any, generate: Any) -> N
 
 
 def test_a_missing_calibration_names_the_command(denoiser: Any, generate: Any, calibration_dir: Path) -> None:
-    command = r"scripts/calibrate.py ckpt=CHECKPOINT solver=euler prompts=FILE steps=6 guidance_scale=3 output_dir="
+    command = r"scripts/calibrate.py system=SYSTEM solver=euler prompts=FILE steps=6 guidance_scale=3 output_dir="
     with pytest.raises(FileNotFoundError, match=command):
         _accelerated(AudioCache(calibration_dir), denoiser, generate, solver="euler")
 

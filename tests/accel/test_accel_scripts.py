@@ -14,7 +14,6 @@ from hydra.utils import instantiate
 from foley.accel.caching.policies import AudioCache, require_calibrations
 from foley.accel.combined import NoAcceleration
 from foley.core.config import PROJECT_ROOT
-from foley.generation.prompts import name_model
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import build_system, save_system
 
@@ -60,12 +59,12 @@ def system_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.add_(0.1 * torch.randn_like(parameter))
     save_system(system, directory)
     (directory / "prompts.txt").write_text("rain\na dog barks\na bell\n")
-    _run_script("script/calibrate", f"ckpt={directory}", f"prompts={directory}/prompts.txt", "num_prompts=2", *QUICK)
+    _run_script("script/calibrate", f"system={directory}", f"prompts={directory}/prompts.txt", "num_prompts=2", *QUICK)
     return directory
 
 
 def _accelerator(name: str, system_dir: Path, *overrides: str) -> Any:
-    return instantiate(_config("sample", f"ckpt={system_dir}", f"accel={name}", *overrides).accel)
+    return instantiate(_config("sample", f"system={system_dir}", f"accel={name}", *overrides).accel)
 
 
 def test_calibration_lands_where_the_accelerators_look(system_dir: Path) -> None:
@@ -121,16 +120,16 @@ def test_threshold_zero_is_bitwise_equal_through_the_pipeline(system_dir: Path) 
 
 def test_the_missing_calibration_of_a_system_is_a_command_to_copy(system_dir: Path) -> None:
     pipeline = TextToAudio.load(system_dir)
-    with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={system_dir} solver=ddim prompts=FILE steps=3 "):
+    with pytest.raises(FileNotFoundError, match=f"calibrate.py system={system_dir} solver=ddim prompts=FILE steps=3 "):
         pipeline.generate(["rain"], 0.5, num_steps=3, accelerator=_accelerator("audiocache", system_dir))
 
 
 @pytest.mark.parametrize(
     ("named", "options"),
     [
-        (["ckpt=some dir/system"], ["ckpt=some dir/system"]),
-        (["published=ezaudio_xl"], ["published=ezaudio_xl"]),
-        (["published=ezaudio_l", "hub_dir=/hub"], ["published=ezaudio_l", "hub_dir=/hub"]),
+        (["system=some dir/system"], ["system=some dir/system"]),
+        (["system=ezaudio_xl"], ["system=ezaudio_xl"]),
+        (["system=ezaudio_l", "hub_dir=/hub"], ["system=ezaudio_l", "hub_dir=/hub"]),
     ],
 )
 def test_the_command_for_a_missing_calibration_names_the_model_and_the_place(
@@ -141,7 +140,7 @@ def test_the_command_for_a_missing_calibration_names_the_model_and_the_place(
         require_calibrations(accelerator, "ddim", 25, 3.0)
     script, command = str(error.value).rpartition("python scripts/calibrate.py ")[1:]
     assert script
-    overrides = name_model(shlex.split(command))
+    overrides = shlex.split(command)
     assert set(options) <= set(overrides)
     calibrate = _config("script/calibrate", *overrides)
     assert (calibrate.solver.name, calibrate.steps, calibrate.guidance_scale) == ("ddim", 25, 3)
@@ -164,7 +163,7 @@ def test_the_calibration_directory_can_be_given(system_dir: Path, tmp_path: Path
 def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"caption": "rain falls", "label": "rain"}\n{"caption": "wind blows", "label": "wind"}\n')
-    arguments = (f"ckpt={system_dir}", f"prompts={prompts}", "sweeps.audiocache.values=[0.0,9.0]", "repeats=1")
+    arguments = (f"system={system_dir}", f"prompts={prompts}", "sweeps.audiocache.values=[0.0,9.0]", "repeats=1")
     narrow = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "sweeps.budget.values=[1.2]")
     _run_script("bench/caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
     rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
@@ -188,7 +187,7 @@ def test_the_benchmark_spends_the_budget_in_two_ways() -> None:
 
 
 def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path) -> None:
-    arguments = (f"ckpt={system_dir}", f"prompts={system_dir}/prompts.txt", "reuses=[hold]", "repeats=1")
+    arguments = (f"system={system_dir}", f"prompts={system_dir}/prompts.txt", "reuses=[hold]", "repeats=1")
     narrow = (
         "policies=[audiocache,smoothcache,fora]",
         "sweeps.audiocache.values=[9.0]",

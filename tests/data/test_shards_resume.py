@@ -15,7 +15,7 @@ import shard_parts
 from shard_parts import TRAIN, VAL, build_data, digest
 from torch import distributed, multiprocessing, set_num_threads
 
-from foley.core.components import read_training_checkpoint
+from foley.system.checkpoint import read_training_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, on more processes than cores
 SCRIPT = Path(shard_parts.__file__)

@@ -9,7 +9,7 @@ from small_system import CONFIGS
 from foley.core.config import PROJECT_ROOT
 from foley.data.procedural import CLASS_NAMES, captions_for
 from foley.generation.novelty import KnownCaptions, content_stems, representative, stem
-from foley.generation.prompts import read_prompts
+from foley.generation.prompts import Clip, read_prompts
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import build_system, load_system, save_system
 
@@ -92,11 +92,13 @@ def test_a_system_carries_its_captions_warns_once_and_notes_it_in_the_json(tmp_p
     pipeline = TextToAudio.load(tmp_path / "system")
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            result = pipeline.generate(["a cat meows", "rain falls", "a cat meows"], 0.2, num_steps=1)
+            prompts = ["a cat meows", "rain falls", "a cat meows"]
+            clips = [Clip(prompt, seed, {"label": "x"}) for seed, prompt in enumerate(prompts)]
+            result = pipeline.generate(clips, 0.2, num_steps=1)
     (record,) = caplog.records
     assert "'a cat meows' lies outside" in record.getMessage()
     assert "'a dog barks'" in record.getMessage()
-    result.write(tmp_path / "clips", notes=[{"label": "x"}] * 3)
+    result.write(tmp_path / "clips")
     sidecars = [json.loads(file.read_text()) for file in sorted((tmp_path / "clips").glob("*.json"))]
     assert [sidecar.get("outside_training", {}).get("familiar_share") for sidecar in sidecars] == [0.0, None, 0.0]
     assert {sidecar["label"] for sidecar in sidecars} == {"x"}

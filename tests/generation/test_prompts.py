@@ -2,7 +2,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from foley.generation.prompts import ClipRequest, quote_overrides, read_prompts, request_clips
+from foley.generation.prompts import Clip, quote_overrides, read_prompts, request_clips
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_missing_files_are_refused(tmp_path):
 
 
 def test_clips_are_prompts_times_seeds():
-    assert request_clips("dog", None, 3, 2) == [ClipRequest("dog", 3), ClipRequest("dog", 4)]
-    assert request_clips("", None, 0, 1) == [ClipRequest("", 0)]
+    assert request_clips("dog", None, 3, 2) == [Clip("dog", 3), Clip("dog", 4)]
+    assert request_clips("", None, 0, 1) == [Clip("", 0)]
     for bad in [(None, None, 0, 1), ("dog", "file", 0, 1), ("dog", None, 0, 0)]:
         with pytest.raises(ValueError, match=r"prompt=|num must"):
             request_clips(*bad)
@@ -75,6 +75,6 @@ def test_a_files_labels_and_ids_travel_with_its_prompts(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"caption": "a bell", "label": "bell", "id": "b1"}\n{"caption": "rain"}\n')
     once, twice = request_clips(None, str(file), 5, 1), request_clips(None, str(file), 5, 2)
-    assert once == [ClipRequest("a bell", 5, {"label": "bell", "id": "b1"}), ClipRequest("rain", 6)]
+    assert once == [Clip("a bell", 5, {"label": "bell", "id": "b1"}), Clip("rain", 6)]
     assert [clip.notes for clip in twice[:2]] == [{"label": "bell"}] * 2
     assert len({clip.seed for clip in twice}) == 4

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from small_system import CONFIGS
 
-from foley.cli.requests import choose_method
+from foley.cli.sampling import chosen_source
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.system.system import build_system, save_system
@@ -36,7 +36,7 @@ def test_a_prompt_becomes_a_folder_to_listen_to(system_dir, tmp_path):
     out = tmp_path / "out"
     done = run_sample(
         f"prompt={HOSTILE}", "num=2", "seed=7", "steps=3", "duration_seconds=0.3", "guidance_scale=4",
-        "solver=dpmpp_2m", f"ckpt={system_dir}", f"output_dir={out}", "device=cpu",
+        "solver=dpmpp_2m", f"system={system_dir}", f"output_dir={out}", "device=cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert str(out / "index.html") in done.stdout + done.stderr
@@ -62,7 +62,7 @@ def recording(tmp_path_factory):
 def test_an_edited_file_keeps_every_sample_outside_the_mask(system_dir, recording, tmp_path):
     done = run_sample(
         f"edit={recording}", "mask_start_seconds=0.4", "mask_length_seconds=1", "boundary_seconds=0.2", "prompt=rain",
-        "num=2", "steps=3", f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu",
+        "num=2", "steps=3", f"system={system_dir}", f"output_dir={tmp_path}", "device=cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     clips = [soundfile.read(wave, dtype="int16")[0] for wave in sorted(tmp_path.glob("*.wav"))]
@@ -77,7 +77,7 @@ def test_an_edited_file_keeps_every_sample_outside_the_mask(system_dir, recordin
 def test_a_variation_has_the_length_of_its_file(system_dir, recording, tmp_path):
     done = run_sample(
         f"init={recording}", "strength=0.34", "prompt=rain", "negative_prompt=a dog, barking", "steps=3",
-        "solver=heun", f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu",
+        "solver=heun", f"system={system_dir}", f"output_dir={tmp_path}", "device=cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert soundfile.info(next(tmp_path.glob("*.wav"))).frames == 2000
@@ -93,7 +93,7 @@ def test_a_variation_has_the_length_of_its_file(system_dir, recording, tmp_path)
     ],
 )
 def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overrides, message):
-    done = run_sample(*overrides, f"ckpt={system_dir}", f"output_dir={tmp_path}", "device=cpu")
+    done = run_sample(*overrides, f"system={system_dir}", f"output_dir={tmp_path}", "device=cpu")
     assert done.returncode != 0
     assert message in done.stderr
     assert not list(tmp_path.glob("*.wav"))
@@ -110,7 +110,7 @@ def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overr
 def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(options, message):
     defaults = OmegaConf.load(PROJECT_ROOT / "configs" / "sample.yaml")
     with pytest.raises(ValueError, match=message):
-        choose_method(OmegaConf.merge(defaults, options))
+        chosen_source(OmegaConf.merge(defaults, options))
 
 
 def sample_here(*overrides: str) -> None:
@@ -129,7 +129,9 @@ def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_di
     }
     settings = {}
     for name, overrides in ways.items():
-        sample_here(f"ckpt={system_dir}", "steps=2", "duration_seconds=1", f"output_dir={tmp_path / name}", *overrides)
+        sample_here(
+            f"system={system_dir}", "steps=2", "duration_seconds=1", f"output_dir={tmp_path / name}", *overrides
+        )
         (sidecar,) = (tmp_path / name).glob("*.json")
         settings[name] = json.loads(sidecar.read_text(encoding="utf-8"))["settings"]
         assert soundfile.info(sidecar.with_suffix(".wav")).frames == 2000
@@ -151,15 +153,15 @@ def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_di
         (["window_seconds=5"], ValueError, "window_seconds: a published pipeline"),
         (["guidance_rescale=0.5"], ValueError, "no rescale"),
         (["solver=heun"], ValueError, "solver=heun: a published pipeline keeps its own"),
-        (["accel=smoothcache"], FileNotFoundError, "calibrate.py model=audioldm2 hub_dir="),
-        (["published.family=musicgen"], ValueError, "got 'musicgen'"),
+        (["accel=smoothcache"], FileNotFoundError, "calibrate.py system=audioldm2 hub_dir="),
+        (["+system_overrides.published.family=musicgen"], ValueError, "got 'musicgen'"),
         ([], CheckpointError, "must hold model_index.json"),  # what is loaded first
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused_before_anything_is_loaded(tmp_path, overrides, error, message):
     places = [f"hub_dir={tmp_path}", f"cache_dir={tmp_path}", f"output_dir={tmp_path / 'out'}"]
     with pytest.raises(Exception, match=message) as caught:
-        sample_here("published=audioldm2", *places, *overrides)
+        sample_here("system=audioldm2", *places, *overrides)
     assert isinstance(caught.value, error) or isinstance(caught.value.__cause__, error)
 
 
@@ -168,12 +170,12 @@ def test_what_a_pipeline_cannot_do_is_refused_before_anything_is_loaded(tmp_path
 )
 def test_numbers_that_are_none_are_refused_by_name(tmp_path, override):
     with pytest.raises(ValueError, match=f"{override}: give a (whole )?number"):
-        sample_here("prompt=rain", f"ckpt={tmp_path}", f"output_dir={tmp_path}", override)
+        sample_here("prompt=rain", f"system={tmp_path}", f"output_dir={tmp_path}", override)
 
 
 def test_a_missing_calibration_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"calibrate.py ckpt={tmp_path}/none solver=ddim"):
-        sample_here(f"ckpt={tmp_path}/none", "solver=ddim", "accel=audiocache", f"output_dir={tmp_path / 'out'}")
+    with pytest.raises(FileNotFoundError, match=f"calibrate.py system={tmp_path}/none solver=ddim"):
+        sample_here(f"system={tmp_path}/none", "solver=ddim", "accel=audiocache", f"output_dir={tmp_path / 'out'}")
 
 
 def test_help_lists_the_options():

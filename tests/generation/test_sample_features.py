@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from small_system import CONFIGS
 from test_sample_cli import run_sample
 
-from foley.cli.requests import open_requested, requested_clips
+from foley.cli.sampling import open_requested, requested_clips
 from foley.core.config import PROJECT_ROOT
+from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import FeatureError
 from foley.system.system import build_system, save_system
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_of_features_becomes_a_folder_of_clips(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["steps=2", "duration_seconds=0.3", "num=2", f"output_dir={out}", "device=cpu"]
-    done = run_sample(f"features={folder}", f"ckpt={folder / 'video'}", *options)
+    done = run_sample(f"features={folder}", f"system={folder / 'video'}", *options)
     assert done.returncode == 0, done.stderr
     prompts = [json.loads(file.read_text(encoding="utf-8"))["prompt"] for file in sorted(out.glob("*.json"))]
     assert [Path(prompt).stem for prompt in prompts] == ["a", "a", "b", "b"]
@@ -41,9 +42,9 @@ def test_a_folder_of_features_becomes_a_folder_of_clips(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["features={0}/a.safetensors", "prompt=rain", "ckpt={0}/video"], "give one of the three"),
-        (["features={0}/none.safetensors", "ckpt={0}/video"], "is neither a .safetensors file nor a folder"),
-        (["features={0}/a.safetensors", "ckpt={0}/text"], "takes captions, not features"),
+        (["features={0}/a.safetensors", "prompt=rain", "system={0}/video"], "give one of the three"),
+        (["features={0}/none.safetensors", "system={0}/video"], "is neither a .safetensors file nor a folder"),
+        (["features={0}/a.safetensors", "system={0}/text"], "takes captions, not features"),
     ],
 )
 def test_what_cannot_be_is_refused(folder: Path, arguments: list[str], message: str) -> None:
@@ -51,7 +52,7 @@ def test_what_cannot_be_is_refused(folder: Path, arguments: list[str], message: 
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
         cfg = compose("sample", overrides)
     with pytest.raises(ValueError, match=message):
-        _ = requested_clips(cfg), open_requested(cfg, "generate", {})
+        _ = requested_clips(cfg), open_requested(cfg, GenerationSettings())
 
 
 def test_a_caption_is_no_features(folder: Path) -> None:

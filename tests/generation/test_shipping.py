@@ -76,7 +76,7 @@ def test_a_system_without_student_says_so(folder):
 
 def test_sample_takes_the_student(folder, tmp_path):
     done = run_sample(
-        "prompt=rain", "duration_seconds=0.2", f"ckpt={folder}", "student=true", f"output_dir={tmp_path}/x"
+        "prompt=rain", "duration_seconds=0.2", f"system={folder}", "student=true", f"output_dir={tmp_path}/x"
     )
     assert done.returncode == 0, done.stderr
     settings = json.loads(next((tmp_path / "x").glob("*.json")).read_text(encoding="utf-8"))["settings"]

@@ -8,12 +8,12 @@ from small_system import CONFIGS, training_checkpoint
 from test_sample_cli import run_sample
 
 from foley.accel.caching.policies import Fora
-from foley.core.components import read_training_checkpoint
 from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import CONSISTENCY
 from foley.generation.editing import EditMask
 from foley.generation.text_to_audio import TextToAudio
+from foley.system.checkpoint import read_training_checkpoint
 from foley.system.system import build_system, load_system, save_system
 
 STUDENT_CONFIGS = {
@@ -130,14 +130,14 @@ def test_a_training_checkpoint_is_known_as_a_student_by_its_components(system, s
 
 
 def test_sample_picks_consistency_sampling_by_itself(student_dir, tmp_path):
-    done = run_sample("prompt=rain", "duration_seconds=0.3", f"ckpt={student_dir}", f"output_dir={tmp_path}")
+    done = run_sample("prompt=rain", "duration_seconds=0.3", f"system={student_dir}", f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     settings = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))["settings"]
     assert (settings["solver"], settings["num_steps"], settings["guidance_scale"]) == (CONSISTENCY, 2, 5.0)
 
 
 def test_sample_refuses_a_scale_unless_told(student_dir, tmp_path):
-    arguments = ["prompt=rain", "duration_seconds=0.3", "guidance_scale=3", "steps=1", f"ckpt={student_dir}"]
+    arguments = ["prompt=rain", "duration_seconds=0.3", "guidance_scale=3", "steps=1", f"system={student_dir}"]
     refused = run_sample(*arguments, f"output_dir={tmp_path}")
     assert refused.returncode != 0
     assert "any_guidance_scale=true" in refused.stderr

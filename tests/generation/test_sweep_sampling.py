@@ -22,7 +22,7 @@ def sweep(folder, *overrides: str) -> subprocess.CompletedProcess:
         noise = 0.1 * np.random.default_rng(seed).standard_normal(4000)
         soundfile.write(folder / f"real/{seed}.wav", noise, 2000)
     (folder / "prompts.txt").write_text("rain\na dog barks\nwind\n")
-    places = [f"ckpt={folder}/system", f"prompts={folder}/prompts.txt", f"reference={folder}/real"]
+    places = [f"system={folder}/system", f"prompts={folder}/prompts.txt", f"reference={folder}/real"]
     sizes = ["duration_seconds=0.5", "num_prompts=2", "device=cpu", f"features_dir={folder}/features"]
     command = [sys.executable, str(PROJECT_ROOT / "scripts/sweep_sampling.py"), "-m", *places, *sizes, *overrides]
     return subprocess.run(

@@ -10,13 +10,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from foley.core.components import load_component, load_trained, read_config
+from foley.core.components import load_component, read_config
 from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.data.encoding import encode_latents
 from foley.data.latents import LatentCacheIndex
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.codec.mel_codec import MelCodec
+from foley.system.checkpoint import load_trained
 from foley.system.system import load_system, save_system, untrained_system
 from foley.training.run import train
 

@@ -9,12 +9,12 @@ import pytorch_lightning as pl
 import soundfile
 import torch
 
-from foley.core.components import FOLEY_KEY
 from foley.data.datamodule import AudioDataModule
 from foley.data.dataset import Augmentation
 from foley.data.manifest import ManifestEntry
 from foley.data.shards_writer import write_shards
 from foley.data.splits import shard_splits
+from foley.system.checkpoint import FOLEY_KEY
 from foley.training.callbacks.checkpointing import AtomicCheckpointIO, PeriodicCheckpoint
 
 RATE = 8000

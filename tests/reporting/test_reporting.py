@@ -7,8 +7,10 @@ import torch
 
 from foley.core.files import sample_stem, slug
 from foley.data.audio import PEAK_CEILING, write_wav
+from foley.generation.prompts import Clip
+from foley.generation.result import Generation, Timings
 from foley.reporting.plots import draw_sheet, log_mel
-from foley.reporting.samples import Card, Sample, write_samples
+from foley.reporting.samples import Card
 
 RATE = 24000
 HOSTILE = [
@@ -84,8 +86,10 @@ class Page(HTMLParser):
 
 
 def test_a_folder_of_samples_is_complete(tmp_path):
-    samples = [Sample(prompt, seed, tone(0.3 * seed, 0.1)) for seed, prompt in enumerate(HOSTILE)]
-    page_file, _ = write_samples(tmp_path, samples, RATE, {"num_steps": 50}, {"denoise_seconds": 1.0})
+    clips = [Clip(prompt, seed) for seed, prompt in enumerate(HOSTILE)]
+    audio = torch.stack([tone(0.3 * clip.seed, 0.1) for clip in clips])[:, None]
+    made = Generation(clips, audio, RATE, {"num_steps": 50}, Timings(denoise_seconds=1.0))
+    page_file, _ = made.write(tmp_path)
     page = Page()
     page.feed(page_file.read_text(encoding="utf-8"))
     assert "script" not in page.tags

@@ -10,11 +10,11 @@ from hydra import compose, initialize_config_dir
 from small_system import CONFIGS, training_checkpoint
 from test_student import STUDENT_CONFIGS
 
-from foley.core.components import read_training_checkpoint
 from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.features import LabelledAudio, extract_audio
+from foley.system.checkpoint import read_training_checkpoint
 from foley.system.system import build_system, save_system
 
 

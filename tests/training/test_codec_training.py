@@ -8,11 +8,11 @@ import pytorch_lightning as pl
 import torch
 from training_parts import changed, fit_on_noise
 
-from foley.core.components import load_trained
 from foley.losses.adversarial import HingeLoss
 from foley.losses.spectral import MultiResolutionSTFTLoss
 from foley.models.codec.discriminators import MultiScaleSTFTDiscriminator
 from foley.models.codec.waveform_vae import WaveformVAE
+from foley.system.checkpoint import load_trained
 from foley.training.callbacks.listening import Reconstructions
 from foley.training.callbacks.non_finite import NonFiniteGuard
 from foley.training.codecs import CodecTraining

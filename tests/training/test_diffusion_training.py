@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from training_parts import CHANNELS, FRAMES, LatentSamples, TinyText, build_module, build_trainer, collate, run
 
-from foley.core.components import CheckpointError, read_training_checkpoint
+from foley.core.components import CheckpointError
 from foley.data.dataset import SampleKey
 from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
+from foley.system.checkpoint import read_training_checkpoint
 from foley.training.diffusion import DiffusionTraining
 from foley.training.warm_start import warm_start
 

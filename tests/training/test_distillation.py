@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from training_parts import CHANNELS, FRAMES, TinyData, TinyText, build_trainer
 
-from foley.core.components import CheckpointError, build_component, read_training_checkpoint
+from foley.core.components import CheckpointError, build_component
 from foley.core.seeding import torch_generator
 from foley.data.latents import StaleCacheError
 from foley.diffusion.consistency import Consistency, ddim_jump
@@ -18,6 +18,7 @@ from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import embed
 from foley.losses.regression import pseudo_huber
 from foley.models.codec.normaliser import LatentNormaliser
+from foley.system.checkpoint import read_training_checkpoint
 from foley.system.system import System
 from foley.training.callbacks import listening
 from foley.training.callbacks.listening import AudioSamples

@@ -8,10 +8,11 @@ import torch
 from test_distillation import distillation, run, tiny_teacher
 from training_parts import CHANNELS, FRAMES
 
-from foley.core.components import build_component, read_training_checkpoint
+from foley.core.components import build_component
 from foley.core.seeding import torch_generator
 from foley.diffusion.sampler import embed
 from foley.models.lora import AdaptedDenoiser
+from foley.system.checkpoint import read_training_checkpoint
 
 adapters = partial(AdaptedDenoiser, rank=2)
 LoraModule = partial(distillation, lora=adapters)

@@ -14,7 +14,8 @@ import torch
 import training_parts
 from training_parts import TinyData, build_module, run
 
-from foley.core.components import CheckpointError, read_training_checkpoint
+from foley.core.components import CheckpointError
+from foley.system.checkpoint import read_training_checkpoint
 from foley.training.callbacks.non_finite import NonFiniteLossError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty

@@ -8,10 +8,11 @@ import pytest
 import torch
 from training_parts import changed, fit_on_noise
 
-from foley.core.components import build_component, load_trained
+from foley.core.components import build_component
 from foley.losses.adversarial import LeastSquaresLoss
 from foley.losses.spectral import BandedLogLoss, LogMelLoss
 from foley.models.codec.discriminators import PatchDiscriminator, PeriodResolutionDiscriminator
+from foley.system.checkpoint import load_trained
 from foley.training.adversarial import AdversarialTraining
 from foley.training.callbacks.listening import Reconstructions
 from foley.training.codecs import MelVAETraining, SpectralVAETraining, VocoderTraining

@@ -11,17 +11,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from foley.core.components import (
-    CheckpointError,
-    build_component,
-    load_trained,
-    read_training_checkpoint,
-    save_component,
-)
+from foley.core.components import CheckpointError, build_component, save_component
 from foley.core.config import PROJECT_ROOT
 from foley.core.seeding import torch_generator
 from foley.data.encoding import latent_cache_writer
 from foley.data.latents import StaleCacheError
+from foley.system.checkpoint import load_trained, read_training_checkpoint
 from foley.system.system import load_system
 from foley.training.distillation import Teacher
 from foley.training.run import find_checkpoint, optimized_metric, train

@@ -8,10 +8,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from test_train_cli import QUICK, cache, config, small  # noqa: F401  (the fixture of cached latents)
 
-from foley.core.components import build_component, read_training_checkpoint
+from foley.core.components import build_component
 from foley.data.latents import LatentCacheIndex
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.dit.llama import LlamaTransformer
+from foley.system.checkpoint import read_training_checkpoint
 from foley.system.system import System, load_system
 from foley.training.run import train
 

@@ -1,13 +1,70 @@
-"""Paths of the project, and the OmegaConf resolvers that the configs use."""
+"""Paths of the project, what the configs say of published systems, and the OmegaConf resolvers that configs use."""
 
 import hashlib
+import os
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
+CONFIG_DIR = PROJECT_ROOT / "configs"
+
+
+def shipped(name: str) -> Path:
+    """What ships with this package: "demo" is a system, "extractor" what judges it, "prompts", "tokenizer"."""
+    return PROJECT_ROOT / "data" / name
+
+
+def default_cache_dir() -> str:
+    """Where converted weights and downloads are kept: the variable FOLEY_CACHE, or else `~/.cache/foley`."""
+    return os.environ.get("FOLEY_CACHE", "~/.cache/foley")
+
+
+def published_name(system: str | Path | None) -> str | None:
+    """`system` where it names a published one, `configs/published/<name>.yaml`; None for a path, which has a slash or
+    a suffix: `./ezaudio_xl` is a folder."""
+    named = (
+        isinstance(system, str) and system.isidentifier() and (CONFIG_DIR / "published" / f"{system}.yaml").is_file()
+    )
+    return str(system) if named else None
+
+
+def published_config(name: str, overrides: Mapping[str, Any] | None = None) -> DictConfig:
+    """What `configs/published/<name>.yaml` says: `published` builds the loader, `sampling` has the defaults.
+
+    Args:
+        overrides: merged into it, such as `{"published": {"dtype": "float16"}}`.
+    """
+    merged = OmegaConf.merge(_compose_published(name), overrides or {})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+@lru_cache
+def _compose_published(name: str) -> DictConfig:
+    # Hydra composes one application at a time: the one that this may be inside of is set aside.
+    instance = GlobalHydra.instance()
+    around = instance.hydra
+    instance.clear()
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return compose(f"published/{name}")
+    finally:
+        instance.hydra = around
+
+
+def published_default(key: str, otherwise: Any, _root_: DictConfig) -> Any:
+    """What the published system that the option `system` names says of sampling; else `otherwise`."""
+    name = published_name(OmegaConf.select(_root_, "system"))
+    if name is None:
+        return otherwise
+    return published_config(name, _root_.get("system_overrides")).sampling.get(key, otherwise)
 
 
 def relative_to_checkout(value: Any) -> Any:
@@ -41,6 +98,9 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
     OmegaConf.register_new_resolver("fused_optimizer", fused_optimizer, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
+    OmegaConf.register_new_resolver("shipped", lambda name: str(shipped(name)), replace=True)
+    OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
+    OmegaConf.register_new_resolver("published", published_default, replace=True)
 
 
 register_resolvers()

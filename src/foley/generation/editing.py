@@ -56,6 +56,11 @@ class EditMask:
 
     A mask may begin anywhere in the recording or at its very end, and may run past the end: the audio is lengthened.
     Raises ValueError for values that no recording could have.
+
+    >>> mask = EditMask(mask_start_seconds=1.0, mask_length_seconds=0.5, boundary_seconds=0.25)
+    >>> window = mask.window(Recording(torch.zeros(4000), 2000, "two_seconds.wav", "its SHA-256"))
+    >>> window.start, window.mask_start, window.mask_end, window.end  # in samples
+    (1500, 2000, 3000, 3500)
     """
 
     mask_start_seconds: float
@@ -85,6 +90,37 @@ class EditMask:
         total = max(kept, end)
         fade = round(CROSS_FADE_SECONDS * rate)
         return EditWindow(max(0, start - boundary), start, end, min(total, end + boundary), total, fade)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What to start from: the recording in `file`, of which the masked part is generated anew."""
+
+    file: str | Path
+    mask: EditMask
+
+
+@dataclass(frozen=True)
+class Variation:
+    """What to start from: the recording in `file`, noised and denoised again (SDEdit, Meng et al. 2022).
+
+    `strength` is the share of solver steps to take, to the nearest step. 1 takes them all, from pure noise, and is
+    plain generation; 0 takes none and gives the recording back through the codec. ValueError outside.
+    """
+
+    file: str | Path
+    strength: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ValueError(
+                "strength must lie between 0 (the recording through the codec) and 1 (plain generation), "
+                f"got {self.strength}"
+            )
+
+    def first_step(self, num_steps: int) -> int:
+        """The first of so many solver steps that is taken."""
+        return round((1 - self.strength) * num_steps)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
-"""Published pipelines of diffusers, from the hub to audio, with the accelerators of this package."""
+"""Published pipelines of diffusers, from the hub to audio, with the accelerators of this package.
+
+Also `open_generator`, which opens whatever generates audio by the name of its system.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,29 +13,37 @@ from torch import Tensor
 
 from foley.accel.diffusers.pipelines import accelerated
 from foley.accel.meter import CostMeter
+from foley.core.config import published_name
 from foley.core.hashing import hash_module
-from foley.generation.settings import Generation, GenerationRequest, GenerationSettings, Timings
+from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.generation.prompts import Clip, as_clips
+from foley.generation.result import Generation, Timings
+from foley.generation.settings import GenerationSettings
+from foley.generation.text_to_audio import TextToAudio
 from foley.system.published.audio_pipelines import AudioPipeline
+from foley.system.system import System, load_published, load_system
 
 PUBLISHED_SOLVER = "published"
 """The `solver` of a pipeline, which keeps the scheduler it was published with."""
+_DEFAULT_STEPS = 50
 
 
-def pipeline_settings(options: Mapping[str, Any]) -> GenerationSettings:
-    """Of fields of `GenerationSettings`; raises ValueError for what no published pipeline can do."""
-    settings = GenerationSettings(**{"solver": PUBLISHED_SOLVER, **options})
-    if settings.solver != PUBLISHED_SOLVER:
+def check_pipeline_settings(settings: GenerationSettings) -> None:
+    """Raises ValueError for what no published pipeline can do."""
+    guidance = settings.guidance or ClassifierFreeGuidance()
+    if settings.source is not None:
+        raise ValueError("edit and init need a system of ours: the pipelines of diffusers only generate")
+    if settings.solver not in (None, PUBLISHED_SOLVER):
         raise ValueError(f"solver={settings.solver}: a published pipeline keeps its own; leave it out")
     if settings.window_seconds is not None:
         raise ValueError("window_seconds: a published pipeline generates a clip as a whole; leave it out")
-    if settings.num_steps < 1:
+    if settings.num_steps is not None and settings.num_steps < 1:
         raise ValueError(f"steps must be a whole number >= 1, got {settings.num_steps}")
-    if settings.guidance.rescale or settings.guidance.scale < 1:
+    if guidance.rescale or guidance.scale < 1:
         raise ValueError(
             "a published pipeline takes a guidance scale of at least 1 and no rescale, "
-            f"got {settings.guidance.scale} and {settings.guidance.rescale}"
+            f"got {guidance.scale} and {guidance.rescale}"
         )
-    return settings
 
 
 class PipelineToAudio:
@@ -56,7 +68,7 @@ class PipelineToAudio:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Clip],
         duration_seconds: float = 10.0,
         seeds: Sequence[int] | None = None,
         **options: Any,
@@ -71,45 +83,71 @@ class PipelineToAudio:
             ValueError: for a request that cannot be met; nothing has been computed then.
             RuntimeError: where the result is not finite.
         """
-        request = GenerationRequest.of(prompts, seeds, pipeline_settings(options))
-        if not 0 < duration_seconds <= self.max_duration_seconds:
+        settings = GenerationSettings(duration_seconds=duration_seconds, **options)
+        return self.generate_clips(as_clips(prompts, seeds), settings)
+
+    def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
+        """Every clip in the same way; raises as `generate` does."""
+        check_pipeline_settings(settings)
+        if not 0 < settings.duration_seconds <= self.max_duration_seconds:
             raise ValueError(
-                f"duration_seconds must be above 0 and at most {self.max_duration_seconds:g}, got {duration_seconds}"
+                f"duration_seconds must be above 0 and at most {self.max_duration_seconds:g}, "
+                f"got {settings.duration_seconds}"
             )
-        num_samples = max(1, round(duration_seconds * self.sample_rate_hz))
+        num_samples = max(1, round(settings.duration_seconds * self.sample_rate_hz))
+        guidance = settings.guidance or ClassifierFreeGuidance()
+        num_steps = settings.num_steps or _DEFAULT_STEPS
+        meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         timings, rows = Timings(), []
-        accelerator = request.settings.accelerator
-        meter = None if accelerator is None else CostMeter(accelerator)
-        for start in range(0, len(request.prompts), request.settings.batch_size):
-            items = slice(start, start + request.settings.batch_size)
+        for first in range(0, len(clips), settings.batch_size):
             with timings.measured("denoise_seconds", self.device):
-                latents = self._latents(request, items, duration_seconds, meter)
+                batch = clips[first : first + settings.batch_size]
+                latents = self._latents(batch, settings, guidance.scale, num_steps, meter)
             with timings.measured("decode_seconds", self.device), torch.no_grad():
-                rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])
+                rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])  # [B, channels, T]
         description = {
-            "duration_seconds": duration_seconds,
-            **request.settings.describe(),
+            "duration_seconds": settings.duration_seconds,
+            **settings.describe(guidance, type(self.audio.pipeline.scheduler).__name__, num_steps),
             **({} if meter is None else meter.describe()),
-            "solver": type(self.audio.pipeline.scheduler).__name__,
             "sample_rate_hz": self.sample_rate_hz,
             "model_hash": self.model_hash,
+            **settings.facts,
         }
-        audio = torch.cat(rows)
-        request.settings.check_finite(audio)
-        return Generation(audio, self.sample_rate_hz, request.prompts, request.seeds, description, timings)
+        return Generation(clips, torch.cat(rows), self.sample_rate_hz, description, timings)
 
     def _latents(
-        self, request: GenerationRequest, items: slice, duration_seconds: float, meter: CostMeter | None
+        self, clips: Sequence[Clip], settings: GenerationSettings, scale: float, num_steps: int, meter: CostMeter | None
     ) -> Tensor:
-        settings, pipeline = request.settings, self.audio.pipeline
-        scale = settings.guidance.scale
+        pipeline = self.audio.pipeline
         pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
         with nullcontext() if meter is None else accelerated(self.audio.denoiser, pipeline.scheduler, scale, meter):
             return self.audio.latents(
-                request.prompts[items],
+                [clip.prompt for clip in clips],
                 settings.negative_prompt or None,
-                duration_seconds,
-                num_inference_steps=settings.num_steps,
+                settings.duration_seconds,
+                num_inference_steps=num_steps,
                 guidance_scale=scale,
-                generator=[torch.Generator().manual_seed(seed) for seed in request.seeds[items]],
+                generator=[torch.Generator().manual_seed(clip.seed) for clip in clips],
             )
+
+
+def open_generator(
+    system: str | Path,
+    device: str | torch.device = "cpu",
+    max_duration_seconds: float = 60.0,
+    hub_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> TextToAudio | PipelineToAudio:
+    """Whatever `system` names, ready to generate: a published system or pipeline, a system's folder, or a checkpoint.
+
+    Args:
+        hub_dir, cache_dir, overrides: of a published one, as for `load_published`.
+
+    Raises CheckpointError where something cannot be had.
+    """
+    name = published_name(system)
+    loaded = load_system(system) if name is None else load_published(name, hub_dir, cache_dir, overrides)
+    if isinstance(loaded, System):
+        return TextToAudio(loaded, device, max_duration_seconds)
+    return PipelineToAudio(loaded, device, max_duration_seconds)

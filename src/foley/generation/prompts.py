@@ -1,4 +1,4 @@
-"""Prompts from files and from the command line."""
+"""`Clip`, and the clips that a prompt file or the command line asks for."""
 
 import csv
 import io
@@ -15,6 +15,7 @@ from foley.data.ordering import evenly_spaced
 
 COLUMN = "caption"
 CAPTIONS = ("all", "first", "random")
+MAX_PROMPT_CHARACTERS = 10_000
 _IDS = ("id", "audiocap_id")
 _CLIPS = ("youtube_id", "file_name", "audio_path", "path")
 
@@ -34,12 +35,47 @@ class PromptColumns:
 
 
 @dataclass(frozen=True)
-class ClipRequest:
-    """One clip asked for; `notes` are the prompt's label and id where its file gives them."""
+class Clip:
+    """One clip: the object that travels from the command line to the WAV and the JSON beside it.
+
+    Args:
+        prompt: the caption; the empty one asks for an unconditional sample. ValueError for an absurdly long one.
+        seed: of all that is random in it.
+        notes: what its JSON is to say besides, such as the label and the id that a prompt file gives.
+
+    >>> Clip("a dog barks", seed=3).notes
+    {}
+    """
 
     prompt: str
-    seed: int
-    notes: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_prompt_length(self.prompt)
+
+
+def check_prompt_length(prompt: str) -> None:
+    """Raises ValueError for a prompt that no one can have meant."""
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(f"a prompt has {len(prompt)} characters ({prompt[:40]!r}...); at most {MAX_PROMPT_CHARACTERS}")
+
+
+def as_clips(prompts: Sequence[str | Clip], seeds: Sequence[int] | None = None) -> list[Clip]:
+    """Plain prompts with `seeds`, by default 0, 1, 2, ...; what is a `Clip` already has its own.
+
+    Raises ValueError where there is no prompt, one is too long, or there are more or fewer seeds.
+
+    >>> [clip.seed for clip in as_clips(["rain", Clip("wind", seed=7), "surf"])]
+    [0, 7, 2]
+    """
+    if not prompts:
+        raise ValueError("no prompts given; the empty string asks for an unconditional sample")
+    seeds = range(len(prompts)) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts; give one seed per prompt")
+    pairs = zip(prompts, seeds, strict=True)
+    return [prompt if isinstance(prompt, Clip) else Clip(prompt, seed) for prompt, seed in pairs]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -97,7 +133,7 @@ def request_clips(
     columns: PromptColumns = PromptColumns(),
     captions: str = "all",
     caption_seed: int = 0,
-) -> list[ClipRequest]:
+) -> list[Clip]:
     """Every clip asked for: `num` clips of each prompt, with seeds that count up from `first_seed`.
 
     Args:
@@ -114,7 +150,7 @@ def request_clips(
     repeated = [row for row in chosen for _ in range(num)]
     # An id names one clip: it pairs a generated clip with its reference.
     ids = ((columns.id,) if columns.id else _IDS) if num == 1 else ()
-    return [ClipRequest(row[COLUMN], seed, _notes(row, ids)) for seed, row in enumerate(repeated, start=first_seed)]
+    return [Clip(row[COLUMN], seed, _notes(row, ids)) for seed, row in enumerate(repeated, start=first_seed)]
 
 
 class LabelledPrompts(NamedTuple):
@@ -134,11 +170,6 @@ class LabelledPrompts(NamedTuple):
 def quote_overrides(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
     """Quote the values of free-text Hydra overrides, so that commas, quotes and `${` in a prompt are just text."""
     return [_quote(argument) if argument.partition("=")[0] in keys else argument for argument in arguments]
-
-
-def name_model(arguments: Sequence[str]) -> list[str]:
-    """`model=NAME` chooses out of configs/published where something is generated; configs/model is for training."""
-    return [re.sub("^model=", "published=", argument) for argument in arguments]
 
 
 def _quote(override: str) -> str:

@@ -1,8 +1,8 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -13,16 +13,19 @@ from torch import Tensor
 
 from foley.accel.meter import CostMeter
 from foley.accel.precision import compile_blocks, set_precision
+from foley.core.config import shipped
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
+from foley.data.audio import PEAK_CEILING
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
-from foley.diffusion.solver import default_solver
 from foley.generation.decoding import LatentDecoder
-from foley.generation.editing import CROSS_FADE_SECONDS, EditMask, Recording, paste
+from foley.generation.editing import CROSS_FADE_SECONDS, Edit, EditMask, Recording, Variation, paste
 from foley.generation.novelty import KnownCaptions
-from foley.generation.settings import Canvas, Generation, GenerationRequest, GenerationSettings, Timings
+from foley.generation.prompts import Clip, as_clips
+from foley.generation.result import Generation, Timings
+from foley.generation.settings import GenerationSettings
 from foley.models.text import CachedText, FrozenT5Conditioner
 from foley.nn.rotary import RotaryExtension
 from foley.system.system import System, load_system, save_system
@@ -37,6 +40,27 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@dataclass(frozen=True)
+class Canvas:
+    """What clips are generated onto.
+
+    Args:
+        num_frames: L.
+        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, on the CPU.
+        description: what the JSON of each clip says of it.
+        known: latent frames that are given.
+        start: a latent to begin at instead of pure noise.
+        peak_ceiling: as `foley.data.audio.write_wav` takes it.
+    """
+
+    num_frames: int
+    finish: Callable[[Tensor], Tensor]
+    description: Mapping[str, Any]
+    known: KnownLatent | None = None
+    start: Start | None = None
+    peak_ceiling: float = PEAK_CEILING
+
+
 class TextToAudio:
     """Generates audio from captions with a trained system, or with a student distilled from one.
 
@@ -48,6 +72,11 @@ class TextToAudio:
         device: where to run.
         max_duration_seconds: longer requests are refused; raise it knowingly, for quality falls off beyond the
             training length and memory grows with the square of the duration.
+
+    >>> generator = TextToAudio.load()  # the small system that ships
+    >>> result = generator.generate(["a dog barks", "rain falls"], duration_seconds=0.5, num_steps=2)
+    >>> result.audio.shape, result.sample_rate_hz
+    (torch.Size([2, 1, 12000]), 24000)
     """
 
     def __init__(self, system: System, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0) -> None:
@@ -66,9 +95,17 @@ class TextToAudio:
         self.model_hash = hash_module(self.denoiser)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0) -> Self:
-        """From an exported system directory or a diffusion training checkpoint; raises CheckpointError."""
-        return cls(load_system(Path(path)), device, max_duration_seconds)
+    def load(
+        cls,
+        system: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        max_duration_seconds: float = 60.0,
+    ) -> Self:
+        """By a published name, from an exported system directory or a training checkpoint; None is what ships.
+
+        Raises CheckpointError as `load_system` does.
+        """
+        return cls(load_system(shipped("demo") if system is None else system), device, max_duration_seconds)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Export as a system directory, floating weights as `dtype` (None keeps float32)."""
@@ -134,7 +171,7 @@ class TextToAudio:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Clip],
         duration_seconds: float = 5.0,
         seeds: Sequence[int] | None = None,
         **options: Any,
@@ -150,15 +187,12 @@ class TextToAudio:
             ValueError: for a request that cannot be met; nothing has been computed then.
             RuntimeError: where the result is not finite.
         """
-        request = self._request(prompts, seeds, options)
-        self._check_duration("duration_seconds", duration_seconds)
-        num_samples, num_frames = clip_size(duration_seconds, self.sample_rate_hz, self.codec.hop_samples)
-        canvas = Canvas(num_frames, lambda audio: audio[..., :num_samples], {"duration_seconds": duration_seconds})
-        return self._run(request, canvas, Timings())
+        settings = GenerationSettings(duration_seconds=duration_seconds, **options)
+        return self.generate_clips(as_clips(prompts, seeds), settings)
 
     def edit(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Clip],
         file: str | Path,
         mask: EditMask,
         seeds: Sequence[int] | None = None,
@@ -171,12 +205,90 @@ class TextToAudio:
 
         Args and raises as for `generate`.
         """
-        request = self._request(prompts, seeds, options)
-        recording = Recording.read(Path(file), self.sample_rate_hz, "edit")
+        return self.generate_clips(as_clips(prompts, seeds), GenerationSettings(source=Edit(file, mask), **options))
+
+    def vary(
+        self,
+        prompts: Sequence[str | Clip],
+        file: str | Path,
+        strength: float = 0.5,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Variations of the recording in `file`: its latent, noised and denoised again for each prompt (`Variation`).
+
+        Other args and raises as for `generate`.
+        """
+        settings = GenerationSettings(source=Variation(file, strength), **options)
+        return self.generate_clips(as_clips(prompts, seeds), settings)
+
+    @torch.no_grad()
+    def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
+        """Every clip in the same way: what `generate`, `edit`, `vary` and the command line come to. Raises as they do.
+
+        An impossible request is refused, and a strange prompt warned of, before anything is computed.
+        """
+        timings = Timings()
+        guidance, solver = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
+        clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]
+        canvas = self._canvas(settings, solver.num_steps, timings)
+        settings = self._fit_windows(settings, canvas.num_frames)
+        meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
+        denoise = partial(
+            generate_latents,
+            self.denoiser,
+            self.process,
+            num_frames=canvas.num_frames,
+            guidance=guidance,
+            solver=solver,
+            accelerator=meter,
+            device=self.device,
+            progress=settings.progress,
+            known=canvas.known,
+            start=canvas.start,
+            windows=settings.windows(canvas.num_frames, self.frames_per_second),
+        )
+        with self._timed(timings, "text_seconds"):
+            negative = embed(self._encode_text, [settings.negative_prompt]) if guidance.needs_negative else None
+        rows = []
+        for first in range(0, len(clips), settings.batch_size):
+            batch = clips[first : first + settings.batch_size]
+            with self._timed(timings, "text_seconds"):
+                positive = embed(self._encode_text, [clip.prompt for clip in batch])
+            with self._timed(timings, "denoise_seconds"):
+                latent = denoise(positive=positive, negative=negative, seeds=[clip.seed for clip in batch])  # [B, C, L]
+            with self._timed(timings, "decode_seconds"):
+                audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
+                rows.append(canvas.finish(audio.cpu()))  # [B, 1, T]
+        chosen = settings.describe(guidance, solver.name, solver.num_steps)
+        cost = {} if meter is None else meter.describe()
+        description = {**canvas.description, **chosen, **cost, **self._describe(), **settings.facts}
+        return Generation(clips, torch.cat(rows), self.sample_rate_hz, description, timings, canvas.peak_ceiling)
+
+    def _describe(self) -> dict[str, Any]:
+        """What the JSON of each clip says of the system."""
+        facts = {"prediction": self.process.prediction, "sample_rate_hz": self.sample_rate_hz}
+        return {**facts, **self.inference, "model_hash": self.model_hash}
+
+    def _canvas(self, settings: GenerationSettings, num_steps: int, timings: Timings) -> Canvas:
+        """Raises ValueError where the recording cannot be read, or the result would be too long."""
+        match settings.source:
+            case Edit(file, mask):
+                return self._edit_canvas(Recording.read(Path(file), self.sample_rate_hz, "edit"), mask, timings)
+            case Variation(file, strength) as variation:
+                recording = Recording.read(Path(file), self.sample_rate_hz, "init")
+                first_step = variation.first_step(num_steps)
+                return self._variation_canvas(recording, strength, first_step, timings)
+            case _:
+                seconds = settings.duration_seconds
+                self._check_duration("duration_seconds", seconds)
+                num_samples, num_frames = clip_size(seconds, self.sample_rate_hz, self.codec.hop_samples)
+                return Canvas(num_frames, lambda audio: audio[..., :num_samples], {"duration_seconds": seconds})
+
+    def _edit_canvas(self, recording: Recording, mask: EditMask, timings: Timings) -> Canvas:
         window = mask.window(recording)
         self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
-        timings = Timings()
-        hidden = window.hidden_mask(self.codec.hop_samples)
+        hidden = window.hidden_mask(self.codec.hop_samples)  # [1, L]
         known = None
         if not bool(hidden.all()):
             known = KnownLatent(self._encode(window.crop(recording.samples), timings), hidden.to(self.device))
@@ -185,142 +297,35 @@ class TextToAudio:
             "edit": {**recording.describe(), **asdict(mask), "cross_fade_seconds": CROSS_FADE_SECONDS},
         }
         finish = partial(paste, recording.samples, window=window)
-        canvas = Canvas(hidden.shape[1], finish, description, known=known, peak_ceiling=inf)
-        return self._run(request, canvas, timings)
+        # Kept samples come back bit by bit, so the result is never attenuated.
+        return Canvas(hidden.shape[1], finish, description, known=known, peak_ceiling=inf)
 
-    def vary(
-        self,
-        prompts: Sequence[str],
-        file: str | Path,
-        strength: float = 0.5,
-        seeds: Sequence[int] | None = None,
-        **options: Any,
-    ) -> Generation:
-        """Variations of the recording in `file`: its latent, noised and denoised again for each prompt (`Start`).
-
-        Args:
-            strength: the share of solver steps to take, to the nearest step. 1 takes them all, from pure noise, and
-                is plain generation; 0 takes none and gives the recording back through the codec.
-
-        Other args and raises as for `generate`.
-        """
-        request = self._request(prompts, seeds, options)
-        if not 0 <= strength <= 1:
-            raise ValueError(
-                "strength must lie between 0 (the recording through the codec) and 1 (plain generation), "
-                f"got {strength}"
-            )
-        recording = Recording.read(Path(file), self.sample_rate_hz, "init")
-        self._check_duration(f"init={file}", recording.duration_seconds)
-        timings = Timings()
-        first_step = round((1 - strength) * request.settings.num_steps)
+    def _variation_canvas(self, recording: Recording, strength: float, first_step: int, timings: Timings) -> Canvas:
+        self._check_duration(f"init={recording.file}", recording.duration_seconds)
         start = Start(self._encode(recording.samples, timings), first_step)
         description = {
             "duration_seconds": recording.duration_seconds,
             "init": {**recording.describe(), "strength": strength, "first_step": first_step},
         }
         num_samples = len(recording.samples)
-        canvas = Canvas(start.clean.shape[-1], lambda audio: audio[..., :num_samples], description, start=start)
-        return self._run(request, canvas, timings)
+        return Canvas(start.clean.shape[-1], lambda audio: audio[..., :num_samples], description, start=start)
 
-    def _request(
-        self, prompts: Sequence[str], seeds: Sequence[int] | None, options: Mapping[str, Any]
-    ) -> GenerationRequest:
-        """Checked against this system, so that an impossible request is refused before anything is computed."""
-        student = self.student
-        if student:
-            settings = GenerationSettings.of_student(student, **options)
-        else:
-            settings = GenerationSettings(**{"solver": default_solver(self.process), **options})
-        settings.plan(student).build(self.process)
-        settings.guide(student)
-        request = GenerationRequest.of(prompts, seeds, settings)
-        self._prompt_notes(request)  # warns before the work, not after it
-        return request
-
-    def _prompt_notes(self, request: GenerationRequest) -> list[dict[str, Any]]:
-        return [self.known_captions.notes(prompt) for prompt in request.prompts]
-
-    @torch.no_grad()
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
         """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]`."""
         with self._timed(timings, "encode_seconds"):
             latent: Tensor = self.normaliser.normalise(self.codec.encode(samples[None, None].to(self.device)))
             return latent
 
-    def _fit_windows(self, request: GenerationRequest, num_frames: int) -> GenerationRequest:
+    def _fit_windows(self, settings: GenerationSettings, num_frames: int) -> GenerationSettings:
         """In windows as long as the learned positions reach, where that is not far enough and none were asked for."""
-        positions, settings = getattr(self.denoiser, "positions", None), request.settings
+        positions = getattr(self.denoiser, "positions", None)
         if positions is None or num_frames <= positions.max_length or settings.window_seconds is not None:
-            return request
+            return settings
         seconds = positions.max_length / self.frames_per_second
         _log.info(
             "%d frames exceed the %d learned positions: windows of %g s", num_frames, positions.max_length, seconds
         )
-        return replace(request, settings=replace(settings, window_seconds=seconds))
-
-    @torch.no_grad()
-    def _run(self, request: GenerationRequest, canvas: Canvas, timings: Timings) -> Generation:
-        request = self._fit_windows(request, canvas.num_frames)
-        settings = request.settings
-        guidance, solver = settings.guide(self.student), settings.plan(self.student)
-        with self._timed(timings, "text_seconds"):
-            negative = embed(self._encode_text, [settings.negative_prompt]) if guidance.needs_negative else None
-        meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
-        windows = settings.windows(canvas.num_frames, self.frames_per_second)
-        rows = []
-        for start in range(0, len(request.prompts), settings.batch_size):
-            items = slice(start, start + settings.batch_size)
-            with self._timed(timings, "text_seconds"):
-                positive = embed(self._encode_text, request.prompts[items])
-            with self._timed(timings, "denoise_seconds"):
-                latent = generate_latents(
-                    self.denoiser,
-                    self.process,
-                    positive,
-                    negative,
-                    request.seeds[items],
-                    canvas.num_frames,
-                    guidance,
-                    solver,
-                    meter,
-                    self.device,
-                    settings.progress,
-                    canvas.known,
-                    canvas.start,
-                    windows,
-                )
-            with self._timed(timings, "decode_seconds"):
-                audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
-                rows.append(canvas.finish(audio.cpu()))
-        cost = {} if meter is None else meter.describe()
-        return self._generation(torch.cat(rows), request, canvas, timings, cost)
-
-    def _generation(
-        self, audio: Tensor, request: GenerationRequest, canvas: Canvas, timings: Timings, cost: Mapping[str, float]
-    ) -> Generation:
-        settings = request.settings
-        settings.check_finite(audio)
-        description = {
-            **canvas.description,
-            **settings.describe(),
-            **cost,
-            "prediction": self.process.prediction,
-            "sample_rate_hz": self.sample_rate_hz,
-            **self.inference,
-            "model_hash": self.model_hash,
-        }
-        prompts, seeds = request.prompts, request.seeds
-        return Generation(
-            audio,
-            self.sample_rate_hz,
-            prompts,
-            seeds,
-            description,
-            timings,
-            canvas.peak_ceiling,
-            self._prompt_notes(request),
-        )
+        return replace(settings, window_seconds=seconds)
 
     def _check_duration(self, name: str, seconds: float) -> None:
         if not 0 < seconds <= self.max_duration_seconds:

@@ -1,4 +1,4 @@
-"""A text-to-audio system on disk: an exported directory, or a training checkpoint and the codec it names."""
+"""A text-to-audio system: published, an exported directory, or a training checkpoint and the codec it names."""
 
 import json
 import os
@@ -9,30 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from foley.core.components import (
     CONFIG_FILE,
-    FOLEY_KEY,
     WEIGHTS_FILE,
     CheckpointError,
     build_component,
-    component_from_training,
     current_config,
     load_component,
-    load_trained,
     read_config,
-    read_training_checkpoint,
     save_component,
-    trained_config,
 )
-from foley.core.config import PROJECT_ROOT
+from foley.core.config import PROJECT_ROOT, default_cache_dir, published_config, published_name
 from foley.core.files import write_json, write_text
 from foley.core.hashing import hash_file, hash_module
+from foley.core.hub import Hub
 from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
 from foley.models.lora import AdaptedDenoiser
+from foley.system.checkpoint import (
+    FOLEY_KEY,
+    component_from_training,
+    load_trained,
+    read_training_checkpoint,
+    trained_config,
+)
 
 SYSTEM_FILE = "system.json"
 SYSTEM_FORMAT = "foley-system/1"
@@ -74,24 +78,64 @@ def untrained_system(composed: DictConfig) -> System:
     return build_system(configs)
 
 
-def load_system(path: Path, with_codec: bool = True) -> System:
-    """Read an exported system directory or a diffusion training checkpoint (`.ckpt`).
+def load_system(source: str | Path, with_codec: bool = True) -> System:
+    """Read a system by what `system=` takes.
 
     Args:
+        source: the name of a published system of ours, such as "ezaudio_xl"; an exported system directory; or a
+            diffusion training checkpoint (`.ckpt`).
         with_codec: False leaves the codec out, which training on cached latents does not need.
 
     Raises CheckpointError where something is missing, was altered, or does not belong together.
     """
+    if (name := published_name(source)) is not None:
+        system = load_published(name)
+        if not isinstance(system, System):
+            raise CheckpointError(f"{name} is a pipeline of diffusers, which only generates; give a system of ours")
+        return system
+    path = Path(source)
     if path.is_dir():
         return _load_directory(path, with_codec)
+    if not path.exists() and path.suffix != ".ckpt":
+        raise CheckpointError(
+            f"system={source} names neither a published system (configs/published) nor a file or folder that exists"
+        )
     return _load_training(path, with_codec)
 
 
-def codec_hashes(path: Path) -> set[str]:
-    """The hashes of the codec whose latents the system at `path` generates, empty where it does not say.
+def load_published(
+    name: str,
+    hub_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
+    """What is published under a name in `configs/published`: a `System`, or an `AudioPipeline` of diffusers.
+
+    Args:
+        hub_dir: a folder laid out as the hub is, instead of the network.
+        cache_dir: where converted weights are kept; None is `default_cache_dir`.
+        overrides: as for `published_config`.
+
+    Raises CheckpointError at once where a file is neither here nor to be had.
+    """
+    hub = Hub(Path(hub_dir).expanduser() if hub_dir else None)
+    return published_loader(name, overrides).load(hub, Path(cache_dir or default_cache_dir()).expanduser())
+
+
+def published_loader(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """What `foley.system.published` loads the system of that name by; nothing is looked for yet."""
+    return instantiate(published_config(name, overrides).published)
+
+
+def codec_hashes(source: str | Path) -> set[str]:
+    """The hashes of the codec whose latents the system `source` generates, empty where it does not say.
 
     A directory may hold a rounded copy of the codec that the system was trained on; latents of both fit.
     """
+    if (name := published_name(source)) is not None:
+        codec = published_loader(name).load_codec(Hub(), Path(default_cache_dir()).expanduser())
+        return {hash_module(codec)}
+    path = Path(source)
     if path.is_dir():
         trained_on = json.loads((path / SYSTEM_FILE).read_text(encoding="utf-8"))["codec_hash"]
         return {trained_on, hash_module(load_component(_parts(path)["codec"]))}

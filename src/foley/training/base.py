@@ -6,7 +6,8 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from foley.core.components import FOLEY_KEY, CheckpointError, compare_states, current_config, written_out
+from foley.core.components import CheckpointError, compare_states, current_config, written_out
+from foley.system.checkpoint import FOLEY_KEY
 
 
 class FoleyModule(pl.LightningModule):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from foley.core.components import CheckpointError, build_component
-from foley.core.config import relative_to_checkout
+from foley.core.config import published_name, relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.seeding import torch_generator
 from foley.data.dataset import LatentBatch
@@ -51,12 +51,12 @@ class Teacher:
 
     @classmethod
     def load(cls, path: str) -> "Teacher":
-        """From an exported system directory or a training checkpoint; CheckpointError for a student."""
-        absolute = Path(path).resolve()
-        system = load_system(absolute, with_codec=False)
+        """By what `load_system` takes: a name, a directory or a checkpoint; CheckpointError for a student."""
+        source = path if published_name(path) else Path(path).resolve()
+        system = load_system(source, with_codec=False)
         if system.consistency is not None:
             raise CheckpointError(f"teacher={path} is a student itself; give the system that it was distilled from")
-        return cls(system, codec_hashes(absolute))
+        return cls(system, codec_hashes(source))
 
     @property
     def student_configs(self) -> dict[str, dict[str, Any]]:

@@ -13,11 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from foley.core.components import ALLOWED_PACKAGES, CheckpointError, load_trained
+from foley.core.components import ALLOWED_PACKAGES, CheckpointError
 from foley.core.config import PROJECT_ROOT, relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.data.datamodule import LatentDataModule
+from foley.system.checkpoint import load_trained
 from foley.training.base import FoleyModule
 from foley.training.callbacks.checkpointing import AtomicCheckpointIO
 from foley.training.warm_start import warm_start

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from foley.core.components import FOLEY_KEY, CheckpointError, compare_states, read_training_checkpoint
+from foley.core.components import CheckpointError, compare_states
 from foley.core.logs import get_logger
+from foley.system.checkpoint import FOLEY_KEY, read_training_checkpoint
 from foley.training.base import FoleyModule
 
 _log = get_logger(__name__)

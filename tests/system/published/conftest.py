@@ -38,6 +38,6 @@ def hub_dir(shared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny() -> list[str]:
-    """Overrides that bring model=ezaudio_l to the size of the files in `hub_dir`."""
+    """Overrides that bring the description of ezaudio_l to the size of the files in `hub_dir`."""
     denoiser = ["model.width=48", "model.depth=4", "model.num_heads=4", "model.modulation.rank=4", "text.dim=24"]
     return [*denoiser, "codec.channels=6", "codec.multipliers=[1,2,3,4]", "codec.latent_channels=8"]

@@ -9,24 +9,26 @@ import pytest
 import soundfile
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from published_files import CODEC, DENOISER, read_published
 
 from foley.core.components import CheckpointError, build_component
 from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.core.hub import Hub
+from foley.diffusion.process import DiffusionProcess
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.convert import ezaudio_denoiser, waveform_vae
 from foley.system.convert.ezaudio import denoiser_config
 from foley.system.convert.waveform_vae import codec_config
 from foley.system.published.ezaudio import load_text
+from foley.system.system import published_loader
 
 
-def composed(name, overrides=()):
+def composed(name, *overrides):
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        return compose("sample", overrides=[f"published={name}", *overrides])
+        return compose("sample", overrides=[f"system={name}", *overrides])
 
 
 def built_attributes(config):
@@ -42,7 +44,7 @@ def test_our_configs_say_what_the_published_ones_say(shared, size):
     official = json.loads((shared / "golden/ezaudio_official_shapes.json").read_text())[size]["config"]
     codec = json.loads((shared / "golden/vae_official_shapes.json").read_text())["config"]
     cfg = composed(f"ezaudio_{size}")
-    published = instantiate(cfg.published)
+    published = published_loader(f"ezaudio_{size}")
     assert built_attributes(published.configs["denoiser"]) == built_attributes(denoiser_config(official))
     scheme, alpha = published.configs["denoiser"]["modulation"], official["ada_sola_alpha"]
     assert (scheme["rank"], scheme["alpha"]) == (official["ada_sola_rank"], alpha)
@@ -51,8 +53,8 @@ def test_our_configs_say_what_the_published_ones_say(shared, size):
     text = {"l": "google/flan-t5-large", "xl": "google/flan-t5-xl"}[size]
     assert (published.configs["text"]["name_or_path"], published.configs["text"]["max_length"]) == (text, 100)
     assert (cfg.solver.name, cfg.steps, cfg.guidance_scale) == (None, None, None)  # the system's own defaults
-    defaults = GenerationSettings()
-    assert (defaults.solver, defaults.num_steps, defaults.guidance.scale, cfg.guidance_rescale) == (
+    solver, guidance = GenerationSettings().choose_solver(DiffusionProcess()), GenerationSettings().choose_guidance()
+    assert (solver.name, solver.num_steps, guidance.scale, cfg.guidance_rescale) == (
         "ddim",
         50,
         3.0,
@@ -62,7 +64,7 @@ def test_our_configs_say_what_the_published_ones_say(shared, size):
 
 
 def test_the_system_is_the_published_one_and_is_converted_once(shared, hub_dir, tiny, tmp_path, caplog):
-    published = instantiate(composed("ezaudio_l", tiny).published)
+    published = published_loader("ezaudio_l", OmegaConf.from_dotlist(tiny))
     caplog.set_level("INFO", "foley.system.convert")
     system = published.load(Hub(hub_dir), tmp_path / "cache")
     assert caplog.text.count("converting") == 2
@@ -84,10 +86,10 @@ def test_the_system_is_the_published_one_and_is_converted_once(shared, hub_dir, 
 
 
 def test_files_that_are_corrupt_or_of_another_size_are_refused(hub_dir, tiny, tmp_path):
-    shallower = instantiate(composed("ezaudio_l", [*tiny, "model.depth=2"]).published)
+    shallower = published_loader("ezaudio_l", OmegaConf.from_dotlist([*tiny, "model.depth=2"]))
     with pytest.raises(CheckpointError, match=r"ezaudio_s3_l\.pt does not fit DiffusionTransformer"):
         shallower.load(Hub(hub_dir), tmp_path / "cache")
-    published = instantiate(composed("ezaudio_l", tiny).published)
+    published = published_loader("ezaudio_l", OmegaConf.from_dotlist(tiny))
     (hub_dir / "OpenSound/EzAudio/ckpts/s3/ezaudio_s3_l.pt").write_bytes(b"half a file")
     with pytest.raises(CheckpointError, match=r"ezaudio_s3_l\.pt cannot be read safely"):
         published.load(Hub(hub_dir), tmp_path / "cache")
@@ -103,7 +105,7 @@ def test_files_that_are_corrupt_or_of_another_size_are_refused(hub_dir, tiny, tm
 )
 def test_a_folder_without_a_file_says_where_it_belongs(hub_dir, tiny, tmp_path, missing):
     (hub_dir / missing).unlink()
-    published = instantiate(composed("ezaudio_l", tiny).published)
+    published = published_loader("ezaudio_l", OmegaConf.from_dotlist(tiny))
     with pytest.raises(CheckpointError, match=f"{hub_dir / missing} does not exist") as error:
         published.load(Hub(hub_dir), tmp_path / "cache")
     assert "/".join(missing.split("/")[:2]) in str(error.value)
@@ -118,7 +120,7 @@ def test_a_text_encoder_whose_files_are_not_whole_is_named(hub_dir, tiny, missin
         file.unlink()
         if missing.startswith("half of "):
             file.write_bytes(whole[: len(whole) // 2])
-    text = instantiate(composed("ezaudio_l", tiny).published).configs["text"]
+    text = published_loader("ezaudio_l", OmegaConf.from_dotlist(tiny)).configs["text"]
     with pytest.raises(CheckpointError, match=f"text encoder {folder}: "):
         load_text(Hub(hub_dir), text)
 
@@ -131,7 +133,8 @@ def run_sample(*overrides, **environment):
 
 def test_sample_py_takes_the_folder(hub_dir, tiny, tmp_path):
     done = run_sample(
-        "model=ezaudio_l", f"hub_dir={hub_dir}", "prompt=a dog barks", "steps=2", "duration_seconds=0.1", *tiny,
+        "system=ezaudio_l", f"hub_dir={hub_dir}", "prompt=a dog barks", "steps=2", "duration_seconds=0.1",
+        *(f"+system_overrides.{override}" for override in tiny),
         f"output_dir={tmp_path / 'out'}", FOLEY_CACHE=str(tmp_path / "cache"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -143,7 +146,7 @@ def test_sample_py_takes_the_folder(hub_dir, tiny, tmp_path):
 
 def test_sample_py_without_network_or_cache_says_what_to_put_where(tmp_path):
     done = run_sample(
-        "model=ezaudio_xl", "prompt=rain", f"output_dir={tmp_path}", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
+        "system=ezaudio_xl", "prompt=rain", f"output_dir={tmp_path}", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
     )
     assert done.returncode != 0
     for part in (

@@ -1,4 +1,4 @@
-"""model=stable_audio_open and model=audioldm2: from a small folder in the hub's layout to what diffusers makes."""
+"""system=stable_audio_open and system=audioldm2: from a small folder in the hub's layout to what diffusers makes."""
 
 import json
 import shutil
@@ -19,14 +19,15 @@ from tiny_pipelines import AUDIOLDM2_RATE_HZ, STABLE_AUDIO_RATE_HZ, save_hub
 
 from foley.accel.caching.policies import Fora
 from foley.accel.layers import find_cacheable_layers
+from foley.cli.sampling import describe_source
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.core.hub import Hub
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.generation.opening import open_generator
-from foley.generation.pipeline_to_audio import PipelineToAudio
+from foley.generation.pipeline_to_audio import PipelineToAudio, open_generator
 from foley.system.published import PublishedPipeline
 from foley.system.published.audio_pipelines import pipeline_folder
+from foley.system.system import published_loader
 
 RATES_HZ = {"stable_audio_open": STABLE_AUDIO_RATE_HZ, "audioldm2": AUDIOLDM2_RATE_HZ}
 CHANNELS = {"stable_audio_open": 2, "audioldm2": 1}
@@ -40,12 +41,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(model: str, *overrides: str, name: str = "sample") -> Any:
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        return compose(name, overrides=[f"published={model}", *overrides])
+        return compose(name, overrides=[f"system={model}", *overrides])
 
 
-def _open(model: str, hub: Path, *overrides: str) -> PipelineToAudio:
-    cfg = _config(model, f"hub_dir={hub}", *overrides)
-    generator = open_generator(cfg.ckpt, instantiate(cfg.published), cfg.hub_dir, str(hub))
+def _open(model: str, hub: Path, overrides: dict[str, Any] | None = None) -> PipelineToAudio:
+    generator = open_generator(model, hub_dir=hub, cache_dir=hub, overrides=overrides)
     assert isinstance(generator, PipelineToAudio)
     return generator
 
@@ -127,9 +127,9 @@ def test_the_published_settings_and_layers(hub: Path) -> None:
     for model, settings in expected.items():
         cfg = _config(model, "cache_dir=/cache", "accel=smoothcache")
         assert (cfg.steps, cfg.guidance_scale) == settings
-        assert (cfg.solver.name, cfg.guidance_rescale, cfg.ckpt) == ("published", 0.0, None)
+        assert (cfg.solver.name, cfg.guidance_rescale, describe_source(cfg)["ckpt"]) == ("published", 0.0, None)
         assert instantiate(cfg.accel.calibration_dir) == Path(f"/cache/{model}/calibration")
-    named = _open("stable_audio_open", hub, "published.cacheable_layers={transformer_blocks.*.ff:norm3}")
+    named = _open("stable_audio_open", hub, {"published": {"cacheable_layers": {"transformer_blocks.*.ff": "norm3"}}})
     layers = find_cacheable_layers(named.audio.denoiser)
     assert [layer.name for layer in layers] == ["transformer_blocks.0.ff", "transformer_blocks.1.ff"]
     assert all(layer.norm is not None for layer in layers)
@@ -166,7 +166,7 @@ def test_without_network_or_cache_it_fails_at_once(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"model_index\.json of cvssp/audioldm2 is not on this machine"):
-        instantiate(_config("audioldm2").published).load(Hub(), tmp_path)
+        published_loader("audioldm2").load(Hub(), tmp_path)
 
 
 def _run(script: str, *overrides: str) -> None:
@@ -177,7 +177,7 @@ def _run(script: str, *overrides: str) -> None:
 
 @pytest.mark.slow
 def test_audioldm2_with_litefocus_and_caching_from_the_command_line(hub: Path, tmp_path: Path) -> None:
-    quick = ["model=audioldm2", f"hub_dir={hub}", "steps=3", "duration_seconds=0.3", "prompt=rain"]
+    quick = ["system=audioldm2", f"hub_dir={hub}", "steps=3", "duration_seconds=0.3", "prompt=rain"]
     blocks = "blocks=[down_blocks.1,up_blocks.1]"
     both = ["accel=audiocache_local_global", "accel@accel.cache=fora", "accel@accel.attention=litefocus"]
     costs = []
@@ -195,7 +195,7 @@ def test_audioldm2_with_litefocus_and_caching_from_the_command_line(hub: Path, t
 def test_calibrate_then_sample_from_the_command_line(hub: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("rain\na dog barks\n")
-    model = ["model=stable_audio_open", f"hub_dir={hub}", f"cache_dir={tmp_path}", "steps=4", "duration_seconds=0.3"]
+    model = ["system=stable_audio_open", f"hub_dir={hub}", f"cache_dir={tmp_path}", "steps=4", "duration_seconds=0.3"]
     _run("scripts/calibrate.py", *model, f"prompts={prompts}")
     calibration = tmp_path / "stable_audio_open" / "calibration" / "CosineDPMSolverMultistepScheduler_4.json"
     assert json.loads(calibration.read_text())["num_prompts"] == 2

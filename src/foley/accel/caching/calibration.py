@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from foley.accel.caching.schedule import RunSignature
 from foley.accel.cost import EvaluationMacs, MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, replaced_forwards
+from foley.core.config import default_cache_dir, published_name
 from foley.core.files import load_record, save_record
 from foley.diffusion.context import RunContext, StepContext
 
@@ -23,9 +24,11 @@ def calibration_stem(directory: Path, solver: str, num_steps: int | str) -> Path
     return directory / f"{solver}_{num_steps}"
 
 
-def calibration_directory(checkpoint: str | Path) -> Path:
-    """`calibration/` inside a system directory, or beside a checkpoint file."""
-    path = Path(checkpoint).expanduser()
+def calibration_directory(system: str | Path, cache_dir: str | Path | None = None) -> Path:
+    """`calibration/` inside a system directory, beside a checkpoint file, or in `cache_dir` under a published name."""
+    if (name := published_name(system)) is not None:
+        return Path(cache_dir or default_cache_dir()).expanduser() / name / "calibration"
+    path = Path(system).expanduser()
     return (path.parent if path.is_file() else path) / "calibration"
 
 

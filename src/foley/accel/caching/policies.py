@@ -294,7 +294,7 @@ def _neighbours(row: Sequence[bool], evaluation: int) -> tuple[int, int]:
     return previous, next((index for index in range(evaluation + 1, len(row)) if row[index]), len(row))
 
 
-_SOME_CHECKPOINT: Source = MappingProxyType({"ckpt": "CHECKPOINT"})
+_SOME_SYSTEM: Source = MappingProxyType({"system": "SYSTEM"})
 
 
 class CalibratedCache(LayerCache):
@@ -346,7 +346,7 @@ class AudioCache(CalibratedCache):
         threshold: float = 0.3,
         reuse: str = "hold",
         calibrated_steps: int | None = None,
-        source: Source = _SOME_CHECKPOINT,
+        source: Source = _SOME_SYSTEM,
     ) -> None:
         def policy(calibration: Calibration) -> dict[str, list[bool]]:
             return audiocache_schedule(calibration.changes(), threshold)
@@ -370,7 +370,7 @@ class SmoothCache(CalibratedCache):
         max_lookahead: int = 3,
         reuse: str = "hold",
         calibrated_steps: int | None = None,
-        source: Source = _SOME_CHECKPOINT,
+        source: Source = _SOME_SYSTEM,
     ) -> None:
         def policy(calibration: Calibration) -> dict[str, list[bool]]:
             errors, num_evaluations = calibration.errors(max_lookahead), calibration.signature.num_evaluations
@@ -396,7 +396,7 @@ class Budget(CalibratedCache):
         method: str = "dynamic",
         reuse: str = "hold",
         calibrated_steps: int | None = None,
-        source: Source = _SOME_CHECKPOINT,
+        source: Source = _SOME_SYSTEM,
     ) -> None:
         def policy(calibration: Calibration) -> dict[str, list[bool]]:
             macs = calibration.macs

@@ -70,11 +70,16 @@ class PublishedEzAudio:
         Raises CheckpointError at once where a file is neither here nor to be had.
         """
         denoiser_file = hub.file(self.repository, self.denoiser_file)
-        codec_file = hub.file(self.repository, self.codec_file)
+        hub.file(self.repository, self.codec_file)  # both are to be had before either is converted
         modules = {
             "text": load_text(hub, self.configs["text"]),
             "denoiser": load_converted("ezaudio", denoiser_file, self.configs["denoiser"], cache_dir),
-            "codec": load_converted("waveform_vae", codec_file, self.configs["codec"], cache_dir),
+            "codec": self.load_codec(hub, cache_dir),
             "normaliser": build_component(self.configs["normaliser"]).eval(),
         }
         return System(modules, build_component(self.configs["process"]), self.configs)
+
+    def load_codec(self, hub: Hub, cache_dir: Path) -> nn.Module:
+        """The codec alone; raises as `load` does."""
+        file = hub.file(self.repository, self.codec_file)
+        return load_converted("waveform_vae", file, self.configs["codec"], cache_dir)

@@ -11,8 +11,9 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from foley.core.components import CheckpointError, read_training_checkpoint
+from foley.core.components import CheckpointError
 from foley.core.files import atomic_write
+from foley.system.checkpoint import read_training_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -10,7 +10,6 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from foley.core.components import load_trained
 from foley.core.files import sample_stem
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
@@ -21,6 +20,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance
 from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver, default_solver
 from foley.reporting.plots import draw_spectrogram
+from foley.system.checkpoint import load_trained
 from foley.training.adversarial import AdversarialTraining
 from foley.training.diffusion import LatentTraining
 

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from small_system import CONFIGS
 
-from foley.cli.requests import choose_options
+from foley.cli.sampling import requested_settings
 from foley.core.config import PROJECT_ROOT
 from foley.system.system import build_system, save_system
 
@@ -55,7 +55,7 @@ def config(*overrides: str):
 
 
 def test_two_processes_make_the_clips_of_one_and_go_on_where_they_stopped(system_dir, audiocaps, tmp_path):
-    given = [f"prompts={audiocaps}", f"ckpt={system_dir}", "device=cpu", "seed=7"]
+    given = [f"prompts={audiocaps}", f"system={system_dir}", "device=cpu", "seed=7"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     done = sample(*given, f"output_dir={alone}", "batch_size=4")
     assert done.returncode == 0, done.stderr
@@ -114,13 +114,13 @@ PAPERS = {
 @pytest.mark.parametrize("paper", PAPERS)
 def test_a_papers_test_set(paper):
     model, *expected = PAPERS[paper]
-    cfg = config(f"eval_preset={paper}", *([] if model is None else [f"published={model}"]))
+    cfg = config(f"eval_preset={paper}", *([] if model is None else [f"system={model}"]))
     found = [cfg.steps, cfg.guidance_scale, cfg.guidance_rescale, cfg.duration_seconds, cfg.captions]
     assert [*found, list(cfg.eval_preset.protocol)] == expected
     by_hand = config(f"eval_preset={paper}", "steps=7", "guidance=none", "solver=heun", "accel=none", "captions=first")
     assert (by_hand.steps, by_hand.guidance_scale, by_hand.solver.name) == (7, 1.0, "heun")
     assert by_hand.captions == "first"
-    assert choose_options(by_hand)["accelerator"].__class__.__name__ == "NoAcceleration"
+    assert requested_settings(by_hand).accelerator.__class__.__name__ == "NoAcceleration"
 
 
 def test_a_papers_accelerator_comes_with_its_test_set():
@@ -132,5 +132,5 @@ def test_a_papers_accelerator_comes_with_its_test_set():
         "litefocus": "LiteFocus",
         "audiolcm": "NoAcceleration",
     }
-    assert config("eval_preset=audiocache").accel.calibration_dir.checkpoint.endswith("data/demo")
+    assert config("eval_preset=audiocache").accel.calibration_dir.system.endswith("data/demo")
     assert config("eval_preset=ezaudio", "steps=3").solver.name == "ddim"

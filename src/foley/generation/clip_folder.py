@@ -1,27 +1,27 @@
-"""A test set: the clips of a prompt file, shared out over processes, and continued where an earlier run stopped."""
+"""`ClipFolder`: the clips of a prompt file, shared out over processes, and continued where an earlier run stopped."""
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import soundfile
 from lightning_fabric import Fabric
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import from_numpy
 
-from foley.core.files import sample_stem, write_json
+from foley.core.files import sample_stem, write_json, write_text
 from foley.core.logs import get_logger
-from foley.generation.prompts import ClipRequest
-from foley.generation.settings import Generation
-from foley.reporting.samples import write_overview, write_sample
+from foley.generation.prompts import Clip
+from foley.generation.result import Generation
+from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, Card, draw_card, render_page
 
 RECORD_FILE = "test_set.json"
 _log = get_logger(__name__)
-
-Generate = Callable[..., Generation]
-"""Takes prompts and `seeds`, as `TextToAudio.generate` does."""
 
 
 def launch_processes(trainer: DictConfig | None) -> Fabric:
@@ -35,25 +35,21 @@ def launch_processes(trainer: DictConfig | None) -> Fabric:
 
 
 @dataclass(frozen=True)
-class TestSet:
+class ClipFolder:
     """Clips asked for, each with its own seed, and the folder that receives a WAV and a JSON for each.
 
     Which process makes a clip, and beside which others, changes nothing about it. A clip whose JSON is there is never
     made or written again.
 
     Args:
-        settings: all that the clips depend on; an existing folder must have been begun with the same.
-        facts: what else each clip's JSON is to say of its settings.
+        request: all that the clips depend on; an existing folder must have been begun with the same.
     """
 
-    __test__ = False  # pytest: not a test
-
     directory: Path
-    clips: Sequence[ClipRequest]
-    settings: Mapping[str, Any]
-    facts: Mapping[str, Any]
+    clips: Sequence[Clip]
+    request: Mapping[str, Any]
 
-    def generate(self, generate: Generate, fabric: Fabric, batch_size: int) -> Path:
+    def fill(self, generate: Callable[[Sequence[Clip]], Generation], fabric: Fabric, batch_size: int) -> Path:
         """Make this process's share of the clips that are missing; returns the page, once all processes are done.
 
         Raises ValueError where the folder holds clips of another request.
@@ -65,15 +61,16 @@ class TestSet:
         with _progress_bar(disable=not fabric.is_global_zero) as progress:
             task = progress.add_task("" if fabric.world_size == 1 else of_all, total=len(share), rate="")
             for first in range(0, len(share), batch_size):
-                batch = share[first : first + batch_size]
-                clips = [self.clips[index] for index in batch]
-                self._write(batch, generate([clip.prompt for clip in clips], seeds=[clip.seed for clip in clips]))
-                rate = (first + len(batch)) / (time.perf_counter() - start)
-                progress.update(task, advance=len(batch), rate=f"{rate:.3g} clips/s")
+                indices = share[first : first + batch_size]
+                made = generate([self.clips[index] for index in indices])
+                for row, index in enumerate(indices):
+                    made.write_clip(self.directory, row, index)
+                rate = (first + len(indices)) / (time.perf_counter() - start)
+                progress.update(task, advance=len(indices), rate=f"{rate:.3g} clips/s")
         fabric.barrier()
         seconds = time.perf_counter() - start
         _log.info("%d clips made in %.1f s, %d were there already", len(todo), seconds, len(self.clips) - len(todo))
-        return self._finish() if fabric.is_global_zero else self.directory
+        return self._write_page() if fabric.is_global_zero else self.directory
 
     def stem(self, index: int) -> str:
         """Name of a clip's files, without extension."""
@@ -84,23 +81,28 @@ class TestSet:
         record = self.directory / RECORD_FILE
         if record.is_file():
             begun = json.loads(record.read_text(encoding="utf-8"))
-            ours = json.loads(json.dumps(dict(self.settings)))
+            ours = json.loads(json.dumps(dict(self.request)))
             if changed := sorted(key for key in begun | ours if begun.get(key) != ours.get(key)):
                 was = ", ".join(f"{key} was {begun.get(key)}, is {ours.get(key)}" for key in changed)
                 raise ValueError(f"{self.directory} holds clips of another request ({was}); give another output_dir")
         else:
-            write_json(record, dict(self.settings))
+            write_json(record, dict(self.request))
         return [i for i in range(len(self.clips)) if not (self.directory / f"{self.stem(i)}.json").is_file()]
 
-    def _write(self, indices: Sequence[int], made: Generation) -> None:
-        settings = {**made.settings, **self.facts}
-        for index, sample in zip(indices, made.samples([self.clips[i].notes for i in indices]), strict=True):
-            facts = {"index": index, "settings": settings}
-            write_sample(self.directory, self.stem(index), sample, made.sample_rate_hz, facts, made.peak_ceiling)
+    def _write_page(self) -> Path:
+        """The page of all clips, or of evenly spread ones where there are many."""
+        shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_SHEET_CLIPS))
+        cards = [self._draw_card(index) for index in shown]
+        settings = json.loads((self.directory / cards[-1].sidecar_file).read_text(encoding="utf-8"))["settings"]
+        page = self.directory / PAGE_FILE
+        write_text(page, render_page(f"{len(self.clips)} generated sounds", settings, cards))
+        return page
 
-    def _finish(self) -> Path:
-        stems = [self.stem(index) for index in range(len(self.clips))]
-        return write_overview(self.directory, stems, f"{len(stems)} generated sounds")
+    def _draw_card(self, index: int) -> Card:
+        """From the WAV: an earlier run, or another process, may have made the clip."""
+        clip, stem = self.clips[index], self.stem(index)
+        samples, rate = soundfile.read(self.directory / f"{stem}.wav", dtype="float32", always_2d=True)
+        return draw_card(self.directory, stem, clip.prompt, clip.seed, from_numpy(samples.T), rate)
 
 
 def _progress_bar(disable: bool) -> Progress:

@@ -1,0 +1,202 @@
+"""From the options of sample.py to clips, settings and a generator; what cannot be is refused before loading."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.progress import track
+
+from foley.accel.caching.policies import require_calibrations
+from foley.core.components import CheckpointError
+from foley.core.config import published_name
+from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.generation.editing import Edit, EditMask, Variation
+from foley.generation.pipeline_to_audio import (
+    PUBLISHED_SOLVER,
+    PipelineToAudio,
+    check_pipeline_settings,
+    open_generator,
+)
+from foley.generation.prompts import Clip, PromptColumns, request_clips
+from foley.generation.settings import GenerationSettings
+from foley.generation.text_to_audio import TextToAudio, resolve_device
+from foley.models.text import feature_files
+from foley.system.published import PublishedPipeline
+from foley.system.system import published_loader, student_of
+
+# What may differ between two runs that make the clips of one folder: it changes no clip.
+_INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
+_INCIDENTAL |= {"hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
+
+_WHOLE = ["seed", "num", "batch_size", "steps", "caption_seed"]
+_REAL = ["duration_seconds", "max_duration_seconds", "window_seconds", "overlap_seconds", "decode_chunk_seconds"]
+_REAL += ["trained_seconds", "guidance_scale", "guidance_rescale", "strength"]
+_REAL += ["mask_start_seconds", "mask_length_seconds", "boundary_seconds"]
+
+_OLD_NAMES = ("ckpt", "model", "published")
+
+
+def refuse_old_names(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments as they are; SystemExit where one names the system by an option that `system=` has replaced."""
+    old = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in _OLD_NAMES]
+    if not old:
+        return arguments
+    given = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0] == "system"]
+    values = [*given, *(argument.partition("=")[2] for argument in old)]
+    choice = f"give system={values[0]}" if len(values) == 1 else f"give only one of them, such as system={values[0]}"
+    raise SystemExit(
+        f"{', '.join(old)}: system= names what generates, a published system (ezaudio_xl), a system's folder, or a "
+        f"training checkpoint (.ckpt); {choice}"
+    )
+
+
+def chosen_system(cfg: DictConfig) -> str:
+    """What `system=` names, or the student inside it; raises CheckpointError where it has none."""
+    if not cfg.student:
+        return str(cfg.system)
+    if published_name(cfg.system) is not None:
+        raise CheckpointError(f"student=true: {cfg.system} is published without a student; give a system's folder")
+    return str(student_of(Path(str(cfg.system))))
+
+
+def requested_clips(cfg: DictConfig) -> list[Clip]:
+    """Every clip that the command asks for.
+
+    Raises ValueError as `request_clips` does, for impossible prompts, and for numbers that are none.
+    """
+    _check_numbers(cfg)
+    if cfg.trainer is not None and cfg.prompts is None:
+        raise ValueError("trainer= shares out the prompts of a file: give prompts=FILE, or leave it out")
+    if cfg.features is not None:
+        return _clips_of_features(cfg)
+    columns = PromptColumns(cfg.caption_column, cfg.id_column, cfg.clip_column)
+    return request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num, columns, cfg.captions, cfg.caption_seed)
+
+
+def requested_settings(cfg: DictConfig) -> GenerationSettings:
+    """How the command asks for its clips.
+
+    Raises ValueError for options that do not go together, and FileNotFoundError where the accelerator lacks its
+    calibration.
+    """
+    accelerator = instantiate(cfg.accel)
+    solver = None if cfg.solver.name == PUBLISHED_SOLVER else cfg.solver.name
+    require_calibrations(accelerator, solver, cfg.steps, cfg.guidance_scale)
+    return GenerationSettings(
+        duration_seconds=cfg.duration_seconds,
+        source=chosen_source(cfg),
+        **chosen_sampling(cfg),
+        any_guidance_scale=cfg.any_guidance_scale,
+        accelerator=accelerator,
+        negative_prompt=cfg.negative_prompt,
+        batch_size=cfg.batch_size,
+        window_seconds=cfg.window_seconds,
+        overlap_seconds=cfg.overlap_seconds,
+        decode_chunk_seconds=cfg.decode_chunk_seconds,
+        # The clips of a file have a bar of their own.
+        progress=partial(track, description="denoising") if cfg.prompts is None else iter,
+        facts=describe_source(cfg),
+    )
+
+
+def chosen_source(cfg: DictConfig) -> Edit | Variation | None:
+    """The recording to start from; raises ValueError for options that do not go together."""
+    if cfg.edit is not None and cfg.init is not None:
+        raise ValueError(f"edit={cfg.edit} and init={cfg.init} exclude each other; give one of them")
+    if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
+        raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
+    if cfg.edit is not None:
+        return Edit(cfg.edit, EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds))
+    return None if cfg.init is None else Variation(cfg.init, cfg.strength)
+
+
+def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:
+    """Solver, steps and guidance, as fields of `GenerationSettings`; None is the system's own choice."""
+    guidance = None
+    if cfg.guidance_scale is not None or cfg.guidance_rescale:
+        scale = ClassifierFreeGuidance().scale if cfg.guidance_scale is None else cfg.guidance_scale
+        guidance = instantiate(cfg.guidance, scale=scale, rescale=cfg.guidance_rescale)
+    return {"solver": cfg.solver.name, "num_steps": cfg.steps, "guidance": guidance}
+
+
+def open_requested(
+    cfg: DictConfig, settings: GenerationSettings, device: torch.device | None = None
+) -> TextToAudio | PipelineToAudio:
+    """The system or pipeline asked for, on `device` instead of the command's.
+
+    Raises CheckpointError as `open_generator` does, and ValueError for what a pipeline of diffusers cannot do.
+    """
+    name = published_name(cfg.system)
+    if name is not None and isinstance(published_loader(name, cfg.system_overrides), PublishedPipeline):
+        _check_pipeline(cfg)
+        check_pipeline_settings(settings)
+    device, places = device or resolve_device(cfg.device), (cfg.hub_dir, cfg.cache_dir, cfg.system_overrides)
+    generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places)
+    if cfg.features is not None and not _takes_features(generator):
+        raise ValueError(f"features={cfg.features}: this system takes captions, not features; give prompt= instead")
+    if isinstance(generator, TextToAudio):
+        generator.optimise(cfg.precision, cfg.compile)
+        generator.set_decoder_precision(cfg.decoder_precision)
+        if cfg.text_cache_dir is not None:
+            generator.keep_text_embeddings(cfg.text_cache_dir)
+        if cfg.rotary_extension is not None:
+            generator.extend_rotary(cfg.rotary_extension, cfg.trained_seconds)
+    return generator
+
+
+def describe_source(cfg: DictConfig) -> dict[str, Any]:
+    """What the JSON of each clip says besides how it was generated."""
+    name = published_name(cfg.system)
+    path = cfg.system if name is None else None
+    return {"accelerator": OmegaConf.to_container(cfg.accel, resolve=True), "ckpt": path, "model": name}
+
+
+def describe_request(cfg: DictConfig, clips: Sequence[Clip], model_hash: str) -> dict[str, Any]:
+    """What the clips depend on, for the record of their folder."""
+    options = {key: cfg[key] for key in map(str, cfg) if key not in _INCIDENTAL}
+    wanted: Any = {key: _plain(value) for key, value in options.items()}
+    content = json.dumps([[clip.prompt, clip.seed, dict(clip.notes)] for clip in clips])
+    return {**wanted, "model_hash": model_hash, "clips_hash": hashlib.sha256(content.encode()).hexdigest()}
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    """Raise ValueError for an option that should be a number and is none."""
+    for names, kinds, wanted in ((_WHOLE, int, "a whole number"), (_REAL, (int, float), "a number")):
+        for name in names:
+            value = cfg[name]
+            if isinstance(value, bool) or not (value is None or isinstance(value, kinds)):
+                raise ValueError(f"{name}={value}: give {wanted}")
+    for name in ("seed", "num", "batch_size"):
+        if cfg[name] is None:
+            raise ValueError(f"{name}=null: give a whole number, or leave it out")
+
+
+def _clips_of_features(cfg: DictConfig) -> list[Clip]:
+    """`num` clips of each file of features: these stand in the place of prompts."""
+    if (cfg.prompt, cfg.prompts) != (None, None):
+        raise ValueError("features= stands in the place of prompt= and prompts=: give one of the three")
+    files = [str(file) for file in feature_files(Path(cfg.features).expanduser()) for _ in range(cfg.num)]
+    return [Clip(file, seed) for seed, file in enumerate(files, start=cfg.seed)]
+
+
+def _takes_features(generator: TextToAudio | PipelineToAudio) -> bool:
+    return isinstance(generator, TextToAudio) and generator.text.prompt_field == "id"
+
+
+def _check_pipeline(cfg: DictConfig) -> None:
+    precisions, others = {cfg.precision, cfg.decoder_precision}, {cfg.rotary_extension, cfg.text_cache_dir}
+    if cfg.compile or (precisions, others) != ({"float32"}, {None}):
+        raise ValueError(
+            "precision, decoder_precision, compile, rotary_extension and text_cache_dir need a system of ours: the "
+            "pipelines of diffusers only generate"
+        )

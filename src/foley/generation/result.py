@@ -1,0 +1,103 @@
+"""`Generation`: the clips that came out, and the folder of WAV, JSON, spectrograms and a page that they become."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from math import ceil, log10
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foley.core.files import sample_stem, write_json, write_text
+from foley.data.audio import PEAK_CEILING, write_wav
+from foley.generation.prompts import Clip
+from foley.reporting.plots import draw_sheet
+from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, SHEET_FILE, Card, draw_card, render_page
+
+
+@dataclass
+class Timings:
+    """Wall-clock seconds spent in each stage of a generation, all clips together."""
+
+    encode_seconds: float = 0.0
+    text_seconds: float = 0.0
+    denoise_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def total_seconds(self) -> float:
+        return self.encode_seconds + self.text_seconds + self.denoise_seconds + self.decode_seconds
+
+    @contextmanager
+    def measured(self, field: str, device: torch.device) -> Iterator[None]:
+        """Add the block's duration to `field`; waits for the GPU so that stages are told apart."""
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        setattr(self, field, getattr(self, field) + time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out: a row of `audio` for each clip, and all it takes to make it again.
+
+    Args:
+        clips: as asked for; their notes also say where a prompt lies outside the training of the system.
+        audio: `[N, channels, T]` on the CPU. RuntimeError where it is not finite.
+        settings: what the JSON of each clip says of how it was made.
+        peak_ceiling: as `foley.data.audio.write_wav` takes it.
+    """
+
+    clips: Sequence[Clip]
+    audio: Tensor
+    sample_rate_hz: int
+    settings: Mapping[str, Any]
+    timings: Timings
+    peak_ceiling: float = PEAK_CEILING
+
+    def __post_init__(self) -> None:
+        if not bool(self.audio.isfinite().all()):
+            solver, num_steps, scale = (self.settings[key] for key in ("solver", "num_steps", "guidance_scale"))
+            raise RuntimeError(
+                f"solver {solver!r} with {num_steps} steps and guidance scale {scale} gave audio that is not finite; "
+                "lower the guidance scale, or take more steps"
+            )
+
+    def write(self, directory: Path, title: str | None = None) -> tuple[Path, list[Card]]:
+        """Write WAV, JSON and spectrogram of each clip, a sheet and the page; returns the page and the cards on it."""
+        facts = {"timings_of_all_samples": asdict(self.timings), "num_samples": len(self.clips)}
+        cards = []
+        for row, clip in enumerate(self.clips):
+            stem = self.write_clip(directory, row, row, facts)
+            cards.append(draw_card(directory, stem, clip.prompt, clip.seed, self._waveform(row), self.sample_rate_hz))
+        shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_SHEET_CLIPS))
+        waves, prompts = [self._waveform(row) for row in shown], [self.clips[row].prompt for row in shown]
+        draw_sheet(directory / SHEET_FILE, waves, prompts, self.sample_rate_hz)
+        page = directory / PAGE_FILE
+        write_text(page, render_page(title or f"{len(self.clips)} generated sounds", self.settings, cards))
+        return page, cards
+
+    def write_clip(self, directory: Path, row: int, index: int, facts: Mapping[str, Any] | None = None) -> str:
+        """Write the WAV of a row and then its JSON: where there is a JSON, the clip is whole. Returns their stem.
+
+        Audio louder than `peak_ceiling` is attenuated to it; the JSON states the gain.
+
+        Args:
+            index: of the clip in the folder.
+            facts: what else the JSON is to say.
+        """
+        clip = self.clips[row]
+        stem = sample_stem(clip.prompt, index, clip.seed)
+        gain = write_wav(directory / f"{stem}.wav", self._waveform(row), self.sample_rate_hz, self.peak_ceiling)
+        described = {"prompt": clip.prompt, "seed": clip.seed, "gain_db": round(20 * log10(gain), 3), **clip.notes}
+        made = {"index": index, "settings": dict(self.settings), **(facts or {})}
+        write_json(directory / f"{stem}.json", {**described, **made})
+        return stem
+
+    def _waveform(self, row: int) -> Tensor:
+        """`[channels, T]`, a mono one `[T]`."""
+        return self.audio[row, 0] if self.audio.shape[1] == 1 else self.audio[row]
