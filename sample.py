@@ -4,10 +4,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.cli.requests import (
     choose_checkpoint,
     choose_method,
@@ -19,10 +18,10 @@ from foley.cli.requests import (
 )
 from foley.core.logs import get_logger
 from foley.generation.collection import TestSet, launch_processes
-from foley.generation.prompts import name_model, quote_overrides
+from foley.generation.prompts import name_model
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="sample")
+@command("sample", text=("prompt", "negative_prompt", "edit", "init", "features"))
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
     cfg.ckpt = choose_checkpoint(cfg)
@@ -42,5 +41,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv = quote_overrides(name_model(sys.argv), ("prompt", "negative_prompt", "edit", "init", "features"))
+    sys.argv = name_model(sys.argv)
     main()

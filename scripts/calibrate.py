@@ -7,13 +7,12 @@ python scripts/calibrate.py model=stable_audio_open prompts=FILE
 import sys
 from pathlib import Path
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
 from foley.accel.caching.plots import plot_calibration
+from foley.cli.command import command
 from foley.core.files import info_path
 from foley.core.logs import get_logger
 from foley.data.sampler import evenly_spaced
@@ -22,7 +21,7 @@ from foley.generation.prompts import name_model, read_prompts
 from foley.generation.text_to_audio import resolve_device
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/calibrate")
+@command("script/calibrate")
 def main(cfg: DictConfig) -> None:
     prompts = read_prompts(Path(cfg.prompts))
     recorder = CalibrationRecorder(cfg.max_distance)

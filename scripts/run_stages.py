@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
+from foley.cli.command import command
 from foley.core.config import PROJECT_ROOT, relative_to_checkout
 from foley.core.files import write_json
 from foley.core.hashing import hash_file
@@ -77,7 +77,7 @@ def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
             shutil.copyfile(source, target)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/train_demo")
+@command("script/train_demo")
 def main(cfg: DictConfig) -> None:
     """Run what has not been run in this way, and note the seconds of each stage and where it ran.
 
@@ -99,8 +99,8 @@ def main(cfg: DictConfig) -> None:
         seconds = run_stage(name, stage.command)
         keep(stage, work_dir, keep_dir)
         write_json(note, {**description, "seconds": round(seconds, 1), "provenance": provenance()})
-    for command in cfg.then:
-        run_stage("at the end", command)
+    for last in cfg.then:
+        run_stage("at the end", last)
 
 
 if __name__ == "__main__":

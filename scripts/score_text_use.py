@@ -9,12 +9,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
@@ -65,7 +64,7 @@ def summarise(errors: Tensor, classes: Tensor) -> dict[str, float]:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/score_text_use")
+@command("script/score_text_use")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     system, batch = load_system(Path(cfg.ckpt)), clips_of_each_class(cfg)

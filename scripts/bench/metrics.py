@@ -11,12 +11,11 @@ from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.config import PROJECT_ROOT
 from foley.core.files import write_json
 from foley.core.logs import get_logger
@@ -96,7 +95,7 @@ def speed(cfg: DictConfig) -> dict[str, Any]:
     return {**settings, **cost, "provenance": provenance()}
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/metrics")
+@command("bench/metrics")
 def main(cfg: DictConfig) -> None:
     """Measure the chosen parts, and write the page."""
     page = Path(cfg.page)

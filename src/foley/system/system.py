@@ -27,7 +27,7 @@ from foley.core.components import (
     save_component,
     trained_config,
 )
-from foley.core.config import PROJECT_ROOT
+from foley.core.config import locate
 from foley.core.files import write_json, write_text
 from foley.core.hashing import hash_file, hash_module
 from foley.diffusion.consistency import Consistency
@@ -221,7 +221,7 @@ def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, M
         raise CheckpointError(
             f"{source} does not say which codec it was trained on (`codec_dir`); train with `codec_path=` set"
         )
-    path = PROJECT_ROOT / metadata["codec_dir"]
+    path = locate(metadata["codec_dir"])
     if not path.exists():
         raise CheckpointError(f"{source} was trained on the codec at {path}, which does not exist")
     codec = load_trained(path, "codec")
@@ -236,5 +236,5 @@ def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, M
 
 def _files_in(config: Mapping[str, Any]) -> dict[str, Path]:
     """The config's values that are files, such as a vocabulary; they travel with the component."""
-    files = {key: PROJECT_ROOT / value for key, value in config.items() if isinstance(value, str)}
+    files = {key: locate(value) for key, value in config.items() if isinstance(value, str)}
     return {key: file for key, file in files.items() if file.is_file()}
