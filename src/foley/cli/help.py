@@ -6,9 +6,10 @@ comment is a group that the user may choose from; the choices are the files of t
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import yaml
 
@@ -69,23 +70,23 @@ def read_page(config_name: str) -> Page:
     return Page(source.description, groups, [o for o in options if o.words or o.name not in explained])
 
 
-def help_page(config_name: str, script: str, program: str | None = None) -> str:
+def help_page(config_name: str, script: str, programs: Mapping[str, str] = MappingProxyType({})) -> str:
     """The page as text.
 
     Args:
-        script: as seen from the root of the checkout; the config's own examples say `python SCRIPT`.
-        program: how the user calls it instead, such as `foley sample`.
+        script: as seen from the root of the checkout, such as `scripts/prepare.py`.
+        programs: script to what the user calls it; the configs' own examples say `python SCRIPT`.
     """
-    page, program = read_page(config_name), program or f"python {script}"
+    page, program = read_page(config_name), programs.get(script, f"python {script}")
     width = min(_WIDEST_NAME, max((len(option.name) for option in [*page.groups, *page.options]), default=0))
-    sections = [[line.replace(f"python {script}", program) for line in page.description]]
+    sections = ["\n".join(page.description)]
+    for called, name in programs.items():
+        sections[0] = sections[0].replace(f"python {called}", name)
     for title, options in (("Groups (group=choice):", page.groups), ("Options (key=value):", page.options)):
         if options:
-            sections.append([title, *(line for option in options for line in _lines(option, width))])
-    sections.append(
-        [f"{program} --cfg job [key=value ...] shows the composed config; --hydra-help, the flags of Hydra."]
-    )
-    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
+            sections.append("\n".join([title, *(_lines(option, width) for option in options)]))
+    sections.append(f"{program} --cfg job [key=value ...] shows the composed config; --hydra-help, the flags of Hydra.")
+    return "\n\n".join(sections) + "\n"
 
 
 def undocumented(config_name: str) -> list[str]:
@@ -160,17 +161,17 @@ def choices_of(group: str) -> tuple[str, ...]:
     return tuple(sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")))
 
 
-def _lines(option: Option, width: int) -> list[str]:
+def _lines(option: Option, width: int) -> str:
     """An option's name, and beside it its words, default and choices, folded to the width of the page."""
-    default = f" [{option.default}]" if option.default else ""
+    default = option.default or ""
+    if default and not default.startswith("["):
+        default = f"[{default}]"
     indent = " " * (width + 4)
-    first = f"  {option.name.ljust(width)}  "
-    if len(option.name) > width:
-        first = f"  {option.name}\n{indent}"
-    paragraphs = [f"{option.words}{default}".strip(), ", ".join(option.choices)]
+    name = f"  {option.name.ljust(width)}  " if len(option.name) <= width else f"  {option.name}\n{indent}"
+    paragraphs = (f"{option.words} {default}".strip(), ", ".join(option.choices))
     texts = [
         textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
         for text in paragraphs
         if text
     ]
-    return [first + "\n".join(texts).removeprefix(indent)]
+    return name + "\n".join(texts).removeprefix(indent)

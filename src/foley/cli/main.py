@@ -101,15 +101,24 @@ def run_verb(words: Sequence[str]) -> None:
     verb = all_verbs().get(name)
     if verb is None:
         raise SystemExit(f"foley {name}: there is no such verb; the verbs are {', '.join([*all_verbs(), 'bench'])}")
-    script = SHIPPED_ROOT / verb.script
     if asks_for_help(arguments):
-        sys.stdout.write(help_page(chosen_config(arguments, config_of(script)), verb.script, f"foley {name}"))
+        sys.stdout.write(page_of(verb, arguments))
         return
     given = {argument.partition("=")[0] for argument in arguments}
     own = [override for override in verb.overrides if override.partition("=")[0] not in given]
     # As the script's own: Lightning starts the processes of other devices by these words.
-    sys.argv = [str(script), *own, *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    sys.argv = [str(SHIPPED_ROOT / verb.script), *own, *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def page_of(verb: Verb, arguments: Sequence[str]) -> str:
+    """A verb's help page, which calls every script by its verb."""
+    programs = {other.script: f"foley {name}" for name, other in all_verbs().items() if not other.overrides}
+    config_name = chosen_config(arguments, config_of(SHIPPED_ROOT / verb.script))
+    page = help_page(config_name, verb.script, programs)
+    if not verb.overrides:
+        return page
+    return f"{verb.summary} The same as {programs[verb.script]} {' '.join(verb.overrides)}:\n\n{page}"
 
 
 def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
