@@ -61,7 +61,7 @@ docs: $(STAMP)  ## build the site into site/, with an error for every broken lin
 	$(PY) -m mkdocs build --strict
 
 notebook: $(STAMP)  ## run notebooks/first_steps.ipynb as it stands
-	$(PY) -m nbclient.cli --timeout=600 notebooks/first_steps.ipynb
+	$(VENV)/bin/jupyter-execute --timeout=600 notebooks/first_steps.ipynb
 
 wheel: $(STAMP)  ## build dist/foley-*.whl, with configs, scripts and the system that ships
 	$(PY) -m build --wheel --no-isolation --outdir dist

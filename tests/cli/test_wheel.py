@@ -79,10 +79,10 @@ def test_a_sound_is_made_from_the_command_line(installed, tmp_path):
 
 def test_a_sound_is_made_and_scored_from_python(installed, tmp_path):
     code = (
-        "from foley.core.config import shipped\n"
+        "from pathlib import Path\nfrom foley.core.config import shipped\n"
         "from foley.generation.text_to_audio import TextToAudio\n"
         "made = TextToAudio.load(shipped('demo')).generate(['rain'], 0.5, num_steps=2)\n"
-        "made.write('clips')\n"
+        "made.write(Path('clips'))\n"
     )
     run(installed, tmp_path, "python", "-c", code)
     run(
