@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.core.config import PROJECT_ROOT, relative_to_checkout
+from foley.core.config import PROJECT_ROOT, SHIPPED_ROOT, relative_to_checkout
 from foley.core.files import write_json
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
@@ -26,10 +26,12 @@ log = get_logger(__name__)
 
 
 def run_stage(name: str, command: str) -> float:
-    """Run `python COMMAND` in the checkout's root; returns its seconds, raises SystemExit where it fails."""
+    """Run `python COMMAND` where outputs go; returns its seconds, raises SystemExit where it fails."""
     log.info("\n== %s ==\npython %s", name, command)
     start = time.perf_counter()
-    code = subprocess.run([sys.executable, *shlex.split(command)], cwd=PROJECT_ROOT, check=False).returncode
+    script, *arguments = shlex.split(command)
+    line = [sys.executable, str(SHIPPED_ROOT / script), *arguments]
+    code = subprocess.run(line, cwd=PROJECT_ROOT, check=False).returncode
     if code != 0:
         raise SystemExit(f"stage {name!r} failed with status {code}: python {command}")
     return time.perf_counter() - start

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from foley.cli.command import command
-from foley.core.config import PROJECT_ROOT
+from foley.core.config import SHIPPED_ROOT
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
@@ -85,7 +85,7 @@ def speed(cfg: DictConfig) -> dict[str, Any]:
             "output_dir": folder / "scores",
             "resamples": cfg.speed.resamples,
         }
-        command = [sys.executable, str(PROJECT_ROOT / "evaluate.py"), *(f"{k}={v}" for k, v in overrides.items())]
+        command = [sys.executable, str(SHIPPED_ROOT / "evaluate.py"), *(f"{k}={v}" for k, v in overrides.items())]
         start = time.perf_counter()
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(cfg.speed.threads)})
         seconds = time.perf_counter() - start

@@ -118,3 +118,10 @@ def test_bash_completes(tmp_path, capsys, line, replies):
 def test_another_shell_is_refused_by_name():
     with pytest.raises(SystemExit, match="foley --completion fish: name one of bash, zsh"):
         main(["--completion", "fish"])
+
+
+def test_the_index_of_scripts_has_a_line_for_each():
+    index = (SHIPPED_ROOT / "scripts/README.md").read_text()
+    for name, verb in all_verbs().items():
+        if verb.script.startswith("scripts/"):
+            assert f"]({verb.script.removeprefix('scripts/')}) | `foley {name}` |" in index
