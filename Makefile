@@ -4,20 +4,24 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # The first interpreter that really is Python 3.11 or newer; override with `make setup PYTHON=...`.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(p))))
+# constraints.txt names every package with its version, so that nothing is left to resolve.
+INSTALL := --no-deps --requirement constraints.txt --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo ship results test test-all lint format types clean
+.PHONY: help setup demo train-demo ship results test test-all test-docs lint format types docs notebook wheel lock clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{sub(":.*", "", $$1); printf "  make %-10s %s\n", $$1, $$2}'
 
-setup: $(STAMP)  ## create the virtual environment and install the pinned dependencies (once, about 4 minutes)
+setup: $(STAMP)  ## create the virtual environment and install the pinned dependencies (once, a minute or a few)
 
+# uv is many times faster than pip; where it cannot be had, or finds no index, pip installs the same.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found: install one, or run 'make $(MAKECMDGOALS) PYTHON=/path/to/python'."; exit 1; }
-	@echo "Setting up $(VENV) with $(PYTHON): about 5 GB to fetch, a few minutes, once."
+	@echo "Setting up $(VENV) with $(PYTHON): about 5 GB to fetch, once."
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { echo "Creating the environment failed; on Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
-	$(PY) -m pip install --progress-bar on --constraint constraints.txt --editable '.[dev]'
+	@$(PY) -m pip install --quiet uv || echo "uv cannot be had: going on with pip, which takes some minutes"
+	{ test -x $(VENV)/bin/uv && $(VENV)/bin/uv pip install --python $(PY) $(INSTALL); } || $(PY) -m pip install $(INSTALL)
 	@touch $@
 
 demo: $(STAMP)  ## generate, accelerate and score sounds with the model that ships
@@ -34,10 +38,13 @@ results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md 
 	$(PY) scripts/run_stages.py --config-name=script/results
 
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow and not docs"
 
 test-all: $(STAMP)  ## every test
 	$(PY) -m pytest
+
+test-docs: $(STAMP)  ## run the commands of README and docs, and the notebook
+	$(PY) -m pytest -m docs
 
 lint: $(STAMP)  ## ruff: style and format
 	$(PY) -m ruff check .
@@ -50,5 +57,19 @@ format: $(STAMP)  ## let ruff mend style and format
 types: $(STAMP)  ## mypy
 	$(PY) -m mypy
 
+docs: $(STAMP)  ## build the site into site/, with an error for every broken link
+	$(PY) -m mkdocs build --strict
+
+notebook: $(STAMP)  ## run notebooks/first_steps.ipynb as it stands
+	$(VENV)/bin/jupyter-execute --timeout=600 notebooks/first_steps.ipynb
+
+wheel: $(STAMP)  ## build dist/foley-*.whl, with configs, scripts and the system that ships
+	$(PY) -m build --wheel --no-isolation --outdir dist
+
+lock: $(STAMP)  ## write constraints.txt anew from pyproject.toml and overrides.txt
+	echo "# The exact versions the project is tested with, made by \`make lock\`; ranges are in pyproject.toml." > constraints.tmp
+	$(VENV)/bin/uv pip compile pyproject.toml --all-extras --universal --override overrides.txt --no-header --no-annotate --quiet >> constraints.tmp
+	mv constraints.tmp constraints.txt
+
 clean:  ## remove outputs and caches, keep the environment
-	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf outputs site dist .pytest_cache .mypy_cache .ruff_cache

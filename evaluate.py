@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers resolvers)
+from foley.cli.command import command
 from foley.data.audio import read_channels
 from foley.data.procedural import CLASS_NAMES, captions_for
 from foley.metrics.evaluation import evaluate_files
@@ -15,7 +14,7 @@ from foley.metrics.references import read_clips
 from foley.reporting.scores import flat_scores, show, write_report
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+@command("evaluate")
 def main(cfg: DictConfig) -> None:
     """Write `evaluation.json` and `evaluation.md`, show the scores, and log them where a logger is chosen."""
     protocols = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]

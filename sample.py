@@ -1,20 +1,17 @@
 """Generate audio from text: `python sample.py prompt="a dog barks"`; `--help` lists the options."""
 
-import sys
 from functools import partial
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
 from foley.cli import sampling
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.generation.clip_folder import ClipFolder, launch_processes
-from foley.generation.prompts import quote_overrides
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="sample")
+@command("sample", text=("prompt", "negative_prompt", "edit", "init", "features"), check=sampling.refuse_old_names)
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
     cfg.system = sampling.chosen_system(cfg)
@@ -31,6 +28,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    arguments = sampling.refuse_old_names(sys.argv)
-    sys.argv = quote_overrides(arguments, ("prompt", "negative_prompt", "edit", "init", "features"))
     main()

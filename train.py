@@ -1,12 +1,12 @@
 """Train a codec or a denoiser: `python train.py experiment=<name> [key=value ...]`; see `python train.py --help`."""
 
-import hydra
 from omegaconf import DictConfig
 
+from foley.cli.command import command
 from foley.training.run import optimized_metric, train
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+@command("train")
 def main(cfg: DictConfig) -> float | None:
     """Compose the config, train, and hand a sweep its metric."""
     return optimized_metric(cfg, train(cfg))

@@ -3,10 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json, write_text
 from foley.core.logs import get_logger
 from foley.reporting.listening import (
@@ -26,7 +25,7 @@ def show(score: Score) -> str:
     return f"{score.mean:.2f} [{score.low:.2f}, {score.high:.2f}]"
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/analyse_listening_test")
+@command("script/analyse_listening_test")
 def main(cfg: DictConfig) -> None:
     """Write `listening.json`, `.md` and `.png`."""
     files = sorted(Path(cfg.results).glob("*.csv"))

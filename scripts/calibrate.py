@@ -6,12 +6,11 @@ python scripts/calibrate.py system=stable_audio_open prompts=FILE
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
 from foley.accel.caching.plots import plot_calibration
+from foley.cli.command import command
 from foley.cli.sampling import chosen_sampling
 from foley.core.files import info_path
 from foley.core.logs import get_logger
@@ -21,7 +20,7 @@ from foley.generation.prompts import read_prompts
 from foley.generation.text_to_audio import resolve_device
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/calibrate")
+@command("script/calibrate")
 def main(cfg: DictConfig) -> None:
     prompts = read_prompts(Path(cfg.prompts))
     recorder = CalibrationRecorder(cfg.max_distance)

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.data.annotating import AnnotationError, ManifestRow, annotate, pending_rows
 from foley.data.captioning.answers import write_captioned_manifest
@@ -42,7 +41,7 @@ def finish(cfg: DictConfig) -> None:
     _log.info("%s: %d captioned clips; what failed is in %s/faults-rank*.jsonl", path, written, cfg.out)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/caption")
+@command("script/caption")
 def main(cfg: DictConfig) -> None:
     """Compose, estimate, caption, merge."""
     captioner: Any = instantiate(cfg.captioner, _convert_="all")

@@ -10,14 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.generation.text_to_audio import resolve_device
@@ -89,7 +88,7 @@ def as_table(rows: dict[str, dict[str, Any]], verb: str) -> str:
     )
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/compare_parameters")
+@command("script/compare_parameters")
 def main(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device)
     measured = device.type == "cuda"

@@ -5,15 +5,14 @@ python scripts/convert_checkpoint.py source=ezaudio|waveform_vae|bigvgan ckpt=FI
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.system.convert import convert_checkpoint, read_model_config
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/convert_checkpoint")
+@command("script/convert_checkpoint")
 def main(cfg: DictConfig) -> None:
     module = convert_checkpoint(cfg.source, Path(cfg.ckpt), read_model_config(Path(cfg.config)), Path(cfg.out))
     parameters = sum(parameter.numel() for parameter in module.parameters())

@@ -1,17 +1,16 @@
-"""`make demo`: generate the same prompts without acceleration, with it, and with the student; one page to compare."""
+"""Generate the same prompts without acceleration, with it, and with the student: what `make demo` shows on one page."""
 
 import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import track
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.files import slug, write_json, write_text
 from foley.core.logs import get_logger
 from foley.generation.prompts import LabelledPrompts
@@ -43,7 +42,7 @@ def generate(cfg: DictConfig, name: str, prompts: list[str]) -> Generation:
     )
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/demo")
+@command("script/demo")
 def main(cfg: DictConfig) -> None:
     """Write the page and `demo.json`."""
     prompts, labels = LabelledPrompts.read(Path(cfg.prompts))

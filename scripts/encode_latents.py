@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-import hydra
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.data.encoding import encode_latents
 from foley.generation.text_to_audio import resolve_device
 from foley.system.checkpoint import load_trained
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/encode_latents")
+@command("script/encode_latents")
 def main(cfg: DictConfig) -> None:
-    data = hydra.utils.instantiate(cfg.data, _convert_="all")
+    data = instantiate(cfg.data, _convert_="all")
     encode_latents(
         load_trained(Path(cfg.codec_ckpt), "codec"),
         data.whole_clips(cfg.max_duration_seconds),

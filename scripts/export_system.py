@@ -3,11 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-import hydra
 import torch
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.data.latents import LatentCacheIndex
 from foley.generation.novelty import representative
@@ -22,7 +21,7 @@ def with_captions(system: System, latents: Path) -> System:
     return replace(system, captions=representative(entry.caption for entry in entries if entry.split == "train"))
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/export_system")
+@command("script/export_system")
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}")

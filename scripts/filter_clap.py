@@ -5,12 +5,11 @@ python scripts/filter_clap.py manifest=FILE audio_dir=FOLDER out=FOLDER threshol
 
 from pathlib import Path
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.utilities import rank_zero_only
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.data.annotating import AnnotationError, annotate
 from foley.data.clap_filter import keep_by_threshold
@@ -33,7 +32,7 @@ def finish(cfg: DictConfig) -> None:
         _log.info("threshold %.2f keeps %d (%.1f %%)", limit, count, 100 * count / len(filtered.scores))
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/filter_clap")
+@command("script/filter_clap")
 def main(cfg: DictConfig) -> None:
     """Compose, score, keep."""
     scorer = instantiate(cfg.scorer, _convert_="all")

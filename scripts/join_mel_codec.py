@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.components import save_component
 from foley.core.logs import get_logger
 from foley.models.codec.mel_codec import MelCodec
 from foley.system.checkpoint import load_trained, trained_config
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/join_mel_codec")
+@command("script/join_mel_codec")
 def main(cfg: DictConfig) -> None:
     paths = {name: Path(cfg[name]) for name in ("mel_vae", "vocoder")}
     parts = {name: load_trained(path, name) for name, path in paths.items()}

@@ -5,11 +5,10 @@ python scripts/listening_test.py "systems={ours: DIR, theirs: DIR}" reference=FO
 
 from pathlib import Path
 
-import hydra
 import soundfile
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator
 from foley.metrics.features import ClipFile
@@ -36,7 +35,7 @@ def read_stimulus(system: str, clip: ClipFile, caption: str, max_seconds: float)
     return Stimulus(system, clip.id, caption, samples, rate)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/listening_test")
+@command("script/listening_test")
 def main(cfg: DictConfig) -> None:
     """Write `listening_test.html` and `key.json`."""
     clips = {name: read_clips(path) for name, path in cfg.systems.items()}

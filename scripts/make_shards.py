@@ -1,15 +1,14 @@
 """Write the clips of a manifest to WebDataset tars, on a disk or at any fsspec URL, for `data=shards`."""
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.data.importers import read_entries
 from foley.data.shards_writer import write_shards
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/make_shards")
+@command("script/make_shards")
 def main(cfg: DictConfig) -> None:
     index = write_shards(read_entries(cfg.manifest, cfg.audio_dir), cfg.output, **cfg.writer)
     clips, seconds = (sum(getattr(shard, name) for shard in index.shards) for name in ("num_samples", "seconds"))

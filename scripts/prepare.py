@@ -5,16 +5,15 @@ python scripts/prepare.py dataset=audiocaps audio_dir=FOLDER out=FOLDER [annotat
 
 from pathlib import Path
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.data.preparation import prepare_manifest
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/prepare")
+@command("script/prepare")
 def main(cfg: DictConfig) -> None:
     """Read, match, check, write."""
     files = instantiate(cfg.dataset, _convert_="all")

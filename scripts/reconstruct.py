@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from rich.progress import track
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.files import sample_stem, write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_audio, write_wav
@@ -17,7 +16,7 @@ from foley.generation.text_to_audio import resolve_device
 from foley.system.checkpoint import load_trained
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/reconstruct")
+@command("script/reconstruct")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""

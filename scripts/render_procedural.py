@@ -3,17 +3,16 @@
 import json
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.files import write_text
 from foley.core.logs import get_logger
 from foley.data.audio import write_wav
 from foley.data.procedural import CLASS_NAMES, ProceduralDataset
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/render_procedural")
+@command("script/render_procedural")
 def main(cfg: DictConfig) -> None:
     """Write `per_class` clips of every class and `manifest.jsonl`."""
     directory = Path(cfg.output_dir)

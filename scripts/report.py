@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.reporting.pages import write_page
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/report")
+@command("script/report")
 def main(cfg: DictConfig) -> None:
     results_dir = Path(cfg.results_dir)
     page = results_dir / f"{cfg.page}.md"

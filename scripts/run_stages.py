@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from foley.core.config import PROJECT_ROOT, relative_to_checkout
+from foley.cli.command import command
+from foley.core.config import PROJECT_ROOT, SHIPPED_ROOT, relative_to_checkout
 from foley.core.files import write_json
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
@@ -26,10 +26,12 @@ log = get_logger(__name__)
 
 
 def run_stage(name: str, command: str) -> float:
-    """Run `python COMMAND` in the checkout's root; returns its seconds, raises SystemExit where it fails."""
+    """Run `python COMMAND` where outputs go; returns its seconds, raises SystemExit where it fails."""
     log.info("\n== %s ==\npython %s", name, command)
     start = time.perf_counter()
-    code = subprocess.run([sys.executable, *shlex.split(command)], cwd=PROJECT_ROOT, check=False).returncode
+    script, *arguments = shlex.split(command)
+    line = [sys.executable, str(SHIPPED_ROOT / script), *arguments]
+    code = subprocess.run(line, cwd=PROJECT_ROOT, check=False).returncode
     if code != 0:
         raise SystemExit(f"stage {name!r} failed with status {code}: python {command}")
     return time.perf_counter() - start
@@ -77,7 +79,7 @@ def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
             shutil.copyfile(source, target)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/train_demo")
+@command("script/train_demo")
 def main(cfg: DictConfig) -> None:
     """Run what has not been run in this way, and note the seconds of each stage and where it ran.
 
@@ -99,8 +101,8 @@ def main(cfg: DictConfig) -> None:
         seconds = run_stage(name, stage.command)
         keep(stage, work_dir, keep_dir)
         write_json(note, {**description, "seconds": round(seconds, 1), "provenance": provenance()})
-    for command in cfg.then:
-        run_stage("at the end", command)
+    for last in cfg.then:
+        run_stage("at the end", last)
 
 
 if __name__ == "__main__":

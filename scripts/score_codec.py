@@ -4,13 +4,12 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import track
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.files import slug, write_json
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
@@ -68,7 +67,7 @@ def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory:
     draw_sheet(directory / "pairs.png", clips, titles, codec.sample_rate_hz)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/score_codec")
+@command("script/score_codec")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write `codec.json` and the pairs."""

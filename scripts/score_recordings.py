@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.files import write_json, write_text
 from foley.core.logs import get_logger
 from foley.data.audio import read_channels
@@ -32,7 +31,7 @@ def write_prompts(entries: Sequence[ManifestEntry], labels: Sequence[str], path:
     write_text(path, "\n".join(rows) + "\n")
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/score_recordings")
+@command("script/score_recordings")
 def main(cfg: DictConfig) -> None:
     """Write `recordings.json` and `prompts.jsonl`."""
     protocol, entries = load_protocol("embedded", Path(cfg.extractor_dir)), read_manifest(Path(cfg.manifest))

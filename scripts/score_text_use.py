@@ -9,12 +9,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
@@ -65,10 +64,10 @@ def summarise(errors: Tensor, classes: Tensor) -> dict[str, float]:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/score_text_use")
+@command("script/score_text_use")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    system, batch = load_system(Path(cfg.ckpt)), clips_of_each_class(cfg)
+    system, batch = load_system(Path(cfg.system)), clips_of_each_class(cfg)
     normaliser = cast(LatentNormaliser, system.modules["normaliser"])
     clean = normaliser.normalise(batch["latent"])
     noise = torch.randn(clean.shape, generator=torch_generator("text use", cfg.seed))
@@ -79,7 +78,7 @@ def main(cfg: DictConfig) -> None:
         errors = errors_by_caption(system.modules["denoiser"], system.process, clean, noise, timestep, captions)
         rows[timestep] = summarise(errors, classes)
         get_logger(__name__).info("timestep %d: %s", timestep, rows[timestep])
-    settings = {"ckpt": str(cfg.ckpt), "clips": len(clean), "classes": len(CLASS_NAMES)}
+    settings = {"system": str(cfg.system), "clips": len(clean), "classes": len(CLASS_NAMES)}
     write_json(Path(cfg.output_dir) / "text_use.json", {**settings, "timesteps": rows, "provenance": provenance()})
 
 

@@ -3,21 +3,18 @@
 python scripts/sweep_sampling.py -m hparams_search=optuna_sampling prompts=FILE reference=FOLDER_OR_MANIFEST
 """
 
-import sys
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
-from foley.cli.sampling import chosen_system, open_requested, refuse_old_names, requested_clips, requested_settings
+from foley.cli.command import command
+from foley.cli.sampling import chosen_system, open_requested, requested_clips, requested_settings
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_channels
 from foley.data.ordering import evenly_spaced
-from foley.generation.prompts import quote_overrides
 from foley.generation.result import Generation
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
 from foley.metrics.features import LabelledAudio, extract_audio, extract_files
@@ -54,7 +51,7 @@ def score(cfg: DictConfig, made: Generation) -> float:
     return evaluation.scores[cfg.score].value
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/sweep_sampling")
+@command("script/sweep_sampling", text=("prompt", "negative_prompt"))
 def main(cfg: DictConfig) -> tuple[float, float]:
     """Write `trial.json`, and hand a search its two objectives."""
     made = generate(cfg)
@@ -76,5 +73,4 @@ def main(cfg: DictConfig) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    sys.argv = quote_overrides(refuse_old_names(sys.argv), ("prompt", "negative_prompt"))
     main()

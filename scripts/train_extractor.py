@@ -6,12 +6,12 @@ python scripts/train_extractor.py [output_dir=data/extractor] [loader.steps=700]
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
 import foley.core.config  # noqa: F401
+from foley.cli.command import command
 from foley.core.components import save_component
 from foley.core.files import write_json
 from foley.core.seeding import derive_seed
@@ -37,7 +37,7 @@ def with_codec(splits: Splits, codec: Any, stride: int) -> Splits:
     return {**splits, "train": added, "test": {**test, **restored}}
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/train_extractor")
+@command("script/train_extractor")
 def main(config: DictConfig) -> None:
     """Compose, train, save, measure."""
     entries = read_manifest(config.manifest)

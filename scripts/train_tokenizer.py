@@ -3,10 +3,9 @@
 import csv
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import atomic_write
 from foley.core.logs import get_logger
 from foley.models.text.small import train_tokenizer
@@ -14,7 +13,7 @@ from foley.models.text.small import train_tokenizer
 logger = get_logger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/train_tokenizer")
+@command("script/train_tokenizer")
 def main(cfg: DictConfig) -> None:
     with Path(cfg.captions_file).open(encoding="utf-8-sig", newline="") as stream:
         captions = [row[cfg.caption_column] for row in csv.DictReader(stream)]

@@ -6,17 +6,16 @@ python scripts/wandb_report.py project=foley entity=NAME
 
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.reporting.dashboard import build_workspace, write_dashboard
 
 log = get_logger(__name__)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/wandb_report")
+@command("script/wandb_report")
 def main(cfg: DictConfig) -> None:
     """Write `dashboard.md` and its figures, or save the workspace; ValueError unless told which."""
     if (cfg.run is None) == (cfg.project is None):

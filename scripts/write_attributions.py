@@ -3,15 +3,14 @@
 from collections import Counter
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.files import write_text
 from foley.data.manifest import read_manifest
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/write_attributions")
+@command("script/write_attributions")
 def main(cfg: DictConfig) -> None:
     """Write a table of source, licence and number of clips."""
     entries = [entry for entry in read_manifest(Path(cfg.manifest)) if entry.split == cfg.split]

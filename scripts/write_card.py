@@ -9,11 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from safetensors import safe_open
 
-import foley.core.config  # noqa: F401  (registers the resolvers that the configs use)
+from foley.cli.command import command
 from foley.core.components import WEIGHTS_FILE, read_config
 from foley.core.files import write_json
 from foley.core.logs import get_logger
@@ -78,7 +77,7 @@ def describe(system: Path) -> Facts:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="script/write_card")
+@command("script/write_card")
 def main(cfg: DictConfig) -> None:
     """Write `training.json` where notes are given, and the card."""
     system = Path(cfg.system)

@@ -10,17 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.accel.attention.litefocus import compensation_indices, sparse_attention
 from foley.accel.attention.local_global import local_global_attention
 from foley.accel.combined import NoAcceleration
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator, RunContext, StepContext
@@ -154,7 +153,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/attention")
+@command("bench/attention")
 def main(cfg: DictConfig) -> None:
     result = measure(cfg)
     write_json(Path(cfg.results_file), result)

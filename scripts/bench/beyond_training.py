@@ -9,11 +9,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.generation.prompts import LabelledPrompts
 from foley.generation.result import Generation
@@ -62,10 +61,10 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, way: str, durati
     return facts | score_pieces(result, prompts.labels, cfg.piece_seconds, judge)
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/beyond_training")
+@command("bench/beyond_training")
 def main(cfg: DictConfig) -> None:
     longest = max(cfg.durations_seconds)
-    system = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device), max_duration_seconds=longest)
+    system = TextToAudio.load(cfg.system, resolve_device(cfg.device), max_duration_seconds=longest)
     judge = Judge.load(Path(cfg.extractor_dir))
     rows = []
     for duration_seconds, way in product(sorted(cfg.durations_seconds), cfg.ways):  # small ones first: memory is kept

@@ -13,17 +13,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.accel.caching.calibration import Calibration, calibration_stem
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
 from foley.accel.caching.policies import budget_schedule, schedule_error
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.rates import clip_size
 from foley.diffusion.context import Accelerator
@@ -163,7 +162,7 @@ def compare_budget_methods(cfg: DictConfig) -> list[dict[str, float]]:
     ]
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/caching")
+@command("bench/caching")
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     workload = Workload.build(cfg)

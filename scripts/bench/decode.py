@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.generation.decoding import LatentDecoder
 from foley.generation.text_to_audio import resolve_device
@@ -97,7 +96,7 @@ def measure_codec(codec: Any, cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/decode")
+@command("bench/decode")
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(cfg.num_threads)
     torch.manual_seed(0)

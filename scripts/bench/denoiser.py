@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.accel.precision import compile_blocks, set_precision
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.sampler import generate_latents
@@ -173,7 +172,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
     return {**result, "provenance": provenance()}
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/denoiser")
+@command("bench/denoiser")
 def main(cfg: DictConfig) -> None:
     result = measure(cfg)
     write_json(Path(cfg.results_file), result)

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
-import hydra
 import numpy as np
 import torch
 from diffusers import CacheMixin, CosineDPMSolverMultistepScheduler, StableAudioDiTModel
@@ -29,12 +28,12 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
 from foley.accel import accelerators
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_stem
 from foley.accel.caching.layer_cache import LayerCache
 from foley.accel.cost import EvaluationMacs, run_cost
 from foley.accel.diffusers.pipelines import accelerated
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.hashing import hash_module
 from foley.core.seeding import torch_generator
@@ -255,7 +254,7 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/diffusers_caching")
+@command("bench/diffusers_caching")
 def main(cfg: DictConfig) -> None:
     directory = Path(cfg.output_dir)
     workload = Workload(build_model(cfg), cfg.steps, cfg.guidance_scale, cfg.seed, cfg.text_tokens)

@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.prompts import LabelledPrompts
@@ -97,7 +96,7 @@ def measure_curves(workload: Workload, cfg: DictConfig, device: Any) -> list[Row
     return rows
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/distillation")
+@command("bench/distillation")
 def main(cfg: DictConfig) -> None:
     workload, device = Workload.build(cfg), resolve_device(cfg.device)
     teacher = TextToAudio.load(cfg.teacher, device)

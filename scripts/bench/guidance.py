@@ -6,10 +6,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.prompts import LabelledPrompts
@@ -38,9 +37,9 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, guidance: Classi
     }
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/guidance")
+@command("bench/guidance")
 def main(cfg: DictConfig) -> None:
-    system = TextToAudio.load(cfg.ckpt, resolve_device(cfg.device))
+    system = TextToAudio.load(cfg.system, resolve_device(cfg.device))
     judge = Judge.load(Path(cfg.extractor_dir), cfg.reference)
     rows = []
     for rescale, scale in product(cfg.rescales, cfg.scales):

@@ -14,12 +14,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.rates import clip_size
 from foley.diffusion.guidance import Conditioning
@@ -84,7 +83,7 @@ def measure_apart(case: Case) -> dict[str, Any]:
     return row
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/long_audio")
+@command("bench/long_audio")
 def main(cfg: DictConfig) -> None:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     ways, durations = settings.pop("ways"), settings.pop("durations_seconds")

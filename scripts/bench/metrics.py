@@ -11,13 +11,12 @@ from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
-from foley.core.config import PROJECT_ROOT
+from foley.cli.command import command
+from foley.core.config import SHIPPED_ROOT
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
@@ -86,7 +85,7 @@ def speed(cfg: DictConfig) -> dict[str, Any]:
             "output_dir": folder / "scores",
             "resamples": cfg.speed.resamples,
         }
-        command = [sys.executable, str(PROJECT_ROOT / "evaluate.py"), *(f"{k}={v}" for k, v in overrides.items())]
+        command = [sys.executable, str(SHIPPED_ROOT / "evaluate.py"), *(f"{k}={v}" for k, v in overrides.items())]
         start = time.perf_counter()
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(cfg.speed.threads)})
         seconds = time.perf_counter() - start
@@ -96,7 +95,7 @@ def speed(cfg: DictConfig) -> dict[str, Any]:
     return {**settings, **cost, "provenance": provenance()}
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/metrics")
+@command("bench/metrics")
 def main(cfg: DictConfig) -> None:
     """Measure the chosen parts, and write the page."""
     page = Path(cfg.page)

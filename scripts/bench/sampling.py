@@ -7,11 +7,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.generation.result import Generation
 from foley.generation.text_to_audio import TextToAudio, resolve_device
@@ -38,10 +37,10 @@ def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> d
     }
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/sampling")
+@command("bench/sampling")
 def main(cfg: DictConfig) -> None:
-    trained = Path(cfg.ckpt).exists()
-    system = load_system(Path(cfg.ckpt)) if trained else untrained_system(cfg)
+    trained = Path(cfg.system).exists()
+    system = load_system(Path(cfg.system)) if trained else untrained_system(cfg)
     pipeline = TextToAudio(system, resolve_device(cfg.device))
     settings = {"guidance": instantiate(cfg.guidance), "solver": cfg.solver.name, "num_steps": cfg.steps}
     runs = []

@@ -12,13 +12,12 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.data.dataset import AudioCollate, AudioDataset, AudioSource
 from foley.data.manifest import ManifestEntry, read_manifest
@@ -105,7 +104,7 @@ def padding(seconds: np.ndarray, cfg: DictConfig) -> list[dict[str, Any]]:
     return rows
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/shards")
+@command("bench/shards")
 def main(cfg: DictConfig) -> None:
     torch.set_num_threads(1)
     entries = read_manifest(cfg.manifest)

@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.cli.command import command
 from foley.core.files import write_json
 from foley.generation.prompts import LabelledPrompts
 from foley.generation.text_to_audio import TextToAudio, resolve_device
@@ -67,7 +66,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     return summary
 
 
-@hydra.main(version_base="1.3", config_path="../../configs", config_name="bench/training")
+@command("bench/training")
 def main(cfg: DictConfig) -> None:
     judge = Judge.load(Path(cfg.extractor_dir), cfg.reference)
     rows = []

@@ -1,14 +1,13 @@
 """From the command line's configs: calibrate a system, sample it accelerated, and measure the trade-off."""
 
 import json
-import runpy
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from commands import compose_command, run_command
 from hydra.utils import instantiate
 
 from foley.accel.caching.policies import AudioCache, require_calibrations
@@ -39,17 +38,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 QUICK = ("steps=4", "duration_seconds=0.5", "device=cpu")
 
 
-def _config(name: str, *overrides: str) -> Any:
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
-
-
-def _run_script(name: str, *overrides: str) -> None:
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name.removeprefix('script/')}.py"))["main"](
-        _config(name, *overrides)
-    )
-
-
 @pytest.fixture(scope="module")
 def system_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
@@ -59,12 +47,12 @@ def system_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.add_(0.1 * torch.randn_like(parameter))
     save_system(system, directory)
     (directory / "prompts.txt").write_text("rain\na dog barks\na bell\n")
-    _run_script("script/calibrate", f"system={directory}", f"prompts={directory}/prompts.txt", "num_prompts=2", *QUICK)
+    run_command("script/calibrate", f"system={directory}", f"prompts={directory}/prompts.txt", "num_prompts=2", *QUICK)
     return directory
 
 
 def _accelerator(name: str, system_dir: Path, *overrides: str) -> Any:
-    return instantiate(_config("sample", f"system={system_dir}", f"accel={name}", *overrides).accel)
+    return instantiate(compose_command("sample", f"system={system_dir}", f"accel={name}", *overrides).accel)
 
 
 def test_calibration_lands_where_the_accelerators_look(system_dir: Path) -> None:
@@ -135,14 +123,14 @@ def test_the_missing_calibration_of_a_system_is_a_command_to_copy(system_dir: Pa
 def test_the_command_for_a_missing_calibration_names_the_model_and_the_place(
     named: list[str], options: list[str], tmp_path: Path
 ) -> None:
-    accelerator = instantiate(_config("sample", *named, f"cache_dir={tmp_path}", "accel=audiocache").accel)
+    accelerator = instantiate(compose_command("sample", *named, f"cache_dir={tmp_path}", "accel=audiocache").accel)
     with pytest.raises(FileNotFoundError) as error:
         require_calibrations(accelerator, "ddim", 25, 3.0)
     script, command = str(error.value).rpartition("python scripts/calibrate.py ")[1:]
     assert script
     overrides = shlex.split(command)
     assert set(options) <= set(overrides)
-    calibrate = _config("script/calibrate", *overrides)
+    calibrate = compose_command("script/calibrate", *overrides)
     assert (calibrate.solver.name, calibrate.steps, calibrate.guidance_scale) == ("ddim", 25, 3)
     assert str(Path(calibrate.output_dir) / "ddim_25.json") in str(error.value)
 
@@ -165,7 +153,7 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     prompts.write_text('{"caption": "rain falls", "label": "rain"}\n{"caption": "wind blows", "label": "wind"}\n')
     arguments = (f"system={system_dir}", f"prompts={prompts}", "sweeps.audiocache.values=[0.0,9.0]", "repeats=1")
     narrow = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "sweeps.budget.values=[1.2]")
-    _run_script("bench/caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
+    run_command("bench/caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
     rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
     policies = ["audiocache"] * 4 + [name for name in ("smoothcache", "fora", "budget", "budget_greedy") for _ in "12"]
     assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(policies, ["hold", "taylor"] * 6, strict=True))
@@ -182,7 +170,7 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
 
 
 def test_the_benchmark_spends_the_budget_in_two_ways() -> None:
-    sweeps = _config("bench/caching", "prompts=x").sweeps
+    sweeps = compose_command("bench/caching", "prompts=x").sweeps
     assert (sweeps.budget.accel.method, sweeps.budget_greedy.accel.method) == ("dynamic", "greedy")
 
 
@@ -194,7 +182,7 @@ def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path
         "sweeps.smoothcache.values=[9.0]",
     )
     finer = ("steps=2", "calibrated_steps=[4]", "sweeps.fora.values=[2]", "duration_seconds=0.5", "device=cpu")
-    _run_script("bench/caching", *arguments, *narrow, *finer, f"output_dir={tmp_path}")
+    run_command("bench/caching", *arguments, *narrow, *finer, f"output_dir={tmp_path}")
     rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
     assert [(row["policy"], row["calibrated_steps"]) for row in rows] == [
         ("audiocache", 4), ("smoothcache", 4), ("fora", None),

@@ -4,7 +4,6 @@ The rows' single cases are in test_audio_io.py, test_audio_dataset.py, test_mani
 """
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hydra import compose, initialize_config_dir
+from commands import compose_command, run_command
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
-from foley.core.config import PROJECT_ROOT
 from foley.data.datamodule import AudioDataModule
 from foley.data.dataset import AudioCollate, AudioDataset, DataFaultError
 from foley.data.encoding import encode_latents
@@ -166,39 +164,33 @@ def test_a_wrong_line_stops_everything_before_anything_is_written(manifest, tmp_
         stream.write(line + "\n")
     with pytest.raises(ManifestError, match=f"line 201: .*{message}"):
         clip_splits(str(manifest), RATE)
-    make_shards = runpy.run_path(str(PROJECT_ROOT / "scripts" / "make_shards.py"))["main"]
     with pytest.raises(ManifestError, match="line 201"):
-        make_shards(_compose("script/make_shards", f"manifest={manifest}", f"output={tmp_path / 'shards'}"))
+        run_command("script/make_shards", f"manifest={manifest}", f"output={tmp_path / 'shards'}")
     assert not (tmp_path / "shards").exists()
 
 
-def _compose(name, *overrides):
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+def encoding(*overrides):
+    return compose_command("script/encode_latents", *overrides)
 
 
 def test_the_command_writes_shards_and_the_configs_read_them(manifest, tmp_path):
-    make_shards = runpy.run_path(str(PROJECT_ROOT / "scripts" / "make_shards.py"))["main"]
     shards = tmp_path / "shards"
-    make_shards(
-        _compose("script/make_shards", f"manifest={manifest}", f"output={shards}", "writer.sample_rate_hz=null")
-    )
+    run_command("script/make_shards", f"manifest={manifest}", f"output={shards}", "writer.sample_rate_hz=null")
     part, settings = f"url={shards}", ["data.sample_rate_hz=8000", "data.duration_seconds=0.05", "codec_ckpt=unused"]
-    cfg = _compose("script/encode_latents", "data=shards", f"data.splits.{part}", "data.bucket_batches=10", *settings)
+    cfg = compose_command(
+        "script/encode_latents", "data=shards", f"data.splits.{part}", "data.bucket_batches=10", *settings
+    )
     data = instantiate(cfg.data, _convert_="all")
     assert sum(len(batch["id"]) for batch in data.train_dataloader()) == 190 // 16 * 16
     parts = [f"data.splits.parts.shards.{part}", f"data.splits.parts.manifest.manifest={manifest}"]
     third = ["+data/splits@data.splits.parts.more=shards", f"data.splits.parts.more.{part}"]
     weights = [f"{sign}data.splits.train_weights.{name}" for sign, name in (("", "shards=2"), ("+", "more=1"))]
-    cfg = _compose(
+    cfg = compose_command(
         "script/encode_latents", "data=mixture", *parts, *third, *weights, "data.splits.train_size=40", *settings
     )
     assert instantiate(cfg.data.splits, _convert_="all")["train"].shares == [20, 10, 10]
     one = ["data=mixture", parts[0], "~data.splits.parts.manifest", "~data.splits.train_weights.manifest"]
-    assert (
-        len(instantiate(_compose("script/encode_latents", *one, *settings).data.splits, _convert_="all")["train"])
-        == 190
-    )
+    assert len(instantiate(encoding(*one, *settings).data.splits, _convert_="all")["train"]) == 190
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
 import json
 import os
-import runpy
 import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from commands import compose_command, run_command
 from hydra.utils import instantiate
 
 import foley.core.config  # noqa: F401
-from foley.core.config import PROJECT_ROOT
 from foley.data.audio_folder import AudioFolder, AudioFolderError
 from foley.data.importers.tables import AnnotationFile
 from foley.data.importers.youtube import autoacd_caption, autoacd_key
@@ -35,8 +33,7 @@ def prepare(tmp_path, write_clip):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         settings = {"dataset": dataset, "audio_dir": folder, "out": tmp_path / "out", **overrides}
-        with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-            cfg = compose("script/prepare", [f"{key}={value}" for key, value in settings.items()])
+        cfg = compose_command("script/prepare", *(f"{key}={value}" for key, value in settings.items()))
         files = instantiate(cfg.dataset, _convert_="all")
         summary = prepare_manifest(files, folder, tmp_path / "out")
         return summary, lines(tmp_path / "out" / "manifest.jsonl"), lines(tmp_path / "out" / "ledger.jsonl")
@@ -85,10 +82,8 @@ def test_audiocaps_rows_are_in_the_manifest_or_in_the_ledger(prepare, tmp_path):
 def test_the_script_says_what_it_kept(tmp_path, write_clip, caplog):
     os.link(write_clip("clip.wav"), tmp_path / f"{VIDEO}.wav")
     (tmp_path / "vggsound.csv").write_text(f"{VIDEO},30,barking,test\n{OTHER},30,barking,test\n")
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("script/prepare", ["dataset=vggsound", f"audio_dir={tmp_path}", f"out={tmp_path / 'out'}"])
     caplog.set_level("INFO")
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / "prepare.py"))["main"](cfg)
+    run_command("script/prepare", "dataset=vggsound", f"audio_dir={tmp_path}", f"out={tmp_path / 'out'}")
     assert "kept 1 of 2 rows" in caplog.text
     assert "left out, no_audio_file: 1" in caplog.text
 

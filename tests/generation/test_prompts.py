@@ -2,7 +2,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from foley.generation.prompts import Clip, quote_overrides, read_prompts, request_clips
+from foley.cli.command import quote_overrides
+from foley.generation.prompts import Clip, read_prompts, request_clips
 
 
 @pytest.mark.parametrize(

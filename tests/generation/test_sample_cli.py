@@ -1,14 +1,13 @@
 """`sample.py` as a user runs it."""
 
 import json
-import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import soundfile
-from hydra import compose, initialize_config_dir
+from commands import run_command
 from omegaconf import OmegaConf
 from small_system import CONFIGS
 
@@ -115,9 +114,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(o
 
 def sample_here(*overrides: str) -> None:
     """`sample.py` in this process, which is faster."""
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("sample", overrides=["prompt=rain", "device=cpu", *overrides])
-    runpy.run_path(str(PROJECT_ROOT / "sample.py"), run_name="sample")["main"](cfg)
+    run_command("sample", "prompt=rain", "device=cpu", *overrides)
 
 
 def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_dir, tmp_path):

@@ -1,18 +1,16 @@
 """What ships: a system and its student in one folder, of which nothing is stored twice."""
 
 import json
-import runpy
 import shutil
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from commands import run_command
 from small_system import CONFIGS
 from test_sample_cli import run_sample
 from test_student import STUDENT_CONFIGS
 
 from foley.core.components import CheckpointError
-from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import System, build_system, codec_hashes, load_system, save_system, share_parts, student_of
@@ -84,10 +82,8 @@ def test_sample_takes_the_student(folder, tmp_path):
 
 
 def test_export_writes_captions_and_shares(folder, tmp_path):
-    main = runpy.run_path(str(PROJECT_ROOT / "scripts/export_system.py"), run_name="export")["main"]
     overrides = [f"ckpt={student_of(folder)}", "dtype=float16", f"share_with={folder}"]
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        main(compose("script/export_system", overrides=[*overrides, f"output_dir={folder}/copy"]))
+    run_command("script/export_system", *overrides, f"output_dir={folder}/copy")
     assert sorted(path.name for path in (folder / "copy").iterdir()) == ["denoiser", "system.json"]
     assert hash_module(load_system(folder / "copy").modules["denoiser"]) == hash_module(
         load_system(student_of(folder)).modules["denoiser"]
@@ -103,10 +99,8 @@ def test_the_card_says_what_is_in_the_folder_and_how_it_came_about(folder, tmp_p
     (tmp_path / "results/digits").mkdir(parents=True)
     scores = {"embedded": {"accuracy": {"all": {"accuracy": 0.955, "n": 200}}}}
     (tmp_path / "results/digits/evaluation.json").write_text(json.dumps(scores))
-    main = runpy.run_path(str(PROJECT_ROOT / "scripts/write_card.py"), run_name="card")["main"]
     overrides = [f"system={folder}", f"training={tmp_path}/notes", f"results_dir={tmp_path}/results"]
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        main(compose("script/write_card", overrides=overrides))
+    run_command("script/write_card", *overrides)
     card = (folder / "README.md").read_text()
     for line in (
         "| `student/denoiser/` |",

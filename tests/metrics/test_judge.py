@@ -2,12 +2,11 @@
 
 import json
 import math
-import runpy
 
 import pytest
 import soundfile
 import torch
-from hydra import compose, initialize_config_dir
+from commands import run_command as run
 from small_system import CONFIGS, training_checkpoint
 
 from foley.core.components import CheckpointError
@@ -23,12 +22,6 @@ from foley.system.system import build_system, save_system
 RATE = 24000
 EXTRACTOR = PROJECT_ROOT / "data/extractor"
 FULL_RATE = {**CONFIGS, "codec": {**CONFIGS["codec"], "sample_rate_hz": RATE}}
-
-
-def run(script: str, *overrides: str) -> None:
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose(script, overrides=list(overrides))
-    runpy.run_path(str(PROJECT_ROOT / f"scripts/{script.removeprefix('script/')}.py"), run_name="bench")["main"](cfg)
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,13 @@ import csv
 import json
 import os
 import re
-import runpy
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
-from hydra import compose, initialize_config_dir
+from commands import run_command
 
-from foley.core.config import PROJECT_ROOT
 from foley.reporting.listening import (
     ANCHOR,
     REFERENCE,
@@ -241,12 +239,6 @@ def test_the_scale_is_the_papers():
     assert list(SCALE) == [20, 40, 60, 80, 100]
 
 
-def run_script(name: str, *overrides: str) -> None:
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose(name, overrides=list(overrides))
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name.removeprefix('script/')}.py"), run_name=name)["main"](cfg)
-
-
 def test_from_folders_to_a_table(tmp_path):
     for folder in ("ours", "theirs", "real"):
         (tmp_path / folder).mkdir()
@@ -256,12 +248,12 @@ def test_from_folders_to_a_table(tmp_path):
             (tmp_path / folder / f"{folder}{item}.json").write_text(json.dumps(facts))
     places = f"systems={{ours: {tmp_path}/ours, theirs: {tmp_path}/theirs}}"
     test = [places, f"reference={tmp_path / 'real'}", f"output_dir={tmp_path / 'test'}"]
-    run_script("script/listening_test", *test, "num_items=3")
+    run_command("script/listening_test", *test, "num_items=3")
     key = json.loads((tmp_path / "test/key.json").read_text())
     assert len({stimulus["item"] for stimulus in key["stimuli"].values()}) == 3
     assert {stimulus["system"] for stimulus in key["stimuli"].values()} == {"ours", "theirs", REFERENCE, ANCHOR}
     with pytest.raises(ValueError, match="only 4 ids in common"):
-        run_script("script/listening_test", *test, "num_items=5")
+        run_command("script/listening_test", *test, "num_items=5")
 
     (tmp_path / "results").mkdir()
     quality = {"ours": 80, "theirs": 60, REFERENCE: 100, ANCHOR: 20}
@@ -270,7 +262,7 @@ def test_from_folders_to_a_table(tmp_path):
         text = "\n".join(["test,listener,trial,stimulus,mos_q,mos_f", *rows])
         (tmp_path / f"results/{listener}.csv").write_text(text)
     given = [f"results={tmp_path / 'results'}", f"key={tmp_path / 'test/key.json'}", f"output_dir={tmp_path / 'out'}"]
-    run_script("script/analyse_listening_test", *given)
+    run_command("script/analyse_listening_test", *given)
     scores = json.loads((tmp_path / "out/listening.json").read_text())["scores"]
     assert [(name, row["mos_q"]["mean"]) for name, row in scores.items()] == [
         *((REFERENCE, 100), ("ours", 80), ("theirs", 60), (ANCHOR, 20))

@@ -1,18 +1,16 @@
 """scripts/bench/attention.py at small sizes: what it reports, and that its ways to compute the same agree."""
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from commands import compose_command, run_command
 from hydra.utils import instantiate
 from torch import nn
 
 from foley.accel.diffusers.audioldm2 import find_self_attention
-from foley.core.config import PROJECT_ROOT
 
 SMALL_UNET = (
     "unet.in_channels=4",
@@ -23,11 +21,6 @@ SMALL_UNET = (
     "+unet.norm_num_groups=4",
     "+unet.layers_per_block=1",
 )
-
-
-def _config(*overrides: str) -> Any:
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        return compose("bench/attention", overrides=list(overrides))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +34,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "step.rounds=1",
         "device=cpu",
     )
-    cfg = _config(*SMALL_UNET, *sizes, f"results_file={file}")
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench" / "attention.py"))["main"](cfg)
+    run_command("bench/attention", *SMALL_UNET, *sizes, f"results_file={file}")
     report: dict[str, Any] = json.loads(file.read_text())
     return report
 
@@ -67,7 +59,7 @@ def test_each_way_to_compute_the_same_gives_the_same(result: dict[str, Any]) -> 
 
 
 def test_the_published_unet_has_the_heads_of_the_attention_benchmark() -> None:
-    cfg = _config()
+    cfg = compose_command("bench/attention")
     with torch.device("meta"):
         unet: nn.Module = instantiate(cfg.unet)
     layers = find_self_attention(unet, cfg.accelerators.litefocus.blocks)

@@ -1,13 +1,10 @@
 """scripts/bench/decode.py at small sizes: what it reports, and that all ways to decode agree."""
 
 import json
-import runpy
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-
-from foley.core.config import PROJECT_ROOT
+from commands import run_command
 
 SMALL = ["codecs.published.channels=8", "codecs.published.num_units=[1,1,1,1]", "codecs.tiny.channels=4"]
 
@@ -15,10 +12,8 @@ SMALL = ["codecs.published.channels=8", "codecs.published.num_units=[1,1,1,1]", 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     file = tmp_path_factory.mktemp("bench") / "decode.json"
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        overrides = ["duration_seconds=0.6", "decode_chunk_seconds=0.2", "rounds=1", f"num_threads={threads()}"]
-        cfg = compose("bench/decode", overrides=[*SMALL, *overrides, f"results_file={file}"])
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench" / "decode.py"))["main"](cfg)
+    overrides = ["duration_seconds=0.6", "decode_chunk_seconds=0.2", "rounds=1", f"num_threads={threads()}"]
+    run_command("bench/decode", *SMALL, *overrides, f"results_file={file}")
     return json.loads(file.read_text())
 
 

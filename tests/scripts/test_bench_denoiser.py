@@ -1,21 +1,16 @@
 """The denoiser's benchmark at a small size: it runs, and its counts follow closed forms."""
 
 import json
-import runpy
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-
-from foley.core.config import PROJECT_ROOT
+from commands import run_command
 
 
 def test_the_benchmark_reports_steps_training_and_generation(tmp_path: Path) -> None:
     overrides = ["size=tiny", "text=small", "codec=tiny", "num_frames=8", "num_tokens=3", "steps=2"]
     overrides += ["repeats=1", "matmul_size=64", "decode=true", "device=cpu", f"results_file={tmp_path}/result.json"]
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        config = compose("bench/denoiser", overrides)
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench" / "denoiser.py"))["main"](config)
+    run_command("bench/denoiser", *overrides)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["relative_difference_by_hoisting"] < 1e-4
     assert set(result["sampling_step_seconds"]) == {"float32", "bfloat16"}

@@ -1,14 +1,11 @@
 """The benchmark of our caches against diffusers' own runs every one of them, at a small size."""
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-
-from foley.core.config import PROJECT_ROOT
+from commands import compose_command, load_command
 
 SIZES = {"num_layers": 3, "num_attention_heads": 2, "num_key_value_attention_heads": 1, "sample_size": 16}
 MORE_SIZES = {
@@ -32,9 +29,8 @@ TINY = (
 
 @pytest.mark.filterwarnings("ignore:Should have:UserWarning")
 def test_every_cache_is_measured_and_matched(tmp_path: Path) -> None:
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("bench/diffusers_caching", overrides=[*TINY, f"output_dir={tmp_path}"])
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench" / "diffusers_caching.py"))["main"](cfg)
+    cfg = compose_command("bench/diffusers_caching", *TINY, f"output_dir={tmp_path}")
+    load_command("bench/diffusers_caching")["main"](cfg)
     result = json.loads((tmp_path / "diffusers_caching.json").read_text())
     rows = result["rows"]
     assert {row["cache"] for row in rows} == {*cfg.ours, *cfg.theirs}
@@ -50,7 +46,7 @@ def test_every_cache_is_measured_and_matched(tmp_path: Path) -> None:
 
 
 def test_speedups_are_compared_at_the_same_error() -> None:
-    bench = runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench" / "diffusers_caching.py"))
+    bench = load_command("bench/diffusers_caching")
 
     def rows(of: str, cache: str, *points: tuple[float, float]) -> list[dict[str, Any]]:
         common = {"of": of, "cache": cache, "reuse": "hold"}

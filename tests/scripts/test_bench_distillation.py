@@ -1,16 +1,14 @@
 """`scripts/bench/distillation.py` on tiny systems: every row, sweep and curve it is asked for."""
 
 import json
-import runpy
 from dataclasses import replace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from commands import compose_command, load_command, run_command
 from small_system import CONFIGS, training_checkpoint
 from test_student import STUDENT_CONFIGS
 
-from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.features import LabelledAudio, extract_audio
@@ -41,9 +39,7 @@ def test_rows_sweep_and_curves(folder, tmp_path):
         *("teacher_steps=[4,2]", "student_steps=[1,2]", "guidance_scale=6", "guidance_sweep=[5,9]"),
         *(f"+curves.20={folder}/run", "duration_seconds=0.2", "device=cpu", f"output_dir={tmp_path}"),
     ]
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("bench/distillation", overrides=overrides)
-    runpy.run_path(str(PROJECT_ROOT / "scripts/bench/distillation.py"), run_name="bench")["main"](cfg)
+    run_command("bench/distillation", *overrides)
     results = json.loads((tmp_path / "distillation.json").read_text())
     assert [(row["system"], row["num_steps"]) for row in results["rows"]] == [
         ("teacher", 4), ("teacher", 2), ("student", 1), ("student", 2),
@@ -60,9 +56,8 @@ def test_rows_sweep_and_curves(folder, tmp_path):
 
 
 def test_at_the_extractors_rate_rows_have_scores(folder):
-    bench = runpy.run_path(str(PROJECT_ROOT / "scripts/bench/distillation.py"), run_name="bench")
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("bench/distillation", overrides=["student=null", f"prompts={folder}/prompts.jsonl"])
+    bench = load_command("bench/distillation")
+    cfg = compose_command("bench/distillation", "student=null", f"prompts={folder}/prompts.jsonl")
     workload = bench["Workload"].build(cfg)
     system = TextToAudio(build_system({**CONFIGS, "codec": {**CONFIGS["codec"], "sample_rate_hz": 24000}}))
     reference = extract_audio([LabelledAudio(torch.randn(4800)) for _ in range(2)], workload.judge.protocol)

@@ -1,15 +1,12 @@
 """scripts/bench/long_audio.py at a small size: every way generates, apart as well."""
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from commands import compose_command, load_command
 from omegaconf import OmegaConf
-
-from foley.core.config import PROJECT_ROOT
 
 SMALL = (
     "model.width=16",
@@ -24,13 +21,12 @@ WINDOWS = ("ways.windowed.window_seconds=0.4", "ways.windowed.decode_chunk_secon
 
 @pytest.fixture
 def bench() -> dict[str, Any]:
-    return runpy.run_path(str(PROJECT_ROOT / "scripts" / "bench" / "long_audio.py"))
+    return load_command("bench/long_audio")
 
 
 def _config(folder: Path, *overrides: str) -> Any:
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        places = (f"results_file={folder}/long.json", "device=cpu")
-        return compose("bench/long_audio", overrides=[*SMALL, *WINDOWS, *places, *overrides])
+    places = (f"results_file={folder}/long.json", "device=cpu")
+    return compose_command("bench/long_audio", *SMALL, *WINDOWS, *places, *overrides)
 
 
 @pytest.mark.parametrize("way", ["plain", "windowed", "local_global"])

@@ -1,24 +1,18 @@
 """The benchmark of metrics, small: rows of bias, and a page from whatever has been measured."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
 
-import pytest
-from hydra import compose, initialize_config_dir
+from commands import run_command
 
 from foley.core.config import PROJECT_ROOT
 
 
 def test_bias_is_measured_and_the_page_written(tmp_path: Path) -> None:
     shutil.copytree(PROJECT_ROOT / "docs" / "results" / "templates", tmp_path / "templates")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(PROJECT_ROOT / "scripts" / "bench"))
-        bench = importlib.import_module("metrics")
     small = ["parts=[bias]", "bias.sizes=[8,16]", "bias.repeats=2", "bias.gaussian_features=4", "bias.clip_seconds=0.5"]
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        bench.main.__wrapped__(compose("bench/metrics", [*small, f"page={tmp_path / 'metrics.md'}"]))
+    run_command("bench/metrics", *small, f"page={tmp_path / 'metrics.md'}")
     rows = json.loads((tmp_path / "metrics" / "bias.json").read_text())["rows"]
     assert [(row["distribution"], row["n"]) for row in rows] == [
         (name, n) for name in ("Gaussian", "procedural clips") for n in (8, 16)

@@ -1,6 +1,5 @@
 """`python evaluate.py`: reports, pairing, silence and unknown protocols, from files to files."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import soundfile
 import torch
 import wandb
-from hydra import compose, initialize_config_dir
+from commands import run_command
 from hydra.errors import InstantiationException, MissingConfigException
 from tiny_clap import save_clap
 
@@ -65,11 +64,7 @@ def overrides(workspace: Path, *extra: str) -> list[str]:
 
 def run(workspace: Path, *extra: str) -> dict:
     """The same in this process, which spares the start of another one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(PROJECT_ROOT))
-        evaluate = importlib.import_module("evaluate")
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        evaluate.main.__wrapped__(compose("evaluate", overrides(workspace, *extra)))
+    run_command("evaluate", *overrides(workspace, *extra))
     return json.loads((workspace / "out" / "evaluation.json").read_text())["embedded"]
 
 

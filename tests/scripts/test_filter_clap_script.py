@@ -1,15 +1,12 @@
 """scripts/filter_clap.py with a CLAP model of random weights."""
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import soundfile
-from hydra import compose, initialize_config_dir
+from commands import run_command
 from tiny_clap import save_clap
-
-from foley.core.config import PROJECT_ROOT
 
 CAPTIONS = ("a dog barks", "rain falls on a roof", "a siren wails")
 
@@ -21,10 +18,8 @@ def lines(path: Path) -> list[dict]:
 def filter_clap(folder: Path, threshold: float) -> None:
     settings = {"manifest": folder / "clips.jsonl", "audio_dir": folder, "out": folder / "out", "threshold": threshold}
     quiet = {"paths.output_dir": folder, "+trainer.enable_progress_bar": "false"}
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        overrides = {**settings, **quiet, "scorer.name": folder / "clap"}
-        cfg = compose("script/filter_clap", [f"{key}={value}" for key, value in overrides.items()])
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / "filter_clap.py"))["main"](cfg)
+    overrides = {**settings, **quiet, "scorer.name": folder / "clap"}
+    run_command("script/filter_clap", *(f"{key}={value}" for key, value in overrides.items()))
 
 
 def test_all_clips_are_scored_once_and_any_threshold_may_follow(tmp_path, caplog):

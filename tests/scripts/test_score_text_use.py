@@ -1,15 +1,13 @@
 """The diffusion classifier: a denoiser that knows its captions names them; for one that ignores them all are alike."""
 
-import runpy
-
 import pytest
 import torch
+from commands import load_command
 
-from foley.core.config import PROJECT_ROOT
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.process import DiffusionProcess
 
-SCRIPT = runpy.run_path(str(PROJECT_ROOT / "scripts" / "score_text_use.py"))
+SCRIPT = load_command("script/score_text_use")
 CLASSES = 3
 
 

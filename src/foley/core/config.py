@@ -1,4 +1,7 @@
-"""Paths of the project, what the configs say of published systems, and the OmegaConf resolvers that configs use."""
+"""Where things lie, in a checkout and in an installed package, and the OmegaConf resolvers that the configs use.
+
+PyTorch is imported where it is asked, so that the command's help and completion answer at once.
+"""
 
 import hashlib
 import os
@@ -7,18 +10,29 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-PROJECT_ROOT = Path(__file__).resolve().parents[3]
-CONFIG_DIR = PROJECT_ROOT / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_INSTALLED = (_PACKAGE / "shipped").is_dir()  # hatch_build.py puts it into the wheel; a checkout has none
+
+SHIPPED_ROOT = _PACKAGE / "shipped" if _INSTALLED else _PACKAGE.parents[1]
+"""Holds what travels with the package: configs/, scripts/, data/ and the root scripts, laid out as in the checkout."""
+
+PROJECT_ROOT = Path.cwd() if _INSTALLED else SHIPPED_ROOT
+"""Where outputs go and relative paths start: the checkout, or with an installed package the current folder."""
+
+CONFIG_DIR = SHIPPED_ROOT / "configs"
 
 
 def shipped(name: str) -> Path:
-    """What ships with this package: "demo" is a system, "extractor" what judges it, "prompts", "tokenizer"."""
-    return PROJECT_ROOT / "data" / name
+    """What ships under this name in data/: `demo`, `extractor`, `prompts/demo.jsonl`, ...; it may not exist.
+
+    >>> (shipped("demo") / "system.json").is_file()
+    True
+    """
+    return SHIPPED_ROOT / "data" / name
 
 
 def default_cache_dir() -> str:
@@ -68,12 +82,25 @@ def published_default(key: str, otherwise: Any, _root_: DictConfig) -> Any:
 
 
 def relative_to_checkout(value: Any) -> Any:
-    """A path inside the checkout as seen from its root, so that it holds where the checkout moved; others as given."""
-    return value.removeprefix(f"{PROJECT_ROOT}/") if isinstance(value, str) else value
+    """A path inside the checkout as seen from its root, so that it holds where the checkout moved; others as given.
+
+    What ships with an installed package is named as it is in a checkout; `locate` finds it again.
+    """
+    if not isinstance(value, str):
+        return value
+    return value.removeprefix(f"{SHIPPED_ROOT}/").removeprefix(f"{PROJECT_ROOT}/")
+
+
+def locate(stored: str) -> Path:
+    """The file or folder of a path that `relative_to_checkout` gave: in the project, or else among what ships."""
+    path = PROJECT_ROOT / stored
+    return path if path.exists() or not (SHIPPED_ROOT / stored).exists() else SHIPPED_ROOT / stored
 
 
 def cpu_precision() -> str:
     """Lightning's name for the fastest precision of this processor: bfloat16 only where it computes in it."""
+    import torch
+
     # PyTorch offers no public query for this instruction set.
     return "bf16-mixed" if torch.cpu._is_avx512_bf16_supported() else "32-true"
 
@@ -88,13 +115,16 @@ def fused_optimizer(accelerator: str, precision: str | int) -> bool | None:
 
     None elsewhere, which leaves AdamW its own choice; False would also rule out its next best implementation.
     """
+    import torch
+
     on_gpu = torch.cuda.is_available() and accelerator in ("gpu", "cuda", "auto")
     return True if on_gpu and not str(precision).startswith("16") else None
 
 
 def register_resolvers() -> None:
-    """`${project_root:}` is the root of the checkout, wherever the command runs; the others are the functions above."""
+    """`${project_root:}` is `PROJECT_ROOT`, wherever the command runs; the others are the functions above."""
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
+    OmegaConf.register_new_resolver("shipped", lambda name: str(shipped(name)), replace=True)
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
     OmegaConf.register_new_resolver("fused_optimizer", fused_optimizer, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -165,20 +164,6 @@ class LabelledPrompts(NamedTuple):
         rows = read_prompt_rows(path)
         chosen = [rows[index] for index in evenly_spaced(len(rows), count or len(rows))]
         return cls([row[COLUMN] for row in chosen], [row.get("label") for row in chosen])
-
-
-def quote_overrides(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Quote the values of free-text Hydra overrides, so that commas, quotes and `${` in a prompt are just text."""
-    return [_quote(argument) if argument.partition("=")[0] in keys else argument for argument in arguments]
-
-
-def _quote(override: str) -> str:
-    key, _, value = override.partition("=")
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        return override
-    # Hydra reads a backslash as an escape only where it precedes a quote or an interpolation.
-    escaped = re.sub(r"(\\*)('|\$\{|$)", lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value)
-    return f"{key}='{escaped}'"
 
 
 def _notes(row: Mapping[str, Any], ids: Sequence[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from foley.core.components import (
     read_config,
     save_component,
 )
-from foley.core.config import PROJECT_ROOT, default_cache_dir, published_config, published_name
+from foley.core.config import default_cache_dir, locate, published_config, published_name
 from foley.core.files import write_json, write_text
 from foley.core.hashing import hash_file, hash_module
 from foley.core.hub import Hub
@@ -265,7 +265,7 @@ def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, M
         raise CheckpointError(
             f"{source} does not say which codec it was trained on (`codec_dir`); train with `codec_path=` set"
         )
-    path = PROJECT_ROOT / metadata["codec_dir"]
+    path = locate(metadata["codec_dir"])
     if not path.exists():
         raise CheckpointError(f"{source} was trained on the codec at {path}, which does not exist")
     codec = load_trained(path, "codec")
@@ -280,5 +280,5 @@ def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, M
 
 def _files_in(config: Mapping[str, Any]) -> dict[str, Path]:
     """The config's values that are files, such as a vocabulary; they travel with the component."""
-    files = {key: PROJECT_ROOT / value for key, value in config.items() if isinstance(value, str)}
+    files = {key: locate(value) for key, value in config.items() if isinstance(value, str)}
     return {key: file for key, file in files.items() if file.is_file()}

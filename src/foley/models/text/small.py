@@ -6,7 +6,7 @@ import torch
 from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-from foley.core.config import PROJECT_ROOT
+from foley.core.config import locate
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
 from foley.nn.attention import Attention
 from foley.nn.embedding import LearnedPositions
@@ -107,7 +107,7 @@ class SmallTextEncoder(TextConditioner):
 
 
 def _load_tokenizer(tokenizer_file: str, max_length: int) -> Tokenizer:
-    path = PROJECT_ROOT / tokenizer_file
+    path = locate(tokenizer_file)
     if not path.is_file():
         raise ValueError(
             f"tokenizer file {tokenizer_file} does not exist; write one with scripts/train_tokenizer.py "
