@@ -87,7 +87,7 @@ class Consistency:
         """`c_skip` and `c_out`, each `[B]`: 1 and 0 at timestep 0, nearly 0 and 1 from the first point of a grid on."""
         scaled = self.timestep_scaling * timestep.float()  # 10 t
         power = scaled.square() + self.sigma_data**2  # (10 t)^2 + s^2
-        return self.sigma_data**2 / power, scaled / power.sqrt()
+        return self.sigma_data**2 / power, scaled / power.sqrt()  # at t = 19: 7e-6 and 0.999997
 
     def estimate(self, process: DiffusionProcess, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
         """The consistency function `[B, C, L]`, out of a denoiser's prediction at `timestep [B]`."""
@@ -120,7 +120,7 @@ class Consistency:
 
         Raises ValueError for a rescale, and for such a scale unless it is allowed.
         """
-        if guidance.rescale:
+        if guidance.rescale:  # it needs the positive branch, which a student does not have apart
             raise ValueError(f"a student takes no guidance rescale, got {guidance.rescale}; leave it at 0")
         if not any_scale and not self.lowest_scale <= guidance.scale <= self.highest_scale:
             raise ValueError(
@@ -156,6 +156,7 @@ class ConsistencySolver(Solver):
         grid = self.consistency.grid(process).flip(0)
         if self.num_steps > len(grid):
             raise ValueError(f"{self.num_steps} steps asked for, but this student was distilled on {len(grid)} points")
+        # From the noisiest point on: sampling begins where the student was trained on pure noise.
         chosen = [index * len(grid) // self.num_steps for index in range(self.num_steps)]
         return ConsistencyScheduler(self.consistency, process, grid[chosen])
 
@@ -189,7 +190,7 @@ class ConsistencyScheduler:
         """The noisy latent `[B, C, L]` of the next timestep, or after the last one the clean latent."""
         clean = self.consistency.estimate(self.process, latent, prediction, timestep.expand(len(latent)))  # lines 3, 6
         later = self.timesteps[self.timesteps < timestep]
-        if not len(later):
+        if not len(later):  # line 8
             return (clean,)
         noise = randn_tensor(tuple(latent.shape), generator=generator, device=latent.device, dtype=latent.dtype)
         return (self.process.add_noise(clean, noise, later[0].expand(len(latent))),)  # line 5

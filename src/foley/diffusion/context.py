@@ -23,6 +23,7 @@ class RunContext:
 
     @property
     def num_evaluations(self) -> int:
+        """NFE of one branch; a joint batch of two counts once."""
         return len(self.timesteps)
 
 

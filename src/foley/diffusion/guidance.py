@@ -63,7 +63,7 @@ class KnownLatent:
 
     def repeat(self, batch_size: int) -> "KnownLatent":
         """All rows, in order, again and again until they fill a batch; one row serves every item."""
-        times = batch_size // len(self.visible)
+        times = batch_size // len(self.visible)  # two branches, or n windows, hold the rows again and again
         return KnownLatent(self.visible.repeat(times, 1, 1), self.hidden_mask.repeat(times, 1))
 
     def fill(self, generated: Tensor, visible: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class ClassifierFreeGuidance:
         Only the frames of `hidden_mask` count for that, `[B, L]` or one row: the others' predictions are discarded, and
         no training has made anything of them.
         """
-        if not self.needs_negative:
+        if not self.needs_negative:  # w = 1: exactly the conditional prediction, without a rounding
             return positive
         guided = extrapolate(positive, negative, self.scale)  # (1)
         if not self.rescale:
@@ -149,7 +149,7 @@ class ClassifierFreeGuidance:
         or one in all, reaches both branches, as `visible` and `hidden_mask`; without it neither is passed.
         With a `grid`, a denoiser that has `prepare` does there, once, all that every evaluation of the run repeats.
         """
-        if not self.needs_negative:
+        if not self.needs_negative:  # half the work
             return bind(denoiser, positive, known, grid)
         if negative is None:
             raise ValueError(f"guidance scale {self.scale} needs the conditioning of the negative (empty) prompt")
@@ -216,7 +216,7 @@ def branches(
     predict = bind(denoiser, positive.cat(negative.expand(len(positive.mask))), known, grid, twice)
 
     def both(noisy: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = predict(noisy.repeat(2, 1, 1), timestep.repeat(2)).chunk(2)
+        first, second = predict(noisy.repeat(2, 1, 1), timestep.repeat(2)).chunk(2)  # [2 B, C, L] to twice [B, C, L]
         return first, second
 
     return both
@@ -239,6 +239,7 @@ def bind(
     if known is not None:
         rows = known.repeat(len(text.mask))  # both branches see the same frames
         inputs |= {"visible": rows.visible, "hidden_mask": rows.hidden_mask}
+    # Projections of the text, embeddings of the times and rotary angles are the same at every evaluation of a run.
     prepare = getattr(denoiser, "prepare", None)
     if grid is None or prepare is None:
         return partial(denoiser, **inputs)
@@ -257,6 +258,6 @@ def _bind_windows(
     text = Conditioning(windows.repeat(text.context), windows.repeat(text.mask))
     if known is not None:
         rows = known.repeat(len(text.mask) // windows.count)
-        known = KnownLatent(windows.split(rows.visible), windows.split(rows.hidden_mask))
+        known = KnownLatent(windows.split(rows.visible), windows.split(rows.hidden_mask))  # [n B, C, W], [n B, W]
     predict = bind(denoiser, text, known, EvaluationGrid(grid.timesteps, windows.window_frames), more)
     return lambda noisy, timestep: windows.merge(predict(windows.split(noisy), windows.repeat(timestep)))

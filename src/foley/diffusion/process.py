@@ -102,6 +102,7 @@ class DiffusionProcess:
         if zero_terminal_snr:
             alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
         self.alphas_cumprod = alphas_cumprod
+        # No module, so no buffer: nothing here is trained, saved or cast to the model's precision.
         self._signal_power = {alphas_cumprod.device: alphas_cumprod}
 
     @property
@@ -125,25 +126,25 @@ class DiffusionProcess:
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """The noisy latent `[B, C, L]` at `timestep` `[B]`, equation (1) of this module."""
-        alpha, sigma = self._columns(timestep, clean)
-        return alpha * clean + sigma * noise
+        alpha, sigma = self._columns(timestep, clean)  # [B, 1, 1]
+        return alpha * clean + sigma * noise  # (1)
 
     def target(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """What the denoiser learns to predict, `[B, C, L]`, equation (2)."""
         of_noise, of_clean = self._mixture(*self._columns(timestep, clean))
-        return of_noise * noise + of_clean * clean
+        return of_noise * noise + of_clean * clean  # (2)
 
     def to_clean(self, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
         """The clean latent that `prediction` implies, `[B, C, L]`, equation (3)."""
         alpha, sigma = self._columns(timestep, noisy)
         of_noise, of_clean = self._mixture(alpha, sigma)
-        return (of_noise * noisy - sigma * prediction) / (alpha * of_noise - sigma * of_clean)
+        return (of_noise * noisy - sigma * prediction) / (alpha * of_noise - sigma * of_clean)  # (3)
 
     def to_noise(self, noisy: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
         """The noise that `prediction` implies, `[B, C, L]`, equation (4)."""
         alpha, sigma = self._columns(timestep, noisy)
         of_noise, of_clean = self._mixture(alpha, sigma)
-        return (alpha * prediction - of_clean * noisy) / (alpha * of_noise - sigma * of_clean)
+        return (alpha * prediction - of_clean * noisy) / (alpha * of_noise - sigma * of_clean)  # (4)
 
     def min_snr_weight(self, timestep: Tensor, gamma: float = 5.0) -> Tensor:
         """Loss weight `[B]`: `min(SNR, gamma)` on the clean latent, restated for this prediction's squared error.
@@ -163,6 +164,7 @@ class DiffusionProcess:
         device = generator.device
         if self.logit_normal is not None:
             mean, std = self.logit_normal
+            # t near the middle more often than near its ends, where the prediction is easy.
             logit = mean + std * torch.randn(batch_size, generator=generator, device=device)
             return logit.sigmoid() * self.num_train_steps
         if self.is_flow:

@@ -73,13 +73,14 @@ def sample(
             its noise level (Lugmayr et al. 2022, equation 8a), as they are in masked training; what the model says of
             them is not used.
     """
+    # Only solvers that add noise on the way take generators.
     extras = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     # Schedulers that step in the model's own space (flow) do not define an input scaling.
     scale_input = getattr(scheduler, "scale_model_input", lambda latent, timestep: latent)
-    latent, first_evaluation = _begin(noise, scheduler, start)
+    latent, first_evaluation = _begin(noise, scheduler, start)  # [B, C, L]
     # One copy for all evaluations: each would wait for the device. The scheduler keeps its own on the CPU.
     timesteps = scheduler.timesteps.to(noise.device)
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # ends what has begun, on error too
         for callback in callbacks:
             stack.callback(callback.on_run_end)
             callback.on_run_start(run)
@@ -103,7 +104,7 @@ def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, 
     evaluation = 0 if start is None else start.step * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(evaluation)
-    if start is None or evaluation == 0:
+    if start is None or evaluation == 0:  # solvers in sigma space begin at sigma times the noise
         return noise * getattr(scheduler, "init_noise_sigma", 1.0), 0
     if evaluation >= len(scheduler.timesteps):
         return start.clean.expand_as(noise), evaluation
@@ -156,10 +157,12 @@ def generate_latents(
     Raises ValueError where the solver does not fit the process.
     """
     scheduler = solver.build(process)
+    # One generator an item and purpose: an item is the same whatever batch it is in.
     shape = (denoiser.latent_channels, num_frames)
     noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
     generators = [torch_generator("solver noise", seed) for seed in seeds]
     run = solver.run_context(scheduler, guidance, len(seeds))
+    # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
     denoise = guidance.wrap(denoiser, positive, negative, known, grid)
     with nullcontext() if accelerator is None else accelerator.attach(denoiser):

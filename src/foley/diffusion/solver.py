@@ -26,9 +26,9 @@ from foley.diffusion.context import RunContext
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import DiffusionProcess
 
-_SMALLEST_SIGNAL_POWER = 2.0**-24
-_HEUN_LARGEST_SIGMA = 80.0
-_KARRAS_RHO = 7.0
+_SMALLEST_SIGNAL_POWER = 2.0**-24  # alpha^2, for solvers that divide by alpha
+_HEUN_LARGEST_SIGMA = 80.0  # sigma / alpha; Karras et al. 2022, table 1
+_KARRAS_RHO = 7.0  # of the same table: how much denser the grid is near the data
 _PREDICTION_TYPE = {"v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}
 
 
@@ -39,6 +39,8 @@ class _Entry:
     finite_sigma: bool = True
 
 
+# Trailing spacing begins at the last training step, which alone is pure noise (Lin et al. 2024, section 3.3).
+# Latents are no pixels: nothing clips them to [-1, 1].
 _UNCLIPPED = {"clip_sample": False, "timestep_spacing": "trailing"}
 _DIFFUSION_SOLVERS = {
     "ddim": _Entry(DDIMScheduler, _UNCLIPPED, finite_sigma=False),
@@ -119,6 +121,7 @@ class Solver:
             raise ValueError(
                 f"{self.num_steps} solver steps asked for, but the model was trained on {process.num_train_steps}"
             )
+        # The scheduler carries state from step to step, so every run builds its own.
         entry = table[self.name]
         return self._build_flow(entry, process) if process.is_flow else self._build_diffusion(entry, process)
 

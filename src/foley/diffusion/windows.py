@@ -70,11 +70,11 @@ class Windows:
         """The weighted average `[B, C, L]` of `[n B, C, W]`."""
         ramp = torch.arange(1, self.window_frames + 1, device=windows.device)
         weight = torch.minimum(ramp, ramp.flip(0)).to(windows.dtype)  # [W], 1 at both ends and W / 2 in the middle
-        parts = windows.chunk(self.count)
+        parts = windows.chunk(self.count)  # n of [B, C, W]
         total = windows.new_zeros(*parts[0].shape[:-1], self.num_frames)
         weights = windows.new_zeros(self.num_frames)
         for start, part in zip(self.starts, parts, strict=True):
             frames = slice(start, start + self.window_frames)
             total[..., frames] += weight * part
             weights[frames] += weight
-        return total / weights
+        return total / weights  # [B, C, L] over [L]; every frame lies in a window, so none is 0

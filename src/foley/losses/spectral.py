@@ -18,8 +18,9 @@ def a_weighting(frequencies_hz: Tensor) -> Tensor:
     """Amplitude gain of the A-weighting curve (IEC 61672-1), 1 at 1 kHz and 0 at 0 Hz; same shape as the input."""
     square = frequencies_hz.double().square()
     corners = ((square + 107.7**2) * (square + 737.9**2)).sqrt()
+    # Poles at 20.6, 107.7, 737.9 and 12194 Hz, the first and the last of them double.
     response = 12194.0**2 * square.square() / ((square + 20.6**2) * corners * (square + 12194.0**2))
-    return (response * 10 ** (2.0 / 20)).float()
+    return (response * 10 ** (2.0 / 20)).float()  # 2 dB make it 1 at 1 kHz
 
 
 class MultiResolutionSTFTLoss(nn.Module):
@@ -59,7 +60,7 @@ class MultiResolutionSTFTLoss(nn.Module):
         return torch.stack(distances).mean()
 
     def _distance(self, prediction: Tensor, target: Tensor, size: int) -> Tensor:
-        predicted, wanted = self._magnitude(prediction, size), self._magnitude(target, size)
+        predicted, wanted = self._magnitude(prediction, size), self._magnitude(target, size)  # [B, bins, frames]
         # Norms over the batch, not per item: a silent item would divide by next to nothing.
         convergence = torch.linalg.vector_norm(wanted - predicted) / torch.linalg.vector_norm(wanted)
         return convergence + (predicted.log() - wanted.log()).abs().mean()
@@ -103,7 +104,7 @@ class LogMelLoss(nn.Module):
         return (self._log_mel(prediction) - self._log_mel(target)).abs().mean()
 
     def _log_mel(self, audio: Tensor) -> Tensor:
-        with torch.autocast(audio.device.type, enabled=False):
+        with torch.autocast(audio.device.type, enabled=False):  # half precision would round small magnitudes to 0
             magnitudes = magnitude(audio.flatten(0, 1), self.window)
             return (magnitudes.transpose(1, 2) @ self.bands).clamp(min=self.floor).log()
 
