@@ -20,9 +20,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import foley.core.config  # noqa: F401  (registers the resolvers)
+from foley.accel.caching.budget import budget_schedule, schedule_error
 from foley.accel.caching.calibration import Calibration, calibration_stem
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
-from foley.accel.caching.policies import budget_schedule, schedule_error
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.core.durations import clip_size
 from foley.core.files import write_json

@@ -11,7 +11,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from foley.accel.caching.policies import AudioCache, require_calibrations
+from foley.accel.caching.audiocache import AudioCache
+from foley.accel.caching.calibration import require_calibrations
 from foley.accel.combined import NoAcceleration
 from foley.core.config import PROJECT_ROOT
 from foley.generation.prompts import name_model
@@ -46,7 +47,9 @@ def _config(name: str, *overrides: str) -> Any:
 
 
 def _run_script(name: str, *overrides: str) -> None:
-    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name.removeprefix('script/')}.py"))["main"](_config(name, *overrides))
+    runpy.run_path(str(PROJECT_ROOT / "scripts" / f"{name.removeprefix('script/')}.py"))["main"](
+        _config(name, *overrides)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from test_sample_cli import run_sample
 from test_text_to_audio import CONFIGS, training_checkpoint
 
-from foley.accel.caching.policies import Fora
+from foley.accel.caching.fora import Fora
 from foley.core.components import read_training_checkpoint
 from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
-from foley.accel.caching.policies import require_calibrations
+from foley.accel.caching.calibration import require_calibrations
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.editing import EditMask
 from foley.generation.opening import open_generator

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foley.accel.cost import CostMeter
 from foley.accel.diffusers.pipelines import accelerated
-from foley.accel.meter import CostMeter
 from foley.core.hashing import hash_module
 from foley.generation.settings import Generation, GenerationRequest, GenerationSettings, Timings
 from foley.system.published.audio_pipelines import AudioPipeline

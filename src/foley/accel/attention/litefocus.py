@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,9 @@ from foley.accel.diffusers.audioldm2 import (
     replaced_attention,
     watched_feature_maps,
 )
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 
 def compensation_indices(num_tokens: int, ratio: float, generator: torch.Generator) -> Tensor:
@@ -117,7 +120,7 @@ class LiteFocus(SeededAccelerator):
             yield
 
     def _sparse(self, sizes: FeatureMapSizes, layer: UNetSelfAttention) -> Attend:
-        def attend(attention: Attention, tokens: Tensor) -> Tensor:
+        def attend(attention: "Attention", tokens: Tensor) -> Tensor:
             _, num_frequencies = sizes[layer.transformer]
             num_tokens, device = tokens.shape[1], tokens.device
             indices = self.drawn(layer.name, compensation_indices, num_tokens, self._ratio, device=device)

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,9 @@ from foley.accel.diffusers.audioldm2 import (
     replaced_attention,
     watched_feature_maps,
 )
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 Matchings = dict[nn.Module, "TokenMatching"]
 
@@ -150,7 +152,7 @@ class TokenMerging(SeededAccelerator):
     def _merged(self, matchings: Matchings, layer: UNetSelfAttention) -> Attend:
         original = layer.attention.processor
 
-        def attend(attention: Attention, tokens: Tensor) -> Tensor:
+        def attend(attention: "Attention", tokens: Tensor) -> Tensor:
             matching = matchings[layer.block]
             if matching.num_rows == tokens.shape[1]:
                 return original(attention, tokens)
