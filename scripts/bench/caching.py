@@ -18,9 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from foley.accel.caching.budget import budget_schedule, schedule_error
 from foley.accel.caching.calibration import Calibration, calibration_stem
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
-from foley.accel.caching.policies import budget_schedule, schedule_error
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.cli.command import command
 from foley.core.files import write_json

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from foley.accel import accelerators
+import foley.accel
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_stem
 from foley.accel.caching.layer_cache import LayerCache
 from foley.accel.cost import EvaluationMacs, run_cost
@@ -123,7 +123,7 @@ def our_settings(workload: Workload, cfg: DictConfig, calibration_dir: Path) -> 
     for name, parameters in cfg.ours.items():
         calibration = {} if name == "Fora" else {"calibration_dir": calibration_dir}
         for reuse, (parameter, value) in product(cfg.reuse, _values(parameters)):
-            accelerator = getattr(accelerators, name)(**{parameter: value}, reuse=reuse, **calibration)
+            accelerator = getattr(foley.accel, name)(**{parameter: value}, reuse=reuse, **calibration)
             description = {"of": "foley", "cache": name, "reuse": reuse, "value": value}
             yield Setting(description, partial(workload.accelerated, accelerator), accelerator)
 

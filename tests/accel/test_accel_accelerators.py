@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from foley.accel.caching.audiocache import AudioCache
+from foley.accel.caching.budget import Budget
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
-from foley.accel.caching.policies import AudioCache, Budget, Fora, SmoothCache
+from foley.accel.caching.fora import Fora
 from foley.accel.caching.schedule import SignatureMismatchError
+from foley.accel.caching.smoothcache import SmoothCache
 from foley.accel.combined import NoAcceleration
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 

@@ -8,8 +8,8 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from tiny_pipelines import audioldm2, stable_audio_dit
 from torch import nn
 
+from foley.accel.caching.fora import Fora
 from foley.accel.caching.layer_cache import LayerCache
-from foley.accel.caching.policies import Fora
 from foley.accel.layers import declare_cacheable_layers, find_cacheable_layers
 from foley.core.hashing import hash_module
 from foley.diffusion.context import RunContext, StepContext

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from foley.accel.caching.audiocache import AudioCache
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_stem
-from foley.accel.caching.policies import AudioCache, Fora, SmoothCache
+from foley.accel.caching.fora import Fora
+from foley.accel.caching.smoothcache import SmoothCache
 from foley.accel.cost import count_evaluation_macs, run_cost
 from foley.accel.layers import find_cacheable_layers
 from foley.core.seeding import torch_generator

@@ -12,9 +12,11 @@ from tiny_pipelines import audioldm2, stable_audio, stable_audio_dit
 from torch import Tensor, nn
 
 from foley.accel.attention.litefocus import LiteFocus
+from foley.accel.caching.audiocache import AudioCache
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_stem
-from foley.accel.caching.policies import AudioCache, Fora, SmoothCache
+from foley.accel.caching.fora import Fora
 from foley.accel.caching.schedule import SignatureMismatchError
+from foley.accel.caching.smoothcache import SmoothCache
 from foley.accel.combined import NoAcceleration
 from foley.accel.diffusers.pipelines import accelerated
 from foley.diffusion.context import RunContext, StepContext

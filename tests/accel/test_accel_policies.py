@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from foley.accel.caching.policies import audiocache_schedule, fora_schedule, smoothcache_schedule
+from foley.accel.caching.audiocache import audiocache_schedule
+from foley.accel.caching.fora import fora_schedule
+from foley.accel.caching.smoothcache import smoothcache_schedule
 
 
 def test_audiocache_recomputes_when_the_sum_reaches_delta() -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from foley.accel.caching.fora import Fora
 from foley.accel.caching.layer_cache import Hold, Taylor, reuse_by_name
-from foley.accel.caching.policies import Fora
 
 
 def test_hold_returns_the_last_output() -> None:

@@ -10,7 +10,8 @@ import torch
 from commands import compose_command, run_command
 from hydra.utils import instantiate
 
-from foley.accel.caching.policies import AudioCache, require_calibrations
+from foley.accel.caching.audiocache import AudioCache
+from foley.accel.caching.calibration import require_calibrations
 from foley.accel.combined import NoAcceleration
 from foley.core.config import PROJECT_ROOT
 from foley.generation.text_to_audio import TextToAudio

@@ -12,7 +12,7 @@ from torch import nn
 
 from foley.accel.attention.litefocus import LiteFocus, compensation_indices, sparse_attention
 from foley.accel.attention.token_merging import TokenMerging, draw_destinations, match_tokens
-from foley.accel.caching.policies import Fora
+from foley.accel.caching.fora import Fora
 from foley.accel.combined import Combined
 from foley.accel.diffusers.audioldm2 import find_self_attention
 from foley.core.config import PROJECT_ROOT

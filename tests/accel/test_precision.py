@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from foley.accel.attention.local_global import LocalGlobal
 from foley.accel.caching.calibration import CalibrationRecorder
-from foley.accel.caching.policies import Fora
+from foley.accel.caching.fora import Fora
 from foley.accel.combined import Combined
 from foley.accel.precision import compile_blocks, set_precision
 from foley.core.hashing import hash_module

@@ -9,7 +9,7 @@ import soundfile
 import torch
 from small_system import CONFIGS, STEPS, CountingAccelerator
 
-from foley.accel.caching.policies import Fora
+from foley.accel.caching.fora import Fora
 from foley.core.hashing import hash_file
 from foley.core.seeding import torch_generator
 from foley.data.audio import read_audio

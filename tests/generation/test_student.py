@@ -7,7 +7,7 @@ import torch
 from small_system import CONFIGS, training_checkpoint
 from test_sample_cli import run_sample
 
-from foley.accel.caching.policies import Fora
+from foley.accel.caching.fora import Fora
 from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import CONSISTENCY

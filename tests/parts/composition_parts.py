@@ -3,7 +3,7 @@
 import torch
 
 from foley.accel.attention.local_global import LocalGlobal
-from foley.accel.caching.policies import Fora
+from foley.accel.caching.fora import Fora
 from foley.accel.combined import Combined
 from foley.core.hashing import hash_tensors
 from foley.core.seeding import torch_generator

@@ -29,7 +29,14 @@ class NoAcceleration:
 
 
 class Combined:
-    """Attaches and calls all its accelerators, which must change different things; their order does not matter."""
+    """Attaches and calls all its accelerators, which must change different things; their order does not matter.
+
+    Example:
+        >>> from foley.accel import Combined, Fora, LocalGlobal
+        >>> both = Combined.of(cache=Fora(interval=2), attention=LocalGlobal(window_frames=128))
+        >>> [type(accelerator).__name__ for accelerator in both.accelerators]
+        ['Fora', 'LocalGlobal']
+    """
 
     def __init__(self, accelerators: Sequence[Accelerator]) -> None:
         self.accelerators = tuple(accelerators)

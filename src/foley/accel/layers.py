@@ -1,8 +1,7 @@
-"""Find the cacheable layers of a denoiser, and replace their forwards for a while."""
+"""Find the cacheable layers of a denoiser: those that declare it, or else those of the blocks of diffusers."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -97,50 +96,3 @@ def _layers_of_diffusers_blocks(modules: Mapping[str, nn.Module]) -> list[Cachea
 def _norms_feed_one_layer(block: nn.Module) -> bool:
     """Blocks modulated by the time share their norms (PixArt's norm2), or make gates in them (DiT's norm1)."""
     return getattr(block, "norm_type", "") == "layer_norm" or type(block).__name__ == "StableAudioDiTBlock"
-
-
-@contextmanager
-def replaced_forwards(
-    denoiser: nn.Module,
-    layers: Sequence[CacheableLayer],
-    wrap: Callable[[int, Forward], Forward],
-    wrap_norm: Callable[[int, Forward], Forward] | None = None,
-) -> Iterator[None]:
-    """Give layer `i` the forward `wrap(i, its own forward)` inside the context, and its own again on any exit.
-
-    `wrap_norm` does the same for the norms outside of layers. Where blocks are compiled (`compile_blocks`), each layer
-    is compiled for itself inside the context.
-
-    Raises:
-        RuntimeError: a forward is replaced already; stacked caches would hide each other's calls.
-    """
-    replaced = [(layer.name, index, layer.module, wrap) for index, layer in enumerate(layers)]
-    if wrap_norm is not None:
-        norms = ((layer.name, index, layer.norm) for index, layer in enumerate(layers))
-        replaced += [(f"the norm of {name}", index, norm, wrap_norm) for name, index, norm in norms if norm is not None]
-    taken = [name for name, _, module, _ in replaced if "forward" in vars(module)]
-    if taken:
-        raise RuntimeError(
-            f"the forward of {taken[0]!r} ({len(taken)} of {len(replaced)} modules) is replaced already: "
-            "an accelerator is attached to this denoiser; leave its `attach` context first"
-        )
-    with ExitStack() as stack:
-        stack.enter_context(_uncompiled_around(denoiser, layers))
-        for _, index, module, make in replaced:
-            stack.callback(vars(module).pop, "forward", None)
-            module.forward = make(index, getattr(module, "compiled_forward", module.forward))
-        yield
-
-
-@contextmanager
-def _uncompiled_around(denoiser: nn.Module, layers: Sequence[CacheableLayer]) -> Iterator[None]:
-    """What is compiled around layers that have a `compiled_forward` of their own runs as it is inside the context.
-
-    What replaces a forward decides anew for each layer and evaluation; a graph around it would be compiled for each.
-    """
-    with ExitStack() as stack:
-        if all(hasattr(layer.module, "compiled_forward") for layer in layers):
-            for module in [module for module in denoiser.modules() if module._compiled_call_impl is not None]:
-                stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
-                module._compiled_call_impl = None
-        yield

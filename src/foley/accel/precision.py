@@ -25,7 +25,7 @@ def set_precision(denoiser: nn.Module, precision: str) -> None:
 def compile_blocks(denoiser: Any, **options: Any) -> None:
     """Compile each block of the denoiser at its first use; all blocks of one shape share one compilation.
 
-    So is each cacheable layer, for the accelerators that take a block apart (`foley.accel.layers.replaced_forwards`).
+    So is each cacheable layer, for the accelerators that take a block apart (`replaced_forwards` of `LayerCache`).
 
     Args:
         denoiser: has `blocks()`; raises ValueError for one that has not.

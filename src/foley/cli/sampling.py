@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
-from foley.accel.caching.policies import require_calibrations
+from foley.accel.caching.calibration import require_calibrations
 from foley.core.components import CheckpointError
 from foley.core.config import published_name
 from foley.diffusion.guidance import ClassifierFreeGuidance

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foley.accel.cost import CostMeter
 from foley.accel.diffusers.pipelines import accelerated
-from foley.accel.meter import CostMeter
 from foley.core.config import published_name
 from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance

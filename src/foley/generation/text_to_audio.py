@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from foley.accel.meter import CostMeter
+from foley.accel.cost import CostMeter
 from foley.accel.precision import compile_blocks, set_precision
 from foley.core.config import shipped
 from foley.core.hashing import hash_module

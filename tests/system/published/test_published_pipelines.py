@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tiny_pipelines import AUDIOLDM2_RATE_HZ, STABLE_AUDIO_RATE_HZ, save_hub
 
-from foley.accel.caching.policies import Fora
+from foley.accel.caching.fora import Fora
 from foley.accel.layers import find_cacheable_layers
 from foley.cli.sampling import describe_source
 from foley.core.components import CheckpointError

@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,9 @@ from foley.accel.diffusers.audioldm2 import (
     replaced_attention,
     watched_feature_maps,
 )
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 
 def compensation_indices(num_tokens: int, ratio: float, generator: torch.Generator) -> Tensor:
@@ -50,20 +53,31 @@ def sparse_attention(
 
     Raises:
         ValueError: N is no multiple of the number of frequencies, or there is nothing to attend to.
+
+    Example:
+        With every token as a compensation token it is dense attention, since duplicates count once.
+
+        >>> q, k, v = torch.randn(3, 1, 2, 12, 8)  # 4 frames of 3 frequencies
+        >>> sparse = sparse_attention(q, k, v, num_frequencies=3, compensation_indices=torch.arange(12))
+        >>> torch.allclose(sparse, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
+        True
     """
     if q.shape[2] % num_frequencies:
         raise ValueError(f"{q.shape[2]} tokens do not divide into {num_frequencies} frequencies")
     indices = compensation_indices.to(q.device)
-    shared_k, shared_v = (x.index_select(2, indices) for x in (k, v))
+    shared_k, shared_v = (x.index_select(2, indices) for x in (k, v))  # of C, the same for all queries: [B, H, M, D]
     if not same_frequency:
         if not len(indices):
             raise ValueError("attention without the same frequency needs compensation tokens, got none: raise `ratio`")
         return F.scaled_dot_product_attention(q, shared_k, shared_v)
+    # Eq. 4: F_i is S_i and C. S_i is eq. 5 with `mod N_f` in the place of its `mod N_t`, since token t * N_f + f has
+    # frequency f. A group is one frequency, and takes the place of a head: keys [B, F H, T + M, D].
     keys, values = (
         torch.cat([_by_frequency(x, num_frequencies), tokens.repeat(1, num_frequencies, 1, 1)], dim=2)
         for x, tokens in ((k, shared_k), (v, shared_v))
     )
     mask = None if double_count or not len(indices) else _counted_once(indices, num_frequencies, keys)
+    # Eq. 1: one softmax over both sets, queries [B, F H, T, D].
     attended = F.scaled_dot_product_attention(_by_frequency(q, num_frequencies), keys, values, attn_mask=mask)
     return attended.unflatten(1, (num_frequencies, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
@@ -117,7 +131,7 @@ class LiteFocus(SeededAccelerator):
             yield
 
     def _sparse(self, sizes: FeatureMapSizes, layer: UNetSelfAttention) -> Attend:
-        def attend(attention: Attention, tokens: Tensor) -> Tensor:
+        def attend(attention: "Attention", tokens: Tensor) -> Tensor:
             _, num_frequencies = sizes[layer.transformer]
             num_tokens, device = tokens.shape[1], tokens.device
             indices = self.drawn(layer.name, compensation_indices, num_tokens, self._ratio, device=device)

@@ -32,6 +32,14 @@ def local_global_attention(
 
     Raises:
         ValueError: the window is negative, or the mask differs between heads or queries.
+
+    Example:
+        With every key a global one it is dense attention, since each counts once.
+
+        >>> q, k, v = torch.randn(3, 1, 2, 12, 8)
+        >>> attended = local_global_attention(q, k, v, window=2, global_indices=torch.arange(12))
+        >>> torch.allclose(attended, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
+        True
     """
     batch, _, length, _ = q.shape
     if window < 0:
@@ -43,13 +51,15 @@ def local_global_attention(
     indices = global_indices.to(q.device)
     # A larger block copies the global keys less often; a smaller one computes fewer scores beyond the window.
     block = max(window, len(indices) // 2, _SMALLEST_BLOCK)
-    num_blocks = -(-length // block)
+    num_blocks = -(-length // block)  # rounded up
+    # Blocks take the place of items: keys [B blocks, H, block + 2 window + M, D].
     keys, values = (
         torch.cat([_blocks(x, block, window), x.index_select(2, indices).repeat_interleave(num_blocks, 0)], dim=2)
         for x in (k, v)
     )
     valid = q.new_ones(1, 1, length, 1, dtype=torch.bool) if mask is None else mask.mT
     allowed = _allowed(valid.expand(batch, -1, -1, -1), window, block, indices)
+    # Queries [B blocks, H, block, D]; what the last block has too much is cut away.
     attended = F.scaled_dot_product_attention(_blocks(q, block, 0), keys, values, attn_mask=allowed)
     return attended.unflatten(0, (batch, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
@@ -85,6 +95,22 @@ class LocalGlobal(SeededAccelerator):
         window_frames: attended to on each side; a latent that is not longer is computed densely.
         ratio: the share of all frames that every query attends to, drawn anew for each layer and evaluation.
         seed: of the global frames.
+
+    Example:
+        >>> from foley.accel import LocalGlobal
+        >>> from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+        >>> from foley.diffusion.process import DiffusionProcess
+        >>> from foley.diffusion.sampler import generate_latents
+        >>> from foley.diffusion.solver import Solver
+        >>> from foley.models.dit.model import DiffusionTransformer
+        >>> from foley.nn.adaln import AdaLNSola
+        >>> denoiser = DiffusionTransformer(4, 16, 2, 2, 8, AdaLNSola(rank=2, alpha=2)).eval()
+        >>> text = Conditioning(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+        >>> guidance, solver = ClassifierFreeGuidance(3.0), Solver("ddim", 4)
+        >>> process, sparse = DiffusionProcess("v"), LocalGlobal(window_frames=8, ratio=0.1)
+        >>> latent = generate_latents(denoiser, process, text, text, [0], 100, guidance, solver, accelerator=sparse)
+        >>> latent.shape
+        torch.Size([1, 4, 100])
     """
 
     def __init__(self, window_frames: int, ratio: float = 0.1, seed: int = 0) -> None:

@@ -13,7 +13,7 @@ class SeededAccelerator:
     """Draws depend on the seed, the layer and the evaluation; so both guidance branches and all devices share them."""
 
     changes_cost = True
-    """Layers do less work than their own forwards, and not by a schedule; see `foley.accel.meter.CostMeter`."""
+    """Layers do less work than their own forwards, and not by a schedule; see `foley.accel.cost.CostMeter`."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

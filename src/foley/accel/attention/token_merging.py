@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +21,9 @@ from foley.accel.diffusers.audioldm2 import (
     replaced_attention,
     watched_feature_maps,
 )
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
 
 Matchings = dict[nn.Module, "TokenMatching"]
 
@@ -65,14 +67,27 @@ def match_tokens(features: Tensor, destinations: Tensor, num_merged: int) -> Tok
         features: `[B, N, D]`, compared by their cosine.
         destinations: `[M]`; all other tokens are sources.
         num_merged: at most N - M.
+
+    Example:
+        The third of four tokens is like the first, which is the only destination: they become one row of three.
+
+        >>> features = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.9, 0.1], [0.0, -1.0]]])
+        >>> matching = match_tokens(features, destinations=torch.tensor([0]), num_merged=1)
+        >>> matching.rows
+        tensor([[2, 0, 2, 1]])
+        >>> matching.merge(features).shape
+        torch.Size([1, 3, 2])
     """
     destinations = destinations.to(features.device)
     is_destination = torch.zeros(features.shape[1], device=features.device).index_fill(0, destinations, 1.0)
     # Sorted, sources come first and in order; to look for them by `nonzero` would wait for the device.
     sources = is_destination.argsort(stable=True)[: features.shape[1] - len(destinations)]
     directions = F.normalize(features, dim=-1)
+    # Of each source: its likest destination, and how alike they are, [B, N - M].
     similarity, target = (directions[:, sources] @ directions[:, destinations].mT).max(dim=-1)
+    # 0 is the source most alike to a destination; those of the first ranks merge.
     rank = similarity.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    # Rows: first the sources that are kept, then the destinations.
     num_kept = len(sources) - num_merged
     rows = torch.empty(features.shape[:2], dtype=torch.long, device=features.device)
     rows[:, sources] = torch.where(rank < num_merged, num_kept + target, rank - num_merged)
@@ -150,7 +165,7 @@ class TokenMerging(SeededAccelerator):
     def _merged(self, matchings: Matchings, layer: UNetSelfAttention) -> Attend:
         original = layer.attention.processor
 
-        def attend(attention: Attention, tokens: Tensor) -> Tensor:
+        def attend(attention: "Attention", tokens: Tensor) -> Tensor:
             matching = matchings[layer.block]
             if matching.num_rows == tokens.shape[1]:
                 return original(attention, tokens)

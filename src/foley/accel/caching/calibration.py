@@ -1,22 +1,36 @@
-"""Change curves of a denoiser's layers: recorded once without caching, kept, and read by the policies."""
+"""Change curves of a denoiser's layers: recorded once without caching, kept, and read by the caches that follow them.
 
+How much the output of a layer changes from one evaluation to the next hardly depends on the prompt (AudioCache, Fig. 3;
+SmoothCache, Fig. 2). So a few prompts tell, once and for all, where a model can reuse what it has computed.
+`CalibrationRecorder` records the curves, `Calibration` holds them, `CalibratedCache` turns them into a schedule.
+"""
+
+import shlex
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foley.accel.caching.schedule import RunSignature
+from foley.accel.caching.layer_cache import LayerCache, replaced_forwards, reuse_by_name
+from foley.accel.caching.schedule import CacheSchedule, RunSignature
 from foley.accel.cost import EvaluationMacs, MacCounter
-from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, replaced_forwards
+from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.config import default_cache_dir, published_name
-from foley.core.files import load_record, save_record
-from foley.diffusion.context import RunContext, StepContext
+from foley.core.files import info_path, load_record, save_record
+from foley.diffusion.context import Accelerator, RunContext, StepContext
+
+Source = Mapping[str, str | None]
+"""The options by which scripts/calibrate.py knows a model."""
+
+SOME_SYSTEM: Source = MappingProxyType({"system": "SYSTEM"})
 
 
 def calibration_stem(directory: Path, solver: str, num_steps: int | str) -> Path:
@@ -39,6 +53,22 @@ class Calibration:
     Entry `[i, k - 1, s]` compares evaluation s with evaluation s - k; entries with s < k are zero and mean nothing.
     `timesteps` are those of the evaluations; `macs` are counted at the duration and batch size of the calibration, and
     their proportions are what matters.
+
+    Example:
+        Of two layers over four evaluations, the attention settles and the feed-forward layer does not.
+
+        >>> mean = torch.tensor([[[0.0, 0.4, 0.2, 0.1]], [[0.0, 0.5, 0.5, 0.5]]])  # [layers, distances, evaluations]
+        >>> names, kinds = ("0.attention", "0.feed_forward"), ("attention", "feed_forward")
+        >>> signature = RunSignature("hash of the model", "ddim", num_steps=4, num_evaluations=4, guidance_scale=3.0)
+        >>> macs = EvaluationMacs(total=100, layers={"0.attention": 30, "0.feed_forward": 60})
+        >>> times = (999.0, 749.0, 499.0, 249.0)
+        >>> calibration = Calibration(mean, torch.zeros_like(mean), names, kinds, signature, 8, times, macs)
+
+        Read at two steps instead of four, the change from the first to the third evaluation is the sum of two.
+
+        >>> coarse = calibration.at(num_steps=2, timesteps=(999.0, 499.0))
+        >>> [round(change, 3) for change in coarse.changes()["0.attention"]]
+        [0.0, 0.6]
     """
 
     mean: Tensor
@@ -66,15 +96,17 @@ class Calibration:
         rather too large than too small. The standard deviations are not known: NaN. Raises ValueError where timesteps
         do not fall from one evaluation to the next, as those of a second-order solver do not.
         """
-        own, asked = -np.asarray(self.timesteps), -np.asarray(timesteps)  # ascending, as interpolation wants them
+        # Negative, so that they ascend, as interpolation wants them: [own evaluations], [asked evaluations].
+        own, asked = -np.asarray(self.timesteps), -np.asarray(timesteps)
         if (np.diff(own) <= 0).any() or (np.diff(asked) <= 0).any():
             raise ValueError(
                 f"the calibration of solver {self.signature.solver!r} cannot be read at other steps: its timesteps do "
                 "not fall steadily; calibrate for the number of steps that you sample with"
             )
-        curves = self.mean[:, 0].double().cumsum(dim=1).numpy()
-        positions = torch.from_numpy(np.stack([np.interp(asked, own, curve) for curve in curves]))
-        mean = torch.zeros(*self.mean.shape[:2], len(asked))
+        # How far each layer has come since evaluation 0; only sums can be read between evaluations, changes cannot.
+        curves = self.mean[:, 0].double().cumsum(dim=1).numpy()  # [layers, own evaluations]
+        positions = torch.from_numpy(np.stack([np.interp(asked, own, curve) for curve in curves]))  # [layers, asked]
+        mean = torch.zeros(*self.mean.shape[:2], len(asked))  # [layers, distances, asked]
         for distance in range(1, mean.shape[1] + 1):
             mean[:, distance - 1, distance:] = positions[:, distance:] - positions[:, :-distance]
         signature = replace(self.signature, num_steps=num_steps, num_evaluations=len(asked))
@@ -90,9 +122,10 @@ class Calibration:
         recorded = self.mean.shape[1]
         if not 1 <= max_lookahead <= recorded:
             raise ValueError(f"max_lookahead must be between 1 and the {recorded} recorded, got {max_lookahead}")
+        # The curves look back: what evaluation s + k says of distance k is the change that begins at s.
         return {
             name: [curves[k - 1, k:].tolist() for k in range(1, max_lookahead + 1)]
-            for name, curves in zip(self.layer_names, self.mean, strict=True)
+            for name, curves in zip(self.layer_names, self.mean, strict=True)  # [distances, evaluations] of each layer
         }
 
     def save(self, stem: Path) -> None:
@@ -130,6 +163,7 @@ def relative_change(current: Tensor, previous: Tensor) -> Tensor:
 
     0 where both are silent, as the output of a layer that starts at zero is.
     """
+    # [B, N, D] to [B]; summed in float32, since half precision would lose the small terms of a long sum.
     difference = (current - previous).flatten(1).abs().sum(dim=1, dtype=torch.float32)
     size = current.flatten(1).abs().sum(dim=1, dtype=torch.float32)
     return difference / size.clamp_min(torch.finfo(torch.float32).tiny)
@@ -141,6 +175,8 @@ class CalibrationRecorder:
     Keeps the last `max_distance` outputs of each layer and branch. Runs may differ in batch size; each item of a batch
     is one prompt, over whose guidance branches the change is averaged. A run that breaks off is left out. The
     multiply-accumulates are those of the last run's first evaluation.
+
+    Example: see `foley.accel.caching.audiocache.AudioCache`.
     """
 
     def __init__(self, max_distance: int = 3) -> None:
@@ -155,9 +191,9 @@ class CalibrationRecorder:
         self._forget_run()
 
     def _forget_run(self) -> None:
-        self._history: dict[tuple[str, int], deque[Tensor]] = {}
-        self._totals = torch.zeros(0)
-        self._counts = torch.zeros(0)
+        self._history: dict[tuple[str, int], deque[Tensor]] = {}  # by branch and layer, oldest output first
+        self._totals = torch.zeros(0)  # summed over guidance branches, [layers, distances, evaluations, B]
+        self._counts = torch.zeros(0)  # of those branches, [layers, evaluations]
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
@@ -186,7 +222,7 @@ class CalibrationRecorder:
         self._totals = self._totals.to(output.device)  # stays there for the run: to read it would wait for the device
         history = self._history.setdefault((self._context.branch, index), deque(maxlen=self._max_distance))
         for distance, previous in enumerate(reversed(history)):
-            branches = relative_change(output, previous).view(-1, batch_size)
+            branches = relative_change(output, previous).view(-1, batch_size)  # a joint batch: [branches, B]
             self._totals[index, distance, evaluation] += branches.sum(dim=0)
         self._counts[index, evaluation] += output.shape[0] // batch_size
         history.append(output)
@@ -225,7 +261,7 @@ class CalibrationRecorder:
         """The curves over all prompts of the finished runs; raises RuntimeError if there is none."""
         if self._signature is None or not self._finished_runs:
             raise RuntimeError("no generation has run to its end under this recorder: there is nothing to average")
-        prompts = torch.cat(self._finished_runs, dim=-1)
+        prompts = torch.cat(self._finished_runs, dim=-1)  # [layers, distances, evaluations, prompts]
         return Calibration(
             mean=prompts.mean(dim=-1),
             std=prompts.std(dim=-1, correction=0),
@@ -236,3 +272,85 @@ class CalibrationRecorder:
             timesteps=self._timesteps,
             macs=self._macs.evaluation([layer.name for layer in self._layers]),
         )
+
+
+class CalibratedCache(LayerCache, ABC):
+    """A cache whose schedule follows from a calibration: a policy says in `decide` what is computed.
+
+    Args:
+        calibration_dir: holds `<solver>_<steps>.json` and `.safetensors`, as scripts/calibrate.py writes them.
+        reuse: "hold" or "taylor", see `foley.accel.caching.layer_cache`.
+        calibrated_steps: take the calibration of that many steps, and read its cumulative curves at this run's steps.
+        source: of the model, for the message where there is no calibration.
+        policy: name and parameters, as the schedule records them.
+    """
+
+    def __init__(
+        self,
+        calibration_dir: str | Path,
+        reuse: str = "hold",
+        calibrated_steps: int | None = None,
+        source: Source = SOME_SYSTEM,
+        **policy: Any,
+    ) -> None:
+        super().__init__(reuse=reuse_by_name(reuse))
+        self._directory = Path(calibration_dir)
+        self._calibrated_steps = calibrated_steps
+        self._source = source
+        self._policy = {**policy, "reuse": reuse}
+
+    @abstractmethod
+    def decide(self, calibration: Calibration) -> Mapping[str, Sequence[bool]]:
+        """For each layer, in order of execution, at which evaluations it computes; the first must be one of them.
+
+        `calibration` is read at the evaluations of the run already.
+        """
+
+    def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
+        """What the policy makes of the calibration of the run's solver and number of steps.
+
+        Raises:
+            FileNotFoundError: there is none.
+            SignatureMismatchError: it is another model's.
+        """
+        signature = RunSignature.of(run, denoiser)
+        calibration = self._calibration_for(run, signature)
+        return CacheSchedule.from_rows(self.decide(calibration), calibration.kinds, signature, self._policy)
+
+    def _calibration_for(self, run: RunContext, signature: RunSignature) -> Calibration:
+        self.require_calibration(run.solver, run.num_steps, run.guidance_scale)
+        stem = calibration_stem(self._directory, run.solver, self._calibrated_steps or run.num_steps)
+        calibration = Calibration.load(stem)
+        if self._calibrated_steps not in (None, run.num_steps):
+            calibration = calibration.at(run.num_steps, run.timesteps.tolist())
+        calibration.signature.require(signature, f"the calibration {stem}")
+        return calibration
+
+    def require_calibration(self, solver: str | None, num_steps: int | None, guidance_scale: float | None) -> None:
+        """Raises FileNotFoundError where no calibration can serve such a run; what is None is not known yet."""
+        steps = self._calibrated_steps or num_steps
+        file = info_path(calibration_stem(self._directory, solver or "*", steps or "*"))
+        if any(self._directory.glob(file.name)):
+            return
+        # The pipelines of diffusers keep their own solver.
+        named = None if solver is None or solver.endswith("Scheduler") else solver
+        scale = None if guidance_scale is None else f"{guidance_scale:g}"
+        options = {"solver": named, "prompts": "FILE", "steps": steps, "guidance_scale": scale}
+        given = {**self._source, **options, "output_dir": self._directory}
+        command = shlex.join(f"{key}={value}" for key, value in given.items() if value is not None)
+        raise FileNotFoundError(
+            f"{file} does not exist: this system is not calibrated for this solver and number of steps. "
+            f"Make it with: python scripts/calibrate.py {command}"
+        )
+
+
+def require_calibrations(
+    accelerator: Accelerator, solver: str | None, num_steps: int | None, guidance_scale: float | None
+) -> None:
+    """Raises FileNotFoundError where the accelerator, or one of those that it combines, lacks its calibration.
+
+    The model need not be loaded for that. What is None is not known yet.
+    """
+    for part in getattr(accelerator, "accelerators", (accelerator,)):
+        if isinstance(part, CalibratedCache):
+            part.require_calibration(solver, num_steps, guidance_scale)

@@ -1,14 +1,22 @@
-"""LayerCache: the one mechanism that executes a cache schedule, whatever policy made it."""
+"""LayerCache: the one mechanism that executes a cache schedule, whatever policy made it.
+
+What is cached is the output of a self-attention, cross-attention or feed-forward layer, before its gate and residual
+(AudioCache, Fig. 2): `x + gate * layer(norm(x))` takes the present `x` and `gate`, and an earlier `layer(norm(x))`.
+
+One evaluation runs like this. The sampler calls `on_evaluation_start`, which looks up the row of the schedule. Then it
+calls the denoiser, whose layers have the forwards of `_caching_forward` for now: each either computes and stores, or
+recalls. `on_evaluation_end` closes the row, so that a call outside of an evaluation is an error.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from foley.accel.caching.schedule import CacheSchedule, SignatureMismatchError
-from foley.accel.layers import Forward, find_cacheable_layers, replaced_forwards
+from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.diffusion.context import RunContext, StepContext
 
 
@@ -39,13 +47,13 @@ class Hold:
 class Taylor:
     """The line through the last two computed outputs; the last output until there are two.
 
-    The first-order forecast of TaylorSeer (Liu et al. 2025), with the evaluation as its variable. Keeps two outputs
-    where `Hold` keeps one.
+    The first-order forecast of TaylorSeer (Liu et al. 2025), `F(e) = F(e1) + (e - e1) (F(e1) - F(e0)) / (e1 - e0)`; its
+    variable is the evaluation here. Keeps two outputs where `Hold` keeps one.
     """
 
-    evaluation: int = 0
-    output: Any = None
-    slope: Any = None
+    evaluation: int = 0  # e1
+    output: Any = None  # F(e1)
+    slope: Any = None  # (F(e1) - F(e0)) / (e1 - e0)
 
     def store(self, evaluation: int, output: Any) -> None:
         if self.output is not None:
@@ -68,38 +76,76 @@ def reuse_by_name(name: str) -> type[Reuse]:
     return _REUSES[name]
 
 
-class SchedulePlan(Protocol):
-    """Decides on the schedule once the run is known; a CacheSchedule is its own plan."""
-
-    def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule: ...
-
-
 class LayerCache:
     """Reuse the outputs of layers where the schedule says so; their norm, modulation and body are then not run.
 
-    Outputs are kept per (branch, layer) for one run, before gate and residual, which use the current step
-    (AudioCache, Fig. 2). The evaluation comes from the sampler's context; calls are never counted. A run that begins
-    in the middle of the schedule computes each layer at its first call, whatever the schedule says.
+    Outputs are kept per (branch, layer) for one run. The evaluation comes from the sampler's context; calls are never
+    counted. A run that begins in the middle of the schedule computes each layer at its first call, whatever the row
+    says. Policies are sub-classes that make their schedule in `schedule_for`, once the run is known.
 
     Args:
-        plan: decides what is computed.
-        reuse: makes what stands in for a layer that is not.
+        schedule: what is computed in the one kind of run it was made for; policies give none.
+        reuse: makes what stands in for a layer that is not computed.
+
+    Example:
+        Every layer of a small transformer computes at evaluations 0 and 1 of four, and is reused at the other two.
+
+        >>> import torch
+        >>> from foley.accel.caching.schedule import CacheSchedule, RunSignature
+        >>> from foley.accel.layers import find_cacheable_layers
+        >>> from foley.models.dit.model import DiffusionTransformer
+        >>> from foley.nn.adaln import AdaLNSola
+        >>> denoiser = DiffusionTransformer(4, 16, 2, 2, 8, AdaLNSola(rank=2, alpha=2)).eval()
+        >>> run = RunContext("ddim", 4, torch.tensor([999, 749, 499, 249]), 1.0, 0.0, batch_size=1)
+
+        >>> kinds = {layer.name: layer.kind for layer in find_cacheable_layers(denoiser)}
+        >>> rows = dict.fromkeys(kinds, [True, True, False, False])
+        >>> schedule = CacheSchedule.from_rows(rows, kinds, RunSignature.of(run, denoiser), {"name": "by hand"})
+
+        Inside `attach` the sampler calls the cache; here we do so ourselves.
+
+        >>> noisy, text = torch.randn(1, 4, 20), torch.randn(1, 3, 8)
+        >>> calls = []
+        >>> hook = denoiser.mid_block.feed_forward.layer.register_forward_hook(lambda *_: calls.append(evaluation))
+        >>> cache = LayerCache(schedule)
+        >>> with torch.no_grad(), cache.attach(denoiser):
+        ...     cache.on_run_start(run)
+        ...     for evaluation, timestep in enumerate(run.timesteps):
+        ...         context = StepContext(evaluation, timestep, run)
+        ...         cache.on_evaluation_start(context)
+        ...         prediction = denoiser(noisy, timestep[None], text)
+        ...         cache.on_evaluation_end(context, prediction)
+        ...     cache.on_run_end()
+        >>> calls
+        [0, 1]
     """
 
-    def __init__(self, plan: SchedulePlan, reuse: Callable[[], Reuse] = Hold) -> None:
-        self._plan = plan
+    def __init__(self, schedule: CacheSchedule | None = None, reuse: Callable[[], Reuse] = Hold) -> None:
+        self.schedule = schedule
         self._make_reuse = reuse
         self._denoiser: nn.Module | None = None
         self._layer_names: tuple[str, ...] = ()
-        self.schedule: CacheSchedule | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._table: list[list[bool]] = []
-        self._row: Sequence[bool] | None = None
+        self._table: list[list[bool]] = []  # [evaluations][layers]
+        self._row: Sequence[bool] | None = None  # of the present evaluation; None outside of one
         self._evaluation = 0
+        # Branches that run one after the other see other inputs: each has memories of its own, by the layer's index.
         self._branches: dict[str, dict[int, Reuse]] = {}
-        self._memories: dict[int, Reuse] = {}
+        self._memories: dict[int, Reuse] = {}  # of the present branch
+
+    def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
+        """What is computed in this run: the given schedule, once it has been checked. Policies override this.
+
+        Raises:
+            ValueError: there is no schedule.
+            SignatureMismatchError: it was made for another run.
+        """
+        if self.schedule is None:
+            raise ValueError(f"{type(self).__name__} has no schedule: give it one, or take a policy such as AudioCache")
+        self.schedule.check(run, denoiser)
+        return self.schedule
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
@@ -153,13 +199,13 @@ class LayerCache:
         if self._denoiser is None:
             raise RuntimeError("LayerCache has no denoiser: generate inside its `attach(denoiser)` context")
         self._reset()
-        self.schedule = self._plan.schedule_for(run, self._denoiser)
+        self.schedule = self.schedule_for(run, self._denoiser)
         if self.schedule.layer_names != self._layer_names:
             raise SignatureMismatchError(
                 f"the schedule was made for the layers {', '.join(self.schedule.layer_names)}, but those that can be "
                 f"cached here are {', '.join(self._layer_names)}. Run scripts/calibrate.py with the layers of this run."
             )
-        self._table = self.schedule.compute.tolist()
+        self._table = self.schedule.compute.tolist()  # once: to read a tensor entry by entry is slow
 
     def on_evaluation_start(self, context: StepContext) -> None:
         self._evaluation = context.evaluation
@@ -171,3 +217,51 @@ class LayerCache:
 
     def on_run_end(self) -> None:
         self._reset()
+
+
+@contextmanager
+def replaced_forwards(
+    denoiser: nn.Module,
+    layers: Sequence[CacheableLayer],
+    wrap: Callable[[int, Forward], Forward],
+    wrap_norm: Callable[[int, Forward], Forward] | None = None,
+) -> Iterator[None]:
+    """Give layer `i` the forward `wrap(i, its own forward)` inside the context, and its own again on any exit.
+
+    `wrap_norm` does the same for the norms outside of layers. Where blocks are compiled (`compile_blocks`), each layer
+    is compiled for itself inside the context.
+
+    Raises:
+        RuntimeError: a forward is replaced already; stacked caches would hide each other's calls.
+    """
+    replaced = [(layer.name, index, layer.module, wrap) for index, layer in enumerate(layers)]
+    if wrap_norm is not None:
+        norms = ((layer.name, index, layer.norm) for index, layer in enumerate(layers))
+        replaced += [(f"the norm of {name}", index, norm, wrap_norm) for name, index, norm in norms if norm is not None]
+    # A forward of its class does not show among the module's own attributes; a replaced one does.
+    taken = [name for name, _, module, _ in replaced if "forward" in vars(module)]
+    if taken:
+        raise RuntimeError(
+            f"the forward of {taken[0]!r} ({len(taken)} of {len(replaced)} modules) is replaced already: "
+            "an accelerator is attached to this denoiser; leave its `attach` context first"
+        )
+    with ExitStack() as stack:
+        stack.enter_context(_uncompiled_around(denoiser, layers))
+        for _, index, module, make in replaced:
+            stack.callback(vars(module).pop, "forward", None)
+            module.forward = make(index, getattr(module, "compiled_forward", module.forward))
+        yield
+
+
+@contextmanager
+def _uncompiled_around(denoiser: nn.Module, layers: Sequence[CacheableLayer]) -> Iterator[None]:
+    """What is compiled around layers that have a `compiled_forward` of their own runs as it is inside the context.
+
+    What replaces a forward decides anew for each layer and evaluation; a graph around it would be compiled for each.
+    """
+    with ExitStack() as stack:
+        if all(hasattr(layer.module, "compiled_forward") for layer in layers):
+            for module in [module for module in denoiser.modules() if module._compiled_call_impl is not None]:
+                stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+                module._compiled_call_impl = None
+        yield

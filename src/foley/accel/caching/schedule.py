@@ -34,6 +34,7 @@ class RunSignature:
 
     @classmethod
     def of(cls, run: RunContext, denoiser: nn.Module) -> "RunSignature":
+        """The signature of a run that is about to begin."""
         return cls(hash_module(denoiser), run.solver, run.num_steps, run.num_evaluations, run.guidance_scale)
 
     def require(self, actual: "RunSignature", subject: str) -> None:
@@ -50,7 +51,7 @@ class RunSignature:
         if differing:
             raise SignatureMismatchError(
                 f"{subject} was made for {'; for '.join(differing)}. "
-                "Run scripts/calibrate.py with this run's ckpt, solver and steps."
+                "Run scripts/calibrate.py with this run's system, solver and steps."
             )
         if self.guidance_scale != actual.guidance_scale:
             _logger.warning(
@@ -69,6 +70,18 @@ class CacheSchedule:
 
     Raises:
         ValueError: the table is not a bool matrix of that shape, or its first evaluation reuses anything.
+
+    Example:
+        Two layers over four evaluations; every second call of the attention is reused.
+
+        >>> signature = RunSignature("hash of the model", "ddim", num_steps=4, num_evaluations=4, guidance_scale=3.0)
+        >>> rows = {"0.attention": [True, False, True, False], "0.feed_forward": [True] * 4}
+        >>> kinds = {"0.attention": "attention", "0.feed_forward": "feed_forward"}
+        >>> schedule = CacheSchedule.from_rows(rows, kinds, signature, {"name": "by hand"})
+        >>> schedule.compute[1]
+        tensor([False,  True])
+        >>> schedule.computed_fraction
+        0.75
     """
 
     compute: Tensor
@@ -99,6 +112,7 @@ class CacheSchedule:
         policy: Mapping[str, Any],
     ) -> "CacheSchedule":
         """From one list of decisions per layer, in order of execution, and the kind of each layer."""
+        # Policies think layer by layer; a run asks evaluation by evaluation: [layers, evaluations] is transposed.
         table = torch.tensor([list(row) for row in rows.values()], dtype=torch.bool).T.contiguous()
         return cls(table, tuple(rows), tuple(kinds[name] for name in rows), signature, policy)
 
@@ -110,11 +124,6 @@ class CacheSchedule:
     def check(self, run: RunContext, denoiser: nn.Module) -> None:
         """Raises SignatureMismatchError if this run has another model, solver or number of steps."""
         self.signature.require(RunSignature.of(run, denoiser), "this cache schedule")
-
-    def schedule_for(self, run: RunContext, denoiser: nn.Module) -> "CacheSchedule":
-        """A schedule is a plan for exactly one kind of run: itself, once checked."""
-        self.check(run, denoiser)
-        return self
 
     def save(self, stem: Path) -> None:
         """Write `<stem>.safetensors` and `<stem>.json`."""

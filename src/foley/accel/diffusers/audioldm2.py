@@ -1,17 +1,21 @@
-"""The self-attention layers of AudioLDM2's U-Net in diffusers, and ways to change them for a while."""
+"""The self-attention layers of AudioLDM2's U-Net in diffusers, and ways to change them for a while.
+
+The models of diffusers take longer to import than torch, so they are imported where such a U-Net is looked for.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.pipelines.audioldm2 import AudioLDM2UNet2DConditionModel
 from torch import Tensor, nn
 
-Attend = Callable[[Attention, Tensor], Tensor]
+if TYPE_CHECKING:
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention_processor import Attention, AttnProcessor
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+Attend = Callable[["Attention", Tensor], Tensor]
 """Self-attention, with the weights of the given layer, of tokens `[B, N, D]` to `[B, N, D]`."""
 
 
@@ -20,9 +24,9 @@ class UNetSelfAttention:
     """One self-attention layer: its dotted name inside the U-Net, and the modules around it."""
 
     name: str
-    attention: Attention
-    block: BasicTransformerBlock
-    transformer: Transformer2DModel
+    attention: "Attention"
+    block: "BasicTransformerBlock"
+    transformer: "Transformer2DModel"
 
 
 def find_self_attention(denoiser: nn.Module, blocks: Sequence[str]) -> list[UNetSelfAttention]:
@@ -33,6 +37,9 @@ def find_self_attention(denoiser: nn.Module, blocks: Sequence[str]) -> list[UNet
     Raises:
         ValueError: there is not exactly one such U-Net, or it has no such block, or that has no self-attention.
     """
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.pipelines.audioldm2 import AudioLDM2UNet2DConditionModel
+
     unets = [module for module in denoiser.modules() if isinstance(module, AudioLDM2UNet2DConditionModel)]
     if len(unets) != 1:
         raise ValueError(
@@ -50,8 +57,8 @@ def find_self_attention(denoiser: nn.Module, blocks: Sequence[str]) -> list[UNet
     return layers
 
 
-def _of_transformer(name: str, transformer: Transformer2DModel) -> Iterator[UNetSelfAttention]:
-    blocks = cast(Iterable[BasicTransformerBlock], transformer.transformer_blocks)
+def _of_transformer(name: str, transformer: "Transformer2DModel") -> Iterator[UNetSelfAttention]:
+    blocks = cast(Iterable["BasicTransformerBlock"], transformer.transformer_blocks)
     for index, block in enumerate(blocks):
         for part in ("attn1", "attn2"):
             attention = getattr(block, part)
@@ -67,7 +74,7 @@ class BorrowedProcessor:
 
     def __call__(
         self,
-        attn: Attention,
+        attn: "Attention",
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -96,7 +103,7 @@ def replaced_attention(
         )
     with ExitStack() as stack:
         for layer in layers:
-            processor = cast(AttnProcessor, BorrowedProcessor(wrap(layer)))  # diffusers itself takes any callable
+            processor = cast("AttnProcessor", BorrowedProcessor(wrap(layer)))  # diffusers itself takes any callable
             stack.callback(layer.attention.set_processor, layer.attention.processor)
             layer.attention.set_processor(processor)
         yield

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from foley.accel.attention.litefocus import LiteFocus, compensation_indices
 from foley.accel.attention.local_global import LocalGlobal, local_global_attention
+from foley.accel.caching.fora import Fora
 from foley.accel.caching.layer_cache import LayerCache
-from foley.accel.caching.policies import Fora
 from foley.accel.combined import Combined
 from foley.core.config import PROJECT_ROOT
 from foley.core.seeding import torch_generator

@@ -4,7 +4,9 @@ from itertools import product
 
 import pytest
 
-from foley.accel.caching.policies import audiocache_schedule, budget_schedule, fora_schedule, schedule_error
+from foley.accel.caching.audiocache import audiocache_schedule
+from foley.accel.caching.budget import budget_schedule, schedule_error
+from foley.accel.caching.fora import fora_schedule
 
 CHANGES = {"a.ff": [0.0, 0.5, 0.1, 0.1, 0.9, 0.1], "b.ff": [0.0, 0.2, 0.2, 0.2, 0.2, 0.2]}
 MACS, TOTAL = {"a.ff": 3, "b.ff": 1}, 5

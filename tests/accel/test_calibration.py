@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from foley.accel.caching.audiocache import audiocache_schedule
 from foley.accel.caching.calibration import Calibration, CalibrationRecorder, relative_change
 from foley.accel.caching.plots import plot_calibration, plot_schedule
-from foley.accel.caching.policies import audiocache_schedule
 from foley.accel.caching.schedule import CacheSchedule, SignatureMismatchError
 
 LAYER = "blocks.1.feed_forward"

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from foley.accel.attention.litefocus import LiteFocus
 from foley.accel.caching.calibration import CalibrationRecorder
-from foley.accel.caching.policies import Fora
+from foley.accel.caching.fora import Fora
 from foley.accel.combined import Combined, NoAcceleration
-from foley.accel.cost import MacCounter, count_call_macs
+from foley.accel.cost import CostMeter, MacCounter, count_call_macs
 from foley.accel.diffusers.audioldm2 import find_self_attention
-from foley.accel.meter import CostMeter
 from foley.diffusion.context import RunContext, StepContext
 
 ITEMS, FRAMES, TOKENS = 2, 16, 3

@@ -1,0 +1,106 @@
+"""AudioCache (Shi et al. 2025): each layer is recomputed once its calibrated changes have added up to a threshold.
+
+Some layers of a diffusion transformer change much while the contours of a sound form, others while its details do, and
+all of them little at the end (Fig. 3). So each layer has a schedule of its own. The change of layer i at step t is
+
+    E(t, i) = |L(t, i) - L(t + 1, i)|_1 / |L(t, i)|_1                            (1)
+
+where t falls from T to 0, so that t + 1 is the step before. It is the same for every prompt, near enough, and is
+recorded once (`foley.accel.caching.calibration`). While sampling, the changes since the last computation at t_1 are
+added up, and the layer is computed again where the sum reaches delta (Algorithm 1):
+
+    E_sum(t, i) = sum of E(tau, i) for tau from t_1 to t                        (2)
+
+Here the sum begins with the step after t_1: the change that led to the present output is no reason to replace it. It is
+to reach delta, as the text has it, where Algorithm 1 says exceed; so delta = 0 computes always.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+
+
+def audiocache_schedule(changes: Mapping[str, Sequence[float]], delta: float) -> dict[str, list[bool]]:
+    """Per layer, compute when the changes since the last computation reach `delta` (AudioCache, Algorithm 1, eq. 2).
+
+    Args:
+        changes: for each layer, its relative-L1 change at each evaluation since the one before (eq. 1); evaluation 0
+            has no predecessor, always computes, and its value is ignored.
+        delta: 0 computes always.
+
+    Raises:
+        ValueError: delta is negative.
+
+    Example:
+        >>> audiocache_schedule({"0.feed_forward": [0.0, 0.25, 0.25, 0.0, 0.75]}, delta=0.5)
+        {'0.feed_forward': [True, False, True, False, True]}
+    """
+    if delta < 0:
+        raise ValueError(f"AudioCache's threshold must be at least 0 (0 computes always), got {delta}")
+    return {layer: _accumulate(curve, delta) for layer, curve in changes.items()}
+
+
+def _accumulate(curve: Sequence[float], delta: float) -> list[bool]:
+    decisions, accumulated = [True], 0.0  # the first evaluation has nothing to reuse
+    for change in curve[1:]:
+        accumulated += change  # eq. 2
+        decisions.append(accumulated >= delta)  # Algorithm 1
+        if decisions[-1]:
+            accumulated = 0.0  # t_1 is this step now
+    return decisions
+
+
+class AudioCache(CalibratedCache):
+    """Each layer is recomputed when its calibrated changes add up to `threshold`; 0 computes always.
+
+    Args:
+        calibration_dir, reuse, calibrated_steps, source: as `CalibratedCache` takes them.
+        threshold: the paper's delta, 0.2 to 0.4 there; it grows with the number of steps (Table V).
+
+    Example:
+        Record the curves of a small transformer, which has random weights, then generate with them.
+
+        >>> import torch
+        >>> from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+        >>> from foley.diffusion.process import DiffusionProcess
+        >>> from foley.diffusion.sampler import generate_latents
+        >>> from foley.diffusion.solver import Solver
+        >>> from foley.models.dit.model import DiffusionTransformer
+        >>> from foley.nn.adaln import AdaLNSola
+        >>> denoiser = DiffusionTransformer(4, 16, 2, 2, 8, AdaLNSola(rank=2, alpha=2)).eval()
+        >>> text = Conditioning(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+        >>> guidance, solver = ClassifierFreeGuidance(3.0), Solver("ddim", 6)
+        >>> def generate(accelerator):
+        ...     process = DiffusionProcess("v")
+        ...     return generate_latents(denoiser, process, text, text, [0], 20, guidance, solver, accelerator)
+
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from foley.accel import AudioCache, CalibrationRecorder
+        >>> recorder, folder = CalibrationRecorder(), TemporaryDirectory()
+        >>> exact = generate(recorder)
+        >>> recorder.calibration().save(Path(folder.name) / "ddim_6")
+
+        >>> torch.equal(generate(AudioCache(folder.name, threshold=0.0)), exact)
+        True
+        >>> cache = AudioCache(folder.name, threshold=1e9)
+        >>> latent = generate(cache)
+        >>> cache.schedule.compute.all(dim=1)  # per evaluation
+        tensor([ True, False, False, False, False, False])
+    """
+
+    def __init__(
+        self,
+        calibration_dir: str | Path,
+        threshold: float = 0.3,
+        reuse: str = "hold",
+        calibrated_steps: int | None = None,
+        source: Source = SOME_SYSTEM,
+    ) -> None:
+        super().__init__(calibration_dir, reuse, calibrated_steps, source, name="audiocache", threshold=threshold)
+        self._threshold = threshold
+
+    def decide(self, calibration: Calibration) -> dict[str, list[bool]]:
+        """Each layer by itself, see `audiocache_schedule`."""
+        return audiocache_schedule(calibration.changes(), self._threshold)

@@ -1,0 +1,218 @@
+"""A budget: the schedule of least summed change whose multiply-accumulates are those of a chosen speed-up.
+
+Not published. AudioCache and SmoothCache are given a tolerance, and the speed-up is what comes out; here it is the
+other way round. The error of reusing at s what was computed at c is how far the calibrated curve has come in between:
+the sum of its changes (AudioCache, eq. 1) from c + 1 to s. That of a schedule is the sum over layers and evaluations.
+"""
+
+from collections.abc import Mapping, Sequence
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+
+Curves = Mapping[str, Sequence[float]]
+"""For each layer, its change at each of the E evaluations since the one before; the first value is ignored."""
+
+Rows = dict[str, list[bool]]
+"""For each layer, true at the evaluations where it computes."""
+
+
+def budget_schedule(
+    changes: Curves, layer_macs: Mapping[str, int], total_macs: int, target_speedup: float, method: str = "dynamic"
+) -> Rows:
+    """Decisions for each layer, true where it computes, whose MACs are at most `1 / target_speedup` of the uncached.
+
+    Args:
+        changes: for each layer, its change at each evaluation since the one before; the first value is ignored.
+        layer_macs: of one call of each layer.
+        total_macs: of one uncached evaluation of the whole denoiser.
+        target_speedup: uncached MACs over MACs; 1 computes always.
+        method: "dynamic" finds each layer's best schedule for every number of computations by dynamic programming,
+            and spends the budget where it removes most error for its MACs; "greedy" starts from computing always, and
+            drops whichever computation costs least error for its MACs, one by one.
+
+    Raises ValueError for an unknown method, and for a speed-up out of reach: what is not cacheable always computes, and
+    each layer computes once.
+
+    Example:
+        Half of the four evaluations of the only layer; the large change at the end is worth a computation.
+
+        >>> budget_schedule({"0.feed_forward": [0.0, 0.1, 0.1, 0.9]}, {"0.feed_forward": 100}, 100, target_speedup=2)
+        {'0.feed_forward': [True, False, False, True]}
+    """
+    methods = {"dynamic": _dynamic, "greedy": _greedy}
+    if method not in methods:
+        raise ValueError(f"accel.method must be one of {', '.join(methods)}, got {method!r}")
+    num_evaluations = len(next(iter(changes.values())))
+    layers_once = sum(layer_macs[layer] for layer in changes)
+    # MACs that the layers may take in all: those of the whole run, less what no schedule can save.
+    budget = num_evaluations * (total_macs / target_speedup - (total_macs - layers_once))
+    if target_speedup < 1 or budget < layers_once:
+        uncached = num_evaluations * total_macs
+        largest = uncached / (uncached - (num_evaluations - 1) * layers_once)
+        raise ValueError(f"accel.target_speedup must lie between 1 and {largest:.3g} here, got {target_speedup:g}")
+    return methods[method](changes, layer_macs, budget)
+
+
+def schedule_error(changes: Curves, rows: Mapping[str, Sequence[bool]]) -> float:
+    """The summed error of a schedule: over its layers, and over the intervals from one computation to the next."""
+    return sum(
+        float(_interval_errors(changes[layer])[start, end])
+        for layer, row in rows.items()
+        for start, end in pairwise([*np.flatnonzero(row), len(row)])
+    )
+
+
+def _interval_errors(curve: Sequence[float]) -> NDArray[np.float64]:
+    """`[E, E + 1]`: at `[c, e]` the error of computing at c and reusing until e, where the next computation is."""
+    position = np.concatenate([[0.0], np.cumsum(np.asarray(curve, dtype=np.float64)[1:])])  # [E], from evaluation 0
+    drift = np.maximum(position[None, :] - position[:, None], 0.0)  # [E, E]: of the output of c, reused at s
+    drift[np.tril_indices(len(position))] = 0.0  # nothing is reused before it is computed
+    # Summed over s from c + 1 to e - 1.
+    return np.concatenate([np.zeros((len(position), 1)), np.cumsum(drift, axis=1)], axis=1)
+
+
+def _dynamic(changes: Curves, layer_macs: Mapping[str, int], budget: float) -> Rows:
+    """Begin with one computation a layer; then buy, while the budget lasts, what removes most error for its MACs.
+
+    A layer's error falls with its number of computations, but not always by less each time. So a step may buy several
+    computations at once, to the next corner of the curve's convex hull: this makes the greedy choice a good one.
+    """
+    plans = {layer: _best_for_every_count(curve) for layer, curve in changes.items()}
+    counts = dict.fromkeys(changes, 1)
+    spare = budget - sum(layer_macs[layer] for layer in changes)
+    # Error removed for each MAC (negative, since a heap pops the least), layer, count of computations.
+    queue: list[tuple[float, str, int]] = []
+
+    def offer(layer: str) -> None:
+        if step := _next_step(plans[layer][0], counts[layer], int(spare // layer_macs[layer])):
+            gain, count = step
+            heappush(queue, (-gain / layer_macs[layer], layer, count))
+
+    for layer in changes:
+        offer(layer)
+    while queue:
+        _, layer, count = heappop(queue)
+        cost = (count - counts[layer]) * layer_macs[layer]
+        if cost <= spare:
+            spare, counts[layer] = spare - cost, count
+        offer(layer)  # its next step, or, where the budget has shrunk since, a smaller one
+    return {layer: _backtrack(plans[layer][1], count) for layer, count in counts.items()}
+
+
+def _best_for_every_count(curve: Sequence[float]) -> tuple[NDArray[np.float64], list[NDArray[np.int64]]]:
+    """For n = 1..E computations: the least error, and for each end the last computation that attains it.
+
+    By dynamic programming: the best schedule of n + 1 computations until e is, for some c, the best of n until c and
+    then a computation at c, whose output is reused until e.
+    """
+    intervals = _interval_errors(curve)
+    size = len(intervals)
+    # [E, E + 1]: an interval ends after it begins.
+    allowed = np.where(np.arange(size)[:, None] < np.arange(size + 1)[None, :], intervals, np.inf)
+    # best[e]: the error of n computations until e, of which the first is at 0. The run ends at e = E.
+    best, least, choices = allowed[0], [allowed[0, -1]], [np.zeros(size + 1, dtype=np.int64)]
+    for _ in range(size - 1):
+        candidates = best[:size, None] + allowed  # [c, e]
+        choices.append(candidates.argmin(axis=0))
+        best = candidates.min(axis=0)
+        least.append(best[-1])
+    return np.asarray(least), choices
+
+
+def _next_step(errors: NDArray[np.float64], count: int, affordable: int) -> tuple[float, int] | None:
+    """The larger count that removes most error for each computation, and that gain: a step along the convex hull.
+
+    At most `affordable` computations more; None where none of them removes any error.
+    """
+    # errors[n - 1] is that of n computations.
+    more = np.arange(count + 1, min(count + affordable, len(errors)) + 1)
+    gains = (errors[count - 1] - errors[more - 1]) / (more - count)
+    if not len(gains) or gains.max() <= 0:
+        return None
+    return float(gains.max()), int(more[gains.argmax()])
+
+
+def _backtrack(choices: list[NDArray[np.int64]], count: int) -> list[bool]:
+    """The schedule of `count` computations: its last one, from the end of the run, then the one before, and so on."""
+    row, end = [False] * (len(choices[0]) - 1), len(choices[0]) - 1
+    for choice in reversed(choices[:count]):
+        end = int(choice[end])
+        row[end] = True
+    return row
+
+
+def _greedy(changes: Curves, layer_macs: Mapping[str, int], budget: float) -> Rows:
+    """Begin with everything computed; drop what costs least error for the MACs it saves, until the budget is met."""
+    errors = {layer: _interval_errors(curve) for layer, curve in changes.items()}
+    size = len(next(iter(errors.values())))
+    rows = {layer: [True] * size for layer in changes}
+    spent = float(sum(layer_macs[layer] * size for layer in changes))
+
+    def price(layer: str, evaluation: int) -> tuple[float, str, int]:
+        previous, following = _neighbours(rows[layer], evaluation)
+        table = errors[layer]
+        # One long interval in the place of two short ones.
+        added = table[previous, following] - table[previous, evaluation] - table[evaluation, following]
+        return float(added) / layer_macs[layer], layer, evaluation
+
+    queue = [price(layer, evaluation) for layer in changes for evaluation in range(1, size)]
+    heapify(queue)
+    while spent > budget:
+        offered, layer, evaluation = heappop(queue)
+        current = price(layer, evaluation)
+        if current[0] > offered:  # a neighbour was dropped since, which makes this one dearer, never cheaper
+            heappush(queue, current)
+            continue
+        rows[layer][evaluation] = False
+        spent -= layer_macs[layer]
+    return rows
+
+
+def _neighbours(row: Sequence[bool], evaluation: int) -> tuple[int, int]:
+    """The computations before and after; the end of the run where none follows."""
+    previous = next(index for index in range(evaluation - 1, -1, -1) if row[index])
+    return previous, next((index for index in range(evaluation + 1, len(row)) if row[index]), len(row))
+
+
+class Budget(CalibratedCache):
+    """The schedule of least summed change whose multiply-accumulates are those of `target_speedup`.
+
+    Args:
+        calibration_dir, reuse, calibrated_steps, source: as `CalibratedCache` takes them.
+        target_speedup: uncached multiply-accumulates over those of the run; 1 computes always.
+        method: "dynamic" or "greedy", see `budget_schedule`.
+
+    Example: as that of `foley.accel.caching.audiocache.AudioCache`, with `Budget(folder.name, target_speedup=1.2)`.
+
+        >>> from foley.accel import Budget
+        >>> cache = Budget("no such folder", target_speedup=2)
+        >>> cache.require_calibration("ddim", 50, guidance_scale=3.0)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: no such folder/ddim_50.json does not exist: this system is not calibrated ...
+    """
+
+    def __init__(
+        self,
+        calibration_dir: str | Path,
+        target_speedup: float,
+        method: str = "dynamic",
+        reuse: str = "hold",
+        calibrated_steps: int | None = None,
+        source: Source = SOME_SYSTEM,
+    ) -> None:
+        policy = {"name": "budget", "target_speedup": target_speedup, "method": method}
+        super().__init__(calibration_dir, reuse, calibrated_steps, source, **policy)
+        self._target_speedup = target_speedup
+        self._method = method
+
+    def decide(self, calibration: Calibration) -> dict[str, list[bool]]:
+        """All layers together, see `budget_schedule`."""
+        changes, macs = calibration.changes(), calibration.macs
+        return budget_schedule(changes, macs.layers, macs.total, self._target_speedup, self._method)
