@@ -27,12 +27,14 @@ def default_cache_dir() -> str:
 
 
 def published_name(system: str | Path | None) -> str | None:
-    """`system` where it names a published one, `configs/published/<name>.yaml`; None for a path, which has a slash or
-    a suffix: `./ezaudio_xl` is a folder."""
-    named = (
-        isinstance(system, str) and system.isidentifier() and (CONFIG_DIR / "published" / f"{system}.yaml").is_file()
-    )
-    return str(system) if named else None
+    """`system` where it names a published one, `configs/published/<name>.yaml`; None for any path.
+
+    >>> published_name("ezaudio_xl"), published_name("./ezaudio_xl"), published_name(Path("ezaudio_xl"))
+    ('ezaudio_xl', None, None)
+    """
+    if not isinstance(system, str) or not system.isidentifier():
+        return None
+    return system if (CONFIG_DIR / "published" / f"{system}.yaml").is_file() else None
 
 
 def published_config(name: str, overrides: Mapping[str, Any] | None = None) -> DictConfig:
