@@ -51,14 +51,13 @@ def published_config(name: str, overrides: Mapping[str, Any] | None = None) -> D
 @lru_cache
 def _compose_published(name: str) -> DictConfig:
     # Hydra composes one application at a time: the one that this may be inside of is set aside.
-    instance = GlobalHydra.instance()
-    around = instance.hydra
-    instance.clear()
+    around = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return compose(f"published/{name}")
     finally:
-        instance.hydra = around
+        GlobalHydra.instance().hydra = around  # the context manager leaves another instance
 
 
 def published_default(key: str, otherwise: Any, _root_: DictConfig) -> Any:
