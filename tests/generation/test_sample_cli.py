@@ -11,7 +11,7 @@ from commands import run_command
 from omegaconf import OmegaConf
 from small_system import CONFIGS
 
-from foley.cli.sampling import chosen_source
+from foley.cli.sampling import chosen_source, refuse_old_names
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.system.system import build_system, save_system
@@ -173,6 +173,27 @@ def test_numbers_that_are_none_are_refused_by_name(tmp_path, override):
 def test_a_missing_calibration_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"calibrate.py system={tmp_path}/none solver=ddim"):
         sample_here(f"system={tmp_path}/none", "solver=ddim", "accel=audiocache", f"output_dir={tmp_path / 'out'}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ckpt=RUN/last.ckpt"], r"give system=RUN/last\.ckpt$"),
+        (["model=ezaudio_xl", "prompt=rain"], r"system= names what generates.* give system=ezaudio_xl$"),
+        (["system=data/demo", "+published=audioldm2"], r"give only one of them, such as system=data/demo$"),
+    ],
+)
+def test_the_old_names_of_a_system_say_what_it_is_called_now(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        refuse_old_names(["sample.py", *arguments])
+    assert refuse_old_names(["sample.py", "prompt=model=x"]) == ["sample.py", "prompt=model=x"]
+
+
+def test_a_system_that_is_none_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="system=ezaudio_xxl names neither a published system"):
+        sample_here("system=ezaudio_xxl", f"output_dir={tmp_path}")
+    with pytest.raises(CheckpointError, match="ezaudio_xl is published without a student"):
+        sample_here("system=ezaudio_xl", "student=true", f"output_dir={tmp_path}")
 
 
 def test_help_lists_the_options():

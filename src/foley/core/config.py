@@ -41,12 +41,14 @@ def default_cache_dir() -> str:
 
 
 def published_name(system: str | Path | None) -> str | None:
-    """`system` where it names a published one, `configs/published/<name>.yaml`; None for a path, which has a slash or
-    a suffix: `./ezaudio_xl` is a folder."""
-    named = (
-        isinstance(system, str) and system.isidentifier() and (CONFIG_DIR / "published" / f"{system}.yaml").is_file()
-    )
-    return str(system) if named else None
+    """`system` where it names a published one, `configs/published/<name>.yaml`; None for any path.
+
+    >>> published_name("ezaudio_xl"), published_name("./ezaudio_xl"), published_name(Path("ezaudio_xl"))
+    ('ezaudio_xl', None, None)
+    """
+    if not isinstance(system, str) or not system.isidentifier():
+        return None
+    return system if (CONFIG_DIR / "published" / f"{system}.yaml").is_file() else None
 
 
 def published_config(name: str, overrides: Mapping[str, Any] | None = None) -> DictConfig:
@@ -63,14 +65,13 @@ def published_config(name: str, overrides: Mapping[str, Any] | None = None) -> D
 @lru_cache
 def _compose_published(name: str) -> DictConfig:
     # Hydra composes one application at a time: the one that this may be inside of is set aside.
-    instance = GlobalHydra.instance()
-    around = instance.hydra
-    instance.clear()
+    around = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             return compose(f"published/{name}")
     finally:
-        instance.hydra = around
+        GlobalHydra.instance().hydra = around  # the context manager leaves another instance
 
 
 def published_default(key: str, otherwise: Any, _root_: DictConfig) -> Any:
