@@ -12,7 +12,7 @@ import pytest
 
 from foley.core.config import PROJECT_ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # it starts Python six times, and builds 30 MB
 
 # Ends the process where it opens a file of the checkout; the environment that lends its packages may lie in there.
 _NO_CHECKOUT = """\
