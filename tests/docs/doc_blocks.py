@@ -1,9 +1,9 @@
 """The code blocks of README.md and docs/, each with the marker above it that says how it is tested.
 
-    <!-- run: steps=2 -->      every command runs in small: `SMALL` and these options are added to it
-    <!-- journey: steps=2 -->  the same, one block after the other in one folder (docs/your-own-sounds.md)
-    <!-- compose -->           the options of every command are composed, and nothing runs
-    <!-- skip: a reason -->    needs a network, a GPU or hours
+<!-- run: steps=2 -->      every command runs in small: `SMALL` and these options are added to it
+<!-- journey: steps=2 -->  the same, one block after the other in one folder (docs/your-own-sounds.md)
+<!-- compose -->           the options of every command are composed, and nothing runs
+<!-- skip: a reason -->    needs a network, a GPU or hours
 """
 
 import re
@@ -77,10 +77,8 @@ class Block:
 
 def pages() -> list[Path]:
     """README.md and every page of the site."""
-    docs = PROJECT_ROOT / "docs"
-    return [PROJECT_ROOT / "README.md", PROJECT_ROOT / "CONTRIBUTING.md"] + sorted(
-        page for page in docs.rglob("*.md") if "templates" not in page.parts
-    )
+    docs = sorted(page for page in (PROJECT_ROOT / "docs").rglob("*.md") if "templates" not in page.parts)
+    return [PROJECT_ROOT / "README.md", PROJECT_ROOT / "CONTRIBUTING.md", *docs]
 
 
 def read_blocks(page: Path) -> list[Block]:
@@ -102,6 +100,7 @@ def read_blocks(page: Path) -> list[Block]:
 
 
 def all_blocks() -> list[Block]:
+    """Those of every page."""
     return [block for page in pages() for block in read_blocks(page)]
 
 
@@ -138,7 +137,7 @@ def first_of_sweep(override: str) -> str:
 
 
 def check_options(words: list[str]) -> None:
-    """Compose what a command asks for: options, groups and choices that do not exist are errors, as is a lost script."""
+    """Compose what a command asks for: an option, group, choice or script that does not exist is an error."""
     if words[0] == "make":
         makefile = (PROJECT_ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:]), words

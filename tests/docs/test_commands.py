@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,9 +41,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(workshop)
-    yield workshop
+    return workshop
 
 
 def run_block(block: Block, patch: pytest.MonkeyPatch) -> None:
