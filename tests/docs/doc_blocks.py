@@ -17,20 +17,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from foley.cli.command import quote_overrides
+from foley.cli.help import chosen_config
+from foley.cli.main import all_verbs, config_of, split_verb
 from foley.core.config import PROJECT_ROOT
-from foley.generation.prompts import quote_overrides
 
 FREE_TEXT = ("prompt", "negative_prompt", "edit", "init", "features")
-VERBS = {
-    **{verb: f"{verb}.py" for verb in ("train", "sample", "evaluate")},
-    **{verb: f"scripts/{verb}.py" for verb in ("prepare", "calibrate", "caption")},
-    "encode": "scripts/encode_latents.py",
-    "export": "scripts/export_system.py",
-    "distil": "train.py experiment=audiolcm",
-}
 SMALL = {
     "train.py": "trainer.max_steps=2 trainer.val_check_interval=2 trainer.limit_val_batches=1 data.batch_size=4 "
-    "trainer.enable_model_summary=false callbacks.checkpoint.every_n_train_steps=2",
+    "trainer.enable_model_summary=false callbacks.checkpoint.every_n_train_steps=2 lr_schedule.warmup_steps=1",
     "sample.py": "steps=2 duration_seconds=0.5",
     "scripts/calibrate.py": "num_prompts=1 duration_seconds=0.5",
     "scripts/sweep_sampling.py": "num_prompts=2 duration_seconds=0.5",
@@ -104,28 +99,16 @@ def all_blocks() -> list[Block]:
     return [block for page in pages() for block in read_blocks(page)]
 
 
-def script_of(words: list[str]) -> tuple[str, list[str]]:
+def script_of(words: list[str]) -> tuple[Path, list[str]]:
     """The script of a command, and its arguments; raises AssertionError for a program that is none of ours."""
     program, *arguments = words
-    if program == "foley" and arguments[0] == "bench":
-        return f"scripts/bench/{arguments[1]}.py", arguments[2:]
     if program == "foley":
-        assert arguments[0] in VERBS, f"foley has no verb {arguments[0]}"
-        script, *more = VERBS[arguments[0]].split()
-        return script, [*more, *arguments[1:]]
+        name, arguments = split_verb(arguments)
+        verbs = all_verbs()
+        assert name in verbs, f"foley has no verb {name}"
+        return PROJECT_ROOT / verbs[name].script, [*verbs[name].overrides, *arguments]
     assert program == "python", f"{program}: a block with other programs than python, foley and make is skipped"
-    return arguments[0], arguments[1:]
-
-
-def config_of(script: str, arguments: list[str]) -> str:
-    """The primary config that a script composes."""
-    named = [word.partition("=")[2] for word in arguments if word.startswith("--config-name=")]
-    if named:
-        return named[0]
-    source = (PROJECT_ROOT / script).read_text(encoding="utf-8")
-    found = re.search(r'config_name="([^"]+)"|@command\(\s*"([^"]+)"', source)
-    assert found, f"{script} names no config"
-    return found[1] or found[2]
+    return PROJECT_ROOT / arguments[0], arguments[1:]
 
 
 def first_of_sweep(override: str) -> str:
@@ -148,13 +131,13 @@ def check_options(words: list[str]) -> None:
         overrides = [first_of_sweep(override) for override in overrides]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        compose(config_of(script, arguments), overrides, return_hydra_config=True)
+        compose(chosen_config(arguments, config_of(script)), overrides, return_hydra_config=True)
 
 
 def run_small(words: list[str], more: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command in this process and in the current folder, made small."""
     script, arguments = script_of(words)
-    path = PROJECT_ROOT / script
-    monkeypatch.setattr("sys.argv", [str(path), *arguments, *shlex.split(SMALL.get(script, "")), *shlex.split(more)])
+    small = SMALL.get(str(script.relative_to(PROJECT_ROOT)), "")
+    monkeypatch.setattr("sys.argv", [str(script), *arguments, *shlex.split(small), *shlex.split(more)])
     GlobalHydra.instance().clear()
-    runpy.run_path(str(path), run_name="__main__")
+    runpy.run_path(str(script), run_name="__main__")

@@ -26,7 +26,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.txt").write_text("a dog barks\nrain falls on a roof\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        render = ["python", "scripts/render_procedural.py", "output_dir=sounds", "per_class=1"]
+        render = ["foley", "render", "output_dir=sounds", "per_class=1"]
         run_small(render, "duration_seconds=1.0", patch)
     rows = [json.loads(line) for line in (folder / "sounds" / "manifest.jsonl").read_text().splitlines()]
     for index, row in enumerate(rows):
