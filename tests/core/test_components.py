@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from foley.core.components import CheckpointError, build_component, check_targets
+from foley.core.components import CheckpointError, build_component, check_targets, read_config
+from foley.core.config import PROJECT_ROOT
 from foley.core.files import atomic_write
 
 STRANGERS = [
@@ -46,3 +47,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="no space"):
         atomic_write(file, fail)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_files_of_a_component_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").symlink_to(PROJECT_ROOT / "data")
+    monkeypatch.chdir(tmp_path)
+    assert Path(read_config(Path("data/demo/text"))["tokenizer_file"]) == tmp_path / "data/demo/text/audiocaps.json"

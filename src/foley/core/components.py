@@ -228,7 +228,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     config: dict[str, Any] = current_config(json.loads(path.read_text(encoding="utf-8")))
     for key, value in config.items():
         if isinstance(value, str) and value.startswith(_ASSET):
-            config[key] = str(directory / Path(value.removeprefix(_ASSET)).name)
+            # Absolute, for a module takes a relative path from the checkout; this one is from the current folder.
+            config[key] = str(directory.absolute() / Path(value.removeprefix(_ASSET)).name)
     return config
 
 
