@@ -28,14 +28,14 @@ demo: $(STAMP)  ## generate, accelerate and score sounds with the model that shi
 	$(PY) scripts/demo.py
 
 train-demo: $(STAMP)  ## train every stage of the system that ships, on real recordings (hours on 2 cores)
-	$(PY) scripts/run_stages.py --config-name=script/train_demo
+	$(PY) scripts/run_stages.py --config-name=train_demo
 
 ship: $(STAMP)  ## adopt what `make train-demo` trained as the system that ships in data/demo
 	test -f outputs/train-demo/system/student/system.json && rm -rf data/demo
 	cp -r outputs/train-demo/system data/demo
 
 results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md (3 hours on a core)
-	$(PY) scripts/run_stages.py --config-name=script/results
+	$(PY) scripts/run_stages.py --config-name=results
 
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
 	$(PY) -m pytest -m "not slow and not docs"

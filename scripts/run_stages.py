@@ -1,7 +1,7 @@
 """Run the stages of a config, one command after another; each has a product, which is kept and not made again.
 
-python scripts/run_stages.py --config-name=script/train_demo
-python scripts/run_stages.py --config-name=script/results effort=quick
+python scripts/run_stages.py --config-name=train_demo
+python scripts/run_stages.py --config-name=results effort=quick
 """
 
 import json

@@ -130,8 +130,9 @@ def check_options(words: list[str]) -> None:
     if "-m" in arguments:
         overrides = [first_of_sweep(override) for override in overrides]
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        compose(chosen_config(arguments, config_of(script)), overrides, return_hydra_config=True)
+    folder, _, name = chosen_config(arguments, config_of(script)).rpartition("/")
+    with initialize_config_dir(str(PROJECT_ROOT / "configs" / folder), version_base="1.3"):
+        compose(name, overrides, return_hydra_config=True)
 
 
 def run_small(words: list[str], more: str, monkeypatch: pytest.MonkeyPatch) -> None:

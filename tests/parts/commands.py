@@ -11,8 +11,9 @@ from foley.core.config import CONFIG_DIR, PROJECT_ROOT
 
 def compose_command(name: str, *overrides: str) -> DictConfig:
     """The config of `name`, such as `sample`, `script/prepare` or `bench/caching`."""
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+    folder, _, config = name.rpartition("/")
+    with initialize_config_dir(str(CONFIG_DIR / folder), version_base="1.3"):
+        return compose(config, overrides=list(overrides))
 
 
 def load_command(name: str) -> dict[str, Any]:

@@ -36,7 +36,9 @@ def command(
     """
 
     def decorate(task: Task) -> Callable[..., Any]:
-        run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)
+        # The folder of its own config first: Hydra looks for the groups that `+group=choice` adds beside that config.
+        folder, _, name = config_name.rpartition("/")
+        run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR / folder), config_name=name)(task)
 
         @functools.wraps(task)
         def main(cfg: DictConfig | None = None) -> Any:

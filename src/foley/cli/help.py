@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import PurePosixPath
 from types import MappingProxyType
 
 import yaml
@@ -49,10 +50,10 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def chosen_config(arguments: Sequence[str], default: str) -> str:
-    """The primary config: `--config-name NAME` or `--config-name=NAME` where it is given."""
+    """The primary config; `--config-name NAME` or `--config-name=NAME` names another one of the same folder."""
     words = [part for argument in arguments for part in argument.split("=", 1)]
     names = [name for flag, name in pairwise(words) if flag in ("--config-name", "-cn")]
-    return names[-1] if names else default
+    return str(PurePosixPath(default).with_name(names[-1])) if names else default
 
 
 def read_page(config_name: str) -> Page:

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -129,9 +132,16 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
     OmegaConf.register_new_resolver("fused_optimizer", fused_optimizer, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
-    OmegaConf.register_new_resolver("shipped", lambda name: str(shipped(name)), replace=True)
     OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
     OmegaConf.register_new_resolver("published", published_default, replace=True)
 
 
+class GroupsForAll(SearchPathPlugin):
+    """Lets the configs of scripts, which lie in configs/script and configs/bench, choose from the groups in configs."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("foley", f"file://{CONFIG_DIR}")
+
+
 register_resolvers()
+Plugins.instance().register(GroupsForAll)
