@@ -72,7 +72,7 @@ def test_prompts_are_spread_over_the_file(folder):
 
 
 def test_a_row_for_each_scale_and_rescale(folder, tmp_path):
-    paths = (f"ckpt={folder}/system", f"prompts={folder}/prompts.jsonl", f"reference={folder}/reference")
+    paths = (f"system={folder}/system", f"prompts={folder}/prompts.jsonl", f"reference={folder}/reference")
     sizes = ("scales=[1,3]", "rescales=[0,0.5]", "steps=2", "duration_seconds=0.1", "device=cpu")
     run("bench/guidance", *paths, *sizes, f"output_dir={tmp_path}")
     rows = json.loads((tmp_path / "guidance.json").read_text())["rows"]
@@ -102,7 +102,7 @@ def test_a_run_without_checkpoints_is_named(folder, tmp_path):
 
 
 def test_long_clips_are_judged_piece_by_piece_in_every_way(folder, tmp_path):
-    paths = (f"ckpt={folder}/system", f"prompts={folder}/prompts.jsonl", "num_prompts=2", "device=cpu")
+    paths = (f"system={folder}/system", f"prompts={folder}/prompts.jsonl", "num_prompts=2", "device=cpu")
     run("bench/beyond_training", *paths, "durations_seconds=[2,4]", "steps=1", f"output_dir={tmp_path}")
     rows = json.loads((tmp_path / "beyond_training.json").read_text())["rows"]
     assert [(row["duration_seconds"], row["way"]) for row in rows] == [

@@ -67,8 +67,9 @@ class Generation:
                 "lower the guidance scale, or take more steps"
             )
 
-    def write(self, directory: Path, title: str | None = None) -> tuple[Path, list[Card]]:
+    def write(self, directory: str | Path, title: str | None = None) -> tuple[Path, list[Card]]:
         """Write WAV, JSON and spectrogram of each clip, a sheet and the page; returns the page and the cards on it."""
+        directory = Path(directory)
         facts = {"timings_of_all_samples": asdict(self.timings), "num_samples": len(self.clips)}
         cards = []
         for row, clip in enumerate(self.clips):
