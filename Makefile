@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) with $(PYTHON): about 5 GB to fetch, once."
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { echo "Creating the environment failed; on Debian and Ubuntu: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	@$(PY) -m pip install --quiet uv || echo "uv cannot be had: going on with pip, which takes some minutes"
-	{ test -x $(VENV)/bin/uv && $(VENV)/bin/uv pip install --python $(PY) $(INSTALL); } || $(PY) -m pip install $(INSTALL)
+	{ test -x $(VENV)/bin/uv && $(VENV)/bin/uv pip install --python $(PY) --compile-bytecode $(INSTALL); } || $(PY) -m pip install $(INSTALL)
 	@touch $@
 
 demo: $(STAMP)  ## generate, accelerate and score sounds with the model that ships
