@@ -22,7 +22,7 @@ from foley.core.logs import get_logger
 from foley.generation.text_to_audio import resolve_device
 from foley.models.dit.model import DiffusionTransformer
 from foley.reporting.tables import markdown_table, provenance
-from foley.training.memory import activation_bytes
+from foley.training.callbacks.monitoring import activation_bytes
 
 _COPIES = 4  # of every parameter in float32: itself, its gradient, and AdamW's two moments
 _GB = 1e9

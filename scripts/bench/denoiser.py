@@ -26,7 +26,7 @@ from foley.generation.text_to_audio import resolve_device
 from foley.metrics.latency import measure_latency
 from foley.models.dit.model import DiffusionTransformer
 from foley.reporting.tables import provenance
-from foley.training.memory import activation_bytes
+from foley.training.callbacks.monitoring import activation_bytes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from foley.metrics.extractors import vggish as vggish_module
 from foley.metrics.extractors.cnn14 import Cnn14
 from foley.metrics.extractors.openl3 import OpenL3, openl3_weights
 from foley.metrics.extractors.passt import Passt
-from foley.metrics.extractors.spectrograms import mel_triangles
+from foley.metrics.extractors.published import mel_triangles
 from foley.metrics.extractors.vggish import Vggish
 from foley.metrics.features import LabelledAudio, extract_audio
 from foley.metrics.preprocessing import OpenL3Preprocessing, PasstPreprocessing, VggishPreprocessing

@@ -14,7 +14,7 @@ from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
 from foley.system.checkpoint import read_training_checkpoint
 from foley.training.diffusion import DiffusionTraining
-from foley.training.warm_start import warm_start
+from foley.training.run import warm_start
 
 
 def batch_of(size: int = 3):

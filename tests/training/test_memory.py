@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from foley.training.memory import activation_bytes
+from foley.training.callbacks.monitoring import activation_bytes
 
 FLOAT = 4
 

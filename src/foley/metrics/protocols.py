@@ -20,7 +20,7 @@ from foley.metrics.extractors import CaptionExtractor, Extractor, cnn14, passt
 from foley.metrics.extractors import clap as clap_extractor
 from foley.metrics.extractors import vggish as vggish_extractor
 from foley.metrics.extractors.openl3 import OpenL3, openl3_weights
-from foley.metrics.extractors.weights import PublishedWeights
+from foley.metrics.extractors.published import PublishedWeights
 from foley.metrics.preprocessing import (
     ClapPreprocessing,
     EmbeddedPreprocessing,

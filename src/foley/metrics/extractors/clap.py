@@ -19,7 +19,7 @@ from torchaudio.functional import melscale_fbanks
 from foley.core.components import CheckpointError, load_state, read_pickle
 from foley.core.hub import load_pretrained
 from foley.metrics.extractors import ExtractorOutput
-from foley.metrics.extractors.weights import PublishedWeights, require_tensors
+from foley.metrics.extractors.published import PublishedWeights, require_tensors
 
 if TYPE_CHECKING:
     from transformers import ClapModel, PreTrainedTokenizerBase

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, relu
 
 from foley.metrics.extractors import ExtractorOutput
-from foley.metrics.extractors.spectrograms import PowerSpectrum
-from foley.metrics.extractors.weights import PublishedWeights
+from foley.metrics.extractors.published import PowerSpectrum, PublishedWeights
 
 WEIGHTS = PublishedWeights(
     file="Cnn14_16k_mAP=0.438.pth",

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad, relu
 
 from foley.metrics.extractors import ExtractorOutput
-from foley.metrics.extractors.spectrograms import PowerSpectrum
-from foley.metrics.extractors.weights import PublishedWeights
+from foley.metrics.extractors.published import PowerSpectrum, PublishedWeights
 
 _FFT_SAMPLES, _HOP_SAMPLES, _MEL_BANDS = 2048, 242, 256
 _POWER_FLOOR, _RANGE_DB = 1e-10, 80.0

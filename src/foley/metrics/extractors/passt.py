@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from foley.metrics.extractors import ExtractorOutput
-from foley.metrics.extractors.spectrograms import PowerSpectrum, mel_triangles
-from foley.metrics.extractors.weights import PublishedWeights
+from foley.metrics.extractors.published import PowerSpectrum, PublishedWeights, mel_triangles
 
 WEIGHTS = PublishedWeights(
     file="passt-s-f128-p16-s10-ap.476-swa.pt",

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from foley.metrics.extractors import ExtractorOutput
-from foley.metrics.extractors.spectrograms import PowerSpectrum, mel_triangles
-from foley.metrics.extractors.weights import PublishedWeights
+from foley.metrics.extractors.published import PowerSpectrum, PublishedWeights, mel_triangles
 
 WEIGHTS = PublishedWeights(
     file="vggish-10086976.pth",
