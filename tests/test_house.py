@@ -21,6 +21,7 @@ MEDIAN_FUNCTION = 7
 ROOMS_OF_MATHS = ("accel", "diffusion", "models", "nn")
 FEWEST_COMMENTS = 0.5  # comment lines in 100 lines of those rooms
 SHORT_FILES = {
+    "__main__.py": "`python -m foley` is the command",
     "core/logs.py": "everything logs; it belongs to no other file",
     "metrics/references.py": "the one place where metrics read manifests, which the layers allow it alone",
 }

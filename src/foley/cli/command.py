@@ -19,7 +19,7 @@ Task = Callable[[DictConfig], Any]
 def command(
     config_name: str,
     text: Sequence[str] = (),
-    check: Callable[[Sequence[str]], None] = lambda arguments: None,
+    check: Callable[[Sequence[str]], object] = lambda arguments: None,
 ) -> Callable[[Task], Callable[..., Any]]:
     """Make `main(cfg)` a command: called without a config it composes one from the command line.
 

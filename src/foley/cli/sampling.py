@@ -42,11 +42,11 @@ _REAL += ["mask_start_seconds", "mask_length_seconds", "boundary_seconds"]
 _OLD_NAMES = ("ckpt", "model", "published")
 
 
-def refuse_old_names(arguments: Sequence[str]) -> None:
-    """Raise SystemExit where an argument names the system by an option that `system=` has replaced."""
+def refuse_old_names(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments as they are; SystemExit where one names the system by an option that `system=` has replaced."""
     old = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in _OLD_NAMES]
     if not old:
-        return
+        return arguments
     given = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0] == "system"]
     values = [*given, *(argument.partition("=")[2] for argument in old)]
     choice = f"give system={values[0]}" if len(values) == 1 else f"give only one of them, such as system={values[0]}"
