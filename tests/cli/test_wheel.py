@@ -79,10 +79,8 @@ def test_a_sound_is_made_from_the_command_line(installed, tmp_path):
 
 def test_a_sound_is_made_and_scored_from_python(installed, tmp_path):
     code = (
-        "from pathlib import Path\nfrom foley.core.config import shipped\n"
-        "from foley.generation.text_to_audio import TextToAudio\n"
-        "made = TextToAudio.load(shipped('demo')).generate(['rain'], 0.5, num_steps=2)\n"
-        "made.write(Path('clips'))\n"
+        "from foley import TextToAudio\n"
+        "TextToAudio.load().generate(['rain', 'a bell'], 0.5, num_steps=2).write('clips')\n"
     )
     run(installed, tmp_path, "python", "-c", code)
     run(
