@@ -38,7 +38,7 @@ def audiocache_schedule(changes: Mapping[str, Sequence[float]], delta: float) ->
     """
     if delta < 0:
         raise ValueError(f"AudioCache's threshold must be at least 0 (0 computes always), got {delta}")
-    return {layer: _accumulate(curve, delta) for layer, curve in changes.items()}
+    return {layer: _accumulate(curve, delta) for layer, curve in changes.items()}  # no layer knows of another
 
 
 def _accumulate(curve: Sequence[float], delta: float) -> list[bool]:
