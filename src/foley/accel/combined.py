@@ -39,7 +39,7 @@ class Combined:
     """
 
     def __init__(self, accelerators: Sequence[Accelerator]) -> None:
-        self.accelerators = tuple(accelerators)
+        self.accelerators = tuple(accelerators)  # by this name `require_calibrations` finds them
 
     @classmethod
     def of(cls, **accelerators: Accelerator) -> "Combined":
@@ -51,7 +51,7 @@ class Combined:
         """Attach all of them inside the context; detach those that are attached on any exit, and raise as they do."""
         with ExitStack() as stack:  # detaches from the last to the first
             for accelerator in self.accelerators:
-                stack.enter_context(accelerator.attach(denoiser))
+                stack.enter_context(accelerator.attach(denoiser))  # two that replace the same forwards raise here
             yield
 
     def on_run_start(self, run: RunContext) -> None:

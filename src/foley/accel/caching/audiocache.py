@@ -43,7 +43,7 @@ def audiocache_schedule(changes: Mapping[str, Sequence[float]], delta: float) ->
 
 def _accumulate(curve: Sequence[float], delta: float) -> list[bool]:
     decisions, accumulated = [True], 0.0  # the first evaluation has nothing to reuse
-    for change in curve[1:]:
+    for change in curve[1:]:  # curve[0] has no evaluation before it
         accumulated += change  # eq. 2
         decisions.append(accumulated >= delta)  # Algorithm 1
         if decisions[-1]:
