@@ -39,7 +39,7 @@ class Combined:
     """
 
     def __init__(self, accelerators: Sequence[Accelerator]) -> None:
-        self.accelerators = tuple(accelerators)
+        self.accelerators = tuple(accelerators)  # by this name `require_calibrations` finds them
 
     @classmethod
     def of(cls, **accelerators: Accelerator) -> "Combined":
@@ -49,9 +49,9 @@ class Combined:
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """Attach all of them inside the context; detach those that are attached on any exit, and raise as they do."""
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # detaches from the last to the first
             for accelerator in self.accelerators:
-                stack.enter_context(accelerator.attach(denoiser))
+                stack.enter_context(accelerator.attach(denoiser))  # two that replace the same forwards raise here
             yield
 
     def on_run_start(self, run: RunContext) -> None:
@@ -68,6 +68,6 @@ class Combined:
 
     def on_run_end(self) -> None:
         """Called of each, even if another one's fails."""
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # goes on where a callback raises, and raises in the end
             for accelerator in self.accelerators:
                 stack.callback(accelerator.on_run_end)

@@ -21,7 +21,7 @@ from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.diffusion.context import Accelerator, RunContext, StepContext
 
-_FLOPS_PER_MAC = 2
+_FLOPS_PER_MAC = 2  # a multiplication and an addition, which PyTorch counts as two
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class MacCounter:
     """
 
     def __init__(self) -> None:
-        self.layers: dict[int, int] = {}
-        self._before: dict[int, int] = {}
+        self.layers: dict[int, int] = {}  # MACs, by the layer's index
+        self._before: dict[int, int] = {}  # the total as the layer was entered
         # The count of attention is the same on every device: PyTorch knows those of the fused kernels for GPUs.
         formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
         self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
@@ -100,6 +100,7 @@ class MacCounter:
     def leave(self, index: int) -> None:
         """Layer `index` has ended."""
         if self.is_running:
+            # Added up, should a layer be called more than once.
             self.layers[index] = self.layers.get(index, 0) + self.total - self._before[index]
 
     def call(self, index: int, layer: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +141,7 @@ def count_evaluation_macs(denoiser: nn.Module, evaluate: Callable[[], object]) -
 def count_call_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Of one call with these arguments, from shapes alone: nothing is computed and no memory is taken."""
     counter = MacCounter()
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # weights and arguments are real tensors
         counter.start()
         try:
             denoiser(*args, **kwargs)
@@ -153,8 +154,9 @@ def run_cost(schedule: CacheSchedule, macs: EvaluationMacs, first_evaluation: in
     """What a run that follows `schedule` costs, from the cost of one evaluation; it computes all where it begins."""
     compute = schedule.compute[first_evaluation:]  # [evaluations left, layers]
     reused = (~compute[1:]).sum(dim=0).tolist()  # how often, of each layer
+    # A reused layer costs nothing. What lies outside of layers runs at every evaluation.
     saved = sum(count * macs.layers[name] for name, count in zip(schedule.layer_names, reused, strict=True))
-    uncached = macs.total * len(compute)
+    uncached = macs.total * len(compute)  # each evaluation costs the same
     return RunCost(uncached, uncached - saved)
 
 
@@ -173,21 +175,23 @@ class CostMeter:
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         parts = _parts(accelerator)
+        # One at most: a second one could not attach.
         self._cache = next((part for part in parts if isinstance(part, LayerCache)), None)
+        # Then what is counted is not the plain evaluation.
         self._changes_layers = any(_changes_cost(part) for part in parts)
         self._is_known = all(isinstance(part, LayerCache | NoAcceleration) or _changes_cost(part) for part in parts)
         self._layers: list[CacheableLayer] = []
         self._counter: MacCounter | None = None
-        self._context: StepContext | None = None
+        self._context: StepContext | None = None  # that of the counted evaluation
         self._denoiser: nn.Module | None = None
-        self._call: list[tuple[Any, Any]] = []
+        self._call: list[tuple[Any, Any]] = []  # its arguments, kept only where layers are changed
         self._hooks = ExitStack()
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """As the accelerator's own."""
         with ExitStack() as stack:
-            stack.callback(self._hooks.close)
+            stack.callback(self._hooks.close)  # on error too
             if self._context is None and self._is_known and not _is_compiled(denoiser):
                 self._denoiser, self._counter = denoiser, MacCounter()
                 self._layers = find_cacheable_layers(denoiser) if self._cache is not None else []
@@ -202,6 +206,7 @@ class CostMeter:
 
     def on_evaluation_start(self, context: StepContext) -> None:
         self._accelerator.on_evaluation_start(context)
+        # Last, so that what the accelerator does beforehand is no part of the count.
         if self._counter is not None and self._context is None:
             self._counter.start()
             self._context = context
@@ -209,7 +214,7 @@ class CostMeter:
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         if self._counter is not None:
             self._counter.stop()
-            self._hooks.close()
+            self._hooks.close()  # the other evaluations run at full speed
         self._accelerator.on_evaluation_end(context, prediction)
 
     def on_run_end(self) -> None:
@@ -224,15 +229,16 @@ class CostMeter:
         run, first = self._context.run, self._context.evaluation
         macs = self._counter.evaluation([layer.name for layer in self._layers])
         cost = self._cost(macs, run, first)
-        return RunCost(cost.macs_uncached // run.batch_size, cost.macs_cached // run.batch_size)
+        return RunCost(cost.macs_uncached // run.batch_size, cost.macs_cached // run.batch_size)  # items cost alike
 
     def _cost(self, macs: EvaluationMacs, run: RunContext, first: int) -> RunCost:
-        plain = macs.total * (run.num_evaluations - first)
+        plain = macs.total * (run.num_evaluations - first)  # all evaluations as the counted one
         schedule = None if self._cache is None else self._cache.schedule
         accelerated = plain if schedule is None else run_cost(schedule, macs, first).macs_cached
         if not self._changes_layers:
             return RunCost(plain, accelerated)
         assert self._denoiser is not None
+        # The same call once more, with the denoiser as it is when nothing is attached.
         return RunCost(count_call_macs(self._denoiser, *self._call[0]) * (run.num_evaluations - first), accelerated)
 
     def describe(self) -> dict[str, float]:
@@ -258,6 +264,7 @@ def _changes_cost(accelerator: Accelerator) -> bool:
 
 def _is_compiled(denoiser: nn.Module) -> bool:
     """As a whole or in parts."""
+    # `torch.compile(module)` wraps it, which shows as `_orig_mod`; `module.compile()` sets its call.
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in denoiser.modules())
 
 
@@ -266,7 +273,7 @@ def _remembered_call(denoiser: nn.Module, call: list[tuple[Any, Any]]) -> Iterat
     """Put the arguments of the first call inside the context into `call`."""
 
     def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not call:
+        if not call:  # only the counted evaluation's
             call.append((args, kwargs))
 
     hook = denoiser.register_forward_pre_hook(remember, with_kwargs=True)

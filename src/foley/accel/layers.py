@@ -10,7 +10,7 @@ from torch import nn
 
 Forward = Callable[..., Any]
 
-_BLOCK = re.compile(r"(^|.*\.)transformer_blocks\.\d+")
+_BLOCK = re.compile(r"(^|.*\.)transformer_blocks\.\d+")  # `transformer_blocks.3`, at any depth
 _BLOCK_NORMS = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}
 """The layers of a block of diffusers, and the norm that comes before each."""
 
@@ -42,13 +42,13 @@ def find_cacheable_layers(denoiser: nn.Module) -> list[CacheableLayer]:
     Raises:
         ValueError: the denoiser has none.
     """
-    modules = dict(denoiser.named_modules())
+    modules = dict(denoiser.named_modules())  # in order of registration
     layers = [
         CacheableLayer(name, module.cacheable_kind, module, modules.get(getattr(module, "cacheable_norm", None)))
         for name, module in modules.items()
         if isinstance(getattr(module, "cacheable_kind", None), str)
     ]
-    layers = layers or _layers_of_diffusers_blocks(modules)
+    layers = layers or _layers_of_diffusers_blocks(modules)  # what is declared goes before what is guessed from names
     if not layers:
         raise ValueError(
             f"{type(denoiser).__name__} has no cacheable layer: none of its sub-modules sets `cacheable_kind` "
@@ -70,7 +70,8 @@ def declare_cacheable_layers(denoiser: nn.Module, names: Mapping[str, str | None
     """
     modules = dict(denoiser.named_modules())
     for pattern, norm in names.items():
-        found = [name for name in modules if fnmatchcase(name, pattern)]
+        found = [name for name in modules if fnmatchcase(name, pattern)]  # `*` stands for dots too
+        # A layer at the top has no parent: its neighbour's name begins without a dot.
         neighbours = {name: f"{name.rpartition('.')[0]}.{norm}".lstrip(".") for name in found if norm is not None}
         absent = [neighbour for neighbour in neighbours.values() if neighbour not in modules]
         if not found or absent:
@@ -86,8 +87,9 @@ def declare_cacheable_layers(denoiser: nn.Module, names: Mapping[str, str | None
 def _layers_of_diffusers_blocks(modules: Mapping[str, nn.Module]) -> list[CacheableLayer]:
     layers = []
     for name, module in modules.items():
-        block, _, kind = name.rpartition(".")
+        block, _, kind = name.rpartition(".")  # "transformer_blocks.3", "attn1"
         if kind in _BLOCK_NORMS and _BLOCK.fullmatch(block):
+            # A norm that feeds more than this layer must run, even where the layer is reused.
             norm = modules.get(f"{block}.{_BLOCK_NORMS[kind]}") if _norms_feed_one_layer(modules[block]) else None
             layers.append(CacheableLayer(name, kind, module, norm))
     return layers
@@ -95,4 +97,5 @@ def _layers_of_diffusers_blocks(modules: Mapping[str, nn.Module]) -> list[Cachea
 
 def _norms_feed_one_layer(block: nn.Module) -> bool:
     """Blocks modulated by the time share their norms (PixArt's norm2), or make gates in them (DiT's norm1)."""
+    # Stable Audio's block has plain norms and names no type.
     return getattr(block, "norm_type", "") == "layer_norm" or type(block).__name__ == "StableAudioDiTBlock"

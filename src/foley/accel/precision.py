@@ -17,7 +17,7 @@ def set_precision(denoiser: nn.Module, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    digest = hash_module(denoiser)
+    digest = hash_module(denoiser)  # of the weights before they are rounded
     denoiser.to(PRECISIONS[precision])
     adopt_hash(denoiser, digest)
 
@@ -34,7 +34,8 @@ def compile_blocks(denoiser: Any, **options: Any) -> None:
     if not callable(getattr(denoiser, "blocks", None)):
         raise ValueError(f"compile=true: {type(denoiser).__name__} does not say which blocks to compile (`blocks()`)")
     for block in denoiser.blocks():
-        block.compile(**options)
+        block.compile(**options)  # in place: neither the module's name nor its state dict changes
         for layer in block.modules():
             if hasattr(layer, "cacheable_kind"):
+                # Beside the plain one, for `replaced_forwards`.
                 layer.compiled_forward = torch.compile(layer.forward, **options)

@@ -39,7 +39,7 @@ def ddim_jump(process: DiffusionProcess, noisy: Tensor, prediction: Tensor, star
     """One DDIM step `[B, C, L]` from timestep `start` to `end`, each `[B]`, however far apart: Psi of equation (13)."""
     # Both are affine in the prediction, so a guided prediction gives a guided estimate of both.
     clean, noise = process.to_clean(noisy, prediction, start), process.to_noise(noisy, prediction, start)
-    return process.add_noise(clean, noise, end)
+    return process.add_noise(clean, noise, end)  # alpha_end x0 + sigma_end epsilon
 
 
 class Consistency:
@@ -104,13 +104,14 @@ class Consistency:
                 f"consistency.jump_steps={self.jump_steps} does not divide the {process.num_train_steps} training "
                 "steps; take a divisor, such as 1, 5, 10, 20 or 50"
             )
+        # k, 2 k, ..., up to `num_train_steps`.
         edges = torch.arange(self.jump_steps, process.num_train_steps + 1, self.jump_steps)
         # A flow's times are real and end at num_train_steps; discrete ones count from 0.
         return edges.float() if process.is_flow else edges - 1
 
     def jump_ends(self, grid: Tensor) -> Tensor:
         """Where the jump from each point of the grid ends `[N]`: at the point before it, the first one's at 0."""
-        return torch.cat([torch.zeros_like(grid[:1]), grid[:-1]])
+        return torch.cat([torch.zeros_like(grid[:1]), grid[:-1]])  # t_n, for each t_{n+k}
 
     def guidance(self, guidance: ClassifierFreeGuidance, any_scale: bool = False) -> EmbeddedGuidance:
         """How a student is guided where a teacher would be guided so.
@@ -153,7 +154,7 @@ class ConsistencySolver(Solver):
 
     def build(self, process: DiffusionProcess) -> "ConsistencyScheduler":
         """Raises ValueError for more steps than the grid has points."""
-        grid = self.consistency.grid(process).flip(0)
+        grid = self.consistency.grid(process).flip(0)  # noisiest first
         if self.num_steps > len(grid):
             raise ValueError(f"{self.num_steps} steps asked for, but this student was distilled on {len(grid)} points")
         # From the noisiest point on: sampling begins where the student was trained on pure noise.
@@ -189,7 +190,7 @@ class ConsistencyScheduler:
     ) -> tuple[Tensor]:
         """The noisy latent `[B, C, L]` of the next timestep, or after the last one the clean latent."""
         clean = self.consistency.estimate(self.process, latent, prediction, timestep.expand(len(latent)))  # lines 3, 6
-        later = self.timesteps[self.timesteps < timestep]
+        later = self.timesteps[self.timesteps < timestep]  # noisiest first
         if not len(later):  # line 8
             return (clean,)
         noise = randn_tensor(tuple(latent.shape), generator=generator, device=latent.device, dtype=latent.dtype)

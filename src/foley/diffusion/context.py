@@ -17,9 +17,9 @@ class RunContext:
     solver: str
     num_steps: int
     timesteps: Tensor
-    guidance_scale: float
-    guidance_rescale: float
-    batch_size: int
+    guidance_scale: float  # w
+    guidance_rescale: float  # phi
+    batch_size: int  # items; guidance branches do not count
 
     @property
     def num_evaluations(self) -> int:
@@ -35,7 +35,7 @@ class StepContext:
     """
 
     evaluation: int
-    timestep: Tensor
+    timestep: Tensor  # a number, []
     run: RunContext
     branch: str = "joint"
 

@@ -46,8 +46,8 @@ class Conditioning:
         tokens = max(self.mask.shape[1], other.mask.shape[1])  # S
         parts = [
             (
-                pad(part.context, (0, 0, 0, tokens - part.mask.shape[1])),
-                pad(part.mask, (0, tokens - part.mask.shape[1])),
+                pad(part.context, (0, 0, 0, tokens - part.mask.shape[1])),  # zeros, beyond the last token
+                pad(part.mask, (0, tokens - part.mask.shape[1])),  # false there
             )
             for part in (self, other)
         ]
@@ -68,7 +68,7 @@ class KnownLatent:
 
     def fill(self, generated: Tensor, visible: Tensor) -> Tensor:
         """`generated` where hidden and `visible` elsewhere, each `[B, C, L]` or one row."""
-        return torch.where(self.hidden_mask[:, None], generated, visible)
+        return torch.where(self.hidden_mask[:, None], generated, visible)  # [B, 1, L] over [B, C, L]
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class EmbeddedGuidance(ClassifierFreeGuidance):
         grid: EvaluationGrid | None = None,
     ) -> Denoise:
         """As for `ClassifierFreeGuidance`; the denoiser takes `guidance_scale [1]` too. `negative` is not used."""
-        scale = torch.tensor([float(self.scale)], device=positive.context.device)
+        scale = torch.tensor([float(self.scale)], device=positive.context.device)  # [1], for all items and evaluations
         return bind(denoiser, positive, known, grid, {"guidance_scale": scale})
 
 
@@ -193,7 +193,7 @@ def _spread(prediction: Tensor, hidden_mask: Tensor | None) -> Tensor:
     if hidden_mask is None:
         return prediction.std(dim=(1, 2), keepdim=True)
     weight = hidden_mask[:, None].to(prediction.dtype).expand_as(prediction)  # [B, C, L]
-    count = weight.sum(dim=(1, 2), keepdim=True)
+    count = weight.sum(dim=(1, 2), keepdim=True)  # C times the hidden frames, [B, 1, 1]
     mean = (weight * prediction).sum(dim=(1, 2), keepdim=True) / count
     squares = (weight * (prediction - mean).square()).sum(dim=(1, 2), keepdim=True)
     return (squares / (count - 1)).sqrt()  # unbiased, as torch.std is
@@ -211,7 +211,7 @@ def branches(
 
     `more` inputs have one row per item, and reach both branches.
     """
-    twice = {name: torch.cat([rows, rows]) for name, rows in more.items()}
+    twice = {name: torch.cat([rows, rows]) for name, rows in more.items()}  # [2 B, ...]
     # One evaluation of 2 B rows costs less than two of B, and accelerators then take one decision for both branches.
     predict = bind(denoiser, positive.cat(negative.expand(len(positive.mask))), known, grid, twice)
 
@@ -255,7 +255,7 @@ def _bind_windows(
     more: Mapping[str, Tensor],
 ) -> Denoise:
     """As `bind`, on all windows of the latent in one batch."""
-    text = Conditioning(windows.repeat(text.context), windows.repeat(text.mask))
+    text = Conditioning(windows.repeat(text.context), windows.repeat(text.mask))  # [n B, ...]
     if known is not None:
         rows = known.repeat(len(text.mask) // windows.count)
         known = KnownLatent(windows.split(rows.visible), windows.split(rows.hidden_mask))  # [n B, C, W], [n B, W]

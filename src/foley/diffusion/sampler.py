@@ -65,13 +65,12 @@ def sample(
         noise: standard normal.
         scheduler: a `diffusers` scheduler with its timesteps set (see `Solver.build`); used up by this call.
         run: what the callbacks are told about this run.
-        callbacks: told of the run and of each evaluation; `on_run_end` follows every `on_run_start`, on error too.
+        callbacks: told of the run and each evaluation; `on_run_end` follows every `on_run_start`, on error too.
         generators: one per item, for solvers that add noise on the way, so that an item ignores its batch.
         progress: wraps the range of evaluations.
         start: where to begin; evaluations before it are left out, and the others keep their numbers.
-        known: frames, in one row or one per item, that come back as given. Before each evaluation they are brought to
-            its noise level (Lugmayr et al. 2022, equation 8a), as they are in masked training; what the model says of
-            them is not used.
+        known: frames, in one row or one per item, that come back as given. Before each evaluation they are noised to
+            its level (Lugmayr et al. 2022, equation 8a), as in masked training; what is predicted there is not used.
     """
     # Only solvers that add noise on the way take generators.
     extras = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -82,7 +81,7 @@ def sample(
     timesteps = scheduler.timesteps.to(noise.device)
     with ExitStack() as stack:  # ends what has begun, on error too
         for callback in callbacks:
-            stack.callback(callback.on_run_end)
+            stack.callback(callback.on_run_end)  # first, so that one that fails to start ends too
             callback.on_run_start(run)
         for evaluation in progress(range(first_evaluation, run.num_evaluations)):
             timestep = scheduler.timesteps[evaluation]
@@ -113,7 +112,7 @@ def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, 
 
 def _noised(clean: Tensor, noise: Tensor, scheduler: Any, evaluation: int) -> Tensor:
     """`clean`, one row or `[B, C, L]`, at the noise level of the next evaluation, in the scheduler's own scaling."""
-    clean, timestep = clean.expand_as(noise), scheduler.timesteps[evaluation].expand(len(noise))
+    clean, timestep = clean.expand_as(noise), scheduler.timesteps[evaluation].expand(len(noise))  # [B, C, L], [B]
     if hasattr(scheduler, "scale_noise"):  # flow
         return scheduler.scale_noise(clean, timestep, noise)
     return scheduler.add_noise(clean, noise, timestep)
@@ -160,7 +159,7 @@ def generate_latents(
     # One generator an item and purpose: an item is the same whatever batch it is in.
     shape = (denoiser.latent_channels, num_frames)
     noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
-    generators = [torch_generator("solver noise", seed) for seed in seeds]
+    generators = [torch_generator("solver noise", seed) for seed in seeds]  # which only stochastic solvers use
     run = solver.run_context(scheduler, guidance, len(seeds))
     # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)

@@ -36,7 +36,7 @@ _PREDICTION_TYPE = {"v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}
 class _Entry:
     scheduler: type
     options: Mapping[str, Any] = field(default_factory=dict)
-    finite_sigma: bool = True
+    finite_sigma: bool = True  # whether it steps in sigma or log-SNR, and so divides by alpha
 
 
 # Trailing spacing begins at the last training step, which alone is pure noise (Lin et al. 2024, section 3.3).

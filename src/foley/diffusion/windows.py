@@ -49,6 +49,7 @@ class Windows:
     @cached_property
     def starts(self) -> list[int]:
         """The first frame of each window; the last window ends with the latent."""
+        # The last start, and the longest way from one start to the next.
         room, stride = self.num_frames - self.window_frames, self.window_frames - self.overlap_frames
         gaps = -(-room // stride)  # rounded up: as few windows as overlap by enough, then spread evenly
         return [index * room // gaps for index in range(gaps + 1)] if gaps else [0]
@@ -68,7 +69,7 @@ class Windows:
 
     def merge(self, windows: Tensor) -> Tensor:
         """The weighted average `[B, C, L]` of `[n B, C, W]`."""
-        ramp = torch.arange(1, self.window_frames + 1, device=windows.device)
+        ramp = torch.arange(1, self.window_frames + 1, device=windows.device)  # 1 to W
         weight = torch.minimum(ramp, ramp.flip(0)).to(windows.dtype)  # [W], 1 at both ends and W / 2 in the middle
         parts = windows.chunk(self.count)  # n of [B, C, W]
         total = windows.new_zeros(*parts[0].shape[:-1], self.num_frames)

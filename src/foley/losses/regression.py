@@ -23,6 +23,7 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     weights = mask[:, None].to(values)  # [B, 1, L]
     # where, not a product: a masked frame must not leak its NaN.
     kept = torch.where(mask[:, None], values, torch.zeros_like(values))
+    # Over C times the frames that count; 0 / 1 where none does.
     return kept.sum() / (weights.sum() * values.shape[1]).clamp(min=1)
 
 

@@ -6,18 +6,19 @@ import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
-_SMALLEST_BAND = 1e-4
+_SMALLEST_BAND = 1e-4  # keeps the logarithm finite
 
 
 def magnitude(audio: Tensor, window: Tensor) -> Tensor:
     """`[B, T]` to STFT magnitudes `[B, F, frames]` with a hop of a quarter of the window."""
+    # 1 + T // hop frames, centred.
     return torch.stft(audio, len(window), len(window) // 4, window=window, return_complex=True).abs()
 
 
 def a_weighting(frequencies_hz: Tensor) -> Tensor:
     """Amplitude gain of the A-weighting curve (IEC 61672-1), 1 at 1 kHz and 0 at 0 Hz; same shape as the input."""
-    square = frequencies_hz.double().square()
-    corners = ((square + 107.7**2) * (square + 737.9**2)).sqrt()
+    square = frequencies_hz.double().square()  # f^2, in double precision: f^4 follows
+    corners = ((square + 107.7**2) * (square + 737.9**2)).sqrt()  # the two single poles
     # Poles at 20.6, 107.7, 737.9 and 12194 Hz, the first and the last of them double.
     response = 12194.0**2 * square.square() / ((square + 20.6**2) * corners * (square + 12194.0**2))
     return (response * 10 ** (2.0 / 20)).float()  # 2 dB make it 1 at 1 kHz
@@ -52,10 +53,12 @@ class MultiResolutionSTFTLoss(nn.Module):
         for size in fft_sizes:
             weighting = a_weighting(torch.fft.rfftfreq(size, 1 / sample_rate_hz))
             self.register_buffer(f"window_{size}", torch.hann_window(size), persistent=False)
+            # [bins, 1], over the frames.
             self.register_buffer(f"weighting_{size}", weighting[:, None], persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Two waveforms `[B, 1, T]` to a scalar; T must exceed half the longest window."""
+        # [B, 1, T] to [B, T].
         distances = [self._distance(prediction.flatten(0, 1), target.flatten(0, 1), size) for size in self.fft_sizes]
         return torch.stack(distances).mean()
 
@@ -63,11 +66,11 @@ class MultiResolutionSTFTLoss(nn.Module):
         predicted, wanted = self._magnitude(prediction, size), self._magnitude(target, size)  # [B, bins, frames]
         # Norms over the batch, not per item: a silent item would divide by next to nothing.
         convergence = torch.linalg.vector_norm(wanted - predicted) / torch.linalg.vector_norm(wanted)
-        return convergence + (predicted.log() - wanted.log()).abs().mean()
+        return convergence + (predicted.log() - wanted.log()).abs().mean()  # finite, thanks to the floor
 
     def _magnitude(self, audio: Tensor, size: int) -> Tensor:
         window, weighting = self.get_buffer(f"window_{size}"), self.get_buffer(f"weighting_{size}")
-        return (magnitude(audio, window) * weighting).clamp(min=self.floor)
+        return (magnitude(audio, window) * weighting).clamp(min=self.floor)  # [B, bins, frames]
 
 
 class LogMelLoss(nn.Module):
@@ -95,7 +98,8 @@ class LogMelLoss(nn.Module):
         super().__init__()
         self.floor = floor
         self.register_buffer("window", torch.hann_window(fft_size), persistent=False)
-        norm = "slaney" if mel_scale == "slaney" else None
+        norm = "slaney" if mel_scale == "slaney" else None  # an area of one under each triangle, not a height
+        # [bins, mel_bands].
         bands = melscale_fbanks(fft_size // 2 + 1, 0.0, sample_rate_hz / 2, mel_bands, sample_rate_hz, norm, mel_scale)
         self.register_buffer("bands", bands, persistent=False)
 
@@ -106,6 +110,7 @@ class LogMelLoss(nn.Module):
     def _log_mel(self, audio: Tensor) -> Tensor:
         with torch.autocast(audio.device.type, enabled=False):  # half precision would round small magnitudes to 0
             magnitudes = magnitude(audio.flatten(0, 1), self.window)
+            # [B, frames, bins] @ [bins, mel_bands].
             return (magnitudes.transpose(1, 2) @ self.bands).clamp(min=self.floor).log()
 
 
@@ -131,4 +136,4 @@ class BandedLogLoss(nn.Module):
 
     def _log_bands(self, spectra: Tensor) -> Tensor:
         with torch.autocast(spectra.device.type, enabled=False):
-            return (spectra.exp() @ self.bands).clamp(min=_SMALLEST_BAND).log()
+            return (spectra.exp() @ self.bands).clamp(min=_SMALLEST_BAND).log()  # [B, N, bins] @ [bins, mel_bands]

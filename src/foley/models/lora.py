@@ -31,11 +31,11 @@ class AdaptedDenoiser(nn.Module):
         super().__init__()
         self.settings = {"rank": rank, "alpha": alpha, "targets": list(targets)}
         adapters = LoraConfig(r=rank, lora_alpha=cast(int, alpha or rank), target_modules=list(targets))
-        self.denoiser = inject_adapter_in_model(adapters, denoiser)
+        self.denoiser = inject_adapter_in_model(adapters, denoiser)  # in place: the denoiser itself
         self.latent_channels = denoiser.latent_channels
         embedding = getattr(denoiser, "guidance_embedding", None)
         if embedding is not None:
-            embedding.requires_grad_(True)
+            embedding.requires_grad_(True)  # all of it, with no adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the denoiser's own."""
@@ -56,5 +56,5 @@ class AdaptedDenoiser(nn.Module):
             layer.merge()  # W + (alpha / rank) B A
             parent, _, attribute = name.rpartition(".")
             setattr(self.denoiser.get_submodule(parent), attribute, layer.get_base_layer())
-        del self.denoiser.peft_config
+        del self.denoiser.peft_config  # the last trace
         return self.denoiser

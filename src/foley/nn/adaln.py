@@ -60,11 +60,11 @@ class BlockProjection(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.projection = zero_linear(width, 6 * width)
+        self.projection = zero_linear(width, 6 * width)  # W_i
 
     def forward(self, time: Tensor, shared: Tensor | None) -> BlockModulation:
         """Of times `[B, D]`; there is nothing shared."""
-        return BlockModulation.from_values(self.projection(time))
+        return BlockModulation.from_values(self.projection(time))  # W_i t: [B, D] to [B, 6 D]
 
 
 class BlockTable(nn.Module):
@@ -72,11 +72,11 @@ class BlockTable(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(6, width))
+        self.table = nn.Parameter(torch.zeros(6, width))  # table_i, its rows in the order of `from_values`
 
     def forward(self, time: Tensor, shared: Tensor) -> BlockModulation:
         """Of the shared projection `[B, 6 D]` alone."""
-        return BlockModulation.from_values(shared + self.table.flatten())
+        return BlockModulation.from_values(shared + self.table.flatten())  # [B, 6 D] + [6 D]
 
 
 class BlockLowRank(nn.Module):
@@ -85,9 +85,9 @@ class BlockLowRank(nn.Module):
     def __init__(self, width: int, rank: int, alpha: float) -> None:
         super().__init__()
         # One A for all six parts, of 6 r rows, and one B of 6 D: a part may use the directions found by another.
-        self.down = nn.Linear(width, 6 * rank, bias=False)
-        self.up = zero_linear(6 * rank, 6 * width, bias=False)
-        self.table = nn.Parameter(torch.zeros(6, width))
+        self.down = nn.Linear(width, 6 * rank, bias=False)  # A [6 r, D]
+        self.up = zero_linear(6 * rank, 6 * width, bias=False)  # B [6 D, 6 r]
+        self.table = nn.Parameter(torch.zeros(6, width))  # table_i
         self.scaling = alpha / rank
 
     def forward(self, time: Tensor, shared: Tensor) -> BlockModulation:
@@ -124,7 +124,7 @@ class AdaLNSingle:
     prepends_time_token: ClassVar[bool] = False
 
     def build_shared(self, width: int) -> nn.Module | None:
-        return zero_linear(width, 6 * width)
+        return zero_linear(width, 6 * width)  # W, one for all blocks
 
     def build_block(self, width: int) -> nn.Module:
         return BlockTable(width)
@@ -153,7 +153,7 @@ class AdaLNSola:
     prepends_time_token: ClassVar[bool] = False
 
     def build_shared(self, width: int) -> nn.Module | None:
-        return zero_linear(width, 6 * width)
+        return zero_linear(width, 6 * width)  # W, one for all blocks
 
     def build_block(self, width: int) -> nn.Module:
         return BlockLowRank(width, self.rank, self.alpha)
@@ -187,7 +187,7 @@ class ModulatedRMSNorm(nn.RMSNorm):
     """The same around RMSNorm (Zhang and Sennrich 2019, equation 4)."""
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, eps=_RMS_EPSILON)
+        super().__init__(width, eps=_RMS_EPSILON)  # given, since PyTorch's default depends on the type
 
     def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""

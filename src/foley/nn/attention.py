@@ -55,6 +55,7 @@ class Attention(nn.Module):
         self.to_q = xavier_linear(width, width, bias=False)
         self.to_k = xavier_linear(width, width, bias=False)
         self.to_v = xavier_linear(width, width, bias=False)
+        # Of each head: [B, N, H, head_dim], over the last axis.
         self.norm_q = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.norm_k = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.output = (zero_linear if zero_output else xavier_linear)(width, width)
@@ -66,7 +67,7 @@ class Attention(nn.Module):
         key = self.norm_k(self._split_heads(self.to_k(source)))
         if rotary is not None:
             key = apply_rotary(key, rotary)
-        value = self._split_heads(self.to_v(source))
+        value = self._split_heads(self.to_v(source))  # [B, N, H, head_dim]
         return key.transpose(1, 2), value.transpose(1, 2)  # [B, H, N, head_dim]
 
     def attend(
@@ -81,7 +82,7 @@ class Attention(nn.Module):
         if rotary is not None:
             query = apply_rotary(query, rotary)
         attended = self.core(query.transpose(1, 2), *keys_values, mask)  # [B, H, N, head_dim]
-        return self.output(attended.transpose(1, 2).flatten(-2))
+        return self.output(attended.transpose(1, 2).flatten(-2))  # heads side by side again, [B, N, D]
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rotary: RotaryTable | None = None) -> Tensor:
         """Self-attention, `[B, N, D]` to `[B, N, D]`."""

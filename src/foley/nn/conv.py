@@ -62,7 +62,7 @@ def _initialise(conv: _Conv, fan_in: int, gain: float = 1.0) -> _Conv:
     nn.init.normal_(conv.weight, std=gain * fan_in**-0.5)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-    return weight_norm(conv)
+    return weight_norm(conv)  # it takes g = |v| at first, so that the weight stays what it is
 
 
 def check_stride(stride: int) -> None:
@@ -75,7 +75,7 @@ def fold_weight_norm(module: nn.Module) -> None:
     """Replace every weight-normalised weight inside `module` by its value: faster, and no longer trainable as such."""
     for part in module.modules():
         if is_parametrized(part, "weight"):
-            remove_parametrizations(part, "weight")
+            remove_parametrizations(part, "weight")  # g v / |v|, once and for all
 
 
 def folded_copy(module: nn.Module) -> nn.Module:
@@ -114,7 +114,7 @@ class Snake(nn.Module):
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C, T]` to `[B, C, T]`."""
         alpha, gain = self.coefficients()
-        return snake(signal, alpha[:, None], gain[:, None])
+        return snake(signal, alpha[:, None], gain[:, None])  # [C, 1] over [B, C, T]
 
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """`alpha` and `1 / beta`, each `[C]`."""
@@ -138,8 +138,8 @@ class _Snake(torch.autograd.Function):
         # With u = alpha x, sin^2 u = (1 - cos 2u) / 2, and its derivative is sin 2u:
         #   d/dx = 1 + alpha gain sin 2u,   d/dalpha = gain x sin 2u,   d/dgain = (1 - cos 2u) / 2.
         double_angle = signal * (2 * alpha)
-        weighted = gradient * double_angle.sin()
-        by_gain = 0.5 * (gradient - gradient * double_angle.cos_()).sum((0, 2), keepdim=True)[0]
+        weighted = gradient * double_angle.sin()  # g sin 2u, g the gradient that arrives
+        by_gain = 0.5 * (gradient - gradient * double_angle.cos_()).sum((0, 2), keepdim=True)[0]  # [1, C, 1] to [C, 1]
         by_alpha = (weighted * signal).sum((0, 2), keepdim=True)[0] * gain
         return torch.addcmul(gradient, weighted, alpha * gain), by_alpha, by_gain
 
@@ -149,7 +149,7 @@ snake: Callable[[Tensor, Tensor, Tensor], Tensor] = _Snake.apply
 
 
 _KERNEL = 7
-_EXPANSION = 3
+_EXPANSION = 3  # hidden width over D, as in Vocos
 
 
 class ConvNeXtBlock(nn.Module):
@@ -157,12 +157,13 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        # One filter for each channel.
         self.depthwise = nn.Conv1d(width, width, _KERNEL, padding=_KERNEL // 2, groups=width)
         self.norm = nn.LayerNorm(width)
         self.layers = nn.Sequential(
             nn.Linear(width, _EXPANSION * width), nn.GELU(), nn.Linear(_EXPANSION * width, width)
         )
-        self.scale = nn.Parameter(torch.full((width,), BRANCH_GAIN))
+        self.scale = nn.Parameter(torch.full((width,), BRANCH_GAIN))  # LayerScale: one factor for each channel
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[B, L, D]` to `[B, L, D]`."""

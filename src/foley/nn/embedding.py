@@ -11,8 +11,8 @@ from foley.nn.feedforward import normal_linear, zero_linear
 def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """`[B]` to `[B, dim]` in float32: cosines, then sines, at geometrically spaced frequencies."""
     # cos(t / max_period^(i / half)) and its sine: from one radian a step to nearly max_period steps a radian.
-    exponents = torch.arange(dim // 2, dtype=torch.float32, device=values.device) / (dim // 2)
-    angles = values.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    exponents = torch.arange(dim // 2, dtype=torch.float32, device=values.device) / (dim // 2)  # i / half, [dim / 2]
+    angles = values.float()[:, None] * torch.exp(-math.log(max_period) * exponents)  # [B, dim / 2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -26,6 +26,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         """`[B]`, whole or fractional steps of the training schedule, to `[B, D]`."""
+        # [B, 256]; in float32, since bfloat16 has no timestep 257.
         sinusoids = sinusoidal_embedding(timestep, self.num_sinusoids)
         return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
 
@@ -38,6 +39,7 @@ def guidance_sinusoids(scale: Tensor, dim: int) -> Tensor:
     # Unlike `sinusoidal_embedding`: sines come first, and `half - 1` reaches the last frequency; as published.
     half = dim // 2
     step = torch.tensor(10000.0, device=scale.device).log() / (half - 1)
+    # [B, half]; bfloat16 would round 1000 w, for w of 5 to 13, to multiples of 32 or 64.
     angles = 1000 * scale.float()[:, None] * torch.exp(-step * torch.arange(half, device=scale.device))
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -80,4 +82,4 @@ class LearnedPositions(nn.Module):
                 f"{x.shape[1]} frames exceed the {self.max_length} learned positions: generate in windows that are no "
                 "longer (window_seconds=), raise `learned_positions`, or use a model with rotary positions"
             )
-        return x + self.table[: x.shape[1]]
+        return x + self.table[: x.shape[1]]  # [B, N, D] + [N, D]

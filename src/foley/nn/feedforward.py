@@ -47,7 +47,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""
         value, gate = self.input(x).chunk(2, dim=-1)  # each [B, N, hidden]
-        return self.output(value * self.activate(gate))
+        return self.output(value * self.activate(gate))  # [B, N, hidden] to [B, N, D]
 
     def activate(self, gate: Tensor) -> Tensor:
         """Elementwise."""
@@ -58,7 +58,7 @@ class GegluFeedForward(GatedFeedForward):
     """GEGLU, `a * gelu(b)`: EzAudio's."""
 
     def activate(self, gate: Tensor) -> Tensor:
-        return F.gelu(gate)
+        return F.gelu(gate)  # by erf, not the approximation by tanh
 
 
 class SwigluFeedForward(GatedFeedForward):

@@ -27,7 +27,7 @@ def inverse_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
     """`base^(-2i / head_dim)` for i below `head_dim / 2`; raises ValueError for an odd dimension."""
     if head_dim % 2:
         raise ValueError(f"rotary positions need an even head dimension, got {head_dim}; change width or num_heads")
-    return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    return base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)  # [head_dim / 2]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RotaryExtension:
 
     def frequencies(self, head_dim: int, base: float, length: int) -> Tensor:
         """The inverse frequencies for an input of `length` positions."""
-        factor = max(1.0, length / self.trained_length)
+        factor = max(1.0, length / self.trained_length)  # 1 up to the trained length
         if self.method == "linear":
             return inverse_frequencies(head_dim, base) / factor  # position n as if it were n / factor
         # With this power the lowest frequency, i = d / 2 - 1, is divided by the factor, and the highest, i = 0, by one.
@@ -104,5 +104,7 @@ class RotaryEmbedding(nn.Module):
         # In single precision whatever the model's: bfloat16 has no number between 256 and 258, nor such an angle.
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # [N, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
+        # Both halves turn by the same angles.
         cos, signed_sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        # [N, 1, head_dim].
         return RotaryTable(cos.unsqueeze(1).to(device, dtype), signed_sin.unsqueeze(1).to(device, dtype))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-_SMALLEST = 1e-8
+_SMALLEST = 1e-8  # of magnitudes and weights that are divided by
 
 
 class FramedSTFT(nn.Module):
@@ -47,7 +47,7 @@ class FramedSTFT(nn.Module):
         frames = nn.functional.pad(audio, (half - self.hop_samples, half)).unfold(
             -1, self.window_samples, self.hop_samples
         )
-        return torch.fft.rfft(frames * self.window, norm="ortho")
+        return torch.fft.rfft(frames * self.window, norm="ortho")  # [B, N, window] to [B, N, bins]
 
     def inverse(self, spectra: Tensor) -> Tensor:
         """Complex `[B, N, bins]` to `[B, N * hop]`."""

@@ -88,7 +88,8 @@ class AdversarialTraining(FoleyModule):
     ) -> None:
         super().__init__()
         _check_weights(set(terms) | self.own_terms, weights, discriminator is not None)
-        self.automatic_optimization = False
+        self.automatic_optimization = False  # two optimizers take turns, which Lightning leaves to us
+        # Weight 0 costs nothing.
         self.terms = nn.ModuleDict({name: term for name, term in terms.items() if weights[name]})
         self.weights = dict(weights)
         self.make_optimizer = optimizer
@@ -100,7 +101,7 @@ class AdversarialTraining(FoleyModule):
         self.gradient_clip_norm = gradient_clip_norm
         self.num_examples = num_examples
         self.seed = seed
-        self.examples: list[tuple[Tensor, Tensor]] = []
+        self.examples: list[tuple[Tensor, Tensor]] = []  # (original, generated), each [1, T]
 
     @property
     def model(self) -> nn.Module:
@@ -121,6 +122,7 @@ class AdversarialTraining(FoleyModule):
         raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
+        # The model's first, then the discriminator's: each is found by its place.
         makers: list[tuple[nn.Module, Callable[..., Optimizer]]] = [(self.model, self.make_optimizer)]
         if self.discriminator is not None:
             makers.append((self.discriminator, self.make_discriminator_optimizer))
@@ -131,11 +133,14 @@ class AdversarialTraining(FoleyModule):
 
     def training_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Tensor]:
         """One update of the model, after one of the discriminator where that has joined; returns the model's loss."""
+        # The noise follows from the step, so that a resumed run repeats itself.
         pair = self.render(batch, torch_generator("posterior", self.seed, self.global_step, self.global_rank))
         values = self._reconstruction_terms(pair)
+        # The step counts updates of the model alone, see `_update_discriminator`.
         adversarial = self.discriminator is not None and self.global_step >= self.adversarial_start_step
         if adversarial:
-            self._update_discriminator(pair.original, pair.generated.detach())
+            self._update_discriminator(pair.original, pair.generated.detach())  # the model does not learn from this
+            # The model's loss goes through the discriminator, which must not gather gradients from it.
             self.discriminator.requires_grad_(False)  # type: ignore[union-attr]
             values |= self._adversarial_terms(pair)
         loss = self._weighted_sum(values)
@@ -167,15 +172,16 @@ class AdversarialTraining(FoleyModule):
     def _adversarial_terms(self, pair: Pair) -> dict[str, Tensor]:
         """The discriminator's say on the model; its own parameters must not require gradients here."""
         discriminator, adversarial = self._opponent()
-        generated = discriminator(pair.generated)
+        generated = discriminator(pair.generated)  # with gradients, which are the model's
         values = {"adversarial": adversarial.generator(generated)}
         if self.weights["feature_matching"]:
-            with torch.no_grad():
+            with torch.no_grad():  # an aim, which nothing here trains
                 real = discriminator(pair.original)
             values["feature_matching"] = feature_matching(real, generated)
         return values
 
     def _weighted_sum(self, values: Mapping[str, Tensor]) -> Tensor:
+        # sum_i weight_i term_i.
         return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
 
     def _update_model(self, loss: Tensor) -> None:
@@ -184,7 +190,7 @@ class AdversarialTraining(FoleyModule):
         self.manual_backward(loss)
         optimizers[0].step()
         if schedules:
-            schedules[0].step()
+            schedules[0].step()  # by the step, not by the epoch
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the model's gradients, which callbacks have seen by now as they were."""
@@ -199,6 +205,7 @@ class AdversarialTraining(FoleyModule):
         loss = adversarial.discriminator(discriminator(original), discriminator(generated))
         optimizer.zero_grad()
         self.manual_backward(loss)
+        # Infinity clips nothing, but gives the norm.
         limit = float("inf") if self.gradient_clip_norm is None else self.gradient_clip_norm
         norm = nn.utils.clip_grad_norm_(discriminator.parameters(), limit)
         # The guard against non-finite gradients watches Lightning's steps only. Gradients agree on all ranks here.
@@ -229,6 +236,7 @@ class VariationalTraining(AdversarialTraining):
     ) -> Pair:
         """`original` and what `decode` makes of a draw of its posterior, or of the mean where there is no noise."""
         latent = posterior.mean if noise is None else posterior.sample(noise)
+        # The spread of the means nears 0 where the posterior has collapsed and says nothing of its item.
         return Pair(original, decode(latent).float(), {"kl": posterior.kl()}, {"latent_std": posterior.mean.std()})
 
 

@@ -42,8 +42,9 @@ class CodecTraining(VariationalTraining):
         audio = batch["audio"]
 
         def decode(latent: Tensor) -> Tensor:
-            return self.codec.decode(latent)[..., : audio.shape[-1]]
+            return self.codec.decode(latent)[..., : audio.shape[-1]]  # without the padding of the last frame
 
+        # [B, 1, T], its posterior [B, C, L], and back.
         return self.reconstruct(audio, self.codec.posterior(audio), decode, noise)
 
 
@@ -54,13 +55,14 @@ class SpectralVAETraining(CodecTraining):
 
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
         """The reconstruction of the spectra from a draw of the posterior, or from its mean."""
-        spectra = self.codec.spectra(batch["audio"])
+        spectra = self.codec.spectra(batch["audio"])  # [B, L * pool, bins]
+        # Phases take no part in training: the losses hear magnitudes alone.
         return self.reconstruct(spectra, self.codec.spectral_posterior(spectra), self.codec.decode_spectra, noise)
 
     def heard(self, batch: AudioBatch, pair: Pair) -> tuple[Tensor, Tensor]:
         """The clips themselves, and what the spectra sound like."""
         audio = batch["audio"]
-        return audio, self.codec.phase(pair.generated)[..., : audio.shape[-1]]
+        return audio, self.codec.phase(pair.generated)[..., : audio.shape[-1]]  # [B, 1, T]
 
 
 class MelVAETraining(VariationalTraining):
@@ -81,11 +83,12 @@ class MelVAETraining(VariationalTraining):
 
     @property
     def sample_rate_hz(self) -> None:
-        return None
+        return None  # a mel spectrogram is not heard
 
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
         """The reconstruction of the audio's mel spectrogram from a draw of the posterior, or from its mean."""
         audio = batch["audio"]
+        # Whole latent frames, so that nothing of the reconstruction need be cut off: [B, mel_bands, F].
         mel = self.mel_vae.spectrogram(pad(audio, (0, -audio.shape[-1] % self.mel_vae.hop_samples)))
         return self.reconstruct(mel, self.mel_vae.posterior(mel), self.mel_vae.decode, noise)
 
@@ -113,4 +116,5 @@ class VocoderTraining(AdversarialTraining):
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
         """The audio made anew from its mel spectrogram; there is no noise in it."""
         audio = batch["audio"]
+        # In single precision, as the losses want it; [B, 1, T] without the padding of the last hop.
         return Pair(audio, self.vocoder(self.vocoder.spectrogram(audio))[..., : audio.shape[-1]].float())

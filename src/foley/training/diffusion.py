@@ -72,7 +72,7 @@ class LatentTraining(FoleyModule):
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.seed = seed
-        self._parameter_groups: list[dict[str, Any]] = []
+        self._parameter_groups: list[dict[str, Any]] = []  # made in `setup`
         if text is not None and not text.trainable:
             text.requires_grad_(False)
             self.unsaved_components = ("text",)
@@ -155,7 +155,7 @@ class DiffusionTraining(LatentTraining):
         self.mask_padding = mask_padding
         self.min_snr_gamma = min_snr_gamma
         self.noise_level_bins = noise_level_bins
-        self._bin_totals = torch.zeros(2, noise_level_bins)
+        self._bin_totals = torch.zeros(2, noise_level_bins)  # errors and counts, by noise level
 
     def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
         """Normalise by the statistics of the latents, and note which codec made them; TypeError for other data."""
@@ -167,15 +167,16 @@ class DiffusionTraining(LatentTraining):
         clean = self.normaliser.normalise(batch["latent"])  # z [B, C, L]
         size, _, frames = clean.shape
         generator = torch_generator("train", self.seed, self.trainer.global_step, batch_idx, self.global_rank)
-        timestep = self.process.sample_timesteps(size, generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        timestep = self.process.sample_timesteps(size, generator)  # t [B]
+        noise = torch.randn(clean.shape, generator=generator)  # on the CPU, so that every device trains on the same
         dropped = torch.rand(size, generator=generator) < self.caption_dropout  # they teach the negative branch
         captions = ["" if drop else text for text, drop in zip(self.prompts(batch), dropped.tolist(), strict=True)]
-        hidden = self.masking(size, frames, generator) if self.masking else None
+        hidden = self.masking(size, frames, generator) if self.masking else None  # m [B, L]
+        # Sums over the frames of each item, [B] and [B].
         error, counted = self._errors(clean, noise, timestep, captions, batch["frame_mask"], hidden)
         if self.min_snr_gamma is not None:
             error = error * self.process.min_snr_weight(timestep, self.min_snr_gamma).to(error.device)
-        loss = error.sum() / counted.sum().clamp(min=1)
+        loss = error.sum() / counted.sum().clamp(min=1)  # a mean over frames: items with more of them weigh more
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
 
@@ -186,17 +187,18 @@ class DiffusionTraining(LatentTraining):
         generator = torch_generator("validation", self.seed, batch_idx, self.global_rank)
         # One draw from each of `size` equal strata: every noise level is seen, in every batch.
         level = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+        # [B], whole timesteps.
         timestep = (level * self.process.num_train_steps).long().clamp(max=self.process.num_train_steps - 1)
         noise = torch.randn(clean.shape, generator=generator)
         error, counted = self._errors(clean, noise, timestep, self.prompts(batch), batch["frame_mask"], None)
-        bins = timestep * self.noise_level_bins // self.process.num_train_steps
+        bins = timestep * self.noise_level_bins // self.process.num_train_steps  # [B], 0 the cleanest
         totals = self._bin_totals = self._bin_totals.to(error)
-        totals.index_add_(1, bins.to(error.device), torch.stack([error, counted]))
+        totals.index_add_(1, bins.to(error.device), torch.stack([error, counted]))  # [2, bins] + [2, B]
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss` and the losses by noise level, bin 0 the cleanest; averaged over all ranks."""
-        gathered = cast(Tensor, self.all_gather(self._bin_totals))
-        gathered = gathered.reshape(-1, 2, self.noise_level_bins).sum(dim=0)
+        gathered = cast(Tensor, self.all_gather(self._bin_totals))  # [ranks, 2, bins], or [2, bins] of one
+        gathered = gathered.reshape(-1, 2, self.noise_level_bins).sum(dim=0)  # [2, bins]
         self._bin_totals = torch.zeros_like(self._bin_totals)
         self.log("val/loss", gathered[0].sum() / gathered[1].sum().clamp(min=1), prog_bar=True, rank_zero_only=False)
         for index, (error, count) in enumerate(gathered.T):
@@ -224,10 +226,10 @@ class DiffusionTraining(LatentTraining):
             hidden = hidden.to(clean.device)
             counted = counted & hidden
             inputs = {"visible": clean, "hidden_mask": hidden}
-        noisy = self.process.add_noise(clean, noise, timestep)
+        noisy = self.process.add_noise(clean, noise, timestep)  # z_t [B, C, L]
         prediction = self.denoiser(noisy, timestep, frame_mask=valid, **self._context(captions), **inputs)
         squared = (prediction.float() - self.process.target(clean, noise, timestep)).square().mean(dim=1)  # [B, L]
-        return (squared * counted).sum(dim=1), counted.sum(dim=1).to(squared)
+        return (squared * counted).sum(dim=1), counted.sum(dim=1).to(squared)  # [B] and [B]
 
     def _context(self, captions: list[str]) -> dict[str, Tensor | None]:
         if self.text is None:

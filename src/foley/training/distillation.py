@@ -62,7 +62,7 @@ class Teacher:
     def student_configs(self) -> dict[str, dict[str, Any]]:
         """How to build each component of a student, and the process; files in the checkout are named relative to it."""
         configs: dict[str, Mapping[str, Any]] = dict(self.system.configs)
-        configs["denoiser"] = {**configs["denoiser"], "guidance_embedding": True}
+        configs["denoiser"] = {**configs["denoiser"], "guidance_embedding": True}  # it is told w
         return {
             name: {key: relative_to_checkout(value) for key, value in configs[name].items()}
             for name in ("denoiser", "text", "normaliser", "process")
@@ -71,6 +71,7 @@ class Teacher:
     def make_student(self) -> nn.Module:
         """A denoiser with the teacher's weights and a guidance embedding that starts at zero."""
         student: nn.Module = build_component(self.student_configs["denoiser"], "teacher")
+        # strict=False: the guidance embedding is the student's own.
         missing, _ = student.load_state_dict(self.system.modules["denoiser"].state_dict(), strict=False)
         if foreign := [key for key in missing if not key.startswith("guidance_embedding.")]:
             raise CheckpointError(f"the teacher's denoiser lacks weights that a student needs: {', '.join(foreign)}")
@@ -139,7 +140,7 @@ class ConsistencyDistillation(LatentTraining):
         system, student, configs = teacher.system, teacher.make_student(), teacher.student_configs
         if lora is not None:
             student = lora(student)
-            configs["denoiser"] = student.config(configs["denoiser"])
+            configs["denoiser"] = student.config(configs["denoiser"])  # adapters and all
         modules: Any = system.modules
         super().__init__(student, system.process, modules["normaliser"], optimizer, modules["text"], lr_schedule, seed)
         self.source = teacher
@@ -157,9 +158,9 @@ class ConsistencyDistillation(LatentTraining):
         self.masking = masking
         self.mask_padding = mask_padding
         self.half_precision_targets = half_precision_targets
-        self.grid = consistency.grid(self.process)
-        self.jump_ends = consistency.jump_ends(self.grid)
-        self._unconditional: Conditioning | None = None
+        self.grid = consistency.grid(self.process)  # t_1 to t_N, cleanest first
+        self.jump_ends = consistency.jump_ends(self.grid)  # for each point, the one before it
+        self._unconditional: Conditioning | None = None  # kept from the first step on
 
     def setup(self, stage: str) -> None:
         """Refuse FSDP, which shards student and target network each in its own way."""
@@ -210,16 +211,17 @@ class ConsistencyDistillation(LatentTraining):
     def update_target(self) -> None:
         """Line 9 of algorithm 1, with mu = `target_decay`; parameters that do not train are shared or equal."""
         pairs = zip(self.target.parameters(), self.denoiser.parameters(), strict=True)
+        # theta- and theta, parameter by parameter; those that are shared are left out.
         kept, current = zip(*((target, student) for target, student in pairs if student.requires_grad), strict=True)
-        torch._foreach_lerp_(kept, current, 1 - self.target_decay)
+        torch._foreach_lerp_(kept, current, 1 - self.target_decay)  # theta- + (1 - mu) (theta - theta-)
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Draws:
         """Line 4: draws for clean latents of `shape [B, C, L]`."""
         low, high = self.consistency.lowest_scale, self.consistency.highest_scale
         return Draws(
-            torch.randn(shape, generator=generator),
-            torch.randint(len(self.grid), shape[:1], generator=generator),
-            low + (high - low) * torch.rand(shape[:1], generator=generator),
+            torch.randn(shape, generator=generator),  # the noise of line 5
+            torch.randint(len(self.grid), shape[:1], generator=generator),  # n, uniform
+            low + (high - low) * torch.rand(shape[:1], generator=generator),  # w, uniform
         )
 
     def consistency_loss(
@@ -246,7 +248,9 @@ class ConsistencyDistillation(LatentTraining):
         noisy = self.process.add_noise(clean, draws.noise, start)  # line 5
         estimate = self._estimate(self.denoiser, noisy, start, text, known, given)  # f_theta
         with torch.no_grad(), self._target_precision():
+            # Two predictions [B, C, L] of the teacher; a jump is affine in them, so that they are guided first.
             positive, negative = branches(self.teacher, text, self._negative(), known, more=padding)(noisy, start)
+            # In single precision from here on.
             guided = extrapolate(positive.float(), negative.float(), draws.scale[:, None, None])
             before = ddim_jump(self.process, noisy, guided, start, end)  # line 6
             target = self._estimate(self.target, before, end, text, known, given)  # f_theta-
@@ -263,14 +267,14 @@ class ConsistencyDistillation(LatentTraining):
         given: Mapping[str, Tensor],
     ) -> Tensor:
         """The consistency function of `network`, equation (12), `[B, C, L]`."""
-        prediction = bind(network, text, known, more=given)(noisy, timestep)
-        return self.consistency.estimate(self.process, noisy, prediction.float(), timestep)
+        prediction = bind(network, text, known, more=given)(noisy, timestep)  # [B, C, L]
+        return self.consistency.estimate(self.process, noisy, prediction.float(), timestep)  # (12)
 
     def _batch_loss(self, batch: LatentBatch, generator: torch.Generator, masking: SpanMasking | None) -> Tensor:
         with torch.no_grad():
-            clean = self.normaliser.normalise(batch["latent"])
+            clean = self.normaliser.normalise(batch["latent"])  # z
             text = embed(self.text, self.prompts(batch))
-        draws = self.draw(clean.shape, generator).to(clean)
+        draws = self.draw(clean.shape, generator).to(clean)  # on the CPU, so that every device trains on the same
         hidden = masking(len(clean), clean.shape[-1], generator).to(clean.device) if masking else None
         return self.consistency_loss(clean, text, draws, hidden, batch["frame_mask"] if self.mask_padding else None)
 

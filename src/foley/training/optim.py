@@ -29,13 +29,15 @@ def _trainable(*modules: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramet
     for module in modules:
         for owner in module.modules():
             for name, parameter in owner.named_parameters(recurse=False):
-                if parameter.requires_grad and parameter not in seen:
+                if parameter.requires_grad and parameter not in seen:  # a shared parameter once
                     seen.add(parameter)
                     yield owner, name, parameter
 
 
 def _decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    # A gain [C, 1, 1] has one axis to speak of: it is no matrix.
     axes = sum(size > 1 for size in parameter.shape)
+    # Rows of an embedding are looked up, not multiplied.
     return axes >= 2 and not isinstance(owner, nn.Embedding) and not any(part in name for part in _TABLE_NAMES)
 
 
@@ -63,9 +65,10 @@ def cosine_schedule(
         )
 
     def factor(step: int) -> float:
+        # 0 until the warm-up ends, 1 at `total_steps`.
         progress = min(1.0, max(0, step - warmup_steps) / (total_steps - warmup_steps))
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return _warm_up(step, warmup_steps) * (final_ratio + (1 - final_ratio) * cosine)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
+        return _warm_up(step, warmup_steps) * (final_ratio + (1 - final_ratio) * cosine)  # from 1 to `final_ratio`
 
     return LambdaLR(optimizer, factor)
 

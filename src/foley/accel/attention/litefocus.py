@@ -79,18 +79,22 @@ def sparse_attention(
     mask = None if double_count or not len(indices) else _counted_once(indices, num_frequencies, keys)
     # Eq. 1: one softmax over both sets, queries [B, F H, T, D].
     attended = F.scaled_dot_product_attention(_by_frequency(q, num_frequencies), keys, values, attn_mask=mask)
+    # Groups back to tokens t * F + f: [B, F, H, T, D] to [B, H, T F, D].
     return attended.unflatten(1, (num_frequencies, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def _by_frequency(x: Tensor, num_frequencies: int) -> Tensor:
     """`[B, H, T F, D]` to `[B, F H, T, D]`; no copy where heads were split from the last axis."""
+    # [B, H, T, F, D] to [B, F, H, T, D].
     return x.unflatten(2, (-1, num_frequencies)).permute(0, 3, 1, 2, 4).flatten(1, 2)
 
 
 def _counted_once(indices: Tensor, num_frequencies: int, keys: Tensor) -> Tensor:
     """A mask `[1, F H, 1, T + M]` of `keys [B, F H, T + M, D]`, false where one of the last M is among the first T."""
-    frequencies = torch.arange(num_frequencies, device=indices.device).unsqueeze(1)
+    frequencies = torch.arange(num_frequencies, device=indices.device).unsqueeze(1)  # [F, 1]
+    # [F, T + M]: all groups keep a token of C but the one of its frequency, which has it already.
     keep = F.pad(indices % num_frequencies != frequencies, (keys.shape[2] - len(indices), 0), value=True)
+    # One row of it for each head of a group.
     return keep.repeat_interleave(keys.shape[1] // num_frequencies, dim=0)[None, :, None]
 
 
@@ -132,13 +136,15 @@ class LiteFocus(SeededAccelerator):
 
     def _sparse(self, sizes: FeatureMapSizes, layer: UNetSelfAttention) -> Attend:
         def attend(attention: "Attention", tokens: Tensor) -> Tensor:
-            _, num_frequencies = sizes[layer.transformer]
+            _, num_frequencies = sizes[layer.transformer]  # the frames follow from the number of tokens
             num_tokens, device = tokens.shape[1], tokens.device
             indices = self.drawn(layer.name, compensation_indices, num_tokens, self._ratio, device=device)
+            # The layer's own weights; only the core is another.
             projections = (attention.to_q, attention.to_k, attention.to_v)
+            # Each [B, H, N, head_dim].
             q, k, v = (project(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2) for project in projections)
-            attended = self._core(q, k, v, num_frequencies, indices).transpose(1, 2).flatten(-2)
-            for module in attention.to_out:
+            attended = self._core(q, k, v, num_frequencies, indices).transpose(1, 2).flatten(-2)  # [B, N, D]
+            for module in attention.to_out:  # a linear layer, then dropout
                 attended = module(attended)
             return attended
 

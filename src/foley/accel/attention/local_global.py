@@ -14,7 +14,7 @@ from foley.accel.attention.seeded import SeededAccelerator
 from foley.accel.layers import find_cacheable_layers
 from foley.nn.attention import Attention, dense_core
 
-_SMALLEST_BLOCK = 64
+_SMALLEST_BLOCK = 64  # queries: at least so many share one gathering of keys
 
 
 def local_global_attention(
@@ -45,10 +45,10 @@ def local_global_attention(
     if window < 0:
         raise ValueError(f"window is the number of tokens on each side, 0 or more, got {window}")
     if window >= length - 1:
-        return dense_core(q, k, v, mask)
+        return dense_core(q, k, v, mask)  # every window holds every key
     if mask is not None and mask.shape[1:3] != (1, 1):
         raise ValueError(f"the mask must be one of the keys, [B, 1, 1, N], got {tuple(mask.shape)}")
-    indices = global_indices.to(q.device)
+    indices = global_indices.to(q.device)  # [M]
     # A larger block copies the global keys less often; a smaller one computes fewer scores beyond the window.
     block = max(window, len(indices) // 2, _SMALLEST_BLOCK)
     num_blocks = -(-length // block)  # rounded up
@@ -57,10 +57,12 @@ def local_global_attention(
         torch.cat([_blocks(x, block, window), x.index_select(2, indices).repeat_interleave(num_blocks, 0)], dim=2)
         for x in (k, v)
     )
+    # [1 or B, 1, N, 1]: along the frames, as `_blocks` cuts them.
     valid = q.new_ones(1, 1, length, 1, dtype=torch.bool) if mask is None else mask.mT
     allowed = _allowed(valid.expand(batch, -1, -1, -1), window, block, indices)
     # Queries [B blocks, H, block, D]; what the last block has too much is cut away.
     attended = F.scaled_dot_product_attention(_blocks(q, block, 0), keys, values, attn_mask=allowed)
+    # Blocks back in their places: [B, blocks, H, block, D] to [B, H, blocks * block, D].
     return attended.unflatten(0, (batch, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
@@ -69,18 +71,22 @@ def _blocks(x: Tensor, block: int, margin: int) -> Tensor:
 
     Beyond both ends there are zeros.
     """
-    padded = F.pad(x, (0, 0, margin, margin + -x.shape[2] % block))
+    padded = F.pad(x, (0, 0, margin, margin + -x.shape[2] % block))  # -N % block fills up the last block
+    # [B, H, blocks, D, size] to [B, blocks, H, size, D].
     return padded.unfold(2, block + 2 * margin, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
 def _allowed(valid: Tensor, window: int, block: int, indices: Tensor) -> Tensor:
     """The mask `[B blocks, 1, block, block + 2 window + M]`, from the validity of the keys `[B, 1, N, 1]`."""
     length = valid.shape[2]
-    position = torch.arange(length + -length % block, device=valid.device)
+    position = torch.arange(length + -length % block, device=valid.device)  # of the queries, [blocks * block]
+    # Key minus query, [block, block + 2 window]: the same in each block.
     distance = torch.arange(-window, block + window, device=valid.device) - position[:block, None]
     # Each query may attend to itself, so that a padded one, which is cut away or ignored, is not a softmax of nothing.
     local = (distance.abs() <= window) & _blocks(valid, block, window).mT | (distance == 0)
+    # A global key within the window is counted there; [blocks * block, M].
     beyond_window = (indices - position[:, None]).abs() > window
+    # [B, 1, 1, M] and [blocks, 1, 1, block, M] to [blocks, B, 1, block, M].
     distant = valid[:, :, indices].mT & beyond_window.unflatten(0, (-1, 1, block)).unsqueeze(1)
     return torch.cat([local, distant.transpose(0, 1).flatten(0, 1)], dim=-1)
 
@@ -133,7 +139,8 @@ class LocalGlobal(SeededAccelerator):
                 f"the attention core of {taken[0]!r} ({len(taken)} of {len(layers)} layers) is replaced already: "
                 "leave that accelerator's `attach` context first"
             )
-        num_leading = int(getattr(denoiser, "prepends_time_token", False))
+        num_leading = int(getattr(denoiser, "prepends_time_token", False))  # the time token, if any
+        # One for each layer, whose global frames are its own.
         cores = {name: _WindowCore(self._window_frames) for name in layers}
         with ExitStack() as stack:
             for name, attention in layers.items():
@@ -159,8 +166,8 @@ class LocalGlobal(SeededAccelerator):
 
 def _visible_to_all(num_frames: int, ratio: float, num_leading: int, generator: torch.Generator) -> Tensor:
     """The leading tokens, and the drawn ones among the frames after them."""
-    frames = compensation_indices(num_frames, ratio, generator)
-    return torch.cat([torch.arange(num_leading), frames + num_leading])
+    frames = compensation_indices(num_frames, ratio, generator)  # [floor(ratio L)]
+    return torch.cat([torch.arange(num_leading), frames + num_leading])  # [num_leading + floor(ratio L)], as tokens
 
 
 class _WindowCore:
@@ -168,7 +175,7 @@ class _WindowCore:
 
     def __init__(self, window_frames: int) -> None:
         self.window_frames = window_frames
-        self.global_indices = torch.empty(0, dtype=torch.long)
+        self.global_indices = torch.empty(0, dtype=torch.long)  # [M], set before each evaluation
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return local_global_attention(q, k, v, self.window_frames, self.global_indices, mask)

@@ -21,8 +21,8 @@ class SeededAccelerator:
 
     def _reset(self) -> None:
         self._num_evaluations = 0
-        self._evaluation: int | None = None
-        self._tables: dict[Hashable, Tensor] = {}
+        self._evaluation: int | None = None  # None outside of one
+        self._tables: dict[Hashable, Tensor] = {}  # [evaluations, M] for each layer
 
     def drawn(
         self, layer: str, draw: Callable[..., Tensor], *arguments: float | tuple[int, int], device: torch.device
@@ -39,9 +39,11 @@ class SeededAccelerator:
         key = (layer, arguments, device)
         if key not in self._tables:
             generators = (
+                # The class too, so that two accelerators of one seed draw apart.
                 torch_generator(type(self).__name__, self._seed, layer, evaluation)
                 for evaluation in range(self._num_evaluations)
             )
+            # M follows from the arguments alone, so that the draws of all evaluations stack.
             self._tables[key] = torch.stack([draw(*arguments, generator) for generator in generators]).to(device)
         return self._tables[key][self._evaluation]
 

@@ -25,7 +25,7 @@ from foley.accel.diffusers.audioldm2 import (
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-Matchings = dict[nn.Module, "TokenMatching"]
+Matchings = dict[nn.Module, "TokenMatching"]  # of each transformer block, at the present evaluation
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class TokenMatching:
     def merge(self, x: Tensor) -> Tensor:
         """`[B, N, D]` to `[B, num_rows, D]`: each row is the mean of its tokens."""
         merged = x.new_zeros(len(x), self.num_rows, x.shape[-1])
+        # `include_self=False`: the zeros are no part of the mean.
         return merged.scatter_reduce(1, self._index(x), x, "mean", include_self=False)
 
     def unmerge(self, x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class TokenMatching:
         return x.gather(1, self._index(x))
 
     def _index(self, x: Tensor) -> Tensor:
-        return self.rows.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return self.rows.unsqueeze(-1).expand(-1, -1, x.shape[-1])  # [B, N, D]
 
 
 def draw_destinations(frames: int, frequencies: int, stride: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -53,9 +54,10 @@ def draw_destinations(frames: int, frequencies: int, stride: tuple[int, int], ge
 
     What is left at the ends, where the strides do not divide the sizes, holds no destination.
     """
-    cells = frames // stride[0], frequencies // stride[1]
+    cells = frames // stride[0], frequencies // stride[1]  # whole ones, in time and in frequency
+    # A place in each cell, counted row by row.
     offset = torch.randint(stride[0] * stride[1], cells, generator=generator)
-    frame = torch.arange(cells[0]).unsqueeze(1) * stride[0] + offset // stride[1]
+    frame = torch.arange(cells[0]).unsqueeze(1) * stride[0] + offset // stride[1]  # [cells in time, cells in frequency]
     frequency = torch.arange(cells[1]) * stride[1] + offset % stride[1]
     return (frame * frequencies + frequency).flatten()
 
@@ -80,16 +82,17 @@ def match_tokens(features: Tensor, destinations: Tensor, num_merged: int) -> Tok
     """
     destinations = destinations.to(features.device)
     is_destination = torch.zeros(features.shape[1], device=features.device).index_fill(0, destinations, 1.0)
-    # Sorted, sources come first and in order; to look for them by `nonzero` would wait for the device.
+    # Of [N]. Sorted, sources come first and in order; to look for them by `nonzero` would wait for the device.
     sources = is_destination.argsort(stable=True)[: features.shape[1] - len(destinations)]
-    directions = F.normalize(features, dim=-1)
+    directions = F.normalize(features, dim=-1)  # of length 1, so that products are cosines
     # Of each source: its likest destination, and how alike they are, [B, N - M].
     similarity, target = (directions[:, sources] @ directions[:, destinations].mT).max(dim=-1)
     # 0 is the source most alike to a destination; those of the first ranks merge.
     rank = similarity.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     # Rows: first the sources that are kept, then the destinations.
-    num_kept = len(sources) - num_merged
+    num_kept = len(sources) - num_merged  # the sources that stay by themselves
     rows = torch.empty(features.shape[:2], dtype=torch.long, device=features.device)
+    # A merged source goes to the row of its destination, a kept one to that of its rank among the kept.
     rows[:, sources] = torch.where(rank < num_merged, num_kept + target, rank - num_merged)
     rows[:, destinations] = num_kept + torch.arange(len(destinations), device=features.device)
     return TokenMatching(rows, num_kept + len(destinations))
@@ -119,7 +122,7 @@ class TokenMerging(SeededAccelerator):
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
-        largest = 1 - 1 / math.prod(stride)
+        largest = 1 - 1 / math.prod(stride)  # each cell keeps one token, its destination
         if not 0 <= ratio <= largest:
             raise ValueError(f"ratio must be between 0 and {largest:g} for stride {tuple(stride)}, got {ratio}")
         unknown = set(attentions) - {"attn1", "attn2"}
@@ -142,6 +145,7 @@ class TokenMerging(SeededAccelerator):
         with ExitStack() as stack:
             sizes = stack.enter_context(watched_feature_maps(layers))
             stack.enter_context(replaced_attention(layers, partial(self._merged, matchings)))
+            # Once a block, whose layers share the matching: on its input, before its norms, as published.
             for layer in {layer.block: layer for layer in layers}.values():
                 match = partial(self._match, matchings, sizes, layer)
                 stack.callback(layer.block.register_forward_pre_hook(match, with_kwargs=True).remove)
@@ -158,7 +162,7 @@ class TokenMerging(SeededAccelerator):
     ) -> None:
         tokens = first_input(args, kwargs)
         num_merged = math.floor(self._ratio * tokens.shape[1])
-        name, size = layer.name.rpartition(".")[0], sizes[layer.transformer]
+        name, size = layer.name.rpartition(".")[0], sizes[layer.transformer]  # frames and frequencies
         destinations = self.drawn(name, draw_destinations, *size, self._stride, device=tokens.device)
         matchings[block] = match_tokens(tokens, destinations, num_merged)
 
@@ -168,7 +172,8 @@ class TokenMerging(SeededAccelerator):
         def attend(attention: "Attention", tokens: Tensor) -> Tensor:
             matching = matchings[layer.block]
             if matching.num_rows == tokens.shape[1]:
-                return original(attention, tokens)
+                return original(attention, tokens)  # nothing merges: the layer as it is, to the last bit
+            # [B, N, D] to [B, num_rows, D] and back.
             return matching.unmerge(original(attention, matching.merge(tokens)))
 
         return attend

@@ -38,12 +38,12 @@ def audiocache_schedule(changes: Mapping[str, Sequence[float]], delta: float) ->
     """
     if delta < 0:
         raise ValueError(f"AudioCache's threshold must be at least 0 (0 computes always), got {delta}")
-    return {layer: _accumulate(curve, delta) for layer, curve in changes.items()}
+    return {layer: _accumulate(curve, delta) for layer, curve in changes.items()}  # no layer knows of another
 
 
 def _accumulate(curve: Sequence[float], delta: float) -> list[bool]:
     decisions, accumulated = [True], 0.0  # the first evaluation has nothing to reuse
-    for change in curve[1:]:
+    for change in curve[1:]:  # curve[0] has no evaluation before it
         accumulated += change  # eq. 2
         decisions.append(accumulated >= delta)  # Algorithm 1
         if decisions[-1]:

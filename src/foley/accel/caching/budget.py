@@ -53,8 +53,8 @@ def budget_schedule(
     # MACs that the layers may take in all: those of the whole run, less what no schedule can save.
     budget = num_evaluations * (total_macs / target_speedup - (total_macs - layers_once))
     if target_speedup < 1 or budget < layers_once:
-        uncached = num_evaluations * total_macs
-        largest = uncached / (uncached - (num_evaluations - 1) * layers_once)
+        uncached = num_evaluations * total_macs  # everything computed always
+        largest = uncached / (uncached - (num_evaluations - 1) * layers_once)  # every layer computed once
         raise ValueError(f"accel.target_speedup must lie between 1 and {largest:.3g} here, got {target_speedup:g}")
     return methods[method](changes, layer_macs, budget)
 
@@ -119,9 +119,9 @@ def _best_for_every_count(curve: Sequence[float]) -> tuple[NDArray[np.float64], 
     best, least, choices = allowed[0], [allowed[0, -1]], [np.zeros(size + 1, dtype=np.int64)]
     for _ in range(size - 1):
         candidates = best[:size, None] + allowed  # [c, e]
-        choices.append(candidates.argmin(axis=0))
+        choices.append(candidates.argmin(axis=0))  # the best c, for each e
         best = candidates.min(axis=0)
-        least.append(best[-1])
+        least.append(best[-1])  # the run's end, e = E
     return np.asarray(least), choices
 
 
@@ -141,7 +141,7 @@ def _next_step(errors: NDArray[np.float64], count: int, affordable: int) -> tupl
 def _backtrack(choices: list[NDArray[np.int64]], count: int) -> list[bool]:
     """The schedule of `count` computations: its last one, from the end of the run, then the one before, and so on."""
     row, end = [False] * (len(choices[0]) - 1), len(choices[0]) - 1
-    for choice in reversed(choices[:count]):
+    for choice in reversed(choices[:count]):  # the last computation before `end`
         end = int(choice[end])
         row[end] = True
     return row
@@ -152,7 +152,7 @@ def _greedy(changes: Curves, layer_macs: Mapping[str, int], budget: float) -> Ro
     errors = {layer: _interval_errors(curve) for layer, curve in changes.items()}
     size = len(next(iter(errors.values())))
     rows = {layer: [True] * size for layer in changes}
-    spent = float(sum(layer_macs[layer] * size for layer in changes))
+    spent = float(sum(layer_macs[layer] * size for layer in changes))  # MACs of all layer calls
 
     def price(layer: str, evaluation: int) -> tuple[float, str, int]:
         previous, following = _neighbours(rows[layer], evaluation)

@@ -87,7 +87,7 @@ class Calibration:
 
     def changes(self) -> dict[str, list[float]]:
         """Per layer, the mean change since the previous evaluation (AudioCache, eq. 1)."""
-        return dict(zip(self.layer_names, self.mean[:, 0].tolist(), strict=True))
+        return dict(zip(self.layer_names, self.mean[:, 0].tolist(), strict=True))  # distance 1
 
     def at(self, num_steps: int, timesteps: Sequence[float]) -> "Calibration":
         """For a run of another number of steps: the differences of the cumulative curves between its evaluations.
@@ -110,7 +110,7 @@ class Calibration:
         for distance in range(1, mean.shape[1] + 1):
             mean[:, distance - 1, distance:] = positions[:, distance:] - positions[:, :-distance]
         signature = replace(self.signature, num_steps=num_steps, num_evaluations=len(asked))
-        std = torch.full_like(mean, torch.nan)
+        std = torch.full_like(mean, torch.nan)  # no sum of standard deviations is that of the sum
         return replace(self, mean=mean, std=std, signature=signature, timesteps=tuple(timesteps))
 
     def errors(self, max_lookahead: int) -> dict[str, list[list[float]]]:
@@ -119,7 +119,7 @@ class Calibration:
         Raises:
             ValueError: the calibration did not record as many distances.
         """
-        recorded = self.mean.shape[1]
+        recorded = self.mean.shape[1]  # distances
         if not 1 <= max_lookahead <= recorded:
             raise ValueError(f"max_lookahead must be between 1 and the {recorded} recorded, got {max_lookahead}")
         # The curves look back: what evaluation s + k says of distance k is the change that begins at s.
@@ -221,11 +221,11 @@ class CalibrationRecorder:
         evaluation, batch_size = self._context.evaluation, self._context.run.batch_size
         self._totals = self._totals.to(output.device)  # stays there for the run: to read it would wait for the device
         history = self._history.setdefault((self._context.branch, index), deque(maxlen=self._max_distance))
-        for distance, previous in enumerate(reversed(history)):
+        for distance, previous in enumerate(reversed(history)):  # the newest first: distance 1 is index 0
             branches = relative_change(output, previous).view(-1, batch_size)  # a joint batch: [branches, B]
             self._totals[index, distance, evaluation] += branches.sum(dim=0)
-        self._counts[index, evaluation] += output.shape[0] // batch_size
-        history.append(output)
+        self._counts[index, evaluation] += output.shape[0] // batch_size  # 1, or 2 of a joint batch
+        history.append(output)  # beyond `max_distance`, the oldest falls out
 
     def on_run_start(self, run: RunContext) -> None:
         """Raises RuntimeError if nothing is attached, SignatureMismatchError if runs of two kinds would be mixed."""
@@ -243,7 +243,7 @@ class CalibrationRecorder:
     def on_evaluation_start(self, context: StepContext) -> None:
         self._context = context
         if context.evaluation == 0:
-            self._macs = MacCounter()
+            self._macs = MacCounter()  # anew in each run: the last one counts
             self._macs.start()
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
@@ -252,7 +252,9 @@ class CalibrationRecorder:
 
     def on_run_end(self) -> None:
         self._macs.stop()
+        # Every layer has computed at every evaluation, or else the run broke off.
         if self._counts.numel() and (self._counts > 0).all():
+            # The mean over branches: [layers, distances, evaluations, B].
             self._finished_runs.append(self._totals.cpu() / self._counts[:, None, :, None])
         self._context = None
         self._forget_run()
@@ -264,7 +266,7 @@ class CalibrationRecorder:
         prompts = torch.cat(self._finished_runs, dim=-1)  # [layers, distances, evaluations, prompts]
         return Calibration(
             mean=prompts.mean(dim=-1),
-            std=prompts.std(dim=-1, correction=0),
+            std=prompts.std(dim=-1, correction=0),  # the spread of these prompts, not an estimate of others
             layer_names=tuple(layer.name for layer in self._layers),
             layer_kinds=tuple(layer.kind for layer in self._layers),
             signature=self._signature,
@@ -329,13 +331,14 @@ class CalibratedCache(LayerCache, ABC):
     def require_calibration(self, solver: str | None, num_steps: int | None, guidance_scale: float | None) -> None:
         """Raises FileNotFoundError where no calibration can serve such a run; what is None is not known yet."""
         steps = self._calibrated_steps or num_steps
+        # What is not known yet may be anything.
         file = info_path(calibration_stem(self._directory, solver or "*", steps or "*"))
         if any(self._directory.glob(file.name)):
             return
         # The pipelines of diffusers keep their own solver.
         named = None if solver is None or solver.endswith("Scheduler") else solver
         scale = None if guidance_scale is None else f"{guidance_scale:g}"
-        options = {"solver": named, "prompts": "FILE", "steps": steps, "guidance_scale": scale}
+        options = {"solver": named, "prompts": "FILE", "steps": steps, "guidance_scale": scale}  # those of the script
         given = {**self._source, **options, "output_dir": self._directory}
         command = shlex.join(f"{key}={value}" for key, value in given.items() if value is not None)
         raise FileNotFoundError(
@@ -351,6 +354,7 @@ def require_calibrations(
 
     The model need not be loaded for that. What is None is not known yet.
     """
+    # What `Combined` holds, or the accelerator itself.
     for part in getattr(accelerator, "accelerators", (accelerator,)):
         if isinstance(part, CalibratedCache):
             part.require_calibration(solver, num_steps, guidance_scale)

@@ -23,7 +23,7 @@ def fora_schedule(num_steps: int, interval: int) -> list[bool]:
     """
     if interval < 1:
         raise ValueError(f"FORA's interval must be at least 1 (1 computes always), got {interval}")
-    return [step % interval == 0 for step in range(num_steps)]
+    return [step % interval == 0 for step in range(num_steps)]  # 0, n, 2 n, ...
 
 
 class Fora(LayerCache):

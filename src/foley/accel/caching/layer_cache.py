@@ -34,7 +34,7 @@ class Reuse(Protocol):
 class Hold:
     """The last output, as AudioCache and SmoothCache reuse it."""
 
-    output: Any = None
+    output: Any = None  # of the layer, [B, N, D]
 
     def store(self, evaluation: int, output: Any) -> None:
         self.output = output
@@ -56,14 +56,15 @@ class Taylor:
     slope: Any = None  # (F(e1) - F(e0)) / (e1 - e0)
 
     def store(self, evaluation: int, output: Any) -> None:
+        # F(e1) is still the one before: it is about to become F(e0).
         if self.output is not None:
             self.slope = (output - self.output) / (evaluation - self.evaluation)
         self.evaluation, self.output = evaluation, output
 
     def recall(self, evaluation: int) -> Any:
         if self.slope is None:
-            return self.output
-        return self.output + (evaluation - self.evaluation) * self.slope
+            return self.output  # one output so far: hold it
+        return self.output + (evaluation - self.evaluation) * self.slope  # F(e)
 
 
 _REUSES: dict[str, type[Reuse]] = {"hold": Hold, "taylor": Taylor}
@@ -123,7 +124,7 @@ class LayerCache:
     def __init__(self, schedule: CacheSchedule | None = None, reuse: Callable[[], Reuse] = Hold) -> None:
         self.schedule = schedule
         self._make_reuse = reuse
-        self._denoiser: nn.Module | None = None
+        self._denoiser: nn.Module | None = None  # while attached
         self._layer_names: tuple[str, ...] = ()
         self._reset()
 
@@ -170,11 +171,12 @@ class LayerCache:
             if self._row is None:
                 raise RuntimeError("a LayerCache is attached, but the sampler does not call it: pass it as a callback")
             memory = self._memories.get(index)
+            # A layer without memory computes, whatever the row says: the run began in the middle of the schedule.
             if memory is not None and not self._row[index]:
                 return memory.recall(self._evaluation)
             output = original(*args, **kwargs)
             if memory is None:
-                memory = self._memories[index] = self._make_reuse()
+                memory = self._memories[index] = self._make_reuse()  # one for each layer and branch
             memory.store(self._evaluation, output)
             return output
 
@@ -200,6 +202,7 @@ class LayerCache:
             raise RuntimeError("LayerCache has no denoiser: generate inside its `attach(denoiser)` context")
         self._reset()
         self.schedule = self.schedule_for(run, self._denoiser)
+        # The table's columns are found by position, so order counts as well.
         if self.schedule.layer_names != self._layer_names:
             raise SignatureMismatchError(
                 f"the schedule was made for the layers {', '.join(self.schedule.layer_names)}, but those that can be "
@@ -237,6 +240,7 @@ def replaced_forwards(
     replaced = [(layer.name, index, layer.module, wrap) for index, layer in enumerate(layers)]
     if wrap_norm is not None:
         norms = ((layer.name, index, layer.norm) for index, layer in enumerate(layers))
+        # Norms have the index of their layer, whose row decides for both.
         replaced += [(f"the norm of {name}", index, norm, wrap_norm) for name, index, norm in norms if norm is not None]
     # A forward of its class does not show among the module's own attributes; a replaced one does.
     taken = [name for name, _, module, _ in replaced if "forward" in vars(module)]
@@ -248,7 +252,7 @@ def replaced_forwards(
     with ExitStack() as stack:
         stack.enter_context(_uncompiled_around(denoiser, layers))
         for _, index, module, make in replaced:
-            stack.callback(vars(module).pop, "forward", None)
+            stack.callback(vars(module).pop, "forward", None)  # that of the class shows again
             module.forward = make(index, getattr(module, "compiled_forward", module.forward))
         yield
 

@@ -24,15 +24,15 @@ def plot_calibration(calibration: Calibration, path: Path) -> None:
     After Fig. 3 of AudioCache and Fig. 2 of SmoothCache.
     """
     kinds = list(dict.fromkeys(calibration.layer_kinds))
-    depth = max(calibration.layer_kinds.count(kind) for kind in kinds)
-    colors = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, depth)))
+    depth = max(calibration.layer_kinds.count(kind) for kind in kinds)  # blocks of the kind that has most
+    colors = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.92, depth)))  # without viridis's palest end
     figure = Figure(figsize=(_PANEL_WIDTH_INCHES * len(kinds), _PANEL_HEIGHT_INCHES), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, kind in zip(panels, kinds, strict=True):
         _plot_kind(axes, calibration, kind, colors)
     panels[0].set_ylabel("relative L1 change")
     panels[0].set_ylim(bottom=0)  # last: it fixes the top of the shared axis as well
-    blocks = ScalarMappable(BoundaryNorm(np.arange(depth + 1) - 0.5, depth), colors)
+    blocks = ScalarMappable(BoundaryNorm(np.arange(depth + 1) - 0.5, depth), colors)  # a colour for each block
     ticks = np.unique(np.linspace(0, depth - 1, min(depth, 8)).round())
     figure.colorbar(blocks, ax=panels, label="block", ticks=ticks, aspect=30, pad=0.01)
     signature = calibration.signature
@@ -47,6 +47,7 @@ def _plot_kind(axes: Axes, calibration: Calibration, kind: str, colors: ListedCo
     evaluations = np.arange(1, calibration.signature.num_evaluations)
     rows = [i for i, layer_kind in enumerate(calibration.layer_kinds) if layer_kind == kind]
     for block, row in enumerate(rows):
+        # At distance 1, from evaluation 1 on.
         mean, std = (curves[row, 0, 1:].numpy() for curves in (calibration.mean, calibration.std))
         axes.plot(evaluations, mean, color=colors(block), linewidth=1.3)
         axes.fill_between(evaluations, mean - std, mean + std, color=colors(block), alpha=0.15, linewidth=0)
@@ -61,9 +62,10 @@ def plot_schedule(schedule: CacheSchedule, path: Path) -> None:
     figure = Figure(figsize=(2.4 + 0.14 * num_evaluations, 1.2 + 0.16 * num_layers), layout="constrained")
     axes = figure.subplots()
     colors = ListedColormap(["#e8edf2", "#31688e"])
+    # [layers, evaluations].
     axes.pcolormesh(schedule.compute.T.numpy(), cmap=colors, vmin=0, vmax=1, edgecolors="white", linewidth=0.4)
     axes.set_yticks(np.arange(num_layers) + 0.5, schedule.layer_names, fontsize=6)
-    axes.invert_yaxis()
+    axes.invert_yaxis()  # the first layer on top
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     settings = {
@@ -95,7 +97,7 @@ def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             points = sorted(
                 (row["wall_speedup"], row[key]) for row in rows if (row["policy"], row["reuse"]) == (policy, reuse)
             )
-            style = "o-" if reuse == "hold" else "^--"
+            style = "o-" if reuse == "hold" else "^--"  # solid, or dashed where the reuse extrapolates
             axes.plot(*zip(*points, strict=True), style, color=f"C{policies.index(policy)}", label=f"{policy}, {reuse}")
         axes.set(title=title, xlabel="wall-clock speed-up of the denoising", ylim=(0, None))
         _tidy(axes)

@@ -15,6 +15,7 @@ from foley.diffusion.context import RunContext
 
 _logger = get_logger(__name__)
 
+# What must agree; of another guidance scale a warning is enough.
 _DECISIVE_FIELDS = ("model_hash", "solver", "num_steps", "num_evaluations")
 
 
@@ -26,11 +27,11 @@ class SignatureMismatchError(ValueError):
 class RunSignature:
     """What a generation was run with. The guidance scale is recorded, but another one is no reason to refuse."""
 
-    model_hash: str
+    model_hash: str  # of the weights
     solver: str
     num_steps: int
-    num_evaluations: int
-    guidance_scale: float
+    num_evaluations: int  # more than steps for Heun's solvers
+    guidance_scale: float  # w
 
     @classmethod
     def of(cls, run: RunContext, denoiser: nn.Module) -> "RunSignature":
@@ -84,8 +85,8 @@ class CacheSchedule:
         0.75
     """
 
-    compute: Tensor
-    layer_names: tuple[str, ...]
+    compute: Tensor  # [evaluations, layers]
+    layer_names: tuple[str, ...]  # dotted, in order of execution
     layer_kinds: tuple[str, ...]
     signature: RunSignature
     policy: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +101,7 @@ class CacheSchedule:
         if len(self.layer_kinds) != len(self.layer_names):
             raise ValueError(f"{len(self.layer_kinds)} layer kinds for {len(self.layer_names)} layer names")
         if not self.compute[0].all():
-            reused = self.layer_names[int(self.compute[0].int().argmin())]
+            reused = self.layer_names[int(self.compute[0].int().argmin())]  # the first that is false
             raise ValueError(f"evaluation 0 reuses {reused!r}, but nothing has been computed yet: it must compute all")
 
     @classmethod
@@ -119,7 +120,7 @@ class CacheSchedule:
     @property
     def computed_fraction(self) -> float:
         """The share of layer calls that compute, 1 without caching."""
-        return self.compute.double().mean().item()
+        return self.compute.double().mean().item()  # of calls: layers count alike, whatever their MACs
 
     def check(self, run: RunContext, denoiser: nn.Module) -> None:
         """Raises SignatureMismatchError if this run has another model, solver or number of steps."""
@@ -141,7 +142,7 @@ class CacheSchedule:
         tensors, info = load_record(stem)
         return cls(
             compute=tensors["compute"],
-            layer_names=tuple(info["layer_names"]),
+            layer_names=tuple(info["layer_names"]),  # JSON has lists alone
             layer_kinds=tuple(info["layer_kinds"]),
             signature=RunSignature(**info["signature"]),
             policy=info["policy"],

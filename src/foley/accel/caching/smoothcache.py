@@ -38,7 +38,7 @@ def smoothcache_schedule(
     """
     if alpha < 0:
         raise ValueError(f"SmoothCache's alpha must be at least 0, got {alpha}")
-    by_kind = groupby(sorted(errors, key=layer_kind), key=layer_kind)
+    by_kind = groupby(sorted(errors, key=layer_kind), key=layer_kind)  # groupby joins neighbours alone, hence sorted
     return {
         kind: _look_ahead(_mean_errors([errors[layer] for layer in layers]), alpha, num_steps)
         for kind, layers in by_kind
@@ -47,17 +47,18 @@ def smoothcache_schedule(
 
 def _mean_errors(blocks: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     """Average over blocks what is indexed by block, distance and step."""
+    # [blocks][distances][steps] to [distances][steps].
     return [[fmean(step) for step in zip(*distance, strict=True)] for distance in zip(*blocks, strict=True)]
 
 
 def _look_ahead(errors: Sequence[Sequence[float]], alpha: float, num_steps: int) -> list[bool]:
-    decisions, step = [False] * num_steps, 0
+    decisions, step = [False] * num_steps, 0  # reuse, where nothing else is decided
     while step < num_steps:
         decisions[step] = True
         # Near the end there are fewer distances: no curve of distance k tells of step i with i + k beyond the last.
         passing = [k for k, curve in enumerate(errors, start=1) if step < len(curve) and curve[step] <= alpha]
         step += max(passing, default=0) + 1  # the largest, even where a smaller k in between does not pass
-    decisions[-1] = True
+    decisions[-1] = True  # the last step computes, wherever the lookahead led
     return decisions
 
 
@@ -96,5 +97,5 @@ class SmoothCache(CalibratedCache):
     def decide(self, calibration: Calibration) -> dict[str, list[bool]]:
         """Each kind by itself, see `smoothcache_schedule`; raises ValueError for a lookahead that was not recorded."""
         errors, num_evaluations = calibration.errors(self._max_lookahead), calibration.signature.num_evaluations
-        by_kind = smoothcache_schedule(errors, self._alpha, num_evaluations)
+        by_kind = smoothcache_schedule(errors, self._alpha, num_evaluations)  # "self_attention" and so on, to decisions
         return {name: by_kind[layer_kind(name)] for name in calibration.layer_names}

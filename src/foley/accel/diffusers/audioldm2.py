@@ -48,6 +48,7 @@ def find_self_attention(denoiser: nn.Module, blocks: Sequence[str]) -> list[UNet
         )
     layers: list[UNetSelfAttention] = []
     for name, module in unets[0].named_modules():
+        # With the dot: `down_blocks.1` is not the beginning of `down_blocks.10`.
         if isinstance(module, Transformer2DModel) and any(name.startswith(f"{block}.") for block in blocks):
             layers += _of_transformer(name, module)
     missing = [block for block in blocks if not any(layer.name.startswith(f"{block}.") for layer in layers)]
@@ -58,10 +59,12 @@ def find_self_attention(denoiser: nn.Module, blocks: Sequence[str]) -> list[UNet
 
 
 def _of_transformer(name: str, transformer: "Transformer2DModel") -> Iterator[UNetSelfAttention]:
+    # A ModuleList, which is typed as modules.
     blocks = cast(Iterable["BasicTransformerBlock"], transformer.transformer_blocks)
     for index, block in enumerate(blocks):
         for part in ("attn1", "attn2"):
             attention = getattr(block, part)
+            # attn2 may be absent, attend to a text, or be a second self-attention.
             if attention is not None and not attention.is_cross_attention:
                 yield UNetSelfAttention(f"{name}.transformer_blocks.{index}.{part}", attention, block, transformer)
 
@@ -74,7 +77,7 @@ class BorrowedProcessor:
 
     def __call__(
         self,
-        attn: "Attention",
+        attn: "Attention",  # names of arguments are those that diffusers calls with
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -104,7 +107,7 @@ def replaced_attention(
     with ExitStack() as stack:
         for layer in layers:
             processor = cast("AttnProcessor", BorrowedProcessor(wrap(layer)))  # diffusers itself takes any callable
-            stack.callback(layer.attention.set_processor, layer.attention.processor)
+            stack.callback(layer.attention.set_processor, layer.attention.processor)  # its own, to be put back
             layer.attention.set_processor(processor)
         yield
 
@@ -121,10 +124,11 @@ def watched_feature_maps(layers: Sequence[UNetSelfAttention]) -> Iterator[Featur
     sizes: dict[nn.Module, tuple[int, int]] = {}
 
     def note_size(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        frames, frequencies = first_input(args, kwargs).shape[-2:]
+        frames, frequencies = first_input(args, kwargs).shape[-2:]  # of [B, C, T, F]
         sizes[module] = frames, frequencies
 
     with ExitStack() as stack:
+        # Each once, however many layers it holds.
         for transformer in dict.fromkeys(layer.transformer for layer in layers):
             stack.callback(transformer.register_forward_pre_hook(note_size, with_kwargs=True).remove)
         yield sizes

@@ -34,6 +34,7 @@ def accelerated(denoiser: nn.Module, scheduler: Any, guidance_scale: float, acce
     driver = _Driver(scheduler, guidance_scale, accelerator)
     own_forward = vars(denoiser).get("forward")  # offloading of diffusers sets one
     with ExitStack() as stack:
+        # Undone from the last to the first: the forward, the run, the attachment.
         stack.enter_context(accelerator.attach(denoiser))
         stack.callback(driver.end_run)
         stack.callback(_restore_forward, denoiser, own_forward)
@@ -42,7 +43,7 @@ def accelerated(denoiser: nn.Module, scheduler: Any, guidance_scale: float, acce
 
 
 def _restore_forward(denoiser: nn.Module, forward: Forward | None) -> None:
-    vars(denoiser).pop("forward", None)
+    vars(denoiser).pop("forward", None)  # that of the class shows again
     if forward is not None:
         denoiser.forward = forward
 
@@ -52,16 +53,19 @@ class _Driver:
         self._scheduler = scheduler
         self._guidance_scale = guidance_scale
         self._accelerator = accelerator
-        self._run: RunContext | None = None
-        self._evaluation = -1
+        self._run: RunContext | None = None  # None between generations
+        self._evaluation = -1  # the last that the accelerator was told of
 
     def wrap(self, forward: Forward) -> Forward:
         def evaluate(*args: Any, **kwargs: Any) -> Any:
+            # Transformers call it `hidden_states`, U-Nets `sample`: [rows, C, ...].
             sample = args[0] if args else kwargs[_first_of(kwargs, "hidden_states", "sample")]
+            # One number, or one for each row and all the same.
             timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).flatten()[0]
             context = self._context(len(sample), timestep)
             self._accelerator.on_evaluation_start(context)
             output = forward(*args, **kwargs)
+            # A tuple, or an output class that reads as one.
             prediction = output if isinstance(output, Tensor) else output[0]
             self._accelerator.on_evaluation_end(context, prediction)
             return output
@@ -75,9 +79,10 @@ class _Driver:
             self._accelerator.on_run_end()
 
     def _context(self, rows: int, timestep: Tensor) -> StepContext:
+        # `set_timesteps` makes a new tensor, so that every generation has one of its own.
         if self._run is None or self._run.timesteps is not self._scheduler.timesteps:
             self.end_run()
-            self._begin_run(rows // 2 if self._guidance_scale > 1 else rows)
+            self._begin_run(rows // 2 if self._guidance_scale > 1 else rows)  # guidance doubles the rows
         assert self._run is not None
         evaluation = self._index(timestep)
         if evaluation == self._evaluation:
@@ -91,6 +96,7 @@ class _Driver:
     def _begin_run(self, batch_size: int) -> None:
         scheduler = self._scheduler
         solver, num_steps = type(scheduler).__name__, scheduler.num_inference_steps
+        # A rescale (0 here) is the pipeline's own affair: it follows the evaluation.
         self._run = RunContext(solver, num_steps, scheduler.timesteps, self._guidance_scale, 0.0, batch_size)
         self._evaluation = -1
         self._accelerator.on_run_start(self._run)
@@ -99,6 +105,7 @@ class _Driver:
         index = getattr(self._scheduler, "step_index", None)  # exact, and known without waiting for the device
         if index is not None:
             return int(index)
+        # Schedulers without an index are asked by value.
         matches = (self._scheduler.timesteps == timestep.to(self._scheduler.timesteps.device)).nonzero()
         if not len(matches):
             raise ValueError(

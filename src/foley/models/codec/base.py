@@ -12,7 +12,7 @@ INITIAL_SCALE = -5.0
 From a wide posterior the decoder learns nothing for a long time: noise hides the latent from it.
 """
 
-_SMALLEST_STD = 1e-4
+_SMALLEST_STD = 1e-4  # no variance of 0, whose logarithm is infinite
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,12 @@ class AudioVAE(nn.Module):
     def reconstruct(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` to `[B, 1, T]` through the mean of the posterior, on the codec's device."""
         device = next(self.parameters()).device
+        # The padding of the last frame is cut off.
         return self.decode(self.encode(audio.to(device)))[..., : audio.shape[-1]]
 
     def _whole_frames(self, audio: Tensor) -> Tensor:
         """`audio` checked, and zero-padded at its end to a whole number of latent frames."""
         if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[2] == 0:
             raise ValueError(f"audio must be mono [B, 1, T] with T > 0, got shape {list(audio.shape)}")
+        # -T % hop more samples, up to a whole frame.
         return nn.functional.pad(audio, (0, -audio.shape[-1] % self.hop_samples))

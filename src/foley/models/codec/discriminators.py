@@ -15,8 +15,8 @@ def conv2d(
     in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int] = (1, 1), dilation: int = 1
 ) -> nn.Conv2d:
     """A weight-normalised convolution over time and frequency that keeps the size where the stride is 1."""
-    padding = (dilation * (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
-    return weight_norm(nn.Conv2d(in_channels, out_channels, kernel, stride, padding, (dilation, 1)))
+    padding = (dilation * (kernel[0] - 1) // 2, (kernel[1] - 1) // 2)  # for odd kernels
+    return weight_norm(nn.Conv2d(in_channels, out_channels, kernel, stride, padding, (dilation, 1)))  # over time alone
 
 
 def _feature_maps(picture: Tensor, hidden: Iterable[nn.Module], logits: nn.Module, slope: float) -> list[Tensor]:
@@ -30,9 +30,9 @@ def _feature_maps(picture: Tensor, hidden: Iterable[nn.Module], logits: nn.Modul
 
 # ---------------------------------------------------------------- of waveforms: EnCodec's, the Descript Audio Codec's
 
-_STFT_SLOPE = 0.2
-_FREQUENCY_KERNEL = 9
-_TIME_DILATIONS = (1, 2, 4)
+_STFT_SLOPE = 0.2  # of leaky ReLUs, EnCodec's
+_FREQUENCY_KERNEL = 9  # bins
+_TIME_DILATIONS = (1, 2, 4)  # frames between taps, of the three layers in the middle
 
 
 class STFTDiscriminator(nn.Module):
@@ -115,7 +115,7 @@ class DACDiscriminator(nn.Module):
 
 # ---------------------------------------------------------------- of mel spectrograms: PatchGAN
 
-_PATCH_SLOPE = 0.2
+_PATCH_SLOPE = 0.2  # of leaky ReLUs, PatchGAN's
 _PATCH_KERNEL = 4
 _MOST_WIDENING = 8
 
@@ -130,8 +130,9 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, filters: int = 64, num_layers: int = 3) -> None:
         super().__init__()
+        # [1, 64, 128, 256, 512] as published.
         widths = [1, *(filters * min(2**index, _MOST_WIDENING) for index in range(num_layers + 1))]
-        strides = [*[2] * num_layers, 1]
+        strides = [*[2] * num_layers, 1]  # [2, 2, 2, 1]
         self.hidden = nn.ModuleList(map(_patch_conv, widths[:-1], widths[1:], strides))
         self.logits = _patch_conv(widths[-1], 1, 1)
 
@@ -147,9 +148,9 @@ def _patch_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
 
 # ---------------------------------------------------------------- of a vocoder's waveforms: HiFi-GAN's, UnivNet's
 
-_JUDGE_SLOPE = 0.1
-_PERIOD_WIDENING = (1, 4, 16, 32, 32)
-_PERIOD_STRIDES = (3, 3, 3, 3, 1)
+_JUDGE_SLOPE = 0.1  # of leaky ReLUs, HiFi-GAN's
+_PERIOD_WIDENING = (1, 4, 16, 32, 32)  # 32, 128, 512, 1024 and 1024 channels as published
+_PERIOD_STRIDES = (3, 3, 3, 3, 1)  # over time
 _SPECTRAL_LAYERS = 5
 
 
@@ -187,7 +188,7 @@ class PeriodDiscriminator(_Judge):
     def forward(self, audio: Tensor) -> list[Tensor]:
         """`[B, 1, T]` to feature maps `[B, channels, frames, period]`, logits last."""
         whole = pad(audio, (0, -audio.shape[-1] % self.period), mode="reflect")
-        return self.judge(whole.unflatten(-1, (-1, self.period)))
+        return self.judge(whole.unflatten(-1, (-1, self.period)))  # [B, 1, T / period, period]: a column for each phase
 
 
 class ResolutionDiscriminator(_Judge):
@@ -199,6 +200,7 @@ class ResolutionDiscriminator(_Judge):
     """
 
     def __init__(self, resolution: tuple[int, int, int], filters: int) -> None:
+        # Over frames, whose number each halves.
         middle = [conv2d(filters, filters, (3, 9), (1, 2)) for _ in range(_SPECTRAL_LAYERS - 2)]
         layers = [conv2d(1, filters, (3, 9)), *middle, conv2d(filters, filters, (3, 3))]
         super().__init__([*layers, conv2d(filters, 1, (3, 3))])
@@ -211,7 +213,7 @@ class ResolutionDiscriminator(_Judge):
         reflected = pad(audio.float(), (margin, margin), mode="reflect")[:, 0]  # [B, T + 2 margin]
         ones = torch.ones(window, device=audio.device)  # the published discriminator has no window either
         spectrum = torch.stft(reflected, fft_size, hop, window, ones, center=False, return_complex=True)
-        return self.judge(spectrum.abs()[:, None])
+        return self.judge(spectrum.abs()[:, None])  # [B, 1, F, frames]
 
 
 class PeriodResolutionDiscriminator(nn.Module):

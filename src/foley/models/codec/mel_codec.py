@@ -61,4 +61,4 @@ class MelCodec(AudioVAE):
 
     def decode(self, latent: Tensor) -> Tensor:
         """See `AudioVAE.decode`; within [-1, 1]."""
-        return self.vocoder(self.mel_vae.decode(latent))
+        return self.vocoder(self.mel_vae.decode(latent))  # [B, C, L] to [B, mel_bands, F] to [B, 1, T]

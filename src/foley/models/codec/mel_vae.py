@@ -17,8 +17,8 @@ from foley.models.codec.base import INITIAL_SCALE, GaussianPosterior
 
 _SMALLEST_POWER = 1e-9  # keeps the gradient of the magnitude finite
 _FLOOR = 1e-5  # of the mel magnitudes, before the logarithm; HiFi-GAN's
-_NORM_EPSILON = 1e-6
-_DECODER_KERNEL = 3
+_NORM_EPSILON = 1e-6  # of the group norms, latent diffusion's
+_DECODER_KERNEL = 3  # frames
 
 
 class MelSpectrogram(nn.Module):
@@ -55,7 +55,7 @@ class MelSpectrogram(nn.Module):
         self.mel_bands = mel_bands
         self.hop_samples = hop_samples
         self.decimal_log = decimal_log
-        self.settings = (
+        self.settings = (  # what a vocoder must agree in, see `MelCodec`
             *(sample_rate_hz, mel_bands, window_samples, hop_samples),
             *(float(lowest_hz), float(highest_hz), decimal_log),
         )
@@ -74,19 +74,20 @@ class MelSpectrogram(nn.Module):
         """
         # F frames over T + 2 margin = (F - 1) hop + window samples: frame n is centred on (n + 1/2) hop.
         window_samples, margin = len(self.window), (len(self.window) - self.hop_samples) // 2
-        signal = pad(audio[:, 0], (0, -audio.shape[-1] % self.hop_samples))
+        signal = pad(audio[:, 0], (0, -audio.shape[-1] % self.hop_samples))  # [B, T], whole hops
         if signal.shape[-1] <= margin:
             raise ValueError(f"a mel spectrogram needs more than {margin} samples, got {audio.shape[-1]}")
         # Rounding to half precision would be audible after the logarithm.
         with torch.autocast(audio.device.type, enabled=False):
+            # [B, T + 2 margin].
             reflected = pad(signal.to(self.window.dtype)[:, None], (margin, margin), mode="reflect")[:, 0]
             spectrum = torch.stft(  # [B, bins, F]
                 reflected, window_samples, self.hop_samples, window=self.window, center=False, return_complex=True
             )
-            magnitude = (torch.view_as_real(spectrum).square().sum(-1) + _SMALLEST_POWER).sqrt()
+            magnitude = (torch.view_as_real(spectrum).square().sum(-1) + _SMALLEST_POWER).sqrt()  # [B, bins, F]
             # [mel_bands, bins] times [B, bins, F]: each band a weighted sum of bins
             mel = (self.bands.T @ magnitude).clamp(min=_FLOOR)
-            return mel.log10() if self.decimal_log else mel.log()
+            return mel.log10() if self.decimal_log else mel.log()  # [B, mel_bands, F]
 
 
 # ---------------------------------------------------------------- the autoencoder's parts
@@ -114,6 +115,7 @@ class ResidualBlock(nn.Module):
             nn.SiLU(),
             _same(out_channels, out_channels, kernel),
         )
+        # 1 frame wide, where the width changes.
         self.shortcut = _same(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -127,14 +129,14 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
         self.norm = _norm(channels, norm_groups)
-        self.query_key_value = _same(channels, 3 * channels, 1)
+        self.query_key_value = _same(channels, 3 * channels, 1)  # 1 frame wide: of each frame by itself
         self.output = _same(channels, channels, 1)
 
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C, F]` to `[B, C, F]`."""
         rows = self.query_key_value(self.norm(signal)).transpose(1, 2)  # [B, F, 3 C]
         query, key, value = rows.unsqueeze(1).chunk(3, dim=-1)  # each [B, 1, F, C], 1 head
-        attended = scaled_dot_product_attention(query, key, value)
+        attended = scaled_dot_product_attention(query, key, value)  # [B, 1, F, C]
         return signal + self.output(attended[:, 0].transpose(1, 2))
 
 
@@ -159,7 +161,7 @@ class Upsample(nn.Module):
 
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C, F]` to `[B, C, 2 F]`."""
-        return self.conv(interpolate(signal, scale_factor=2.0))
+        return self.conv(interpolate(signal, scale_factor=2.0))  # copies, [B, C, 2 F]
 
 
 def _blocks(in_channels: int, out_channels: int, count: int, kernel: int, norm_groups: int) -> list[nn.Module]:
@@ -205,6 +207,7 @@ class MelEncoder(nn.Sequential):
         norm_groups: int,
     ) -> None:
         layers: list[nn.Module] = [_same(mel_bands, widths[0], kernel)]
+        # (before, width, stride) of each stage.
         for before, width, stride in zip([widths[0], *widths[:-1]], widths, strides, strict=True):
             layers += _blocks(before, width, num_blocks, kernel, norm_groups)
             layers += [Downsample(width)] if stride == 2 else []
@@ -286,7 +289,7 @@ class MelVAE(nn.Module):
             )
         self.spectrogram = spectrogram
         self.latent_channels = latent_channels
-        self.frames_per_latent = prod(strides)
+        self.frames_per_latent = prod(strides)  # mel frames
         mel_bands, widths = spectrogram.mel_bands, [channels * multiplier for multiplier in multipliers]
         self.encoder = MelEncoder(mel_bands, widths, strides, num_blocks, 2 * latent_channels, kernel, norm_groups)
         self.decoder = MelDecoder(latent_channels, mel_bands, widths, strides, num_blocks, kernel, norm_groups)
@@ -299,7 +302,7 @@ class MelVAE(nn.Module):
 
     def encode_moments(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, mel_bands, F]`, F a multiple of `frames_per_latent`, to the raw (mean, scale), each `[B, C, L]`."""
-        mean, scale = self.encoder(mel).float().chunk(2, dim=1)
+        mean, scale = self.encoder(mel).float().chunk(2, dim=1)  # [B, 2 C, L]
         return mean, scale
 
     def posterior(self, mel: Tensor) -> GaussianPosterior:

@@ -29,14 +29,14 @@ class LatentNormaliser(nn.Module):
     def __init__(self, channels: int, compressed: bool = False) -> None:
         super().__init__()
         self.compressed = compressed
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("mean", torch.zeros(channels))  # [C]; zero and one are the identity
+        self.register_buffer("std", torch.ones(channels))  # buffers, so that a checkpoint holds how to undo it
 
     def set(self, mean: Tensor, std: Tensor) -> None:
         """Adopt measured statistics, each `[C]`; raises ValueError where a standard deviation is not positive."""
         if not bool((std > 0).all()):
             raise ValueError(f"latent standard deviations must be positive, got a minimum of {std.min():.3g}")
-        self.mean.copy_(mean)
+        self.mean.copy_(mean)  # in place: buffers keep their device and type
         self.std.copy_(std)
 
     def normalise(self, latent: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class SpectralEncoder(nn.Module):
         self.pool = pool
         self.stem = nn.Linear(bins, width)
         self.fine = convnext(width, num_blocks[0])
-        self.down = nn.Linear(pool * width, width)
+        self.down = nn.Linear(pool * width, width)  # of `pool` neighbours at once
         self.coarse = convnext(width, num_blocks[1])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, out_channels)
@@ -56,6 +56,7 @@ class SpectralDecoder(nn.Module):
         """`[B, L, C]` to `[B, L * pool, bins]`."""
         coarse = self.coarse(self.stem(rows))  # [B, L, D]
         fine = self.up(coarse).unflatten(2, (self.pool, -1)).flatten(1, 2)  # [B, L * pool, D]
+        # Back from unit spread to log magnitudes.
         return self.head(self.norm(self.fine(fine))) * _LOG_SPREAD + _LOG_CENTRE
 
     @property
@@ -109,8 +110,10 @@ class SpectralVAE(AudioVAE):
         self.phase_iterations = phase_iterations
         self._hop_samples = frame_samples * pool
         self.stft = FramedSTFT(window_samples, frame_samples)
+        # The encoder gives mean and scale, 2 C channels.
         self.encoder = SpectralEncoder(self.stft.bins, width, encoder_blocks, pool, 2 * latent_channels)
         self.decoder = SpectralDecoder(self.stft.bins, width, decoder_blocks, pool, latent_channels)
+        # Of the scales, which follow the means.
         nn.init.constant_(self.encoder.head.bias[latent_channels:], INITIAL_SCALE)
 
     @property
@@ -120,6 +123,7 @@ class SpectralVAE(AudioVAE):
 
     def spectra(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` to log magnitudes `[B, L * pool, bins]`, those below the floor raised to it."""
+        # [B, T] to [B, L * pool, bins].
         return self.stft(self._whole_frames(audio)[:, 0]).abs().clamp(min=self.floor).log()
 
     def spectral_posterior(self, spectra: Tensor) -> GaussianPosterior:
@@ -145,7 +149,7 @@ class SpectralVAE(AudioVAE):
         codec's, a guided or distilled one, the exponential would make a thud of a small overshoot.
         """
         magnitude = (spectra.exp() - _SILENCE_MARGIN * self.floor).clamp(min=0, max=self.stft.full_scale)
-        return self.stft.invert_magnitude(magnitude, self.phase_iterations)[:, None]
+        return self.stft.invert_magnitude(magnitude, self.phase_iterations)[:, None]  # [B, T] to [B, 1, T]
 
     def _moments(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
         # [B, L, 2 C] to two [B, C, L]

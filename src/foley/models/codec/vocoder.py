@@ -19,7 +19,7 @@ from foley.models.codec.mel_vae import MelSpectrogram
 from foley.nn.conv import BRANCH_GAIN, HEAD_GAIN, Snake, in_single_precision, same_conv, up_conv
 
 _EDGE_KERNEL = 7  # of the first and the last convolution
-_RATIO = 2
+_RATIO = 2  # the rate of a Snake over that of its signal
 _TAPS = 6 * _RATIO
 _TRANSITION = 0.6 / _RATIO  # half the width of the transition band, in units of the higher sample rate
 
@@ -165,7 +165,7 @@ class BigVGAN(nn.Module):
         super().__init__()
         if prod(strides) != spectrogram.hop_samples:
             raise ValueError(f"strides {list(strides)} must multiply to the hop of {spectrogram.hop_samples} samples")
-        widths = [channels // 2**index for index in range(len(strides) + 1)]
+        widths = [channels // 2**index for index in range(len(strides) + 1)]  # C, C / 2, C / 4, ...
         self.spectrogram = spectrogram
         self.final_tanh = final_tanh
         self.stem = same_conv(spectrogram.mel_bands, channels, _EDGE_KERNEL)

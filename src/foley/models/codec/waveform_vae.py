@@ -32,9 +32,9 @@ class ResidualUnit(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             Snake(channels),
-            same_conv(channels, channels, 7, dilation),
+            same_conv(channels, channels, 7, dilation),  # hears 1 + 6 dilation samples
             Snake(channels),
-            same_conv(channels, channels, 1, gain=BRANCH_GAIN),
+            same_conv(channels, channels, 1, gain=BRANCH_GAIN),  # mixes channels, sample by sample
         )
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class EncoderStage(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, num_units: int) -> None:
         super().__init__()
-        self.units = residual_units(in_channels, num_units)
+        self.units = residual_units(in_channels, num_units)  # at the rate that comes in
         self.activation = Snake(in_channels)
         self.resample = down_conv(in_channels, out_channels, stride)
 
@@ -76,10 +76,10 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         # Each stage is `stride` times slower and, in the published codec, up to twice as wide.
-        self.stem = same_conv(1, widths[0], 7)
+        self.stem = same_conv(1, widths[0], 7)  # at the rate of the audio
         self.stages = nn.Sequential(*map(EncoderStage, widths[:-1], widths[1:], strides, num_units))
         self.activation = Snake(widths[-1])
-        self.head = same_conv(widths[-1], out_channels, 3)
+        self.head = same_conv(widths[-1], out_channels, 3)  # at that of the latent
 
     def forward(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` to `[B, out_channels, T / hop]`; T must be a multiple of the hop."""
@@ -93,7 +93,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.activation = Snake(in_channels)
         self.resample = up_conv(in_channels, out_channels, stride)
-        self.units = residual_units(out_channels, num_units)
+        self.units = residual_units(out_channels, num_units)  # at the rate that goes out
 
     def forward(self, signal: Tensor) -> Tensor:
         """`[B, C_in, T]` to `[B, C_out, T * stride]`."""
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         up = list(reversed(widths))  # from the latent's rate to the audio's
-        self.stem = same_conv(in_channels, up[0], 7)
+        self.stem = same_conv(in_channels, up[0], 7)  # hears 7 latent frames
         self.stages = nn.Sequential(*map(DecoderStage, up[:-1], up[1:], reversed(strides), reversed(num_units)))
         self.activation = Snake(up[-1])
         # Without a bias, which would be an offset of the audio.
@@ -128,15 +128,16 @@ class Decoder(nn.Module):
         """How many latent frames before a frame, and after it, its audio hears: the receptive field of the layers."""
         # Backwards from the samples of frame 0, which are 0 to hop - 1, to the frames that they depend on.
         layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)]
-        hop = prod(layer.stride[0] for layer in layers)
+        hop = prod(layer.stride[0] for layer in layers)  # samples for each frame; plain convolutions have a stride of 1
         first, last = 0, hop - 1
         for layer in reversed(layers):
             first, last = _heard(layer, first, last)
-        return max(-first, last)
+        return max(-first, last)  # the farther of the two ends
 
 
 def _heard(layer: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tuple[int, int]:
     """The first and the last input of a layer that its outputs `first` to `last` depend on."""
+    # `reach`: from the first tap of the kernel to the last, in samples of the layer's faster side.
     reach, padding, stride = layer.dilation[0] * (layer.kernel_size[0] - 1), int(layer.padding[0]), layer.stride[0]
     if isinstance(layer, nn.ConvTranspose1d):
         # Input i reaches outputs i stride - padding to i stride - padding + reach; solved for i, rounded inwards.
@@ -182,13 +183,15 @@ class WaveformVAE(AudioVAE):
                 f"multipliers {list(multipliers)}, strides {list(strides)} and num_units {list(num_units)} "
                 "must have one entry for each stage"
             )
+        # One more than stages, for the audio itself.
         widths = [channels, *(channels * multiplier for multiplier in multipliers)]
         self.strides = tuple(strides)
         self.latent_channels = latent_channels
         self.sample_rate_hz = sample_rate_hz
-        self.encoder = Encoder(widths, strides, num_units, 2 * latent_channels)
+        self.encoder = Encoder(widths, strides, num_units, 2 * latent_channels)  # mean and scale
         self.decoder = Decoder(latent_channels, widths, strides, num_units)
         if self.encoder.head.bias is not None:
+            # Of the scales, which follow the means.
             nn.init.constant_(self.encoder.head.bias[latent_channels:], INITIAL_SCALE)
 
     @property

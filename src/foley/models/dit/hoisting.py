@@ -63,9 +63,9 @@ class RunConditions:
     def __init__(self, timesteps: Tensor, conditions: Conditions) -> None:
         self._timesteps = timesteps
         self._time = conditions.time
-        self._rows = torch.arange(len(self._time) // len(timesteps), device=timesteps.device)
+        self._rows = torch.arange(len(self._time) // len(timesteps), device=timesteps.device)  # 0 to R - 1
         modulations = [*(block.modulation for block in conditions.blocks), conditions.output_modulation]
-        parts = [part for modulation in modulations for part in _parts(modulation)]
+        parts = [part for modulation in modulations for part in _parts(modulation)]  # each [E R, 1, D]
         # One table [E R, parts, 1, D] of all blocks' modulations: a step takes its rows in one gather, not in 150.
         self._table = torch.stack(parts, dim=1) if parts else None
         # Views of the table's first rows: each modulation is kept once.
@@ -84,7 +84,7 @@ class RunConditions:
             raise ValueError(f"timestep {timestep.tolist()} is not one of the {len(found)} that were prepared for")
         rows = found.to(torch.uint8).argmax(dim=0, keepdim=True) * len(self._rows) + self._rows  # [R]
         filled = _fill(self._layout, None if self._table is None else self._table[rows])
-        return replace(filled, time=self._time[rows])
+        return replace(filled, time=self._time[rows])  # [R, D]
 
 
 class HoistableBlock(Protocol):
@@ -121,17 +121,18 @@ class Hoistable(nn.Module):
         computed here, once. The other arguments are those of `forward`.
         """
         # Row e R + r is timestep e with scale r: each timestep R times, the scales over and over.
-        num_scales = 1 if guidance_scale is None else len(guidance_scale)
+        num_scales = 1 if guidance_scale is None else len(guidance_scale)  # R
         scales = None if guidance_scale is None else guidance_scale.repeat(len(timesteps))
-        times = timesteps.repeat_interleave(num_scales)
+        times = timesteps.repeat_interleave(num_scales)  # [E R]
         plain = self.condition(times, num_frames, context, context_mask, frame_mask, visible, hidden_mask, scales)
+        # Modulations of every timestep, and keys and values of the text, which are the same at all of them.
         hoisted = [block.hoist(inputs) for block, inputs in zip(self.blocks(), plain.blocks, strict=True)]
         return RunConditions(timesteps, replace(plain, blocks=hoisted))
 
 
 def _fill(conditions: Conditions, table: Tensor | None) -> Conditions:
     """`conditions` with the modulations of `table [R, parts, 1, D]`, of which they are views."""
-    parts = iter(() if table is None else table.unbind(dim=1))
+    parts = iter(() if table is None else table.unbind(dim=1))  # each [R, 1, D]
     blocks = [replace(block, modulation=_take_block(block.modulation, parts)) for block in conditions.blocks]
     return replace(conditions, blocks=blocks, output_modulation=_take(conditions.output_modulation, parts))
 

@@ -40,16 +40,17 @@ class SpanMask:
         """`hidden_mask [B, L]` on the CPU, true = hidden; every item hides one frame or more."""
         # The first `num_hidden` spans of a random order: a rank is a span's place in it, [B, spans].
         num_spans = -(-num_frames // self.span_frames)
+        # Uniform in [low, high], [B, 1].
         ratio = self.low + (self.high - self.low) * torch.rand(batch_size, 1, generator=generator)
-        num_hidden = (ratio * num_spans).round().clamp(min=1)
+        num_hidden = (ratio * num_spans).round().clamp(min=1)  # [B, 1]
         rank = torch.rand(batch_size, num_spans, generator=generator).argsort(dim=1).argsort(dim=1)
         # The grid begins somewhere within a span, so that no frame is always the first of one. What runs over at the
         # end belongs to the first span, which was cut short.
         phase = torch.randint(self.span_frames, (batch_size, 1), generator=generator)
-        frame_span = (torch.arange(num_frames) + phase) // self.span_frames % num_spans
+        frame_span = (torch.arange(num_frames) + phase) // self.span_frames % num_spans  # [B, L]
         # Drawn whatever the probability, so that it changes nothing of the other draws.
         full = torch.rand(batch_size, 1, generator=generator) >= self.partial_probability
-        return (rank < num_hidden).gather(1, frame_span) | full
+        return (rank < num_hidden).gather(1, frame_span) | full  # [B, spans] to [B, L]
 
 
 class MaskedInput(nn.Module):
@@ -76,4 +77,4 @@ class MaskedInput(nn.Module):
             raise ValueError("a visible latent needs `hidden_mask [B, L]`, true where frames are to be generated")
         hidden = hidden_mask.unsqueeze(-1)  # [B, L, 1]
         filled = torch.where(hidden, self.mask_embedding, visible.transpose(1, 2).to(self.mask_embedding.dtype))
-        return torch.cat([filled, hidden.to(filled.dtype)], dim=-1)
+        return torch.cat([filled, hidden.to(filled.dtype)], dim=-1)  # [B, L, C + 1]

@@ -46,9 +46,9 @@ from foley.nn.rotary import RotaryEmbedding, RotaryTable
 class BlockShape:
     """The sizes and switches that all blocks of a model share, and the kinds of norm and feed-forward layer."""
 
-    width: int
-    num_heads: int
-    hidden: int
+    width: int  # D
+    num_heads: int  # H
+    hidden: int  # of the feed-forward layer
     qk_norm: bool
     cross_attention: bool
     norm: type[ModulatedNorm] | type[ModulatedRMSNorm] = ModulatedNorm
@@ -93,7 +93,8 @@ class CrossAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | KeysValues, mask: Tensor | None) -> Tensor:
         """`[B, N, D]` and a context `[B, S, D]`, or its keys and values, to `[B, N, D]`."""
-        keys_values = self.keys_values(context) if isinstance(context, Tensor) else context
+        keys_values = self.keys_values(context) if isinstance(context, Tensor) else context  # or hoisted
+        # Unrotated: places of words and frames do not compare.
         return self.attention.attend(self.norm(x), keys_values, mask)
 
 
@@ -120,12 +121,12 @@ class SkipFusion(nn.Module):
 
     def __init__(self, width: int, normed: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(2 * width) if normed else nn.Identity()
+        self.norm = nn.LayerNorm(2 * width) if normed else nn.Identity()  # over both halves together
         self.linear = xavier_linear(2 * width, width)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Two `[B, N, D]` to `[B, N, D]`."""
-        return self.linear(self.norm(torch.cat([x, skip], dim=-1)))
+        return self.linear(self.norm(torch.cat([x, skip], dim=-1)))  # [B, N, 2 D] to [B, N, D]
 
 
 class TransformerBlock(nn.Module):
@@ -200,8 +201,9 @@ class OutputLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = norm(width)
-        self.modulation = zero_linear(width, 2 * width) if modulated else None
+        self.modulation = zero_linear(width, 2 * width) if modulated else None  # shift and scale alone
         self.linear = xavier_linear(width, latent_channels)
+        # Each frame and its two neighbours.
         self.conv = nn.Conv1d(latent_channels, latent_channels, kernel_size=3, padding=1)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
@@ -215,7 +217,7 @@ class OutputLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation | None) -> Tensor:
         """Tokens `[B, L, D]` to a latent `[B, C, L]`."""
-        latent = self.linear(self.norm(x, modulation))
+        latent = self.linear(self.norm(x, modulation))  # [B, L, C]
         return self.conv(latent.transpose(1, 2))
 
 
@@ -300,7 +302,7 @@ class LatentTransformer(Hoistable):
         x = self._project_noisy(noisy) + conditions.static_input  # [B, L, D]
         if self.prepends_time_token:
             x = torch.cat([conditions.time.unsqueeze(1).expand(len(x), -1, -1), x], dim=1)  # [B, L + 1, D]
-        x = self._run_blocks(x, conditions.blocks)
+        x = self._run_blocks(x, conditions.blocks)  # [B, N, D]
         # The time token has done its work: only frames become a latent.
         x = x[:, 1:] if self.prepends_time_token else x
         return self.output_layer(x, conditions.output_modulation).to(noisy.dtype)
@@ -343,11 +345,12 @@ class LatentTransformer(Hoistable):
 
     def _static_input(self, num_frames: int, visible: Tensor | None, hidden_mask: Tensor | None) -> Tensor:
         """What the projection makes of the other channels, and the positions: `[B, L, D]` or broadcastable to it."""
+        # [D, C + 1] and [D].
         weight, bias = self.input_projection.weight[:, self.latent_channels :], self.input_projection.bias
-        static = nn.functional.linear(self.masked_input(visible, hidden_mask), weight, bias)
+        static = nn.functional.linear(self.masked_input(visible, hidden_mask), weight, bias)  # [B, L, D], or [1, 1, D]
         if self.positions is None:
             return static
-        return self.positions(static.expand(-1, num_frames, -1))
+        return self.positions(static.expand(-1, num_frames, -1))  # frames differ from here on
 
     def _embed_time(self, timestep: Tensor, guidance_scale: Tensor | None) -> Tensor:
         """`[B, D]` of diffusion times `[B]` and, in a student, of guidance scales."""
@@ -368,11 +371,12 @@ class LatentTransformer(Hoistable):
             return None
         if context is None:
             raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
-        return self.context_embedding(context.to(self.input_projection.weight.dtype))
+        return self.context_embedding(context.to(self.input_projection.weight.dtype))  # [B, S, Dc] to [B, S, D]
 
     def _run(self, block: nn.Module, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
         """One block; where gradients are checkpointed it keeps only its inputs for the backward pass."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
+            # Not re-entrant: the other kind wants a tensor that needs a gradient among the inputs.
             output: Tensor = checkpoint(block, x, inputs, skip, use_reentrant=False)
             return output
         return cast(Tensor, block(x, inputs, skip))
@@ -481,7 +485,7 @@ class DiffusionTransformer(LatentTransformer):
         each, skips = iter(inputs), list[Tensor]()
         for block in self.in_blocks:
             x = self._run(block, x, next(each))
-            skips.append(x)
+            skips.append(x)  # [B, N, D], in order
         x = self._run(self.mid_block, x, next(each))
         for block in self.out_blocks:
             x = self._run(block, x, next(each), skips.pop())  # the innermost pair first, as in a U-Net

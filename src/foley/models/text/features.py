@@ -14,7 +14,7 @@ from foley.nn.embedding import LearnedPositions
 from foley.nn.feedforward import normal_linear
 
 SUFFIX = ".safetensors"
-_KEY = "features"
+_KEY = "features"  # the tensor's name, where a file holds several
 _log = get_logger(__name__)
 
 
@@ -61,23 +61,25 @@ class FeatureConditioner(TextConditioner):
         self.directory = None if directory is None else Path(directory).expanduser()
         self.projection = normal_linear(feature_dim, dim)
         self.positions = LearnedPositions(max_length, dim)
-        self.empty_embedding = nn.Parameter(torch.empty(1, dim))
+        self.empty_embedding = nn.Parameter(torch.empty(1, dim))  # one token, [1, Dc]
         nn.init.normal_(self.empty_embedding, std=0.02)
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B ids or files to embeddings `[B, S, Dc]`, zero where the mask is false; FeatureError where one is absent."""
-        rows = [self._embed(prompt) for prompt in prompts]
-        embeddings = pad_sequence(rows, batch_first=True)
+        rows = [self._embed(prompt) for prompt in prompts]  # each [S_i, Dc], of its own length
+        embeddings = pad_sequence(rows, batch_first=True)  # [B, S, Dc], zero beyond each length
         lengths = torch.tensor([len(row) for row in rows], device=embeddings.device)
+        # A mask [B, S] of the tokens within each length.
         return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=embeddings.device) < lengths[:, None])
 
     def find(self, prompt: str) -> Path:
         """The file of a clip, or `prompt` itself where it names one; raises FeatureError."""
+        # With a directory, the id of a clip may end so too.
         if prompt.endswith(SUFFIX) and (self.directory is None or Path(prompt).is_file()):
             return Path(prompt)
         if self.directory is None:
             raise FeatureError(f"{prompt!r} is no {SUFFIX} file, and no directory of features is given")
-        for name in (f"{prompt}{SUFFIX}", str(Path(prompt).with_suffix(SUFFIX))):
+        for name in (f"{prompt}{SUFFIX}", str(Path(prompt).with_suffix(SUFFIX))):  # an id, or a path
             file = self.directory / name
             # A prompt may come from a stranger: no ".." leads out of the directory.
             if file.is_file() and file.resolve().is_relative_to(self.directory.resolve()):
@@ -88,6 +90,7 @@ class FeatureConditioner(TextConditioner):
         if not prompt:
             return self.empty_embedding
         features = self._read(self.find(prompt))  # [S, feature_dim]
+        # [S, Dc]; positions take a batch.
         return self.positions(self.projection(features.to(self.projection.weight))[None])[0]
 
     def _read(self, file: Path) -> Tensor:

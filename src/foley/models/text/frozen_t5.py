@@ -43,14 +43,15 @@ class EmbeddingCache:
         self.identity = identity
         self.directory = directory
         self.memory_items = memory_items
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+        self._memory: OrderedDict[str, Tensor] = OrderedDict()  # the least recently used first
 
     def path(self, prompt: str) -> Path | None:
         """The file of a prompt, whether it exists or not."""
         if self.directory is None:
             return None
+        # The unit separator: neither an identity nor a prompt holds one by chance.
         digest = hashlib.sha256(f"{self.identity}\x1f{prompt}".encode(errors="surrogatepass")).hexdigest()
-        return self.directory / digest[:2] / f"{digest}.safetensors"
+        return self.directory / digest[:2] / f"{digest}.safetensors"  # in 256 folders, to keep each small
 
     def get(self, prompt: str, device: torch.device) -> Tensor | None:
         """The embedding on `device`, or None where it is not known; an unreadable file counts as not known."""
@@ -92,19 +93,19 @@ class EmbeddingCache:
         known = {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
         missing = [prompt for prompt in found if prompt not in known]
         if missing:
-            known.update(zip(missing, encode(missing), strict=True))
+            known.update(zip(missing, encode(missing), strict=True))  # in one batch
         for prompt in missing:
             self.put(prompt, known[prompt])
         rows = [known[prompt] for prompt in prompts]  # each [S_i, Dc], of its own length
         lengths = torch.tensor([len(row) for row in rows], device=device)
-        embeddings = pad_sequence(rows, batch_first=True)
+        embeddings = pad_sequence(rows, batch_first=True)  # [B, S, Dc]
         return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=device) < lengths[:, None])
 
     def _remember(self, prompt: str, embedding: Tensor) -> None:
         self._memory[prompt] = embedding
         self._memory.move_to_end(prompt)
         if len(self._memory) > self.memory_items:
-            self._memory.popitem(last=False)
+            self._memory.popitem(last=False)  # the least recently used
 
 
 class CachedText:
@@ -124,6 +125,7 @@ class CachedText:
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         encoded = self._text(prompts)
+        # [S_i, Dc], without padding.
         return [row[mask] for row, mask in zip(encoded.embeddings, encoded.mask, strict=True)]
 
 
@@ -193,7 +195,7 @@ class FrozenT5Conditioner(TextConditioner):
         _check_vocabulary(self.tokenizer, encoder, name_or_path)
         if encoder.config.d_model != dim:
             raise TextModelError(f"{name_or_path} has width {encoder.config.d_model}, but `dim` is {dim}: set it so")
-        self._shared = _Shared(encoder.requires_grad_(False).eval().to(device))
+        self._shared = _Shared(encoder.requires_grad_(False).eval().to(device))  # no sub-module, see `_Shared`
         self.dim = dim
         identity = "\x1f".join(map(str, (name_or_path, revision, max_length, dtype)))
         self.cache = EmbeddingCache(identity, Path(cache_dir) if cache_dir else None)
@@ -210,12 +212,13 @@ class FrozenT5Conditioner(TextConditioner):
     @torch.no_grad()
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         """Unpadded embeddings `[S, Dc]`, one per prompt."""
-        tokens = [self._tokens(prompt) for prompt in prompts]
-        batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.encoder.device)
+        tokens = [self._tokens(prompt) for prompt in prompts]  # ids, each of its own length
+        batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.encoder.device)  # [B, S]
         with torch.autocast(self.encoder.device.type, enabled=False):  # what is kept must not depend on who asked first
-            hidden = self.encoder(
+            hidden = self.encoder(  # [B, S, Dc]
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).last_hidden_state
+        # A view would keep the batch alive.
         return [row[: len(ids)].clone() for row, ids in zip(hidden, tokens, strict=True)]
 
     def _tokens(self, prompt: str) -> list[int]:
@@ -227,14 +230,14 @@ class FrozenT5Conditioner(TextConditioner):
         return [*ids[: self.max_length - 1], ids[-1]]  # T5 was trained to see the end token
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenT5Conditioner":
-        self.encoder._apply(fn, recurse)
+        self.encoder._apply(fn, recurse)  # which is no sub-module
         super()._apply(fn, recurse)
         return self
 
 
 def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", encoder: "PreTrainedModel", name_or_path: str) -> None:
     """An incomplete tokenizer would load silently and map every word to the unknown token."""
-    rows = int(encoder.config.vocab_size)
+    rows = int(encoder.config.vocab_size)  # of the embedding table
     if not _SMALLEST_VOCABULARY_SHARE * rows <= len(tokenizer) <= rows:
         raise TextModelError(
             f"{name_or_path}: the tokenizer knows {len(tokenizer)} tokens but the model has {rows}; "

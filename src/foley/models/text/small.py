@@ -20,14 +20,14 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
 
     Padding has id 0. Letters are lower-cased and compatibility forms unified (NFKC).
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = Tokenizer(models.BPE())  # merges frequent pairs of bytes
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[PADDING, BEGINNING],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[PADDING, BEGINNING],  # ids 0 and 1
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, whether captions hold it or not
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
@@ -92,9 +92,9 @@ class SmallTextEncoder(TextConditioner):
         short = [bounded(prompt, self.max_length) for prompt in prompts]
         encodings: Sequence[Encoding] = self.tokenizer.encode_batch(short)
         for prompt, encoding in zip(prompts, encodings, strict=True):
-            if encoding.overflowing:
+            if encoding.overflowing:  # tokens that were cut off
                 warn_truncated(prompt, self.max_length)
-        ids = torch.tensor([encoding.ids for encoding in encodings])
+        ids = torch.tensor([encoding.ids for encoding in encodings])  # [B, S], padded to the longest
         return ids, torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
