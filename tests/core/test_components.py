@@ -1,10 +1,19 @@
 """Components on disk: what is refused before anything is built."""
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
-from foley.core.components import CheckpointError, build_component, check_targets, read_config
+from foley.core.components import (
+    MOVED_MODULES,
+    CheckpointError,
+    build_component,
+    check_targets,
+    current_config,
+    read_config,
+)
 from foley.core.config import PROJECT_ROOT
 from foley.core.files import atomic_write
 
@@ -53,3 +62,18 @@ def test_files_of_a_component_are_found_from_any_folder(tmp_path: Path, monkeypa
     (tmp_path / "data").symlink_to(PROJECT_ROOT / "data")
     monkeypatch.chdir(tmp_path)
     assert Path(read_config(Path("data/demo/text"))["tokenizer_file"]) == tmp_path / "data/demo/text/audiocaps.json"
+
+
+def test_configs_of_older_weights_name_classes_where_they_are_now() -> None:
+    # What ships was saved by version 0.1.
+    saved = json.loads((PROJECT_ROOT / "data/demo/denoiser/config.json").read_text(encoding="utf-8"))
+    assert saved["_target_"] == "foley.models.dit.backbone.DiffusionTransformer"
+    current = current_config({"components": {"denoiser": saved, "rates": [1, 2]}})
+    assert current["components"]["denoiser"]["_target_"] == "foley.models.dit.model.DiffusionTransformer"
+    assert current["components"]["denoiser"]["modulation"] == saved["modulation"]
+    assert current["components"]["rates"] == [1, 2]
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED_MODULES.items())
+def test_every_moved_module_is_where_it_is_said_to_be(old: str, new: str) -> None:
+    assert importlib.util.find_spec(new) is not None, f"{old} has moved on from {new}"

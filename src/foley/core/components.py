@@ -30,7 +30,7 @@ ALLOWED_PACKAGES = (
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
-_MOVED = {
+MOVED_MODULES = {
     "foley.diffusion.generate": "foley.diffusion.sampler",
     "foley.diffusion.types": "foley.diffusion.context",
     "foley.metrics.extractors.embedded": "foley.metrics.embedded.network",
@@ -89,7 +89,7 @@ def current_config(config: Any) -> Any:
 
 def _current_target(target: Any) -> Any:
     module, _, name = str(target).rpartition(".")
-    return f"{_MOVED[module]}.{name}" if module in _MOVED else target
+    return f"{MOVED_MODULES[module]}.{name}" if module in MOVED_MODULES else target
 
 
 def check_targets(config: Any, source: str) -> None:
