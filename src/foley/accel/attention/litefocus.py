@@ -54,9 +54,7 @@ def sparse_attention(
     Raises:
         ValueError: N is no multiple of the number of frequencies, or there is nothing to attend to.
 
-    Example:
-        With every token as a compensation token it is dense attention, since duplicates count once.
-
+    Example (with every token in C it is dense attention, since duplicates count once):
         >>> q, k, v = torch.randn(3, 1, 2, 12, 8)  # 4 frames of 3 frequencies
         >>> sparse = sparse_attention(q, k, v, num_frequencies=3, compensation_indices=torch.arange(12))
         >>> torch.allclose(sparse, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
