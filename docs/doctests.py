@@ -1,4 +1,4 @@
-"""Examples of docstrings (`>>>` and what they print) become code blocks of the API reference. `mkdocs.yml` names this file."""
+"""Examples of docstrings become code blocks of the API reference; `mkdocs.yml` names this file."""
 
 import re
 
