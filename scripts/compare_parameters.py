@@ -1,4 +1,4 @@
-"""Parameters and training memory of denoisers that differ in their blocks alone (EzAudio, Fig. 2).
+"""Parameters and training memory of denoisers that differ in their blocks alone (EzAudio, figure 2).
 
 On a GPU memory is the measured peak of a training step. Elsewhere it is counted, at no cost, on tensors without values:
 what the forward pass saves, and the weights with their gradients and AdamW's moments. What only lives for the length of

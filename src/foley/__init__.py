@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from foley.generation.settings import GenerationSettings
     from foley.generation.text_to_audio import TextToAudio
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Clip", "EditMask", "Generation", "GenerationSettings", "TextToAudio", "__version__"]
 
 _HOMES = {

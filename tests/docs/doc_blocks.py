@@ -11,6 +11,7 @@ import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -32,6 +33,8 @@ SMALL = {
     "evaluate.py": "resamples=0",
 }
 """What makes a command small enough for a test; by script."""
+CALIBRATED = "steps=50"
+"""The fewest steps that the system that ships is calibrated for."""
 
 _FENCE = re.compile(r"^```(\w*)\s*$")
 _MARKER = re.compile(r"^<!--\s*(run|journey|compose|skip)(?::\s*(.*?))?\s*-->$")
@@ -138,7 +141,10 @@ def check_options(words: list[str]) -> None:
 def run_small(words: list[str], more: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a command in this process and in the current folder, made small."""
     script, arguments = script_of(words)
-    small = SMALL.get(str(script.relative_to(PROJECT_ROOT)), "")
-    monkeypatch.setattr("sys.argv", [str(script), *arguments, *shlex.split(small), *shlex.split(more)])
+    small = shlex.split(SMALL.get(str(script.relative_to(PROJECT_ROOT)), ""))
+    if script.name == "sample.py":
+        arguments = [f"output_dir={mkdtemp(dir=Path.cwd())}", *arguments]  # unless the command names its own
+        small += [CALIBRATED] * any(word in arguments for word in ("accel=audiocache", "accel=smoothcache"))
+    monkeypatch.setattr("sys.argv", [str(script), *arguments, *small, *shlex.split(more)])
     GlobalHydra.instance().clear()
     runpy.run_path(str(script), run_name="__main__")

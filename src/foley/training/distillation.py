@@ -55,7 +55,7 @@ class Teacher:
         source = path if published_name(path) else Path(path).resolve()
         system = load_system(source, with_codec=False)
         if system.consistency is not None:
-            raise CheckpointError(f"teacher={path} is a student itself; give the system that it was distilled from")
+            raise CheckpointError(f"system={path} is a student itself; give the system that it was distilled from")
         return cls(system, codec_hashes(source))
 
     @property
