@@ -4,6 +4,7 @@ The rows' single cases are in test_audio_io.py, test_audio_dataset.py, test_mani
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,8 @@ def run_in_subprocess(folder: Path, count: int) -> dict[str, float]:
     folder.mkdir()
     manifest = make_rows(folder, count)
     arguments = [sys.executable, __file__, str(manifest)]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # tests/parts among them
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, env=paths)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)
 

@@ -7,13 +7,14 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from commands import run_command
+from commands import compose_command, run_command
 from omegaconf import OmegaConf
 from small_system import CONFIGS
 
-from foley.cli.sampling import chosen_source, refuse_old_names
+from foley.cli.sampling import chosen_source, refuse_old_names, requested_clips
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
+from foley.generation.prompts import read_prompts
 from foley.system.system import build_system, save_system
 
 HOSTILE = 'rain, it\'s "loud" ../../x\n🐕 ${oc.env:HOME} <b>'
@@ -96,6 +97,17 @@ def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overr
     assert done.returncode != 0
     assert message in done.stderr
     assert not list(tmp_path.glob("*.wav"))
+
+
+def test_without_a_prompt_the_system_that_ships_generates_prompts_of_its_world():
+    cfg = compose_command("sample", "seed=3")
+    demo = read_prompts(PROJECT_ROOT / "data/prompts/demo.jsonl")
+    clips = requested_clips(cfg)
+    assert [clip.seed for clip in clips] == [3, 4, 5, 6]
+    assert {clip.prompt for clip in clips} <= set(demo)
+    cfg.edit = "a.wav"
+    with pytest.raises(ValueError, match="give either prompt"):
+        requested_clips(cfg)
 
 
 @pytest.mark.parametrize(

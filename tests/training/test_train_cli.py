@@ -164,6 +164,13 @@ def test_diffusion_needs_latents(tmp_path: Path) -> None:
         train(config("experiment=tiny", "stage=pretrain", *clips))
 
 
+def test_a_recipe_as_typed_says_in_one_message_what_it_lacks() -> None:
+    with pytest.raises(
+        SystemExit, match=r"it lacks\n  data\.cache_dir=\.\.\.  .*foley encode .*\n  system=\.\.\.  the teacher"
+    ):
+        train(config("experiment=audiolcm"))
+
+
 def test_a_checkpoint_to_resume_from_must_exist(tmp_path: Path) -> None:
     assert find_checkpoint(None, tmp_path) is None
     assert find_checkpoint("auto", tmp_path) is None

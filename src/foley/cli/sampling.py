@@ -14,7 +14,9 @@ from rich.progress import track
 
 from foley.accel.caching.calibration import require_calibrations
 from foley.core.components import CheckpointError
-from foley.core.config import published_name
+from foley.core.config import published_name, shipped
+from foley.core.logs import get_logger
+from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.editing import Edit, EditMask, Variation
 from foley.generation.pipeline_to_audio import (
@@ -23,12 +25,15 @@ from foley.generation.pipeline_to_audio import (
     check_pipeline_settings,
     open_generator,
 )
-from foley.generation.prompts import Clip, PromptColumns, request_clips
+from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_clips
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio, resolve_device
 from foley.models.text import feature_files
 from foley.system.published import PublishedPipeline
 from foley.system.system import published_loader, student_of
+
+_NUM_DEMO_PROMPTS = 4
+_log = get_logger(__name__)
 
 # What may differ between two runs that make the clips of one folder: it changes no clip.
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
@@ -66,7 +71,7 @@ def chosen_system(cfg: DictConfig) -> str:
 
 
 def requested_clips(cfg: DictConfig) -> list[Clip]:
-    """Every clip that the command asks for.
+    """Every clip that the command asks for; where it asks for nothing, some of the demo's prompts by its own system.
 
     Raises ValueError as `request_clips` does, for impossible prompts, and for numbers that are none.
     """
@@ -75,8 +80,23 @@ def requested_clips(cfg: DictConfig) -> list[Clip]:
         raise ValueError("trainer= shares out the prompts of a file: give prompts=FILE, or leave it out")
     if cfg.features is not None:
         return _clips_of_features(cfg)
+    if _asks_for_nothing(cfg):
+        return _demo_clips(cfg.seed)
     columns = PromptColumns(cfg.caption_column, cfg.id_column, cfg.clip_column)
     return request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num, columns, cfg.captions, cfg.caption_seed)
+
+
+def _asks_for_nothing(cfg: DictConfig) -> bool:
+    """No prompt, no recording, and the system that ships, whose world the demo's prompts are of."""
+    named = (cfg.prompt, cfg.prompts, cfg.edit, cfg.init)
+    return named == (None,) * len(named) and Path(str(cfg.system)).resolve().is_relative_to(shipped("demo").resolve())
+
+
+def _demo_clips(first_seed: int) -> list[Clip]:
+    prompts = read_prompts(shipped("prompts/demo.jsonl"))
+    chosen = [prompts[index] for index in evenly_spaced(len(prompts), _NUM_DEMO_PROMPTS)]
+    _log.info('no prompt given (prompt="a dog barks"): these of the demo are generated: %s', ", ".join(chosen))
+    return [Clip(prompt, seed) for seed, prompt in enumerate(chosen, start=first_seed)]
 
 
 def requested_settings(cfg: DictConfig) -> GenerationSettings:

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """Train as `configs/train.yaml` describes; returns the last value of every metric.
 
     `cfg.ckpt_path` resumes exactly (a path, or "auto": this output folder's `last.ckpt` where there is one);
-    `cfg.ckpt` starts a new run from the weights of an earlier one.
+    `cfg.ckpt` starts a new run from the weights of an earlier one. Raises SystemExit as `refuse_missing` does.
     """
+    refuse_missing(cfg)
     output_dir = Path(cfg.paths.output_dir)
     resume_from = find_checkpoint(cfg.ckpt_path, output_dir)
     _snapshot(cfg, output_dir)
@@ -55,6 +56,36 @@ def train(cfg: DictConfig) -> dict[str, float]:
     finally:
         _finish_wandb(trainer)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+_MADE_BY = {
+    "data.cache_dir": "a folder of latents, made by: foley encode codec_ckpt=CODEC data=manifest "
+    "data.splits.manifest=FILE output_dir=FOLDER",
+    "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
+    "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",
+    "data.splits.url": "a folder or URL of shards, made by: foley shards manifest=FILE output=FOLDER",
+    "system": "the teacher: a system's folder, a .ckpt, or the name of a published system",
+    "text.directory": "a folder of precomputed features, <clip id>.safetensors",
+    "callbacks.evaluation.reference": "real clips to compare with: a folder or a manifest",
+}
+"""What stands for `???` in a recipe, and the command that makes it."""
+
+
+def refuse_missing(cfg: DictConfig) -> None:
+    """Raise SystemExit with one line for each value that the recipe leaves to the user; nothing has been loaded yet."""
+    missing = list(_missing(OmegaConf.to_container(cfg, resolve=False)))
+    if missing:
+        lines = [f"  {key}=...  {_MADE_BY.get(key, 'see its comment in configs/')}" for key in missing]
+        raise SystemExit("\n".join([f"{cfg.name or 'this run'} cannot train yet; it lacks", *lines]))
+
+
+def _missing(node: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the values that are `???` themselves, not those that refer to one."""
+    if node == "???":
+        yield name
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _missing(value, f"{name}.{key}".lstrip("."))
 
 
 def optimized_metric(cfg: DictConfig, metrics: Mapping[str, float]) -> float | None:
