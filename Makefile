@@ -37,8 +37,9 @@ ship: $(STAMP)  ## adopt what `make train-demo` trained as the system that ships
 results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md (3 hours on a core)
 	$(PY) scripts/run_stages.py --config-name=results
 
+# One thread a process: two pools of threads on the same cores wait for each other.
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
-	$(PY) -m pytest -m "not slow and not docs"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not docs" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-all: $(STAMP)  ## every test
 	$(PY) -m pytest
