@@ -5,6 +5,15 @@ import importlib
 import pytest
 
 PUBLIC = {
+    "foley.accel": """
+        AudioCache Budget CacheSchedule Calibration CalibrationRecorder Combined CostMeter Fora LayerCache LiteFocus
+        LocalGlobal NoAcceleration SmoothCache TokenMerging
+    """,
+    "foley.models": """
+        AdaptedDenoiser AudioVAE BigVGAN DiffusionTransformer FastDecoder FeatureConditioner FrozenT5Conditioner
+        GaussianPosterior LatentNormaliser LlamaTransformer MelCodec MelSpectrogram MelVAE SmallTextEncoder SpanMask
+        SpectralVAE TextConditioner TextEmbedding WaveformVAE
+    """,
     "foley.diffusion": """
         PREDICTIONS SOLVERS Accelerator ClassifierFreeGuidance Conditioning Consistency ConsistencySolver
         DiffusionProcess EmbeddedGuidance KnownLatent RunContext SamplerCallback Solver Start StepContext Windows
