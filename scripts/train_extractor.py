@@ -10,7 +10,6 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
-import foley.core.config  # noqa: F401
 from foley.cli.command import command
 from foley.core.components import save_component
 from foley.core.files import write_json
