@@ -1,0 +1,74 @@
+"""Reading files that others wrote: right, or one error that names the file, what is wrong with it, and the mend.
+
+A damaged file makes its parser raise whatever the parser raises: `JSONDecodeError`, `UnicodeDecodeError`, `KeyError`,
+`SafetensorError`, `RecursionError`, none of which names the file. Whatever foley reads is read inside `reading`.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+_DAMAGE = (SafetensorError, UnicodeError, RecursionError, LookupError, TypeError, AttributeError, ValueError, EOFError)
+
+
+class DamagedFileError(ValueError):
+    """A file that is not what it should be; the message names it."""
+
+
+@contextmanager
+def reading(path: Path | str, what: str, mend: str = "make it anew") -> Iterator[None]:
+    """A block that reads `path`: what damage makes it raise becomes one DamagedFileError.
+
+    Args:
+        path: the file, with the line where it has lines.
+        what: what the file should be, as "the index of a latent cache".
+        mend: what the user can do.
+
+    Absent files and refusals of the system (OSError) name their file already, and pass.
+
+    >>> with reading("clips.json", "a list of clips"):
+    ...     json.loads("[")["clips"]
+    Traceback (most recent call last):
+    foley.core.reading.DamagedFileError: clips.json is damaged or not a list of clips: Expecting value: line 1 column 2 \
+(char 1); make it anew
+    """
+    try:
+        yield
+    except DamagedFileError:
+        raise
+    except _DAMAGE as error:
+        raise DamagedFileError(f"{path} is damaged or not {what}: {_reason(error)}; {mend}") from error
+
+
+def read_json(path: Path, what: str, mend: str = "make it anew") -> Any:
+    """The content of a JSON file; raises DamagedFileError as `parse_json` does, and FileNotFoundError."""
+    with reading(path, what, mend):
+        text = path.read_text(encoding="utf-8-sig")
+    return parse_json(text, path, what, mend)
+
+
+def parse_json(text: str, where: Path | str, what: str = "JSON", mend: str = "mend it") -> Any:
+    """The value of a JSON text.
+
+    Raises DamagedFileError, which names `where`, for text that is no JSON, is nested too deeply, holds an integer of
+    thousands of digits, or half a surrogate pair, which no file can be written with.
+    """
+    with reading(where, what, mend):
+        value = json.loads(text)
+        # An escape such as \\ud800 is read without complaint; writing it fails, perhaps hours later.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks the entry {error}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, UnicodeEncodeError):
+        return f"it holds half a surrogate pair, {error.object[error.start : error.end]!r}"
+    return str(error) or type(error).__name__
