@@ -45,7 +45,7 @@ def test_truncated_tensors_and_a_missing_entry_are_named(tmp_path: Path) -> None
 
 
 def test_an_absent_file_stays_file_not_found(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent.json"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         read_json(tmp_path / "absent.json", "JSON")
 
 

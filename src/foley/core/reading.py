@@ -30,11 +30,10 @@ def reading(path: Path | str, what: str, mend: str = "make it anew") -> Iterator
 
     Absent files and refusals of the system (OSError) name their file already, and pass.
 
-    >>> with reading("clips.json", "a list of clips"):
-    ...     json.loads("[")["clips"]
+    >>> with reading("clips.json", "clips"):
+    ...     json.loads("[")
     Traceback (most recent call last):
-    foley.core.reading.DamagedFileError: clips.json is damaged or not a list of clips: Expecting value: line 1 column 2 \
-(char 1); make it anew
+    foley.core.reading.DamagedFileError: clips.json is damaged or not clips: Expecting value: line 1 column 2 (char 1); make it anew
     """
     try:
         yield
