@@ -31,9 +31,9 @@ def reading(path: Path | str, what: str, mend: str = "make it anew") -> Iterator
     Absent files and refusals of the system (OSError) name their file already, and pass.
 
     >>> with reading("clips.json", "clips"):
-    ...     json.loads("[")
+    ...     {}["seed"]
     Traceback (most recent call last):
-    foley.core.reading.DamagedFileError: clips.json is damaged or not clips: Expecting value: line 1 column 2 (char 1); make it anew
+    foley.core.reading.DamagedFileError: clips.json is damaged or not clips: it lacks the entry 'seed'; make it anew
     """
     try:
         yield
