@@ -8,7 +8,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 
 INSTALL := --no-deps --requirement constraints.txt --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo ship results test test-all test-docs lint format types docs notebook wheel lock clean
+.PHONY: help setup demo train-demo ship results test test-all test-docs fuzz lint format types docs notebook wheel lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{sub(":.*", "", $$1); printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores
 
 test-all: $(STAMP)  ## every test
 	$(PY) -m pytest
+
+fuzz: $(STAMP)  ## the fuzzers for longer: FOLEY_FUZZ_EXAMPLES (1000) new examples of each property
+	FOLEY_FUZZ_EXAMPLES=$${FOLEY_FUZZ_EXAMPLES:-1000} OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz --timeout 7200 --numprocesses auto --maxprocesses 4
 
 test-docs: $(STAMP)  ## run the commands of README and docs, and the notebook
 	$(PY) -m pytest -m docs
