@@ -15,6 +15,7 @@ def main(cfg: DictConfig) -> None:
     from foley.generation.text_to_audio import resolve_device
     from foley.system.checkpoint import load_trained
 
+    device = resolve_device(cfg.device)
     data = instantiate(cfg.data, _convert_="all")
     encode_latents(
         load_trained(Path(cfg.codec_ckpt), "codec"),
@@ -22,7 +23,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.output_dir),
         cfg.batch_size,
         cfg.min_duration_seconds,
-        resolve_device(cfg.device),
+        device,
     )
 
 

@@ -1,6 +1,8 @@
 """What every script is wrapped in: Hydra with the configs that ship, free text that needs no quotes, and `--help`."""
 
 import functools
+import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from foley.cli import errors
 from foley.cli.help import asks_for_help, chosen_config, help_page
 from foley.core.config import CONFIG_DIR, SHIPPED_ROOT
 
@@ -36,26 +39,43 @@ def command(
     """
 
     def decorate(task: Task) -> Callable[..., Any]:
-        # The folder of its own config first: Hydra looks for the groups that `+group=choice` adds beside that config.
-        folder, _, name = config_name.rpartition("/")
-        run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR / folder), config_name=name)(task)
-
         @functools.wraps(task)
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return task(cfg)
-            if asks_for_help(sys.argv[1:]):
-                return sys.stdout.write(
-                    help_page(chosen_config(sys.argv[1:], config_name), within_checkout(sys.argv[0]))
-                )
-            check(sys.argv[1:])
-            # In place: processes that are started for other ranks repeat these arguments.
-            sys.argv = quote_overrides(sys.argv, text)
-            return run()
+            with errors.one_message(config_name):
+                if asks_for_help(sys.argv[1:]):
+                    page = help_page(chosen_config(sys.argv[1:], config_name), within_checkout(sys.argv[0]))
+                    return sys.stdout.write(page)
+                check(sys.argv[1:])
+                return run_with_hydra(task, config_name, quote_overrides(sys.argv, text))
 
         return main
 
     return decorate
+
+
+def run_with_hydra(task: Task, config_name: str, quoted: list[str]) -> Any:
+    """Compose the config from the arguments and run the task on it; any error of Hydra or of the task is raised."""
+    typed = sys.argv
+
+    def run(cfg: DictConfig) -> Any:
+        # Processes that are started for other ranks repeat the arguments, and quote them for themselves.
+        sys.argv = typed
+        with errors.job(config_name):
+            return task(cfg)
+
+    # Hydra calls the job, and its log, by the module of the function that it runs.
+    run.__module__ = Path(inspect.unwrap(task).__code__.co_filename).stem
+    # The folder of its own config first: Hydra looks for the groups that `+group=choice` adds beside that config.
+    folder, _, name = config_name.rpartition("/")
+    # Otherwise Hydra prints errors itself, with a part of the traceback.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = quoted
+    try:
+        return hydra.main(version_base="1.3", config_path=str(CONFIG_DIR / folder), config_name=name)(run)()
+    finally:
+        sys.argv = typed
 
 
 def within_checkout(script: str) -> str:
