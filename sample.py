@@ -26,7 +26,7 @@ def refuse_old_names(arguments: Sequence[str]) -> Sequence[str]:
     )
 
 
-@command("sample", text=("prompt", "negative_prompt", "edit", "init", "features"), check=refuse_old_names)
+@command("sample", check=refuse_old_names)
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.

@@ -3,7 +3,6 @@
 import functools
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import DictConfig
 
 from foley.cli import errors
 from foley.cli.help import asks_for_help, chosen_config, help_page
+from foley.cli.overrides import quote_overrides
 from foley.core.config import CONFIG_DIR, SHIPPED_ROOT
 
 Task = Callable[[DictConfig], Any]
@@ -21,17 +21,15 @@ Task = Callable[[DictConfig], Any]
 
 def command(
     config_name: str,
-    text: Sequence[str] = (),
     check: Callable[[Sequence[str]], object] = lambda arguments: None,
 ) -> Callable[[Task], Callable[..., Any]]:
     """Make `main(cfg)` a command: called without a config it composes one from the command line.
 
     Args:
         config_name: the primary config in configs/, which is also the help page (see `foley.cli.help`).
-        text: options whose values are free text, such as a prompt; commas and quotes in them mean nothing to Hydra.
         check: looks at the arguments before Hydra does, and raises SystemExit with what is to be typed instead.
 
-    >>> @command("sample", text=["prompt"])
+    >>> @command("sample")
     ... def main(cfg):
     ...     return cfg.prompt
     >>> main(DictConfig({"prompt": "a dog barks"}))
@@ -48,7 +46,7 @@ def command(
                     page = help_page(chosen_config(sys.argv[1:], config_name), within_checkout(sys.argv[0]))
                     return sys.stdout.write(page)
                 check(sys.argv[1:])
-                return run_with_hydra(task, config_name, quote_overrides(sys.argv, text))
+                return run_with_hydra(task, config_name, quote_overrides(sys.argv))
 
         return main
 
@@ -82,21 +80,3 @@ def within_checkout(script: str) -> str:
     """`scripts/prepare.py` for a script of the checkout, wherever it is called from; another one as given."""
     path = Path(script).resolve()
     return str(path.relative_to(SHIPPED_ROOT)) if path.is_relative_to(SHIPPED_ROOT) else script
-
-
-def quote_overrides(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Quote the values of free-text Hydra overrides, so that commas, quotes and `${` in a prompt are just text.
-
-    >>> quote_overrides(["prompt=rain, then a dog's bark", "seed=1"], ["prompt"])
-    ["prompt='rain, then a dog\\\\'s bark'", 'seed=1']
-    """
-    return [_quote(argument) if argument.partition("=")[0] in keys else argument for argument in arguments]
-
-
-def _quote(override: str) -> str:
-    key, _, value = override.partition("=")
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        return override
-    # Hydra reads a backslash as an escape only where it precedes a quote or an interpolation.
-    escaped = re.sub(r"(\\*)('|\$\{|$)", lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value)
-    return f"{key}='{escaped}'"

@@ -126,7 +126,11 @@ def fused_optimizer(accelerator: str, precision: str | int) -> bool | None:
 
 
 def register_resolvers() -> None:
-    """`${project_root:}` is `PROJECT_ROOT`, wherever the command runs; the others are the functions above."""
+    """`${project_root:}` is `PROJECT_ROOT`, wherever the command runs; the others are the functions above.
+
+    `${text:VALUE}` is VALUE, also where OmegaConf has a meaning for it, such as `???`.
+    """
+    OmegaConf.register_new_resolver("text", str, replace=True)
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
     OmegaConf.register_new_resolver("shipped", lambda name: str(shipped(name)), replace=True)
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
