@@ -16,7 +16,7 @@ def compose_all(name: str, *overrides: str) -> DictConfig:
     """The config of a command with Hydra's own part, which names the folder of the run."""
     folder, _, config = name.rpartition("/")
     with initialize_config_dir(str(CONFIG_DIR / folder), version_base="1.3"):
-        return compose(config, list(overrides), return_hydra_config=True)
+        return compose(config, ["hydra.job.name=it", *overrides], return_hydra_config=True)
 
 
 def test_two_runs_of_one_second_have_folders_of_their_own():
@@ -26,12 +26,18 @@ def test_two_runs_of_one_second_have_folders_of_their_own():
     assert re.fullmatch(rf"{PROJECT_ROOT}/outputs/samples/{date}_[0-9a-f]{{8}}", first)
 
 
-@pytest.mark.parametrize("name", ["train", "sample", "script/sweep_sampling"])
+@pytest.mark.parametrize("name", ["train", "sample", "script/sweep_sampling", "script/calibrate", "bench/caching"])
 @pytest.mark.parametrize("mode", ["run", "sweep"])
 def test_a_sweep_and_a_run_at_their_default_folder(name, mode):
     first, second = (compose_all(name).hydra[mode].dir for _ in range(2))
     assert first != second
     assert first.startswith(f"{PROJECT_ROOT}/outputs/")
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_no_sweep_goes_where_hydra_would_put_it(name):
+    text = (CONFIG_DIR / f"{name}.yaml").read_text(encoding="utf-8")
+    assert "sweep:" in text or "/outputs/" in compose_all(name).hydra.sweep.dir
 
 
 def test_a_config_names_one_folder():

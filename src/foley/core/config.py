@@ -169,10 +169,13 @@ def register_resolvers() -> None:
 
 
 class GroupsForAll(SearchPathPlugin):
-    """Lets the configs of scripts, which lie in configs/script and configs/bench, choose from the groups in configs."""
+    """Lets the configs of scripts, which lie in configs/script and configs/bench, choose from the groups in configs.
+
+    Before Hydra's own configs: `hydra/output` is one of ours.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("foley", f"file://{CONFIG_DIR}")
+        search_path.prepend("foley", f"file://{CONFIG_DIR}")
 
 
 register_resolvers()
