@@ -6,17 +6,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.data.audio import read_channels
-from foley.data.procedural import CLASS_NAMES, captions_for
-from foley.metrics.evaluation import evaluate_files
-from foley.metrics.features import scan_directory
-from foley.metrics.references import read_clips
-from foley.reporting.scores import flat_scores, show, write_report
 
 
 @command("evaluate")
 def main(cfg: DictConfig) -> None:
     """Write `evaluation.json` and `evaluation.md`, show the scores, and log them where a logger is chosen."""
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.data.audio import read_channels
+    from foley.data.procedural import CLASS_NAMES, captions_for
+    from foley.metrics.evaluation import evaluate_files
+    from foley.metrics.features import scan_directory
+    from foley.metrics.references import read_clips
+    from foley.reporting.scores import flat_scores, show, write_report
+
     protocols = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
     samples, reference = scan_directory(Path(cfg.samples)), read_clips(cfg.reference, cfg.split, cfg.audio_dir)
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]

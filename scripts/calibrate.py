@@ -8,20 +8,22 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
-from foley.accel.caching.plots import plot_calibration
 from foley.cli.command import command
-from foley.cli.sampling import chosen_sampling
-from foley.core.files import info_path
 from foley.core.logs import get_logger
-from foley.data.ordering import evenly_spaced
-from foley.generation.pipeline_to_audio import open_generator
-from foley.generation.prompts import read_prompts
-from foley.generation.text_to_audio import resolve_device
 
 
 @command("script/calibrate")
 def main(cfg: DictConfig) -> None:
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
+    from foley.accel.caching.plots import plot_calibration
+    from foley.cli.sampling import chosen_sampling
+    from foley.core.files import info_path
+    from foley.data.ordering import evenly_spaced
+    from foley.generation.pipeline_to_audio import open_generator
+    from foley.generation.prompts import read_prompts
+    from foley.generation.text_to_audio import resolve_device
+
     prompts = read_prompts(Path(cfg.prompts))
     recorder = CalibrationRecorder(cfg.max_distance)
     places = {"hub_dir": cfg.hub_dir, "cache_dir": cfg.cache_dir, "overrides": cfg.system_overrides}

@@ -9,11 +9,13 @@ from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.core.logs import get_logger
-from foley.system.convert import convert_checkpoint, read_model_config
 
 
 @command("script/convert_checkpoint")
 def main(cfg: DictConfig) -> None:
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.system.convert import convert_checkpoint, read_model_config
+
     module = convert_checkpoint(cfg.source, Path(cfg.ckpt), read_model_config(Path(cfg.config)), Path(cfg.out))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     get_logger(__name__).info(

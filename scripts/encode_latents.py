@@ -6,13 +6,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.data.encoding import encode_latents
-from foley.generation.text_to_audio import resolve_device
-from foley.system.checkpoint import load_trained
 
 
 @command("script/encode_latents")
 def main(cfg: DictConfig) -> None:
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.data.encoding import encode_latents
+    from foley.generation.text_to_audio import resolve_device
+    from foley.system.checkpoint import load_trained
+
+    device = resolve_device(cfg.device)
     data = instantiate(cfg.data, _convert_="all")
     encode_latents(
         load_trained(Path(cfg.codec_ckpt), "codec"),
@@ -20,7 +23,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.output_dir),
         cfg.batch_size,
         cfg.min_duration_seconds,
-        resolve_device(cfg.device),
+        device,
     )
 
 

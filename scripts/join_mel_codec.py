@@ -5,14 +5,16 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.core.components import save_component
 from foley.core.logs import get_logger
-from foley.models.codec.mel_codec import MelCodec
-from foley.system.checkpoint import load_trained, trained_config
 
 
 @command("script/join_mel_codec")
 def main(cfg: DictConfig) -> None:
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.core.components import save_component
+    from foley.models.codec.mel_codec import MelCodec
+    from foley.system.checkpoint import load_trained, trained_config
+
     paths = {name: Path(cfg[name]) for name in ("mel_vae", "vocoder")}
     parts = {name: load_trained(path, name) for name, path in paths.items()}
     numbers = {

@@ -4,12 +4,14 @@ from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.core.logs import get_logger
-from foley.data.importers import read_entries
-from foley.data.shards_writer import write_shards
 
 
 @command("script/make_shards")
 def main(cfg: DictConfig) -> None:
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.data.importers import read_entries
+    from foley.data.shards_writer import write_shards
+
     index = write_shards(read_entries(cfg.manifest, cfg.audio_dir), cfg.output, **cfg.writer)
     clips, seconds = (sum(getattr(shard, name) for shard in index.shards) for name in ("num_samples", "seconds"))
     message = "%d clips (%.2f hours) in %d shards, %d left out: %s"

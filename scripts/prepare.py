@@ -10,12 +10,14 @@ from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.core.logs import get_logger
-from foley.data.preparation import prepare_manifest
 
 
 @command("script/prepare")
 def main(cfg: DictConfig) -> None:
     """Read, match, check, write."""
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.data.preparation import prepare_manifest
+
     files = instantiate(cfg.dataset, _convert_="all")
     summary = prepare_manifest(files, Path(cfg.audio_dir), Path(cfg.out), cfg.decode)
     log = get_logger(__name__)

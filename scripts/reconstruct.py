@@ -20,7 +20,8 @@ from foley.system.checkpoint import load_trained
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""
-    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(resolve_device(cfg.device))
+    device = resolve_device(cfg.device)
+    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(device)
     entries = [entry for entry in read_manifest(Path(cfg.manifest)) if cfg.split in (None, entry.split)]
     directory, level = Path(cfg.output_dir), PeakLevel()
     directory.mkdir(parents=True, exist_ok=True)

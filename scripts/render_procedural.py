@@ -6,15 +6,17 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.core.files import write_text
 from foley.core.logs import get_logger
-from foley.data.audio import write_wav
-from foley.data.procedural import CLASS_NAMES, ProceduralDataset
 
 
 @command("script/render_procedural")
 def main(cfg: DictConfig) -> None:
     """Write `per_class` clips of every class and `manifest.jsonl`."""
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.core.files import write_text
+    from foley.data.audio import write_wav
+    from foley.data.procedural import CLASS_NAMES, ProceduralDataset
+
     directory = Path(cfg.output_dir)
     clips = ProceduralDataset(
         cfg.per_class * len(CLASS_NAMES), cfg.seed, cfg.duration_seconds, sample_rate_hz=cfg.sample_rate_hz

@@ -71,8 +71,9 @@ def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory:
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write `codec.json` and the pairs."""
+    device = resolve_device(cfg.device)
     codec = instantiate(cfg.baseline) or load_trained(Path(cfg.codec_ckpt), "codec")
-    codec = codec.to(resolve_device(cfg.device))
+    codec = codec.to(device)
     # Levelled as in training and encoding: elsewhere quiet clips would be strangers to the codec.
     dataset = instantiate(cfg.data, _convert_="all").whole_clips(cfg.max_duration_seconds)[cfg.split]
     shortest = cfg.minimum_seconds * codec.sample_rate_hz

@@ -51,7 +51,7 @@ def score(cfg: DictConfig, made: Generation) -> float:
     return evaluation.scores[cfg.score].value
 
 
-@command("script/sweep_sampling", text=("prompt", "negative_prompt"))
+@command("script/sweep_sampling")
 def main(cfg: DictConfig) -> tuple[float, float]:
     """Write `trial.json`, and hand a search its two objectives."""
     made = generate(cfg)

@@ -6,15 +6,17 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.core.files import atomic_write
 from foley.core.logs import get_logger
-from foley.models.text.small import train_tokenizer
 
 logger = get_logger(__name__)
 
 
 @command("script/train_tokenizer")
 def main(cfg: DictConfig) -> None:
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.core.files import atomic_write
+    from foley.models.text.small import train_tokenizer
+
     with Path(cfg.captions_file).open(encoding="utf-8-sig", newline="") as stream:
         captions = [row[cfg.caption_column] for row in csv.DictReader(stream)]
     tokenizer = train_tokenizer(captions, cfg.vocabulary_size)

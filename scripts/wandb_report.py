@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.core.logs import get_logger
-from foley.reporting.dashboard import build_workspace, write_dashboard
 
 log = get_logger(__name__)
 
@@ -18,6 +17,9 @@ log = get_logger(__name__)
 @command("script/wandb_report")
 def main(cfg: DictConfig) -> None:
     """Write `dashboard.md` and its figures, or save the workspace; ValueError unless told which."""
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.reporting.dashboard import build_workspace, write_dashboard
+
     if (cfg.run is None) == (cfg.project is None):
         raise ValueError("give either run=FOLDER of a training run, or project=NAME (and entity=NAME) on W&B")
     if cfg.run is not None:

@@ -6,13 +6,15 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.core.files import write_text
-from foley.data.manifest import read_manifest
 
 
 @command("script/write_attributions")
 def main(cfg: DictConfig) -> None:
     """Write a table of source, licence and number of clips."""
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.core.files import write_text
+    from foley.data.manifest import read_manifest
+
     entries = [entry for entry in read_manifest(Path(cfg.manifest)) if entry.split == cfg.split]
     counts = Counter((entry.source, entry.license) for entry in entries)
     rows = [f"| {source} | {license} | {n} |" for (source, license), n in sorted(counts.items())]

@@ -1,6 +1,7 @@
 """The help pages: read from the configs, complete for every command, and shown by `--help`."""
 
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -117,3 +118,11 @@ def test_every_command_config_belongs_to_a_verb():
     ours = {config_of(SHIPPED_ROOT / verb.script) for verb in all_verbs().values()} | {"script/results"}
     files = [*CONFIG_DIR.glob("*.yaml"), *CONFIG_DIR.glob("script/*.yaml"), *CONFIG_DIR.glob("bench/*.yaml")]
     assert {str(file.relative_to(CONFIG_DIR).with_suffix("")) for file in files} == ours
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "script/prepare", "script/encode_latents"])
+def test_a_command_answers_before_pytorch_is_loaded(name):
+    """Help, and mistakes that Hydra finds: the scripts import what is heavy in `main`."""
+    script = SHIPPED_ROOT / f"{name.replace('script/', 'scripts/')}.py"
+    load = f"import runpy, sys; runpy.run_path({str(script)!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", load], check=False).returncode == 0

@@ -18,12 +18,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from foley.cli.command import quote_overrides
 from foley.cli.help import chosen_config
 from foley.cli.main import all_verbs, config_of, split_verb
+from foley.cli.overrides import quote_overrides
 from foley.core.config import PROJECT_ROOT
 
-FREE_TEXT = ("prompt", "negative_prompt", "edit", "init", "features")
 SMALL = {
     "train.py": "trainer.max_steps=2 trainer.val_check_interval=2 trainer.limit_val_batches=1 data.batch_size=4 "
     "trainer.enable_model_summary=false callbacks.checkpoint.every_n_train_steps=2 lr_schedule.warmup_steps=1",
@@ -129,7 +128,7 @@ def check_options(words: list[str]) -> None:
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:]), words
         return
     script, arguments = script_of(words)
-    overrides = quote_overrides([word for word in arguments if not word.startswith("-")], FREE_TEXT)
+    overrides = [word for word in quote_overrides(arguments) if not word.startswith("-")]
     if "-m" in arguments:
         overrides = [first_of_sweep(override) for override in overrides]
     GlobalHydra.instance().clear()

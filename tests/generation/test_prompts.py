@@ -2,7 +2,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from foley.cli.command import quote_overrides
+from foley.cli.overrides import quote_overrides
 from foley.generation.prompts import Clip, read_prompts, request_clips
 
 
@@ -62,14 +62,10 @@ def test_clips_are_prompts_times_seeds():
     ],
 )
 def test_a_prompt_survives_the_command_line(prompt):
-    quoted = quote_overrides([f"prompt={prompt}", "seed=1"], ["prompt"])
+    quoted = quote_overrides([f"prompt={prompt}", "seed=1"])
     assert quoted[1] == "seed=1"
     override = OverridesParser.create().parse_override(quoted[0])
     assert OmegaConf.create({"prompt": override.value()}).prompt == prompt
-
-
-def test_prompts_that_are_quoted_already_are_left_alone():
-    assert quote_overrides(["prompt='a, b'"], ["prompt"]) == ["prompt='a, b'"]
 
 
 def test_a_files_labels_and_ids_travel_with_its_prompts(tmp_path):

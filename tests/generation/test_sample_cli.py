@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from commands import compose_command, run_command
+from commands import compose_command, load_command, run_command
 from omegaconf import OmegaConf
 from small_system import CONFIGS
 
-from foley.cli.sampling import chosen_source, refuse_old_names, requested_clips
+from foley.cli.sampling import chosen_source, requested_clips
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.generation.prompts import read_prompts
@@ -196,6 +196,7 @@ def test_a_missing_calibration_is_refused_before_anything_is_loaded(tmp_path):
     ],
 )
 def test_the_old_names_of_a_system_say_what_it_is_called_now(arguments, message):
+    refuse_old_names = load_command("sample")["refuse_old_names"]
     with pytest.raises(SystemExit, match=message):
         refuse_old_names(["sample.py", *arguments])
     assert refuse_old_names(["sample.py", "prompt=model=x"]) == ["sample.py", "prompt=model=x"]

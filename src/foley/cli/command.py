@@ -1,7 +1,8 @@
 """What every script is wrapped in: Hydra with the configs that ship, free text that needs no quotes, and `--help`."""
 
 import functools
-import re
+import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from foley.cli import errors
 from foley.cli.help import asks_for_help, chosen_config, help_page
+from foley.cli.overrides import quote_overrides
 from foley.core.config import CONFIG_DIR, SHIPPED_ROOT
 
 Task = Callable[[DictConfig], Any]
@@ -18,17 +21,15 @@ Task = Callable[[DictConfig], Any]
 
 def command(
     config_name: str,
-    text: Sequence[str] = (),
     check: Callable[[Sequence[str]], object] = lambda arguments: None,
 ) -> Callable[[Task], Callable[..., Any]]:
     """Make `main(cfg)` a command: called without a config it composes one from the command line.
 
     Args:
         config_name: the primary config in configs/, which is also the help page (see `foley.cli.help`).
-        text: options whose values are free text, such as a prompt; commas and quotes in them mean nothing to Hydra.
         check: looks at the arguments before Hydra does, and raises SystemExit with what is to be typed instead.
 
-    >>> @command("sample", text=["prompt"])
+    >>> @command("sample")
     ... def main(cfg):
     ...     return cfg.prompt
     >>> main(DictConfig({"prompt": "a dog barks"}))
@@ -36,47 +37,46 @@ def command(
     """
 
     def decorate(task: Task) -> Callable[..., Any]:
-        # The folder of its own config first: Hydra looks for the groups that `+group=choice` adds beside that config.
-        folder, _, name = config_name.rpartition("/")
-        run = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR / folder), config_name=name)(task)
-
         @functools.wraps(task)
         def main(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return task(cfg)
-            if asks_for_help(sys.argv[1:]):
-                return sys.stdout.write(
-                    help_page(chosen_config(sys.argv[1:], config_name), within_checkout(sys.argv[0]))
-                )
-            check(sys.argv[1:])
-            # In place: processes that are started for other ranks repeat these arguments.
-            sys.argv = quote_overrides(sys.argv, text)
-            return run()
+            with errors.one_message(config_name):
+                if asks_for_help(sys.argv[1:]):
+                    page = help_page(chosen_config(sys.argv[1:], config_name), within_checkout(sys.argv[0]))
+                    return sys.stdout.write(page)
+                check(sys.argv[1:])
+                return run_with_hydra(task, config_name, quote_overrides(sys.argv))
 
         return main
 
     return decorate
 
 
+def run_with_hydra(task: Task, config_name: str, quoted: list[str]) -> Any:
+    """Compose the config from the arguments and run the task on it; any error of Hydra or of the task is raised."""
+    typed = sys.argv
+
+    def run(cfg: DictConfig) -> Any:
+        # Processes that are started for other ranks repeat the arguments, and quote them for themselves.
+        sys.argv = typed
+        with errors.job(config_name):
+            return task(cfg)
+
+    # Hydra calls the job, and its log, by the module of the function that it runs.
+    run.__module__ = Path(inspect.unwrap(task).__code__.co_filename).stem
+    # The folder of its own config first: Hydra looks for the groups that `+group=choice` adds beside that config.
+    folder, _, name = config_name.rpartition("/")
+    # Otherwise Hydra prints errors itself, with a part of the traceback.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = quoted
+    try:
+        return hydra.main(version_base="1.3", config_path=str(CONFIG_DIR / folder), config_name=name)(run)()
+    finally:
+        sys.argv = typed
+
+
 def within_checkout(script: str) -> str:
     """`scripts/prepare.py` for a script of the checkout, wherever it is called from; another one as given."""
     path = Path(script).resolve()
     return str(path.relative_to(SHIPPED_ROOT)) if path.is_relative_to(SHIPPED_ROOT) else script
-
-
-def quote_overrides(arguments: Sequence[str], keys: Sequence[str]) -> list[str]:
-    """Quote the values of free-text Hydra overrides, so that commas, quotes and `${` in a prompt are just text.
-
-    >>> quote_overrides(["prompt=rain, then a dog's bark", "seed=1"], ["prompt"])
-    ["prompt='rain, then a dog\\\\'s bark'", 'seed=1']
-    """
-    return [_quote(argument) if argument.partition("=")[0] in keys else argument for argument in arguments]
-
-
-def _quote(override: str) -> str:
-    key, _, value = override.partition("=")
-    if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-        return override
-    # Hydra reads a backslash as an escape only where it precedes a quote or an interpolation.
-    escaped = re.sub(r"(\\*)('|\$\{|$)", lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value)
-    return f"{key}='{escaped}'"

@@ -44,22 +44,6 @@ _REAL = ["duration_seconds", "max_duration_seconds", "window_seconds", "overlap_
 _REAL += ["trained_seconds", "guidance_scale", "guidance_rescale", "strength"]
 _REAL += ["mask_start_seconds", "mask_length_seconds", "boundary_seconds"]
 
-_OLD_NAMES = ("ckpt", "model", "published")
-
-
-def refuse_old_names(arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments as they are; SystemExit where one names the system by an option that `system=` has replaced."""
-    old = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in _OLD_NAMES]
-    if not old:
-        return arguments
-    given = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0] == "system"]
-    values = [*given, *(argument.partition("=")[2] for argument in old)]
-    choice = f"give system={values[0]}" if len(values) == 1 else f"give only one of them, such as system={values[0]}"
-    raise SystemExit(
-        f"{', '.join(old)}: system= names what generates, a published system (ezaudio_xl), a system's folder, or a "
-        f"training checkpoint (.ckpt); {choice}"
-    )
-
 
 def chosen_system(cfg: DictConfig) -> str:
     """What `system=` names, or the student inside it; raises CheckpointError where it has none."""

@@ -5,7 +5,9 @@ PyTorch is imported where it is asked, so that the command's help and completion
 
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,30 @@ def run_id(folder: str) -> str:
     return hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:12]
 
 
+def run_folder(kind: str) -> str:
+    """The folder of a new run below outputs/, such as outputs/train/tiny/2026-11-28_12-30-05_9f3c2a1b.
+
+    No two runs get the same one, also of those that begin in one second; the processes of one run, which a cluster
+    starts apart, do: there the name says the job in the place of a random number.
+    """
+    return str(PROJECT_ROOT / "outputs" / kind / "_".join(_run_stamp()))
+
+
+def _run_stamp() -> tuple[str, ...]:
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    if job and step and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        start = float(os.environ.get("SLURM_JOB_START_TIME", "0"))  # of the job: processes read their clocks apart
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        return (*((_readable(datetime.fromtimestamp(start)),) if start else ()), f"job{job}-{step}-{restarts}")
+    if (launch := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":
+        return (f"launch{launch}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",)
+    return _readable(datetime.now()), secrets.token_hex(4)
+
+
+def _readable(time: datetime) -> str:
+    return f"{time:%Y-%m-%d_%H-%M-%S}"
+
+
 def fused_optimizer(accelerator: str, precision: str | int) -> bool | None:
     """True for one fused kernel: on GPUs, but not with loss scaling, whose gradients are clipped outside.
 
@@ -126,10 +152,16 @@ def fused_optimizer(accelerator: str, precision: str | int) -> bool | None:
 
 
 def register_resolvers() -> None:
-    """`${project_root:}` is `PROJECT_ROOT`, wherever the command runs; the others are the functions above."""
+    """`${project_root:}` is `PROJECT_ROOT`, wherever the command runs; the others are the functions above.
+
+    `${text:VALUE}` is VALUE, also where OmegaConf has a meaning for it, such as `???`.
+    """
+    OmegaConf.register_new_resolver("text", str, replace=True)
     OmegaConf.register_new_resolver("project_root", lambda: str(PROJECT_ROOT), replace=True)
     OmegaConf.register_new_resolver("shipped", lambda name: str(shipped(name)), replace=True)
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
+    # Cached: a config names one folder, wherever it says so.
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("fused_optimizer", fused_optimizer, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
@@ -137,10 +169,13 @@ def register_resolvers() -> None:
 
 
 class GroupsForAll(SearchPathPlugin):
-    """Lets the configs of scripts, which lie in configs/script and configs/bench, choose from the groups in configs."""
+    """Lets the configs of scripts, which lie in configs/script and configs/bench, choose from the groups in configs.
+
+    Before Hydra's own configs: `hydra/output` is one of ours.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("foley", f"file://{CONFIG_DIR}")
+        search_path.prepend("foley", f"file://{CONFIG_DIR}")
 
 
 register_resolvers()

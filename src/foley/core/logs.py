@@ -2,16 +2,17 @@
 
 import logging
 import os
-
-from torch import distributed
+import sys
 
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 def process_rank() -> int:
     """This process's rank; before the process group exists, what the launcher put into the environment, or 0."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank()
+    # A process group exists only where PyTorch is loaded; a line of help must not load it.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_rank())
     return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
 
 

@@ -34,10 +34,21 @@ _log = get_logger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
-    """A torch device by name; "auto" is the GPU where there is one."""
+    """A torch device by name; "auto" is the GPU where there is one.
+
+    Raises ValueError for a name that is none, and for a device that this machine lacks.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name}: there is no such device; give auto, cpu, cuda, cuda:1 or mps") from error
+    present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= present.get(device.type, 0):
+        found = ", ".join(f"{count} {kind}" for kind, count in present.items())
+        raise ValueError(f"device={name}: this machine has {found}; device=auto takes what there is")
+    return device
 
 
 @dataclass(frozen=True)
