@@ -28,7 +28,7 @@ class SweepTable(Callback):
 
     Args:
         returned: names of what the command returns, in its order; by default that of `optimized_metric`.
-        logged: metrics of a training whose last values are shown too. Runs are sorted by the first value, the least first.
+        logged: metrics of a training whose last values are shown too; runs are sorted by the first value of all.
     """
 
     def __init__(self, returned: Sequence[str] = (), logged: Sequence[str] = ()) -> None:
