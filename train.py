@@ -3,13 +3,17 @@
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.training.run import optimized_metric, train
+from foley.training.requirements import refuse_missing
 
 
 @command("train")
 def main(cfg: DictConfig) -> float | None:
     """Compose the config, train, and hand a sweep its metric."""
-    return optimized_metric(cfg, train(cfg))
+    refuse_missing(cfg)
+    # Here, so that whatever is missing is named before PyTorch is loaded, in a second.
+    from foley.training.run import objective
+
+    return objective(cfg)
 
 
 if __name__ == "__main__":
