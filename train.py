@@ -3,15 +3,17 @@
 from omegaconf import DictConfig
 
 from foley.cli.command import command
+from foley.training.requirements import refuse_missing
 
 
 @command("train")
 def main(cfg: DictConfig) -> float | None:
     """Compose the config, train, and hand a sweep its metric."""
-    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
-    from foley.training.run import optimized_metric, train
+    refuse_missing(cfg)
+    # Here, so that whatever is missing is named before PyTorch is loaded, in a second.
+    from foley.training.run import objective
 
-    return optimized_metric(cfg, train(cfg))
+    return objective(cfg)
 
 
 if __name__ == "__main__":

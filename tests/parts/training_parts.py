@@ -131,7 +131,9 @@ def build_module(text: nn.Module | None = None, context_dim: int | None = 6, **o
     return module
 
 
-def build_trainer(folder: Path, max_steps: int, callbacks=(), every: int = 4, **options) -> pl.Trainer:
+def build_trainer(
+    folder: Path, max_steps: int, callbacks=(), every: int = 4, progress_bar: bool = False, **options
+) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
@@ -140,7 +142,7 @@ def build_trainer(folder: Path, max_steps: int, callbacks=(), every: int = 4, **
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         use_distributed_sampler=False,
-        enable_progress_bar=False,
+        enable_progress_bar=progress_bar,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO()],
         logger=AppendingCSVLogger(str(folder), flush_logs_every_n_steps=1),

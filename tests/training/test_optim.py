@@ -52,3 +52,10 @@ def test_schedules_in_closed_form() -> None:
 def test_a_cosine_needs_an_end() -> None:
     with pytest.raises(ValueError, match="total_steps=-1"):
         rates(cosine_schedule, 1, total_steps=-1)
+
+
+def test_a_warm_up_that_leaves_nothing_is_named_and_by_how_much() -> None:
+    wanted = r"lr_schedule\.warmup_steps=100 leaves nothing .* by 61 at least, as by lr_schedule\.warmup_steps=4,"
+    with pytest.raises(ValueError, match=wanted):
+        rates(cosine_schedule, 1, total_steps=40, warmup_steps=100)
+    assert rates(cosine_schedule, 1, total_steps=40, warmup_steps=100 - 61) == [2.0 / 39]

@@ -56,12 +56,18 @@ def cosine_schedule(
 ) -> LambdaLR:
     """Linear warm-up, then half a cosine down to `final_ratio` of the rate at `total_steps`, constant from there on.
 
-    Raises ValueError where `total_steps` does not exceed `warmup_steps`.
+    Raises ValueError where `total_steps` does not exceed `warmup_steps`, or is -1: a run without an end.
     """
+    if total_steps < 1:
+        raise ValueError(
+            f"lr_schedule.total_steps={total_steps}, that is trainer.max_steps, gives a cosine no end: set "
+            "trainer.max_steps, or choose lr_schedule=constant"
+        )
     if total_steps <= warmup_steps:
         raise ValueError(
-            f"lr_schedule.total_steps={total_steps} must exceed warmup_steps={warmup_steps}; "
-            "set trainer.max_steps, or choose lr_schedule=constant for a run without an end"
+            f"lr_schedule.warmup_steps={warmup_steps} leaves nothing of lr_schedule.total_steps={total_steps}, that is "
+            f"trainer.max_steps: lower it by {warmup_steps - total_steps + 1} at least, as by "
+            f"lr_schedule.warmup_steps={total_steps // 10}, or set trainer.max_steps above it"
         )
 
     def factor(step: int) -> float:

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from foley.data.datamodule import LatentDataModule
 from foley.system.checkpoint import FOLEY_KEY, load_trained, read_training_checkpoint
 from foley.training.base import FoleyModule
 from foley.training.callbacks.checkpointing import AtomicCheckpointIO
+from foley.training.callbacks.non_finite import NonFiniteLossError
+from foley.training.requirements import refuse_missing
+from foley.training.run_folder import resume_command
 
 _log = get_logger(__name__)
 
@@ -58,34 +61,31 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-_MADE_BY = {
-    "data.cache_dir": "a folder of latents, made by: foley encode codec_ckpt=CODEC data=manifest "
-    "data.splits.manifest=FILE output_dir=FOLDER",
-    "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
-    "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",
-    "data.splits.url": "a folder or URL of shards, made by: foley shards manifest=FILE output=FOLDER",
-    "system": "the teacher: a system's folder, a .ckpt, or the name of a published system",
-    "text.directory": "a folder of precomputed features, <clip id>.safetensors",
-    "callbacks.evaluation.reference": "real clips to compare with: a folder or a manifest",
-}
-"""What stands for `???` in a recipe, and the command that makes it."""
+def objective(cfg: DictConfig) -> float | None:
+    """Train, with a word on where, and how to go on; gives a sweep its number, infinite where training diverged."""
+    _log.info("output folder: %s", cfg.paths.output_dir)
+    _log.info("after a stop it goes on with: %s", resume_command(cfg))
+    _warn_of_warm_up(cfg)
+    try:
+        metrics = train(cfg)
+    except NonFiniteLossError as error:
+        if not cfg.optimized_metric:
+            raise
+        _log.warning("counted as the worst: %s", error)
+        return math.inf
+    _log.info("trained; all of it is in %s", cfg.paths.output_dir)
+    _log.info("more steps, with a larger trainer.max_steps=: %s", resume_command(cfg))
+    return optimized_metric(cfg, metrics)
 
 
-def refuse_missing(cfg: DictConfig) -> None:
-    """Raise SystemExit with one line for each value that the recipe leaves to the user; nothing has been loaded yet."""
-    missing = list(_missing(OmegaConf.to_container(cfg, resolve=False)))
-    if missing:
-        lines = [f"  {key}=...  {_MADE_BY.get(key, 'see its comment in configs/')}" for key in missing]
-        raise SystemExit("\n".join([f"{cfg.name or 'this run'} cannot train yet; it lacks", *lines]))
-
-
-def _missing(node: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of the values that are `???` themselves, not those that refer to one."""
-    if node == "???":
-        yield name
-    elif isinstance(node, dict):
-        for key, value in node.items():
-            yield from _missing(value, f"{name}.{key}".lstrip("."))
+def _warn_of_warm_up(cfg: DictConfig) -> None:
+    steps, warm_up = cfg.trainer.max_steps, OmegaConf.select(cfg, "lr_schedule.warmup_steps") or 0
+    if 0 < steps <= warm_up:
+        _log.warning(
+            "the run ends inside its warm-up: with trainer.max_steps=%d and lr_schedule.warmup_steps=%d the learning "
+            "rate reaches %.0f%%; set lr_schedule.warmup_steps=%d or so",
+            *(steps, warm_up, 100 * steps / warm_up, steps // 10),
+        )
 
 
 def optimized_metric(cfg: DictConfig, metrics: Mapping[str, float]) -> float | None:

@@ -1,0 +1,161 @@
+"""What a training run needs, looked for before it begins and before PyTorch is loaded: one message names all of it.
+
+Nothing here imports what takes time.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from foley.core.config import published_name
+
+_log = logging.getLogger(__name__)
+
+_MADE_BY = {
+    "data.cache_dir": "latents, made by: foley encode codec_ckpt=CODEC data=manifest data.splits.manifest=FILE "
+    "output_dir=FOLDER",
+    "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
+    "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",
+    "data.splits.url": "a folder or URL of shards, made by: foley shards manifest=FILE output=FOLDER",
+    "system": "the teacher: a system's folder, a .ckpt, or the name of a published system",
+    "text.directory": "a folder of precomputed features, <clip id>.safetensors",
+    "callbacks.evaluation.reference": "real clips to compare with: a folder or a manifest",
+    "codec_path": "the codec that made the latents",
+    "ckpt": "the weights to start from: a .ckpt file, or the folder of its run",
+}
+"""What stands for `???` or for a path in a recipe, and the command that makes it."""
+
+_CODECS = {
+    "waveform_vae.WaveformVAE": "made by: foley train experiment=waveform_vae data=manifest data.splits.manifest=FILE, or "
+    "from published weights by foley convert",
+    "spectral_vae.SpectralVAE": "data/demo/codec ships, and foley train experiment=tiny_vae makes another",
+    "mel_codec.MelCodec": "made by: foley train experiment=audiolcm_mel_vae, experiment=bigvgan; foley join-mel-codec",
+}
+"""Class of a codec to the command that makes it."""
+
+_DOWNLOAD_GIGABYTES = {"google/flan-t5-xl": 11.4, "google/flan-t5-large": 3.1, "google-t5/t5-base": 0.9}
+
+Lack = tuple[str, str]
+"""An option, and what it wants."""
+
+
+def refuse_missing(cfg: DictConfig) -> None:
+    """Raise SystemExit with a line for everything that this run lacks; nothing has been loaded yet.
+
+    What it would merely do better with is said only beside what it cannot do without; a GPU that is smaller than the
+    recipe's own estimate is a warning.
+    """
+    lacks = [*_unset(cfg), *_absent(cfg), *_text_weights(cfg), *_gpu(cfg)]
+    if not lacks:
+        return
+    lines = [f"  {option}  {words}" for option, words in [*lacks, *_codec(cfg)]]
+    raise SystemExit("\n".join([f"{cfg.name or 'this run'} cannot train yet; it lacks", *lines, *_ways_out(cfg)]))
+
+
+def _ways_out(cfg: DictConfig) -> list[str]:
+    recipe = f"experiment={cfg.name} " if cfg.name else ""
+    return [
+        f"Without any of it: foley train {recipe}data=synthetic measures step time and memory on random data; "
+        "foley train alone trains a small system on what ships, in a minute."
+    ]
+
+
+def _unset(cfg: DictConfig) -> Iterator[Lack]:
+    """Options that the recipe leaves to the user."""
+    for key in _missing(OmegaConf.to_container(cfg, resolve=False)):
+        yield f"{key}=...", _MADE_BY.get(key, "see its comment in configs/").replace("CODEC", _codec_of(cfg))
+    if str(_selected(cfg, "task.text._target_")).endswith("FeatureConditioner") and not cfg.task.text.directory:
+        yield "text.directory=...", _MADE_BY["text.directory"]
+
+
+def _codec_of(cfg: DictConfig) -> str:
+    """What to write for the recipe's codec: that of the small recipes ships."""
+    return "data/demo/codec" if str(_selected(cfg, "codec._target_")).endswith("SpectralVAE") else "CODEC"
+
+
+def _missing(node: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the values that are `???` themselves, not those that refer to one."""
+    if node == "???":
+        yield name
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _missing(value, f"{name}.{key}".lstrip("."))
+
+
+def _absent(cfg: DictConfig) -> Iterator[Lack]:
+    """Files and folders that are named but do not exist."""
+    for key in ("data.cache_dir", "data.splits.manifest", "data.splits.url", "system", "text.directory", "codec_path"):
+        path = _selected(cfg, key)
+        known = path is None or "://" in str(path) or (key == "system" and published_name(path) is not None)
+        wanted = "index.json" if key == "data.cache_dir" else ""
+        optional = key == "data.splits.manifest" and _selected(cfg, "data.splits.optional")
+        if not known and not optional and not (Path(str(path)).expanduser() / wanted).exists():
+            yield f"{key}={path}", f"{'no latents are there' if wanted else 'does not exist'}; {_MADE_BY[key]}"
+
+
+def _selected(cfg: DictConfig, key: str) -> Any:
+    """A value by its dotted name; None where there is none, or where it refers to one that is missing."""
+    return OmegaConf.select(cfg, key, default=None, throw_on_resolution_failure=False)
+
+
+def _codec(cfg: DictConfig) -> Iterator[Lack]:
+    """The codec, where sounds would be made with it."""
+    listens = any(_selected(cfg, f"callbacks.{name}._target_") for name in ("audio_samples", "evaluation"))
+    if not cfg.codec_path and listens:
+        target = str(_selected(cfg, "codec._target_"))
+        made_by = next((words for name, words in _CODECS.items() if target.endswith(name)), "the teacher's own")
+        yield "codec_path=...", f"{_MADE_BY['codec_path']}, {made_by}; without it there are no samples to hear"
+
+
+def _text_weights(cfg: DictConfig) -> Iterator[Lack]:
+    """The files of a frozen text encoder that this stage trains with."""
+    text = _selected(cfg, "task.text")
+    if text is None or not str(text.get("_target_")).endswith("FrozenT5Conditioner"):
+        return
+    name = text.name_or_path
+    if Path(name).expanduser().is_dir() or _in_hub_cache(name, text.revision):
+        return
+    size = f"{_DOWNLOAD_GIGABYTES[name]:g} GB" if name in _DOWNLOAD_GIGABYTES else "it"
+    if not text.download:
+        yield "text.download=true", f"fetches {size} of {name}, which is not on this machine; or: hf download {name}"
+    elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        yield f"text.name_or_path={name}", f"is not on this machine, and HF_HUB_OFFLINE forbids to fetch {size}"
+    else:
+        _log.warning("%s is not on this machine: %s will be fetched", name, size)
+
+
+def _in_hub_cache(name: str, revision: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    kept = [try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", *files)]
+    return isinstance(kept[0], str) and any(isinstance(path, str) for path in kept[1:])
+
+
+def _gpu(cfg: DictConfig) -> Iterator[Lack]:
+    """A GPU, where the trainer is to run on one."""
+    if _selected(cfg, "trainer.accelerator") not in ("gpu", "cuda"):
+        return
+    wanted, memory = cfg.gpu_memory_gib, gpu_memory_gib()
+    size = f" of {wanted:g} GiB or more" if wanted else ""
+    if memory is None:
+        yield "trainer=cpu", f"there is no GPU here, and the recipe wants one{size}; on the CPU it takes far longer"
+    elif wanted and memory and min(memory) < wanted:
+        _log.warning("the recipe wants GPUs%s by its estimate; the smallest here has %.0f GiB", size, min(memory))
+
+
+def gpu_memory_gib() -> list[float] | None:
+    """GiB of each NVIDIA GPU that may be used; None where there is no GPU, empty for those that do not tell."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+        return [int(mebibytes) / 1024 for mebibytes in told if mebibytes.isdecimal()] or None
+    return [] if any(Path(device).exists() for device in ("/dev/nvidia0", "/dev/kfd")) else None

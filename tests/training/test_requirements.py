@@ -1,0 +1,131 @@
+"""What a recipe says, as it is typed, of what it lacks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from foley.core.config import CONFIG_DIR, PROJECT_ROOT
+from foley.training import requirements
+from foley.training.requirements import refuse_missing
+
+EXPERIMENTS = sorted(
+    str(file.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
+    for file in (CONFIG_DIR / "experiment").rglob("*.yaml")
+)
+ON_WHAT_SHIPS = {"demo/vae", "tiny_mel_vae", "tiny_vae", "tiny_vocoder"}
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose("train", ["name=test", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No GPU, and nothing of the Hugging Face hub."""
+    monkeypatch.setattr(requirements, "gpu_memory_gib", lambda: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def lacks(*overrides: str) -> str:
+    with pytest.raises(SystemExit) as refusal:
+        refuse_missing(config(*overrides))
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_recipe_as_typed_begins_or_says_all_that_it_lacks(experiment: str) -> None:
+    cfg = config(f"experiment={experiment}")
+    if experiment in ON_WHAT_SHIPS:
+        refuse_missing(cfg)
+        return
+    told = lacks(f"experiment={experiment}")
+    assert told.startswith("test cannot train yet; it lacks\n")
+    assert ("data.cache_dir=...  latents, made by: foley encode" in told) != ("data.splits=...  clips" in told)
+    assert ("trainer=cpu  there is no GPU here" in told) == (cfg.trainer.accelerator == "gpu")
+    assert ("text.download=true  fetches" in told) == ("T5" in str(cfg.get("text")))
+    assert ("text.directory=..." in told) == (experiment == "video_to_audio")
+    assert told.endswith("in a minute.")
+
+
+def test_a_stage_without_text_lacks_no_encoder() -> None:
+    assert "flan-t5" not in lacks("experiment=ezaudio_xl", "stage=pretrain")
+    assert "fetches 11.4 GB of google/flan-t5-xl" in lacks("experiment=ezaudio_xl", "stage=align")
+
+
+def test_what_is_there_is_not_missed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents/index.json").touch()
+    given = [f"data.cache_dir={tmp_path}/latents", f"codec_path={tmp_path}/latents", f"text.name_or_path={tmp_path}"]
+    refuse_missing(config("experiment=ezaudio_xl", "trainer=cpu", *given))
+    told = lacks("experiment=ezaudio_xl", *given)
+    assert [line.split()[0] for line in told.splitlines()[1:-1]] == ["trainer=cpu"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "named"),
+    [
+        ("tiny", "data.cache_dir={} no latents are there"),
+        ("tiny_vae data=manifest", "data.splits.manifest={} does not exist"),
+        ("tiny_vae", "codec_path={} does not exist"),
+        ("tiny_lcm data.cache_dir=x", "system={} does not exist"),
+    ],
+)
+def test_what_is_named_must_exist(experiment: str, named: str, tmp_path: Path) -> None:
+    option, _, fault = named.partition("={} ")
+    told = lacks(*f"experiment={experiment}".split(), f"{option}={tmp_path}/none")
+    assert f"{option}={tmp_path}/none  {fault}; " in told
+
+
+def test_a_small_gpu_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = ["experiment=audiolcm_mel_vae", "data=procedural", "gpu_memory_gib=30"]
+    monkeypatch.setattr(requirements, "gpu_memory_gib", lambda: [80.0, 24.0])
+    refuse_missing(config(*given))
+    assert "wants GPUs of 30 GiB or more by its estimate; the smallest here has 24 GiB" in caplog.text
+    monkeypatch.setattr(requirements, "gpu_memory_gib", lambda: None)
+    assert "there is no GPU here, and the recipe wants one of 30 GiB or more" in lacks(*given)
+
+
+def test_weights_in_the_cache_of_the_hub_are_found(tmp_path: Path) -> None:
+    assert not requirements._in_hub_cache("google/flan-t5-xl", "main")
+    folder = tmp_path / "hub/models--google--flan-t5-xl"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("abc")
+    (folder / "snapshots/abc").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors.index.json"):
+        (folder / "snapshots/abc" / name).touch()
+    assert requirements._in_hub_cache("google/flan-t5-xl", "main")
+
+
+def test_nothing_heavy_is_loaded_to_say_so(tmp_path: Path) -> None:
+    """The command in its process, and then the modules of that process."""
+    program = (
+        "import runpy, sys\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "finally: print(*{'torch', 'pytorch_lightning', 'transformers', 'matplotlib'} & set(sys.modules), 'loaded')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "experiment=ezaudio_xl", f"hydra.run.dir={tmp_path}/run"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_CACHE": str(tmp_path)},
+        cwd=PROJECT_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "loaded\n")
+    assert [line.split()[0] for line in done.stderr.splitlines()] == [
+        "ezaudio_xl",
+        "data.cache_dir=...",
+        "text.download=true",
+        "trainer=cpu",
+        "codec_path=...",
+        "Without",
+    ]
