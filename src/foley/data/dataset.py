@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from foley.core.channels import SILENCE_PEAK
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator
 from foley.data.audio import AudioError, check_samples
-
-SILENCE_PEAK = 1e-5
-"""A clip whose largest sample is below this (-100 dB of full scale) counts as silent."""
 
 _log = get_logger(__name__)
 
