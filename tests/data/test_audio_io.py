@@ -167,9 +167,9 @@ def test_more_than_is_read_at_once_is_refused_with_its_length(write_clip, monkey
     assert len(read_audio(write_clip("two.wav", 2 * RATE), RATE, max_duration_seconds=0.5)) == RATE // 2
 
 
-@pytest.mark.parametrize("rate", [999, 768_001, 16_821_316])
+@pytest.mark.parametrize("rate", [99, 768_001, 16_821_316])
 def test_no_filter_is_built_for_a_rate_that_no_recording_has(rate):
-    with pytest.raises(ValueError, match=f"cannot resample {rate} Hz: rates lie between 1000 and 768000 Hz"):
+    with pytest.raises(ValueError, match=f"cannot resample {rate} Hz: rates lie between 100 and 768000 Hz"):
         resample(np.zeros(8, np.float32), rate, RATE)
 
 

@@ -13,8 +13,8 @@ _KAISER_BETA = 8.0
 # The filter has 32 taps for each; beyond it the nearest ratio is taken, at most 15 parts in a million away.
 _MOST_PHASES = 1 << 16
 
-LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 1_000, 768_000
-"""Of any recording: telephone and telemetry below, the fastest converters above."""
+LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 100, 768_000
+"""Of any recording: from what sensors write to the fastest converters."""
 
 FloatArray = NDArray[np.float32]
 
