@@ -132,8 +132,9 @@ def chosen_source(cfg: DictConfig) -> Edit | Variation | None:
     if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
         raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
     if cfg.edit is not None:
-        return Edit(cfg.edit, EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds))
-    return None if cfg.init is None else Variation(cfg.init, cfg.strength)
+        mask = EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds)
+        return Edit(cfg.edit, mask, cfg.downmix)
+    return None if cfg.init is None else Variation(cfg.init, cfg.strength, cfg.downmix)
 
 
 def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:

@@ -180,7 +180,8 @@ def write_wav(path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: floa
     """Write `audio` `[T]` or `[channels, T]` as PCM16, atomically; returns the gain applied (1 or less).
 
     Audio read from PCM16 comes back bit by bit with an infinite `peak_ceiling`: nothing is attenuated then, and what
-    exceeds full scale is clipped. Raises ValueError where a sample is not finite; nothing is written then.
+    exceeds full scale is written as 32-bit floats, which hold it. Raises ValueError where a sample is not finite;
+    nothing is written then.
     """
     return _write(path, audio, sample_rate_hz, peak_ceiling, "WAV")
 
@@ -196,9 +197,10 @@ def _write(path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: float, 
     peak = float(audio.abs().max()) if audio.numel() else 0.0
     gain = min(1.0, peak_ceiling / peak) if peak else 1.0
     samples = (audio * gain).float().cpu().numpy().T
+    subtype = "FLOAT" if peak * gain > 1 else "PCM_16"
 
     def write(temporary: Path) -> None:
-        soundfile.write(temporary, samples, sample_rate_hz, subtype="PCM_16", format=kind)
+        soundfile.write(temporary, samples, sample_rate_hz, subtype=subtype, format=kind)
 
     atomic_write(path, write)
     return gain

@@ -105,8 +105,12 @@ class PeakLevel:
     peak_db: float = -1.0
 
     def __call__(self, audio: Tensor) -> Tensor:
+        return audio * self.gain(audio)
+
+    def gain(self, audio: Tensor) -> float:
+        """By what `audio` is multiplied; 1 where it is silent."""
         peak = float(audio.abs().amax())
-        return audio if peak < SILENCE_PEAK else audio * (decibels_to_gain(self.peak_db) / peak)
+        return 1.0 if peak < SILENCE_PEAK else decibels_to_gain(self.peak_db) / peak
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,11 @@ def crop_start(length: int, crop_length: int, generator: np.random.Generator | N
 def decibels_to_gain(decibels: float) -> float:
     """20 dB are a factor of 10."""
     return math.pow(10.0, decibels / 20.0)
+
+
+def gain_to_decibels(gain: float) -> float:
+    """A factor of 10 is 20 dB; to three decimals."""
+    return round(20 * math.log10(gain), 3)
 
 
 class DataFaultError(RuntimeError):
