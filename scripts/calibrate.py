@@ -12,12 +12,12 @@ from foley.accel.caching.calibration import CalibrationRecorder, calibration_dir
 from foley.accel.caching.plots import plot_calibration
 from foley.cli.command import command
 from foley.cli.sampling import chosen_sampling
+from foley.core.devices import resolve_device
 from foley.core.files import info_path
 from foley.core.logs import get_logger
 from foley.data.ordering import evenly_spaced
 from foley.generation.pipeline_to_audio import open_generator
 from foley.generation.prompts import read_prompts
-from foley.generation.text_to_audio import resolve_device
 
 
 @command("script/calibrate")

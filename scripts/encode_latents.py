@@ -6,8 +6,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.data.encoding import encode_latents
-from foley.generation.text_to_audio import resolve_device
 from foley.system.checkpoint import load_trained
 
 

@@ -8,12 +8,12 @@ from rich.progress import track
 
 from foley.cli.command import command
 from foley.core.channels import lossy_mixes
+from foley.core.devices import resolve_device
 from foley.core.files import sample_stem, write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_audio, write_wav
 from foley.data.dataset import PeakLevel
 from foley.data.manifest import read_manifest
-from foley.generation.text_to_audio import resolve_device
 from foley.system.checkpoint import load_trained
 
 

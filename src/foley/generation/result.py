@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foley.core.devices import synchronise
 from foley.core.files import sample_stem, write_json, write_text
 from foley.core.logs import get_logger
 from foley.data.audio import PEAK_CEILING, write_wav
@@ -40,8 +41,7 @@ class Timings:
         """Add the block's duration to `field`; waits for the GPU so that stages are told apart."""
         start = time.perf_counter()
         yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
         setattr(self, field, getattr(self, field) + time.perf_counter() - start)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.precision import compile_blocks, set_precision
 from foley.core.config import shipped
+from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
+from foley.core.locks import sole_user
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
 from foley.data.audio import PEAK_CEILING
@@ -32,13 +34,6 @@ from foley.nn.rotary import RotaryExtension
 from foley.system.system import System, load_system, save_system
 
 _log = get_logger(__name__)
-
-
-def resolve_device(name: str) -> torch.device:
-    """A torch device by name; "auto" is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class TextToAudio:
     Args:
         system: its modules; they are put in eval mode and moved to `device`. Prompts are encoded once, and latents
             are decoded with the codec's weights as they are now.
-        device: where to run.
+        device: where to run; "auto" is a GPU where there is one. ValueError where it is absent.
         max_duration_seconds: longer requests are refused; raise it knowingly, for quality falls off beyond the
             training length and memory grows with the square of the duration.
 
@@ -86,7 +81,7 @@ class TextToAudio:
         self.process = system.process
         self.student = system.consistency
         self.known_captions = KnownCaptions(system.captions)
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
         self.max_duration_seconds = max_duration_seconds
         modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
         self.denoiser, self.text = modules["denoiser"], modules["text"]
@@ -234,8 +229,13 @@ class TextToAudio:
     def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         """Every clip in the same way: what `generate`, `edit`, `vary` and the command line come to. Raises as they do.
 
-        An impossible request is refused, and a strange prompt warned of, before anything is computed.
+        An impossible request is refused, and a strange prompt warned of, before anything is computed. Threads may share
+        a system: they take turns, a call each.
         """
+        with sole_user(self.denoiser):
+            return self._generate_clips(clips, settings)
+
+    def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         timings = Timings()
         guidance, solver = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
         clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]
