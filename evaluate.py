@@ -1,5 +1,6 @@
 """Score generated clips: `python evaluate.py samples=FOLDER reference=FOLDER_OR_MANIFEST protocol=[panns,clap]`."""
 
+from functools import partial
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -22,7 +23,8 @@ def main(cfg: DictConfig) -> None:
     protocols = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
     samples, reference = scan_directory(Path(cfg.samples)), read_clips(cfg.reference, cfg.split, cfg.audio_dir)
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]
-    settings = (read_channels, cfg.pairing, Path(cfg.cache_dir), captions, CLASS_NAMES, cfg.resamples)
+    load, cache_dir = partial(read_channels, downmix=cfg.downmix), Path(cfg.cache_dir) / (cfg.downmix or "")
+    settings = (load, cfg.pairing, cache_dir, captions, CLASS_NAMES, cfg.resamples)
     evaluations = [evaluate_files(samples, reference, protocol, *settings) for protocol in protocols]
     write_report(evaluations, Path(cfg.output_dir))
     for evaluation in evaluations:

@@ -18,11 +18,11 @@ def main(cfg: DictConfig) -> None:
     from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
     from foley.accel.caching.plots import plot_calibration
     from foley.cli.sampling import chosen_sampling
+    from foley.core.devices import resolve_device
     from foley.core.files import info_path
     from foley.data.ordering import evenly_spaced
     from foley.generation.pipeline_to_audio import open_generator
     from foley.generation.prompts import read_prompts
-    from foley.generation.text_to_audio import resolve_device
 
     prompts = read_prompts(Path(cfg.prompts))
     recorder = CalibrationRecorder(cfg.max_distance)

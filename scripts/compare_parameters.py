@@ -17,9 +17,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.logs import get_logger
-from foley.generation.text_to_audio import resolve_device
 from foley.models.dit.model import DiffusionTransformer
 from foley.reporting.tables import markdown_table, provenance
 from foley.training.callbacks.monitoring import activation_bytes

@@ -11,8 +11,8 @@ from foley.cli.command import command
 @command("script/encode_latents")
 def main(cfg: DictConfig) -> None:
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.core.devices import resolve_device
     from foley.data.encoding import encode_latents
-    from foley.generation.text_to_audio import resolve_device
     from foley.system.checkpoint import load_trained
 
     device = resolve_device(cfg.device)

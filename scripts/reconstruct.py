@@ -7,12 +7,13 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from foley.cli.command import command
+from foley.core.channels import lossy_mixes
+from foley.core.devices import resolve_device
 from foley.core.files import sample_stem, write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_audio, write_wav
 from foley.data.dataset import PeakLevel
 from foley.data.manifest import read_manifest
-from foley.generation.text_to_audio import resolve_device
 from foley.system.checkpoint import load_trained
 
 
@@ -26,11 +27,12 @@ def main(cfg: DictConfig) -> None:
     directory, level = Path(cfg.output_dir), PeakLevel()
     directory.mkdir(parents=True, exist_ok=True)
     for index, entry in enumerate(track(entries, description="reconstructing")):
-        audio = level(torch.from_numpy(read_audio(entry.path, codec.sample_rate_hz)))
+        audio = level(torch.from_numpy(read_audio(entry.path, codec.sample_rate_hz, downmix=cfg.downmix)))
         restored = codec.reconstruct(audio[None, None])[0, 0]
         stem = sample_stem(entry.caption, index, 0)
         write_wav(directory / f"{stem}.wav", restored, codec.sample_rate_hz)
         write_json(directory / f"{stem}.json", {"id": entry.id, "label": entry.label, "prompt": entry.caption})
+    lossy_mixes.report()
     get_logger(__name__).info("%d reconstructions: %s", len(entries), directory)
 
 

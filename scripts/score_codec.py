@@ -10,13 +10,13 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import slug, write_json
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.data.audio import write_flac
 from foley.data.dataset import AudioDataset, AudioItem
 from foley.data.ordering import evenly_spaced
-from foley.generation.text_to_audio import resolve_device
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
 from foley.reporting.plots import draw_sheet
 from foley.reporting.tables import provenance

@@ -20,10 +20,10 @@ from foley.accel.attention.litefocus import compensation_indices, sparse_attenti
 from foley.accel.attention.local_global import local_global_attention
 from foley.accel.combined import NoAcceleration
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator, RunContext, StepContext
-from foley.generation.text_to_audio import resolve_device
 from foley.metrics.latency import measure_rounds
 from foley.reporting.tables import provenance
 

@@ -13,10 +13,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.generation.prompts import LabelledPrompts
 from foley.generation.result import Generation
-from foley.generation.text_to_audio import TextToAudio, resolve_device
+from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.judge import Judge
 from foley.metrics.latency import peak_memory_bytes, reset_peak_memory
 from foley.reporting.tables import provenance

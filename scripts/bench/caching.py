@@ -23,6 +23,7 @@ from foley.accel.caching.calibration import Calibration, calibration_stem
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
 from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.rates import clip_size
 from foley.diffusion.context import Accelerator
@@ -30,7 +31,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, Evalu
 from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.prompts import LabelledPrompts
-from foley.generation.text_to_audio import TextToAudio, resolve_device
+from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.judge import Judge
 from foley.metrics.latency import measure_rounds
 from foley.reporting.tables import provenance

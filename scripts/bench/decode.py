@@ -13,9 +13,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.generation.decoding import LatentDecoder
-from foley.generation.text_to_audio import resolve_device
 from foley.metrics.latency import measure_rounds
 from foley.models.codec.fast_decoder import FastDecoder
 from foley.nn.conv import folded_copy

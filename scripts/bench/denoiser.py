@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from foley.accel.precision import compile_blocks, set_precision
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
-from foley.generation.text_to_audio import resolve_device
 from foley.metrics.latency import measure_latency
 from foley.models.dit.model import DiffusionTransformer
 from foley.reporting.tables import provenance

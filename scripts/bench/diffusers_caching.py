@@ -34,11 +34,11 @@ from foley.accel.caching.layer_cache import LayerCache
 from foley.accel.cost import EvaluationMacs, run_cost
 from foley.accel.diffusers.pipelines import accelerated
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.hashing import hash_module
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator
-from foley.generation.text_to_audio import resolve_device
 from foley.metrics.latency import measure_rounds
 from foley.reporting.tables import provenance
 

@@ -9,10 +9,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.prompts import LabelledPrompts
-from foley.generation.text_to_audio import TextToAudio, resolve_device
+from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.judge import Judge
 from foley.reporting.tables import provenance
 

@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.rates import clip_size
 from foley.diffusion.guidance import Conditioning
@@ -26,7 +27,6 @@ from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.decoding import LatentDecoder
 from foley.generation.settings import GenerationSettings
-from foley.generation.text_to_audio import resolve_device
 from foley.reporting.tables import provenance
 
 Case = Mapping[str, Any]

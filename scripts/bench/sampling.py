@@ -11,9 +11,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.generation.result import Generation
-from foley.generation.text_to_audio import TextToAudio, resolve_device
+from foley.generation.text_to_audio import TextToAudio
 from foley.reporting.tables import provenance
 from foley.system.system import load_system, untrained_system
 

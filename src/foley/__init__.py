@@ -5,6 +5,8 @@
 torch.Size([1, 1, 12000])
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
     from foley.generation.result import Generation
     from foley.generation.settings import GenerationSettings
     from foley.generation.text_to_audio import TextToAudio
+
+# What Apple's GPUs lack runs on the CPU, with a warning. PyTorch reads this once, as it is loaded.
+if "torch" not in sys.modules:
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.2.0"
 __all__ = ["Clip", "EditMask", "Generation", "GenerationSettings", "TextToAudio", "__version__"]

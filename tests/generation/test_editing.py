@@ -12,10 +12,11 @@ from small_system import CONFIGS, STEPS, CountingAccelerator
 from foley.accel.caching.fora import Fora
 from foley.core.hashing import hash_file
 from foley.core.seeding import torch_generator
-from foley.data.audio import read_audio
+from foley.data.audio import PEAK_CEILING, read_audio
+from foley.data.dataset import PeakLevel
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import SOLVERS
-from foley.generation.editing import EditMask, EditWindow, Recording, paste
+from foley.generation.editing import EditMask, EditWindow, Recording, paste, paste_fitted
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import System, build_system
 
@@ -166,6 +167,127 @@ def test_the_model_sees_the_boundary_and_nothing_beyond_it(pipeline, tmp_path):
     assert not torch.allclose(edited(slice(1400, 1600)), plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("mask", [(0.5, 0.5, 0.25), (0, 0.5, 0.2), (2, 1, 1), (0.5, 0.001, 1)])
+@pytest.mark.parametrize("loudest", [0.5, 3.0])
+def test_what_is_generated_fits_beside_what_is_kept(mask, loudest):
+    samples = recording(2 * RATE).samples
+    source = Recording(loudest * samples / samples.abs().max(), RATE, "some.wav", "0")
+    window = EditMask(*mask).window(source)
+    generated = torch.stack([noise(1, window.end - window.start, seed=1) * gain for gain in (0.01, 40.0)])
+    out, gains = paste_fitted(source.samples, generated, window)
+    assert torch.equal(out, paste(source.samples, gains[:, None, None] * generated, window))
+    ceiling = max(PEAK_CEILING, float(window.kept(source.samples).abs().max()))
+    inside = out[..., window.mask_start : window.mask_end].abs().amax(dim=(1, 2))
+    assert gains[0] == 1 > gains[1] > 0
+    assert inside[1] == pytest.approx(ceiling, rel=1e-5)
+
+
+class Recorder:
+    """Stands for `encode` of a codec: keeps what it was given."""
+
+    def __init__(self, encode):
+        self.encode, self.peaks = encode, []
+
+    def __call__(self, audio):
+        self.peaks.append(float(audio.abs().max()))
+        return self.encode(audio)
+
+
+@pytest.mark.parametrize("peak", [1.0, 0.005])
+def test_the_codec_sees_the_level_of_training_and_the_result_has_that_of_the_recording(
+    pipeline, tmp_path, monkeypatch, peak
+):
+    wave = 0.4 * noise(2 * RATE).clamp(-2, 2).numpy()
+    for name, gain in (("loud", 1.0), ("quiet", peak)):
+        soundfile.write(tmp_path / f"{name}.wav", gain * wave, RATE, subtype="FLOAT")
+    recorder = Recorder(pipeline.codec.encode)
+    monkeypatch.setattr(pipeline.codec, "encode", recorder)
+    for start in (
+        lambda file: pipeline.edit(["rain"], file, EditMask(0.5, 0.5, 1.5), **FAST),
+        lambda file: pipeline.vary(["rain"], file, 0.5, **FAST),
+    ):
+        loud, quiet = (start(tmp_path / f"{name}.wav") for name in ("loud", "quiet"))
+        torch.testing.assert_close(quiet.audio, peak * loud.audio, atol=1e-6, rtol=1e-3)
+        assert quiet.settings["level_gain_db"] == pytest.approx(20 * math.log10(PEAK_CEILING / (0.8 * peak)), abs=1e-3)
+    assert recorder.peaks == pytest.approx([PEAK_CEILING] * 4)
+
+
+@pytest.mark.parametrize("silence", [0.0, 1e-7])
+def test_a_silent_recording_has_no_level_to_bring_to(pipeline, tmp_path, silence):
+    soundfile.write(tmp_path / "silent.wav", np.full(2 * RATE, silence), RATE, subtype="FLOAT")
+    edited = pipeline.edit(["rain"], tmp_path / "silent.wav", EditMask(0.5, 0.5), **FAST)
+    varied = pipeline.vary(["rain"], tmp_path / "silent.wav", **FAST)
+    assert edited.settings["level_gain_db"] == varied.settings["level_gain_db"] == 0
+    assert edited.audio.isfinite().all()
+
+
+def test_a_part_that_is_too_loud_is_attenuated_and_said_to_be(pipeline, tmp_path, monkeypatch, caplog):
+    tone = 0.5 * np.sin(2 * np.pi * 50 * np.arange(2 * RATE) / RATE)
+    soundfile.write(tmp_path / "tone.wav", tone, RATE)
+    decode = pipeline._decode
+    monkeypatch.setattr(pipeline, "_decode", lambda latent, chunk: 20 * torch.ones_like(decode(latent, chunk)))
+    result = pipeline.edit(["a siren"], tmp_path / "tone.wav", EditMask(0.5, 0.5), **FAST)
+    assert "what was generated in 1 of 1 edits is attenuated" in caplog.text
+    assert float(result.audio.abs().max()) == pytest.approx(PEAK_CEILING, rel=1e-5)
+    result.write(tmp_path / "out")
+    sidecar = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert sidecar["generated_gain_db"] < -20
+    assert (sidecar["gain_db"], sidecar["samples_over_full_scale"]) == (0, 0)
+    assert sidecar["peak"] == pytest.approx(PEAK_CEILING, abs=1e-5)
+    written, _ = soundfile.read(next((tmp_path / "out").glob("*.wav")), dtype="int16")
+    kept, _ = soundfile.read(tmp_path / "tone.wav", dtype="int16")
+    assert np.array_equal(written[:1000], kept[:1000])
+    assert np.array_equal(written[2000:], kept[2000:])
+
+
+def test_an_edit_keeps_peaks_beyond_full_scale(pipeline, shared, tmp_path, caplog):
+    file = shared / "cases" / "audio" / "float_peaks_at_3.wav"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    result = pipeline.edit(["rain"], file, EditMask(0.5, 0.5), **FAST)
+    result.write(tmp_path / "out")
+    kept = read_audio(file, RATE)
+    written, _ = soundfile.read(next((tmp_path / "out").glob("*.wav")), dtype="float32")
+    assert np.abs(kept).max() > 2.5
+    assert np.array_equal(written[:1000], kept[:1000])
+    assert np.array_equal(written[2000:], kept[2000:])
+    sidecar = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert sidecar["samples_over_full_scale"] == int((np.abs(written) > 1).sum()) > 0
+    assert sidecar["peak"] == pytest.approx(float(np.abs(written).max()), abs=1e-5)
+    assert "exceed full scale (a file holds 32-bit floats)" in caplog.text
+
+
+def test_a_plain_clip_beyond_full_scale_is_warned_of_with_peak_and_count(pipeline, tmp_path, caplog, monkeypatch):
+    loud = torch.zeros(1, 1, 2 * RATE)
+    loud[..., :7] = -4.09
+    monkeypatch.setattr(pipeline, "_decode", lambda latent, chunk: loud)
+    pipeline.generate(["a siren"], 2.0, **FAST).write(tmp_path)
+    assert "'a siren' with seed 0 peaks at 4.09, 7 samples beyond it" in caplog.text
+    sidecar = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert (sidecar["peak"], sidecar["samples_over_full_scale"], sidecar["generated_gain_db"]) == (4.09, 7, 0)
+    assert sidecar["gain_db"] == pytest.approx(20 * math.log10(PEAK_CEILING / 4.09), abs=1e-3)
+
+
+@pytest.mark.parametrize("start", [lambda p, *a, **k: p.edit(*a, EditMask(0.5, 0.5), **k), TextToAudio.vary])
+def test_stereo_in_antiphase_is_warned_of_and_kept_by_another_down_mix(pipeline, shared, caplog, start):
+    file = shared / "cases" / "audio" / "stereo_antiphase.wav"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    mean = start(pipeline, ["rain"], file, **FAST)
+    assert "its 2 channels cancel out" in caplog.text
+    loudest = start(pipeline, ["rain"], file, downmix="loudest", **FAST)
+    about = mean.settings.get("edit") or mean.settings["init"]
+    assert about["downmix"] == "mean"
+    assert "cancel out" in about["downmix_warning"]
+    assert (loudest.settings.get("edit") or loudest.settings["init"])["downmix"] == "loudest"
+    assert mean.audio[..., :1000].abs().max() < 0.01 < 0.1 < loudest.audio[..., :1000].abs().max()
+
+
+def test_an_unknown_down_mix_is_refused(pipeline, file):
+    with pytest.raises(ValueError, match="downmix must be one of mean, loudest, got 'left'"):
+        pipeline.vary(["rain"], file, downmix="left")
+
+
 def test_an_edit_is_the_same_alone_and_in_a_batch(pipeline, file):
     edit = EditMask(0.5, 0.5)
     together = pipeline.edit(["rain", "a dog barks", "rain"], file, edit, seeds=[1, 2, 3], batch_size=2, **FAST)
@@ -227,7 +349,7 @@ def test_full_strength_is_plain_generation_bit_by_bit(pipeline, file, solver):
 def test_no_strength_is_the_codec_and_a_little_is_near_it(pipeline, file):
     audio = torch.from_numpy(read_audio(file, RATE))[None, None]
     with torch.no_grad():
-        reconstruction = pipeline.codec.reconstruct(audio)
+        reconstruction = pipeline.codec.reconstruct(PeakLevel()(audio)) / PeakLevel().gain(audio)
     torch.testing.assert_close(pipeline.vary(["rain"], file, 0.0, **FAST).audio, reconstruction)
     distance = [
         (pipeline.vary(["rain"], file, strength, num_steps=50).audio - reconstruction).norm()

@@ -15,6 +15,7 @@ from rich.progress import track
 from foley.accel.caching.calibration import require_calibrations
 from foley.core.components import CheckpointError
 from foley.core.config import published_name, shipped
+from foley.core.devices import resolve_device
 from foley.core.logs import get_logger
 from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
@@ -27,7 +28,7 @@ from foley.generation.pipeline_to_audio import (
 )
 from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_clips
 from foley.generation.settings import GenerationSettings
-from foley.generation.text_to_audio import TextToAudio, resolve_device
+from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import feature_files
 from foley.system.published import PublishedPipeline
 from foley.system.system import published_loader, student_of
@@ -116,8 +117,9 @@ def chosen_source(cfg: DictConfig) -> Edit | Variation | None:
     if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
         raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
     if cfg.edit is not None:
-        return Edit(cfg.edit, EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds))
-    return None if cfg.init is None else Variation(cfg.init, cfg.strength)
+        mask = EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds)
+        return Edit(cfg.edit, mask, cfg.downmix)
+    return None if cfg.init is None else Variation(cfg.init, cfg.strength, cfg.downmix)
 
 
 def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:

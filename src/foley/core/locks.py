@@ -1,13 +1,21 @@
-"""One writer at a time: folders of runs, caches, shards and samples refuse the second process that writes to them."""
+"""One at a time: a folder refuses the second process that writes to it, and a model lets the second thread wait."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock, RLock
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from filelock import FileLock, Timeout
 
 LOCK_FILE = ".foley.lock"
 """Stays behind, empty, where a writer has been; the lock itself ends with its process, however that ends."""
+
+
+# By the model, not in it: a lock can be neither copied nor pickled.
+_model_locks: WeakKeyDictionary[object, Any] = WeakKeyDictionary()
+_adding = Lock()
 
 
 class FolderInUseError(RuntimeError):
@@ -40,3 +48,21 @@ def only_writer(directory: Path, what: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def sole_user(model: object) -> Iterator[None]:
+    """Hold `model` for this thread; others wait, and this thread may enter again.
+
+    Accelerators replace forwards inside the model, and caches keep layers' outputs between its evaluations: a second
+    generation that began meanwhile would run through the first one's cache.
+
+    >>> class Model: ...
+    >>> model = Model()
+    >>> with sole_user(model), sole_user(model):
+    ...     pass
+    """
+    with _adding:
+        lock = _model_locks.setdefault(model, RLock())
+    with lock:
+        yield

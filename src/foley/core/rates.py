@@ -1,6 +1,7 @@
 """What a sample rate decides: how many samples and latent frames a clip has, and audio at another rate."""
 
 import math
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -9,6 +10,11 @@ from scipy.signal import firwin, resample_poly
 
 _FILTER_ZERO_CROSSINGS = 16
 _KAISER_BETA = 8.0
+# The filter has 32 taps for each; beyond it the nearest ratio is taken, at most 15 parts in a million away.
+_MOST_PHASES = 1 << 16
+
+LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 100, 768_000
+"""Of any recording: from what sensors write to the fastest converters."""
 
 FloatArray = NDArray[np.float32]
 
@@ -23,18 +29,38 @@ def clip_size(duration_seconds: float, sample_rate_hz: int, hop_samples: int) ->
     return num_samples, math.ceil(num_samples / hop_samples)
 
 
+def is_sample_rate(rate_hz: float) -> bool:
+    """Whether recordings have such a rate."""
+    return LOWEST_RATE_HZ <= rate_hz <= HIGHEST_RATE_HZ
+
+
 def resample(samples: FloatArray, from_hz: int, to_hz: int) -> FloatArray:
     """`[T]` at `from_hz` to `[ceil(T * to_hz / from_hz)]` at `to_hz`, through a polyphase Kaiser filter.
+
+    Raises ValueError for a rate that no recording has (`is_sample_rate`): its filter alone could take gigabytes.
 
     >>> resample(np.zeros(44100, np.float32), 44100, 24000).shape
     (24000,)
     """
     if from_hz == to_hz:
         return samples
-    divisor = math.gcd(from_hz, to_hz)
-    up, down = to_hz // divisor, from_hz // divisor
-    resampled: FloatArray = resample_poly(samples, up, down, window=_low_pass(up, down)).astype(np.float32, copy=False)
-    return resampled
+    for rate in (from_hz, to_hz):
+        if not is_sample_rate(rate):
+            raise ValueError(f"cannot resample {rate} Hz: rates lie between {LOWEST_RATE_HZ} and {HIGHEST_RATE_HZ} Hz")
+    up, down = _ratio(from_hz, to_hz)
+    length = -(-len(samples) * to_hz // from_hz)
+    resampled: FloatArray = resample_poly(samples, up, down, window=_low_pass(up, down))[:length]
+    if len(resampled) < length:  # by a ratio that is not quite that of the rates
+        resampled = np.pad(resampled, (0, length - len(resampled)))
+    return resampled.astype(np.float32, copy=False)
+
+
+def _ratio(from_hz: int, to_hz: int) -> tuple[int, int]:
+    """Up and down, in lowest terms, neither beyond `_MOST_PHASES`."""
+    low, high = sorted((from_hz, to_hz))
+    share = Fraction(low, high).limit_denominator(_MOST_PHASES)
+    terms = share.numerator, share.denominator
+    return terms if to_hz == low else terms[::-1]
 
 
 @lru_cache(maxsize=32)

@@ -1,20 +1,23 @@
 """Audio files, read and written: every format in, finite float32 out, and WAV with headroom back.
 
 The content decides the format, not the file's name. Channels are averaged (six as well as two), which keeps the range
-[-1, 1]; other rates go through a polyphase Kaiser filter. Floating files keep samples beyond 1, up to a limit. What
-cannot be used is refused with its path.
+[-1, 1], with a warning where that loses the sound; other rates go through a polyphase Kaiser filter. Floating files
+keep samples beyond 1, up to a limit. What cannot be used is refused with its path, and no header is believed: samples
+are read in blocks until they end.
 """
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
 from torch import Tensor
 
+from foley.core.channels import check_downmix, lossy_mixes, mix_down
 from foley.core.files import atomic_write
-from foley.core.rates import FloatArray, resample
+from foley.core.rates import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, FloatArray, is_sample_rate, resample
 
 MAX_ABS_SAMPLE = 16.0
 PEAK_CEILING = 10 ** (-1 / 20)
@@ -24,6 +27,10 @@ _DURATION_TOLERANCE_SECONDS = 0.1
 # What libsndfile reports of a data chunk that ends early, and the size that a streaming writer puts there.
 _SIZE_DISAGREES = re.compile(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
 _UNKNOWN_BYTES = 0x7FFFFFFF
+# FLAC's longest frames of silence hold 5,461 samples a byte; nothing holds more.
+_MOST_FRAMES_PER_BYTE = 6000
+_MOST_SAMPLES = 1 << 29  # of all channels: 2 GiB of float32
+_BLOCK_SAMPLES = 1 << 22
 
 
 class AudioError(RuntimeError):
@@ -40,56 +47,109 @@ def read_audio(
     sample_rate_hz: int,
     max_duration_seconds: float | None = None,
     expected_seconds: float | None = None,
+    downmix: str = "mean",
 ) -> FloatArray:
-    """Mono samples `[T]` of the file at `path`, at `sample_rate_hz`; takes and raises what `read_channels` does."""
+    """Mono samples `[T]` of the file at `path`, at `sample_rate_hz`; takes and raises what `read_channels` does.
+
+    A mean that loses the sound (`foley.core.channels.loss_of_mean`) is warned of.
+
+    Args:
+        downmix: how several channels become one: "mean", or "loudest", the one with the most energy.
+    """
+    check_downmix(downmix)
     samples, rate = read_channels(path, max_duration_seconds, expected_seconds)
-    return resample(mix_down(samples), rate, sample_rate_hz)
+    if downmix == "mean":
+        lossy_mixes.note(str(path), samples)
+    return resample(mix_down(samples, downmix), rate, sample_rate_hz)
 
 
 def read_channels(
-    path: Path, max_duration_seconds: float | None = None, expected_seconds: float | None = None
+    path: Path,
+    max_duration_seconds: float | None = None,
+    expected_seconds: float | None = None,
+    downmix: str | None = None,
 ) -> tuple[FloatArray, int]:
     """Samples `[T, channels]` of the file at `path` as they are stored, and their rate.
 
     Args:
         max_duration_seconds: read no more than the beginning of this length.
         expected_seconds: the duration that the manifest promises; a clip that is shorter is truncated.
+        downmix: how several channels become one `[T, 1]`; None leaves them apart.
 
     Raises:
-        AudioError: missing, empty, truncated or undecodable file; NaN, Inf or samples beyond `MAX_ABS_SAMPLE`.
+        AudioError: missing, empty, truncated or undecodable file; a header that cannot be true; more than 2 GiB of
+            samples; NaN, Inf or samples beyond `MAX_ABS_SAMPLE`.
+        ValueError: an unknown `downmix`.
     """
+    with open_audio(path, expected_seconds) as file:
+        samples, rate = decode(file, path, max_duration_seconds), file.samplerate
+    return samples if downmix is None else mix_down(samples, downmix)[:, None], rate
+
+
+def decode(file: soundfile.SoundFile, path: Path | str, max_duration_seconds: float | None = None) -> FloatArray:
+    """Samples `[T, channels]` of an opened file, checked; raises AudioError, which calls it `path`."""
+    limit = file.frames if max_duration_seconds is None else math.ceil(max_duration_seconds * file.samplerate)
+    wanted = min(file.frames, limit)
+    if wanted * file.channels > _MOST_SAMPLES:
+        raise AudioError(
+            path,
+            f"lasts {wanted / file.samplerate:.0f} s in {file.channels} channels, more than the 2 GiB of samples that "
+            "are read at once; cut it into parts",
+        )
     try:
-        with open_audio(path, expected_seconds) as file:
-            rate = file.samplerate
-            limit = file.frames if max_duration_seconds is None else math.ceil(max_duration_seconds * rate)
-            wanted = min(file.frames, limit)
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+        samples = np.concatenate(list(_blocks(file, wanted)))
     except soundfile.SoundFileError as error:
         raise AudioError(path, f"cannot be decoded ({error})") from error
-    _refuse_truncated(path, len(samples) / rate, wanted / rate)
+    _refuse_truncated(path, len(samples) / file.samplerate, wanted / file.samplerate)
     check_samples(path, samples)
-    return samples, rate
+    return samples
+
+
+def _blocks(file: soundfile.SoundFile, frames: int) -> Iterator[FloatArray]:
+    """`[T, channels]` each, up to `frames` in all: memory follows what is there, not what a header declares."""
+    most, got = max(1, _BLOCK_SAMPLES // file.channels), 1
+    while got:
+        block = file.read(min(most, frames), dtype="float32", always_2d=True)
+        yield block
+        frames, got = frames - len(block), len(block)
 
 
 def open_audio(path: Path, expected_seconds: float | None = None) -> soundfile.SoundFile:
-    """The file, opened, with its header checked; raises AudioError as `read_audio` does."""
+    """The file, opened, with its header checked; raises AudioError as `read_channels` does."""
     if not path.is_file():
         raise AudioError(path, "the file does not exist")
+    try:
+        path.open("rb").close()  # libsndfile would only say "System error."
+    except OSError as error:
+        raise AudioError(path, f"cannot be opened ({error.strerror})") from error
     if path.stat().st_size == 0:
         raise AudioError(path, "is empty")
     try:
         file = soundfile.SoundFile(path)
-    except soundfile.SoundFileError as error:
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a .raw file, whose rate nothing says
         raise AudioError(path, f"cannot be decoded ({error})") from error
     try:
-        if file.frames == 0:
-            raise AudioError(path, "holds no samples")
+        _check_header(path, file)
         here = file.frames / file.samplerate
         _refuse_truncated(path, here, max(expected_seconds or 0.0, here * _missing_factor(file)))
     except AudioError:
         file.close()
         raise
     return file
+
+
+def _check_header(path: Path, file: soundfile.SoundFile) -> None:
+    if file.frames == 0:
+        raise AudioError(path, "holds no samples")
+    if not is_sample_rate(file.samplerate):
+        raise AudioError(
+            path,
+            f"declares a rate of {file.samplerate} Hz; recordings have between {LOWEST_RATE_HZ} and "
+            f"{HIGHEST_RATE_HZ} Hz, so its header is damaged",
+        )
+    num_bytes = path.stat().st_size
+    if file.frames > num_bytes * _MOST_FRAMES_PER_BYTE:
+        raise AudioError(path, f"declares {file.frames} samples in {num_bytes} bytes, so its header is damaged")
 
 
 def _missing_factor(file: soundfile.SoundFile) -> float:
@@ -100,7 +160,7 @@ def _missing_factor(file: soundfile.SoundFile) -> float:
     return int(match[1]) / int(match[2])
 
 
-def _refuse_truncated(path: Path, here_seconds: float, promised_seconds: float) -> None:
+def _refuse_truncated(path: Path | str, here_seconds: float, promised_seconds: float) -> None:
     if here_seconds < promised_seconds - _DURATION_TOLERANCE_SECONDS:
         raise AudioError(path, f"is truncated: it holds {here_seconds:.3f} of {promised_seconds:.3f} s")
 
@@ -116,17 +176,12 @@ def check_samples(path: Path | str, samples: FloatArray) -> None:
         raise AudioError(path, f"holds a sample of {peak:.3g}, beyond the limit of {MAX_ABS_SAMPLE:g}")
 
 
-def mix_down(samples: FloatArray) -> FloatArray:
-    """`[T, channels]` to `[T]`: the mean of the channels."""
-    mono: FloatArray = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
-    return mono
-
-
 def write_wav(path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: float = PEAK_CEILING) -> float:
     """Write `audio` `[T]` or `[channels, T]` as PCM16, atomically; returns the gain applied (1 or less).
 
     Audio read from PCM16 comes back bit by bit with an infinite `peak_ceiling`: nothing is attenuated then, and what
-    exceeds full scale is clipped. Raises ValueError where a sample is not finite; nothing is written then.
+    exceeds full scale is written as 32-bit floats, which hold it. Raises ValueError where a sample is not finite;
+    nothing is written then.
     """
     return _write(path, audio, sample_rate_hz, peak_ceiling, "WAV")
 
@@ -142,9 +197,10 @@ def _write(path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: float, 
     peak = float(audio.abs().max()) if audio.numel() else 0.0
     gain = min(1.0, peak_ceiling / peak) if peak else 1.0
     samples = (audio * gain).float().cpu().numpy().T
+    subtype = "FLOAT" if peak * gain > 1 else "PCM_16"
 
     def write(temporary: Path) -> None:
-        soundfile.write(temporary, samples, sample_rate_hz, subtype="PCM_16", format=kind)
+        soundfile.write(temporary, samples, sample_rate_hz, subtype=subtype, format=kind)
 
     atomic_write(path, write)
     return gain

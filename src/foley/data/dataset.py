@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from foley.core.channels import SILENCE_PEAK
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator
 from foley.data.audio import AudioError, check_samples
-
-SILENCE_PEAK = 1e-5
-"""A clip whose largest sample is below this (-100 dB of full scale) counts as silent."""
 
 _log = get_logger(__name__)
 
@@ -107,8 +105,12 @@ class PeakLevel:
     peak_db: float = -1.0
 
     def __call__(self, audio: Tensor) -> Tensor:
+        return audio * self.gain(audio)
+
+    def gain(self, audio: Tensor) -> float:
+        """By what `audio` is multiplied; 1 where it is silent."""
         peak = float(audio.abs().amax())
-        return audio if peak < SILENCE_PEAK else audio * (decibels_to_gain(self.peak_db) / peak)
+        return 1.0 if peak < SILENCE_PEAK else decibels_to_gain(self.peak_db) / peak
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ def crop_start(length: int, crop_length: int, generator: np.random.Generator | N
 def decibels_to_gain(decibels: float) -> float:
     """20 dB are a factor of 10."""
     return math.pow(10.0, decibels / 20.0)
+
+
+def gain_to_decibels(gain: float) -> float:
+    """A factor of 10 is 20 dB; to three decimals."""
+    return round(20 * math.log10(gain), 3)
 
 
 class DataFaultError(RuntimeError):

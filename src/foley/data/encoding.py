@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foley.core.channels import lossy_mixes
 from foley.core.files import write_json, write_tensors
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
@@ -197,6 +198,7 @@ def encode_latents(
             for batch in _equal_length_batches(_usable_items(dataset), codec.hop_samples, min_samples, batch_size):
                 _encode_batch(codec, batch, split, min_samples, writer, device)
                 _advance(progress, task, len(batch))
+    lossy_mixes.report()
 
 
 def _progress() -> Progress:

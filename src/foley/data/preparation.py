@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from foley.core.files import json_lines, write_json
+from foley.core.channels import lossy_mixes
+from foley.core.files import AUDIO_SUFFIXES, json_lines, write_json
 from foley.data.audio import AudioError, open_audio, read_audio
 from foley.data.importers.tables import AnnotationFile
 from foley.data.manifest import ManifestError, build_entry
-
-SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au"})
 
 
 class AudioFolderError(ValueError):
@@ -31,7 +30,7 @@ class AudioFolder:
             relative = Path(folder).relative_to(root)
             for file in sorted(files):
                 path = PurePosixPath(relative, file)
-                if path.suffix.lower() in SUFFIXES:
+                if path.suffix.lower() in AUDIO_SUFFIXES:
                     self._by_stem[path.stem].append(str(path))
 
     def __len__(self) -> int:
@@ -103,6 +102,7 @@ def prepare_manifest(
             licenses[row["license"]] += 1
             seconds += row["duration_seconds"]
             keep(row)
+    lossy_mixes.report()
     kept = counts.pop("kept", 0)
     summary = {
         "audio_dir": str(audio_dir),

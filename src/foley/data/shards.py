@@ -28,8 +28,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 from torch.utils.data import Dataset
 
+from foley.core.channels import check_downmix, mix_down
 from foley.core.logs import get_logger
-from foley.data.audio import AudioError, FloatArray, check_samples, mix_down, open_audio, read_audio, resample
+from foley.core.rates import FloatArray, resample
+from foley.data.audio import AudioError, decode, open_audio, read_audio
 from foley.data.dataset import AudioItem
 from foley.data.manifest import ManifestEntry
 
@@ -209,12 +211,9 @@ class ShardSource:
     def _decode(self, place: str, content: bytes) -> FloatArray:
         try:
             with soundfile.SoundFile(io.BytesIO(content)) as file:
-                rate, limit = file.samplerate, self.max_duration_seconds
-                frames = -1 if limit is None else int(np.ceil(limit * rate))
-                samples = file.read(frames, dtype="float32", always_2d=True)
+                rate, samples = file.samplerate, decode(file, place, self.max_duration_seconds)
         except soundfile.SoundFileError as error:
             raise AudioError(place, f"cannot be decoded ({error})") from error
-        check_samples(place, samples)
         return resample(mix_down(samples), rate, self.sample_rate_hz)
 
 
@@ -257,8 +256,10 @@ class EncodedClips(Dataset[tuple[bytes, float, str]]):
         sample_rate_hz: int | None,
         max_duration_seconds: float | None,
         subtype: str,
+        downmix: str = "mean",
     ) -> None:
         self.entries = entries
+        self.downmix = check_downmix(downmix)
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_seconds = max_duration_seconds
         self.subtype = subtype
@@ -270,7 +271,7 @@ class EncodedClips(Dataset[tuple[bytes, float, str]]):
         entry = self.entries[index]
         try:
             rate = self.sample_rate_hz or _rate_of(entry)
-            audio = read_audio(entry.path, rate, self.max_duration_seconds, entry.duration_seconds)
+            audio = read_audio(entry.path, rate, self.max_duration_seconds, entry.duration_seconds, self.downmix)
         except AudioError as error:
             return b"", 0.0, str(error)
         scale = max(1.0, float(np.abs(audio).max()))

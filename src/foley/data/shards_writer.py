@@ -19,6 +19,7 @@ from rich.progress import track
 from safetensors.numpy import save
 from torch.utils.data import DataLoader
 
+from foley.core.channels import lossy_mixes
 from foley.core.files import atomic_write
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
@@ -127,6 +128,7 @@ def write_shards(
     shard_megabytes: int = 512,
     max_fault_fraction: float = 0.05,
     num_workers: int = 0,
+    downmix: str = "mean",
 ) -> ShardIndex:
     """Write the clips of a manifest to shards in the folder `url`; rows without a split are for training.
 
@@ -134,12 +136,13 @@ def write_shards(
         sample_rate_hz: of what is written; None keeps each clip's own.
         subtype: `PCM_16` or `PCM_24`.
         num_workers: processes that decode and encode; the shards are the same with any number.
+        downmix: of clips with several channels: "mean", or "loudest", the one with the most energy.
 
     Raises:
         ShardError: `url` holds shards already.
         DataFaultError: more clips than that fraction, and than one, cannot be used; fewer are listed beside the index.
     """
-    clips = EncodedClips(entries, sample_rate_hz, max_duration_seconds, subtype)
+    clips = EncodedClips(entries, sample_rate_hz, max_duration_seconds, subtype, downmix)
     left_out: list[dict[str, str]] = []
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(TemporaryDirectory()))
@@ -154,6 +157,7 @@ def write_shards(
             _log.warning("leaving out line %d (%d so far): %s", entry.line, len(left_out), text)
             if len(left_out) > max(1.0, max_fault_fraction * len(entries)):
                 raise DataFaultError(f"{len(left_out)} of {len(entries)} clips cannot be used. The last: {text}")
+        lossy_mixes.report()
         return writer.finish(left_out)
 
 

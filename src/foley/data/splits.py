@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from foley.core.channels import check_downmix
 from foley.core.logs import get_logger, process_rank
 from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import check_samples, read_audio
@@ -25,14 +26,19 @@ _INT16_MAX = 32767
 
 
 class ClipSource:
-    """The clips of a manifest, mono at one rate; of longer files only the first `max_duration_seconds` are read."""
+    """The clips of a manifest, mono at one rate; of longer files only the first `max_duration_seconds` are read.
+
+    `downmix` is as `foley.data.audio.read_audio` takes it; raises ValueError for one that it does not know.
+    """
 
     def __init__(
         self,
         entries: Sequence[ManifestEntry],
         sample_rate_hz: int = 24000,
         max_duration_seconds: float | None = 30.0,
+        downmix: str = "mean",
     ) -> None:
+        self.downmix = check_downmix(downmix)
         self.entries = list(entries)
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_seconds = max_duration_seconds
@@ -51,7 +57,8 @@ class ClipSource:
     def render(self, index: int, epoch: int) -> AudioItem:
         """Clip `index`, the same in every epoch; raises AudioError where the file cannot be used."""
         entry = self.entries[index]
-        audio = read_audio(entry.path, self.sample_rate_hz, self.max_duration_seconds, entry.duration_seconds)
+        limits = (self.max_duration_seconds, entry.duration_seconds)
+        audio = read_audio(entry.path, self.sample_rate_hz, *limits, self.downmix)
         return AudioItem(torch.from_numpy(audio), entry.caption, entry.label, entry.id)
 
 
@@ -164,18 +171,21 @@ def clip_splits(
     cache_megabytes: int = 0,
     check_files: bool = True,
     optional: bool = False,
+    downmix: str = "mean",
 ) -> Splits:
     """Sources of a JSONL, CSV or TSV manifest, by its `split` field; rows without one are for training.
 
     Args:
         check_files: list files that cannot be used before training starts.
         optional: an absent manifest gives no sources, and says so, instead of an error.
+        downmix: of clips with several channels: "mean", or "loudest", the one with the most energy.
     """
     path = Path(manifest)
     if optional and not path.is_file():
         _log.warning("%s does not exist: going on without it", path)
         return {}
-    return _sources(read_entries(path, audio_dir), sample_rate_hz, max_duration_seconds, cache_megabytes, check_files)
+    entries = read_entries(path, audio_dir)
+    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix)
 
 
 def shard_splits(
@@ -209,6 +219,7 @@ def audiocaps_splits(
     max_duration_seconds: float | None = 10.0,
     cache_megabytes: int = 0,
     check_files: bool = True,
+    downmix: str = "mean",
 ) -> Splits:
     """Sources of AudioCaps' train.csv, val.csv and test.csv in `captions_dir`, with audio in `audio_dir`."""
     entries = [
@@ -216,7 +227,7 @@ def audiocaps_splits(
         for split in SPLIT_NAMES
         for entry in read_audiocaps(Path(captions_dir) / f"{split}.csv", audio_dir, file_pattern, split)
     ]
-    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files)
+    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix)
 
 
 def procedural_splits(
@@ -282,6 +293,7 @@ def _sources(
     max_duration_seconds: float | None,
     cache_megabytes: int,
     check_files: bool,
+    downmix: str,
 ) -> Splits:
     if check_files and process_rank() == 0:  # the others would wait for the same disk
         preflight(entries)
@@ -289,6 +301,6 @@ def _sources(
     for entry in entries:
         by_split.setdefault(entry.split or "train", []).append(entry)
     return {
-        split: _cached(ClipSource(clips, sample_rate_hz, max_duration_seconds), cache_megabytes)
+        split: _cached(ClipSource(clips, sample_rate_hz, max_duration_seconds, downmix), cache_megabytes)
         for split, clips in by_split.items()
     }

@@ -102,8 +102,10 @@ class DiffusionProcess:
         if zero_terminal_snr:
             alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
         self.alphas_cumprod = alphas_cumprod
-        # No module, so no buffer: nothing here is trained, saved or cast to the model's precision.
-        self._signal_power = {alphas_cumprod.device: alphas_cumprod}
+        # No module, so no buffer: nothing here is trained, saved or cast to the model's precision. Rounded last of all,
+        # and on the CPU, so that levels are the same on every device: MPS knows no float64.
+        levels = alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()  # alpha^2 + sigma^2 = 1
+        self._levels = {alphas_cumprod.device: levels}
 
     @property
     def is_flow(self) -> bool:
@@ -115,9 +117,8 @@ class DiffusionProcess:
         if self.is_flow:
             sigma = timestep.float() / self.num_train_steps  # t in [0, 1]: straight lines from data to noise
             return 1 - sigma, sigma
-        # Variance preserving: alpha^2 + sigma^2 = 1.
-        signal_power = self._signal_power_on(timestep.device)[timestep]
-        return signal_power.sqrt().float(), (1 - signal_power).sqrt().float()
+        alpha, sigma = self._levels_on(timestep.device)
+        return alpha[timestep], sigma[timestep]
 
     def snr(self, timestep: Tensor) -> Tensor:
         """Signal-to-noise power ratio `alpha^2 / sigma^2`, `[B]`."""
@@ -171,11 +172,12 @@ class DiffusionProcess:
             return torch.rand(batch_size, generator=generator, device=device) * self.num_train_steps
         return torch.randint(self.num_train_steps, (batch_size,), generator=generator, device=device)
 
-    def _signal_power_on(self, device: torch.device) -> Tensor:
-        """`alphas_cumprod`, copied to each device once."""
-        if device not in self._signal_power:
-            self._signal_power[device] = self.alphas_cumprod.to(device)
-        return self._signal_power[device]
+    def _levels_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Alpha and sigma of all timesteps, each `[num_train_steps]`, copied to each device once."""
+        if device not in self._levels:
+            alpha, sigma = self._levels[self.alphas_cumprod.device]
+            self._levels[device] = alpha.to(device), sigma.to(device)
+        return self._levels[device]
 
     def _columns(self, timestep: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """The levels as `[B, 1, 1]`, which spread over `[B, C, L]`, on the device and in the type of `like`."""

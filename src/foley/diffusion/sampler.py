@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foley.core.locks import sole_user
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, Denoise, EvaluationGrid, KnownLatent
@@ -153,6 +154,8 @@ def generate_latents(
         start: a latent to begin at instead of pure noise, on `device`.
         windows: cuts a latent longer than the denoiser knows into such as it does.
 
+    Threads may share a denoiser: they take turns, a whole generation each.
+
     Raises ValueError where the solver does not fit the process.
     """
     scheduler = solver.build(process)
@@ -164,6 +167,7 @@ def generate_latents(
     # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
     denoise = guidance.wrap(denoiser, positive, negative, known, grid)
-    with nullcontext() if accelerator is None else accelerator.attach(denoiser):
+    attached = nullcontext() if accelerator is None else accelerator.attach(denoiser)
+    with sole_user(denoiser), attached:
         callbacks = [] if accelerator is None else [accelerator]
         return sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start, known)

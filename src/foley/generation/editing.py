@@ -4,9 +4,14 @@ The mask is cut out with up to `boundary_seconds` of the recording on each side,
 model (EzAudio, Hai et al. 2024). Every sample outside the mask comes back as it was. Inside it, at each border with
 kept audio, lies a cross-fade: from the generated audio corrected by the codec's error beside the border, mirrored into
 the mask, to the generated audio as it is. So the borders join without a jump, and nothing that was replaced is heard.
+
+Levels: the codec sees the recording as training did, with its peak at -1 dBFS (`PeakLevel`), and what is generated
+comes back at the level of the recording. Kept samples are never attenuated; what is generated beside them is, where it
+would exceed both -1 dBFS and the loudest kept sample of the window (`paste_fitted`).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -14,36 +19,49 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foley.core.channels import check_downmix, loss_of_mean, mix_down
 from foley.core.hashing import hash_file
-from foley.data.audio import AudioError, read_audio
+from foley.core.logs import get_logger
+from foley.core.rates import resample
+from foley.data.audio import PEAK_CEILING, AudioError, read_channels
 
 CROSS_FADE_SECONDS = 0.02
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Audio to start from: mono `samples` `[T]` at `sample_rate_hz`, the `file` they are from, and its SHA-256."""
+    """Audio to start from: mono `samples` `[T]` at `sample_rate_hz`, the `file` they are from, and its SHA-256.
+
+    `mixing` says how several channels became one, and what that lost; None for a file that was mono.
+    """
 
     samples: Tensor
     sample_rate_hz: int
     file: str
     sha256: str
+    mixing: Mapping[str, str] | None = None
 
     @classmethod
-    def read(cls, path: Path, sample_rate_hz: int, option: str) -> "Recording":
-        """Read any audio file; other rates and channel counts are converted as `foley.data.audio` does.
+    def read(cls, path: Path, sample_rate_hz: int, option: str, downmix: str = "mean") -> "Recording":
+        """Read any audio file; other rates are converted, and several channels mixed, as `foley.data.audio` does.
 
         Raises ValueError, which names `option`, where the file is missing, empty or cannot be decoded.
         """
         try:
-            samples = torch.from_numpy(read_audio(path, sample_rate_hz))
+            channels, rate = read_channels(path)
         except AudioError as error:
             raise ValueError(f"{option}={error}; give an audio file that can be read, such as a WAV") from error
-        return cls(samples, sample_rate_hz, str(path), hash_file(path))
+        mixing = None if channels.shape[1] == 1 else {"downmix": downmix}
+        if mixing is not None and downmix == "mean" and (loss := loss_of_mean(channels)):
+            mixing["downmix_warning"] = loss
+            _log.warning("%s=%s: %s; downmix=loudest keeps that one", option, path, loss)
+        samples = torch.from_numpy(resample(mix_down(channels, downmix), rate, sample_rate_hz))
+        return cls(samples, sample_rate_hz, str(path), hash_file(path), mixing)
 
     def describe(self) -> dict[str, str]:
         """What the JSON of a clip made from it says."""
-        return {"file": self.file, "sha256": self.sha256}
+        return {"file": self.file, "sha256": self.sha256, **(self.mixing or {})}
 
     @property
     def duration_seconds(self) -> float:
@@ -94,10 +112,17 @@ class EditMask:
 
 @dataclass(frozen=True)
 class Edit:
-    """What to start from: the recording in `file`, of which the masked part is generated anew."""
+    """What to start from: the recording in `file`, of which the masked part is generated anew.
+
+    `downmix` out of `foley.core.channels.DOWNMIXES` says how several channels become one; ValueError for any other.
+    """
 
     file: str | Path
     mask: EditMask
+    downmix: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_downmix(self.downmix)
 
 
 @dataclass(frozen=True)
@@ -110,8 +135,10 @@ class Variation:
 
     file: str | Path
     strength: float = 0.5
+    downmix: str = "mean"  # as of an `Edit`
 
     def __post_init__(self) -> None:
+        check_downmix(self.downmix)
         if not 0 <= self.strength <= 1:
             raise ValueError(
                 "strength must lie between 0 (the recording through the codec) and 1 (plain generation), "
@@ -138,6 +165,11 @@ class EditWindow:
         """The window `[end - start]` of a recording `[T]`; silence where it has not been recorded."""
         return pad(samples, (0, self.total - len(samples)))[self.start : self.end]
 
+    def kept(self, recording: Tensor) -> Tensor:
+        """The samples of a recording `[T]` that lie in the window and outside of the mask."""
+        before, after = recording[self.start : self.mask_start], recording[self.mask_end : self.end]
+        return torch.cat([before, after])
+
     def hidden_mask(self, hop_samples: int) -> Tensor:
         """`[1, L]`, true for each of the window's latent frames of which any sample is masked."""
         frame_start = torch.arange(0, self.end - self.start, hop_samples) + self.start
@@ -161,6 +193,25 @@ def paste(recording: Tensor, generated: Tensor, window: EditWindow) -> Tensor:
     result = pad(recording, (0, window.total - len(recording))).expand(*generated.shape[:-1], -1).clone()
     result[..., window.mask_start : window.mask_end] = patch
     return result
+
+
+def paste_fitted(recording: Tensor, generated: Tensor, window: EditWindow) -> tuple[Tensor, Tensor]:
+    """`paste` of `generated` at the gain at which it fits, and these gains `[B]`, each 1 or less.
+
+    It fits where the mask holds nothing louder than `PEAK_CEILING`, or than the loudest sample kept in the window.
+    Where nothing is kept the gain is 1: then all may be attenuated together, as any other clip.
+    """
+    kept = window.kept(recording)
+    if not len(kept):
+        return paste(recording, generated, window), torch.ones(len(generated))
+    ceiling = max(PEAK_CEILING, float(kept.abs().max()))
+    inside = slice(window.mask_start, window.mask_end)
+    # What is in the mask is linear in both: its part of the generated audio grows with the gain, that of the fades not.
+    moving = paste(torch.zeros_like(recording), generated, window)[..., inside]
+    fixed = paste(recording, torch.zeros_like(generated), window)[..., inside]
+    room = (ceiling - fixed * moving.sign()) / moving.abs()
+    gains = room.amin(dim=(1, 2)).clamp(max=1.0)
+    return paste(recording, gains[:, None, None] * generated, window), gains
 
 
 def _fade_out(length: int) -> Tensor:

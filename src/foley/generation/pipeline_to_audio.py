@@ -14,7 +14,9 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.diffusers.pipelines import accelerated
 from foley.core.config import published_name
+from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
+from foley.core.locks import sole_user
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
@@ -56,7 +58,7 @@ class PipelineToAudio:
         self, audio: AudioPipeline, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0
     ) -> None:
         self.audio = audio
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
         self.max_duration_seconds = min(max_duration_seconds, audio.max_duration_seconds)
         audio.pipeline.to(self.device)
         self.model_hash = hash_module(audio.denoiser)
@@ -87,7 +89,11 @@ class PipelineToAudio:
         return self.generate_clips(as_clips(prompts, seeds), settings)
 
     def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
-        """Every clip in the same way; raises as `generate` does."""
+        """Every clip in the same way; raises as `generate` does. Threads that share a pipeline take turns."""
+        with sole_user(self.audio.denoiser):
+            return self._generate_clips(clips, settings)
+
+    def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         check_pipeline_settings(settings)
         if not 0 < settings.duration_seconds <= self.max_duration_seconds:
             raise ValueError(

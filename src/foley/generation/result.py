@@ -4,18 +4,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from math import ceil, log10
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foley.core.devices import synchronise
 from foley.core.files import sample_stem, write_json, write_text
+from foley.core.logs import get_logger
 from foley.data.audio import PEAK_CEILING, write_wav
+from foley.data.dataset import gain_to_decibels
 from foley.generation.prompts import Clip
 from foley.reporting.plots import draw_sheet
 from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, SHEET_FILE, Card, draw_card, render_page
+
+_log = get_logger(__name__)
 
 
 @dataclass
@@ -36,8 +41,7 @@ class Timings:
         """Add the block's duration to `field`; waits for the GPU so that stages are told apart."""
         start = time.perf_counter()
         yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronise(device)
         setattr(self, field, getattr(self, field) + time.perf_counter() - start)
 
 
@@ -50,6 +54,11 @@ class Generation:
         audio: `[N, channels, T]` on the CPU. RuntimeError where it is not finite.
         settings: what the JSON of each clip says of how it was made.
         peak_ceiling: as `foley.data.audio.write_wav` takes it.
+        generated_gains: `[N]`, by which what was generated has been attenuated already, beside kept audio; None, and 1,
+            where it has not.
+
+    Clips beyond full scale are warned of. In memory they stay as they are; written, they are attenuated, and an edit,
+    whose kept samples stay as they were, becomes a file of 32-bit floats.
     """
 
     clips: Sequence[Clip]
@@ -58,6 +67,7 @@ class Generation:
     settings: Mapping[str, Any]
     timings: Timings
     peak_ceiling: float = PEAK_CEILING
+    generated_gains: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not bool(self.audio.isfinite().all()):
@@ -66,6 +76,7 @@ class Generation:
                 f"solver {solver!r} with {num_steps} steps and guidance scale {scale} gave audio that is not finite; "
                 "lower the guidance scale, or take more steps"
             )
+        self._warn_of_levels()
 
     def write(self, directory: str | Path, title: str | None = None) -> tuple[Path, list[Card]]:
         """Write WAV, JSON and spectrogram of each clip, a sheet and the page; returns the page and the cards on it."""
@@ -85,7 +96,7 @@ class Generation:
     def write_clip(self, directory: Path, row: int, index: int, facts: Mapping[str, Any] | None = None) -> str:
         """Write the WAV of a row and then its JSON: where there is a JSON, the clip is whole. Returns their stem.
 
-        Audio louder than `peak_ceiling` is attenuated to it; the JSON states the gain.
+        Audio louder than `peak_ceiling` is attenuated to it; the JSON states the gain, and the peak before.
 
         Args:
             index: of the clip in the folder.
@@ -94,10 +105,41 @@ class Generation:
         clip = self.clips[row]
         stem = sample_stem(clip.prompt, index, clip.seed)
         gain = write_wav(directory / f"{stem}.wav", self._waveform(row), self.sample_rate_hz, self.peak_ceiling)
-        described = {"prompt": clip.prompt, "seed": clip.seed, "gain_db": round(20 * log10(gain), 3), **clip.notes}
+        levels = {"gain_db": gain_to_decibels(gain), **self._levels(row)}
+        described = {"prompt": clip.prompt, "seed": clip.seed, **levels, **clip.notes}
         made = {"index": index, "settings": dict(self.settings), **(facts or {})}
         write_json(directory / f"{stem}.json", {**described, **made})
         return stem
+
+    def _levels(self, row: int) -> dict[str, float]:
+        """What the JSON says of the clip's level as it was generated."""
+        magnitude = self.audio[row].abs()
+        gain = 1.0 if self.generated_gains is None else float(self.generated_gains[row])
+        return {
+            "generated_gain_db": gain_to_decibels(gain),
+            "peak": round(float(magnitude.max()), 6),
+            "samples_over_full_scale": int((magnitude > 1).sum()),
+        }
+
+    def _warn_of_levels(self) -> None:
+        """Of clips beyond full scale, and of what was attenuated beside kept audio; of the loudest by name."""
+        levels = [self._levels(row) for row in range(len(self.clips))]
+        over = [row for row, level in enumerate(levels) if level["samples_over_full_scale"]]
+        attenuated = [row for row, level in enumerate(levels) if level["generated_gain_db"] < 0]
+        if over:
+            loudest = max(over, key=lambda row: levels[row]["peak"])
+            fate = "a file is attenuated" if isfinite(self.peak_ceiling) else "a file holds 32-bit floats"
+            _log.warning(
+                "%d of %d clips exceed full scale (%s): %r with seed %d peaks at %.2f, %d samples beyond it",
+                *(len(over), len(levels), fate, self.clips[loudest].prompt, self.clips[loudest].seed),
+                *(levels[loudest]["peak"], levels[loudest]["samples_over_full_scale"]),
+            )
+        if attenuated:
+            most = min(attenuated, key=lambda row: levels[row]["generated_gain_db"])
+            _log.warning(
+                "what was generated in %d of %d edits is attenuated, to fit beside what is kept: %r by %.1f dB",
+                *(len(attenuated), len(levels), self.clips[most].prompt, -levels[most]["generated_gain_db"]),
+            )
 
     def _waveform(self, row: int) -> Tensor:
         """`[channels, T]`, a mono one `[T]`."""

@@ -14,14 +14,17 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.precision import compile_blocks, set_precision
 from foley.core.config import shipped
+from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
+from foley.core.locks import sole_user
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
 from foley.data.audio import PEAK_CEILING
+from foley.data.dataset import PeakLevel, gain_to_decibels
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.generation.decoding import LatentDecoder
-from foley.generation.editing import CROSS_FADE_SECONDS, Edit, EditMask, Recording, Variation, paste
+from foley.generation.editing import CROSS_FADE_SECONDS, Edit, EditMask, Recording, Variation, paste_fitted
 from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
@@ -33,31 +36,14 @@ from foley.system.system import System, load_system, save_system
 _log = get_logger(__name__)
 
 
-def resolve_device(name: str) -> torch.device:
-    """A torch device by name; "auto" is the GPU where there is one.
-
-    Raises ValueError for a name that is none, and for a device that this machine lacks.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name}: there is no such device; give auto, cpu, cuda, cuda:1 or mps") from error
-    present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= present.get(device.type, 0):
-        found = ", ".join(f"{count} {kind}" for kind, count in present.items())
-        raise ValueError(f"device={name}: this machine has {found}; device=auto takes what there is")
-    return device
-
-
 @dataclass(frozen=True)
 class Canvas:
     """What clips are generated onto.
 
     Args:
         num_frames: L.
-        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, on the CPU.
+        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, and the gain `[B]` of what was generated in
+            it, on the CPU.
         description: what the JSON of each clip says of it.
         known: latent frames that are given.
         start: a latent to begin at instead of pure noise.
@@ -65,7 +51,7 @@ class Canvas:
     """
 
     num_frames: int
-    finish: Callable[[Tensor], Tensor]
+    finish: Callable[[Tensor], tuple[Tensor, Tensor]]
     description: Mapping[str, Any]
     known: KnownLatent | None = None
     start: Start | None = None
@@ -80,7 +66,7 @@ class TextToAudio:
     Args:
         system: its modules; they are put in eval mode and moved to `device`. Prompts are encoded once, and latents
             are decoded with the codec's weights as they are now.
-        device: where to run.
+        device: where to run; "auto" is a GPU where there is one. ValueError where it is absent.
         max_duration_seconds: longer requests are refused; raise it knowingly, for quality falls off beyond the
             training length and memory grows with the square of the duration.
 
@@ -95,7 +81,7 @@ class TextToAudio:
         self.process = system.process
         self.student = system.consistency
         self.known_captions = KnownCaptions(system.captions)
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
         self.max_duration_seconds = max_duration_seconds
         modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
         self.denoiser, self.text = modules["denoiser"], modules["text"]
@@ -207,6 +193,7 @@ class TextToAudio:
         file: str | Path,
         mask: EditMask,
         seeds: Sequence[int] | None = None,
+        downmix: str = "mean",
         **options: Any,
     ) -> Generation:
         """The recording in `file` with the masked part generated anew for each prompt; see `foley.generation.editing`.
@@ -214,9 +201,13 @@ class TextToAudio:
         The denoiser sees the codec's mean latent of the kept frames of the window, so it must have been trained with
         masks, as the EzAudio stages are. A mask over everything is plain generation of its length.
 
-        Args and raises as for `generate`.
+        Args:
+            downmix: how several channels become one, "mean", or "loudest", the one with the most energy.
+
+        Other args and raises as for `generate`.
         """
-        return self.generate_clips(as_clips(prompts, seeds), GenerationSettings(source=Edit(file, mask), **options))
+        settings = GenerationSettings(source=Edit(file, mask, downmix), **options)
+        return self.generate_clips(as_clips(prompts, seeds), settings)
 
     def vary(
         self,
@@ -224,21 +215,27 @@ class TextToAudio:
         file: str | Path,
         strength: float = 0.5,
         seeds: Sequence[int] | None = None,
+        downmix: str = "mean",
         **options: Any,
     ) -> Generation:
         """Variations of the recording in `file`: its latent, noised and denoised again for each prompt (`Variation`).
 
-        Other args and raises as for `generate`.
+        Other args and raises as for `edit`.
         """
-        settings = GenerationSettings(source=Variation(file, strength), **options)
+        settings = GenerationSettings(source=Variation(file, strength, downmix), **options)
         return self.generate_clips(as_clips(prompts, seeds), settings)
 
     @torch.no_grad()
     def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         """Every clip in the same way: what `generate`, `edit`, `vary` and the command line come to. Raises as they do.
 
-        An impossible request is refused, and a strange prompt warned of, before anything is computed.
+        An impossible request is refused, and a strange prompt warned of, before anything is computed. Threads may share
+        a system: they take turns, a call each.
         """
+        with sole_user(self.denoiser):
+            return self._generate_clips(clips, settings)
+
+    def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         timings = Timings()
         guidance, solver = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
         clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]
@@ -270,11 +267,12 @@ class TextToAudio:
                 latent = denoise(positive=positive, negative=negative, seeds=[clip.seed for clip in batch])  # [B, C, L]
             with self._timed(timings, "decode_seconds"):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
-                rows.append(canvas.finish(audio.cpu()))  # [B, 1, T]
+                rows.append(canvas.finish(audio.cpu()))  # [B, 1, T], [B]
         chosen = settings.describe(guidance, solver.name, solver.num_steps)
         cost = {} if meter is None else meter.describe()
         description = {**canvas.description, **chosen, **cost, **self._describe(), **settings.facts}
-        return Generation(clips, torch.cat(rows), self.sample_rate_hz, description, timings, canvas.peak_ceiling)
+        audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
+        return Generation(clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains)
 
     def _describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of the system."""
@@ -284,42 +282,54 @@ class TextToAudio:
     def _canvas(self, settings: GenerationSettings, num_steps: int, timings: Timings) -> Canvas:
         """Raises ValueError where the recording cannot be read, or the result would be too long."""
         match settings.source:
-            case Edit(file, mask):
-                return self._edit_canvas(Recording.read(Path(file), self.sample_rate_hz, "edit"), mask, timings)
-            case Variation(file, strength) as variation:
-                recording = Recording.read(Path(file), self.sample_rate_hz, "init")
+            case Edit(file, mask, downmix):
+                recording = Recording.read(Path(file), self.sample_rate_hz, "edit", downmix)
+                return self._edit_canvas(recording, mask, timings)
+            case Variation(file, strength, downmix) as variation:
+                recording = Recording.read(Path(file), self.sample_rate_hz, "init", downmix)
                 first_step = variation.first_step(num_steps)
                 return self._variation_canvas(recording, strength, first_step, timings)
             case _:
                 seconds = settings.duration_seconds
                 self._check_duration("duration_seconds", seconds)
                 num_samples, num_frames = clip_size(seconds, self.sample_rate_hz, self.codec.hop_samples)
-                return Canvas(num_frames, lambda audio: audio[..., :num_samples], {"duration_seconds": seconds})
+                return Canvas(num_frames, partial(_crop, num_samples=num_samples), {"duration_seconds": seconds})
 
     def _edit_canvas(self, recording: Recording, mask: EditMask, timings: Timings) -> Canvas:
         window = mask.window(recording)
         self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
         hidden = window.hidden_mask(self.codec.hop_samples)  # [1, L]
-        known = None
+        known, gain, seen = None, 1.0, window.crop(recording.samples)
         if not bool(hidden.all()):
-            known = KnownLatent(self._encode(window.crop(recording.samples), timings), hidden.to(self.device))
+            gain = PeakLevel().gain(seen)
+            known = KnownLatent(self._encode(gain * seen, timings), hidden.to(self.device))
         description = {
             "duration_seconds": window.total / self.sample_rate_hz,
+            "level_gain_db": gain_to_decibels(gain),
             "edit": {**recording.describe(), **asdict(mask), "cross_fade_seconds": CROSS_FADE_SECONDS},
         }
-        finish = partial(paste, recording.samples, window=window)
-        # Kept samples come back bit by bit, so the result is never attenuated.
-        return Canvas(hidden.shape[1], finish, description, known=known, peak_ceiling=inf)
+        # Kept samples come back bit by bit, so the result is never attenuated as a whole.
+        ceiling = inf if len(window.kept(recording.samples)) else PEAK_CEILING
+        return Canvas(
+            hidden.shape[1],
+            lambda audio: paste_fitted(recording.samples, audio / gain, window),
+            description,
+            known=known,
+            peak_ceiling=ceiling,
+        )
 
     def _variation_canvas(self, recording: Recording, strength: float, first_step: int, timings: Timings) -> Canvas:
         self._check_duration(f"init={recording.file}", recording.duration_seconds)
-        start = Start(self._encode(recording.samples, timings), first_step)
+        # At the first step of all nothing of the recording is heard, nor its level.
+        gain = PeakLevel().gain(recording.samples) if first_step else 1.0
+        start = Start(self._encode(gain * recording.samples, timings), first_step)
         description = {
             "duration_seconds": recording.duration_seconds,
+            "level_gain_db": gain_to_decibels(gain),
             "init": {**recording.describe(), "strength": strength, "first_step": first_step},
         }
-        num_samples = len(recording.samples)
-        return Canvas(start.clean.shape[-1], lambda audio: audio[..., :num_samples], description, start=start)
+        finish = partial(_crop, num_samples=len(recording.samples), gain=1 / gain)
+        return Canvas(start.clean.shape[-1], finish, description, start=start)
 
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
         """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]`."""
@@ -346,3 +356,8 @@ class TextToAudio:
 
     def _timed(self, timings: Timings, field: str) -> AbstractContextManager[None]:
         return timings.measured(field, self.device)
+
+
+def _crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`[B, 1, T]` cut to `num_samples`, at `gain`, which brings back a recording's level and attenuates nothing."""
+    return gain * audio[..., :num_samples], torch.ones(len(audio))

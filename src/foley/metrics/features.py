@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from foley.core.files import write_tensors
+from foley.core.channels import lossy_mixes
+from foley.core.files import AUDIO_SUFFIXES, write_tensors
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
+from foley.metrics.preprocessing import Preprocessing
 from foley.metrics.protocols import EvaluationProtocol
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 _CHUNK_CLIPS = 16
 _LOADER_THREADS = 2
 
@@ -66,7 +67,8 @@ def scan_directory(directory: Path) -> list[ClipFile]:
     """
     paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
     if not paths:
-        raise FileNotFoundError(f"{directory} holds no audio file ({', '.join(AUDIO_SUFFIXES)}); check the path")
+        suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
+        raise FileNotFoundError(f"{directory} holds no audio file ({suffixes}); check the path")
     return [_read_clip(path) for path in paths]
 
 
@@ -195,6 +197,8 @@ def _pack(
 def _prepare(audio: Tensor, rate_hz: int, name: str, protocol: EvaluationProtocol) -> _Input:
     if audio.numel() == 0 or not bool(audio.isfinite().all()):
         raise ValueError(f"{name}: audio is empty or not finite ({audio.numel()} samples); regenerate the clip")
+    if len(audio) > 1 and protocol.preprocessing.channel_rule == Preprocessing.channel_rule:
+        lossy_mixes.note(name, audio.T.numpy())
     return _Input(protocol.preprocessing(audio.float(), rate_hz), audio.abs().max().float())
 
 
@@ -281,6 +285,7 @@ def extract_files(
             for (key, _), row in zip(chunk, extracted, strict=True):
                 rows[key] = {name: value.clone() for name, value in row.items()}  # not the batch behind it
                 cache.save(key, rows[key])
+    lossy_mixes.report()
     return _pack(
         (rows[key] for key in hashes),
         [clip.id for clip in clips],

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from foley.core.devices import resolve_device, synchronise
+
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 Name = TypeVar("Name", bound=Hashable)
@@ -52,17 +54,13 @@ class Rounds(Generic[Name, Result]):
         return statistics.median(base / seconds for base, seconds in pairs)
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _timed(call: Callable[[], Result]) -> tuple[Result, float, float]:
     """What `call` returns, and its wall-clock and processor seconds."""
-    _synchronise()
+    device = resolve_device("auto")  # work may lie on a CPU beside an idle GPU, for which nothing waits
+    synchronise(device)
     start, processor_start = time.perf_counter(), time.process_time()
     result = call()
-    _synchronise()
+    synchronise(device)
     return result, time.perf_counter() - start, time.process_time() - processor_start
 
 

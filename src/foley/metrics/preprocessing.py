@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchaudio.functional import resample as sinc_resample
 
+from foley.core.channels import first_heard
 from foley.core.rates import resample
 from foley.metrics.extractors import vggish
 from foley.metrics.extractors.clap import split_windows
@@ -112,16 +113,16 @@ class EmbeddedPreprocessing(Preprocessing):
 
 
 class PannsPreprocessing(Preprocessing):
-    """As the WaveDataset of AudioLDM-eval: first channel, mean removed."""
+    """As the WaveDataset of AudioLDM-eval: first channel, mean removed. Silence in one never stands for the others."""
 
     sample_rate_hz = 16000
-    channel_rule = "the first"
+    channel_rule = "the first; the loudest where it is silent"
     level = "mean removed before resampling"
     resampler = _SINC
     length = "zeros at the end to at least 2 s"
 
     def mix(self, audio: Tensor) -> Tensor:
-        return audio[:1]
+        return _first_heard(audio, 1)
 
     def normalise(self, audio: Tensor) -> Tensor:
         return audio - audio.mean()
@@ -146,7 +147,7 @@ class OpenL3Preprocessing(Preprocessing):
 
     sample_rate_hz = 44100
     channels = 2
-    channel_rule = "the first two; a single one is doubled"
+    channel_rule = "the first two, or the loudest where they are silent; a single one is doubled"
     level = "peak at -1 dBFS before resampling"
     resampler = _SOXR
     length = (
@@ -155,7 +156,7 @@ class OpenL3Preprocessing(Preprocessing):
     )
 
     def mix(self, audio: Tensor) -> Tensor:
-        return audio[:2] if len(audio) > 1 else audio.expand(2, -1)
+        return _first_heard(audio, 2).expand(2, -1)
 
     def normalise(self, audio: Tensor) -> Tensor:
         return at_peak(audio)
@@ -201,6 +202,11 @@ class PeakClapPreprocessing(ClapPreprocessing):
 
     def frame(self, audio: Tensor) -> Tensor:
         return super().frame(at_peak(audio))
+
+
+def _first_heard(audio: Tensor, count: int) -> Tensor:
+    """`audio` itself where it has no channel too many."""
+    return audio if len(audio) == 1 else torch.from_numpy(first_heard(audio.T.numpy(), count)).T
 
 
 def pad_to(audio: Tensor, samples: int) -> Tensor:

@@ -154,8 +154,10 @@ class LayerCache:
 
         Raises:
             ValueError: the denoiser has no cacheable layer.
-            RuntimeError: an accelerator is attached to it already.
+            RuntimeError: an accelerator is attached to it already, or this one to another denoiser.
         """
+        if self._denoiser is not None and self._denoiser is not denoiser:
+            raise RuntimeError("this accelerator is attached to another denoiser; give each of them its own")
         layers = find_cacheable_layers(denoiser)
         self._layer_names = tuple(layer.name for layer in layers)
         with replaced_forwards(denoiser, layers, self._caching_forward, self._skipping_norm):

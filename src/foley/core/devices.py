@@ -1,0 +1,46 @@
+"""Devices by name: which of them there are, and how to wait for one."""
+
+import os
+
+import torch
+
+from foley.core.logs import get_logger
+
+MPS_FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"
+"""`1` lets PyTorch run what MPS lacks on the CPU, with a warning for each operation; `foley/__init__.py` sets it."""
+_log = get_logger(__name__)
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """A torch device by name; "auto" is the GPU where there is one: CUDA, or else Apple's MPS, or else the CPU.
+
+    Raises ValueError for a GPU that is absent, and for a name that PyTorch does not know.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = next((kind for kind in ("cuda", "mps") if _is_there(torch.device(kind))), "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={name}: give auto, cpu, cuda, cuda:1 (the second GPU), or mps") from error
+    if not _is_there(device):
+        raise ValueError(f"device={name}: there is none here; device=auto takes {resolve_device('auto')}")
+    if device.type == "mps" and os.environ.get(MPS_FALLBACK) != "1":
+        _log.warning("operations that MPS lacks will fail: set the variable %s=1 to run them on the CPU", MPS_FALLBACK)
+    return device
+
+
+def _is_there(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    return device.type != "mps" or torch.backends.mps.is_available()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what `device` has been given to do, so that a clock can be read; a CPU has nothing waiting."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
