@@ -6,7 +6,6 @@ kept audio, lies a cross-fade: from the generated audio corrected by the codec's
 the mask, to the generated audio as it is. So the borders join without a jump, and nothing that was replaced is heard.
 """
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from foley.core.hashing import hash_file
+from foley.core.numbers import SHARE, NumberRange
 from foley.data.audio import AudioError, read_audio
 
 CROSS_FADE_SECONDS = 0.02
@@ -70,7 +70,7 @@ class EditMask:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            if value not in NumberRange(least=0):
                 raise ValueError(f"{name} must be a number of seconds, 0 or more, for an edit; got {value!r}")
 
     def window(self, recording: Recording) -> "EditWindow":
@@ -112,10 +112,10 @@ class Variation:
     strength: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
+        if self.strength not in SHARE:
             raise ValueError(
                 "strength must lie between 0 (the recording through the codec) and 1 (plain generation), "
-                f"got {self.strength}"
+                f"got {self.strength!r}"
             )
 
     def first_step(self, num_steps: int) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+from foley.core.numbers import NumberRange
 
 
 def audiocache_schedule(changes: Mapping[str, Sequence[float]], delta: float) -> dict[str, list[bool]]:
@@ -99,6 +100,7 @@ class AudioCache(CalibratedCache):
         source: Source = SOME_SYSTEM,
     ) -> None:
         super().__init__(calibration_dir, reuse, calibrated_steps, source, name="audiocache", threshold=threshold)
+        NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
 
     def decide(self, calibration: Calibration) -> dict[str, list[bool]]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+from foley.core.numbers import NumberRange
 
 Curves = Mapping[str, Sequence[float]]
 """For each layer, its change at each of the E evaluations since the one before; the first value is ignored."""
@@ -209,6 +210,7 @@ class Budget(CalibratedCache):
     ) -> None:
         policy = {"name": "budget", "target_speedup": target_speedup, "method": method}
         super().__init__(calibration_dir, reuse, calibrated_steps, source, **policy)
+        NumberRange(least=1).check("target_speedup", target_speedup)
         self._target_speedup = target_speedup
         self._method = method
 

@@ -25,6 +25,7 @@ from foley.accel.cost import EvaluationMacs, MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.config import default_cache_dir, published_name
 from foley.core.files import info_path, load_record, save_record
+from foley.core.numbers import COUNT
 from foley.diffusion.context import Accelerator, RunContext, StepContext
 
 Source = Mapping[str, str | None]
@@ -296,6 +297,8 @@ class CalibratedCache(LayerCache, ABC):
         **policy: Any,
     ) -> None:
         super().__init__(reuse=reuse_by_name(reuse))
+        if calibrated_steps is not None:
+            COUNT.check("calibrated_steps", calibrated_steps)
         self._directory = Path(calibration_dir)
         self._calibrated_steps = calibrated_steps
         self._source = source

@@ -14,6 +14,7 @@ from statistics import fmean
 
 from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
 from foley.accel.layers import layer_kind
+from foley.core.numbers import COUNT, NumberRange
 
 
 def smoothcache_schedule(
@@ -91,6 +92,8 @@ class SmoothCache(CalibratedCache):
     ) -> None:
         policy = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead}
         super().__init__(calibration_dir, reuse, calibrated_steps, source, **policy)
+        NumberRange(least=0).check("alpha", alpha)
+        COUNT.check("max_lookahead", max_lookahead)
         self._alpha = alpha
         self._max_lookahead = max_lookahead
 
