@@ -5,6 +5,7 @@ Also `open_generator`, which opens whatever generates audio by the name of its s
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from foley.accel.diffusers.pipelines import accelerated
 from foley.core.config import published_name
 from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
@@ -97,6 +99,9 @@ class PipelineToAudio:
         num_samples = max(1, round(seconds * self.sample_rate_hz))
         guidance = settings.guidance or ClassifierFreeGuidance()
         num_steps = settings.num_steps or _DEFAULT_STEPS
+        run = (self.model_hash, type(self.audio.pipeline.scheduler).__name__, num_steps, guidance.scale)
+        uncached = partial(self.generate, guidance=guidance, batch_size=settings.batch_size)
+        calibrate_missing(settings.accelerator, run, calibration_prompts(()), uncached)
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         timings, rows = Timings(), []
         for first in range(0, len(clips), settings.batch_size):

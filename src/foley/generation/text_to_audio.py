@@ -19,8 +19,10 @@ from foley.core.logs import get_logger
 from foley.core.numbers import POSITIVE
 from foley.core.rates import clip_size
 from foley.data.audio import PEAK_CEILING
-from foley.diffusion.guidance import KnownLatent
+from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
+from foley.diffusion.solver import Solver
+from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.decoding import LatentDecoder
 from foley.generation.editing import CROSS_FADE_SECONDS, Edit, EditMask, Recording, Variation, paste
 from foley.generation.novelty import KnownCaptions
@@ -248,6 +250,7 @@ class TextToAudio:
         """
         timings = Timings()
         guidance, solver = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
+        self._calibrate(clips, settings, guidance, solver)
         clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]
         canvas = self._canvas(settings, solver.num_steps, timings)
         settings = self._fit_windows(settings, canvas.num_frames)
@@ -282,6 +285,24 @@ class TextToAudio:
         cost = {} if meter is None else meter.describe()
         description = {**canvas.description, **chosen, **cost, **self._describe(), **settings.facts}
         return Generation(clips, torch.cat(rows), self.sample_rate_hz, description, timings, canvas.peak_ceiling)
+
+    def _calibrate(
+        self, clips: Sequence[Clip], settings: GenerationSettings, guidance: ClassifierFreeGuidance, solver: Solver
+    ) -> None:
+        """Clips of the system's own length, so that the curves are those of the system and not of the request.
+
+        A system of features knows no captions: those of the request are taken.
+        """
+        known = self.system.captions if self.text.prompt_field == "caption" else [clip.prompt for clip in clips]
+        uncached = partial(
+            self.generate,
+            solver=solver.name,
+            guidance=guidance,
+            any_guidance_scale=settings.any_guidance_scale,
+            batch_size=settings.batch_size,
+        )
+        run = (hash_module(self.denoiser), solver.name, solver.num_steps, guidance.scale)
+        calibrate_missing(settings.accelerator, run, calibration_prompts(known), uncached)
 
     def _describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of the system."""

@@ -56,7 +56,7 @@ class AudioCache(CalibratedCache):
     """Each layer is recomputed when its calibrated changes add up to `threshold`; 0 computes always.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source: as `CalibratedCache` takes them.
+        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
         threshold: the paper's delta, 0.2 to 0.4 there; it grows with the number of steps (Table V).
 
     Example:
@@ -98,8 +98,10 @@ class AudioCache(CalibratedCache):
         reuse: str = "hold",
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
+        calibrate: str = "never",
     ) -> None:
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, name="audiocache", threshold=threshold)
+        policy = {"name": "audiocache", "threshold": threshold}
+        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
         NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
 

@@ -185,7 +185,7 @@ class Budget(CalibratedCache):
     """The schedule of least summed change whose multiply-accumulates are those of `target_speedup`.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source: as `CalibratedCache` takes them.
+        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
         target_speedup: uncached multiply-accumulates over those of the run; 1 computes always.
         method: "dynamic" or "greedy", see `budget_schedule`.
 
@@ -207,9 +207,10 @@ class Budget(CalibratedCache):
         reuse: str = "hold",
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
+        calibrate: str = "never",
     ) -> None:
         policy = {"name": "budget", "target_speedup": target_speedup, "method": method}
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, **policy)
+        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
         NumberRange(least=1).check("target_speedup", target_speedup)
         self._target_speedup = target_speedup
         self._method = method
