@@ -162,7 +162,7 @@ def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_di
         (["window_seconds=5"], ValueError, "window_seconds: a published pipeline"),
         (["guidance_rescale=0.5"], ValueError, "no rescale"),
         (["solver=heun"], ValueError, "solver=heun: a published pipeline keeps its own"),
-        (["accel=smoothcache"], FileNotFoundError, "calibrate.py system=audioldm2 hub_dir="),
+        (["accel=smoothcache", "accel.calibrate=never"], FileNotFoundError, "calibrate.py system=audioldm2 hub_dir="),
         (["+system_overrides.published.family=musicgen"], ValueError, "got 'musicgen'"),
         ([], CheckpointError, "must hold model_index.json"),  # what is loaded first
     ],
@@ -184,7 +184,10 @@ def test_numbers_that_are_none_are_refused_by_name(tmp_path, override):
 
 def test_a_missing_calibration_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"calibrate.py system={tmp_path}/none solver=ddim"):
-        sample_here(f"system={tmp_path}/none", "solver=ddim", "accel=audiocache", f"output_dir={tmp_path / 'out'}")
+        sample_here(
+            *(f"system={tmp_path}/none", "solver=ddim", "accel=audiocache", "accel.calibrate=never"),
+            f"output_dir={tmp_path / 'out'}",
+        )
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Combined:
     """
 
     def __init__(self, accelerators: Sequence[Accelerator]) -> None:
-        self.accelerators = tuple(accelerators)  # by this name `require_calibrations` finds them
+        self.accelerators = tuple(accelerators)  # by this name `calibrated_caches` finds them
 
     @classmethod
     def of(cls, **accelerators: Accelerator) -> "Combined":

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from foley.accel.caching.calibration import require_calibrations
+from foley.cli.sampling_checks import check_numbers, typed_options, warn_without_effect
 from foley.core.components import CheckpointError
 from foley.core.config import published_name, shipped
 from foley.core.devices import resolve_device
@@ -40,10 +41,6 @@ _log = get_logger(__name__)
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
 _INCIDENTAL |= {"hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
-_WHOLE = ["seed", "num", "batch_size", "steps", "caption_seed"]
-_REAL = ["duration_seconds", "max_duration_seconds", "window_seconds", "overlap_seconds", "decode_chunk_seconds"]
-_REAL += ["trained_seconds", "guidance_scale", "guidance_rescale", "strength"]
-_REAL += ["mask_start_seconds", "mask_length_seconds", "boundary_seconds"]
 
 
 def chosen_system(cfg: DictConfig) -> str:
@@ -60,13 +57,14 @@ def requested_clips(cfg: DictConfig) -> list[Clip]:
 
     Raises ValueError as `request_clips` does, for impossible prompts, and for numbers that are none.
     """
-    _check_numbers(cfg)
+    check_numbers(cfg)
+    warn_without_effect(cfg, typed_options())
     if cfg.trainer is not None and cfg.prompts is None:
         raise ValueError("trainer= shares out the prompts of a file: give prompts=FILE, or leave it out")
     if cfg.features is not None:
         return _clips_of_features(cfg)
     if _asks_for_nothing(cfg):
-        return _demo_clips(cfg.seed)
+        return _demo_clips(cfg.seed, cfg.num)
     columns = PromptColumns(cfg.caption_column, cfg.id_column, cfg.clip_column)
     return request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num, columns, cfg.captions, cfg.caption_seed)
 
@@ -77,11 +75,12 @@ def _asks_for_nothing(cfg: DictConfig) -> bool:
     return named == (None,) * len(named) and Path(str(cfg.system)).resolve().is_relative_to(shipped("demo").resolve())
 
 
-def _demo_clips(first_seed: int) -> list[Clip]:
+def _demo_clips(first_seed: int, num: int) -> list[Clip]:
     prompts = read_prompts(shipped("prompts/demo.jsonl"))
     chosen = [prompts[index] for index in evenly_spaced(len(prompts), _NUM_DEMO_PROMPTS)]
     _log.info('no prompt given (prompt="a dog barks"): these of the demo are generated: %s', ", ".join(chosen))
-    return [Clip(prompt, seed) for seed, prompt in enumerate(chosen, start=first_seed)]
+    repeated = [prompt for prompt in chosen for _ in range(num)]
+    return [Clip(prompt, seed) for seed, prompt in enumerate(repeated, start=first_seed)]
 
 
 def requested_settings(cfg: DictConfig) -> GenerationSettings:
@@ -90,12 +89,12 @@ def requested_settings(cfg: DictConfig) -> GenerationSettings:
     Raises ValueError for options that do not go together, and FileNotFoundError where the accelerator lacks its
     calibration.
     """
-    accelerator = instantiate(cfg.accel)
+    accelerator, source = instantiate(cfg.accel), chosen_source(cfg)
     solver = None if cfg.solver.name == PUBLISHED_SOLVER else cfg.solver.name
     require_calibrations(accelerator, solver, cfg.steps, cfg.guidance_scale)
     return GenerationSettings(
-        duration_seconds=cfg.duration_seconds,
-        source=chosen_source(cfg),
+        duration_seconds=cfg.duration_seconds if source is None else None,
+        source=source,
         **chosen_sampling(cfg),
         any_guidance_scale=cfg.any_guidance_scale,
         accelerator=accelerator,
@@ -173,18 +172,6 @@ def describe_request(cfg: DictConfig, clips: Sequence[Clip], model_hash: str) ->
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _check_numbers(cfg: DictConfig) -> None:
-    """Raise ValueError for an option that should be a number and is none."""
-    for names, kinds, wanted in ((_WHOLE, int, "a whole number"), (_REAL, (int, float), "a number")):
-        for name in names:
-            value = cfg[name]
-            if isinstance(value, bool) or not (value is None or isinstance(value, kinds)):
-                raise ValueError(f"{name}={value}: give {wanted}")
-    for name in ("seed", "num", "batch_size"):
-        if cfg[name] is None:
-            raise ValueError(f"{name}=null: give a whole number, or leave it out")
 
 
 def _clips_of_features(cfg: DictConfig) -> list[Clip]:

@@ -120,6 +120,7 @@ class LatentDataModule(ResumableDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         self.index = LatentCacheIndex.read(Path(cache_dir))
+        self.duration_seconds = duration_seconds
         _, self.num_frames = clip_size(duration_seconds, self.index.sample_rate_hz, self.index.hop_samples)
         self.collate = LatentCollate(self.num_frames if bucket_batches is None else None)
         self.datasets = {

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from foley.core.numbers import SHARE, NumberRange
 from foley.diffusion.windows import Windows
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -108,9 +109,9 @@ class ClassifierFreeGuidance:
     """
 
     def __init__(self, scale: float = 3.0, rescale: float = 0.0) -> None:
-        if not 0 <= scale < float("inf"):
+        if scale not in NumberRange(least=0):
             raise ValueError(f"guidance scale must be a finite number >= 0 (1 turns guidance off), got {scale}")
-        if not 0 <= rescale <= 1:
+        if rescale not in SHARE:
             raise ValueError(f"guidance rescale must lie in [0, 1], got {rescale}")
         self.scale = scale
         self.rescale = rescale

@@ -10,7 +10,6 @@ comes back at the level of the recording. Kept samples are never attenuated; wha
 would exceed both -1 dBFS and the loudest kept sample of the window (`paste_fitted`).
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.nn.functional import pad
 from foley.core.channels import check_downmix, loss_of_mean, mix_down
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
+from foley.core.numbers import SHARE, NumberRange
 from foley.core.rates import resample
 from foley.data.audio import PEAK_CEILING, AudioError, read_channels
 
@@ -88,7 +88,7 @@ class EditMask:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            if value not in NumberRange(least=0):
                 raise ValueError(f"{name} must be a number of seconds, 0 or more, for an edit; got {value!r}")
 
     def window(self, recording: Recording) -> "EditWindow":
@@ -139,10 +139,10 @@ class Variation:
 
     def __post_init__(self) -> None:
         check_downmix(self.downmix)
-        if not 0 <= self.strength <= 1:
+        if self.strength not in SHARE:
             raise ValueError(
                 "strength must lie between 0 (the recording through the codec) and 1 (plain generation), "
-                f"got {self.strength}"
+                f"got {self.strength!r}"
             )
 
     def first_step(self, num_steps: int) -> int:

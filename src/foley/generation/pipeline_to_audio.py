@@ -5,6 +5,7 @@ Also `open_generator`, which opens whatever generates audio by the name of its s
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
 from foley.core.locks import sole_user
 from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
@@ -28,6 +30,7 @@ from foley.system.system import System, load_published, load_system
 PUBLISHED_SOLVER = "published"
 """The `solver` of a pipeline, which keeps the scheduler it was published with."""
 _DEFAULT_STEPS = 50
+_DEFAULT_SECONDS = 10.0  # the papers' clips
 
 
 def check_pipeline_settings(settings: GenerationSettings) -> None:
@@ -71,7 +74,7 @@ class PipelineToAudio:
     def generate(
         self,
         prompts: Sequence[str | Clip],
-        duration_seconds: float = 10.0,
+        duration_seconds: float | None = None,
         seeds: Sequence[int] | None = None,
         **options: Any,
     ) -> Generation:
@@ -86,6 +89,7 @@ class PipelineToAudio:
             RuntimeError: where the result is not finite.
         """
         settings = GenerationSettings(duration_seconds=duration_seconds, **options)
+        settings.warn_without_effect()
         return self.generate_clips(as_clips(prompts, seeds), settings)
 
     def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
@@ -95,24 +99,25 @@ class PipelineToAudio:
 
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         check_pipeline_settings(settings)
-        if not 0 < settings.duration_seconds <= self.max_duration_seconds:
-            raise ValueError(
-                f"duration_seconds must be above 0 and at most {self.max_duration_seconds:g}, "
-                f"got {settings.duration_seconds}"
-            )
-        num_samples = max(1, round(settings.duration_seconds * self.sample_rate_hz))
+        seconds = settings.duration_seconds or min(_DEFAULT_SECONDS, self.max_duration_seconds)
+        if seconds > self.max_duration_seconds:
+            raise ValueError(f"duration_seconds must be at most {self.max_duration_seconds:g}, got {seconds}")
+        num_samples = max(1, round(seconds * self.sample_rate_hz))
         guidance = settings.guidance or ClassifierFreeGuidance()
         num_steps = settings.num_steps or _DEFAULT_STEPS
+        run = (self.model_hash, type(self.audio.pipeline.scheduler).__name__, num_steps, guidance.scale)
+        uncached = partial(self.generate, guidance=guidance, batch_size=settings.batch_size)
+        calibrate_missing(settings.accelerator, run, calibration_prompts(()), uncached)
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         timings, rows = Timings(), []
         for first in range(0, len(clips), settings.batch_size):
             with timings.measured("denoise_seconds", self.device):
                 batch = clips[first : first + settings.batch_size]
-                latents = self._latents(batch, settings, guidance.scale, num_steps, meter)
+                latents = self._latents(batch, seconds, settings, guidance.scale, num_steps, meter)
             with timings.measured("decode_seconds", self.device), torch.no_grad():
                 rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])  # [B, channels, T]
         description = {
-            "duration_seconds": settings.duration_seconds,
+            "duration_seconds": seconds,
             **settings.describe(guidance, type(self.audio.pipeline.scheduler).__name__, num_steps),
             **({} if meter is None else meter.describe()),
             "sample_rate_hz": self.sample_rate_hz,
@@ -122,7 +127,13 @@ class PipelineToAudio:
         return Generation(clips, torch.cat(rows), self.sample_rate_hz, description, timings)
 
     def _latents(
-        self, clips: Sequence[Clip], settings: GenerationSettings, scale: float, num_steps: int, meter: CostMeter | None
+        self,
+        clips: Sequence[Clip],
+        duration_seconds: float,
+        settings: GenerationSettings,
+        scale: float,
+        num_steps: int,
+        meter: CostMeter | None,
     ) -> Tensor:
         pipeline = self.audio.pipeline
         pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
@@ -130,7 +141,7 @@ class PipelineToAudio:
             return self.audio.latents(
                 [clip.prompt for clip in clips],
                 settings.negative_prompt or None,
-                settings.duration_seconds,
+                duration_seconds,
                 num_inference_steps=num_steps,
                 guidance_scale=scale,
                 generator=[torch.Generator().manual_seed(clip.seed) for clip in clips],

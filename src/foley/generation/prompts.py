@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from foley.core.numbers import SEED, NumberRange
 from foley.core.seeding import derive_seed
 from foley.data.ordering import evenly_spaced
 
 COLUMN = "caption"
 CAPTIONS = ("all", "first", "random")
 MAX_PROMPT_CHARACTERS = 10_000
+MAX_CLIPS = 1_000_000
+"""Of one request; more are a slip of the keyboard, and would fill the memory before the first is generated."""
 _IDS = ("id", "audiocap_id")
 _CLIPS = ("youtube_id", "file_name", "audio_path", "path")
 
@@ -39,7 +42,7 @@ class Clip:
 
     Args:
         prompt: the caption; the empty one asks for an unconditional sample. ValueError for an absurdly long one.
-        seed: of all that is random in it.
+        seed: of all that is random in it, from 0 to 2^63 - 1; ValueError outside.
         notes: what its JSON is to say besides, such as the label and the id that a prompt file gives.
 
     >>> Clip("a dog barks", seed=3).notes
@@ -52,6 +55,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         check_prompt_length(self.prompt)
+        SEED.check("seed", self.seed)
 
 
 def check_prompt_length(prompt: str) -> None:
@@ -142,10 +146,11 @@ def request_clips(
     """
     if (prompt is None) == (file is None):
         raise ValueError('give either prompt="a dog barks" or prompts=FILE')
-    if num < 1:
-        raise ValueError(f"num must be at least 1, got {num}")
+    NumberRange(least=1, most=MAX_CLIPS, whole=True).check("num", num)
     rows = read_prompt_rows(Path(file), columns) if file is not None else [{COLUMN: str(prompt)}]
     chosen = select_captions(rows, captions, columns.clip, caption_seed)
+    if len(chosen) * num > MAX_CLIPS:
+        raise ValueError(f"num={num} of {len(chosen)} prompts are {len(chosen) * num} clips; at most {MAX_CLIPS}")
     repeated = [row for row in chosen for _ in range(num)]
     # An id names one clip: it pairs a generated clip with its reference.
     ids = ((columns.id,) if columns.id else _IDS) if num == 1 else ()

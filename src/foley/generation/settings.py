@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foley.core.logs import get_logger
+from foley.core.numbers import COUNT, POSITIVE, NumberRange
 from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.context import Accelerator
 from foley.diffusion.guidance import ClassifierFreeGuidance
@@ -17,13 +18,34 @@ from foley.generation.prompts import check_prompt_length
 
 _log = get_logger(__name__)
 
+_AUDIBLE = NumberRange(least=1e-4)
+NUMBERS = {
+    "duration_seconds": _AUDIBLE,
+    "num_steps": NumberRange(least=1, most=100_000, whole=True),
+    "batch_size": COUNT,
+    "window_seconds": _AUDIBLE,
+    "overlap_seconds": NumberRange(least=0),
+    "decode_chunk_seconds": POSITIVE,
+}
+"""What each number of `GenerationSettings` may be; those that a system or nothing may decide can be None too."""
+_NEVER_NONE = ("batch_size", "overlap_seconds")
+
+IDLE = {
+    "negative_prompt": "at guidance scale 1",
+    "guidance_rescale": "at guidance scale 1",
+    "duration_seconds": "with a recording to edit or to vary, which has a length of its own",
+    "overlap_seconds": "without window_seconds",
+}
+"""Options, and when they change nothing."""
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
     """How to generate. What is None is the system's own choice, made once it is known (`choose_solver`, ...).
 
     Args:
-        duration_seconds: of each clip; an edit or a variation has the length of its recording.
+        duration_seconds: of each clip, by default as in the system's training, or 5 where it does not say; an edit or a
+            variation has the length of its recording.
         source: the recording to start from, by an `Edit` or a `Variation`; None starts from noise alone.
         guidance: by default w = 3 without rescale; of a student, the scale nearest to it that it knows.
         any_guidance_scale: let a student take scales that it was not distilled with.
@@ -32,13 +54,15 @@ class GenerationSettings:
         num_steps: of the solver, by default 50, of a student 2; Heun's evaluate the denoiser nearly twice as often.
         accelerator: attached to the denoiser for the length of each run.
         negative_prompt: what guidance leads away from; without effect at w = 1.
-        batch_size: clips denoised together; ValueError below 1.
+        batch_size: clips denoised together.
         progress: wraps the range of evaluations of each batch.
         window_seconds: generate longer clips in windows of this length, see `foley.diffusion.windows`; None does not.
         overlap_seconds: of neighbouring windows, at least.
         decode_chunk_seconds: decode longer clips in chunks of this length, which bounds the memory and changes
-            nothing else (`foley.generation.decoding`); None decodes all at once. ValueError unless positive.
+            nothing else (`foley.generation.decoding`); None decodes all at once.
         facts: what else the JSON of each clip is to say of its settings, such as the name of the system.
+
+    Raises ValueError, which names the field, for a number outside `NUMBERS`.
 
     >>> settings = GenerationSettings(duration_seconds=2.0, num_steps=25)
     >>> settings.choose_solver(DiffusionProcess())
@@ -47,7 +71,7 @@ class GenerationSettings:
     3.0
     """
 
-    duration_seconds: float = 5.0
+    duration_seconds: float | None = None
     source: Edit | Variation | None = None
     guidance: ClassifierFreeGuidance | None = None
     solver: str | None = None
@@ -63,13 +87,24 @@ class GenerationSettings:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.decode_chunk_seconds is not None and not self.decode_chunk_seconds > 0:
-            raise ValueError(f"decode_chunk_seconds must be above 0, or null, got {self.decode_chunk_seconds}")
+        for name, numbers in NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None or name in _NEVER_NONE:
+                numbers.check(name, value)
         check_prompt_length(self.negative_prompt)
-        if self.negative_prompt and self.guidance is not None and not self.guidance.needs_negative:
-            _log.warning("negative_prompt=%r has no effect at guidance scale 1", self.negative_prompt)
+
+    def warn_without_effect(self) -> None:
+        """Name each option that differs from its default and yet changes nothing in this request."""
+        guidance = self.guidance or ClassifierFreeGuidance()
+        default = GenerationSettings()
+        idle = {
+            "negative_prompt": self.negative_prompt and not guidance.needs_negative,
+            "guidance_rescale": guidance.rescale and not guidance.needs_negative,
+            "duration_seconds": self.duration_seconds is not None and self.source is not None,
+            "overlap_seconds": self.overlap_seconds != default.overlap_seconds and self.window_seconds is None,
+        }
+        for name in (name for name, without_effect in idle.items() if without_effect):
+            _log.warning("%s has no effect %s", name, IDLE[name])
 
     def choose_solver(self, process: DiffusionProcess, student: Consistency | None = None) -> Solver:
         """The solver that samples a system, a student where `student` is given.

@@ -18,11 +18,14 @@ from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
 from foley.core.locks import sole_user
 from foley.core.logs import get_logger
+from foley.core.numbers import POSITIVE
 from foley.core.rates import clip_size
 from foley.data.audio import PEAK_CEILING
 from foley.data.dataset import PeakLevel, gain_to_decibels
-from foley.diffusion.guidance import KnownLatent
+from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
+from foley.diffusion.solver import Solver
+from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.decoding import LatentDecoder
 from foley.generation.editing import CROSS_FADE_SECONDS, Edit, EditMask, Recording, Variation, paste_fitted
 from foley.generation.novelty import KnownCaptions
@@ -33,6 +36,7 @@ from foley.models.text import CachedText, FrozenT5Conditioner
 from foley.nn.rotary import RotaryExtension
 from foley.system.system import System, load_system, save_system
 
+_DEFAULT_SECONDS = 5.0
 _log = get_logger(__name__)
 
 
@@ -90,6 +94,7 @@ class TextToAudio:
         self._decode = LatentDecoder(self.codec)
         self.inference: dict[str, Any] = {"precision": "float32", "compile": False}
         self.model_hash = hash_module(self.denoiser)
+        self._warned_seconds: set[float] = set()
 
     @classmethod
     def load(
@@ -139,11 +144,16 @@ class TextToAudio:
         """Encode every prompt anew, as a fresh process does; what is kept in a directory stays known."""
         self._encode_text.cache.forget()
 
-    def extend_rotary(self, method: str, trained_seconds: float) -> None:
+    def extend_rotary(self, method: str, trained_seconds: float | None = None) -> None:
         """Tell positions beyond `trained_seconds` apart by `foley.nn.rotary.RotaryExtension`, "linear" or "ntk".
 
-        Raises ValueError for a denoiser without rotary positions, and for an unknown method.
+        None is the length that the system says it was trained on. Raises ValueError where it does not say, for a
+        denoiser without rotary positions, and for an unknown method.
         """
+        trained_seconds = trained_seconds or self.system.trained_seconds
+        if trained_seconds is None:
+            raise ValueError(f"rotary_extension={method}: this system does not say its trained_seconds; give them")
+        POSITIVE.check("trained_seconds", trained_seconds)
         rotary = getattr(self.denoiser, "rotary", None)
         if rotary is None:
             raise ValueError(
@@ -161,6 +171,11 @@ class TextToAudio:
         return rate
 
     @property
+    def default_duration_seconds(self) -> float:
+        """Of clips whose length is not asked for: that of the system's training, or 5 s where it does not say."""
+        return min(self.system.trained_seconds or _DEFAULT_SECONDS, self.max_duration_seconds)
+
+    @property
     def frames_per_second(self) -> float:
         """Of the latents."""
         frames: float = self.sample_rate_hz / self.codec.hop_samples
@@ -169,7 +184,7 @@ class TextToAudio:
     def generate(
         self,
         prompts: Sequence[str | Clip],
-        duration_seconds: float = 5.0,
+        duration_seconds: float | None = None,
         seeds: Sequence[int] | None = None,
         **options: Any,
     ) -> Generation:
@@ -177,6 +192,7 @@ class TextToAudio:
 
         Args:
             prompts: captions; the empty one asks for an unconditional sample.
+            duration_seconds: of each clip, by default `default_duration_seconds`.
             seeds: one per prompt; by default 0, 1, 2, ...
             options: the fields of `GenerationSettings`.
 
@@ -184,8 +200,7 @@ class TextToAudio:
             ValueError: for a request that cannot be met; nothing has been computed then.
             RuntimeError: where the result is not finite.
         """
-        settings = GenerationSettings(duration_seconds=duration_seconds, **options)
-        return self.generate_clips(as_clips(prompts, seeds), settings)
+        return self._generate(prompts, seeds, GenerationSettings(duration_seconds=duration_seconds, **options))
 
     def edit(
         self,
@@ -207,7 +222,7 @@ class TextToAudio:
         Other args and raises as for `generate`.
         """
         settings = GenerationSettings(source=Edit(file, mask, downmix), **options)
-        return self.generate_clips(as_clips(prompts, seeds), settings)
+        return self._generate(prompts, seeds, settings)
 
     def vary(
         self,
@@ -223,6 +238,12 @@ class TextToAudio:
         Other args and raises as for `edit`.
         """
         settings = GenerationSettings(source=Variation(file, strength, downmix), **options)
+        return self._generate(prompts, seeds, settings)
+
+    def _generate(
+        self, prompts: Sequence[str | Clip], seeds: Sequence[int] | None, settings: GenerationSettings
+    ) -> Generation:
+        settings.warn_without_effect()
         return self.generate_clips(as_clips(prompts, seeds), settings)
 
     @torch.no_grad()
@@ -238,6 +259,7 @@ class TextToAudio:
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         timings = Timings()
         guidance, solver = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
+        self._calibrate(clips, settings, guidance, solver)
         clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]
         canvas = self._canvas(settings, solver.num_steps, timings)
         settings = self._fit_windows(settings, canvas.num_frames)
@@ -274,6 +296,24 @@ class TextToAudio:
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
         return Generation(clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains)
 
+    def _calibrate(
+        self, clips: Sequence[Clip], settings: GenerationSettings, guidance: ClassifierFreeGuidance, solver: Solver
+    ) -> None:
+        """Clips of the system's own length, so that the curves are those of the system and not of the request.
+
+        A system of features knows no captions: those of the request are taken.
+        """
+        known = self.system.captions if self.text.prompt_field == "caption" else [clip.prompt for clip in clips]
+        uncached = partial(
+            self.generate,
+            solver=solver.name,
+            guidance=guidance,
+            any_guidance_scale=settings.any_guidance_scale,
+            batch_size=settings.batch_size,
+        )
+        run = (hash_module(self.denoiser), solver.name, solver.num_steps, guidance.scale)
+        calibrate_missing(settings.accelerator, run, calibration_prompts(known), uncached)
+
     def _describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of the system."""
         facts = {"prediction": self.process.prediction, "sample_rate_hz": self.sample_rate_hz}
@@ -290,8 +330,9 @@ class TextToAudio:
                 first_step = variation.first_step(num_steps)
                 return self._variation_canvas(recording, strength, first_step, timings)
             case _:
-                seconds = settings.duration_seconds
+                seconds = settings.duration_seconds or self.default_duration_seconds
                 self._check_duration("duration_seconds", seconds)
+                self._warn_beyond_training(settings.window_seconds or seconds)
                 num_samples, num_frames = clip_size(seconds, self.sample_rate_hz, self.codec.hop_samples)
                 return Canvas(num_frames, partial(_crop, num_samples=num_samples), {"duration_seconds": seconds})
 
@@ -352,6 +393,17 @@ class TextToAudio:
         if not 0 < seconds <= self.max_duration_seconds:
             raise ValueError(
                 f"{name} must be above 0 and at most {self.max_duration_seconds} (max_duration_seconds), got {seconds}"
+            )
+
+    def _warn_beyond_training(self, seconds: float) -> None:
+        """Once of each length: the clips of a file are generated batch by batch."""
+        trained = self.system.trained_seconds or inf
+        if seconds > trained and seconds not in self._warned_seconds:
+            self._warned_seconds.add(seconds)
+            _log.warning(
+                "%g s at once are longer than the %g s that this system was trained on, which sounds worse; "
+                "window_seconds=%g generates longer clips in windows of that length",
+                *(seconds, trained, trained),
             )
 
     def _timed(self, timings: Timings, field: str) -> AbstractContextManager[None]:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from foley.core.config import default_cache_dir, locate, published_config, publi
 from foley.core.files import write_json, write_text
 from foley.core.hashing import hash_file, hash_module
 from foley.core.hub import Hub
+from foley.core.numbers import POSITIVE
 from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
 from foley.models.lora import AdaptedDenoiser
@@ -52,7 +53,7 @@ class System:
 
     `configs` has an entry for every component and for "process". A distilled student also has `consistency`, which says
     how it samples, and its entry. `captions` stand for those that it was trained on (`foley.generation.novelty`), where
-    known.
+    known. `trained_seconds` is the length of its training's items, where known.
     """
 
     modules: Mapping[str, nn.Module]
@@ -60,6 +61,11 @@ class System:
     configs: Mapping[str, Mapping[str, Any]]
     consistency: Consistency | None = None
     captions: Sequence[str] = ()
+    trained_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.trained_seconds is not None:
+            POSITIVE.check("trained_seconds", self.trained_seconds)
 
 
 def build_system(configs: Mapping[str, Mapping[str, Any]]) -> System:
@@ -119,7 +125,10 @@ def load_published(
     Raises CheckpointError at once where a file is neither here nor to be had.
     """
     hub = Hub(Path(hub_dir).expanduser() if hub_dir else None)
-    return published_loader(name, overrides).load(hub, Path(cache_dir or default_cache_dir()).expanduser())
+    loaded = published_loader(name, overrides).load(hub, Path(cache_dir or default_cache_dir()).expanduser())
+    if not isinstance(loaded, System):
+        return loaded
+    return replace(loaded, trained_seconds=published_config(name, overrides).sampling.get("duration_seconds"))
 
 
 def published_loader(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -159,6 +168,7 @@ def save_system(system: System, directory: Path, dtype: torch.dtype | None = Non
         "format": SYSTEM_FORMAT,
         **{name: dict(system.configs[name]) for name in _METHODS if name in system.configs},
         "codec_hash": hash_module(system.modules["codec"]),
+        **({} if system.trained_seconds is None else {"trained_seconds": system.trained_seconds}),
         "weights_sha256": weights,
     }
     if system.captions:
@@ -209,9 +219,10 @@ def _assemble(
     configs: Mapping[str, Mapping[str, Any]],
     source: str,
     captions: Sequence[str] = (),
+    trained_seconds: float | None = None,
 ) -> System:
     methods = {name: build_component(configs[name], source) for name in _METHODS if name in configs}
-    return System(modules, configs=configs, captions=captions, **methods)
+    return System(modules, configs=configs, captions=captions, trained_seconds=trained_seconds, **methods)
 
 
 def _load_directory(directory: Path, with_codec: bool) -> System:
@@ -237,7 +248,7 @@ def _load_directory(directory: Path, with_codec: bool) -> System:
         modules[name] = load_component(parts[name]) if stored else build_component(configs[name], str(directory))
     captions = parts[CAPTIONS_FILE]
     lines = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else []
-    return _assemble(modules, configs, str(file), lines)
+    return _assemble(modules, configs, str(file), lines, info.get("trained_seconds"))
 
 
 def _load_training(path: Path, with_codec: bool) -> System:
@@ -256,7 +267,7 @@ def _load_training(path: Path, with_codec: bool) -> System:
         modules["text"] = build_component(configs["text"], str(path)).eval()
     if with_codec:
         modules["codec"], configs["codec"] = _load_codec(metadata, path)
-    return _assemble(modules, configs, str(path))
+    return _assemble(modules, configs, str(path), trained_seconds=metadata.get("trained_seconds"))
 
 
 def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, Mapping[str, Any]]:

@@ -84,6 +84,7 @@ class LatentTraining(FoleyModule):
         """
         latents = require_latents(datamodule)
         self.checkpoint_metadata["codec_hash"] = latents.codec_hash
+        self.checkpoint_metadata["trained_seconds"] = latents.duration_seconds
         longest = max(entry.num_frames for entry in latents.index.entries)
         if self.prompt_field == "id" and longest > latents.num_frames:
             raise ValueError(

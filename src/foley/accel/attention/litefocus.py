@@ -19,6 +19,7 @@ from foley.accel.diffusers.audioldm2 import (
     replaced_attention,
     watched_feature_maps,
 )
+from foley.core.numbers import SHARE
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -116,6 +117,7 @@ class LiteFocus(SeededAccelerator):
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
+        SHARE.check("ratio", ratio)
         self._ratio = ratio
         self._blocks = blocks
         self._core = partial(sparse_attention, double_count=double_count, same_frequency=same_frequency)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from foley.accel.attention.litefocus import compensation_indices
 from foley.accel.attention.seeded import SeededAccelerator
 from foley.accel.layers import find_cacheable_layers
+from foley.core.numbers import SHARE, NumberRange
 from foley.nn.attention import Attention, dense_core
 
 _SMALLEST_BLOCK = 64  # queries: at least so many share one gathering of keys
@@ -121,6 +122,8 @@ class LocalGlobal(SeededAccelerator):
 
     def __init__(self, window_frames: int, ratio: float = 0.1, seed: int = 0) -> None:
         super().__init__(seed)
+        NumberRange(least=0, whole=True).check("window_frames", window_frames)
+        SHARE.check("ratio", ratio)
         self._window_frames = window_frames
         self._ratio = ratio
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from foley.core.numbers import SEED
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import RunContext, StepContext
 
@@ -16,6 +17,7 @@ class SeededAccelerator:
     """Layers do less work than their own forwards, and not by a schedule; see `foley.accel.cost.CostMeter`."""
 
     def __init__(self, seed: int) -> None:
+        SEED.check("seed", seed)
         self._seed = seed
         self._reset()
 

@@ -21,6 +21,7 @@ from foley.accel.diffusers.audioldm2 import (
     replaced_attention,
     watched_feature_maps,
 )
+from foley.core.numbers import COUNT, NumberRange
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -122,8 +123,10 @@ class TokenMerging(SeededAccelerator):
         seed: int = 0,
     ) -> None:
         super().__init__(seed)
+        for size in stride:
+            COUNT.check("stride", size)
         largest = 1 - 1 / math.prod(stride)  # each cell keeps one token, its destination
-        if not 0 <= ratio <= largest:
+        if ratio not in NumberRange(least=0, most=largest):
             raise ValueError(f"ratio must be between 0 and {largest:g} for stride {tuple(stride)}, got {ratio}")
         unknown = set(attentions) - {"attn1", "attn2"}
         if unknown or not attentions:

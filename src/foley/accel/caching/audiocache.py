@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+from foley.core.numbers import NumberRange
 
 
 def audiocache_schedule(changes: Mapping[str, Sequence[float]], delta: float) -> dict[str, list[bool]]:
@@ -55,7 +56,7 @@ class AudioCache(CalibratedCache):
     """Each layer is recomputed when its calibrated changes add up to `threshold`; 0 computes always.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source: as `CalibratedCache` takes them.
+        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
         threshold: the paper's delta, 0.2 to 0.4 there; it grows with the number of steps (Table V).
 
     Example:
@@ -97,8 +98,11 @@ class AudioCache(CalibratedCache):
         reuse: str = "hold",
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
+        calibrate: str = "never",
     ) -> None:
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, name="audiocache", threshold=threshold)
+        policy = {"name": "audiocache", "threshold": threshold}
+        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
+        NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
 
     def decide(self, calibration: Calibration) -> dict[str, list[bool]]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+from foley.core.numbers import NumberRange
 
 Curves = Mapping[str, Sequence[float]]
 """For each layer, its change at each of the E evaluations since the one before; the first value is ignored."""
@@ -184,7 +185,7 @@ class Budget(CalibratedCache):
     """The schedule of least summed change whose multiply-accumulates are those of `target_speedup`.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source: as `CalibratedCache` takes them.
+        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
         target_speedup: uncached multiply-accumulates over those of the run; 1 computes always.
         method: "dynamic" or "greedy", see `budget_schedule`.
 
@@ -206,9 +207,11 @@ class Budget(CalibratedCache):
         reuse: str = "hold",
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
+        calibrate: str = "never",
     ) -> None:
         policy = {"name": "budget", "target_speedup": target_speedup, "method": method}
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, **policy)
+        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
+        NumberRange(least=1).check("target_speedup", target_speedup)
         self._target_speedup = target_speedup
         self._method = method
 

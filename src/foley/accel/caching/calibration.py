@@ -25,7 +25,13 @@ from foley.accel.cost import EvaluationMacs, MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.config import default_cache_dir, published_name
 from foley.core.files import info_path, load_record, save_record
+from foley.core.logs import get_logger
+from foley.core.numbers import COUNT
+from foley.core.reading import reading
 from foley.diffusion.context import Accelerator, RunContext, StepContext
+
+CALIBRATE = ("auto", "never")
+_log = get_logger(__name__)
 
 Source = Mapping[str, str | None]
 """The options by which scripts/calibrate.py knows a model."""
@@ -44,6 +50,29 @@ def calibration_directory(system: str | Path, cache_dir: str | Path | None = Non
         return Path(cache_dir or default_cache_dir()).expanduser() / name / "calibration"
     path = Path(system).expanduser()
     return (path.parent if path.is_file() else path) / "calibration"
+
+
+@dataclass(frozen=True)
+class WantedCurves:
+    """The run that curves are wanted for: its model's hash, solver, number of steps and guidance scale.
+
+    >>> WantedCurves("hash of the model", "ddim", 25, 4.5).name
+    'ddim_25_w4.5'
+    """
+
+    model_hash: str
+    solver: str
+    num_steps: int
+    guidance_scale: float
+
+    @property
+    def name(self) -> str:
+        """Of the files that are made where no others serve."""
+        return f"{self.solver}_{self.num_steps}_w{self.guidance_scale:g}"
+
+    def served_by(self, calibration: "Calibration") -> bool:
+        """Whether it was made for just such a run."""
+        return all(getattr(calibration.signature, field) == value for field, value in asdict(self).items())
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,20 +171,22 @@ class Calibration:
 
     @classmethod
     def load(cls, stem: Path) -> "Calibration":
-        """Read what `save` wrote; raises as `load_record` does, and ValueError where an earlier version wrote it."""
-        tensors, info = load_record(stem)
-        if "macs" not in info:
-            raise ValueError(f"{stem}.json was written by an earlier version; make it again with scripts/calibrate.py")
-        return cls(
-            mean=tensors["mean"],
-            std=tensors["std"],
-            layer_names=tuple(info["layer_names"]),
-            layer_kinds=tuple(info["layer_kinds"]),
-            signature=RunSignature(**info["signature"]),
-            num_prompts=info["num_prompts"],
-            timesteps=tuple(info["timesteps"]),
-            macs=EvaluationMacs(**info["macs"]),
-        )
+        """Read what `save` wrote.
+
+        Raises FileNotFoundError where there is none, ValueError where it is damaged or an earlier version wrote it.
+        """
+        with reading(info_path(stem), "a calibration", "make it again with scripts/calibrate.py"):
+            tensors, info = load_record(stem)
+            return cls(
+                mean=tensors["mean"],
+                std=tensors["std"],
+                layer_names=tuple(info["layer_names"]),
+                layer_kinds=tuple(info["layer_kinds"]),
+                signature=RunSignature(**info["signature"]),
+                num_prompts=info["num_prompts"],
+                timesteps=tuple(info["timesteps"]),
+                macs=EvaluationMacs(**info["macs"]),
+            )
 
 
 def relative_change(current: Tensor, previous: Tensor) -> Tensor:
@@ -284,6 +315,8 @@ class CalibratedCache(LayerCache, ABC):
         reuse: "hold" or "taylor", see `foley.accel.caching.layer_cache`.
         calibrated_steps: take the calibration of that many steps, and read its cumulative curves at this run's steps.
         source: of the model, for the message where there is no calibration.
+        calibrate: "auto" lets whoever generates make the curves that are missing (`foley.generation.calibrating`);
+            "never" refuses to run without them.
         policy: name and parameters, as the schedule records them.
     """
 
@@ -293,12 +326,19 @@ class CalibratedCache(LayerCache, ABC):
         reuse: str = "hold",
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
+        calibrate: str = "never",
         **policy: Any,
     ) -> None:
         super().__init__(reuse=reuse_by_name(reuse))
+        if calibrated_steps is not None:
+            COUNT.check("calibrated_steps", calibrated_steps)
+        if calibrate not in CALIBRATE:
+            raise ValueError(f"accel.calibrate must be one of {', '.join(CALIBRATE)}, got {calibrate!r}")
+        self.calibrates = calibrate == "auto"
         self._directory = Path(calibration_dir)
         self._calibrated_steps = calibrated_steps
         self._source = source
+        self._adopted: Calibration | None = None
         self._policy = {**policy, "reuse": reuse}
 
     @abstractmethod
@@ -319,10 +359,50 @@ class CalibratedCache(LayerCache, ABC):
         calibration = self._calibration_for(run, signature)
         return CacheSchedule.from_rows(self.decide(calibration), calibration.kinds, signature, self._policy)
 
+    def wanted(self, model_hash: str, solver: str, num_steps: int, guidance_scale: float) -> WantedCurves:
+        """The curves that this cache reads in such a run."""
+        return WantedCurves(model_hash, solver, self._calibrated_steps or num_steps, guidance_scale)
+
+    def find(self, wanted: WantedCurves) -> Calibration | None:
+        """Curves of just such a run, those of scripts/calibrate.py first; what is damaged is warned of and left."""
+        stems = [calibration_stem(self._directory, wanted.solver, wanted.num_steps)]
+        stems += [directory / wanted.name for directory in self._homes(wanted)]
+        for stem in (stem for stem in stems if info_path(stem).is_file()):
+            try:
+                calibration = Calibration.load(stem)
+            except (ValueError, FileNotFoundError) as error:
+                _log.warning("%s: the curves are made anew", error)
+                continue
+            if wanted.served_by(calibration):
+                return calibration
+        return None
+
+    def keep(self, calibration: Calibration, wanted: WantedCurves) -> Path:
+        """Write it beside the system, or into the cache folder where that cannot be written; returns where."""
+        beside, in_cache = (directory / wanted.name for directory in self._homes(wanted))
+        try:
+            calibration.save(beside)
+        except OSError:  # read-only
+            calibration.save(in_cache)
+            return info_path(in_cache)
+        return info_path(beside)
+
+    def adopt(self, calibration: Calibration) -> None:
+        """Take these curves for the runs that they serve, whatever lies in the folder."""
+        self._adopted = calibration
+
+    def _homes(self, wanted: WantedCurves) -> tuple[Path, Path]:
+        cache = Path(default_cache_dir()).expanduser() / "calibration" / wanted.model_hash[:16]
+        return self._directory, cache
+
     def _calibration_for(self, run: RunContext, signature: RunSignature) -> Calibration:
-        self.require_calibration(run.solver, run.num_steps, run.guidance_scale)
-        stem = calibration_stem(self._directory, run.solver, self._calibrated_steps or run.num_steps)
-        calibration = Calibration.load(stem)
+        wanted = self.wanted(signature.model_hash, run.solver, run.num_steps, run.guidance_scale)
+        stem = calibration_stem(self._directory, wanted.solver, wanted.num_steps)
+        if self._adopted is not None and wanted.served_by(self._adopted):
+            calibration = self._adopted
+        else:
+            self.require_calibration(run.solver, run.num_steps, run.guidance_scale)
+            calibration = Calibration.load(stem)
         if self._calibrated_steps not in (None, run.num_steps):
             calibration = calibration.at(run.num_steps, run.timesteps.tolist())
         calibration.signature.require(signature, f"the calibration {stem}")
@@ -347,14 +427,19 @@ class CalibratedCache(LayerCache, ABC):
         )
 
 
+def calibrated_caches(accelerator: Accelerator | None) -> list[CalibratedCache]:
+    """Those that `Combined` holds, or the accelerator itself."""
+    parts = getattr(accelerator, "accelerators", (accelerator,))
+    return [part for part in parts if isinstance(part, CalibratedCache)]
+
+
 def require_calibrations(
     accelerator: Accelerator, solver: str | None, num_steps: int | None, guidance_scale: float | None
 ) -> None:
     """Raises FileNotFoundError where the accelerator, or one of those that it combines, lacks its calibration.
 
-    The model need not be loaded for that. What is None is not known yet.
+    The model need not be loaded for that. What is None is not known yet. One that calibrates by itself lacks nothing.
     """
-    # What `Combined` holds, or the accelerator itself.
-    for part in getattr(accelerator, "accelerators", (accelerator,)):
-        if isinstance(part, CalibratedCache):
-            part.require_calibration(solver, num_steps, guidance_scale)
+    for cache in calibrated_caches(accelerator):
+        if not cache.calibrates:
+            cache.require_calibration(solver, num_steps, guidance_scale)

@@ -8,6 +8,7 @@ from torch import nn
 from foley.accel.caching.layer_cache import LayerCache, reuse_by_name
 from foley.accel.caching.schedule import CacheSchedule, RunSignature
 from foley.accel.layers import find_cacheable_layers
+from foley.core.numbers import COUNT
 from foley.diffusion.context import RunContext
 
 
@@ -54,6 +55,7 @@ class Fora(LayerCache):
 
     def __init__(self, interval: int, reuse: str = "hold") -> None:
         super().__init__(reuse=reuse_by_name(reuse))
+        COUNT.check("interval", interval)
         self._interval = interval
 
     def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:

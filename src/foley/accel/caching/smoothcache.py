@@ -14,6 +14,7 @@ from statistics import fmean
 
 from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
 from foley.accel.layers import layer_kind
+from foley.core.numbers import COUNT, NumberRange
 
 
 def smoothcache_schedule(
@@ -66,7 +67,7 @@ class SmoothCache(CalibratedCache):
     """All layers of a kind share one schedule, which looks ahead while the mean error is at most `alpha`.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source: as `CalibratedCache` takes them.
+        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
         alpha: the largest mean error that is let pass; 0 computes always.
         max_lookahead: the largest number of evaluations in a row that reuse one output.
 
@@ -88,9 +89,12 @@ class SmoothCache(CalibratedCache):
         reuse: str = "hold",
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
+        calibrate: str = "never",
     ) -> None:
         policy = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead}
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, **policy)
+        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
+        NumberRange(least=0).check("alpha", alpha)
+        COUNT.check("max_lookahead", max_lookahead)
         self._alpha = alpha
         self._max_lookahead = max_lookahead
 

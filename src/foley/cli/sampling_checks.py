@@ -1,0 +1,90 @@
+"""What is looked at in the options of sample.py before anything is loaded: numbers, and options that change nothing."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from foley.core.config import published_name
+from foley.core.logs import get_logger
+from foley.core.numbers import POSITIVE, SEED, SHARE, NumberRange
+from foley.generation.prompts import MAX_CLIPS
+from foley.generation.settings import IDLE, NUMBERS
+
+_log = get_logger(__name__)
+
+OPTION_NUMBERS = {
+    **{"steps" if name == "num_steps" else name: numbers for name, numbers in NUMBERS.items()},
+    "seed": SEED,
+    "caption_seed": SEED,
+    "num": NumberRange(least=1, most=MAX_CLIPS, whole=True),
+    "max_duration_seconds": POSITIVE,
+    "trained_seconds": POSITIVE,
+    "guidance_scale": NumberRange(least=0),
+    "guidance_rescale": SHARE,
+    "strength": SHARE,
+    **dict.fromkeys(("mask_start_seconds", "mask_length_seconds", "boundary_seconds"), NumberRange(least=0)),
+}
+"""What each numeric option may be."""
+# What the system decides, or does without, where it is null.
+_OPTIONAL = {"duration_seconds", "window_seconds", "decode_chunk_seconds", "trained_seconds", "steps"}
+_OPTIONAL |= {"guidance_scale", "mask_start_seconds", "mask_length_seconds"}
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise ValueError, which names the option, for one that should be a number and is none, or an impossible one."""
+    for name, numbers in OPTION_NUMBERS.items():
+        if cfg[name] is not None or name not in _OPTIONAL:
+            numbers.check(name, cfg[name])
+    if cfg.duration_seconds is not None and cfg.duration_seconds > cfg.max_duration_seconds:
+        raise ValueError(
+            f"duration_seconds={cfg.duration_seconds} must be at most {cfg.max_duration_seconds} (max_duration_seconds)"
+        )
+
+
+def _recording(cfg: DictConfig) -> bool:
+    return (cfg.edit, cfg.init) != (None, None)
+
+
+def _guided(cfg: DictConfig) -> bool:
+    return bool(cfg.guidance_scale != 1)
+
+
+def _longer_than_a_window(cfg: DictConfig) -> bool:
+    return _recording(cfg) or cfg.duration_seconds is None or cfg.duration_seconds > cfg.window_seconds
+
+
+_Has = Callable[[DictConfig], Any]
+_PROMPTS: tuple[_Has, str] = (lambda cfg: cfg.prompts is not None, "without prompts=FILE")
+_PUBLISHED: tuple[_Has, str] = (lambda cfg: published_name(cfg.system) is not None, "without a published system")
+EFFECT: dict[str, tuple[_Has, str]] = {
+    "duration_seconds": (lambda cfg: not _recording(cfg), IDLE["duration_seconds"]),
+    "negative_prompt": (_guided, IDLE["negative_prompt"]),
+    "guidance_rescale": (_guided, IDLE["guidance_rescale"]),
+    "overlap_seconds": (lambda cfg: cfg.window_seconds is not None, IDLE["overlap_seconds"]),
+    "window_seconds": (_longer_than_a_window, "on clips that are no longer than a window"),
+    "strength": (lambda cfg: cfg.init is not None, "without init=FILE"),
+    "boundary_seconds": (lambda cfg: cfg.edit is not None, "without edit=FILE"),
+    "trained_seconds": (lambda cfg: cfg.rotary_extension is not None, "without rotary_extension"),
+    "caption_seed": (lambda cfg: cfg.captions == "random", "without captions=random"),
+    **dict.fromkeys(("caption_column", "id_column", "clip_column", "captions"), _PROMPTS),
+    **dict.fromkeys(("hub_dir", "system_overrides"), _PUBLISHED),
+    "ddp_strategy": (lambda cfg: cfg.trainer is not None, "without trainer=ddp"),
+}
+"""Options that depend on others: whether one has an effect in a request, and where it has none."""
+
+
+def typed_options() -> set[str]:
+    """The options on the command line that began this process; none outside of a command."""
+    if not HydraConfig.initialized():
+        return set()
+    return {override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task}
+
+
+def warn_without_effect(cfg: DictConfig, typed: Collection[str]) -> None:
+    """Name each option that was typed and changes nothing in this request."""
+    for option, (has_effect, without) in EFFECT.items():
+        named = any(name == option or name.startswith(f"{option}.") for name in typed)
+        if named and cfg[option] is not None and not has_effect(cfg):
+            _log.warning("%s has no effect %s", option, without)
