@@ -147,8 +147,8 @@ def build_trainer(folder: Path, max_steps: int, callbacks=(), every: int = 4, **
         callbacks=[
             ExponentialMovingAverage(0.9),
             NonFiniteGuard(3),
-            PeriodicCheckpoint(str(folder / "checkpoints"), every_n_train_steps=every, keep_all=True),
             BestCheckpoint(str(folder / "checkpoints")),
+            PeriodicCheckpoint(str(folder / "checkpoints"), every_n_train_steps=every, keep_all=True),
             *callbacks,
         ],
         **options,

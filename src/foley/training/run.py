@@ -93,6 +93,8 @@ def _fit(
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
     except BaseException as error:
         _tell_loggers(trainer, error)
+        if any(getattr(callback, "interrupted", False) for callback in trainer.checkpoint_callbacks):
+            raise TrainingInterrupted from error
         raise
     _tell_loggers(trainer, None)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -82,7 +82,8 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self._requeue_asked = False
         self._interrupt: Any = None  # the handler of Ctrl-C outside of training
         self._interrupt_asked = False
-        self._leaving = False
+        self.interrupted = False
+        """Whether Ctrl-C ends the run."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put off Ctrl-C; signals reach the main thread alone."""
@@ -110,41 +111,40 @@ class PeriodicCheckpoint(ModelCheckpoint):
         if trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._save_now(trainer)
         self._requeue_if_asked(trainer)
-        self._save_if_interrupted(trainer)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Leave between two steps, once the metrics of the last one are logged."""
-        self._leave_if_interrupted()
+        self._end_if_asked(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave before a validation, which the resumed run catches up on."""
-        self._leave_if_interrupted()
+        """Stay until the end of a validation that is due."""
+        super().on_validation_start(trainer, pl_module)
+        self._end_after_step(trainer, False)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave before the next epoch."""
-        super().on_train_epoch_end(trainer, pl_module)
-        self._leave_if_interrupted()
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save again where the run ends now: what validation has changed belongs to the checkpoint too."""
+        super().on_validation_end(trainer, pl_module)
+        if self.interrupted:
+            self._save_now(trainer, again=True)
+            self._end_after_step(trainer, True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The weights that a finished run ends with are always on disk."""
         self._save_now(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
         super().teardown(trainer, pl_module, stage)
-        if self._interrupt is not None:
-            signal.signal(signal.SIGINT, self._interrupt)
-            self._interrupt = None
-        if self._requeue is not None:
-            signal.signal(signal.SIGUSR2, self._requeue)
-            self._requeue = None
+        self._give_signals_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """SIGTERM ends a run between two steps, so what it leaves can be resumed; a second Ctrl-C within one."""
         if isinstance(exception, SIGTERMException):
-            self._save_now(trainer)
+            self._save_now(trainer, again=trainer.validating)  # half of a validation: the other half is made up for
+        self._give_signals_back()  # Lightning tears nothing down after an exception
+
+    def _give_signals_back(self) -> None:
+        if self._interrupt is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+        if self._requeue is not None:
+            signal.signal(signal.SIGUSR2, self._requeue)
+        self._interrupt = self._requeue = None
 
     def _ask_for_interrupt(self, *_: Any) -> None:
         if self._interrupt_asked:
@@ -152,18 +152,24 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self._interrupt_asked = True
         _log.warning("interrupted: the run ends after this step, with a checkpoint; Ctrl-C again ends it at once")
 
-    def _save_if_interrupted(self, trainer: pl.Trainer) -> None:
-        """All ranks together, as for a requeue."""
-        if self._interrupt is None:
-            return
-        asked = trainer.strategy.reduce_boolean_decision(self._interrupt_asked, all=False)
-        self._leaving = asked and trainer.global_step != trainer.max_steps  # else it is at its end
-        if self._leaving:
-            self._save_now(trainer)
+    def _end_if_asked(self, trainer: pl.Trainer) -> None:
+        """Save and end the run, all ranks together as for a requeue.
 
-    def _leave_if_interrupted(self) -> None:
-        if self._leaving:
-            raise TrainingInterrupted
+        Saved here, inside the loops as periodic checkpoints are: where Lightning ends a run by SIGTERM, epochs are
+        counted already that a resumed run would count again.
+        """
+        if trainer.global_step == trainer.max_steps:
+            return
+        asked = self._interrupt_asked or trainer.received_sigterm
+        if trainer.strategy.reduce_boolean_decision(asked, all=False):
+            self.interrupted = trainer.strategy.reduce_boolean_decision(self._interrupt_asked, all=False)
+            self._save_now(trainer)
+            self._end_after_step(trainer, True)
+
+    def _end_after_step(self, trainer: pl.Trainer, end: bool) -> None:
+        """Let Lightning end the run, or not yet, once what the step has logged is written."""
+        if self.interrupted or end:
+            trainer._signal_connector.received_sigterm = end
 
     def _put_off_requeue(self) -> None:
         if callable(handler := signal.getsignal(signal.SIGUSR2)):
@@ -182,7 +188,10 @@ class PeriodicCheckpoint(ModelCheckpoint):
             self._save_now(trainer)
             self._requeue(signal.SIGUSR2, None)
 
-    def _save_now(self, trainer: pl.Trainer) -> None:
+    def _save_now(self, trainer: pl.Trainer, again: bool = False) -> None:
+        """Save, unless this step is saved already and not to be saved `again`."""
+        if again:
+            self._last_global_step_saved = -1
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 

@@ -2,7 +2,7 @@
 
 import csv
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -90,28 +90,18 @@ class AppendingCSVLogger(CSVLogger):
         return self._experiment
 
     def rewind(self, step: int) -> None:
-        """Drop the rows that a run in which `step` steps are done has yet to write: those of its later steps.
-
-        Validation of the last step comes after its checkpoint, so that it is done again.
-        """
+        """Drop the rows of steps after the first `step` ones, which a run that goes on from there writes again."""
         path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
         if not path.is_file():
             return
         with reading(path, "the metrics of a run", "remove it"), path.open(newline="", encoding="utf-8") as file:
             rows = csv.DictReader(file)
             names = list(rows.fieldnames or [])
-            kept = [row for row in rows if _is_before(row, step)]
+            kept = [row for row in rows if int(row["step"]) < step]  # they count from 0
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(kept)
-
-
-def _is_before(row: Mapping[str, str], step: int) -> bool:
-    # Rows count steps from 0. Metrics of training and of validation are never in one row.
-    own = int(row["step"])
-    validation = any(value and name.startswith("val/") for name, value in row.items())
-    return own < step - 1 or (own == step - 1 and not validation)
 
 
 class TrainingMemory(pl.Callback):
