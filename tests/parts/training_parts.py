@@ -149,8 +149,8 @@ def build_trainer(
         callbacks=[
             ExponentialMovingAverage(0.9),
             NonFiniteGuard(3),
-            PeriodicCheckpoint(str(folder / "checkpoints"), every_n_train_steps=every, keep_all=True),
             BestCheckpoint(str(folder / "checkpoints")),
+            PeriodicCheckpoint(str(folder / "checkpoints"), every_n_train_steps=every, keep_all=True),
             *callbacks,
         ],
         **options,

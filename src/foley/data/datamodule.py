@@ -1,5 +1,7 @@
 """What a training run reads: the Lightning data modules of captioned audio and of cached latents."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -135,6 +137,12 @@ class LatentDataModule(ResumableDataModule):
     def codec_hash(self) -> str:
         """Of the codec that encoded the cache."""
         return self.index.codec_hash
+
+    @property
+    def content_hash(self) -> str:
+        """Of ids, splits and lengths of the clips: another folder of the same latents has the same one."""
+        clips = [(entry.id, entry.split, entry.num_frames) for entry in self.index.entries]
+        return hashlib.sha256(json.dumps([self.codec_hash, clips]).encode()).hexdigest()
 
     @property
     def latent_statistics(self) -> tuple[Tensor, Tensor]:

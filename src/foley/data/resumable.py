@@ -1,5 +1,6 @@
 """Loaders for a Lightning trainer (`use_distributed_sampler=False`), continued exactly after a restart."""
 
+import signal
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -128,7 +129,13 @@ class ResumableDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
             pin_memory=self.pin_memory,
+            worker_init_fn=_leave_interrupts_to_training,
         )
+
+
+def _leave_interrupts_to_training(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; a loader that it ended would end the step in which it came."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _always_at_the_start() -> int:

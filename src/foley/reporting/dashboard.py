@@ -11,7 +11,12 @@ from foley.reporting.plots import Panel, plot_panels
 from foley.reporting.tables import markdown_table
 
 LAYOUT: Mapping[str, Mapping[str, str]] = {
-    "Losses": {"training": r"train/(?!grad_norm|skipped)", "validation": r"val/loss$|val/(?!loss)[^/]+$"},
+    "Losses": {
+        "training": r"train/(?!grad_norm|skipped|kl$)",
+        "validation": r"val/loss$|val/(?!loss|kl$|si_sdr)[^/]+$",
+    },
+    "Divergence": {"KL of the posterior": r"(?:train|val)/kl$"},  # hundreds, where losses are ones
+    "Reconstruction": {"SI-SDR in dB": r"val/si_sdr_db$"},
     "Losses by noise level": {"validation, level 0 the cleanest": r"val/loss_noise_level_"},
     "Gradients": {"norm before clipping": r"train/grad_norm", "skipped steps": r"train/skipped_steps"},
     "Scores of samples": {"validation": r"val/[^/]+/"},
@@ -21,7 +26,10 @@ LAYOUT: Mapping[str, Mapping[str, str]] = {
     "Caching": {"relative L1 change between evaluations": r"caching/change_"},
 }
 """Section to panels, each a title and the pattern of the metrics that it shows. Media have sections of their own."""
-MEDIA: Mapping[str, Sequence[str]] = {"Sounds": ("samples", "reconstructions"), "Change curves": ("caching/curves",)}
+MEDIA: Mapping[str, Sequence[str]] = {
+    "Sounds": ("samples", "spectrograms", "reconstructions"),
+    "Change curves": ("caching/curves",),
+}
 REPORT_FILE = "dashboard.md"
 
 Series = dict[str, list[tuple[float, float]]]
@@ -92,7 +100,7 @@ def _last_values(lines: Any) -> str:
 def _media(run: Path) -> list[str]:
     """Links to the newest sounds and curves that callbacks have written."""
     parts = []
-    for folder in ("samples", "reconstructions"):
+    for folder in ("samples", "spectrograms", "reconstructions"):
         if steps := sorted(path for path in (run / folder).glob("step_*") if path.is_dir()):
             files = sorted(file for file in steps[-1].iterdir() if file.suffix in (".wav", ".png"))
             links = "\n".join(f"- [{file.name}]({file.resolve().as_uri()})" for file in files)

@@ -8,6 +8,11 @@ from torch import Tensor
 
 from foley.core.components import CheckpointError, compare_states, current_config, written_out
 from foley.system.checkpoint import FOLEY_KEY
+from foley.training.optim import reapply_options
+from foley.training.settings import FILES_KEY, NEUTRAL
+
+LATER_KEYS = ("data_hash", FILES_KEY)
+"""Entries of a description that checkpoints of version 0.1 lack."""
 
 
 class FoleyModule(pl.LightningModule):
@@ -42,7 +47,7 @@ class FoleyModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write `checkpoint["foley"]` and drop the weights that are found elsewhere."""
-        checkpoint[FOLEY_KEY] = self._description()
+        checkpoint[FOLEY_KEY] = self.description()
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = self.saved_state(checkpoint["state_dict"])
 
@@ -51,9 +56,10 @@ class FoleyModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that disagrees with this module; raises CheckpointError with every key concerned."""
-        complaints = _differences(
-            _comparable(current_config(checkpoint.get(FOLEY_KEY, {}))), _comparable(self._description())
-        )
+        saved, own = current_config(checkpoint.get(FOLEY_KEY, {})), self.description()
+        for key in set(LATER_KEYS) - set(saved):  # older checkpoints do not say
+            own.pop(key, None)
+        complaints = _differences(_comparable(saved), _comparable(own))
         if "state_dict" in checkpoint:  # FSDP keeps and compares the weights itself
             complaints += compare_states(checkpoint["state_dict"], self.saved_state(self.state_dict())).complaints
         if complaints:
@@ -63,15 +69,20 @@ class FoleyModule(pl.LightningModule):
                 + "\nResume with the config the run began with, or start a new run from its weights with `ckpt=`."
             )
 
-    def _description(self) -> dict[str, Any]:
+    def on_train_start(self) -> None:
+        """Go on with the rates, decays and schedules of this run, where loading has brought the checkpoint's back."""
+        if self.trainer.ckpt_path is not None:
+            reapply_options(self.configure_optimizers(), self.trainer)
+
+    def description(self) -> dict[str, Any]:
+        """What `checkpoint["foley"]` says: how to build the components, and the entries of `checkpoint_metadata`."""
         return {"components": self.component_configs, **self.checkpoint_metadata}
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that resuming must not change, options left to their defaults among them; paths may."""
-    return {
-        key: written_out(description[key]) for key in ("components", "codec_hash", "teacher_hash") if key in description
-    }
+    keys = ("components", "codec_hash", "teacher_hash", "data_hash", FILES_KEY)
+    return {key: written_out(description[key]) for key in keys if key in description}
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:
@@ -90,5 +101,5 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     return [
         f"config {key}: {left.get(key, absent)} in the checkpoint, {right.get(key, absent)} in the run"
         for key in sorted(set(left) | set(right))
-        if left.get(key, absent) != right.get(key, absent)
+        if left.get(key, absent) != right.get(key, absent) and key.rpartition(".")[-1] not in NEUTRAL
     ]

@@ -78,13 +78,14 @@ class LatentTraining(FoleyModule):
             self.unsaved_components = ("text",)
 
     def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
-        """Note which codec made the latents; TypeError for other data, ValueError for clips that would be cropped.
+        """Note which latents these are; TypeError for other data, ValueError for clips that would be cropped.
 
         Features of a clip begin where it begins, so that a crop of its latent would not go with them.
         """
         latents = require_latents(datamodule)
         self.checkpoint_metadata["codec_hash"] = latents.codec_hash
         self.checkpoint_metadata["trained_seconds"] = latents.duration_seconds
+        self.checkpoint_metadata["data_hash"] = latents.content_hash
         longest = max(entry.num_frames for entry in latents.index.entries)
         if self.prompt_field == "id" and longest > latents.num_frames:
             raise ValueError(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import pytorch_lightning as pl
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -91,3 +92,33 @@ def inverse_power_schedule(
     (1.0, 0.5)
     """
     return LambdaLR(optimizer, lambda step: _warm_up(step, warmup_steps) * (1 + step / inv_gamma) ** -power)
+
+
+def reapply_options(configured: Any, trainer: pl.Trainer) -> None:
+    """Give the trainer's optimizers and schedules the options of freshly `configured` ones; moments and steps stay.
+
+    Loading a state brings back the options it was saved with. With the same options nothing changes, to the bit.
+
+    Args:
+        configured: what `configure_optimizers` returns.
+    """
+    entries = configured if isinstance(configured, list) else [configured]
+    fresh = [entry["optimizer"] if isinstance(entry, dict) else entry for entry in entries]
+    for optimizer, new in zip(trainer.optimizers, fresh, strict=True):
+        for group, options in zip(optimizer.param_groups, new.param_groups, strict=True):
+            scheduled = "initial_lr" in options  # then the rate is the schedule's, below
+            group.update({key: options[key] for key in options if key != "params" and not (scheduled and key == "lr")})
+    for config in trainer.lr_scheduler_configs:
+        _reapply_rates(config.scheduler)
+
+
+def _reapply_rates(scheduler: Any) -> None:
+    """The rates of the schedule's present step, from the optimizer's `initial_lr`."""
+    groups, before = scheduler.optimizer.param_groups, scheduler.base_lrs
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    for index, (group, base) in enumerate(zip(groups, scheduler.base_lrs, strict=True)):
+        if isinstance(scheduler, LambdaLR):
+            group["lr"] = base * scheduler.lr_lambdas[index](scheduler.last_epoch)
+        else:  # a schedule of another kind is taken to be proportional to the rate it begins with
+            group["lr"] *= base / before[index]
+    scheduler._last_lr = [group["lr"] for group in groups]

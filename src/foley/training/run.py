@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,30 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from foley.core.components import ALLOWED_PACKAGES, CheckpointError, compare_states
+from foley.core.components import ALLOWED_PACKAGES, CheckpointError, compare_states, read_pickle
 from foley.core.config import PROJECT_ROOT, relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.data.datamodule import LatentDataModule
 from foley.system.checkpoint import FOLEY_KEY, load_trained, read_training_checkpoint
 from foley.training.base import FoleyModule
-from foley.training.callbacks.checkpointing import AtomicCheckpointIO
+from foley.training.callbacks.checkpointing import AtomicCheckpointIO, TrainingInterrupted
+from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.callbacks.non_finite import NonFiniteLossError
 from foley.training.requirements import refuse_missing
-from foley.training.run_folder import resume_command
+from foley.training.run_folder import ending, find_checkpoint, resume_command, run_folder
+from foley.training.settings import (
+    FILES_KEY,
+    SETTINGS_KEY,
+    file_hashes,
+    normaliser_gap,
+    portable,
+    require_resumable,
+    unlike,
+)
 
 _log = get_logger(__name__)
 
@@ -36,28 +46,59 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """Train as `configs/train.yaml` describes; returns the last value of every metric.
 
     `cfg.ckpt_path` resumes exactly (a path, or "auto": this output folder's `last.ckpt` where there is one);
-    `cfg.ckpt` starts a new run from the weights of an earlier one. Raises SystemExit as `refuse_missing` does.
+    `cfg.ckpt` starts a new run from the weights of an earlier one. Raises SystemExit as `refuse_missing` does, what
+    `run_folder`, `require_resumable` and `warm_start` refuse, and TrainingInterrupted after Ctrl-C.
     """
     refuse_missing(cfg)
-    output_dir = Path(cfg.paths.output_dir)
+    try:
+        with run_folder(cfg):
+            return _train(cfg, Path(cfg.paths.output_dir))
+    except BaseException as error:
+        if ending(error) == "interrupted":
+            _log.warning("the run in %s goes on with: %s", cfg.paths.output_dir, resume_command(cfg))
+        if isinstance(error, KeyboardInterrupt):  # before training began
+            raise TrainingInterrupted from error
+        raise
+
+
+def _train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
+    settings = portable(plain(cfg))
     resume_from = find_checkpoint(cfg.ckpt_path, output_dir)
+    if resume_from:
+        require_resumable(resume_from, settings)
     _snapshot(cfg, output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
     module: FoleyModule = instantiate(cfg.task, _convert_="all")
     module.component_configs |= component_configs(cfg.task)
+    module.checkpoint_metadata |= {SETTINGS_KEY: settings, FILES_KEY: file_hashes(module.component_configs)}
     if cfg.codec_path:
         _note_codec(module, datamodule, cfg.codec_path)
     module.adopt_data(datamodule)
     if cfg.ckpt and not resume_from:
-        warm_start(module, Path(cfg.ckpt))
-    trainer = _build_trainer(cfg)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(plain(cfg))
+        warm_start(module, Path(cfg.ckpt), cfg.ckpt_allow)
+    return _fit(_build_trainer(cfg), module, datamodule, resume_from, settings)
+
+
+def _fit(
+    trainer: pl.Trainer,
+    module: FoleyModule,
+    datamodule: pl.LightningDataModule,
+    resume_from: Path | None,
+    settings: Mapping[str, Any],
+) -> dict[str, float]:
+    """Train; whatever ends that, every logger is told."""
+    _rewind(trainer, resume_from)
     try:
+        for logger in trainer.loggers:
+            logger.log_hyperparams(dict(settings))
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
-    finally:
-        _finish_wandb(trainer)
+    except BaseException as error:
+        _tell_loggers(trainer, error)
+        if any(getattr(callback, "interrupted", False) for callback in trainer.checkpoint_callbacks):
+            raise TrainingInterrupted from error
+        raise
+    _tell_loggers(trainer, None)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -117,19 +158,6 @@ def component_configs(task: DictConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def find_checkpoint(ckpt_path: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to resume from; raises CheckpointError where a named one is absent."""
-    if not ckpt_path:
-        return None
-    path = output_dir / "checkpoints" / "last.ckpt" if ckpt_path == "auto" else Path(ckpt_path)
-    if path.is_file():
-        return path
-    if ckpt_path == "auto":
-        _log.info("ckpt_path=auto: no checkpoint at %s yet, starting from the beginning", path)
-        return None
-    raise CheckpointError(f"ckpt_path={ckpt_path} does not exist; give a .ckpt file, or auto")
-
-
 def _note_codec(module: FoleyModule, datamodule: pl.LightningDataModule, codec_path: str) -> None:
     """Store where the codec is, as seen from the checkout; raises StaleCacheError where it did not make the latents."""
     if isinstance(datamodule, LatentDataModule):
@@ -149,11 +177,28 @@ def _build_trainer(cfg: DictConfig) -> pl.Trainer:
 
 
 @rank_zero_only
-def _finish_wandb(trainer: pl.Trainer) -> None:
-    """End the W&B run, which would otherwise take in the next run of a sweep."""
+def _rewind(trainer: pl.Trainer, resume_from: Path | None) -> None:
+    """Drop what an earlier life of the run logged after the checkpoint that this one goes on from."""
+    step = read_pickle(resume_from, mmap=True)["global_step"] if resume_from else 0
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+        if isinstance(logger, AppendingCSVLogger):
+            logger.rewind(step)
+
+
+@rank_zero_only
+def _tell_loggers(trainer: pl.Trainer, error: BaseException | None) -> None:
+    """Log how the run has ended; a W&B run that stayed open would also take in the next run of a sweep."""
+    status = ending(error)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("status", status if error is None else f"{status}: {error!r}")
+            logger.experiment.close()
+        elif isinstance(logger, WandbLogger):
+            logger.experiment.summary["status"] = status
+            logger.experiment.finish(exit_code=_EXIT_CODES[status])
+
+
+_EXIT_CODES = {"finished": 0, "crashed": 1, "interrupted": 255}  # as W&B understands them
 
 
 def _active(group: DictConfig | None) -> list[DictConfig]:
@@ -176,24 +221,29 @@ class WarmStartReport:
     dropped: tuple[str, ...]
 
 
-def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
+def warm_start(module: FoleyModule, path: Path, allow: Sequence[str] = ()) -> WarmStartReport:
     """Load the (averaged) weights of `path`, a .ckpt or a run's folder, into `module` where the names agree.
 
     The rest is logged. The optimizer starts afresh, the latent normaliser is the earlier run's.
-    Raises CheckpointError where no name agrees, a shape differs, or the latents come from another codec.
+
+    Args:
+        allow: differences in meaning that are intended: a component, or an option of one, such as "process.prediction".
+
+    Raises CheckpointError where no name agrees, a shape differs, or the weights mean another thing here: latents of
+    another codec, another text encoder or tokenizer, prediction type, normaliser, or option of the network.
     """
     if path.is_dir():
         path = path / "checkpoints" / "last.ckpt"
     checkpoint = read_training_checkpoint(path)
-    saved = checkpoint["state_dict"]
-    _check_codec(path, checkpoint[FOLEY_KEY].get("codec_hash"), module.checkpoint_metadata.get("codec_hash"))
-    states = compare_states(saved, module.saved_state(module.state_dict()))
+    saved, own = checkpoint["state_dict"], module.saved_state(module.state_dict())
+    states = compare_states(saved, own)
     if states.reshaped or not states.common:
         raise CheckpointError(
             f"ckpt={path} cannot start this run: "
             + ("; ".join(states.reshaped) or "no parameter has the same name")
             + ". Choose the model config of the earlier run."
         )
+    _require_same_meaning(path, checkpoint, module, states.common, allow)
     module.load_state_dict({key: saved[key] for key in states.common}, strict=False)  # the rest is reported below
     report = WarmStartReport(tuple(states.common), tuple(states.missing), tuple(states.unexpected))
     _log.info("warm start from %s: %d tensors loaded", path, len(report.loaded))
@@ -203,9 +253,29 @@ def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
     return report
 
 
-def _check_codec(path: Path, saved: str | None, own: str | None) -> None:
-    if saved and own and saved != own:
+def _require_same_meaning(
+    path: Path, checkpoint: Mapping[str, Any], module: FoleyModule, common: Sequence[str], allow: Sequence[str]
+) -> None:
+    """Raise CheckpointError with every difference that is not among those allowed."""
+    described, own = checkpoint[FOLEY_KEY], module.description()
+    found = unlike(described, own, common)
+    codecs = described.get("codec_hash"), own.get("codec_hash")
+    if all(codecs) and codecs[0] != codecs[1]:
+        found.append(("codec", f"latents of codec {codecs[0]}", f"those of codec {codecs[1]}"))
+    gap = normaliser_gap(checkpoint["state_dict"], module.state_dict())
+    if gap > _LARGEST_GAP:
+        found.append(("normaliser", "its statistics", f"statistics of the data that are {gap:.1f} deviations away"))
+    for key, before, now in found:
+        if any(f"{key}.".startswith(f"{name}.") for name in allow):
+            _log.warning("warm start: %s is %s in %s, and %s in this run, as ckpt_allow has it", key, before, path, now)
+    refused = [item for item in found if not any(f"{item[0]}.".startswith(f"{name}.") for name in allow)]
+    if refused:
+        lines = [f"  {key}: {before} in the checkpoint, {now} in this run" for key, before, now in refused]
         raise CheckpointError(
-            f"ckpt={path} was trained on latents of codec {saved}, this run's latents are of codec {own}; "
-            "encode the data with the earlier codec, or train from the beginning"
+            "\n".join([f"the weights of ckpt={path} mean another thing in this run:", *lines])
+            + "\nSet these as in the earlier run, or, where the change is intended, "
+            + f"ckpt_allow=[{','.join(dict.fromkeys(item[0] for item in refused))}]"
         )
+
+
+_LARGEST_GAP = 1.0  # between latent statistics: a whole standard deviation is another normaliser, not other sounds

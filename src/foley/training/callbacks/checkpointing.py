@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, at steps, at the best value and on pre-emption."""
 
+import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,18 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from foley.core.components import CheckpointError
-from foley.core.files import atomic_write
+from foley.core.files import atomic_write, replacing
+from foley.core.logs import get_logger
 from foley.system.checkpoint import read_training_checkpoint
+
+_log = get_logger(__name__)
+
+
+class TrainingInterrupted(SystemExit):
+    """Ctrl-C has ended a run; the process ends with the code that shells give to it, 130."""
+
+    def __init__(self) -> None:
+        super().__init__(130)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -47,6 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class PeriodicCheckpoint(ModelCheckpoint):
     """`step_000123.ckpt` every n steps and at the end or a termination of the run; `last.ckpt` links to the newest.
 
+    Ctrl-C ends the run after the step it came in, with a checkpoint and TrainingInterrupted; a second one at once.
     A handler of SIGUSR2 that is there before the run begins, as submitit's, which puts the job in the queue again and
     ends it, is called after the step in which the signal came, and after a checkpoint.
 
@@ -67,6 +80,16 @@ class PeriodicCheckpoint(ModelCheckpoint):
         )
         self._requeue: Any = None
         self._requeue_asked = False
+        self._interrupt: Any = None  # the handler of Ctrl-C outside of training
+        self._interrupt_asked = False
+        self.interrupted = False
+        """Whether Ctrl-C ends the run."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put off Ctrl-C; signals reach the main thread alone."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and threading.current_thread() is threading.main_thread():
+            self._interrupt = signal.signal(signal.SIGINT, self._ask_for_interrupt)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the next epoch where the checkpoint was of an epoch's last batch.
@@ -88,22 +111,65 @@ class PeriodicCheckpoint(ModelCheckpoint):
         if trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._save_now(trainer)
         self._requeue_if_asked(trainer)
+        self._end_if_asked(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stay until the end of a validation that is due."""
+        super().on_validation_start(trainer, pl_module)
+        self._end_after_step(trainer, False)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save again where the run ends now: what validation has changed belongs to the checkpoint too."""
+        super().on_validation_end(trainer, pl_module)
+        if self.interrupted:
+            self._save_now(trainer, again=True)
+            self._end_after_step(trainer, True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The weights that a finished run ends with are always on disk."""
         self._save_now(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give SIGUSR2 back."""
         super().teardown(trainer, pl_module, stage)
-        if self._requeue is not None:
-            signal.signal(signal.SIGUSR2, self._requeue)
-            self._requeue = None
+        self._give_signals_back()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """SIGTERM ends a run between two steps, so what it leaves can be resumed; Ctrl-C may strike within one."""
+        """SIGTERM ends a run between two steps, so what it leaves can be resumed; a second Ctrl-C within one."""
         if isinstance(exception, SIGTERMException):
+            self._save_now(trainer, again=trainer.validating)  # half of a validation: the other half is made up for
+        self._give_signals_back()  # Lightning tears nothing down after an exception
+
+    def _give_signals_back(self) -> None:
+        if self._interrupt is not None:
+            signal.signal(signal.SIGINT, self._interrupt)
+        if self._requeue is not None:
+            signal.signal(signal.SIGUSR2, self._requeue)
+        self._interrupt = self._requeue = None
+
+    def _ask_for_interrupt(self, *_: Any) -> None:
+        if self._interrupt_asked:
+            raise TrainingInterrupted
+        self._interrupt_asked = True
+        _log.warning("interrupted: the run ends after this step, with a checkpoint; Ctrl-C again ends it at once")
+
+    def _end_if_asked(self, trainer: pl.Trainer) -> None:
+        """Save and end the run, all ranks together as for a requeue.
+
+        Saved here, inside the loops as periodic checkpoints are: where Lightning ends a run by SIGTERM, epochs are
+        counted already that a resumed run would count again.
+        """
+        if trainer.global_step == trainer.max_steps:
+            return
+        asked = self._interrupt_asked or trainer.received_sigterm
+        if trainer.strategy.reduce_boolean_decision(asked, all=False):
+            self.interrupted = trainer.strategy.reduce_boolean_decision(self._interrupt_asked, all=False)
             self._save_now(trainer)
+            self._end_after_step(trainer, True)
+
+    def _end_after_step(self, trainer: pl.Trainer, end: bool) -> None:
+        """Let Lightning end the run, or not yet, once what the step has logged is written."""
+        if self.interrupted or end:
+            trainer._signal_connector.received_sigterm = end
 
     def _put_off_requeue(self) -> None:
         if callable(handler := signal.getsignal(signal.SIGUSR2)):
@@ -122,7 +188,10 @@ class PeriodicCheckpoint(ModelCheckpoint):
             self._save_now(trainer)
             self._requeue(signal.SIGUSR2, None)
 
-    def _save_now(self, trainer: pl.Trainer) -> None:
+    def _save_now(self, trainer: pl.Trainer, again: bool = False) -> None:
+        """Save, unless this step is saved already and not to be saved `again`."""
+        if again:
+            self._last_global_step_saved = -1
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -130,12 +199,21 @@ class PeriodicCheckpoint(ModelCheckpoint):
         """Save, then point `last.ckpt` there by a rename; the parent removes the older file only after that."""
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            last = Path(filepath).with_name("last.ckpt")
-            temporary = last.with_name(".last.ckpt.link")
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(Path(filepath).name)
-            temporary.replace(last)
+            point_to(Path(filepath).with_name("last.ckpt"), Path(filepath))
         trainer.strategy.barrier()
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Let `link` become the file `target` beside it, at once: by a symbolic link, or a copy where there are none."""
+    temporary = link.with_name(f".{link.name}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.symlink(target.name, temporary)
+    except (OSError, NotImplementedError):  # exFAT, some network file systems, Windows without the right
+        with replacing(link) as copy:
+            shutil.copyfile(target, copy)
+    else:
+        temporary.replace(link)
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -28,7 +28,7 @@ _log = get_logger(__name__)
 
 
 class AudioSamples(pl.Callback):
-    """Writes a WAV and a spectrogram for each prompt, and a table of them to W&B where that is the logger.
+    """Writes a WAV and a spectrogram for each prompt, to W&B too where that is the logger.
 
     The weights are those of validation: the averaged ones. Prompt i has the seed `seed + i`, with which sample.py makes
     the same clip. A module that takes no captions (stage 1, a codec) has nothing to say and is left in peace.
@@ -37,11 +37,13 @@ class AudioSamples(pl.Callback):
         codec_path: component directory or training checkpoint of the codec; loaded at the first use. None, with a
             warning, leaves the run silent.
         output_dir: receives `step_000123/000_<prompt>_seed0.wav` and `.png`.
-        prompts: what to generate.
+        prompts: what to generate, unless `num_captions` finds other words.
         duration_seconds: length of each clip.
         num_steps: of the solver that fits the module's process; a student in training samples in two steps.
         every_n_validations: generate at the first validation and at every n-th after it.
         batch_size: clips generated at a time.
+        num_captions: so many captions of the validation split, the first different ones, take the place of `prompts`
+            where the data has them.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class AudioSamples(pl.Callback):
         every_n_validations: int = 1,
         seed: int = 0,
         batch_size: int = 16,
+        num_captions: int = 0,
     ) -> None:
         self.codec_path = None if codec_path is None else Path(codec_path)
         self.output_dir = Path(output_dir)
@@ -64,10 +67,16 @@ class AudioSamples(pl.Callback):
         self.num_steps = num_steps
         self.every_n_validations = every_n_validations
         self.batch_size = batch_size
-        self.seeds = range(seed, seed + len(self.prompts))
+        self.seed = seed
+        self.num_captions = num_captions
         self.accelerator: Accelerator | None = None
         self._codec: Any = None
         self._validations = 0
+
+    @property
+    def seeds(self) -> range:
+        """One for each prompt."""
+        return range(self.seed, self.seed + len(self.prompts))
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self._validations}
@@ -76,6 +85,7 @@ class AudioSamples(pl.Callback):
         self._validations = state_dict["validations"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.prompts = _captions(trainer, self.num_captions) or self.prompts
         if self.codec_path is None:
             _log.warning("no audio samples: they need the codec that made the latents; set codec_path=...")
         elif not _takes_captions(pl_module):
@@ -105,7 +115,7 @@ class AudioSamples(pl.Callback):
         files = [self._write(folder, index, clip) for index, clip in enumerate(audio[:, 0])]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                self._log_table(logger, files, trainer.global_step)
+                self._log_media(logger, files, trainer.global_step)
 
     @torch.no_grad()
     def generate(self, module: Any, codec_path: Path) -> Tensor:
@@ -147,14 +157,18 @@ class AudioSamples(pl.Callback):
         draw_spectrogram(path.with_suffix(".png"), clip, self._codec.sample_rate_hz)
         return path
 
-    def _log_table(self, logger: WandbLogger, files: Sequence[Path], step: int) -> None:
-        import wandb  # slow to import, and of no use to the other loggers
+    def _log_media(self, logger: WandbLogger, files: Sequence[Path], step: int) -> None:
+        """Sounds and spectrograms under their prompts; not in a table, whose files W&B keeps in the home folder."""
+        logger.log_audio("samples", [str(file) for file in files], step=step, caption=self.prompts)
+        images = [str(file.with_suffix(".png")) for file in files]
+        logger.log_image("spectrograms", images, step=step, caption=self.prompts)
 
-        rows = [
-            [prompt, wandb.Audio(str(file)), wandb.Image(str(file.with_suffix(".png")))]
-            for prompt, file in zip(self.prompts, files, strict=True)
-        ]
-        logger.log_table("samples", columns=["caption", "audio", "spectrogram"], data=rows, step=step)
+
+def _captions(trainer: pl.Trainer, num_captions: int) -> list[str]:
+    """The first different captions of the validation split; none where the data does not list them."""
+    datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
+    entries = getattr(datasets.get("val"), "entries", ())
+    return list(dict.fromkeys(entry.caption for entry in entries if entry.caption))[:num_captions]
 
 
 def _takes_captions(module: pl.LightningModule) -> bool:

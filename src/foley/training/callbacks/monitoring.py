@@ -4,6 +4,7 @@ import csv
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,9 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from foley.core.files import replacing
+from foley.core.reading import reading
 
 
 class ActivationCounter:
@@ -84,6 +88,20 @@ class AppendingCSVLogger(CSVLogger):
         if self._experiment is None:
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return self._experiment
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of steps after the first `step` ones, which a run that goes on from there writes again."""
+        path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+        if not path.is_file():
+            return
+        with reading(path, "the metrics of a run", "remove it"), path.open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            names = list(rows.fieldnames or [])
+            kept = [row for row in rows if int(row["step"]) < step]  # they count from 0
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(kept)
 
 
 class TrainingMemory(pl.Callback):
