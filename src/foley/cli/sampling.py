@@ -29,8 +29,9 @@ from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio, resolve_device
 from foley.models.text import feature_files
+from foley.system.checkpoint import published_loader
 from foley.system.published import PublishedPipeline
-from foley.system.system import published_loader, student_of
+from foley.system.system import student_of
 
 _NUM_DEMO_PROMPTS = 4
 _log = get_logger(__name__)
