@@ -15,12 +15,13 @@ from foley.system.checkpoint import load_trained
 def main(cfg: DictConfig) -> None:
     data = instantiate(cfg.data, _convert_="all")
     encode_latents(
-        load_trained(Path(cfg.codec_ckpt), "codec"),
+        load_trained(cfg.codec_path, "codec"),
         data.whole_clips(cfg.max_duration_seconds),
         Path(cfg.output_dir),
         cfg.batch_size,
         cfg.min_duration_seconds,
         resolve_device(cfg.device),
+        cfg.windows,
     )
 
 

@@ -42,8 +42,8 @@ def refusing_full_disk(path: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free / 1e6
         raise DiskFullError(
-            f"no room for {path.name} in {path.parent}: its disk has {free:,.1f} MB left; "
-            "free some, or give another folder"
+            f"No space left on the disk of {path.parent} for {path.name}: {free:,.1f} MB are free; "
+            "make room, or give another folder"
         ) from error
 
 
@@ -89,10 +89,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors`, no two of which may share memory, as safetensors, atomically."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors`, no two of which may share memory, as safetensors, atomically; `metadata` is of its header."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, lambda temporary: save_file(contiguous, temporary))
+    atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata))
 
 
 def read_tensors(path: Path, what: str = "a safetensors file", mend: str = "make it anew") -> dict[str, Tensor]:
