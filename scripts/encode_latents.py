@@ -18,12 +18,13 @@ def main(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device)
     data = instantiate(cfg.data, _convert_="all")
     encode_latents(
-        load_trained(Path(cfg.codec_ckpt), "codec"),
+        load_trained(cfg.codec_path, "codec"),
         data.whole_clips(cfg.max_duration_seconds),
         Path(cfg.output_dir),
         cfg.batch_size,
         cfg.min_duration_seconds,
         device,
+        cfg.windows,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from foley.cli.command import command
+from foley.core.locks import only_writer
 from foley.core.logs import get_logger
 
 
@@ -21,15 +22,13 @@ def main(cfg: DictConfig) -> None:
     clips = ProceduralDataset(
         cfg.per_class * len(CLASS_NAMES), cfg.seed, cfg.duration_seconds, sample_rate_hz=cfg.sample_rate_hz
     )
-    rows = []
-    for index in range(len(clips)):
-        item = clips.render(index)
-        path = f"{item.id}.wav"
-        directory.mkdir(parents=True, exist_ok=True)
-        write_wav(directory / path, item.audio, cfg.sample_rate_hz)
-        row = {"id": item.id, "path": path, "caption": item.caption, "label": item.label, "split": "test"}
-        rows.append(json.dumps(row, ensure_ascii=False))
-    write_text(directory / "manifest.jsonl", "\n".join(rows) + "\n")
+    with only_writer(directory, "clips"):
+        rows = []
+        for item in map(clips.render, range(len(clips))):
+            row = {"id": item.id, "path": f"{item.id}.wav", "caption": item.caption, "label": item.label}
+            write_wav(directory / row["path"], item.audio, clips.sample_rate_hz)
+            rows.append(json.dumps({**row, "split": "test"}, ensure_ascii=False))
+        write_text(directory / "manifest.jsonl", "\n".join(rows) + "\n")
     get_logger(__name__).info("%d clips: %s", len(rows), directory / "manifest.jsonl")
 
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from foley.core.components import (
     MOVED_MODULES,
@@ -15,7 +16,7 @@ from foley.core.components import (
     read_config,
 )
 from foley.core.config import PROJECT_ROOT
-from foley.core.files import atomic_write
+from foley.core.files import DiskFullError, atomic_write
 
 STRANGERS = [
     "os.system",
@@ -56,6 +57,22 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="no space"):
         atomic_write(file, fail)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(28, "No space left on device"), SafetensorError("Io(Os { code: 28, message: No space left on device })")],
+)
+def test_a_full_disk_is_said_with_the_folder_and_what_is_free(tmp_path: Path, failure: Exception) -> None:
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise failure
+
+    with pytest.raises(
+        DiskFullError, match=rf"No space left on the disk of {tmp_path} for weights: [\d,.]+ MB are free"
+    ):
+        atomic_write(tmp_path / "weights", fail)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_a_component_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,20 @@
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
 from foley.core.hashing import hash_module
+from foley.core.locks import FolderInUseError
 from foley.core.seeding import torch_generator
 from foley.data.audio import AudioError
 from foley.data.datamodule import AudioDataModule, LatentDataModule
 from foley.data.dataset import AudioItem, SampleKey
-from foley.data.encoding import encode_latents
+from foley.data.encoding import encode_latents, latent_cache_writer
 from foley.data.latents import LatentCacheError, LatentCacheIndex, LatentCollate, LatentDataset, StaleCacheError
 
 HOP = 10
@@ -196,3 +198,168 @@ def test_clips_of_a_source_can_occur_more_often(tmp_path, caplog):
     assert "nowhere/" in caplog.text
     module = LatentDataModule(str(tmp_path / "cache"), 0.2, 2, repeats={"05": 3})
     assert {split: len(data) for split, data in module.datasets.items()} == {"train": 8, "val": 1}
+
+
+def two_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("foley.data.encoding._FRAMES_PER_SHARD", 40)
+    return encode(tmp_path / "cache")
+
+
+def edit_index(folder, change):
+    stored = json.loads((folder / "index.json").read_text())
+    change(stored)
+    (folder / "index.json").write_text(json.dumps(stored))
+
+
+def swap(folder):
+    names = [folder / f"latents-0000{number}.safetensors" for number in (0, 1)]
+    contents = [name.read_bytes() for name in names]
+    for name, content in zip(names, reversed(contents), strict=True):
+        name.write_bytes(content)
+
+
+@pytest.mark.parametrize("hashed_bytes", [0, 1 << 20])
+def test_swapped_shards_are_refused(tmp_path, monkeypatch, hashed_bytes):
+    monkeypatch.setattr("foley.data.latents._HASHED_BYTES", hashed_bytes)
+    index = two_shards(tmp_path, monkeypatch)
+    swap(tmp_path / "cache")
+    with pytest.raises(
+        LatentCacheError, match=r"latents-0000.\.safetensors is not the shard that index\.json describes"
+    ):
+        LatentDataset(index, "train", 50)
+
+
+def test_a_shard_of_other_values_is_refused_in_a_small_cache(tmp_path):
+    index = encode(tmp_path / "cache")
+    shard = tmp_path / "cache/latents-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(LatentCacheError, match="is not the shard"):
+        LatentDataset(index, "train", 50)
+
+
+ENTRIES = {
+    "beyond the shard": ({"first_frame": 10**9}, "frames, but index.json names"),
+    "before the shard": ({"first_frame": -5}, "entry '00': first_frame is -5"),
+    "no frames": ({"num_frames": 0}, "entry '00': num_frames is 0"),
+    "half a frame": ({"num_frames": 1.5}, "entry '00': num_frames is 1.5"),
+    "no text": ({"caption": None}, "entry '00': id, caption"),
+    "another folder": ({"shard": "../x"}, "no file of this folder"),
+    "an absent shard": ({"shard": "x"}, "x does not exist"),
+    "an unknown field": ({"colour": 1}, "colour"),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_an_impossible_entry_is_refused_by_name(tmp_path, case):
+    encode(tmp_path / "cache")
+    changes, message = ENTRIES[case]
+    edit_index(tmp_path / "cache", lambda stored: stored["entries"][0].update(changes))
+    with pytest.raises(LatentCacheError, match=message):
+        LatentDataset(LatentCacheIndex.read(tmp_path / "cache"), "train", 50)
+
+
+def test_an_entry_twice_is_refused(tmp_path):
+    encode(tmp_path / "cache")
+    edit_index(tmp_path / "cache", lambda stored: stored["entries"].append(stored["entries"][2]))
+    with pytest.raises(LatentCacheError, match="entries '02' and '02' share frames of latents-00000"):
+        LatentCacheIndex.read(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"format": "foley-latents-2"}', "9" * 10_000])
+def test_a_damaged_index_is_named(tmp_path, content):
+    encode(tmp_path / "cache")
+    (tmp_path / "cache/index.json").write_text(content)
+    with pytest.raises(LatentCacheError, match=r"index\.json"):
+        LatentCacheIndex.read(tmp_path / "cache")
+
+
+def older_cache(folder, change=lambda tensors: tensors):
+    """As version 0.1 wrote it, with other latents."""
+    encode(folder)
+    shard = folder / "latents-00000.safetensors"
+    save_file(change(load_file(shard)), shard)
+    edit_index(folder, lambda stored: (stored.pop("shards"), stored.update(format="foley-latents-1")))
+    return folder
+
+
+def test_an_older_cache_is_read_with_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        index = LatentCacheIndex.read(older_cache(tmp_path / "cache"))
+    assert "no hash binds its shards" in caplog.text
+    assert len(LatentDataset(index, "train", 50)) == 6
+
+
+OTHERS = {
+    "int8": (lambda tensors: {name: tensor.to(torch.int8) for name, tensor in tensors.items()}, "is I8"),
+    "narrow": (lambda tensors: {name: tensor[:, 1:].contiguous() for name, tensor in tensors.items()}, "not float16"),
+    "short": (lambda tensors: {name: tensor[1:].contiguous() for name, tensor in tensors.items()}, "frames, but index"),
+    "without std": (lambda tensors: {"mean": tensors["mean"]}, "damaged or not a shard"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_latents_of_another_kind_are_refused(tmp_path, case):
+    change, message = OTHERS[case]
+    index = LatentCacheIndex.read(older_cache(tmp_path / "cache", change))
+    with pytest.raises(LatentCacheError, match=message):
+        LatentDataset(index, "train", 50)
+
+
+def test_a_latent_that_is_not_finite_is_refused_by_name(tmp_path):
+    def change(tensors):
+        tensors["mean"][:20] = torch.nan
+        return tensors
+
+    index = LatentCacheIndex.read(older_cache(tmp_path / "cache", change))
+    dataset = LatentDataset(index, "train", 50)
+    (damaged,) = [entry.id for entry in dataset.entries if entry.first_frame == 0]
+    with pytest.raises(LatentCacheError, match=f"the latent of clip '{damaged}' is not finite"):
+        dataset[[entry.id for entry in dataset.entries].index(damaged)]
+
+
+def test_a_second_writer_of_a_cache_is_refused(tmp_path):
+    with latent_cache_writer(tmp_path / "cache", "a", RATE, HOP) as writer:
+        writer.add(torch.ones(2, 4), torch.ones(2, 4), "x", "", "", "train", 0.04)
+        with pytest.raises(FolderInUseError, match="the latents of"):
+            encode(tmp_path / "cache")
+    assert [entry.id for entry in LatentCacheIndex.read(tmp_path / "cache").entries] == ["x"]
+
+
+def test_cut_padded_and_silent_clips_are_counted_and_named(tmp_path, caplog):
+    class SomeSilent(Clips):
+        def render(self, index, epoch):
+            item = super().render(index, epoch)
+            return item if index != 1 else AudioItem(torch.zeros(300), item.caption, item.label, item.id)
+
+    with caplog.at_level(logging.WARNING):
+        encode(tmp_path / "cache", splits={"train": SomeSilent(5, 300, 900, 800)})
+    assert "train: 2 clips are cut to their first 0.5 s (windows=all): 02, 03" in caplog.text
+    assert "train: 1 clips are shorter than 0.2 s and padded: 00" in caplog.text
+    assert "train: 1 clips are silent: 01" in caplog.text
+
+
+def test_all_windows_of_a_long_clip_are_encoded(tmp_path):
+    index = encode(tmp_path / "cache", splits={"train": Clips(200, 1200)}, windows="all")
+    assert [entry.id for entry in index.entries] == ["00", "01#0.00s", "01#0.50s", "01#0.70s"]
+    assert [entry.caption for entry in index.entries] == ["caption 0", *["caption 1"] * 3]
+    dataset = LatentDataset(index, "train", 50, random=False)
+    audio = Clips(200, 1200).render(1, 0).audio
+    for number, start in ((1, 0), (2, 500), (3, 700)):
+        expected = 2 * audio[start : start + 500].unflatten(0, (-1, HOP)).T
+        torch.testing.assert_close(dataset[number].latent, expected, atol=2e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="windows=some: give first or all"):
+        encode(tmp_path / "cache", windows="some")
+
+
+def test_half_a_surrogate_pair_loses_one_clip_and_not_the_encoding(tmp_path, caplog):
+    class Halved(Clips):
+        def render(self, index, epoch):
+            item = super().render(index, epoch)
+            return item if index else AudioItem(item.audio, "a \ud800 dog", item.label, item.id)
+
+    with caplog.at_level(logging.WARNING):
+        index = encode(tmp_path / "cache", splits={"train": Halved(200, 200)})
+    assert [entry.id for entry in index.entries] == ["01"]
+    assert "its caption holds half a surrogate pair" in caplog.text

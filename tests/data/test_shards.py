@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import torch
 
+from foley.core.locks import FolderInUseError
 from foley.data import shards_writer
 from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, DataFaultError
@@ -227,6 +228,9 @@ def test_damaged_clips_are_skipped_and_an_absent_shard_stops_the_run(folder):
     [
         ("index.json", b"{", "not valid JSON"),
         ("index.json", b'{"format": "other"}', "not of the format"),
+        ("index.json", b"[" * 100_000, "not valid JSON"),
+        ("index.json", b"[]", "the index of shards"),
+        ("index.json", b'{"format": "foley-shards-1"}', "it lacks the entry 'samples_sha256'"),
         ("samples.safetensors", b"changed", "is not the one of"),
     ],
 )
@@ -234,6 +238,22 @@ def test_a_damaged_index_is_refused(folder, name, content, message):
     (folder / name).write_bytes(content)
     with pytest.raises(ShardError, match=message):
         ShardIndex.read(str(folder))
+
+
+def test_a_second_writer_is_refused_and_mixes_nothing(entries, tmp_path, monkeypatch):
+    output, encoded = str(tmp_path / "out"), shards_writer._encoded
+
+    def meanwhile(clips, num_workers):
+        with monkeypatch.context() as patch:
+            patch.setattr(shards_writer, "_encoded", encoded)
+            with pytest.raises(FolderInUseError, match="the shards of"):
+                write_shards(entries[:3], output, RATE)
+        return encoded(clips, num_workers)
+
+    monkeypatch.setattr(shards_writer, "_encoded", meanwhile)
+    write_shards(entries, output, RATE)
+    assert {name: len(source) for name, source in shard_splits(output, RATE).items()} == {"train": 7, "val": 2}
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_an_unknown_split_names_the_known_ones(folder):

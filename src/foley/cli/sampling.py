@@ -31,8 +31,9 @@ from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import feature_files
+from foley.system.checkpoint import published_loader
 from foley.system.published import PublishedPipeline
-from foley.system.system import published_loader, student_of
+from foley.system.system import student_of
 
 _NUM_DEMO_PROMPTS = 4
 _log = get_logger(__name__)
@@ -40,7 +41,6 @@ _log = get_logger(__name__)
 # What may differ between two runs that make the clips of one folder: it changes no clip.
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
 _INCIDENTAL |= {"hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
-
 
 
 def chosen_system(cfg: DictConfig) -> str:

@@ -5,7 +5,6 @@ of this package are built, and weights are only ever read as safetensors or with
 """
 
 import importlib
-import json
 import pickle
 import shutil
 import struct
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from foley.core.files import write_json, write_tensors
+from foley.core.files import read_tensors, write_json, write_tensors
+from foley.core.reading import read_json, reading
 
 ALLOWED_PACKAGES = (
     *("foley.models.", "foley.nn.", "foley.diffusion.", "foley.losses."),
@@ -66,6 +66,7 @@ MOVED_MODULES = {
 """Modules of version 0.1 to where their classes are now: configs saved with older weights name them."""
 
 _ASSET = "asset:"
+_A_CONFIG = "the config of a component"
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
 # What the unpickler raises, depending on the bytes, on a file that is cut short or no pickle at all.
 _UNREADABLE = (
@@ -151,6 +152,19 @@ def build_component(config: Mapping[str, Any], source: str = "config") -> Any:
     return instantiate(dict(config), _convert_="all")
 
 
+def rebuild_component(config: Mapping[str, Any], source: str) -> Any:
+    """The component of a config that was read from `source`, untrained; raises CheckpointError, which names it."""
+    try:
+        with reading(source, _A_CONFIG):
+            target = str(config["_target_"])
+            built = build_component(config, source)
+    except InstantiationException as error:
+        raise CheckpointError(f"{source} does not describe a component that can be built: {error.__cause__}") from error
+    if not isinstance(built, _component_class(target) or ()):
+        raise CheckpointError(f"{source} describes no component but {type(built).__name__}")
+    return built
+
+
 @dataclass(frozen=True)
 class StateComparison:
     """A saved state dict beside a module's own: the keys that both have, and a line for each of unequal shape."""
@@ -221,11 +235,15 @@ def save_component(
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The config in `directory`, with `asset:` values turned into paths inside it."""
+    """The config in `directory`, with `asset:` values turned into paths inside it.
+
+    Raises CheckpointError where there is none, and DamagedFileError.
+    """
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: {directory} is not a component directory")
-    config: dict[str, Any] = current_config(json.loads(path.read_text(encoding="utf-8")))
+    with reading(path, _A_CONFIG):
+        config: dict[str, Any] = dict(current_config(read_json(path, _A_CONFIG)))
     for key, value in config.items():
         if isinstance(value, str) and value.startswith(_ASSET):
             # Absolute, for a module takes a relative path from the checkout; this one is from the current folder.
@@ -234,12 +252,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def load_component(directory: Path) -> Any:
-    """Build the module described in `directory`, load its weights as float32, and put it in eval mode."""
-    config = read_config(directory)
-    module = build_component(config, str(directory / CONFIG_FILE))
+    """Build the module described in `directory`, load its weights as float32, and put it in eval mode.
+
+    Raises CheckpointError where the two do not fit, DamagedFileError, and FileNotFoundError.
+    """
+    module = rebuild_component(read_config(directory), str(directory / CONFIG_FILE))
     state = {
         name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in load_file(directory / WEIGHTS_FILE).items()
+        for name, tensor in read_tensors(directory / WEIGHTS_FILE, "the weights of a component").items()
     }
     load_state(module, state, str(directory / WEIGHTS_FILE))
     return module.eval()

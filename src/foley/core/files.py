@@ -7,6 +7,7 @@ and names for files of generated things: safe on every file system, unique, and 
 import json
 import os
 import re
+import shutil
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foley.core.hashing import hash_file
+from foley.core.reading import read_json, reading
 
 _MAX_SLUG_CHARACTERS = 48
 
@@ -28,24 +31,45 @@ WriteRow = Callable[[Mapping[str, Any]], None]
 """Appends a row to a JSON Lines file."""
 
 
+class DiskFullError(OSError):
+    """There is no room for a file; the message names it and says what is free."""
+
+
+@contextmanager
+def refusing_full_disk(path: Path) -> Iterator[None]:
+    """A block that writes `path`: a full disk, which each library reports in its own way, becomes a DiskFullError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if "No space left on device" not in str(error):
+            raise
+        free = shutil.disk_usage(next(folder for folder in path.parents if folder.is_dir())).free / 1e6
+        raise DiskFullError(
+            f"No space left on the disk of {path.parent} for {path.name}: {free:,.1f} MB are free; "
+            "make room, or give another folder"
+        ) from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, flushed to disk and renamed into place where the block ends without an error.
 
     A reader sees the old file or the new one, never a part; on any error the temporary file is removed.
+    Raises DiskFullError where there is no room for it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with refusing_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -68,10 +92,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors`, no two of which may share memory, as safetensors, atomically."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors`, no two of which may share memory, as safetensors, atomically; `metadata` is of its header."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, lambda temporary: save_file(contiguous, temporary))
+    atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def read_tensors(path: Path, what: str = "a safetensors file", mend: str = "make it anew") -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped into memory; raises DamagedFileError and FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {what} is expected there; {mend}")
+    with reading(path, what, mend):
+        return load_file(path)
 
 
 @contextmanager
@@ -109,16 +141,17 @@ def load_record(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: one of the two files is absent.
-        ValueError: the tensors are not those that the JSON was written for.
+        ValueError: the tensors are not those that the JSON was written for, or one of the two is damaged.
     """
-    info: dict[str, Any] = json.loads(info_path(stem).read_text(encoding="utf-8"))
+    with reading(info_path(stem), "a description of tensors"):
+        info: dict[str, Any] = dict(read_json(info_path(stem), "a description of tensors"))
     expected, actual = info.pop("tensors_sha256", None), hash_file(tensor_path(stem))
     if actual != expected:
         raise ValueError(
             f"{tensor_path(stem)} has SHA-256 {actual}, but {info_path(stem).name} was written for {expected}: "
             "the two files do not belong together; make them again"
         )
-    return load_file(tensor_path(stem)), info
+    return read_tensors(tensor_path(stem)), info
 
 
 def slug(text: str) -> str:

@@ -1,6 +1,7 @@
 """Content hashes of files and of modules: what ties a latent cache or a calibration to the model that made it."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ def hash_file(path: Path) -> str:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of plain data, as hexadecimal, whatever the order of its mappings.
+
+    >>> hash_json({"a": 1, "b": [2]}) == hash_json({"b": [2], "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -3,11 +3,13 @@
 Full shards are written as they fill, the index last; the folder appears under its name only when it is complete.
 """
 
+import copy
 import dataclasses
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,15 +20,17 @@ from torch.nn import functional
 
 from foley.core.channels import lossy_mixes
 from foley.core.files import write_json, write_tensors
-from foley.core.hashing import hash_module
+from foley.core.hashing import hash_module, hash_tensors
+from foley.core.locks import LOCK_FILE, only_writer
 from foley.core.logs import get_logger
 from foley.data.audio import AudioError
-from foley.data.dataset import AudioDataset, AudioItem, DataFaultError, SampleKey
-from foley.data.latents import FORMAT, INDEX_FILE, LatentCacheError, LatentEntry
+from foley.data.dataset import AudioDataset, AudioItem, DataFaultError, SampleKey, is_silent
+from foley.data.latents import FORMAT, INDEX_FILE, SHARD_HASH, LatentCacheError, LatentEntry
 
 _log = get_logger(__name__)
 
 _FRAMES_PER_SHARD = 1 << 19
+_NAMED = 5
 _MAX_WAITING = 512  # clips kept back until others of their length fill a batch
 
 
@@ -40,7 +44,7 @@ class LatentCacheWriter:
         self._means: list[Tensor] = []
         self._stds: list[Tensor] = []
         self._frames = 0
-        self._num_shards = 0
+        self._shard_hashes: dict[str, str] = {}
         self._statistics = _RunningStatistics()
 
     def add(
@@ -75,18 +79,20 @@ class LatentCacheWriter:
                 **self._about,
                 "latent_mean": mean.tolist(),
                 "latent_std": std.tolist(),
+                "shards": self._shard_hashes,
                 "entries": [dataclasses.asdict(entry) for entry in entries],
             },
         )
 
     @property
     def _shard(self) -> str:
-        return f"latents-{self._num_shards:05d}.safetensors"
+        return f"latents-{len(self._shard_hashes):05d}.safetensors"
 
     def _write_shard(self) -> None:
         tensors = {"mean": torch.cat(self._means), "std": torch.cat(self._stds)}
-        write_tensors(self._directory / self._shard, tensors)
-        self._num_shards += 1
+        digest = hash_tensors(tensors)
+        write_tensors(self._directory / self._shard, tensors, {SHARD_HASH: digest})
+        self._shard_hashes[self._shard] = digest
         self._means, self._stds, self._frames = [], [], 0
 
 
@@ -119,19 +125,22 @@ def latent_cache_writer(
 
     Raises:
         LatentCacheError: `directory` holds something that is not a latent cache.
+        FolderInUseError: another process is writing this cache.
     """
     if directory.exists() and any(directory.iterdir()) and not (directory / INDEX_FILE).is_file():
         raise LatentCacheError(f"{directory} holds files that are not a latent cache; choose another output directory")
     partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        writer = LatentCacheWriter(partial, codec_hash, sample_rate_hz, hop_samples)
-        yield writer
-        writer.finish()
-        _swap(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with only_writer(partial, f"the latents of {directory}"):
+        for file in partial.iterdir():  # of a process that was killed
+            if file.name != LOCK_FILE:
+                file.unlink()
+        with ExitStack() as on_failure:
+            on_failure.callback(shutil.rmtree, partial, ignore_errors=True)
+            writer = LatentCacheWriter(partial, codec_hash, sample_rate_hz, hop_samples)
+            yield writer
+            writer.finish()
+            _swap(partial, directory)
+            on_failure.pop_all()
 
 
 def _swap(new: Path, directory: Path) -> None:
@@ -165,6 +174,9 @@ class LatentEncoder(Protocol):
         ...
 
 
+WINDOWS = ("first", "all")
+
+
 def encode_latents(
     codec: LatentEncoder,
     datasets: Mapping[str, AudioDataset],
@@ -172,33 +184,92 @@ def encode_latents(
     batch_size: int = 16,
     min_duration_seconds: float = 0.0,
     device: str | torch.device = "cpu",
+    windows: str = "first",
 ) -> None:
     """Write a latent cache of all clips in `datasets` (by split) to `output_dir`, all of it or nothing.
 
     Args:
+        datasets: their `num_samples` is the longest clip that is encoded.
         min_duration_seconds: shorter clips get silence at their end before they are encoded; silence is content.
+        windows: of longer clips, "first" encodes the beginning alone, "all" as many clips as it takes, each of full
+            length, with the caption of the whole: `<id>#<seconds>s` by where they begin.
 
     Raises:
-        ValueError: the clips' sample rate is not the codec's.
+        ValueError: the clips' sample rate is not the codec's, or `windows` is neither.
         DataFaultError: too many clips cannot be used; fewer are left out and counted.
+        FolderInUseError: another process is writing to `output_dir`.
     """
     if not isinstance(codec, nn.Module):
         raise TypeError(f"the codec must be an nn.Module, got {type(codec).__name__}")
+    if windows not in WINDOWS:
+        raise ValueError(f"windows={windows}: give {' or '.join(WINDOWS)}")
+    _check_rates(codec, datasets)
     codec.to(device).eval()
     min_samples = round(min_duration_seconds * codec.sample_rate_hz)
     output = latent_cache_writer(output_dir, hash_module(codec), codec.sample_rate_hz, codec.hop_samples)
     with output as writer, _progress() as progress:
         for split, dataset in datasets.items():
-            if dataset.source.sample_rate_hz != codec.sample_rate_hz:
-                raise ValueError(
-                    f"split {split!r} is at {dataset.source.sample_rate_hz} Hz and the codec at "
-                    f"{codec.sample_rate_hz} Hz; set the data's sample_rate_hz to the codec's"
-                )
-            task = progress.add_task(split, total=len(dataset), rate="")
-            for batch in _equal_length_batches(_usable_items(dataset), codec.hop_samples, min_samples, batch_size):
+            task = progress.add_task(split, total=len(dataset) if windows == "first" else None, rate="")
+            notes = _Notes(split, min_samples)
+            items = (window for item in _usable_items(dataset) for window in notes.windows(item, dataset, windows))
+            for batch in _equal_length_batches(items, codec.hop_samples, min_samples, batch_size):
                 _encode_batch(codec, batch, split, min_samples, writer, device)
                 _advance(progress, task, len(batch))
+            notes.report()
     lossy_mixes.report()
+
+
+def _check_rates(codec: LatentEncoder, datasets: Mapping[str, AudioDataset]) -> None:
+    for split, dataset in datasets.items():
+        if dataset.source.sample_rate_hz != codec.sample_rate_hz:
+            raise ValueError(
+                f"split {split!r} is at {dataset.source.sample_rate_hz} Hz and the codec at "
+                f"{codec.sample_rate_hz} Hz; set the data's sample_rate_hz to the codec's"
+            )
+
+
+@dataclass
+class _Notes:
+    """What becomes of the clips of a split besides their encoding: ids of those cut, padded and silent."""
+
+    split: str
+    min_samples: int
+    found: dict[str, list[str]] = field(default_factory=dict)
+
+    def windows(self, item: AudioItem, dataset: AudioDataset, windows: str) -> Iterator[AudioItem]:
+        """The parts of a clip that are encoded."""
+        length, longest = len(item.audio), dataset.num_samples or len(item.audio)
+        if is_silent(item.audio):
+            self._note("silent", item)
+        if length < self.min_samples:
+            self._note(f"shorter than {self.min_samples / dataset.source.sample_rate_hz:g} s and padded", item)
+        if length <= longest:
+            yield item
+        elif windows == "first":
+            self._note(f"cut to their first {longest / dataset.source.sample_rate_hz:g} s (windows=all)", item)
+            yield replace(item, audio=item.audio[:longest])
+        else:
+            limit = getattr(dataset.source, "max_duration_seconds", None)
+            if limit is not None and length >= round(limit * dataset.source.sample_rate_hz):
+                self._note(f"read to their first {limit:g} s alone (data.splits.max_duration_seconds)", item)
+            yield from _all_windows(item, longest, dataset.source.sample_rate_hz)
+
+    def _note(self, what: str, item: AudioItem) -> None:
+        self.found.setdefault(what, []).append(item.id)
+
+    def report(self) -> None:
+        """Say how many clips of each kind there were, and name the first."""
+        for what, ids in self.found.items():
+            named = ", ".join(ids[:_NAMED]) + (", ..." if len(ids) > _NAMED else "")
+            _log.warning("%s: %d clips are %s: %s", self.split, len(ids), what, named)
+
+
+def _all_windows(item: AudioItem, length: int, sample_rate_hz: int) -> Iterator[AudioItem]:
+    """Parts of `length` samples that cover the clip; the last ends with it, and overlaps the one before."""
+    last = len(item.audio) - length
+    for start in [*range(0, last, length), last]:
+        audio = item.audio[start : start + length]
+        yield replace(item, audio=audio, id=f"{item.id}#{start / sample_rate_hz:.2f}s")
 
 
 def _progress() -> Progress:
@@ -213,15 +284,29 @@ def _advance(progress: Progress, task_id: int, clips: int) -> None:
 
 
 def _usable_items(dataset: AudioDataset) -> Iterator[AudioItem]:
+    """Whole clips, levelled: what is cut off them is decided, and counted, by who encodes them."""
+    whole = copy.copy(dataset)
+    whole.num_samples = None
     faults = 0
-    for index in range(len(dataset)):
+    for index in range(len(whole)):
         try:
-            yield dataset.load(SampleKey(index, 0))
+            item = whole.load(SampleKey(index, 0))
+            _check_texts(item)
+            yield item
         except AudioError as error:
             faults += 1
             _log.warning("leaving out clip %d (%d so far): %s", index, faults, error)
             if faults > max(1.0, dataset.max_fault_fraction * len(dataset)):
                 raise DataFaultError(f"{faults} of {len(dataset)} clips cannot be used. The last: {error}") from error
+
+
+def _check_texts(item: AudioItem) -> None:
+    """Raise AudioError for half a surrogate pair: the index, written when all is encoded, could not hold it."""
+    for name, text in (("id", item.id), ("caption", item.caption), ("label", item.label)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise AudioError(ascii(item.id), f"its {name} holds half a surrogate pair: {text!a}") from error
 
 
 def _equal_length_batches(

@@ -1,11 +1,12 @@
 """A latent cache, safetensors shards and an index that names the codec that made them, and the data set it gives.
 
 A shard holds `mean` and `std` of the posterior, float16 `[frames, C]`, clip after clip. Training samples the posterior,
-crops and pads.
+crops and pads. A hash of each shard stands in the index and in the header of the shard itself, so that none is taken
+for another; small caches are hashed again when they are opened.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,31 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from foley.core.files import read_tensors
+from foley.core.hashing import hash_tensors
 from foley.core.logs import get_logger
+from foley.core.reading import DamagedFileError, read_json, reading
 from foley.core.seeding import numpy_generator, torch_generator
 from foley.data.dataset import LatentBatch, SampleKey, crop_start, sample_key
 
 _log = get_logger(__name__)
 
 INDEX_FILE = "index.json"
-FORMAT = "foley-latents-1"
+FORMAT = "foley-latents-2"
+_UNBOUND_FORMAT = "foley-latents-1"  # of version 0.1, whose shards no hash binds
+SHARD_HASH = "sha256"
+"""Of a shard's header: what the index says of it, so that to open a cache need not read it all."""
+
+_AN_INDEX, _A_SHARD = "the index of a latent cache", "a shard of latents"
+_AGAIN = "encode the latents again"
+_HASHED_BYTES = 64 << 20  # caches up to this size are hashed whenever they are opened
+_TENSORS = ("mean", "std")
+_FLOATS = ("F16", "BF16", "F32")
 
 
 class LatentCacheError(RuntimeError):
@@ -61,6 +74,8 @@ class LatentCacheIndex:
     latent_mean: list[float]
     latent_std: list[float]
     entries: list[LatentEntry]
+    shards: Mapping[str, str] | None = None
+    """The hash of each shard by its name; None in caches of version 0.1."""
 
     @property
     def splits(self) -> list[str]:
@@ -81,17 +96,99 @@ class LatentCacheIndex:
 
     @classmethod
     def read(cls, directory: Path) -> "LatentCacheIndex":
-        """The index in `directory`; raises LatentCacheError where there is none that can be read."""
+        """The index in `directory`.
+
+        Raises LatentCacheError where there is none, it is damaged, or an entry is impossible; the entry is named.
+        """
         path = directory / INDEX_FILE
         if not path.is_file():
             raise LatentCacheError(f"{path} does not exist: {directory} is no latent cache; encode the latents first")
         try:
-            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise LatentCacheError(f"{path} is not valid JSON ({error}); encode the latents again") from error
-        if stored.pop("format", None) != FORMAT:
-            raise LatentCacheError(f"{path} is not of the format {FORMAT}; encode the latents again")
-        return cls(directory, **{**stored, "entries": [LatentEntry(**entry) for entry in stored["entries"]]})
+            with reading(path, _AN_INDEX, _AGAIN):
+                stored: dict[str, Any] = dict(read_json(path, _AN_INDEX, _AGAIN))
+                if (found := stored.pop("format", None)) not in (FORMAT, _UNBOUND_FORMAT):
+                    raise LatentCacheError(f"{path} is not of the format {FORMAT}; {_AGAIN}")
+                entries = [LatentEntry(**entry) for entry in stored.pop("entries")]
+                index = cls(directory, **stored, entries=entries)
+                _check_index(index)
+        except DamagedFileError as error:
+            raise LatentCacheError(str(error)) from error
+        if found == _UNBOUND_FORMAT:
+            _log.warning("%s is of version 0.1: no hash binds its shards to the index; %s", directory, _AGAIN)
+        return index
+
+    def check_shards(self, names: Set[str]) -> None:
+        """Raise LatentCacheError unless these shards are those that the index describes, and hold all of its entries.
+
+        Headers alone are read, and the latents of a small cache, so that this takes moments for any cache.
+        """
+        ends = dict.fromkeys(sorted(names), 0)
+        for entry in self.entries:
+            if entry.shard in ends:
+                ends[entry.shard] = max(ends[entry.shard], entry.first_frame + entry.num_frames)
+        small = sum(_size(self.directory / name) for name in names) <= _HASHED_BYTES
+        for name, end in ends.items():
+            path = self.directory / name
+            found = _check_shard(path, len(self.latent_mean), end)
+            if self.shards is None:
+                continue
+            if small:
+                found = hash_tensors(read_tensors(path, _A_SHARD, _AGAIN))
+            if found != self.shards.get(name):
+                raise LatentCacheError(f"{path} is not the shard that {INDEX_FILE} describes; put it back, or {_AGAIN}")
+
+
+def _size(path: Path) -> int:
+    if not path.is_file():
+        raise LatentCacheError(f"{path} does not exist, but {INDEX_FILE} names it; put it back, or {_AGAIN}")
+    return path.stat().st_size
+
+
+def _check_shard(path: Path, channels: int, num_frames: int) -> str | None:
+    """The hash that the shard's header names; raises LatentCacheError for shapes and types that no cache has."""
+    try:
+        with reading(path, _A_SHARD, _AGAIN), safe_open(path, framework="pt") as shard:
+            kinds = {name: (shard.get_slice(name).get_dtype(), shard.get_slice(name).get_shape()) for name in _TENSORS}
+            metadata: Mapping[str, str] = shard.metadata() or {}
+    except DamagedFileError as error:
+        raise LatentCacheError(str(error)) from error
+    for name, (dtype, shape) in kinds.items():
+        if dtype not in _FLOATS or len(shape) != 2 or shape[1] != channels:
+            raise LatentCacheError(
+                f"{path}: `{name}` is {dtype} {shape}, not float16 or float32 [frames, {channels}]; {_AGAIN}"
+            )
+        if shape[0] < num_frames:
+            raise LatentCacheError(
+                f"{path}: `{name}` has {shape[0]} frames, but {INDEX_FILE} names {num_frames}; {_AGAIN}"
+            )
+    return metadata.get(SHARD_HASH)
+
+
+def _check_index(index: LatentCacheIndex) -> None:
+    """Raise ValueError for numbers that no cache has; the entry is named."""
+    if min(index.sample_rate_hz, index.hop_samples) < 1 or len(index.latent_mean) != len(index.latent_std):
+        raise ValueError("sample_rate_hz, hop_samples and latent statistics must be positive, and fit each other")
+    if not all(math.isfinite(value) for value in (*index.latent_mean, *index.latent_std)):
+        raise ValueError("latent_mean and latent_std must be finite")
+    last: LatentEntry | None = None
+    for entry in sorted(index.entries, key=lambda entry: (entry.shard, entry.first_frame)):
+        if fault := _fault(entry):
+            raise ValueError(f"entry {entry.id!r}: {fault}")
+        if last and last.shard == entry.shard and entry.first_frame < last.first_frame + last.num_frames:
+            raise ValueError(f"entries {last.id!r} and {entry.id!r} share frames of {entry.shard}")
+        last = entry
+
+
+def _fault(entry: LatentEntry) -> str | None:
+    if any(not isinstance(text, str) for text in (entry.id, entry.caption, entry.label, entry.split, entry.shard)):
+        return "id, caption, label, split and shard must be texts"
+    if Path(entry.shard).name != entry.shard:
+        return f"shard {entry.shard!r} is no file of this folder"
+    for name, smallest in (("first_frame", 0), ("num_frames", 1)):
+        value = getattr(entry, name)
+        if type(value) is not int or value < smallest:
+            return f"{name} is {value!r}, not a whole number of at least {smallest}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -115,7 +212,8 @@ class LatentDataset(Dataset[LatentItem]):
         repeats: by the beginning of a clip's id, how often it occurs in an epoch; once where no beginning fits.
 
     Raises:
-        LatentCacheError: the cache has no such split.
+        LatentCacheError: the cache has no such split, a shard is not the one of the index, or, when read, a clip's
+            latent is not finite.
     """
 
     def __init__(
@@ -134,7 +232,8 @@ class LatentDataset(Dataset[LatentItem]):
         self.seed = seed
         self.random = random
         names = {entry.shard for entry in self.entries}
-        self._shards = {name: load_file(index.directory / name) for name in names}
+        index.check_shards(names)
+        self._shards = {name: read_tensors(index.directory / name, _A_SHARD, _AGAIN) for name in names}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -154,6 +253,8 @@ class LatentDataset(Dataset[LatentItem]):
         if self.random:
             noise = torch.randn(latent.shape, generator=torch_generator("posterior", self.seed, epoch, index))
             latent = latent + shard["std"][rows].float() * noise
+        if not bool(latent.isfinite().all()):
+            raise LatentCacheError(f"{entry.shard}: the latent of clip {entry.id!r} is not finite; {_AGAIN}")
         return LatentItem(latent.T, entry.caption, entry.label, entry.id)
 
 

@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 from foley.core.channels import check_downmix, mix_down
 from foley.core.logs import get_logger
 from foley.core.rates import FloatArray, resample
+from foley.core.reading import DamagedFileError, parse_json, reading
 from foley.data.audio import AudioError, decode, open_audio, read_audio
 from foley.data.dataset import AudioItem
 from foley.data.manifest import ManifestEntry
@@ -114,14 +115,23 @@ class ShardIndex:
             table = filesystem.cat_file(f"{root}/{SAMPLES_FILE}")
         except FileNotFoundError as error:
             raise ShardError(f"{url} holds no complete shards ({error}); write them: scripts/make_shards.py") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ShardError(f"{url}/{INDEX_FILE} is not valid JSON ({error}); write the shards again") from error
+        try:
+            with reading(f"{url}/{INDEX_FILE}", "the index of shards", "write the shards again"):
+                index = cls._of(url, stored, table)
+        except DamagedFileError as error:
+            raise ShardError(str(error)) from error
+        if index.left_out:
+            _log.warning("%d clips were left out of the shards in %s; see %s", index.left_out, url, LEFT_OUT_FILE)
+        return index
+
+    @classmethod
+    def _of(cls, url: str, stored: Mapping[str, Any], table: bytes) -> "ShardIndex":
         if stored.get("format") != FORMAT:
             raise ShardError(f"{url}/{INDEX_FILE} is not of the format {FORMAT}; write the shards again")
         if hashlib.sha256(table).hexdigest() != stored["samples_sha256"]:
             raise ShardError(f"{url}/{SAMPLES_FILE} is not the one of {INDEX_FILE}; write the shards again")
-        if stored["left_out"]:
-            _log.warning("%d clips were left out of the shards in %s; see %s", stored["left_out"], url, LEFT_OUT_FILE)
         return cls(url, [Shard(**shard) for shard in stored["shards"]], load(table), stored["left_out"])
 
     def to_json(self, samples_sha256: str) -> dict[str, Any]:
@@ -231,7 +241,7 @@ def _read_range(filesystem: Any, path: str, start: int, end: int) -> bytes:
 
 def _fields(place: str, text: bytes) -> dict[str, Any]:
     try:
-        fields: dict[str, Any] = json.loads(text)
+        fields: dict[str, Any] = parse_json(text.decode(), place)
     except ValueError as error:
         raise AudioError(place, f"its JSON is damaged ({error})") from error
     return fields

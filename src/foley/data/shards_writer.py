@@ -7,7 +7,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from foley.core.channels import lossy_mixes
 from foley.core.files import atomic_write
 from foley.core.hashing import hash_file
+from foley.core.locks import only_writer
 from foley.core.logs import get_logger
 from foley.data.dataset import DataFaultError
 from foley.data.manifest import ManifestEntry
@@ -140,11 +141,13 @@ def write_shards(
 
     Raises:
         ShardError: `url` holds shards already.
+        FolderInUseError: another process is writing to `url`, a folder; object stores know no such lock.
         DataFaultError: more clips than that fraction, and than one, cannot be used; fewer are listed beside the index.
     """
     clips = EncodedClips(entries, sample_rate_hz, max_duration_seconds, subtype, downmix)
     left_out: list[dict[str, str]] = []
     with ExitStack() as stack:
+        stack.enter_context(_only_writer_of(url))
         temporary = Path(stack.enter_context(TemporaryDirectory()))
         writer = ShardWriter(url, temporary, shard_megabytes * _BYTES_PER_MEGABYTE)
         stack.callback(writer.close)
@@ -159,6 +162,21 @@ def write_shards(
                 raise DataFaultError(f"{len(left_out)} of {len(entries)} clips cannot be used. The last: {text}")
         lossy_mixes.report()
         return writer.finish(left_out)
+
+
+@contextmanager
+def _only_writer_of(url: str) -> Iterator[None]:
+    """Hold a folder beside the shards, which may be copied or served as they are; object stores know no locks."""
+    filesystem, root = fsspec.core.url_to_fs(url)
+    if not isinstance(filesystem, LocalFileSystem):
+        yield
+        return
+    folder = Path(root).with_name(f".{Path(root).name}.partial")
+    with only_writer(folder, f"the shards of {url}"):
+        try:
+            yield
+        finally:
+            shutil.rmtree(folder)
 
 
 def _encoded(clips: EncodedClips, num_workers: int) -> Iterator[tuple[bytes, float, str]]:

@@ -1,54 +1,170 @@
-"""Training checkpoints: what Lightning wrote of a run, and the components whose weights they hold."""
+"""Weights by any name that an option takes, and training checkpoints: what Lightning wrote of a run.
 
+`ckpt=`, `system=`, `codec_path=` and the like take the same: a training checkpoint (.ckpt), the folder of a run, of a
+system, or of a component (a converted published file is one), or the name of a published system.
+"""
+
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
+
 from foley.core.components import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     CheckpointError,
-    build_component,
     current_config,
     load_component,
     load_state,
     read_config,
     read_pickle,
+    rebuild_component,
 )
+from foley.core.config import PROJECT_ROOT, default_cache_dir, locate, published_config, published_name
+from foley.core.hub import Hub
+from foley.core.reading import read_json, reading
 
 FOLEY_KEY = "foley"
 """Entry of a training checkpoint that says how to build the components whose weights it holds."""
 
+SYSTEM_FILE = "system.json"
+CAPTIONS_FILE = "captions.txt"
+COMPONENTS = ("denoiser", "text", "codec", "normaliser")
+A_SYSTEM, EXPORT_AGAIN = "the description of a system", "export the system again (scripts/export_system.py)"
+
+_LAST = ("checkpoints/last.ckpt", "last.ckpt")
+_KINDS = "a training checkpoint (.ckpt), or the folder of a run, of a system or of a component"
+
+
+def find_weights(source: str | Path, component: str | None = None) -> Path:
+    """The training checkpoint or the folder that `source` names.
+
+    Args:
+        source: a path as the module says, or the weights inside a component's folder.
+        component: of a system's folder, the folder of this component; None is that of the system.
+
+    Raises CheckpointError, which says what was looked for.
+    """
+    path = Path(source).expanduser()
+    path = path.parent if path.name == WEIGHTS_FILE else path
+    if path.is_file():
+        return path
+    if (path / SYSTEM_FILE).is_file():
+        return path if component is None else _part(path, component)
+    if (path / CONFIG_FILE).is_file():
+        return path
+    for last in _LAST:
+        if (path / last).exists():
+            return path / last
+    raise CheckpointError(_not_found(source, path))
+
+
+def _not_found(source: str | Path, path: Path) -> str:
+    if not path.is_dir():
+        return (
+            f"{source} names neither a published system (configs/published) nor a file or folder that exists; "
+            f"give {_KINDS}"
+        )
+    looked_for = ", ".join((SYSTEM_FILE, CONFIG_FILE, *_LAST))
+    return (
+        f"{source} holds none of {looked_for}: it is not an exported system, nor a component, nor a run; give {_KINDS}"
+    )
+
+
+def _part(system: Path, component: str) -> Path:
+    if component not in COMPONENTS:
+        raise CheckpointError(f"{system} is a system, which has no {component!r}, only {', '.join(COMPONENTS)}")
+    return system_parts(system)[component]
+
+
+def system_parts(directory: Path) -> dict[str, Path]:
+    """Where the components and the captions of the system in `directory` lie; raises DamagedFileError."""
+    file = directory / SYSTEM_FILE
+    with reading(file, A_SYSTEM, EXPORT_AGAIN):
+        shared = read_json(file, A_SYSTEM, EXPORT_AGAIN).get("shared", {})
+        return {name: directory / shared.get(name, name) for name in (*COMPONENTS, CAPTIONS_FILE)}
+
+
+def published_source(source: str | Path) -> str | None:
+    """The name of the published system that `source` names, if any; a `Path` only where nothing lies there."""
+    if isinstance(source, Path) and source.exists():
+        return None
+    return published_name(str(source))
+
+
+def published_loader(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """What `foley.system.published` loads the system of that name by; nothing is looked for yet."""
+    return instantiate(published_config(name, overrides).published)
+
+
+def noted_source(source: str | Path) -> str:
+    """`source` as checkpoints note it: a path as seen from the checkout, or a published name; see `locate_source`."""
+    return published_source(source) or os.path.relpath(source, PROJECT_ROOT)
+
+
+def locate_source(noted: str) -> str | Path:
+    """What `noted_source` gave, from wherever the command runs."""
+    path = locate(noted)
+    return path if path.exists() else published_source(noted) or path
+
 
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint, read as `read_pickle` does."""
-    checkpoint: dict[str, Any] = read_pickle(path)
-    if FOLEY_KEY not in checkpoint:
-        raise CheckpointError(f"{path} was not written by foley: it has no `{FOLEY_KEY}` entry")
-    checkpoint[FOLEY_KEY] = current_config(checkpoint[FOLEY_KEY])
+    """A Lightning checkpoint, read as `read_pickle` does; raises CheckpointError."""
+    with reading(path, "a training checkpoint", "give another one"):
+        checkpoint: dict[str, Any] = dict(read_pickle(path))
+        if FOLEY_KEY not in checkpoint:
+            raise CheckpointError(
+                f"{path} was not written by foley: it has no `{FOLEY_KEY}` entry; "
+                "a published file is converted first (scripts/convert_checkpoint.py)"
+            )
+        checkpoint[FOLEY_KEY] = dict(current_config(checkpoint[FOLEY_KEY]))
     return checkpoint
 
 
 def component_from_training(checkpoint: Mapping[str, Any], name: str, source: str) -> Any:
     """Component `name` of a training checkpoint that has been read already; in eval mode."""
-    components = checkpoint[FOLEY_KEY]["components"]
-    if name not in components:
-        raise CheckpointError(f"{source} holds no component {name!r}, only {sorted(components)}")
-    module = build_component(components[name], source)
+    module = rebuild_component(_config_of(checkpoint, name, source), source)
     prefix = f"{name}."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     load_state(module, state, f"{source} [{name}]")
     return module.eval()
 
 
-def load_trained(path: Path, name: str) -> Any:
-    """Component `name` from a component directory or from a training checkpoint (averaged weights where kept)."""
+def _config_of(checkpoint: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+    components: dict[str, dict[str, Any]] = checkpoint[FOLEY_KEY].get("components", {})
+    if name not in components:
+        raise CheckpointError(f"{source} holds no component {name!r}, only {sorted(components)}")
+    return components[name]
+
+
+def load_trained(source: str | Path, name: str) -> Any:
+    """Component `name` of what `source` names (averaged weights where a checkpoint keeps them); in eval mode.
+
+    Raises CheckpointError as `find_weights` does, and where there is no such component.
+    """
+    if (published := published_source(source)) is not None:
+        return _published_component(published, name)
+    path = find_weights(source, name)
     if path.is_dir():
         return load_component(path)
     return component_from_training(read_training_checkpoint(path), name, str(path))
 
 
-def trained_config(path: Path, name: str) -> dict[str, Any]:
+def _published_component(published: str, name: str) -> Any:
+    loader, hub, cache = published_loader(published), Hub(), Path(default_cache_dir()).expanduser()
+    if name == "codec" and hasattr(loader, "load_codec"):
+        return loader.load_codec(hub, cache)
+    modules = getattr(loader.load(hub, cache), "modules", {})
+    if name not in modules:
+        raise CheckpointError(f"{published} holds no component {name!r} of ours, only {sorted(modules)}")
+    return modules[name]
+
+
+def trained_config(source: str | Path, name: str) -> dict[str, Any]:
     """How to build what `load_trained` gives."""
-    if path.is_dir():
-        return read_config(path)
-    config: dict[str, Any] = read_training_checkpoint(path)[FOLEY_KEY]["components"][name]
-    return config
+    if (published := published_source(source)) is not None:
+        return dict(published_loader(published).configs[name])
+    path = find_weights(source, name)
+    return read_config(path) if path.is_dir() else _config_of(read_training_checkpoint(path), name, str(path))

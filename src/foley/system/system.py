@@ -1,15 +1,17 @@
-"""A text-to-audio system: published, an exported directory, or a training checkpoint and the codec it names."""
+"""A text-to-audio system: published, an exported directory, or a training checkpoint and the codec it names.
 
-import json
+An exported directory holds a folder for each component and `system.json`: the process, the hash of every file that is
+read, and a hash of all that, so that no config or weights are taken for others.
+"""
+
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -18,33 +20,46 @@ from foley.core.components import (
     WEIGHTS_FILE,
     CheckpointError,
     build_component,
+    check_targets,
     current_config,
     load_component,
     read_config,
+    rebuild_component,
     save_component,
 )
-from foley.core.config import default_cache_dir, locate, published_config, published_name
+from foley.core.config import default_cache_dir, locate, published_config
 from foley.core.files import write_json, write_text
-from foley.core.hashing import hash_file, hash_module
+from foley.core.hashing import hash_file, hash_json, hash_module
 from foley.core.hub import Hub
+from foley.core.logs import get_logger
 from foley.core.numbers import POSITIVE
+from foley.core.reading import read_json, reading
 from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
 from foley.models.lora import AdaptedDenoiser
 from foley.system.checkpoint import (
+    A_SYSTEM,
+    CAPTIONS_FILE,
+    COMPONENTS,
+    EXPORT_AGAIN,
     FOLEY_KEY,
+    SYSTEM_FILE,
     component_from_training,
+    find_weights,
     load_trained,
+    locate_source,
+    published_loader,
+    published_source,
     read_training_checkpoint,
+    system_parts,
     trained_config,
 )
 
-SYSTEM_FILE = "system.json"
-SYSTEM_FORMAT = "foley-system/1"
-CAPTIONS_FILE = "captions.txt"
+SYSTEM_FORMAT = "foley-system/2"
+_UNBOUND_FORMAT = "foley-system/1"  # of version 0.1, whose configs no hash binds
 STUDENT_FOLDER = "student"
-COMPONENTS = ("denoiser", "text", "codec", "normaliser")
 _METHODS = ("process", "consistency")
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,29 +99,33 @@ def untrained_system(composed: DictConfig) -> System:
     return build_system(configs)
 
 
-def load_system(source: str | Path, with_codec: bool = True) -> System:
+def load_system(source: str | Path, with_codec: bool = True, codec_path: str | Path | None = None) -> System:
     """Read a system by what `system=` takes.
 
     Args:
-        source: the name of a published system of ours, such as "ezaudio_xl"; an exported system directory; or a
-            diffusion training checkpoint (`.ckpt`).
+        source: the name of a published system of ours, such as "ezaudio_xl"; the folder of an exported system or of a
+            diffusion run; or a training checkpoint (`.ckpt`).
         with_codec: False leaves the codec out, which training on cached latents does not need.
+        codec_path: a codec, as `load_trained` takes it, in place of the one that a folder or checkpoint names.
 
     Raises CheckpointError where something is missing, was altered, or does not belong together.
     """
-    if (name := published_name(source)) is not None:
+    if (name := published_source(source)) is not None:
+        if codec_path is not None:
+            raise CheckpointError(f"codec_path={codec_path}: {name} is published with its codec; leave codec_path out")
         system = load_published(name)
         if not isinstance(system, System):
             raise CheckpointError(f"{name} is a pipeline of diffusers, which only generates; give a system of ours")
         return system
-    path = Path(source)
-    if path.is_dir():
-        return _load_directory(path, with_codec)
-    if not path.exists() and path.suffix != ".ckpt":
+    path = find_weights(source)
+    if not path.is_dir():
+        return _load_training(path, with_codec, codec_path)
+    if not (path / SYSTEM_FILE).is_file():
         raise CheckpointError(
-            f"system={source} names neither a published system (configs/published) nor a file or folder that exists"
+            f"{path / SYSTEM_FILE} does not exist: {path} is a component, not an exported system "
+            "(scripts/export_system.py)"
         )
-    return _load_training(path, with_codec)
+    return _load_directory(path, with_codec, codec_path)
 
 
 def load_published(
@@ -131,23 +150,16 @@ def load_published(
     return replace(loaded, trained_seconds=published_config(name, overrides).sampling.get("duration_seconds"))
 
 
-def published_loader(name: str, overrides: Mapping[str, Any] | None = None) -> Any:
-    """What `foley.system.published` loads the system of that name by; nothing is looked for yet."""
-    return instantiate(published_config(name, overrides).published)
-
-
 def codec_hashes(source: str | Path) -> set[str]:
     """The hashes of the codec whose latents the system `source` generates, empty where it does not say.
 
     A directory may hold a rounded copy of the codec that the system was trained on; latents of both fit.
     """
-    if (name := published_name(source)) is not None:
-        codec = published_loader(name).load_codec(Hub(), Path(default_cache_dir()).expanduser())
-        return {hash_module(codec)}
-    path = Path(source)
+    if published_source(source) is not None:
+        return {hash_module(load_trained(source, "codec"))}
+    path = find_weights(source)
     if path.is_dir():
-        trained_on = json.loads((path / SYSTEM_FILE).read_text(encoding="utf-8"))["codec_hash"]
-        return {trained_on, hash_module(load_component(_parts(path)["codec"]))}
+        return {_read_info(path)["codec_hash"], hash_module(load_component(system_parts(path)["codec"]))}
     return {read_training_checkpoint(path)[FOLEY_KEY].get("codec_hash")} - {None}
 
 
@@ -161,19 +173,22 @@ def save_system(system: System, directory: Path, dtype: torch.dtype | None = Non
         module, config = system.modules[name], system.configs[name]
         if name == "text" and not module.trainable:
             write_json(directory / name / CONFIG_FILE, dict(config))
+            (directory / name / WEIGHTS_FILE).unlink(missing_ok=True)  # of an earlier export
         else:
-            save_component(module, config, directory / name, dtype, _files_in(config))
-    weights = {file.parent.name: hash_file(file) for file in sorted(directory.glob(f"*/{WEIGHTS_FILE}"))}
+            save_component(module, config, directory / name, dtype, _assets(module, config))
+    captions = directory / CAPTIONS_FILE
+    captions.unlink(missing_ok=True)
+    if system.captions:
+        write_text(captions, "\n".join(system.captions) + "\n")
+    parts = {name: directory / name for name in (*COMPONENTS, CAPTIONS_FILE)}
     info = {
         "format": SYSTEM_FORMAT,
         **{name: dict(system.configs[name]) for name in _METHODS if name in system.configs},
         "codec_hash": hash_module(system.modules["codec"]),
         **({} if system.trained_seconds is None else {"trained_seconds": system.trained_seconds}),
-        "weights_sha256": weights,
+        "files_sha256": {name: hash_file(file) for name, file in _files_read(parts).items()},
     }
-    if system.captions:
-        write_text(directory / CAPTIONS_FILE, "\n".join(system.captions) + "\n")
-    write_json(directory / SYSTEM_FILE, info)
+    write_json(directory / SYSTEM_FILE, {**info, "sha256": _bound_hash(info)})
 
 
 def share_parts(directory: Path, original: Path) -> list[str]:
@@ -183,7 +198,7 @@ def share_parts(directory: Path, original: Path) -> list[str]:
     """
     file = directory / SYSTEM_FILE
     names = [name for name in (*COMPONENTS, CAPTIONS_FILE) if _same_content(directory / name, original / name)]
-    info = json.loads(file.read_text(encoding="utf-8"))
+    info = read_json(file, A_SYSTEM, EXPORT_AGAIN)
     info["shared"] = {name: os.path.relpath(original / name, directory) for name in names}
     write_json(file, info)
     for name in names:
@@ -208,12 +223,6 @@ def _same_content(first: Path, second: Path) -> bool:
     return bool(contents[0]) and contents[0] == contents[1]
 
 
-def _parts(directory: Path) -> dict[str, Path]:
-    """Where the components and the captions of the system in `directory` lie."""
-    shared = json.loads((directory / SYSTEM_FILE).read_text(encoding="utf-8")).get("shared", {})
-    return {name: directory / shared.get(name, name) for name in (*COMPONENTS, CAPTIONS_FILE)}
-
-
 def _assemble(
     modules: Mapping[str, nn.Module],
     configs: Mapping[str, Mapping[str, Any]],
@@ -221,75 +230,150 @@ def _assemble(
     captions: Sequence[str] = (),
     trained_seconds: float | None = None,
 ) -> System:
-    methods = {name: build_component(configs[name], source) for name in _METHODS if name in configs}
+    methods = {name: rebuild_component(configs[name], source) for name in _METHODS if name in configs}
     return System(modules, configs=configs, captions=captions, trained_seconds=trained_seconds, **methods)
 
 
-def _load_directory(directory: Path, with_codec: bool) -> System:
-    file = directory / SYSTEM_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file} does not exist: {directory} is not an exported system (scripts/export_system.py)"
-        )
-    info = current_config(json.loads(file.read_text(encoding="utf-8")))
-    if info.get("format") != SYSTEM_FORMAT:
-        raise CheckpointError(
-            f"{file}: format {info.get('format')!r} is not {SYSTEM_FORMAT!r}; export the system again"
-        )
-    parts = _parts(directory)
-    for name, expected in info["weights_sha256"].items():
-        weights = parts[name] / WEIGHTS_FILE
-        if not weights.is_file() or hash_file(weights) != expected:
-            raise CheckpointError(f"{weights} is missing or is not the file that {file} describes (SHA-256 {expected})")
+def _load_directory(directory: Path, with_codec: bool, codec_path: str | Path | None) -> System:
+    file, info, parts = directory / SYSTEM_FILE, _read_info(directory), system_parts(directory)
+    _check_files(file, info, parts)
     modules, configs = {}, {name: info[name] for name in _METHODS if name in info}
     for name in COMPONENTS if with_codec else (name for name in COMPONENTS if name != "codec"):
+        if name == "codec" and codec_path is not None:
+            modules[name], configs[name] = _matching_codec(codec_path, codec_hashes(directory), str(directory))
+            continue
         configs[name] = read_config(parts[name])
-        stored = (parts[name] / WEIGHTS_FILE).is_file()
-        modules[name] = load_component(parts[name]) if stored else build_component(configs[name], str(directory))
+        modules[name] = _load_part(parts[name], configs[name])
     captions = parts[CAPTIONS_FILE]
-    lines = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else []
+    with reading(captions, "the captions of a system", EXPORT_AGAIN):
+        lines = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else []
     return _assemble(modules, configs, str(file), lines, info.get("trained_seconds"))
 
 
-def _load_training(path: Path, with_codec: bool) -> System:
+def _load_part(part: Path, config: Mapping[str, Any]) -> nn.Module:
+    """A component with its weights; only a frozen text encoder, whose weights lie elsewhere, has none in the folder."""
+    if (part / WEIGHTS_FILE).is_file():
+        return load_component(part)  # type: ignore[no-any-return]
+    module: nn.Module = rebuild_component(config, str(part / CONFIG_FILE)).eval()
+    if getattr(module, "trainable", True):
+        raise CheckpointError(f"{part / WEIGHTS_FILE} does not exist: {part.name} would be untrained; {EXPORT_AGAIN}")
+    return module
+
+
+def _read_info(directory: Path) -> dict[str, Any]:
+    """What `system.json` says, with `files_sha256` in older formats too; targets are named as today, and checked."""
+    file = directory / SYSTEM_FILE
+    with reading(file, A_SYSTEM, EXPORT_AGAIN):
+        stored = read_json(file, A_SYSTEM, EXPORT_AGAIN)
+        info: dict[str, Any] = dict(current_config(stored))
+        check_targets({name: info[name] for name in _METHODS if name in info}, str(file))
+        if info.get("format") == _UNBOUND_FORMAT:
+            _log.warning("%s is of version 0.1: no hash binds its configs; %s", directory, EXPORT_AGAIN)
+            weights = info["weights_sha256"].items()
+            return {**info, "files_sha256": {f"{name}/{WEIGHTS_FILE}": digest for name, digest in weights}}
+        if info.get("format") != SYSTEM_FORMAT:
+            raise CheckpointError(f"{file}: format {info.get('format')!r} is not {SYSTEM_FORMAT!r}; {EXPORT_AGAIN}")
+        if _bound_hash(stored) != stored["sha256"]:
+            raise CheckpointError(
+                f"{file} was changed after its export (its `sha256` is of other values); {EXPORT_AGAIN}"
+            )
+    return info
+
+
+def _bound_hash(info: Mapping[str, Any]) -> str:
+    """Of what `system.json` says of the system itself; where shared parts lie, for one, may change."""
+    bound = (*_METHODS, "codec_hash", "trained_seconds", "files_sha256")
+    return hash_json({name: info[name] for name in bound if name in info})
+
+
+def _files_read(parts: Mapping[str, Path]) -> dict[str, Path]:
+    """Every file that loading these parts reads, by its name in `files_sha256`, such as "codec/config.json"."""
+    files = {CAPTIONS_FILE: parts[CAPTIONS_FILE]}
+    for name in COMPONENTS:
+        assets = [Path(value) for value in read_config(parts[name]).values() if isinstance(value, str)]
+        inside = [file for file in assets if file.is_absolute() and file.parent == parts[name].absolute()]
+        own = [parts[name] / CONFIG_FILE, parts[name] / WEIGHTS_FILE, *inside]
+        files |= {f"{name}/{file.name}": file for file in own}
+    return {name: file for name, file in files.items() if file.is_file()}
+
+
+def _check_files(file: Path, info: Mapping[str, Any], parts: Mapping[str, Path]) -> None:
+    """Raise CheckpointError unless every file is the one that `file` describes, and none is read that it does not."""
+    recorded: Mapping[str, str] = info["files_sha256"]
+    for name, expected in recorded.items():
+        part, _, inside = name.partition("/")
+        path = parts[part] / inside
+        if not path.is_file() or hash_file(path) != expected:
+            raise CheckpointError(f"{path} is missing or is not the file that {file} describes (SHA-256 {expected})")
+    unbound = [path for name, path in _files_read(parts).items() if name not in recorded]
+    if info["format"] == _UNBOUND_FORMAT:
+        unbound = [path for path in unbound if path.name == WEIGHTS_FILE]
+    if foreign := [str(path) for path in unbound]:
+        raise CheckpointError(f"{file} holds no SHA-256 of {', '.join(foreign)}; {EXPORT_AGAIN}")
+
+
+def _load_training(path: Path, with_codec: bool, codec_path: str | Path | None) -> System:
     checkpoint = read_training_checkpoint(path)
     metadata = checkpoint[FOLEY_KEY]
     configs = dict(metadata["components"])
     absent = [name for name in ("denoiser", "normaliser", "text", "process") if configs.get(name) is None]
     if absent:
         raise CheckpointError(f"{path} is no text-to-audio model: it holds no {', '.join(absent)}")
+    codec = _load_codec(metadata, path, codec_path) if with_codec else None  # before the text encoder, which is slow
     modules = {name: component_from_training(checkpoint, name, str(path)) for name in ("denoiser", "normaliser")}
     if isinstance(modules["denoiser"], AdaptedDenoiser):
         modules["denoiser"], configs["denoiser"] = modules["denoiser"].folded(), configs["denoiser"]["denoiser"]
     if any(key.startswith("text.") for key in checkpoint["state_dict"]):
         modules["text"] = component_from_training(checkpoint, "text", str(path))
     else:
-        modules["text"] = build_component(configs["text"], str(path)).eval()
-    if with_codec:
-        modules["codec"], configs["codec"] = _load_codec(metadata, path)
+        modules["text"] = rebuild_component(configs["text"], str(path)).eval()
+    if codec is not None:
+        modules["codec"], configs["codec"] = codec
     return _assemble(modules, configs, str(path), trained_seconds=metadata.get("trained_seconds"))
 
 
-def _load_codec(metadata: Mapping[str, Any], source: Path) -> tuple[nn.Module, Mapping[str, Any]]:
+def _load_codec(
+    metadata: Mapping[str, Any], source: Path, codec_path: str | Path | None
+) -> tuple[nn.Module, Mapping[str, Any]]:
     """The codec whose latents the denoiser was trained on, and its config."""
-    if not metadata.get("codec_dir"):
-        raise CheckpointError(
-            f"{source} does not say which codec it was trained on (`codec_dir`); train with `codec_path=` set"
-        )
-    path = locate(metadata["codec_dir"])
-    if not path.exists():
-        raise CheckpointError(f"{source} was trained on the codec at {path}, which does not exist")
-    codec = load_trained(path, "codec")
-    actual, expected = hash_module(codec), metadata["codec_hash"]
-    if actual != expected:
-        raise CheckpointError(
-            f"{source} was trained on latents of the codec {expected[:12]}, but {path} now holds {actual[:12]}; "
-            "put the original codec back, or encode the latents and train again"
-        )
-    return codec, trained_config(path, "codec")
+    if codec_path is None:
+        if not metadata.get("codec_dir"):
+            raise CheckpointError(
+                f"{source} does not say which codec it was trained on (`codec_dir`); give it: codec_path=CODEC"
+            )
+        codec_path = locate_source(metadata["codec_dir"])
+        if isinstance(codec_path, Path) and not codec_path.exists():
+            raise CheckpointError(
+                f"{source} was trained on the codec at {codec_path}, which does not exist; "
+                "put it back, or say where it is: codec_path=CODEC"
+            )
+    digest = metadata.get("codec_hash")
+    return _matching_codec(codec_path, set() if digest is None else {digest}, str(source))
 
 
-def _files_in(config: Mapping[str, Any]) -> dict[str, Path]:
-    """The config's values that are files, such as a vocabulary; they travel with the component."""
-    files = {key: locate(value) for key, value in config.items() if isinstance(value, str)}
+def _matching_codec(codec_path: str | Path, expected: Set[str], source: str) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The codec at `codec_path` and its config; raises CheckpointError unless its hash is one of the `expected`."""
+    codec = load_trained(codec_path, "codec")
+    actual = hash_module(codec)
+    if expected and not expected & {actual, _trained_hash(codec_path)}:
+        known = " or ".join(sorted(digest[:12] for digest in expected))
+        raise CheckpointError(
+            f"{source} was trained on latents of the codec {known}, but {codec_path} holds {actual[:12]}; "
+            "give the original codec (codec_path=), or encode the latents and train again"
+        )
+    return codec, trained_config(codec_path, "codec")
+
+
+def _trained_hash(codec_path: str | Path) -> str | None:
+    """Of the codec that a system's folder holds a rounded copy of."""
+    folder = Path(codec_path)
+    return _read_info(folder)["codec_hash"] if (folder / SYSTEM_FILE).is_file() else None
+
+
+def _assets(module: nn.Module, config: Mapping[str, Any]) -> dict[str, Path]:
+    """The files that the component's class declares, such as a vocabulary; they travel with the component.
+
+    No other option is looked at: in a config of a stranger it may name any file of this machine.
+    """
+    files = {key: locate(config[key]) for key in getattr(module, "asset_options", ()) if config.get(key) is not None}
     return {key: file for key, file in files.items() if file.is_file()}

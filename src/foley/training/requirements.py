@@ -32,8 +32,8 @@ _MADE_BY = {
 """What stands for `???` or for a path in a recipe, and the command that makes it."""
 
 _CODECS = {
-    "waveform_vae.WaveformVAE": "made by: foley train experiment=waveform_vae data=manifest data.splits.manifest=FILE, or "
-    "from published weights by foley convert",
+    "waveform_vae.WaveformVAE": "made by: foley train experiment=waveform_vae data=manifest data.splits.manifest=FILE, "
+    "or from published weights by foley convert",
     "spectral_vae.SpectralVAE": "data/demo/codec ships, and foley train experiment=tiny_vae makes another",
     "mel_codec.MelCodec": "made by: foley train experiment=audiolcm_mel_vae, experiment=bigvgan; foley join-mel-codec",
 }

@@ -19,11 +19,11 @@ from foley.core.hub import Hub
 from foley.diffusion.process import DiffusionProcess
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
+from foley.system.checkpoint import published_loader
 from foley.system.convert import ezaudio_denoiser, waveform_vae
 from foley.system.convert.ezaudio import denoiser_config
 from foley.system.convert.waveform_vae import codec_config
 from foley.system.published.ezaudio import load_text
-from foley.system.system import published_loader
 
 
 def composed(name, *overrides):

@@ -25,9 +25,9 @@ from foley.core.config import PROJECT_ROOT
 from foley.core.hub import Hub
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.pipeline_to_audio import PipelineToAudio, open_generator
+from foley.system.checkpoint import published_loader
 from foley.system.published import PublishedPipeline
 from foley.system.published.audio_pipelines import pipeline_folder
-from foley.system.system import published_loader
 
 RATES_HZ = {"stable_audio_open": STABLE_AUDIO_RATE_HZ, "audioldm2": AUDIOLDM2_RATE_HZ}
 CHANNELS = {"stable_audio_open": 2, "audioldm2": 1}

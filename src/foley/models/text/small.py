@@ -75,6 +75,7 @@ class SmallTextEncoder(TextConditioner):
     """
 
     trainable = True
+    asset_options = ("tokenizer_file",)  # files that an export copies along
 
     def __init__(self, tokenizer_file: str, dim: int, depth: int, num_heads: int, max_length: int) -> None:
         super().__init__()
