@@ -4,13 +4,13 @@ from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.core.logs import get_logger
-from foley.data.importers import read_entries
+from foley.data.manifest import ManifestOptions, read_manifest
 from foley.data.shards_writer import write_shards
 
 
 @command("script/make_shards")
 def main(cfg: DictConfig) -> None:
-    index = write_shards(read_entries(cfg.manifest, cfg.audio_dir), cfg.output, **cfg.writer)
+    index = write_shards(read_manifest(cfg.manifest, cfg.audio_dir, ManifestOptions.of(cfg)), cfg.output, **cfg.writer)
     clips, seconds = (sum(getattr(shard, name) for shard in index.shards) for name in ("num_samples", "seconds"))
     message = "%d clips (%.2f hours) in %d shards, %d left out: %s"
     get_logger(__name__).info(message, clips, seconds / 3600, len(index.shards), index.left_out, cfg.output)

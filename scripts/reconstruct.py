@@ -11,7 +11,7 @@ from foley.core.files import sample_stem, write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_audio, write_wav
 from foley.data.dataset import PeakLevel
-from foley.data.manifest import read_manifest
+from foley.data.manifest import of_split, read_manifest
 from foley.generation.text_to_audio import resolve_device
 from foley.system.checkpoint import load_trained
 
@@ -21,7 +21,7 @@ from foley.system.checkpoint import load_trained
 def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""
     codec = load_trained(Path(cfg.codec_ckpt), "codec").to(resolve_device(cfg.device))
-    entries = [entry for entry in read_manifest(Path(cfg.manifest)) if cfg.split in (None, entry.split)]
+    entries = of_split(read_manifest(cfg.manifest), cfg.split, cfg.manifest)
     directory, level = Path(cfg.output_dir), PeakLevel()
     directory.mkdir(parents=True, exist_ok=True)
     for index, entry in enumerate(track(entries, description="reconstructing")):

@@ -11,7 +11,7 @@ from commands import compose_command, run_command
 from hydra.utils import instantiate
 
 import foley.core.config  # noqa: F401
-from foley.data.importers.tables import AnnotationFile
+from foley.data.importers.annotations import AnnotationFile
 from foley.data.importers.youtube import autoacd_caption, autoacd_key
 from foley.data.manifest import ManifestError, read_manifest
 from foley.data.preparation import AudioFolder, AudioFolderError, prepare_manifest

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator, torch_generator
-from foley.data.dataset import LatentBatch, SampleKey, crop_start, sample_key
+from foley.data.dataset import LatentBatch, SampleKey, crop_start, draw_caption, sample_key
 
 _log = get_logger(__name__)
 
@@ -48,6 +48,7 @@ class LatentEntry:
     first_frame: int
     num_frames: int
     duration_seconds: float
+    other_captions: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class LatentDataset(Dataset[LatentItem]):
         if self.random:
             noise = torch.randn(latent.shape, generator=torch_generator("posterior", self.seed, epoch, index))
             latent = latent + shard["std"][rows].float() * noise
-        return LatentItem(latent.T, entry.caption, entry.label, entry.id)
+        caption = draw_caption(entry, self.seed, SampleKey(index, epoch)) if self.random else entry.caption
+        return LatentItem(latent.T, caption, entry.label, entry.id)
 
 
 def _repeated(entries: list[LatentEntry], repeats: Mapping[str, int]) -> list[LatentEntry]:

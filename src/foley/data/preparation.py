@@ -8,7 +8,7 @@ from typing import Any
 
 from foley.core.files import json_lines, write_json
 from foley.data.audio import AudioError, open_audio, read_audio
-from foley.data.importers.tables import AnnotationFile
+from foley.data.importers.annotations import AnnotationFile
 from foley.data.manifest import ManifestError, build_entry
 
 SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", ".aif", ".au"})
@@ -36,6 +36,11 @@ class AudioFolder:
 
     def __len__(self) -> int:
         return sum(map(len, self._by_stem.values()))
+
+    @property
+    def files(self) -> list[str]:
+        """Every path, relative to the root, sorted."""
+        return sorted(path for paths in self._by_stem.values() for path in paths)
 
     def find(self, names: list[str]) -> str:
         """The path, relative to the root, of the file that the first of `names` to fit one names.
