@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.data.audio import read_channels
+from foley.data.manifest import ManifestOptions
 from foley.data.procedural import CLASS_NAMES, captions_for
 from foley.metrics.evaluation import evaluate_files
 from foley.metrics.features import scan_directory
@@ -18,7 +19,8 @@ from foley.reporting.scores import flat_scores, show, write_report
 def main(cfg: DictConfig) -> None:
     """Write `evaluation.json` and `evaluation.md`, show the scores, and log them where a logger is chosen."""
     protocols = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
-    samples, reference = scan_directory(Path(cfg.samples)), read_clips(cfg.reference, cfg.split, cfg.audio_dir)
+    reference = read_clips(cfg.reference, cfg.split, cfg.audio_dir, ManifestOptions.of(cfg))
+    samples = scan_directory(Path(cfg.samples))
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]
     settings = (read_channels, cfg.pairing, Path(cfg.cache_dir), captions, CLASS_NAMES, cfg.resamples)
     evaluations = [evaluate_files(samples, reference, protocol, *settings) for protocol in protocols]
