@@ -14,6 +14,7 @@ def main(cfg: DictConfig) -> None:
     """Write `evaluation.json` and `evaluation.md`, show the scores, and log them where a logger is chosen."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
     from foley.data.audio import read_channels
+    from foley.data.manifest import ManifestOptions
     from foley.data.procedural import CLASS_NAMES, captions_for
     from foley.metrics.evaluation import evaluate_files
     from foley.metrics.features import scan_directory
@@ -21,7 +22,8 @@ def main(cfg: DictConfig) -> None:
     from foley.reporting.scores import flat_scores, show, write_report
 
     protocols = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
-    samples, reference = scan_directory(Path(cfg.samples)), read_clips(cfg.reference, cfg.split, cfg.audio_dir)
+    reference = read_clips(cfg.reference, cfg.split, cfg.audio_dir, ManifestOptions.of(cfg))
+    samples = scan_directory(Path(cfg.samples))
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]
     load, cache_dir = partial(read_channels, downmix=cfg.downmix), Path(cfg.cache_dir) / (cfg.downmix or "")
     settings = (load, cfg.pairing, cache_dir, captions, CLASS_NAMES, cfg.resamples)

@@ -16,6 +16,7 @@ from foley.core.logs import get_logger
 from foley.data.annotating import AnnotationError, ManifestRow, annotate, pending_rows
 from foley.data.captioning.answers import write_captioned_manifest
 from foley.data.captioning.strong_labels import StrongLabelCaptioner
+from foley.data.manifest import ManifestOptions
 
 _log = get_logger(__name__)
 
@@ -24,7 +25,8 @@ def check_cost(captioner: StrongLabelCaptioner, cfg: DictConfig) -> None:
     """Say what the run will cost; raises AnnotationError where it is more than `max_cost_usd`."""
 
     def rows() -> Iterator[ManifestRow]:
-        pending = pending_rows(Path(cfg.manifest), Path(cfg.out), captioner.key_fields)
+        options = ManifestOptions.of(cfg)
+        pending = pending_rows(Path(cfg.manifest), Path(cfg.out), captioner.key_fields, options=options)
         return (row for _, row in pending if not isinstance(row, str))
 
     estimate = captioner.estimate(rows())
@@ -37,7 +39,7 @@ def check_cost(captioner: StrongLabelCaptioner, cfg: DictConfig) -> None:
 @rank_zero_only
 def finish(cfg: DictConfig) -> None:
     """Write the manifest and say how many clips are in it."""
-    path, written = write_captioned_manifest(Path(cfg.manifest), Path(cfg.out))
+    path, written = write_captioned_manifest(Path(cfg.manifest), Path(cfg.out), ManifestOptions.of(cfg))
     _log.info("%s: %d captioned clips; what failed is in %s/faults-rank*.jsonl", path, written, cfg.out)
 
 
@@ -50,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         return
     trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
-    annotate(captioner, Path(cfg.manifest), Path(cfg.out), trainer, cfg.batch_size)
+    annotate(captioner, Path(cfg.manifest), Path(cfg.out), trainer, cfg.batch_size, ManifestOptions.of(cfg))
     finish(cfg)
 
 

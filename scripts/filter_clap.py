@@ -13,6 +13,7 @@ from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.data.annotating import AnnotationError, annotate
 from foley.data.clap_filter import keep_by_threshold
+from foley.data.manifest import ManifestOptions
 from foley.reporting.plots import draw_histogram
 
 _log = get_logger(__name__)
@@ -22,11 +23,12 @@ _log = get_logger(__name__)
 def finish(cfg: DictConfig) -> None:
     """Write what is kept, draw the histogram and print the counts."""
     output_dir = Path(cfg.out)
-    filtered = keep_by_threshold(Path(cfg.manifest), output_dir, cfg.threshold, list(cfg.reported_thresholds))
+    limits, options = list(cfg.reported_thresholds), ManifestOptions.of(cfg)
+    filtered = keep_by_threshold(Path(cfg.manifest), output_dir, cfg.threshold, limits, options)
     if not filtered.scores:
         raise AnnotationError(f"no clip could be scored: {output_dir}/faults-rank*.jsonl says why")
-    limits = {limit: f"{limit:.2f}: {count} kept" for limit, count in filtered.kept.items()}
-    draw_histogram(output_dir / "histogram.png", filtered.scores, "CLAP score", limits)
+    labels = {limit: f"{limit:.2f}: {count} kept" for limit, count in filtered.kept.items()}
+    draw_histogram(output_dir / "histogram.png", filtered.scores, "CLAP score", labels)
     _log.info("%d clips scored, %d could not be", len(filtered.scores), filtered.unscored)
     for limit, count in filtered.kept.items():
         _log.info("threshold %.2f keeps %d (%.1f %%)", limit, count, 100 * count / len(filtered.scores))
@@ -37,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     """Compose, score, keep."""
     scorer = instantiate(cfg.scorer, _convert_="all")
     trainer = instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_model_summary=False)
-    annotate(scorer, Path(cfg.manifest), Path(cfg.out), trainer, cfg.batch_size)
+    annotate(scorer, Path(cfg.manifest), Path(cfg.out), trainer, cfg.batch_size, ManifestOptions.of(cfg))
     finish(cfg)
 
 

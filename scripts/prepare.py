@@ -19,7 +19,7 @@ def main(cfg: DictConfig) -> None:
     from foley.data.preparation import prepare_manifest
 
     files = instantiate(cfg.dataset, _convert_="all")
-    summary = prepare_manifest(files, Path(cfg.audio_dir), Path(cfg.out), cfg.decode)
+    summary = prepare_manifest(files, Path(cfg.audio_dir), Path(cfg.out), cfg.decode, cfg.duration_seconds)
     log = get_logger(__name__)
     log.info("%s: kept %d of %d rows", Path(cfg.out) / "manifest.jsonl", summary["kept"], summary["rows"])
     for kind, count in summary["left_out"].items():

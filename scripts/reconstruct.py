@@ -13,7 +13,7 @@ from foley.core.files import sample_stem, write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_audio, write_wav
 from foley.data.dataset import PeakLevel
-from foley.data.manifest import read_manifest
+from foley.data.manifest import of_split, read_manifest
 from foley.system.checkpoint import load_trained
 
 
@@ -22,8 +22,8 @@ from foley.system.checkpoint import load_trained
 def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""
     device = resolve_device(cfg.device)
-    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(device)
-    entries = [entry for entry in read_manifest(Path(cfg.manifest)) if cfg.split in (None, entry.split)]
+    codec = load_trained(cfg.codec_path, "codec").to(device)
+    entries = of_split(read_manifest(cfg.manifest), cfg.split, cfg.manifest)
     directory, level = Path(cfg.output_dir), PeakLevel()
     directory.mkdir(parents=True, exist_ok=True)
     for index, entry in enumerate(track(entries, description="reconstructing")):

@@ -13,9 +13,9 @@ def main(cfg: DictConfig) -> None:
     """Write a table of source, licence and number of clips."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
     from foley.core.files import write_text
-    from foley.data.manifest import read_manifest
+    from foley.data.manifest import of_split, read_manifest
 
-    entries = [entry for entry in read_manifest(Path(cfg.manifest)) if entry.split == cfg.split]
+    entries = of_split(read_manifest(cfg.manifest), cfg.split, cfg.manifest)
     counts = Counter((entry.source, entry.license) for entry in entries)
     rows = [f"| {source} | {license} | {n} |" for (source, license), n in sorted(counts.items())]
     header = f"# Recordings in training\n\n{len(entries)} clips.\n\n| source | licence | clips |\n|---|---|---:|"

@@ -177,7 +177,8 @@ def encoding(*overrides):
 
 def test_the_command_writes_shards_and_the_configs_read_them(manifest, tmp_path):
     shards = tmp_path / "shards"
-    run_command("script/make_shards", f"manifest={manifest}", f"output={shards}", "writer.sample_rate_hz=null")
+    whole = ["val_fraction=0", "writer.sample_rate_hz=null"]
+    run_command("script/make_shards", f"manifest={manifest}", f"output={shards}", *whole)
     part, settings = f"url={shards}", ["data.sample_rate_hz=8000", "data.duration_seconds=0.05", "codec_ckpt=unused"]
     cfg = compose_command(
         "script/encode_latents", "data=shards", f"data.splits.{part}", "data.bucket_batches=10", *settings

@@ -1,3 +1,6 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -5,8 +8,9 @@ from hydra.utils import instantiate
 
 from foley.core.config import PROJECT_ROOT
 from foley.data.datamodule import AudioDataModule
-from foley.data.dataset import Augmentation
-from foley.data.splits import clip_splits, joined_splits, procedural_splits
+from foley.data.dataset import Augmentation, SampleKey
+from foley.data.manifest import ManifestEntry
+from foley.data.splits import clip_splits, folder_splits, hold_out, joined_splits, procedural_splits
 
 SIZES = {"train": 8, "val": 3}
 
@@ -98,3 +102,82 @@ def test_shared_clips_config(shared):
     module = instantiate_data("data=clips", f"paths.shared_dir={shared}", "data.splits.check_files=false")
     assert {name: len(dataset) for name, dataset in module.datasets.items()} == {"train": 3013, "val": 244, "test": 380}
     assert next(iter(module.train_dataloader()))["audio"].shape == (16, 1, 48000)
+
+
+def entries_of(count: int, root: Path) -> list[ManifestEntry]:
+    return [ManifestEntry(root / f"{n}.wav", "x", str(n)) for n in range(count)]
+
+
+def val_of(entries, fraction: float, root: Path) -> set[str]:
+    return {entry.id for entry in hold_out(entries, fraction, root, "clips.csv") if entry.split == "val"}
+
+
+def test_a_share_is_held_out_by_the_hash_of_the_path(tmp_path, caplog):
+    held = val_of(entries_of(1000, tmp_path), 0.05, tmp_path)
+    assert 30 <= len(held) <= 70  # 50, give or take three standard deviations
+    assert f"{1000 - len(held)} clips are for training, {len(held)} (val_fraction=0.05" in caplog.text
+    assert val_of(entries_of(500, tmp_path), 0.05, tmp_path) == {clip for clip in held if int(clip) < 500}
+    assert val_of(entries_of(1000, Path("/elsewhere")), 0.05, Path("/elsewhere")) == held
+    twice = [replace(entry, id=f"{entry.id}#{n}") for entry in entries_of(1000, tmp_path) for n in range(2)]
+    assert val_of(twice, 0.05, tmp_path) == {f"{clip}#{n}" for clip in held for n in range(2)}
+
+
+def test_what_is_held_out_of_few_clips_and_of_named_splits(tmp_path):
+    assert [len(val_of(entries_of(count, tmp_path), 0.05, tmp_path)) for count in (1, 2)] == [0, 0]
+    assert len(val_of(entries_of(20, tmp_path), 0.05, tmp_path)) >= 1
+    assert len(val_of(entries_of(2, tmp_path), 0.999, tmp_path)) < 2
+    named = [replace(entry, split="test" if entry.id == "0" else "") for entry in entries_of(100, tmp_path)]
+    assert hold_out(named, 0.05, tmp_path, "clips.csv") == named
+    with pytest.raises(ValueError, match="val_fraction must be"):
+        hold_out(named, 1.0, tmp_path, "clips.csv")
+
+
+def test_a_manifest_without_splits_and_with_columns_of_its_own(tmp_path, write_clip):
+    for n in range(20):
+        write_clip(f"{n}.wav", 800, 8000)
+    rows = "".join(f"{tmp_path}/{n}.wav,rain {n},a shower {n}\n" for n in range(20))
+    manifest = tmp_path / "lists" / "metadata.csv"
+    manifest.parent.mkdir()
+    manifest.write_text(f"file_name,text,more\n{rows}")
+    columns = ["path_column=file_name", "caption_column=[text,more]", "absolute_paths=true"]
+    options = [f"data.splits.{option}" for option in (f"manifest={manifest}", *columns)]
+    module = instantiate_data("data=manifest", "data.sample_rate_hz=8000", "data.batch_size=1", *options)
+    assert sum(len(dataset) for dataset in module.datasets.values()) == 20
+    assert set(module.datasets) == {"train", "val"}
+    drawn = {module.datasets["train"][SampleKey(0, epoch)].caption.rstrip("0123456789") for epoch in range(20)}
+    assert drawn == {"rain ", "a shower "}
+    assert {module.datasets["val"][SampleKey(0, epoch)].caption[:4] for epoch in range(20)} == {"rain"}
+    again = [module.datasets["train"][SampleKey(0, epoch)].caption for epoch in (3, 3)]
+    assert again[0] == again[1]
+
+
+def test_a_folder_is_enough_for_a_codec(tmp_path, write_clip):
+    for name in ("train/a.wav", "valid/b.wav", "valid/deep/c.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_clip(name)
+    (tmp_path / "train" / "notes.txt").touch()
+    module = instantiate_data("data=folder", f"data.splits.folder={tmp_path}", "data.batch_size=1")
+    assert {name: len(dataset) for name, dataset in module.datasets.items()} == {"train": 1, "val": 2}
+    assert next(iter(module.train_dataloader()))["caption"] == [""]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no audio"):
+        folder_splits(str(tmp_path / "empty"), 8000)
+    assert set(folder_splits(str(tmp_path / "valid"), 24000, val_fraction=0.5)) == {"train", "val"}
+
+
+def test_splits_of_other_names_are_known_or_refused():
+    splits = {"Train": procedural()["train"], "validation": procedural()["val"]}
+    assert set(AudioDataModule(splits, 24000, 0.1, 2).datasets) == {"train", "val"}
+    assert set(joined_splits({"a": splits})) == {"train", "val"}
+    unknown = {"fold1": splits["Train"]}
+    with pytest.raises(ValueError, match="split 'fold1' is none of train"):
+        AudioDataModule(unknown, 24000, 0.1, 2)
+    with pytest.raises(ValueError, match="split 'fold1' is none of train"):
+        joined_splits({"a": unknown})
+    with pytest.raises(ValueError, match="'validation' and 'dev' are both 'val'"):
+        joined_splits({"a": splits | {"dev": splits["validation"]}})
+
+
+def test_training_without_validation_says_so(caplog):
+    AudioDataModule({"train": procedural()["train"]}, 24000, 0.1, 2).setup("fit")
+    assert "no clip is for validation" in caplog.text

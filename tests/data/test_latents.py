@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -104,6 +105,20 @@ def test_posterior_samples_depend_on_seed_epoch_and_index_alone(tmp_path):
     mean = LatentDataset(index, "train", 20, random=False)[2].latent
     draws = torch.stack([dataset[SampleKey(2, epoch)].latent for epoch in range(400)])
     torch.testing.assert_close(draws.mean(0), mean, atol=0.015, rtol=0)
+
+
+def test_training_draws_one_of_several_captions_by_seed_and_epoch(tmp_path):
+    class Captioned(Clips):
+        def render(self, index, epoch):
+            return replace(super().render(index, epoch), other_captions=("another",))
+
+    index = encode(tmp_path / "cache", splits={"train": Captioned(200, 200), "val": Captioned(100)})
+    datasets = [LatentDataset(index, "train", 10, seed=seed) for seed in (0, 0, 1)]
+    drawn, again, other = ([data[SampleKey(0, epoch)].caption for epoch in range(20)] for data in datasets)
+    assert drawn == again != other
+    assert set(drawn) == {"caption 0", "another"}
+    fixed = LatentDataset(index, "val", 10, random=False)
+    assert {fixed[SampleKey(0, epoch)].caption for epoch in range(20)} == {"caption 0"}
 
 
 def test_crops_are_padded_and_masked(tmp_path):

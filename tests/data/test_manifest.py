@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from foley.data.importers.tables import read_audiocaps, read_table
+from foley.data.importers.annotations import read_audiocaps
 from foley.data.manifest import ManifestError, read_manifest
 
 GOOD = {"path": "a.wav", "caption": "a dog barks"}
@@ -27,7 +27,7 @@ def test_shared_clips_load_as_they_are(shared):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"caption": "x"}, "`path` is empty|must be text"),
+        ({"caption": "x"}, "`path` must be text and is missing: the row has .'caption'.; path_column="),
         (GOOD | {"caption": "  "}, "`caption` is empty"),
         (GOOD | {"caption": None}, "`caption` must be text"),
         (GOOD | {"path": "../b.wav"}, r"'\.\./b\.wav' leaves"),
@@ -84,27 +84,28 @@ def test_tables(suffix, delimiter, tmp_path):
         ["b.wav", "x", "", ""],
     ]
     path.write_text("\n".join(delimiter.join(row) for row in rows))
-    first, second = read_table(path, split="train")
+    first, second = read_manifest(path)
     assert (first.caption, first.split, first.duration_seconds) == ("one, two", "val", 1.5)
-    assert (second.path, second.split, second.duration_seconds) == (tmp_path / "b.wav", "train", None)
+    assert (second.path, second.split, second.duration_seconds) == (tmp_path / "b.wav", "", None)
 
 
 def test_wrong_tables_are_refused_with_the_line(tmp_path):
     path = tmp_path / "clips.csv"
     path.write_text("audio_path,words\na.wav,x\n")
     with pytest.raises(ManifestError, match=r"line 1: lacks the columns \['caption'\]"):
-        read_table(path)
+        read_manifest(path)
     path.write_text("audio_path,caption\na.wav,x\n../a.wav,y\n")
     with pytest.raises(ManifestError, match="line 3: path"):
-        read_table(path)
+        read_manifest(path)
     path.write_text("audio_path,caption,seconds\na.wav,x,long\n")
     with pytest.raises(ManifestError, match="line 2: `duration_seconds`"):
-        read_table(path)
+        read_manifest(path)
     path.write_bytes(b"audio_path,caption\na.wav,\xff\n")
     with pytest.raises(ManifestError, match="line 2: not valid UTF-8"):
-        read_table(path)
+        read_manifest(path)
+    (tmp_path / "clips.xlsx").write_bytes(b"PK\3\4")
     with pytest.raises(ManifestError, match="expected a table"):
-        read_table(tmp_path / "clips.xlsx")
+        read_manifest(tmp_path / "clips.xlsx")
 
 
 def test_audiocaps(shared, tmp_path):

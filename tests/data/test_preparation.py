@@ -6,12 +6,14 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from commands import compose_command, run_command
 from hydra.utils import instantiate
 
 import foley.core.config  # noqa: F401
-from foley.data.importers.tables import AnnotationFile
+from foley.data.importers.annotations import AnnotationFile
 from foley.data.importers.youtube import autoacd_caption, autoacd_key
 from foley.data.manifest import ManifestError, read_manifest
 from foley.data.preparation import AudioFolder, AudioFolderError, prepare_manifest
@@ -85,6 +87,20 @@ def test_the_script_says_what_it_kept(tmp_path, write_clip, caplog):
     run_command("script/prepare", "dataset=vggsound", f"audio_dir={tmp_path}", f"out={tmp_path / 'out'}")
     assert "kept 1 of 2 rows" in caplog.text
     assert "left out, no_audio_file: 1" in caplog.text
+
+
+def test_longer_shorter_and_silent_clips_are_counted_and_named(tmp_path, caplog):
+    lengths = {"a": 2.0, "b": 0.5, "c": 1.0, "d": 3.0}
+    for name, seconds in lengths.items():
+        level = 0.0 if name == "c" else 0.5
+        soundfile.write(tmp_path / f"{name}.wav", np.full(round(8000 * seconds), level), 8000)
+    rows = [{"id": n, "caption": "x", "names": [n], "license": "CC0"} for n in lengths]
+    files = [AnnotationFile(Path("a.csv"), iter(enumerate(rows, start=2)))]
+    summary = prepare_manifest(files, tmp_path, tmp_path / "out", decode=True, duration_seconds=1.0)
+    assert [summary[name] for name in ("kept", "longer", "shorter", "silent")] == [4, 2, 1, 1]
+    assert "2 clips are longer than 1 s (duration_seconds)" in caplog.text
+    assert "their beginning: a, d\n" in caplog.text
+    assert [row["id"] for row in lines(tmp_path / "out" / "manifest.jsonl") if row.get("silent")] == ["c"]
 
 
 def test_audioset_segments_and_strong_labels(prepare):

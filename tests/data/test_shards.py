@@ -4,6 +4,7 @@ import io
 import json
 import os
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def test_clips_come_back_as_they_were(entries, folder):
             assert (item.caption, item.id) == (original.caption, original.id)
     assert splits["val"].durations_seconds(0) == pytest.approx([0.45, 0.5])
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".jsonl", ".safetensors", ".tar", ".tar"]
+
+
+def test_several_captions_travel_with_their_clip(entries, tmp_path):
+    write_shards([replace(entries[0], other_captions=("two", "three")), entries[1]], str(tmp_path / "shards"), RATE)
+    source = shard_splits(str(tmp_path / "shards"), RATE)["train"]
+    assert [source.render(index, 0).other_captions for index in (0, 1)] == [("two", "three"), ()]
 
 
 def test_small_shards_hold_the_same_clips_as_large_ones(entries, folder, tmp_path, monkeypatch):
@@ -181,12 +188,11 @@ def test_too_many_faulty_clips_a_full_disk_and_a_kill_leave_nothing_to_read(entr
     assert len(shard_splits(str(output), RATE, check_hashes=True)["train"]) == 5
 
 
-def test_older_shards_are_not_overwritten_and_splits_stay_in_the_folder(entries, folder, tmp_path, write_jsonl):
+def test_older_shards_are_not_overwritten_and_splits_stay_in_the_folder(entries, folder, tmp_path):
     with pytest.raises(ShardError, match="holds shards already"):
         write_shards(entries, str(folder), RATE)
-    row = {"path": entries[0].path.name, "caption": "x", "split": "../up"}
     with pytest.raises(ShardError, match=r"split '\.\./up' cannot"):
-        write_shards(read_manifest(write_jsonl(row)), str(tmp_path / "new"), RATE)
+        write_shards([replace(entries[0], split="../up")], str(tmp_path / "new"), RATE)
 
 
 def _damage(path: Path, at: int = 5000) -> None:

@@ -23,9 +23,13 @@ def test_prompts_are_read_from_every_format(tmp_path, name, text):
     ("name", "text", "message"),
     [
         ("a.txt", "\n", "holds no prompt"),
-        ("a.csv", "id,text\n1,dog\n", "no 'caption' column"),
+        (
+            "a.csv",
+            "id,text\n1,dog\n",
+            r"line 1: lacks .*'caption'.*, has .*'id', 'text'.*; set caption_column=",
+        ),
         ("a.jsonl", '{"caption": "dog"}\n{"text": "dog"}\n', "line 2"),
-        ("a.jsonl", "{dog}\n", "line 1: not JSON"),
+        ("a.jsonl", "{dog}\n", "line 1: not valid UTF-8 JSON"),
     ],
 )
 def test_unusable_files_are_refused_with_the_line(tmp_path, name, text, message):

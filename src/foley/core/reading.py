@@ -16,7 +16,11 @@ _DAMAGE = (SafetensorError, UnicodeError, RecursionError, LookupError, TypeError
 
 
 class DamagedFileError(ValueError):
-    """A file that is not what it should be; the message names it."""
+    """A file that is not what it should be; the message names it, and `reason` is what is wrong with it alone."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 @contextmanager
@@ -40,7 +44,8 @@ def reading(path: Path | str, what: str, mend: str = "make it anew") -> Iterator
     except DamagedFileError:
         raise
     except _DAMAGE as error:
-        raise DamagedFileError(f"{path} is damaged or not {what}: {_reason(error)}; {mend}") from error
+        reason = _reason(error)
+        raise DamagedFileError(f"{path} is damaged or not {what}: {reason}; {mend}", reason) from error
 
 
 def read_json(path: Path, what: str, mend: str = "make it anew") -> Any:

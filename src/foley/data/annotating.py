@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from foley.core.files import write_json
-from foley.data.manifest import checked_rows
+from foley.core.reading import DamagedFileError, read_json, reading
+from foley.data.manifest import OUR_COLUMNS, ManifestOptions, checked_rows
 
 
 class JournalError(ValueError):
@@ -67,10 +68,18 @@ def read_journals(directory: Path, name: str) -> Iterator[dict[str, Any]]:
             for line, raw in enumerate(stream, start=1):
                 if not raw.endswith(b"\n"):
                     break
-                try:
-                    yield json.loads(raw)
-                except ValueError as error:
-                    raise JournalError(f"{path}, line {line}: not JSON ({error}); remove the line") from error
+                yield _journal_row(raw, path, line)
+
+
+def _journal_row(raw: bytes, path: Path, line: int) -> dict[str, Any]:
+    try:
+        with reading(path, "JSON"):
+            row = json.loads(raw)
+    except DamagedFileError as error:
+        raise JournalError(f"{path}, line {line}: not JSON ({error.reason}); remove the line") from error
+    if not isinstance(row, dict):
+        raise JournalError(f"{path}, line {line}: expected a JSON object, got {type(row).__name__}; remove the line")
+    return row
 
 
 RESULTS, FAULTS, SETTINGS_FILE = "results", "faults", "settings.json"
@@ -115,7 +124,14 @@ class Annotator(Protocol):
         ...
 
 
-def annotate(annotator: Annotator, manifest: Path, output_dir: Path, trainer: pl.Trainer, batch_size: int) -> None:
+def annotate(
+    annotator: Annotator,
+    manifest: Path,
+    output_dir: Path,
+    trainer: pl.Trainer,
+    batch_size: int,
+    options: ManifestOptions = OUR_COLUMNS,
+) -> None:
     """Let `annotator` go over every row of `manifest` that has no result in `output_dir` yet.
 
     Results are appended to `results-rank*.jsonl`; rows without one are in `faults-rank*.jsonl`, with line and reason.
@@ -124,7 +140,8 @@ def annotate(annotator: Annotator, manifest: Path, output_dir: Path, trainer: pl
         ManifestError: the manifest is absent, or has a byte-order mark.
         AnnotationError: `output_dir` holds results of another identity, or a service is of no use.
     """
-    trainer.predict(AnnotationModule(annotator, manifest, output_dir, batch_size), return_predictions=False)
+    module = AnnotationModule(annotator, manifest, output_dir, batch_size, options=options)
+    trainer.predict(module, return_predictions=False)
 
 
 def read_results(output_dir: Path) -> Iterator[dict[str, Any]]:
@@ -133,14 +150,19 @@ def read_results(output_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 def pending_rows(
-    manifest: Path, output_dir: Path, key_fields: Sequence[str], rank: int = 0, world_size: int = 1
+    manifest: Path,
+    output_dir: Path,
+    key_fields: Sequence[str],
+    rank: int = 0,
+    world_size: int = 1,
+    options: ManifestOptions = OUR_COLUMNS,
 ) -> Iterator[NumberedRow]:
     """The rows without a result among those of `rank`, which are every `world_size`-th of the whole manifest.
 
     Shares do not depend on what is finished, so ranks that start at different times share out the same rows.
     """
     finished = {_key(result, key_fields) for result in read_results(output_dir)}
-    for line, row in islice(checked_rows(manifest), rank, None, world_size):
+    for line, row in islice(checked_rows(manifest, options), rank, None, world_size):
         if isinstance(row, str):
             yield line, row
         elif _key(row, key_fields) not in finished:
@@ -155,21 +177,28 @@ class AnnotationModule(pl.LightningModule):
     """
 
     def __init__(
-        self, annotator: Annotator, manifest: Path, output_dir: Path, batch_size: int, max_faults_in_a_row: int = 20
+        self,
+        annotator: Annotator,
+        manifest: Path,
+        output_dir: Path,
+        batch_size: int,
+        max_faults_in_a_row: int = 20,
+        options: ManifestOptions = OUR_COLUMNS,
     ) -> None:
         super().__init__()
         self.annotator = annotator
         self.manifest, self.output_dir = manifest, output_dir
         self.batch_size = batch_size
         self.max_faults_in_a_row = max_faults_in_a_row
+        self.options = options
         self._faults_in_a_row = 0
         self._results: Journal | None = None
         self._faults: Journal | None = None
 
     def predict_dataloader(self) -> DataLoader[NumberedRow]:
         """The rows of this rank."""
-        share = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        rows = _Rows(self.manifest, self.output_dir, self.annotator.key_fields, **share)
+        share = (self.trainer.global_rank, self.trainer.world_size)
+        rows = _Rows(self.manifest, self.output_dir, self.annotator.key_fields, *share, self.options)
         return DataLoader(rows, self.batch_size, collate_fn=list)
 
     def on_predict_start(self) -> None:
@@ -218,7 +247,7 @@ class AnnotationModule(pl.LightningModule):
             if self.trainer.is_global_zero:
                 write_json(path, wanted)
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "the settings of a run", "choose another folder")
         if found != wanted:
             raise AnnotationError(f"{self.output_dir} holds results of {found}, not of {wanted}: choose another folder")
 
@@ -235,8 +264,16 @@ class AnnotationModule(pl.LightningModule):
 class _Rows(IterableDataset[NumberedRow]):
     """`pending_rows`, read as they are needed."""
 
-    def __init__(self, manifest: Path, output_dir: Path, key_fields: Sequence[str], rank: int, world_size: int) -> None:
-        self._arguments = (manifest, output_dir, key_fields, rank, world_size)
+    def __init__(
+        self,
+        manifest: Path,
+        output_dir: Path,
+        key_fields: Sequence[str],
+        rank: int,
+        world_size: int,
+        options: ManifestOptions,
+    ) -> None:
+        self._arguments = (manifest, output_dir, key_fields, rank, world_size, options)
 
     def __iter__(self) -> Iterator[NumberedRow]:
         return pending_rows(*self._arguments)

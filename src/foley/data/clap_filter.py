@@ -11,7 +11,7 @@ from torch import Tensor
 from foley.core.files import json_lines, write_json
 from foley.data.annotating import Fault, ManifestRow, read_results
 from foley.data.audio import AudioError, FloatArray, read_audio
-from foley.data.manifest import checked_rows
+from foley.data.manifest import OUR_COLUMNS, ManifestOptions, checked_rows
 
 SCORES_FILE, MANIFEST_FILE, SUMMARY_FILE = "scores.jsonl", "manifest.jsonl", "summary.json"
 
@@ -64,6 +64,8 @@ class ClapScorer:
         return cosines
 
     def _read(self, row: ManifestRow) -> FloatArray | Fault:
+        if "captions" in row:
+            return Fault(f"has {len(row['captions'])} captions: give each a row with an id of its own to score them")
         rate = self._embedder.sample_rate_hz
         try:
             return read_audio(self._audio_dir / row["path"], rate, self._max_duration_seconds)
@@ -81,7 +83,11 @@ class Filtered:
 
 
 def keep_by_threshold(
-    manifest: Path, output_dir: Path, threshold: float, reported_thresholds: Sequence[float]
+    manifest: Path,
+    output_dir: Path,
+    threshold: float,
+    reported_thresholds: Sequence[float],
+    options: ManifestOptions = OUR_COLUMNS,
 ) -> Filtered:
     """Write scores.jsonl (all), manifest.jsonl (rows that score `threshold` or more) and summary.json.
 
@@ -91,7 +97,7 @@ def keep_by_threshold(
     scores: list[float] = []
     unscored = 0
     with json_lines(output_dir / SCORES_FILE) as write_score, json_lines(output_dir / MANIFEST_FILE) as keep:
-        for _, row in checked_rows(manifest):
+        for _, row in checked_rows(manifest, options):
             if isinstance(row, str) or (score := known.get((row["id"], row["caption"]))) is None:
                 unscored += 1
                 continue

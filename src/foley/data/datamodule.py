@@ -12,7 +12,9 @@ from foley.core.logs import get_logger
 from foley.core.rates import clip_size
 from foley.data.dataset import AudioCollate, AudioDataset, AudioSource, Augmentation, PeakLevel, RmsLevel
 from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset
+from foley.data.manifest import known_splits
 from foley.data.resumable import ResumableDataModule
+from foley.data.splits import renamed_splits
 
 _log = get_logger(__name__)
 
@@ -33,7 +35,7 @@ class AudioDataModule(ResumableDataModule):
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
 
     Raises:
-        ValueError: a source has another sample rate.
+        ValueError: a source has another sample rate, or a split is none that we know.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class AudioDataModule(ResumableDataModule):
         bucket_batches: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
+        splits = renamed_splits(splits)
         for name, source in splits.items():
             if source.sample_rate_hz != sample_rate_hz:
                 raise ValueError(f"split {name!r} is at {source.sample_rate_hz} Hz, expected {sample_rate_hz} Hz")
@@ -126,11 +129,11 @@ class LatentDataModule(ResumableDataModule):
         _, self.num_frames = clip_size(duration_seconds, self.index.sample_rate_hz, self.index.hop_samples)
         self.collate = LatentCollate(self.num_frames if bucket_batches is None else None)
         self.datasets = {
-            split: self._dataset(split, repeats if split == "train" else None) for split in self.index.splits
+            name: self._dataset(split, name == "train", repeats if name == "train" else None)
+            for name, split in known_splits(self.index.splits).items()
         }
 
-    def _dataset(self, split: str, repeats: Mapping[str, int] | None) -> LatentDataset:
-        training = split == "train"
+    def _dataset(self, split: str, training: bool, repeats: Mapping[str, int] | None) -> LatentDataset:
         return LatentDataset(self.index, split, self.num_frames, self.seed, random=training, repeats=repeats)
 
     @property

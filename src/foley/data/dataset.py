@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from foley.core.channels import SILENCE_PEAK
 from foley.core.logs import get_logger
-from foley.core.seeding import numpy_generator
+from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import AudioError, check_samples
 
 _log = get_logger(__name__)
@@ -25,12 +25,16 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class AudioItem:
-    """One captioned clip: mono `audio [T]`, float32 in [-1, 1], at its source's sample rate and true length."""
+    """One captioned clip: mono `audio [T]`, float32 in [-1, 1], at its source's sample rate and true length.
+
+    Training draws one of `caption` and `other_captions` in every epoch; all else takes `caption`.
+    """
 
     audio: Tensor
     caption: str
     label: str = ""
     id: str = ""
+    other_captions: tuple[str, ...] = ()
 
 
 class AudioSource(Protocol):
@@ -91,6 +95,22 @@ class LatentBatch(TypedDict):
     caption: list[str]
     label: list[str]
     id: list[str]
+
+
+class Captioned(Protocol):
+    """What has a caption, and perhaps others."""
+
+    @property
+    def caption(self) -> str: ...
+
+    @property
+    def other_captions(self) -> Sequence[str]: ...
+
+
+def draw_caption(clip: Captioned, seed: int, key: SampleKey) -> str:
+    """One of the clip's captions, by the seed, the epoch and the index."""
+    captions = (clip.caption, *clip.other_captions)
+    return captions[derive_seed("caption", seed, key.epoch, key.index) % len(captions)]
 
 
 def is_silent(audio: Tensor) -> bool:
@@ -236,7 +256,8 @@ class AudioDataset(Dataset[AudioItem]):
         if self.drop_silent and is_silent(item.audio):
             raise AudioError(item.id, "is silent")
         generator = numpy_generator("audio", self.seed, key.epoch, key.index)
-        return replace(item, audio=self._prepare(item.audio, generator))
+        caption = draw_caption(item, self.seed, key) if self.random_crop else item.caption
+        return replace(item, audio=self._prepare(item.audio, generator), caption=caption)
 
     def _prepare(self, audio: Tensor, generator: np.random.Generator) -> Tensor:
         level = audio if self.level is None else self.level(audio)

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,7 +48,15 @@ class LatentCacheWriter:
         self._statistics = _RunningStatistics()
 
     def add(
-        self, mean: Tensor, std: Tensor, id: str, caption: str, label: str, split: str, duration_seconds: float
+        self,
+        mean: Tensor,
+        std: Tensor,
+        id: str,
+        caption: str,
+        label: str,
+        split: str,
+        duration_seconds: float,
+        other_captions: Sequence[str] = (),
     ) -> None:
         """Append one clip's posterior, each `[C, L]`; raises LatentCacheError where float16 cannot hold it."""
         halves = [tensor.T.to("cpu", torch.float16) for tensor in (mean, std)]
@@ -56,7 +64,8 @@ class LatentCacheWriter:
             raise LatentCacheError(
                 f"clip {id!r} has a posterior that float16 cannot hold: mean up to {mean.abs().max()}"
             )
-        entry = LatentEntry(id, caption, label, split, self._shard, self._frames, mean.shape[1], duration_seconds)
+        rows = (self._shard, self._frames, mean.shape[1])
+        entry = LatentEntry(id, caption, label, split, *rows, duration_seconds, tuple(other_captions))
         self._entries.append(entry)
         self._means.append(halves[0])
         self._stds.append(halves[1])
@@ -339,4 +348,4 @@ def _encode_batch(
     posterior = codec.posterior(audio.to(device))
     for item, mean, std in zip(items, posterior.mean, posterior.std, strict=True):
         seconds = len(item.audio) / codec.sample_rate_hz
-        writer.add(mean, std, item.id, item.caption, item.label, split, seconds)
+        writer.add(mean, std, item.id, item.caption, item.label, split, seconds, item.other_captions)

@@ -24,7 +24,7 @@ from foley.core.hashing import hash_tensors
 from foley.core.logs import get_logger
 from foley.core.reading import DamagedFileError, read_json, reading
 from foley.core.seeding import numpy_generator, torch_generator
-from foley.data.dataset import LatentBatch, SampleKey, crop_start, sample_key
+from foley.data.dataset import LatentBatch, SampleKey, crop_start, draw_caption, sample_key
 
 _log = get_logger(__name__)
 
@@ -61,6 +61,7 @@ class LatentEntry:
     first_frame: int
     num_frames: int
     duration_seconds: float
+    other_captions: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,8 @@ class LatentDataset(Dataset[LatentItem]):
             latent = latent + shard["std"][rows].float() * noise
         if not bool(latent.isfinite().all()):
             raise LatentCacheError(f"{entry.shard}: the latent of clip {entry.id!r} is not finite; {_AGAIN}")
-        return LatentItem(latent.T, entry.caption, entry.label, entry.id)
+        caption = draw_caption(entry, self.seed, SampleKey(index, epoch)) if self.random else entry.caption
+        return LatentItem(latent.T, caption, entry.label, entry.id)
 
 
 def _repeated(entries: list[LatentEntry], repeats: Mapping[str, int]) -> list[LatentEntry]:

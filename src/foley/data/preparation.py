@@ -6,11 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, json_lines, write_json
+from foley.core.logs import get_logger
 from foley.data.audio import AudioError, open_audio, read_audio
-from foley.data.importers.tables import AnnotationFile
+from foley.data.dataset import SILENCE_PEAK
+from foley.data.importers.annotations import AnnotationFile
 from foley.data.manifest import ManifestError, build_entry
+
+_log = get_logger(__name__)
 
 
 class AudioFolderError(ValueError):
@@ -35,6 +41,11 @@ class AudioFolder:
 
     def __len__(self) -> int:
         return sum(map(len, self._by_stem.values()))
+
+    @property
+    def files(self) -> list[str]:
+        """Every path, relative to the root, sorted."""
+        return sorted(path for paths in self._by_stem.values() for path in paths)
 
     def find(self, names: list[str]) -> str:
         """The path, relative to the root, of the file that the first of `names` to fit one names.
@@ -61,6 +72,14 @@ def _lies_in(path: str, folders: list[str]) -> bool:
 MANIFEST_FILE, LEDGER_FILE, SUMMARY_FILE = "manifest.jsonl", "ledger.jsonl", "summary.json"
 
 
+_NUM_EXAMPLES = 3
+_REMARKS = {
+    "longer": "are longer than {limit}: training takes a part of them, encoding their beginning",
+    "shorter": "are shorter than {limit}: silence fills them up",
+    "silent": "are silent: data.drop_silent=true leaves them out",
+}
+
+
 class _LeftOutError(Exception):
     """A row that does not get into the manifest: the kind of fault, and the reason in words."""
 
@@ -69,8 +88,57 @@ class _LeftOutError(Exception):
         self.kind = kind
 
 
+class _Summary:
+    """What is counted while rows go by."""
+
+    def __init__(self, duration_seconds: float | None) -> None:
+        self._duration_seconds = duration_seconds
+        self._left_out: Counter[str] = Counter()
+        self._licenses: Counter[str] = Counter()
+        self._remarks: Counter[str] = Counter({name: 0 for name in _REMARKS})
+        self._examples: defaultdict[str, list[str]] = defaultdict(list)
+        self._seconds = 0.0
+
+    def leave_out(self, row: Mapping[str, Any]) -> None:
+        self._left_out[row["kind"]] += 1
+
+    def keep(self, row: Mapping[str, Any]) -> None:
+        seconds = row["duration_seconds"]
+        self._seconds += seconds
+        self._licenses[row["license"]] += 1
+        wanted = self._duration_seconds or seconds
+        for name, holds in (("longer", seconds > wanted), ("shorter", seconds < wanted), ("silent", "silent" in row)):
+            self._remarks[name] += holds
+            if holds and len(self._examples[name]) < _NUM_EXAMPLES:
+                self._examples[name].append(row["id"])
+
+    def counts(self) -> dict[str, Any]:
+        kept = self._licenses.total()
+        return {
+            "rows": kept + self._left_out.total(),
+            "kept": kept,
+            "left_out": dict(self._left_out),
+            "seconds": round(self._seconds, 3),
+            "licenses": dict(self._licenses.most_common()),
+            **self._remarks,
+        }
+
+    def say(self) -> None:
+        """Name in the log what training will change of the clips."""
+        limit = f"{self._duration_seconds or 0:g} s (duration_seconds)"
+        for name, count in self._remarks.items():
+            if count:
+                words = _REMARKS[name].format(limit=limit)
+                more = ", ..." if count > _NUM_EXAMPLES else ""
+                _log.warning("%d clips %s: %s%s", count, words, ", ".join(self._examples[name]), more)
+
+
 def prepare_manifest(
-    files: Iterable[AnnotationFile], audio_dir: Path, output_dir: Path, decode: bool = False
+    files: Iterable[AnnotationFile],
+    audio_dir: Path,
+    output_dir: Path,
+    decode: bool = False,
+    duration_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Write manifest.jsonl (its paths are relative to `audio_dir`), ledger.jsonl and summary.json to `output_dir`.
 
@@ -80,41 +148,28 @@ def prepare_manifest(
     is kept.
 
     Args:
-        decode: read every sample, which also finds truncated compressed files, NaN and absurd samples.
+        decode: read every sample, which also finds truncated compressed files, NaN, absurd samples and silence.
+        duration_seconds: of the training to come, by which longer and shorter clips are counted.
 
     Returns:
-        What is in summary.json: `rows`, `kept`, `left_out` by kind, `licenses`, `seconds`, `audio_files`.
+        What is in summary.json: `rows`, `kept`, `left_out` by kind, `licenses`, `seconds`, `audio_files`, and of what
+        is kept the clips that are `longer`, `shorter` or `silent`.
 
     Raises:
         ManifestError: a whole annotation file cannot be read, or no row can be kept (the ledger says why).
     """
     folder = AudioFolder(audio_dir)
-    counts: Counter[str] = Counter()
-    licenses: Counter[str] = Counter()
-    seconds = 0.0
+    counted = _Summary(duration_seconds)
     with json_lines(output_dir / MANIFEST_FILE) as keep, json_lines(output_dir / LEDGER_FILE) as leave_out:
         for row in _checked(files, folder, decode):
-            if "kind" in row:
-                counts[row["kind"]] += 1
-                leave_out(row)
-                continue
-            counts["kept"] += 1
-            licenses[row["license"]] += 1
-            seconds += row["duration_seconds"]
-            keep(row)
+            note, write = (counted.leave_out, leave_out) if "kind" in row else (counted.keep, keep)
+            note(row)
+            write(row)
+    counted.say()
     lossy_mixes.report()
-    kept = counts.pop("kept", 0)
-    summary = {
-        "audio_dir": str(audio_dir),
-        "rows": kept + counts.total(),
-        "kept": kept,
-        "left_out": dict(counts),
-        "seconds": round(seconds, 3),
-        "licenses": dict(licenses.most_common()),
-        "audio_files": len(folder),
-    }
+    summary = {"audio_dir": str(audio_dir), **counted.counts(), "audio_files": len(folder)}
     write_json(output_dir / SUMMARY_FILE, summary)
-    if not kept:
+    if not summary["kept"]:
         raise ManifestError(f"none of {summary['rows']} rows can be used: {output_dir / LEDGER_FILE} says why")
     return summary
 
@@ -154,16 +209,16 @@ def _manifest_row(
     except ValueError as error:
         raise _LeftOutError("bad_row", str(error)) from error
     try:
-        row["duration_seconds"] = _seconds(entry.path, decode)
+        row |= _heard(entry.path, decode)
     except AudioError as error:
         raise _LeftOutError("unusable_audio", str(error)) from error
     first_seen[row["id"]] = f"{file_name}, line {line}"
     return row
 
 
-def _seconds(path: Path, decode: bool) -> float:
+def _heard(path: Path, decode: bool) -> dict[str, Any]:
+    """The length of a file, and whether it is silent where every sample is read."""
     with open_audio(path) as file:
         frames, rate = file.frames, file.samplerate
-    if decode:
-        read_audio(path, rate)
-    return round(frames / rate, 6)
+    silent = decode and np.abs(read_audio(path, rate)).max() < SILENCE_PEAK
+    return {"duration_seconds": round(frames / rate, 6)} | ({"silent": True} if silent else {})

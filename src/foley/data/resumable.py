@@ -8,7 +8,10 @@ import pytorch_lightning as pl
 from pytorch_lightning.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
+from foley.core.logs import get_logger
 from foley.data.ordering import Arrangement, LengthBuckets, ResumableSampler, SamplerState
+
+_log = get_logger(__name__)
 
 
 class ResumableDataModule(pl.LightningDataModule):
@@ -45,6 +48,14 @@ class ResumableDataModule(pl.LightningDataModule):
         self.datasets: dict[str, Dataset[Any]] = {}
         self._train_sampler: ResumableSampler | None = None
         self._batches_before = 0
+
+    def setup(self, stage: str) -> None:
+        """Say before training what it will go without."""
+        if stage == "fit" and "val" not in self.datasets:
+            _log.warning(
+                "no clip is for validation: there will be no val/loss, no best checkpoint and no samples; name a split "
+                "`val`, or set data.splits.val_fraction"
+            )
 
     @property
     def train_sampler(self) -> ResumableSampler:

@@ -209,7 +209,8 @@ class ShardSource:
         audio = self._decode(place, content[:audio_bytes])
         if fields["scale"] != 1.0:
             audio *= np.float32(fields["scale"])
-        return AudioItem(torch.from_numpy(audio), fields["caption"], fields["label"], fields["id"])
+        others = tuple(fields.get("other_captions", ()))
+        return AudioItem(torch.from_numpy(audio), fields["caption"], fields["label"], fields["id"], others)
 
     def _read(self, name: str, start: int, end: int) -> bytes:
         filesystem, root = _filesystem(self.index.url, os.getpid())
@@ -289,6 +290,8 @@ class EncodedClips(Dataset[tuple[bytes, float, str]]):
         names = ("id", "caption", "label", "split", "speaker", "source", "license")
         fields = {name: getattr(entry, name) for name in names}
         fields |= {"duration_seconds": seconds, "sample_rate_hz": rate, "scale": scale}
+        if entry.other_captions:
+            fields["other_captions"] = list(entry.other_captions)
         return _flac(audio / scale, rate, self.subtype), seconds, json.dumps(fields, ensure_ascii=False)
 
 

@@ -1,9 +1,11 @@
 """Sources of clips (files, a cache, a mixture), and train, validation and test splits of them, as configs name them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +16,22 @@ from foley.core.logs import get_logger, process_rank
 from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import check_samples, read_audio
 from foley.data.dataset import AudioItem, AudioSource, durations_seconds
-from foley.data.importers import read_audiocaps, read_entries
-from foley.data.manifest import ManifestEntry, preflight
+from foley.data.importers.annotations import read_audiocaps
+from foley.data.manifest import (
+    SPLIT_NAMES,
+    ManifestEntry,
+    ManifestOptions,
+    known_splits,
+    preflight,
+    read_manifest,
+    split_name,
+)
+from foley.data.preparation import AudioFolder
 from foley.data.procedural import ProceduralDataset
 from foley.data.shards import ShardIndex, ShardSource
 
 _log = get_logger(__name__)
 
-SPLIT_NAMES = ("train", "val", "test")
 _INT16_MAX = 32767
 
 
@@ -59,7 +69,7 @@ class ClipSource:
         entry = self.entries[index]
         limits = (self.max_duration_seconds, entry.duration_seconds)
         audio = read_audio(entry.path, self.sample_rate_hz, *limits, self.downmix)
-        return AudioItem(torch.from_numpy(audio), entry.caption, entry.label, entry.id)
+        return AudioItem(torch.from_numpy(audio), entry.caption, entry.label, entry.id, entry.other_captions)
 
 
 class CachedSource:
@@ -172,20 +182,88 @@ def clip_splits(
     check_files: bool = True,
     optional: bool = False,
     downmix: str = "mean",
+    val_fraction: float = 0.0,
+    **options: Any,
 ) -> Splits:
-    """Sources of a JSONL, CSV or TSV manifest, by its `split` field; rows without one are for training.
+    """Sources of a manifest, by its `split` column; rows without one are for training.
 
     Args:
         check_files: list files that cannot be used before training starts.
         optional: an absent manifest gives no sources, and says so, instead of an error.
         downmix: of clips with several channels: "mean", or "loudest", the one with the most energy.
+        val_fraction: of the clips, held out for validation where no row has a split (see `hold_out`).
+        options: of `ManifestOptions`.
     """
     path = Path(manifest)
     if optional and not path.is_file():
         _log.warning("%s does not exist: going on without it", path)
         return {}
-    entries = read_entries(path, audio_dir)
+    root = path.parent if audio_dir is None else Path(audio_dir)
+    entries = hold_out(read_manifest(path, root, ManifestOptions(**options)), val_fraction, root, str(path))
     return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix)
+
+
+def folder_splits(
+    folder: str,
+    sample_rate_hz: int,
+    max_duration_seconds: float | None = 30.0,
+    cache_megabytes: int = 0,
+    check_files: bool = True,
+    downmix: str = "mean",
+    val_fraction: float = 0.0,
+) -> Splits:
+    """Sources of every audio file below `folder`, without captions: all that a codec needs.
+
+    Folders at its top named as splits are (`train`, `valid`, ...) are those splits; otherwise `val_fraction` of the
+    files is held out (see `hold_out`). Raises ValueError where there is no audio.
+    """
+    root = Path(folder)
+    entries = [ManifestEntry(root / name, "", name, split=_folder_split(name)) for name in AudioFolder(root).files]
+    if not entries:
+        raise ValueError(f"{root} holds no audio, in it or below")
+    entries = hold_out(entries, val_fraction, root, str(root))
+    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix)
+
+
+def _folder_split(name: str) -> str:
+    top, _, below = name.partition("/")
+    try:
+        return split_name(top) if below else ""
+    except ValueError:
+        return ""
+
+
+def hold_out(entries: Sequence[ManifestEntry], fraction: float, root: Path, name: str) -> list[ManifestEntry]:
+    """The entries, with about `fraction` of them for validation and the others for training where none has a split.
+
+    The path below `root` decides by its hash, so that captions of one recording stay together, and a clip keeps its
+    split when others are added. There is at least one clip to validate on where the fraction is worth one, and always
+    one to train on. Raises ValueError for a fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"val_fraction must be at least 0 and below 1, got {fraction}")
+    if any(entry.split for entry in entries) or fraction == 0:
+        return list(entries)
+    places = [_place(entry, root) for entry in entries]
+    least = min(places) if len(entries) * fraction >= 1 else None
+    held = {place for place in places if place < fraction or place == least}
+    if len(held) == len(set(places)):
+        held = set()
+    split = [replace(e, split="val" if place in held else "train") for e, place in zip(entries, places, strict=True)]
+    num_val = sum(entry.split == "val" for entry in split)
+    _log.warning(
+        "%s names no splits: %d clips are for training, %d (val_fraction=%g, by a hash of the path) for validation",
+        name,
+        len(split) - num_val,
+        num_val,
+        fraction,
+    )
+    return split
+
+
+def _place(entry: ManifestEntry, root: Path) -> float:
+    """In [0, 1), by the entry's path."""
+    return derive_seed("held out", Path(os.path.relpath(entry.path, root)).as_posix()) / 2**63
 
 
 def shard_splits(
@@ -206,8 +284,8 @@ def shard_splits(
     if check_files or check_hashes:
         index.check(check_hashes)
     return {
-        split: _cached(ShardSource(index, split, sample_rate_hz, max_duration_seconds), cache_megabytes)
-        for split in index.splits
+        name: _cached(ShardSource(index, split, sample_rate_hz, max_duration_seconds), cache_megabytes)
+        for name, split in known_splits(index.splits).items()
     }
 
 
@@ -270,10 +348,11 @@ def joined_splits(
         train_size: training samples in an epoch with weights.
 
     Raises:
-        ValueError: a part has no weight.
+        ValueError: a part has no weight, or a split of an unknown name.
     """
     if train_weights is not None and set(train_weights) != set(parts):
         raise ValueError(f"train_weights are for {sorted(train_weights)}, but the parts are {sorted(parts)}")
+    parts = {name: renamed_splits(part) for name, part in parts.items()}
     joined: dict[str, AudioSource] = {}
     for split in SPLIT_NAMES:
         sources = {name: part[split] for name, part in parts.items() if split in part}
@@ -281,6 +360,11 @@ def joined_splits(
         if sources:
             joined[split] = MixtureSource(list(sources.values()), weights, train_size if weights else None, seed)
     return joined
+
+
+def renamed_splits(splits: Splits) -> Splits:
+    """The sources under train, val and test, whatever they are called; raises ValueError as `known_splits` does."""
+    return {name: splits[given] for name, given in known_splits(splits).items()}
 
 
 def _cached(source: AudioSource, megabytes: int) -> AudioSource:

@@ -1,17 +1,14 @@
 """`Clip`, and the clips that a prompt file or the command line asks for."""
 
-import csv
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from foley.core.numbers import SEED, NumberRange
 from foley.core.seeding import derive_seed
 from foley.data.ordering import evenly_spaced
+from foley.data.tables import captions_in, refuse_lines, table_rows
 
 COLUMN = "caption"
 CAPTIONS = ("all", "first", "random")
@@ -87,19 +84,53 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_prompt_rows(path: Path, columns: PromptColumns = PromptColumns()) -> list[dict[str, Any]]:
-    """Rows with a `caption` out of a .csv, .tsv or .jsonl file, or else one caption on each non-empty line.
+    """Rows with a `caption` out of a CSV, TSV or JSON Lines file, or else one caption on each non-empty line.
 
-    Raises ValueError, with the line number, where there is none.
+    A list of captions is a row for each. Raises ValueError as a manifest is refused: every wrong line is named, an id
+    on two lines too; a byte-order mark is read.
     """
     if not path.is_file():
         raise ValueError(f"prompts={path}: there is no such file")
-    text = path.read_text(encoding="utf-8-sig")
-    readers: dict[str, Callable[[str, Path, str], list[dict[str, Any]]]]
-    readers = {".csv": _from_csv, ".tsv": partial(_from_csv, delimiter="\t"), ".jsonl": _from_jsonl}
-    rows = readers.get(path.suffix.lower(), _from_lines)(text, path, columns.caption)
-    if not rows:
+    prompts: list[dict[str, Any]] = []
+    problems: list[str] = []
+    first_line: dict[str, int] = {}
+    table = table_rows(path, (columns.caption,), columns.caption, read_mark=True, hint="set caption_column=")
+    for line, row in table:
+        try:
+            prompts += _prompts_of(row, columns)
+            _refuse_known(line, row, columns, first_line)
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+    if problems:
+        refuse_lines(path, problems)
+    if not prompts:
         raise ValueError(f"prompts={path}: the file holds no prompt")
-    return [row | {COLUMN: row[columns.caption]} for row in rows]
+    return prompts
+
+
+def _prompts_of(row: Mapping[str, Any] | str, columns: PromptColumns) -> list[dict[str, Any]]:
+    """A row for each caption of `row`; ids are numbered from the second on."""
+    if isinstance(row, str):
+        raise ValueError(row)
+    if columns.caption not in row:
+        raise ValueError(f"no {columns.caption!r}, only {list(row)}; set caption_column=")
+    rows = []
+    for number, caption in enumerate(captions_in(row, [columns.caption]), start=1):
+        check_prompt_length(caption)
+        ids = {name: f"{row[name]}#{number}" for name in _id_columns(columns) if number > 1 and row.get(name)}
+        rows.append({**row, COLUMN: caption, **ids})
+    return rows
+
+
+def _refuse_known(line: int, row: Any, columns: PromptColumns, first_line: dict[str, int]) -> None:
+    """Raise ValueError where the row has the id of an earlier one: an id pairs one clip with its reference."""
+    clip_id = next((str(row[name]) for name in _id_columns(columns) if row.get(name)), None)
+    if clip_id is not None and first_line.setdefault(clip_id, line) != line:
+        raise ValueError(f"duplicate id {clip_id!r}, first used on line {first_line[clip_id]}")
+
+
+def _id_columns(columns: PromptColumns) -> Sequence[str]:
+    return (columns.id,) if columns.id else _IDS
 
 
 def select_captions(
@@ -153,7 +184,7 @@ def request_clips(
         raise ValueError(f"num={num} of {len(chosen)} prompts are {len(chosen) * num} clips; at most {MAX_CLIPS}")
     repeated = [row for row in chosen for _ in range(num)]
     # An id names one clip: it pairs a generated clip with its reference.
-    ids = ((columns.id,) if columns.id else _IDS) if num == 1 else ()
+    ids = _id_columns(columns) if num == 1 else ()
     return [Clip(row[COLUMN], seed, _notes(row, ids)) for seed, row in enumerate(repeated, start=first_seed)]
 
 
@@ -175,33 +206,3 @@ def _notes(row: Mapping[str, Any], ids: Sequence[str]) -> dict[str, str]:
     """The label and the first id that the row has."""
     named = {"label": row.get("label"), "id": next((row[name] for name in ids if row.get(name)), None)}
     return {name: value for name, value in named.items() if value}
-
-
-def _from_lines(text: str, path: Path, column: str) -> list[dict[str, Any]]:
-    return [{column: line.strip()} for line in text.splitlines() if line.strip()]
-
-
-def _from_csv(text: str, path: Path, column: str, delimiter: str = ",") -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    if column not in (reader.fieldnames or ()):
-        raise ValueError(f"prompts={path}: no {column!r} column, only {reader.fieldnames}; set caption_column=")
-    return [_checked(row, path, reader.line_num, column) for row in reader]
-
-
-def _from_jsonl(text: str, path: Path, column: str) -> list[dict[str, Any]]:
-    rows = []
-    # Not splitlines: JSON strings may hold other line separators than the newline.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"prompts={path}, line {number}: not JSON ({error})") from error
-            rows.append(_checked(row, path, number, column))
-    return rows
-
-
-def _checked(row: Any, path: Path, line_number: int, column: str) -> dict[str, Any]:
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        raise ValueError(f"prompts={path}, line {line_number}: no {column!r}")
-    return row

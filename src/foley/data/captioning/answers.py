@@ -12,7 +12,7 @@ import requests
 
 from foley.core.files import json_lines
 from foley.data.annotating import read_results
-from foley.data.manifest import checked_rows
+from foley.data.manifest import OUR_COLUMNS, ManifestOptions, checked_rows
 
 
 def identity(source: str, model: str, prompt: str) -> dict[str, str]:
@@ -83,11 +83,13 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def write_captioned_manifest(manifest: Path, output_dir: Path) -> tuple[Path, int]:
+def write_captioned_manifest(
+    manifest: Path, output_dir: Path, options: ManifestOptions = OUR_COLUMNS
+) -> tuple[Path, int]:
     """Write `output_dir/manifest.jsonl`: the rows of `manifest` that have a caption in `output_dir`, with it.
 
-    Paths, licences and all other fields stay; `captioning` holds model, prompt hash, date and source. Rows without
-    a caption are left out.
+    Paths, licences and all other fields but captions stay; `captioning` holds model, prompt hash, date and source.
+    Rows without a caption are left out.
 
     Returns:
         The path and the number of rows.
@@ -96,10 +98,11 @@ def write_captioned_manifest(manifest: Path, output_dir: Path) -> tuple[Path, in
     written = 0
     path = output_dir / "manifest.jsonl"
     with json_lines(path) as write:
-        for _, row in checked_rows(manifest):
+        for _, row in checked_rows(manifest, options):
             if isinstance(row, str) or row["id"] not in captions:
                 continue
             made = {**captions[row["id"]]}
-            write({**row, "caption": made.pop("caption"), "captioning": made})
+            rest = {name: cell for name, cell in row.items() if name != "captions"}
+            write({**rest, "caption": made.pop("caption"), "captioning": made})
             written += 1
     return path, written

@@ -10,8 +10,8 @@ from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.data.annotating import Fault, ManifestRow
 from foley.data.captioning.answers import captioned
-from foley.data.importers.tables import table_rows
 from foley.data.importers.youtube import autoacd_caption, autoacd_key
+from foley.data.tables import csv_rows
 
 _log = get_logger(__name__)
 _MAX_LISTED = 20
@@ -50,7 +50,7 @@ class AutoAcdCaptioner:
     def _read(self, path: Path) -> list[str]:
         """Keep the captions of a file; returns what is wrong, with line numbers."""
         wrong = []
-        for line, cells in table_rows(path, ("youtube_id", "caption")):
+        for line, cells in csv_rows(path, ("youtube_id", "caption")):
             try:
                 if isinstance(cells, str):
                     raise ValueError(cells)

@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from foley.data.importers.tables import AnnotationFile, absent, read_rows, single_spaced, split_files, table_rows
-from foley.data.manifest import ManifestError, Row
+from foley.core.reading import DamagedFileError, reading
+from foley.data.importers.annotations import AnnotationFile, absent, read_rows, single_spaced, split_files
+from foley.data.tables import Row, TableError, csv_rows
 
 _CAPTIONS_PER_CLIP = 5
 _CLOTHO_NAMES = ("{folder}/{stem}", "{stem}")
@@ -36,7 +37,7 @@ def _clotho_rows(
     path: Path, split: str, folder: str, facts: Mapping[str, Mapping[str, str]], license: str
 ) -> Iterator[Row]:
     columns = [f"caption_{number}" for number in range(1, _CAPTIONS_PER_CLIP + 1)]
-    for line, cells in table_rows(path, ("file_name", *columns)):
+    for line, cells in csv_rows(path, ("file_name", *columns)):
         if isinstance(cells, str):
             yield line, cells
             continue
@@ -55,17 +56,17 @@ def _clotho_metadata(path: Path) -> dict[str, dict[str, str]]:
     if not path.is_file():
         return {}
     columns = ("file_name", "sound_link", "manufacturer", "license")
-    rows = (cells for _, cells in table_rows(path, columns, encoding=_encoding(path)) if not isinstance(cells, str))
+    rows = (cells for _, cells in csv_rows(path, columns, encoding=_encoding(path)) if not isinstance(cells, str))
     return {cells["file_name"].strip(): cells for cells in rows}
 
 
-def _encoding(path: Path) -> str:
-    """Of a table whose authors' names are Windows-1252 in some releases."""
+def _encoding(path: Path) -> str | None:
+    """Of a table whose authors' names are Windows-1252 in some releases; None is the usual one."""
     try:
         path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return "cp1252"
-    return "utf-8"
+    return None
 
 
 def wavcaps(annotations: Mapping[str, str], licenses: Mapping[str, str]) -> Iterator[AnnotationFile]:
@@ -85,12 +86,13 @@ def wavcaps(annotations: Mapping[str, str], licenses: Mapping[str, str]) -> Iter
 
 def _wavcaps_rows(path: Path, collection: str, license: str) -> Iterator[Row]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ManifestError(f"{path}: not valid UTF-8 JSON ({error})") from error
+        with reading(path, "JSON"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except DamagedFileError as error:
+        raise TableError(f"{path}: not valid UTF-8 JSON ({error.reason})") from error
     entries = content.get("data") if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise ManifestError(f"{path}: expected an object with a list `data`, as WavCaps publishes it")
+        raise TableError(f"{path}: expected an object with a list `data`, as WavCaps publishes it")
     for place, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int):
             yield place, f"entry {place} has no `id`"

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from foley.data.events import Event, describe_events
-from foley.data.importers.tables import (
+from foley.data.importers.annotations import (
     AnnotationFile,
     absent,
     parse_seconds,
     read_rows,
     single_spaced,
     split_files,
-    table_rows,
     youtube_clip,
 )
-from foley.data.manifest import ManifestError, Row
+from foley.data.tables import Row, TableError, csv_rows
 
 Cells = dict[str, str]
 
@@ -138,7 +137,7 @@ def audioset(
         names: see `youtube_clip`.
 
     Raises:
-        ManifestError: none of `class_names` exists.
+        TableError: none of `class_names` exists.
     """
     display = _display_names([Path(path) for path in class_names])
 
@@ -178,7 +177,7 @@ def _strong_file(path: Path, display: Mapping[str, str], build: Any) -> Annotati
 
     def rows() -> Iterator[Row]:
         segments: dict[str, tuple[int, list[Event]]] = {}
-        for line, cells in table_rows(path, ("segment_id", "start_time_seconds", "end_time_seconds", "label")):
+        for line, cells in csv_rows(path, ("segment_id", "start_time_seconds", "end_time_seconds", "label")):
             try:
                 if isinstance(cells, str):
                     raise ValueError(cells)
@@ -203,13 +202,13 @@ def _event(cells: Cells, display: Mapping[str, str]) -> Event:
 def _display_names(paths: Sequence[Path]) -> dict[str, str]:
     present = [path for path in paths if path.is_file()]
     if not present:
-        raise ManifestError(f"none of {', '.join(map(str, paths))} exists: AudioSet's labels would stay ids")
+        raise TableError(f"none of {', '.join(map(str, paths))} exists: AudioSet's labels would stay ids")
     found: dict[str, str] = {}
     for path in present:
         plain = path.suffix == ".tsv"
         columns = ("mid", "display_name") if plain else ("index", "mid", "display_name")
-        for line, cells in table_rows(path, columns, headerless=plain):
+        for line, cells in csv_rows(path, columns, headerless=plain):
             if isinstance(cells, str):
-                raise ManifestError(f"{path}, line {line}: {cells}")
+                raise TableError(f"{path}, line {line}: {cells}")
             found[cells["mid"]] = cells["display_name"]
     return found

@@ -16,6 +16,7 @@ from foley.accel.caching.calibration import Calibration, CalibrationRecorder
 from foley.accel.caching.plots import plot_calibration
 from foley.core.logs import get_logger
 from foley.data.audio import read_channels
+from foley.data.manifest import ManifestOptions
 from foley.data.ordering import evenly_spaced
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
 from foley.metrics.features import ClipFeatures, LabelledAudio, extract_audio, extract_files
@@ -40,6 +41,7 @@ class SampleScores(AudioSamples):
         protocol: name to the protocol's parts.
         cache_dir: keeps the reference's features between runs.
         audio_dir: where the manifest's clips lie; by default its own folder.
+        columns: what the manifest calls its columns, as `ManifestOptions` takes them.
         generation: as of `AudioSamples`.
     """
 
@@ -51,9 +53,10 @@ class SampleScores(AudioSamples):
         protocol: Mapping[str, Sequence[EvaluationProtocol]],
         cache_dir: str,
         audio_dir: str | None = None,
+        columns: Mapping[str, Any] | None = None,
         **generation: Any,
     ) -> None:
-        self.clips = read_clips(reference, split, audio_dir)
+        self.clips = read_clips(reference, split, audio_dir, ManifestOptions.of(columns or {}))
         self.chosen = [self.clips[index] for index in evenly_spaced(len(self.clips), max_clips)]
         self.parts = [part for parts in protocol.values() for part in parts]
         self.cache_dir = Path(cache_dir)
