@@ -21,6 +21,9 @@ from foley.core.hashing import hash_file
 
 _MAX_SLUG_CHARACTERS = 48
 
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".caf", ".w64"})
+"""Names of files that are looked for in folders of audio; what is in them decides how they are read."""
+
 WriteRow = Callable[[Mapping[str, Any]], None]
 """Appends a row to a JSON Lines file."""
 
