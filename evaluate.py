@@ -1,5 +1,6 @@
 """Score generated clips: `python evaluate.py samples=FOLDER reference=FOLDER_OR_MANIFEST protocol=[panns,clap]`."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +19,19 @@ def main(cfg: DictConfig) -> None:
     from foley.data.procedural import CLASS_NAMES, captions_for
     from foley.metrics.evaluation import evaluate_files
     from foley.metrics.features import scan_directory
-    from foley.metrics.references import read_clips
+    from foley.metrics.references import crop_length, read_clips
     from foley.reporting.scores import flat_scores, show, write_report
 
-    protocols = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
     reference = read_clips(cfg.reference, cfg.split, cfg.audio_dir, ManifestOptions.of(cfg))
     samples = scan_directory(Path(cfg.samples))
+    crop = crop_length(cfg.crop_seconds, samples, reference)
+    parts = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
+    protocols = [replace(part, crop_seconds=crop) for part in parts]
     captions = [(caption, name) for name in CLASS_NAMES for caption in captions_for(name)]
     load, cache_dir = partial(read_channels, downmix=cfg.downmix), Path(cfg.cache_dir) / (cfg.downmix or "")
     settings = (load, cfg.pairing, cache_dir, captions, CLASS_NAMES, cfg.resamples)
-    evaluations = [evaluate_files(samples, reference, protocol, *settings) for protocol in protocols]
+    score = partial(evaluate_files, max_faulty_share=cfg.max_faulty_share)
+    evaluations = [score(samples, reference, protocol, *settings) for protocol in protocols]
     write_report(evaluations, Path(cfg.output_dir))
     for evaluation in evaluations:
         show(evaluation)

@@ -23,7 +23,7 @@ from foley.core.files import write_json
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
-from foley.metrics.latency import measure_latency
+from foley.metrics.latency import measure_latency, real_time_factor
 from foley.models.dit.model import DiffusionTransformer
 from foley.reporting.tables import provenance
 from foley.training.callbacks.monitoring import activation_bytes
@@ -129,7 +129,7 @@ def generation_seconds(denoiser: DiffusionTransformer, cfg: DictConfig, work: Wo
     with torch.inference_mode():
         seconds["decode"] = work.seconds(lambda: codec.decode(latent))
     audio_seconds = cfg.num_frames * codec.hop_samples / codec.sample_rate_hz
-    return {**seconds, "audio_seconds_per_second": audio_seconds / sum(seconds.values())}
+    return {**seconds, "real_time_factor": real_time_factor(sum(seconds.values()), audio_seconds)}
 
 
 def measure(cfg: DictConfig) -> dict[str, Any]:

@@ -1,19 +1,23 @@
 """Files in, features out: sidecars, labels from prompts, and a cache that is never stale."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from foley.metrics.features import (
     ClipFile,
+    FaultyClipsError,
     extract_files,
     label_from_text,
     labels_by_caption,
     resolve_labels,
     scan_directory,
 )
+from foley.metrics.protocols import ProtocolError
 
 LABELS = ["rain", "bell", "alarm", "car_alarm", "dog bark"]
 
@@ -53,7 +57,7 @@ def test_scan_reads_sidecars_and_refuses_empty_folders_and_bad_json(tmp_path) ->
         ("clip/7", "rain", "rain falls"),
     ]
     (tmp_path / "b.json").write_text("{")
-    with pytest.raises(ValueError, match=r"b\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"b\.json is damaged or not the sidecar of a clip"):
         scan_directory(tmp_path)
 
 
@@ -113,3 +117,59 @@ def test_only_a_few_clips_are_in_memory_at_a_time(tmp_path, protocol) -> None:
 
     extract_files(scan_directory(tmp_path), protocol, counted, tmp_path / "cache")
     assert max(position - kept for position, kept in enumerate(waiting)) < 16
+
+
+def test_every_kind_of_sound_is_taken_and_other_files_are_counted(tmp_path, caplog) -> None:
+    for name in ("a.aiff", "b.AIF", "c.opus", "d.m4a", "e.xyz", "page.html", ".hidden.wav"):
+        (tmp_path / name).touch()
+    assert [clip.path.name for clip in scan_directory(tmp_path)] == ["a.aiff", "b.AIF", "c.opus", "d.m4a"]
+    assert "1 files are left out (1 .xyz), such as e.xyz" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"id": ""}, "`id` is empty"), ({"id": 1.5}, "`id` must be text, got 1.5"), ([1], "holds no object")],
+)
+def test_an_id_that_names_nothing_is_refused(fields, message, tmp_path) -> None:
+    (tmp_path / "a.wav").touch()
+    (tmp_path / "a.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
+        scan_directory(tmp_path)
+
+
+def test_an_id_of_null_is_no_id_and_a_number_is_one(tmp_path) -> None:
+    for name, id in (("a", None), ("b", 7)):
+        (tmp_path / f"{name}.wav").touch()
+        (tmp_path / f"{name}.json").write_text(json.dumps({"id": id}))
+    assert [clip.id for clip in scan_directory(tmp_path)] == ["a", "7"]
+
+
+def test_faulty_files_are_left_out_up_to_a_share_and_named(clips, protocol, caplog) -> None:
+    clips[1].path.write_text("")
+    with pytest.raises(FaultyClipsError, match=r"1 of 2 clips cannot be used: .*1\.wav.*max_faulty_share"):
+        extract_files(clips, protocol, load)
+    kept = extract_files(clips, protocol, load, max_faulty_share=0.5)
+    assert (kept.ids, list(kept.faulty)) == (["0"], ["1"])
+    assert "they are left out" in caplog.text
+
+
+def test_features_of_an_older_or_foreign_cache_are_made_anew(clips, protocol, tmp_path) -> None:
+    fresh = extract_files(clips, protocol, load, tmp_path / "cache")
+    for number, file in enumerate((tmp_path / "cache").rglob("*.safetensors")):
+        row = load_file(file)
+        save_file({"features": row["features"]} if number else {**row, "features": torch.zeros(1, 9)}, file)
+    again = extract_files(clips, protocol, load, tmp_path / "cache")
+    assert torch.equal(again.features, fresh.features)
+    assert again.seconds.tolist() == pytest.approx([0.04, 0.04])
+
+
+def test_a_crop_is_what_is_judged_and_has_features_of_its_own(clips, protocol, tmp_path) -> None:
+    cropped = replace(protocol, crop_seconds=0.02)
+    extract_files(clips, protocol, load, tmp_path / "cache")
+    found = extract_files(clips, cropped, load, tmp_path / "cache")
+    assert torch.equal(found.features[0], torch.tensor([0.1, 0.2, 0.0, 0.0]))
+    assert torch.equal(found.peaks, torch.tensor([0.2, 0.6]))
+    assert found.seconds.tolist() == pytest.approx([0.02, 0.02])
+    assert (cropped.describe()["crop_seconds"], cropped.identity == protocol.identity) == (0.02, False)
+    with pytest.raises(ProtocolError, match="crop_seconds=nan must be a positive number"):
+        replace(protocol, crop_seconds=float("nan"))

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
-from foley.metrics.evaluation import PairingError, SilentAudioError, evaluate_audio, restricted_accuracy
+from foley.metrics.evaluation import SilentAudioError, evaluate_audio, restricted_accuracy
 from foley.metrics.features import LabelledAudio
+from foley.metrics.pairing import PairingError
 from foley.reporting.scores import to_markdown, write_report
 
 LABELS = ["rain", "bell", "dog bark", "seven"]
@@ -100,3 +102,63 @@ def test_report_states_protocol_and_every_n(protocol, tmp_path) -> None:
     assert "| Frechet distance | 0.0000 | 0.0000 to " in markdown
     assert " | 12 / 12 |" in markdown
     assert "| dog bark | 100.0% | 3 |" in markdown
+
+
+@pytest.fixture
+def noise() -> list[LabelledAudio]:
+    return [LabelledAudio(torch.rand(30, generator=torch.Generator().manual_seed(n)), None, str(n)) for n in range(40)]
+
+
+def test_an_extrapolation_of_too_few_clips_is_refused_with_the_reason(protocol, noise) -> None:
+    result = evaluate_audio(noise[:7], noise, protocol)
+    assert "frechet_distance_infinity" not in result.scores
+    assert (
+        "too few clips: 7 with 7 feature vectors, and the extrapolation needs 8 clips and more than the 4"
+        in (result.unmeasured["frechet_distance_infinity"])
+    )
+    markdown = to_markdown([result])
+    assert "| Frechet distance, n to infinity | not measured * |" in markdown
+    assert "- Frechet distance, n to infinity: too few clips: 7" in markdown
+
+
+@pytest.mark.parametrize(("count", "doubted"), [(12, True), (19, True), (20, False)])
+def test_an_extrapolation_is_marked_where_a_quarter_is_no_more_than_the_features(protocol, noise, count, doubted):
+    estimate = evaluate_audio(noise[:count], noise, protocol).scores["frechet_distance_infinity"]
+    assert ("the fit is sound from 20 on" in estimate.remark) == doubted
+    assert (estimate.value < 0) == ("negative" in estimate.remark)
+
+
+def test_a_negative_extrapolation_says_so_in_json_and_table(protocol, noise, tmp_path) -> None:
+    result = evaluate_audio(noise, noise, protocol)  # a set against itself: its parts are farther than the whole
+    write_report([result], tmp_path)
+    stored = json.loads((tmp_path / "evaluation.json").read_text())["embedded"]["scores"]["frechet_distance_infinity"]
+    assert stored["value"] < 0
+    assert "negative, which no distance is: too few clips" in stored["remark"]
+    assert f"| {stored['value']:.4f} * |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_a_distance_of_a_singular_set_is_marked(protocol, noise) -> None:
+    remark = evaluate_audio(noise[:4], noise, protocol).scores["frechet_distance"].remark
+    assert "generated set has n = 4 <= 4 features" in remark
+    assert "reference" not in remark
+
+
+def test_sets_of_other_lengths_are_counted(protocol, caplog) -> None:
+    long = [LabelledAudio(torch.rand(200), None, clip.id) for clip in REFERENCE[:5]] + REFERENCE[5:]
+    paired = evaluate_audio(long, REFERENCE, protocol, pairing="required")
+    assert paired.seconds == {"generated": [0.3, 0.3, 2.0], "reference": [0.3, 0.3, 0.3]}
+    assert "5 of 12 pairs differ in length (generated 0.3 to 2 s, median 0.3 s; reference 0.3" in paired.notes[1]
+    assert "5 of 12 pairs" in caplog.text
+    unpaired = evaluate_audio(long, REFERENCE, protocol).notes
+    assert "5 of 12 generated clips and 0 of 12 reference recordings differ" in unpaired[0]
+    cropped = replace(protocol, crop_seconds=0.3)
+    assert evaluate_audio(long, REFERENCE, cropped).notes == []
+
+
+def test_accuracy_names_its_classes_and_its_extractor(protocol) -> None:
+    result = evaluate_audio(REFERENCE, REFERENCE, protocol)
+    assert result.accuracy["procedural"].classes == LABELS[:3]
+    markdown = to_markdown([result])
+    assert "| Label accuracy among all 4 classes of FirstSamplesExtractor | 100.0% |" in markdown
+    assert "| Label accuracy among its 3 procedural classes of FirstSamplesExtractor | 100.0% |" in markdown
+    assert "## Accuracy per class, among all 4 classes of FirstSamplesExtractor" in markdown

@@ -3,15 +3,19 @@
 import json
 import logging
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile
 
+from foley.core.config import PROJECT_ROOT
 from foley.data.audio import AudioError, read_channels
-from foley.metrics.evaluation import PairingError, SilentAudioError, evaluate_files
-from foley.metrics.features import extract_files, scan_directory
+from foley.metrics.evaluation import SilentAudioError, evaluate_files
+from foley.metrics.features import FaultyClipsError, extract_files, scan_directory
+from foley.metrics.pairing import PairingError
+from foley.metrics.protocols import load_protocol
 from foley.reporting.scores import write_report
 
 LABELS = ("rain", "bell", "dog bark", "seven")
@@ -101,6 +105,33 @@ def test_silent_output_raises_an_alarm_in_log_and_report(folders, protocol, tmp_
         write(folders[0], str(index), 0, level=0.0)
     with pytest.raises(SilentAudioError, match="all 8 generated clips are silent"):
         evaluate(folders, protocol)
+
+
+def test_few_faulty_files_are_left_out_with_their_pairs_and_named_in_the_report(folders, protocol, tmp_path):
+    (folders[0] / "2.wav").write_bytes(b"no sound")
+    (folders[1] / "5.wav").write_bytes(b"")
+    clips = map(scan_directory, folders)
+    evaluation = evaluate_files(*clips, protocol, read_channels, "required", max_faulty_share=0.2)
+    assert (evaluation.n_generated, evaluation.n_reference, evaluation.pairing) == (6, 7, "paired by id")
+    assert "1 generated clips cannot be used and are left out: 2" in evaluation.notes
+    assert "1 reference clips cannot be used and are left out: 5" in evaluation.notes
+    write_report([evaluation], tmp_path)
+    assert "left out: 2" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_a_set_that_hides_a_format_that_is_not_decoded_is_refused(folders, protocol):
+    (folders[0] / "3.wav").rename(folders[0] / "3.m4a")
+    (folders[0] / "3.m4a").write_bytes(b"ftypM4A")
+    with pytest.raises(FaultyClipsError, match=r"1 of 8 clips cannot be used: .*3\.m4a"):
+        evaluate(folders, protocol)
+
+
+def test_aiff_is_read(shared, tmp_path):
+    shutil.copy(shared / "cases/audio/twelve.aiff", tmp_path)
+    embedded = load_protocol("embedded", PROJECT_ROOT / "data" / "extractor")
+    features = extract_files(scan_directory(tmp_path), embedded, read_channels)
+    assert (features.ids, dict(features.faulty)) == (["twelve"], {})
+    assert features.peaks > 0
 
 
 @pytest.mark.parametrize(("samples", "message"), [([], "holds no samples"), ([0.1, np.nan], "NaN|not finite")])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from foley.metrics.latency import Latency, Rounds, measure_latency, measure_rounds
+from foley.metrics.latency import Latency, Rounds, measure_latency, measure_rounds, real_time_factor
 
 
 def test_warm_up_calls_are_made_and_not_timed() -> None:
@@ -14,7 +14,8 @@ def test_warm_up_calls_are_made_and_not_timed() -> None:
 
 
 def test_real_time_factor() -> None:
-    assert Latency(2.0, 1.0, 3.0, repeats=5).real_time_factor(audio_seconds=10.0) == 5.0
+    assert Latency(2.0, 1.0, 3.0, repeats=5).real_time_factor(audio_seconds=10.0) == 0.2
+    assert real_time_factor(computing_seconds=30.0, audio_seconds=10.0) == 3.0
 
 
 def test_nothing_to_time_is_refused() -> None:

@@ -19,4 +19,4 @@ def test_the_benchmark_reports_steps_training_and_generation(tmp_path: Path) -> 
     assert training["float32_checkpointed"]["activation_mib"] < training["float32"]["activation_mib"]
     flops = [entry["model_tflops"] * entry["seconds"] for entry in training.values()]
     assert flops == pytest.approx([flops[0]] * 4)
-    assert set(result["generation_bfloat16_seconds"]) == {"denoise", "decode", "audio_seconds_per_second"}
+    assert set(result["generation_bfloat16_seconds"]) == {"denoise", "decode", "real_time_factor"}

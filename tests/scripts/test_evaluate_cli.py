@@ -17,7 +17,8 @@ from tiny_clap import save_clap
 from foley.core.components import save_component
 from foley.core.config import PROJECT_ROOT
 from foley.metrics.embedded.network import EmbeddedExtractor
-from foley.metrics.evaluation import PairingError, SilentAudioError
+from foley.metrics.evaluation import SilentAudioError
+from foley.metrics.pairing import PairingError
 
 RATE_HZ = 24000
 CONFIG = {

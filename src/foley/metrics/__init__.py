@@ -15,7 +15,6 @@ from foley.metrics.distances import (
 from foley.metrics.evaluation import (
     Accuracy,
     Evaluation,
-    PairingError,
     SilentAudioError,
     evaluate_audio,
     evaluate_features,
@@ -24,6 +23,7 @@ from foley.metrics.evaluation import (
 from foley.metrics.features import ClipFeatures, ClipFile, LabelledAudio, extract_audio, extract_files, scan_directory
 from foley.metrics.judge import Judge
 from foley.metrics.latency import Latency, measure_latency, measure_rounds
+from foley.metrics.pairing import PairingError
 from foley.metrics.protocols import EvaluationProtocol, ProtocolError, load_protocol
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
 from foley.metrics.references import read_clips

@@ -23,7 +23,11 @@ from foley.core.seeding import torch_generator
 SCALE = 100.0
 """KAD is the squared discrepancy in hundredths, as its authors report it."""
 
-_PARTS = (1, 2, 3, 4)  # into how many equal parts a set is dealt to extrapolate its distance
+MOST_PARTS = 4
+"""A set is dealt into 1, 2, ... equal parts, up to so many, to extrapolate its distance."""
+FEWEST_CLIPS = 2 * MOST_PARTS
+"""Of an extrapolated distance: a covariance takes two."""
+
 _BLOCK_ROWS = 512
 _BANDWIDTH_PAIRS = 100_000
 
@@ -79,16 +83,18 @@ def gaussian_frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tens
     return GaussianRoot.of(mean_a, covariance_a).distance(GaussianRoot.of(mean_b, covariance_b))
 
 
-def warn_if_small(name: str, n: int, dimension: int) -> None:
-    """Say that a set's covariance is singular, where it is."""
-    if n <= dimension:
-        _log.warning(
-            "Frechet distance: the %s set has n = %d <= %d features, so its covariance is singular and the "
-            "distance biased upwards; compare only with distances at the same n",
-            name,
-            n,
-            dimension,
-        )
+def singular_set(name: str, n: int, dimension: int) -> str:
+    """What is to be said of a set whose covariance is singular; empty for a regular one.
+
+    >>> singular_set("generated", 24, 128).partition(",")[0]
+    'the generated set has n = 24 <= 128 features'
+    """
+    if n > dimension:
+        return ""
+    return (
+        f"the {name} set has n = {n} <= {dimension} features, so its covariance is singular and the distance biased "
+        "upwards; compare only with distances at the same n"
+    )
 
 
 def frechet_distance(reference: Tensor, generated: Tensor) -> float:
@@ -99,7 +105,8 @@ def frechet_distance(reference: Tensor, generated: Tensor) -> float:
     16.0
     """
     for name, features in (("reference", reference), ("generated", generated)):
-        warn_if_small(name, *features.shape)
+        if remark := singular_set(name, *features.shape):
+            _log.warning("Frechet distance: %s", remark)
     return GaussianRoot.fit(reference).distance(GaussianRoot.fit(generated))
 
 
@@ -116,10 +123,10 @@ def extrapolated_distance(distance: Callable[[Tensor], float], counts: Tensor, s
     clips = torch.arange(len(counts)).repeat_interleave(counts.long())
     shuffled = clips[torch.randperm(len(clips), generator=torch_generator("extrapolation", len(clips), seed))]
     means = []
-    for parts in _PARTS:  # n = N / parts, so parts grows as 1 / n does
+    for parts in range(1, MOST_PARTS + 1):  # n = N / parts, so parts grows as 1 / n does
         found = [distance(part.bincount(minlength=len(counts)).double()) for part in shuffled.tensor_split(parts)]
         means.append(sum(found) / parts)
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in (_PARTS, means))
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (range(1, MOST_PARTS + 1), means))
     # Least squares: the line's value at 0 parts, where 1 / n is 0.
     slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
     return float(y.mean() - slope * x.mean())

@@ -4,15 +4,16 @@
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foley.core.logs import get_logger
 from foley.metrics.features import (
+    MAX_FAULTY_SHARE,
     AudioLoader,
     ClipFeatures,
     ClipFile,
@@ -22,65 +23,15 @@ from foley.metrics.features import (
     labels_by_caption,
     resolve_labels,
 )
+from foley.metrics.pairing import Pairing, align_ids, describe_pairs, pair_clips
 from foley.metrics.protocols import EvaluationProtocol
-from foley.metrics.scores import SCORES, Comparison, Estimate, label_accuracy
+from foley.metrics.scores import SCORES, Comparison, Estimate, TooFewClipsError, label_accuracy
 
 SILENCE_PEAK = 1e-4  # -80 dBFS
-
-Pairing = Literal["auto", "required", "none"]
+_EQUAL_SECONDS = 0.1
+_MOST_NAMED = 5
 
 _log = get_logger(__name__)
-
-
-class PairingError(ValueError):
-    """Pairing was asked for and a clip has no counterpart, or an id occurs twice."""
-
-
-def pair_clips(
-    generated: ClipFeatures, reference: ClipFeatures, pairing: Pairing
-) -> tuple[ClipFeatures, list[int] | None]:
-    """The reference's recordings, each once, and the place there of each generated clip's, or None for unpaired sets.
-
-    Args:
-        pairing: "required" raises PairingError for a clip of either set without counterpart, "none" compares the sets
-            only, "auto" pairs where every generated clip has a reference.
-    """
-    recordings, places = reference.distinct()
-    matches = _match(generated, reference, pairing)
-    if matches is None:
-        return recordings, None
-    pairs = [places[match] for match in matches]
-    _check_recordings(recordings, pairs, pairing)
-    return recordings, pairs
-
-
-def _match(generated: ClipFeatures, reference: ClipFeatures, pairing: Pairing) -> list[int] | None:
-    """Index of each generated clip's reference."""
-    if pairing == "none":
-        return None
-    position = {id: index for index, id in enumerate(reference.ids)}
-    missing = [id for id in generated.ids if id not in position]
-    repeated = len(position) < len(reference) or len(set(generated.ids)) < len(generated)
-    if not missing and not repeated:
-        return [position[id] for id in generated.ids]
-    # Some ids that match and some that do not are a mistake, not two unrelated sets.
-    if pairing == "required" or 0 < len(missing) < len(generated):
-        raise PairingError(
-            f"{len(missing)} of {len(generated)} generated clips have no reference (first: {missing[:5]}; repeated "
-            f"ids: {repeated}); give each clip its reference's id, or set pairing=none"
-        )
-    return None
-
-
-def _check_recordings(recordings: ClipFeatures, pairs: Sequence[int], pairing: Pairing) -> None:
-    """A recording that nothing was generated for is an error where pairs are required."""
-    lacking = [recordings.ids[index] for index in sorted(set(range(len(recordings))) - set(pairs))]
-    if not lacking:
-        return
-    message = f"{len(lacking)} of {len(recordings)} reference recordings have no generated clip (first: {lacking[:5]})"
-    if pairing == "required":
-        raise PairingError(f"{message}; generate the rest, or set pairing=auto")
-    _log.info("%s; the distances are to all of them", message)
 
 
 class SilentAudioError(ValueError):
@@ -89,26 +40,37 @@ class SilentAudioError(ValueError):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy over `n` labelled clips when the classifier chooses among `choices` classes, and per class."""
+    """Accuracy over `n` labelled clips when the classifier chooses among the `classes`, `choices` of them.
+
+    `per_class` holds the accuracy and the number of the clips of each class that was met.
+    """
 
     accuracy: float
     n: int
     choices: int
+    classes: list[str]
     per_class: dict[str, tuple[float, int]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one set of generated clips under one part of a protocol, by name, and how often which class is met."""
+    """Scores of one set of generated clips under one part of a protocol, by name, and how often which class is met.
+
+    `unmeasured` maps the scores that were refused to the reason; `seconds` holds the shortest, median and longest clip
+    of each set; `notes` are sentences on what the scores suffer from, or are made of.
+    """
 
     protocol: dict[str, Any]
     n_generated: int
     n_reference: int
     pairing: str
     scores: dict[str, Estimate]
+    unmeasured: dict[str, str]
     accuracy: dict[str, Accuracy]
     n_unlabelled: int
     silent: list[str]
+    seconds: dict[str, list[float]]
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -144,7 +106,7 @@ def restricted_accuracy(
         choices[int(target)]: (label_accuracy(chosen[targets == target], targets[targets == target]), int(count))
         for target, count in zip(*targets.unique(return_counts=True), strict=True)
     }
-    return Accuracy(label_accuracy(chosen, targets), len(rows), len(choices), per_class)
+    return Accuracy(label_accuracy(chosen, targets), len(rows), len(choices), list(choices), per_class)
 
 
 def _accuracies(generated: ClipFeatures, protocol: EvaluationProtocol) -> dict[str, Accuracy]:
@@ -171,27 +133,98 @@ def evaluate_features(
         resamples: sets of clips drawn for each confidence interval; 0 leaves intervals out.
     Raises SilentAudioError where a whole set is silent.
     """
+    if pairing != "none":
+        # What was generated for a recording that cannot be used has lost its pair by no fault of its own.
+        kept = [row for row, id in enumerate(generated.ids) if id not in reference.faulty]
+        generated = generated if len(kept) == len(generated) else generated.rows(kept)
     silent = _check_silence(generated, "generated")
     _check_silence(reference, "reference")
     recordings, pairs = pair_clips(generated, reference, pairing)
+    notes = _describe_sets(generated, recordings, pairs, pairing)
     labels = protocol.extractor.labels
     unlabelled = sum(label not in labels for label in generated.labels) if labels else 0
     if unlabelled:
         _log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))
     sets = Comparison(generated, recordings, pairs, protocol.extractor, protocol.inception_splits, resamples)
     scores: dict[str, Estimate] = {}
+    unmeasured: dict[str, str] = {}
     for name in protocol.scores:
-        scores |= SCORES[name](sets)
+        try:
+            scores |= SCORES[name](sets)
+        except TooFewClipsError as error:
+            _log.warning("%s", error)
+            unmeasured[error.score] = error.reason
     return Evaluation(
         protocol=protocol.describe(),
         n_generated=len(generated),
         n_reference=len(recordings),
         pairing="none" if pairs is None else "paired by id",
         scores=scores,
+        unmeasured=unmeasured,
         accuracy=_accuracies(generated, protocol),
         n_unlabelled=unlabelled,
         silent=silent,
+        seconds={"generated": _spread(generated.seconds), "reference": _spread(recordings.seconds)},
+        notes=notes,
     )
+
+
+def _describe_sets(
+    generated: ClipFeatures, recordings: ClipFeatures, pairs: Sequence[int] | None, pairing: Pairing
+) -> list[str]:
+    """What is to be said of the sets themselves; all of it is in the log too."""
+    notes = [
+        describe_pairs(generated, recordings, pairs, pairing),
+        _describe_faulty(generated, "generated"),
+        _describe_faulty(recordings, "reference"),
+        describe_lengths(generated.seconds, recordings.seconds, pairs),
+    ]
+    for note in filter(None, notes):
+        _log.warning("%s", note) if note is not notes[0] or pairs is None else _log.info("%s", note)
+    return [note for note in notes if note]
+
+
+def _describe_faulty(clips: ClipFeatures, name: str) -> str:
+    if not clips.faulty:
+        return ""
+    named = ", ".join(list(clips.faulty)[:_MOST_NAMED])
+    more = ", ..." if len(clips.faulty) > _MOST_NAMED else ""
+    return f"{len(clips.faulty)} {name} clips cannot be used and are left out: {named}{more}"
+
+
+def _spread(seconds: Tensor) -> list[float]:
+    return [round(float(value), 3) for value in (seconds.min(), seconds.median(), seconds.max())]
+
+
+def describe_lengths(generated: Tensor, reference: Tensor, pairs: Sequence[int] | None) -> str:
+    """How many clips of `[M]` seconds are of other lengths than their references `[N]`, as a sentence; empty for none.
+
+    Without pairs, a clip is compared with the median of the other set.
+
+    >>> describe_lengths(torch.tensor([5.0, 5.0]), torch.tensor([5.0, 5.05]), [0, 1])
+    ''
+    """
+    if pairs is not None:
+        count = _count_differing(generated, reference[list(pairs)])
+        found = f"{count} of {len(generated)} pairs differ in length"
+    else:
+        counts = [_count_differing(generated, reference.median()), _count_differing(reference, generated.median())]
+        count = sum(counts)
+        found = (
+            f"{counts[0]} of {len(generated)} generated clips and {counts[1]} of {len(reference)} reference "
+            "recordings differ in length from the other set's median"
+        )
+    if count == 0:
+        return ""
+    spans = [
+        f"{name} {low:g} to {high:g} s, median {median:g} s"
+        for name, (low, median, high) in (("generated", _spread(generated)), ("reference", _spread(reference)))
+    ]
+    return f"{found} ({'; '.join(spans)}): the scores compare lengths too; crop both with crop_seconds="
+
+
+def _count_differing(seconds: Tensor, other: Tensor) -> int:
+    return int(((seconds - other).abs() > _EQUAL_SECONDS).sum())
 
 
 def evaluate_audio(
@@ -225,6 +258,7 @@ def evaluate_files(
     captions: Iterable[tuple[str, str]] = (),
     named_labels: Sequence[str] = (),
     resamples: int = 0,
+    max_faulty_share: float = MAX_FAULTY_SHARE,
 ) -> Evaluation:
     """Scores of audio files.
 
@@ -234,9 +268,13 @@ def evaluate_files(
             that of its prompt (see `resolve_labels`).
         named_labels: labels that a prompt may name in words; leave out those that mean other things too ("wood").
         resamples: as in `evaluate_features`.
+        max_faulty_share: of the files of either set that cannot be used, see `extract_files`.
     """
+    aligned, rule = (list(samples), "id") if pairing == "none" else align_ids(samples, reference)
     known = labels_by_caption([*captions, *((clip.caption, clip.label) for clip in reference)])
-    labels = resolve_labels(samples, known, named_labels)
-    generated = extract_files(samples, protocol, load, cache_directory).with_labels(labels)
-    known_features = extract_files(reference, protocol, load, cache_directory)
-    return evaluate_features(generated, known_features, protocol, pairing, resamples)
+    labels = resolve_labels(aligned, known, named_labels)
+    labelled = [replace(clip, label=label) for clip, label in zip(aligned, labels, strict=True)]
+    generated = extract_files(labelled, protocol, load, cache_directory, max_faulty_share)
+    known_features = extract_files(reference, protocol, load, cache_directory, max_faulty_share)
+    evaluation = evaluate_features(generated, known_features, protocol, pairing, resamples)
+    return replace(evaluation, pairing=evaluation.pairing.replace("by id", f"by {rule}"))

@@ -4,19 +4,18 @@ Features are cached by the content of the audio file and the identity of the pro
 extractor never meets old features.
 """
 
-import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,16 +23,25 @@ from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, write_tensors
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
+from foley.core.reading import DamagedFileError, read_json, reading
 from foley.metrics.preprocessing import Preprocessing
 from foley.metrics.protocols import EvaluationProtocol
 
+MAX_FAULTY_SHARE = 0.05
+"""Of the files of a set that cannot be used; more stop an evaluation, for it would be of another set."""
+
+# Sound that is not decoded: to look away would leave clips out without a word, so these count as faulty ones.
+_OTHER_SOUND = frozenset({".m4a", ".aac", ".wma", ".mp4", ".webm", ".mka", ".amr", ".ape", ".wv", ".ac3"})
+_COMPANIONS = frozenset({".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".html", ".png", ".log", ".yaml"})
 _CHUNK_CLIPS = 16
 _LOADER_THREADS = 2
+_MOST_NAMED = 5
 
 AudioLoader = Callable[[Path], tuple[NDArray[np.float32], int]]
 """Gives samples `[T, channels]` as they are stored, and their rate."""
 Row = dict[str, Tensor]
-"""What is kept of a clip: `features [F, D]`, `logits [K]`, `peaks []`."""
+"""What is kept of a clip: `features [F, D]`, `logits [K]`, `peaks []`, `seconds []`."""
+_ROW = {"features": 2, "logits": 1, "peaks": 0, "seconds": 0}  # the dimensions of each
 
 _log = get_logger(__name__)
 
@@ -63,24 +71,48 @@ class ClipFile:
 def scan_directory(directory: Path) -> list[ClipFile]:
     """Every audio file below `directory` in the order of its path, with `id`, `label` and `prompt` of its sidecar JSON.
 
-    Without a sidecar's `id` the file's stem is the id. Raises FileNotFoundError where there is no audio.
+    Without a sidecar's `id` the file's stem is the id. Hidden files are none of the set; other files that are left out
+    are counted and named.
+
+    Raises FileNotFoundError where there is no audio, and ValueError for a sidecar that is none.
     """
-    paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | _OTHER_SOUND]
     if not paths:
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
         raise FileNotFoundError(f"{directory} holds no audio file ({suffixes}); check the path")
+    others = [path for path in files if path.suffix.lower() not in AUDIO_SUFFIXES | _OTHER_SOUND | _COMPANIONS]
+    if others:
+        kinds = ", ".join(f"{n} {suffix or 'without an ending'}" for suffix, n in _count_suffixes(others).items())
+        _log.warning("%s: %d files are left out (%s), such as %s", directory, len(others), kinds, others[0].name)
     return [_read_clip(path) for path in paths]
+
+
+def _count_suffixes(paths: Iterable[Path]) -> Counter[str]:
+    return Counter(path.suffix.lower() for path in paths)
 
 
 def _read_clip(path: Path) -> ClipFile:
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
         return ClipFile(path, path.stem)
-    try:
-        fields = json.loads(sidecar.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{sidecar} is not JSON ({error}); repair or remove this sidecar") from error
-    return ClipFile(path, str(fields.get("id", path.stem)), fields.get("label"), fields.get("prompt"))
+    fields = read_json(sidecar, "the sidecar of a clip", "repair or remove it")
+    if not isinstance(fields, dict):
+        raise DamagedFileError(f"{sidecar} is not the sidecar of a clip: it holds no object; repair or remove it")
+    id, label, prompt = (_text(fields, name, sidecar) for name in ("id", "label", "prompt"))
+    if id == "":
+        raise DamagedFileError(f"{sidecar}: `id` is empty; give one, or leave it out for the file's name")
+    return ClipFile(path, path.stem if id is None else id, label, prompt)
+
+
+def _text(fields: Mapping[str, Any], name: str, sidecar: Path) -> str | None:
+    """Text, or a whole number as text; null is nothing."""
+    value = fields.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None or isinstance(value, str):
+        return value
+    raise DamagedFileError(f"{sidecar}: `{name}` must be text, got {value!r}; mend it, or leave it out")
 
 
 def label_from_text(text: str, labels: Iterable[str]) -> str | None:
@@ -123,8 +155,9 @@ class ClipFeatures:
     """What an extractor says of N clips.
 
     `features [M, D]`: one row for each clip, or as many as `windows [N]` says for extractors that go by windows;
-    `logits [N, K]`, absolute `peaks [N]` of the stored audio, and ids, labels and captions. Clips of equal `recordings`
-    are one recording under several captions.
+    `logits [N, K]`, absolute `peaks [N]` and `seconds [N]` of the audio that was judged, and ids, labels and captions.
+    Clips of equal `recordings` are one recording under several captions. `faulty` maps the id of each clip that could
+    not be used, and is not among the N, to the reason.
     """
 
     ids: list[str]
@@ -135,13 +168,11 @@ class ClipFeatures:
     logits: Tensor
     peaks: Tensor
     recordings: list[str]
+    seconds: Tensor
+    faulty: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def with_labels(self, labels: Sequence[str | None]) -> "ClipFeatures":
-        """The same features under other labels."""
-        return replace(self, labels=list(labels))
 
     def distinct(self) -> tuple["ClipFeatures", list[int]]:
         """Every recording once, under its first caption, and the place there of each clip `[N]`."""
@@ -149,9 +180,10 @@ class ClipFeatures:
         for row, recording in enumerate(self.recordings):
             first.setdefault(recording, row)
         place = {recording: number for number, recording in enumerate(first)}
-        return self._rows(list(first.values())), [place[recording] for recording in self.recordings]
+        return self.rows(list(first.values())), [place[recording] for recording in self.recordings]
 
-    def _rows(self, rows: Sequence[int]) -> "ClipFeatures":
+    def rows(self, rows: Sequence[int]) -> "ClipFeatures":
+        """Some of the clips."""
         parts = self.features.split(self.windows.tolist())
         return ClipFeatures(
             [self.ids[row] for row in rows],
@@ -162,14 +194,17 @@ class ClipFeatures:
             logits=self.logits[rows],
             peaks=self.peaks[rows],
             recordings=[self.recordings[row] for row in rows],
+            seconds=self.seconds[rows],
+            faulty=self.faulty,
         )
 
 
 class _Input(NamedTuple):
-    """An extractor's input for one clip, and the peak of the audio it came from."""
+    """An extractor's input for one clip, and the peak and length of the audio it came from."""
 
     audio: Tensor
     peak: Tensor
+    seconds: Tensor
 
 
 def _pack(
@@ -178,6 +213,7 @@ def _pack(
     labels: Sequence[str | None],
     captions: Sequence[str | None],
     recordings: Iterable[object],
+    faulty: Mapping[str, str] | None = None,
 ) -> ClipFeatures:
     rows = list(items)
     if not rows:
@@ -191,15 +227,19 @@ def _pack(
         logits=torch.stack([row["logits"] for row in rows]),
         peaks=torch.stack([row["peaks"] for row in rows]),
         recordings=list(map(str, recordings)),
+        seconds=torch.stack([row["seconds"] for row in rows]),
+        faulty=faulty or {},
     )
 
 
 def _prepare(audio: Tensor, rate_hz: int, name: str, protocol: EvaluationProtocol) -> _Input:
     if audio.numel() == 0 or not bool(audio.isfinite().all()):
         raise ValueError(f"{name}: audio is empty or not finite ({audio.numel()} samples); regenerate the clip")
+    audio = protocol.crop(audio, rate_hz)
     if len(audio) > 1 and protocol.preprocessing.channel_rule == Preprocessing.channel_rule:
         lossy_mixes.note(name, audio.T.numpy())
-    return _Input(protocol.preprocessing(audio.float(), rate_hz), audio.abs().max().float())
+    seconds = torch.tensor(audio.shape[-1] / rate_hz)
+    return _Input(protocol.preprocessing(audio.float(), rate_hz), audio.abs().max().float(), seconds)
 
 
 def _extract(inputs: Sequence[_Input], protocol: EvaluationProtocol) -> list[Row]:
@@ -212,8 +252,13 @@ def _extract(inputs: Sequence[_Input], protocol: EvaluationProtocol) -> list[Row
         with torch.inference_mode():
             output = protocol.extractor(torch.stack([inputs[index].audio for index in indices]))
         for row, index in enumerate(indices):
-            features = output.features[row].view(-1, output.features.shape[-1])
-            rows[index] = {"features": features, "logits": output.logits[row], "peaks": inputs[index].peak}
+            features, item = output.features[row].view(-1, output.features.shape[-1]), inputs[index]
+            rows[index] = {
+                "features": features,
+                "logits": output.logits[row],
+                "peaks": item.peak,
+                "seconds": item.seconds,
+            }
     return rows
 
 
@@ -242,6 +287,7 @@ class FeatureCache:
 
     def __init__(self, directory: Path | None, protocol: EvaluationProtocol) -> None:
         self._directory = None if directory is None else directory / f"{protocol.name}-{protocol.identity[:16]}"
+        self._width = protocol.extractor.feature_dim
 
     def load(self, content_hash: str) -> Row | None:
         """The row of the audio with this content, or None; an unreadable file is reported and made anew."""
@@ -249,8 +295,9 @@ class FeatureCache:
         if path is None or not path.is_file():
             return None
         try:
-            return load_file(path)
-        except SafetensorError as error:
+            with reading(path, "features of a clip"):
+                return self._checked(load_file(path))
+        except DamagedFileError as error:
             _log.warning("%s cannot be read (%s); extracting its features again", path, error)
             return None
 
@@ -260,36 +307,74 @@ class FeatureCache:
         if path is not None:
             write_tensors(path, row)
 
+    def _checked(self, row: Row) -> Row:
+        shapes = {name: row[name].ndim for name in _ROW}
+        if shapes != _ROW or row["features"].shape[1] != self._width:
+            raise ValueError(f"its tensors have other shapes: { ({name: list(row[name].shape) for name in _ROW}) }")
+        return row
+
     def _path(self, content_hash: str) -> Path | None:
         return None if self._directory is None else self._directory / f"{content_hash}.safetensors"
 
 
+class FaultyClipsError(ValueError):
+    """More files of a set cannot be used than the evaluation allows."""
+
+
 def extract_files(
-    clips: Sequence[ClipFile], protocol: EvaluationProtocol, load: AudioLoader, cache_directory: Path | None = None
+    clips: Sequence[ClipFile],
+    protocol: EvaluationProtocol,
+    load: AudioLoader,
+    cache_directory: Path | None = None,
+    max_faulty_share: float = MAX_FAULTY_SHARE,
 ) -> ClipFeatures:
-    """Features of audio files, of which a few are in memory at a time. Unchanged files come from the cache."""
+    """Features of audio files, of which a few are in memory at a time. Unchanged files come from the cache.
+
+    Files that cannot be used are left out, counted and named; raises FaultyClipsError where there are more of them
+    than `max_faulty_share` of all.
+    """
     cache = FeatureCache(cache_directory, protocol)
     hashes = [hash_file(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
     missing = {key: clip.path for key, clip in zip(hashes, clips, strict=True) if key not in rows}
     _log.info("features of %d clips: %d files cached, %d to extract", len(clips), len(rows), len(missing))
     chunks = [list(missing.items())[start : start + _CHUNK_CLIPS] for start in range(0, len(missing), _CHUNK_CLIPS)]
+    reasons: dict[str, str] = {}
 
-    def prepare(path: Path) -> _Input:
-        samples, rate_hz = load(path)
-        return _prepare(torch.from_numpy(samples).T, rate_hz, str(path), protocol)
+    def prepare(path: Path) -> _Input | str:
+        try:
+            samples, rate_hz = load(path)
+            return _prepare(torch.from_numpy(samples).T, rate_hz, str(path), protocol)
+        except (RuntimeError, ValueError, OSError) as error:  # whatever a loader says of a file that is no use
+            return str(error)
 
     with ThreadPoolExecutor(_LOADER_THREADS) as pool:
         for chunk in track(chunks, description="extracting features", disable=not chunks):
-            extracted = _extract(list(pool.map(prepare, [path for _, path in chunk])), protocol)
-            for (key, _), row in zip(chunk, extracted, strict=True):
+            prepared = dict(zip(dict(chunk), pool.map(prepare, dict(chunk).values()), strict=True))
+            reasons |= {key: item for key, item in prepared.items() if isinstance(item, str)}
+            usable = {key: item for key, item in prepared.items() if not isinstance(item, str)}
+            for key, row in zip(usable, _extract(list(usable.values()), protocol), strict=True):
                 rows[key] = {name: value.clone() for name, value in row.items()}  # not the batch behind it
                 cache.save(key, rows[key])
     lossy_mixes.report()
+    faulty = {clip.id: reasons[key] for clip, key in zip(clips, hashes, strict=True) if key in reasons}
+    _check_faulty(faulty, len(clips), max_faulty_share)
+    kept = [(clip, rows[key]) for clip, key in zip(clips, hashes, strict=True) if key in rows]
     return _pack(
-        (rows[key] for key in hashes),
-        [clip.id for clip in clips],
-        [clip.label for clip in clips],
-        [clip.caption for clip in clips],
-        (clip.path for clip in clips),
+        (row for _, row in kept),
+        [clip.id for clip, _ in kept],
+        [clip.label for clip, _ in kept],
+        [clip.caption for clip, _ in kept],
+        (clip.path for clip, _ in kept),
+        faulty,
     )
+
+
+def _check_faulty(faulty: Mapping[str, str], count: int, max_share: float) -> None:
+    if not faulty:
+        return
+    more = f", and {len(faulty) - _MOST_NAMED} more" if len(faulty) > _MOST_NAMED else ""
+    message = f"{len(faulty)} of {count} clips cannot be used: {'; '.join(list(faulty.values())[:_MOST_NAMED])}{more}"
+    if len(faulty) > max_share * count:
+        raise FaultyClipsError(f"{message}; mend or remove them, or let more pass with max_faulty_share= ({max_share})")
+    _log.warning("%s; they are left out", message)

@@ -20,6 +20,15 @@ Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
 
 
+def real_time_factor(computing_seconds: float, audio_seconds: float) -> float:
+    """RTF: seconds of computing for a second of audio; under 1 is faster than the sound itself lasts.
+
+    >>> real_time_factor(computing_seconds=2.5, audio_seconds=10.0)
+    0.25
+    """
+    return computing_seconds / audio_seconds
+
+
 @dataclass(frozen=True)
 class Latency:
     """Seconds per call over `repeats` timed calls."""
@@ -30,8 +39,8 @@ class Latency:
     repeats: int
 
     def real_time_factor(self, audio_seconds: float) -> float:
-        """Seconds of audio made per second of wall-clock time."""
-        return audio_seconds / self.median_seconds
+        """See `real_time_factor`."""
+        return real_time_factor(self.median_seconds, audio_seconds)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ A protocol is a preprocessing, an extractor and the scores made of its features.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from foley.core.components import WEIGHTS_FILE, load_component
 from foley.core.hashing import hash_file, hash_module
@@ -56,6 +57,8 @@ class EvaluationProtocol:
         scores: names out of `foley.metrics.scores.SCORES`.
         inception_splits: parts over which the inception score is averaged.
         direction: of the divergence that the protocol's papers report; both are measured.
+        crop_seconds: of both sets' clips only the beginning of this length is judged; None: all of it. It is part of
+            the protocol: its numbers are no others'. ProtocolError for a length that is none.
     """
 
     name: str
@@ -66,6 +69,11 @@ class EvaluationProtocol:
     scores: tuple[str, ...]
     inception_splits: int = 1
     direction: str = _REFERENCE_FIRST
+    crop_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.crop_seconds is not None and not 0 < self.crop_seconds < math.inf:
+            raise ProtocolError(f"crop_seconds={self.crop_seconds} must be a positive number of seconds, or null")
 
     @property
     def sample_rate_hz(self) -> int:
@@ -82,7 +90,13 @@ class EvaluationProtocol:
             "feature_dim": self.extractor.feature_dim,
             "inception_splits": self.inception_splits,
             "direction": self.direction,
+            # Absent where nothing is cropped: features that were cached before there was a crop stay valid.
+            **({} if self.crop_seconds is None else {"crop_seconds": self.crop_seconds}),
         }
+
+    def crop(self, audio: Tensor, rate_hz: int) -> Tensor:
+        """What is judged of `audio [channels, T]`."""
+        return audio if self.crop_seconds is None else audio[:, : max(round(self.crop_seconds * rate_hz), 1)]
 
     @cached_property
     def identity(self) -> str:

@@ -1,9 +1,15 @@
-"""Clips that others are compared with: of a folder, or of a manifest."""
+"""Clips that others are compared with, of a folder or of a manifest, and to which length both sets are cropped."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
+from foley.data.audio import AudioError, open_audio
 from foley.data.manifest import OUR_COLUMNS, ManifestOptions, of_split, read_manifest
 from foley.metrics.features import ClipFile, scan_directory
+from foley.metrics.protocols import ProtocolError
+
+SHORTER = "shorter"
 
 
 def read_clips(
@@ -24,3 +30,30 @@ def read_clips(
     if absent := [str(clip.path) for clip in clips if not clip.path.is_file()]:
         raise FileNotFoundError(f"{len(absent)} of {len(clips)} clips do not exist ({absent[0]}, ...); give audio_dir=")
     return clips
+
+
+def crop_length(
+    crop_seconds: float | str | None, samples: Sequence[ClipFile], reference: Sequence[ClipFile]
+) -> float | None:
+    """Seconds of `crop_seconds`; `SHORTER` is the lower of both sets' median lengths, by the headers of their files.
+
+    Raises ProtocolError for another word.
+    """
+    if crop_seconds != SHORTER:
+        if isinstance(crop_seconds, str):
+            raise ProtocolError(f"crop_seconds={crop_seconds} must be a number of seconds, {SHORTER}, or null")
+        return crop_seconds
+    lengths = [_seconds_of(clips) for clips in (samples, reference)]
+    return round(min(median(seconds) for seconds in lengths if seconds), 3) if any(lengths) else None
+
+
+def _seconds_of(clips: Sequence[ClipFile]) -> list[float]:
+    """Of the files that can be opened; what cannot is counted where it is read."""
+    found = []
+    for clip in clips:
+        try:
+            with open_audio(clip.path) as file:
+                found.append(file.frames / file.samplerate)
+        except AudioError:
+            continue
+    return found

@@ -7,7 +7,7 @@ float64.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,14 +15,20 @@ from torch import Tensor
 
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator, torch_generator
-from foley.metrics.distances import GaussianRoot, extrapolated_distance, kernel_audio_distance, warn_if_small
+from foley.metrics.distances import (
+    FEWEST_CLIPS,
+    MOST_PARTS,
+    GaussianRoot,
+    extrapolated_distance,
+    kernel_audio_distance,
+    singular_set,
+)
 from foley.metrics.extractors import CaptionExtractor, Extractor
 from foley.metrics.features import ClipFeatures
 from foley.metrics.protocols import HIGHEST_SIMILARITY
 
 KL_EPSILON = 1e-6  # AudioLDM-eval's, in the denominator
 CONFIDENCE = 0.95
-_FEWEST_CLIPS = 8  # of an extrapolated distance, whose smallest part is a quarter of them
 
 _log = get_logger(__name__)
 
@@ -107,12 +113,16 @@ def label_accuracy(logits: Tensor, targets: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, its interval (None where nothing was drawn), and the n it was measured on, as text."""
+    """A score, its interval (None where nothing was drawn), and the n it was measured on, as text.
+
+    `remark` says why the value is not to be trusted; empty where nothing is known against it.
+    """
 
     value: float
     low: float | None
     high: float | None
     n: str
+    remark: str = ""
 
 
 def draw_counts(n: int, resamples: int, name: str) -> Tensor:
@@ -147,6 +157,14 @@ def estimate(values: Tensor, n: str, floor: float | None = None) -> Estimate:
 # What a protocol may ask for.
 
 Scores = dict[str, Estimate]
+
+
+class TooFewClipsError(ValueError):
+    """A set has fewer clips than the estimate `score` needs; the message says how many it needs."""
+
+    def __init__(self, score: str, reason: str) -> None:
+        super().__init__(f"{score}: {reason}")
+        self.score, self.reason = score, reason
 
 
 class CaptionError(ValueError):
@@ -195,27 +213,50 @@ def _distance_to(known: GaussianRoot, clips: ClipFeatures, counts: Tensor) -> fl
 
 
 def frechet(sets: Comparison) -> Scores:
-    """Frechet distance of the features; with VGGish it is FAD."""
-    for name, clips in (("reference", sets.reference), ("generated", sets.generated)):
-        warn_if_small(name, len(clips.features), clips.features.shape[1])
+    """Frechet distance of the features; with VGGish it is FAD. Marked where a set's covariance is singular."""
+    named = (("reference", sets.reference), ("generated", sets.generated))
+    singular = [singular_set(name, *clips.features.shape) for name, clips in named]
+    for remark in filter(None, singular):
+        _log.warning("Frechet distance: %s", remark)
     values = [
         _fit(sets.reference, reference).distance(_fit(sets.generated, generated))
         for reference, generated in zip(*sets.counts(), strict=True)
     ]
-    return {"frechet_distance": estimate(torch.tensor(values, dtype=torch.float64), sets.sizes, floor=0.0)}
+    found = estimate(torch.tensor(values, dtype=torch.float64), sets.sizes, floor=0.0)
+    return {"frechet_distance": replace(found, remark="; ".join(filter(None, singular)))}
 
 
 def frechet_infinity(sets: Comparison) -> Scores:
-    """The distance extrapolated to infinitely many generated clips; left out of sets of fewer than `_FEWEST_CLIPS`."""
-    if len(sets.generated) < _FEWEST_CLIPS:
-        _log.warning("no extrapolated distance: it needs %d clips, got %d", _FEWEST_CLIPS, len(sets.generated))
-        return {}
+    """The distance extrapolated to infinitely many generated clips.
+
+    Its bias is linear in 1/n where n is above the width D of the features, down to the smallest part, a quarter. Hence
+    TooFewClipsError for a set of D vectors or fewer, or of fewer than `FEWEST_CLIPS` clips, and a mark on the estimate
+    where a quarter has D vectors or fewer, or where it is negative.
+    """
+    vectors, width = sets.generated.features.shape
+    if vectors <= width or len(sets.generated) < FEWEST_CLIPS:
+        reason = (
+            f"too few clips: {len(sets.generated)} with {vectors} feature vectors, and the extrapolation needs "
+            f"{FEWEST_CLIPS} clips and more than the {width} vectors that a feature is wide"
+        )
+        raise TooFewClipsError("frechet_distance_infinity", reason)
     values = []
     for draw, (reference, generated) in enumerate(zip(*sets.counts(), strict=True)):
         known = _fit(sets.reference, reference)
         distance = partial(_distance_to, known, sets.generated)
         values.append(extrapolated_distance(distance, generated, draw))
-    return {"frechet_distance_infinity": estimate(torch.tensor(values, dtype=torch.float64), sets.sizes)}
+    found = estimate(torch.tensor(values, dtype=torch.float64), sets.sizes)
+    return {"frechet_distance_infinity": replace(found, remark=_doubts(found.value, vectors, width))}
+
+
+def _doubts(value: float, vectors: int, width: int) -> str:
+    doubts = []
+    if vectors // MOST_PARTS <= width:
+        need = MOST_PARTS * (width + 1)
+        doubts.append(f"too few clips: {vectors} feature vectors, and the fit is sound from {need} on")
+    if value < 0:
+        doubts.append("negative, which no distance is: too few clips to tell it from 0")
+    return "; ".join(doubts)
 
 
 def kad(sets: Comparison) -> Scores:
@@ -251,14 +292,13 @@ def _unpaired_kl(sets: Comparison) -> Scores:
 def inception(sets: Comparison) -> Scores:
     """Inception score of the generated clips: the mean over splits, with fewer splits where there are too few clips."""
     n = len(sets.generated)
-    splits = min(sets.inception_splits, n)
+    splits, remark = min(sets.inception_splits, n), ""
     if splits < sets.inception_splits:
-        _log.warning(
-            "inception score: %d splits instead of %d, for there are %d clips", splits, sets.inception_splits, n
-        )
+        remark = f"{splits} splits instead of {sets.inception_splits}, for there are {n} clips"
+        _log.warning("inception score: %s", remark)
     counts = draw_counts(n, sets.resamples, "generated")
     values = inception_scores(sets.generated.logits, splits, counts).mean(dim=1)
-    return {"inception_score": estimate(values, str(n), floor=1.0)}
+    return {"inception_score": replace(estimate(values, str(n), floor=1.0), remark=remark)}
 
 
 def clap(sets: Comparison) -> Scores:

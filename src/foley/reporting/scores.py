@@ -31,14 +31,32 @@ _HEADER = ("metric", "value", f"{CONFIDENCE:.0%} interval", "n (reference / gene
 
 
 def score_rows(evaluation: Evaluation) -> list[Row]:
-    """(metric, value, interval, n) of every score that the evaluation has."""
+    """(metric, value, interval, n) of every score; a star marks those of which `remarks` says something."""
     rows = [
-        (TITLES[name], f"{score.value:.4f}", _interval(score), score.n) for name, score in evaluation.scores.items()
+        (TITLES[name], f"{score.value:.4f}{' *' if score.remark else ''}", _interval(score), score.n)
+        for name, score in evaluation.scores.items()
     ]
+    rows += [(TITLES[name], "not measured *", "", "") for name in evaluation.unmeasured]
     for group, accuracy in evaluation.accuracy.items():
-        name = f"Label accuracy, {group} ({accuracy.choices} classes)"
+        name = f"Label accuracy among {_describe_classes(evaluation, group)}"
         rows.append((name, f"{accuracy.accuracy:.1%}", "", str(accuracy.n)))
     return rows
+
+
+def _describe_classes(evaluation: Evaluation, group: str) -> str:
+    """Which classes the classifier chose among: "all 50 classes of EmbeddedExtractor"."""
+    classes = evaluation.accuracy[group].choices
+    named = f"all {classes} classes" if group == "all" else f"its {classes} {group} classes"
+    return f"{named} of {evaluation.protocol['extractor']}"
+
+
+def remarks(evaluation: Evaluation) -> list[str]:
+    """What is to be known before any number is read: notes on the sets, then doubts of single scores."""
+    doubts = {name: score.remark for name, score in evaluation.scores.items() if score.remark}
+    return [
+        *evaluation.notes,
+        *(f"{TITLES[name]}: {text}" for name, text in {**doubts, **evaluation.unmeasured}.items()),
+    ]
 
 
 def _interval(score: Estimate) -> str:
@@ -64,8 +82,13 @@ def _chapter(evaluation: Evaluation) -> str:
         "\n".join([*facts, f"- pairing: {evaluation.pairing}", f"- clips without label: {evaluation.n_unlabelled}"]),
         markdown_table(_HEADER, score_rows(evaluation)),
     ]
+    if found := remarks(evaluation):
+        parts += ["\n".join(f"- {remark}" for remark in found)]
     if classes := class_rows(evaluation):
-        parts += ["## Accuracy per class", markdown_table(("class", "accuracy", "n"), classes)]
+        parts += [
+            f"## Accuracy per class, among {_describe_classes(evaluation, 'all')}",
+            markdown_table(("class", "accuracy", "n"), classes),
+        ]
     if evaluation.silent:
         parts += ["## ALARM: silent clips", "\n".join(f"- {id}" for id in evaluation.silent)]
     return "\n\n".join(parts)
@@ -78,7 +101,10 @@ def show(evaluation: Evaluation, console: Console | None = None) -> None:
     table = Table(*_HEADER, title=title)
     for row in score_rows(evaluation):
         table.add_row(*row)
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    for remark in remarks(evaluation):
+        console.print(f"* {remark}", markup=False, highlight=False)
 
 
 def flat_scores(evaluations: Iterable[Evaluation]) -> dict[str, float]:
