@@ -5,12 +5,12 @@ python scripts/listening_test.py "systems={ours: DIR, theirs: DIR}" reference=FO
 
 from pathlib import Path
 
-import soundfile
 from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator
+from foley.data.audio import read_channels
 from foley.metrics.features import ClipFile
 from foley.metrics.references import read_clips
 from foley.reporting.listening import KEY_FILE, REFERENCE, Stimulus, low_pass, write_test
@@ -30,8 +30,7 @@ def choose_items(folders: dict[str, dict[str, ClipFile]], num_items: int, seed: 
 
 def read_stimulus(system: str, clip: ClipFile, caption: str, max_seconds: float) -> Stimulus:
     """The first `max_seconds` of a clip, at its own rate."""
-    rate = soundfile.info(clip.path).samplerate
-    samples, _ = soundfile.read(clip.path, frames=round(max_seconds * rate), dtype="float32", always_2d=True)
+    samples, rate = read_channels(clip.path, max_seconds)
     return Stimulus(system, clip.id, caption, samples, rate)
 
 

@@ -41,6 +41,19 @@ def test_scores_are_cosines_and_bad_clips_are_faults(tmp_path):
     assert isinstance(scorer.annotate([rows[1]])[0], Fault)
 
 
+def test_a_down_mix_other_than_the_mean_is_part_of_the_scores_identity(tmp_path):
+    left_silent = np.stack([np.zeros(800), np.full(800, 0.5)], axis=1)
+    soundfile.write(tmp_path / "a.wav", left_silent, 8000, subtype="FLOAT")
+    mean, loudest = (ClapScorer(lambda device: Plane(), str(tmp_path), "plane", downmix=m) for m in ("mean", "loudest"))
+    assert "downmix" not in mean.identity
+    assert loudest.identity["downmix"] == "loudest"
+    scores = []
+    for scorer in (mean, loudest):
+        scorer.start(1, torch.device("cpu"))
+        scores.append(scorer.annotate([{"path": "a.wav", "caption": "x" * 7}])[0]["clap_score"])
+    assert scores == pytest.approx([np.cos(0.7 - 0.25), np.cos(0.7 - 0.5)])
+
+
 def test_the_threshold_is_kept_and_counts_are_exact(tmp_path, write_jsonl):
     values = [0.10, 0.35, 0.39999, 0.40, 0.45, 0.80]
     rows = [{"id": str(n), "path": f"{n}.wav", "caption": "x", "license": "CC0"} for n in range(len(values) + 1)]

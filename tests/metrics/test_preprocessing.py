@@ -1,8 +1,12 @@
 """What each protocol's preprocessing makes of a clip."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from foley.core.channels import lossy_mixes
+from foley.metrics.features import LabelledAudio, extract_audio
 from foley.metrics.preprocessing import (
     PEAK,
     RESAMPLERS,
@@ -14,6 +18,7 @@ from foley.metrics.preprocessing import (
     Preprocessing,
     VggishPreprocessing,
 )
+from foley.metrics.protocols import EvaluationProtocol
 
 ALL = [
     EmbeddedPreprocessing,
@@ -78,3 +83,23 @@ def test_passt_windows_begin_every_five_seconds() -> None:
     for seconds, windows in ((1, 1), (10, 1), (10.1, 2), (15, 2), (16, 3)):
         assert PasstPreprocessing()(tone(32000, seconds), 32000).shape == (windows, 320000)
     assert PasstPreprocessing()(torch.zeros(1, 32000), 32000).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", [PannsPreprocessing, OpenL3Preprocessing])
+def test_silence_in_the_first_channels_never_stands_for_the_others(kind: type[Preprocessing]) -> None:
+    sound, silence = tone(16000, 3), torch.zeros(2, 48000)
+    torch.testing.assert_close(kind()(torch.cat([silence, sound]), 16000), kind()(sound, 16000))
+    assert "loudest" in kind.channel_rule
+
+
+def test_a_mean_that_loses_the_sound_is_warned_of_where_a_protocol_takes_the_mean(
+    protocol: EvaluationProtocol, caplog: pytest.LogCaptureFixture
+) -> None:
+    lossy_mixes.count = 0
+    sound = tone(100, 3, 7.0)
+    extract_audio([LabelledAudio(torch.cat([sound, -sound]), id="antiphase")], protocol)
+    assert "antiphase: its 2 channels cancel out" in caplog.text
+    caplog.clear()
+    panns = replace(protocol, preprocessing=PannsPreprocessing())
+    extract_audio([LabelledAudio(torch.cat([sound, -sound]), id="antiphase")], panns)
+    assert not caplog.records

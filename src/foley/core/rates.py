@@ -10,8 +10,8 @@ from scipy.signal import firwin, resample_poly
 
 _FILTER_ZERO_CROSSINGS = 16
 _KAISER_BETA = 8.0
-# The filter has 32 taps for each; beyond it the nearest ratio is taken, at most 15 parts in a million away.
-_MOST_PHASES = 1 << 16
+# The filter has 32 taps for each; beyond it the nearest ratio is taken, at most 21 parts in a million away.
+_MOST_PHASES = 48_000
 
 LOWEST_RATE_HZ, HIGHEST_RATE_HZ = 100, 768_000
 """Of any recording: from what sensors write to the fastest converters."""

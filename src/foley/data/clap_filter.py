@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from foley.core.channels import check_downmix
 from foley.core.files import json_lines, write_json
 from foley.data.annotating import Fault, ManifestRow, read_results
 from foley.data.audio import AudioError, FloatArray, read_audio
@@ -34,14 +35,23 @@ class ClapScorer:
         audio_dir: what paths of the manifest are relative to.
         name: of the model; scores of two models never mix in one folder.
         max_duration_seconds: of a longer clip only the beginning is heard.
+        downmix: as `foley.data.audio.read_audio` takes it; ValueError for one that it does not know.
     """
 
     key_fields = ("id", "caption")
 
     def __init__(
-        self, load: Callable[..., Embedder], audio_dir: str, name: str, max_duration_seconds: float = 30.0
+        self,
+        load: Callable[..., Embedder],
+        audio_dir: str,
+        name: str,
+        max_duration_seconds: float = 30.0,
+        downmix: str = "mean",
     ) -> None:
         self.identity = {"source": "clap", "model": name, "max_duration_seconds": str(max_duration_seconds)}
+        if check_downmix(downmix) != "mean":  # scores of the mean, which earlier folders hold, do not say so
+            self.identity["downmix"] = downmix
+        self._downmix = downmix
         self._load = load
         self._audio_dir = Path(audio_dir)
         self._max_duration_seconds = max_duration_seconds
@@ -68,7 +78,8 @@ class ClapScorer:
             return Fault(f"has {len(row['captions'])} captions: give each a row with an id of its own to score them")
         rate = self._embedder.sample_rate_hz
         try:
-            return read_audio(self._audio_dir / row["path"], rate, self._max_duration_seconds)
+            path = self._audio_dir / row["path"]
+            return read_audio(path, rate, self._max_duration_seconds, downmix=self._downmix)
         except AudioError as error:
             return Fault(str(error))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, ProcessorMixin, Qwen2AudioForConditionalGeneration
 
+from foley.core.channels import check_downmix
 from foley.core.hub import load_pretrained
 from foley.data.annotating import AnnotationError, Fault, ManifestRow
 from foley.data.audio import AudioError, FloatArray, read_audio
@@ -25,6 +26,7 @@ class Qwen2AudioCaptioner(nn.Module):
         instruction: what follows the audio; the base model was trained on "Generate the caption in English:".
         chat: wrap both in the chat template of the instruction-tuned model.
         max_duration_seconds: of a longer clip only the beginning is heard; the model hears 30 s.
+        downmix: as `foley.data.audio.read_audio` takes it.
     """
 
     key_fields = ("id",)
@@ -39,8 +41,10 @@ class Qwen2AudioCaptioner(nn.Module):
         chat: bool = False,
         max_new_tokens: int = 64,
         max_duration_seconds: float = 30.0,
+        downmix: str = "mean",
     ) -> None:
         super().__init__()
+        self._downmix = check_downmix(downmix)
         self.model = model.requires_grad_(False).eval()
         self.processor = processor
         # Generation goes on from the last column, which must not be padding.
@@ -51,6 +55,8 @@ class Qwen2AudioCaptioner(nn.Module):
         self._max_new_tokens = max_new_tokens
         self._max_duration_seconds = max_duration_seconds
         self.identity = identity("qwen2_audio", name, self._prompt)
+        if downmix != "mean":
+            self.identity["downmix"] = downmix
 
     def start(self, world_size: int, device: torch.device) -> None:
         """Nothing to start."""
@@ -70,7 +76,8 @@ class Qwen2AudioCaptioner(nn.Module):
 
     def _read(self, row: ManifestRow) -> FloatArray | Fault:
         try:
-            return read_audio(self._audio_dir / row["path"], self._sample_rate_hz, self._max_duration_seconds)
+            path, limit = self._audio_dir / row["path"], self._max_duration_seconds
+            return read_audio(path, self._sample_rate_hz, limit, downmix=self._downmix)
         except AudioError as error:
             return Fault(str(error))
 
