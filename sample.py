@@ -30,19 +30,25 @@ def refuse_old_names(arguments: Sequence[str]) -> Sequence[str]:
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.accel.combined import NoAcceleration
     from foley.cli import sampling
     from foley.generation.clip_folder import ClipFolder, launch_processes
+    from foley.generation.comparison import compare_with_uncached
 
     cfg.system = sampling.chosen_system(cfg)
     clips, settings = sampling.requested_clips(cfg), sampling.requested_settings(cfg)
     processes = launch_processes(cfg.trainer)
     generator = sampling.open_requested(cfg, settings, None if cfg.trainer is None else processes.device)
     directory = Path(processes.broadcast(cfg.output_dir))
-    if cfg.prompts is None:
-        page, _ = generator.generate_clips(clips, settings).write(directory)
-    else:
-        folder = ClipFolder(directory, clips, sampling.describe_request(cfg, clips, generator.model_hash))
-        page = folder.fill(partial(generator.generate_clips, settings=settings), processes, cfg.batch_size)
+    folder = ClipFolder(directory, clips, sampling.describe_request(cfg, clips, generator.model_hash))
+    settings = sampling.of_request(settings, folder.request_hash)
+    with folder.claimed(processes, cfg.overwrite):
+        if cfg.prompts is not None:
+            page = folder.fill(partial(generator.generate_clips, settings=settings), processes, cfg.batch_size)
+        elif sampling.asks_for_nothing(cfg) and not isinstance(settings.accelerator, NoAcceleration):
+            page = compare_with_uncached(generator, clips, settings, directory)
+        else:
+            page = folder.write(generator.generate_clips(clips, settings))
     get_logger(__name__).info("%d clips: open %s", len(clips), page)
 
 

@@ -11,24 +11,17 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from foley.cli.command import command
-from foley.core.files import slug, write_json, write_text
+from foley.core.files import write_json
 from foley.core.logs import get_logger
+from foley.generation.comparison import compare, heading, write_comparison
 from foley.generation.prompts import LabelledPrompts
 from foley.generation.result import Generation
 from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.judge import Judge
 from foley.metrics.latency import peak_memory_bytes
-from foley.reporting.samples import Card, render_comparison
 from foley.reporting.tables import provenance
 
 log = get_logger(__name__)
-
-
-def write_variant(directory: Path, name: str, result: Generation) -> list[Card]:
-    """The folder of one variant; returns its cards, with file names relative to the parent folder."""
-    folder = directory / slug(name)
-    _, cards = result.write(folder, name)
-    return [card.inside(folder.name) for card in cards]
 
 
 def generate(cfg: DictConfig, name: str, prompts: list[str]) -> Generation:
@@ -47,24 +40,22 @@ def main(cfg: DictConfig) -> None:
     """Write the page and `demo.json`."""
     prompts, labels = LabelledPrompts.read(Path(cfg.prompts))
     judge, directory = Judge.load(Path(cfg.extractor_dir)), Path(cfg.output_dir)
-    columns: dict[str, list[Card]] = {}
-    scores: dict[str, dict[str, Any]] = {}
+    results: dict[str, Generation] = {}
     for name, variant in cfg.variants.items():
         if not Path(variant.system).is_dir():
             log.info("%s: left out, there is no %s", name, variant.system)
             continue
-        result = generate(cfg, name, prompts)
+        results[name] = generate(cfg, name, prompts)
+    scores: dict[str, dict[str, Any]] = {**compare(results)}
+    headings = {}
+    for name, result in results.items():
         accuracy = judge.score(result.audio, result.sample_rate_hz, labels)["label_accuracy"]
-        seconds = result.timings.total_seconds
-        speedup = next(iter(scores.values()))["seconds"] / seconds if scores else 1.0
-        scores[name] = {"seconds": seconds, "speedup": speedup, "label_accuracy": accuracy}
-        scores[name] |= dataclasses.asdict(result.timings)
-        heading = f"{name}\n{seconds:.1f} s, {speedup:.1f}x, label accuracy {accuracy:.0%}"
-        columns[heading] = write_variant(directory, name, result)
-        log.info("%s", heading.replace("\n", ": "))
-    page, peak_bytes = directory / "index.html", peak_memory_bytes(torch.device("cpu"))
+        headings[name] = heading(name, scores[name], f"label accuracy {accuracy:.0%}")
+        scores[name] |= {"label_accuracy": accuracy, **dataclasses.asdict(result.timings)}
+        log.info("%s", headings[name].replace("\n", ": "))
+    peak_bytes = peak_memory_bytes(torch.device("cpu"))
     facts = f"{len(prompts)} sounds of {cfg.duration_seconds:g} s; seconds and speed-up are of all of them together"
-    write_text(page, render_comparison("foley demo", facts, columns))
+    page = write_comparison(directory, "foley demo", facts, results, headings)
     memory = None if peak_bytes is None else peak_bytes / 1e9
     facts_of_run = {"peak_memory_gigabytes": memory, "provenance": provenance()}
     write_json(directory / "demo.json", {"variants": scores, **facts_of_run})

@@ -225,3 +225,13 @@ def test_golden_guided_ddim(shared, hoisted):
     denoise = guidance.wrap(ezaudio_denoiser(weights, config), positive, negative, grid=grid)
     latents = sample(denoise, noise, scheduler, solver.run_context(scheduler, guidance, 1))
     torch.testing.assert_close(latents, tensors["sample.latents"], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 4, 5, 6, 8, 9, 10, 25])
+def test_no_step_of_heun_divides_sigma_by_more_than_its_correction_bears(num_steps):
+    process = DiffusionProcess("v")
+    sigmas = Solver("heun", num_steps).build(process).sigmas[:-1].unique().flip(0)  # the last, 0, is left out
+    assert len(sigmas) == num_steps
+    assert float((sigmas[:-1] / sigmas[1:]).max()) < 4.51
+    smallest = ((1 - process.alphas_cumprod[0]) / process.alphas_cumprod[0]).sqrt()
+    assert (num_steps >= 10) == (float(sigmas[-1]) == pytest.approx(float(smallest), rel=1e-2))

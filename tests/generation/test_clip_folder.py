@@ -7,12 +7,15 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+from commands import run_command
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from small_system import CONFIGS
 
 from foley.cli.sampling import requested_settings
 from foley.core.config import PROJECT_ROOT
+from foley.core.locks import FolderInUseError, only_writer
+from foley.core.reading import DamagedFileError
 from foley.system.system import build_system, save_system
 
 ROWS = [("dog", "a dog barks"), ("dog", "barking, loud"), ("rain", "rain falls"), ("rain", "drops"), ("bell", "a bell")]
@@ -43,8 +46,9 @@ def contents(folder):
 
 
 def record(wave):
-    """What a clip's JSON says, but for costs, which are means over its batch."""
+    """What a clip's JSON says, but for costs, which are means over its batch, and how long that took."""
     facts = json.loads(wave.with_suffix(".json").read_text(encoding="utf-8"))
+    assert facts.pop("real_time_factor") > 0
     facts["settings"] = {key: value for key, value in facts["settings"].items() if not key.startswith("mac")}
     return facts
 
@@ -134,3 +138,75 @@ def test_a_papers_accelerator_comes_with_its_test_set():
     }
     assert config("eval_preset=audiocache").accel.calibration_dir.system.endswith("data/demo")
     assert config("eval_preset=ezaudio", "steps=3").solver.name == "ddim"
+
+
+@pytest.fixture
+def sampled(system_dir, tmp_path):
+    """A folder with the clips of one prompt, and what makes more in it."""
+
+    def run(*overrides: str) -> None:
+        fixed = [f"system={system_dir}", "device=cpu", "steps=1", "duration_seconds=0.2", f"output_dir={tmp_path}"]
+        run_command("sample", *fixed, *overrides)
+
+    run("prompt=rain", "num=2")
+    return run
+
+
+def names(folder):
+    return sorted(file.name for file in folder.glob("*.wav"))
+
+
+def test_the_clips_of_another_request_are_refused(sampled, audiocaps, tmp_path):
+    before = contents(tmp_path)
+    for other in (["prompt=wind"], ["prompt=rain", "num=1"], ["prompt=rain", "num=2", "guidance_scale=2"]):
+        with pytest.raises(ValueError, match=r"holds clips of another request .*overwrite=true to remove them"):
+            sampled(*other)
+    with pytest.raises(ValueError, match="holds clips of another request"):
+        sampled(f"prompts={audiocaps}")
+    assert contents(tmp_path) == before
+
+
+def test_the_same_request_may_be_made_again(sampled, tmp_path):
+    before = names(tmp_path)
+    sampled("prompt=rain", "num=2", "batch_size=1")
+    assert names(tmp_path) == before
+
+
+def test_on_request_they_are_removed_and_nothing_else(sampled, audiocaps, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    sampled("prompt=wind", "overwrite=true")
+    assert names(tmp_path) == ["000_wind_seed0.wav"]
+    assert not list(tmp_path.glob("*rain*"))
+    assert (tmp_path / "notes.txt").is_file()
+    sampled(f"prompts={audiocaps}", "overwrite=true")
+    assert len(names(tmp_path)) == len(ROWS)
+    sampled(f"prompts={audiocaps}")  # goes on, and finds all there
+    with pytest.raises(ValueError, match=r"guidance_scale was None, is 2.*overwrite=true"):
+        sampled(f"prompts={audiocaps}", "guidance_scale=2")
+    sampled(f"prompts={audiocaps}", "guidance_scale=2", "overwrite=true")
+
+
+def test_a_second_writer_is_refused(sampled, tmp_path):
+    with only_writer(tmp_path, "clips"), pytest.raises(FolderInUseError, match="another process is writing clips"):
+        sampled("prompt=rain", "num=2")
+
+
+def test_a_damaged_record_is_named(sampled, audiocaps, tmp_path):
+    sampled(f"prompts={audiocaps}", "overwrite=true")
+    (tmp_path / "test_set.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DamagedFileError, match=r"test_set\.json"):
+        sampled(f"prompts={audiocaps}")
+    sidecar = next(tmp_path.glob("*_seed0.json"))
+    (tmp_path / "test_set.json").unlink()
+    sidecar.write_text("[]", encoding="utf-8")
+    with pytest.raises(DamagedFileError, match=sidecar.name):
+        sampled(f"prompts={audiocaps}")
+
+
+def test_json_and_log_give_the_real_time_factor(sampled, tmp_path, caplog):
+    caplog.set_level("INFO")
+    sampled("prompt=rain", "num=2")
+    facts = json.loads((tmp_path / "000_rain_seed0.json").read_text(encoding="utf-8"))
+    computing = sum(facts["timings_of_all_samples"].values())
+    assert facts["real_time_factor"] == pytest.approx(computing / (2 * 0.2), abs=1e-4)
+    assert any(record.getMessage().startswith("RTF ") for record in caplog.records)

@@ -16,7 +16,7 @@ from foley.data.audio import PEAK_CEILING, read_audio
 from foley.data.dataset import PeakLevel
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import SOLVERS
-from foley.generation.editing import EditMask, EditWindow, Recording, paste, paste_fitted
+from foley.generation.editing import EditMask, EditWindow, Recording, Variation, paste, paste_fitted
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import System, build_system
 
@@ -414,3 +414,27 @@ def test_scale_0_is_the_negative_prompt_whatever_its_length(pipeline, prompt, ne
 def test_a_negative_prompt_without_guidance_is_warned_of(pipeline, caplog):
     pipeline.generate(["rain"], negative_prompt="speech", guidance=ClassifierFreeGuidance(1.0), **STEPS)
     assert "no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("strength", "num_steps", "steps_taken", "said"),
+    [
+        (0.0, 10, 0, "takes no step"),
+        (0.001, 10, 1, "rounds to none: one is taken"),
+        (0.3, 10, 3, None),
+        (0.97, 10, 10, "takes all 10 steps"),
+        (0.5, 1, 1, "takes all 1 steps"),
+        (1.0, 10, 10, "takes all 10 steps"),
+    ],
+)
+def test_a_strength_that_rounds_to_no_step_or_to_all_says_so(
+    pipeline, file, caplog, strength, num_steps, steps_taken, said
+):
+    accelerator, fresh = CountingAccelerator(), TextToAudio(pipeline.system)
+    for _ in range(2):
+        fresh.vary(["rain"], file, strength, num_steps=num_steps, accelerator=accelerator)
+    assert accelerator.evaluations == 2 * steps_taken
+    assert Variation(file, strength).first_step(num_steps) == num_steps - steps_taken
+    messages = [record.getMessage() for record in caplog.records if "strength=" in record.getMessage()]
+    assert len(messages) == (said is not None)  # once, however many batches there are
+    assert said is None or said in messages[0]

@@ -68,6 +68,24 @@ def test_strangers_are_found_with_what_comes_nearest(known, prompt, nearest):
     assert nearest is None or nearest in novelty.nearest[0]
 
 
+@pytest.mark.parametrize("prompt", ["🐕", "🐕 🌧️🌧️", "???", "---"])
+def test_signs_without_a_word_are_strangers(known, prompt):
+    novelty = known.judge(prompt)
+    assert novelty.familiar_share == 0
+    assert len(novelty.nearest) == 3
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", "again and again"])
+def test_what_asks_for_nothing_in_particular_is_none(known, prompt):
+    assert known.judge(prompt) is None
+
+
+def test_letters_of_other_widths_are_those_that_the_tokenizer_folds_them_to(known):
+    wide = "".join(chr(ord(letter) + 0xFEE0) if letter != " " else "\u3000" for letter in CAPTIONS[0])
+    assert wide != CAPTIONS[0]
+    assert known.judge(wide) is None
+
+
 def test_most_of_the_prompts_of_another_world_are_strangers(known, shared):
     prompts = read_prompts(shared / "data/audiocaps/test.csv")[::50]
     assert sum(known.judge(prompt) is not None for prompt in prompts) > len(prompts) / 2

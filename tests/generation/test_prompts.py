@@ -47,7 +47,7 @@ def test_clips_are_prompts_times_seeds():
     assert request_clips("dog", None, 3, 2) == [Clip("dog", 3), Clip("dog", 4)]
     assert request_clips("", None, 0, 1) == [Clip("", 0)]
     for bad in [(None, None, 0, 1), ("dog", "file", 0, 1), ("dog", None, 0, 0)]:
-        with pytest.raises(ValueError, match=r"prompt=|num must"):
+        with pytest.raises(ValueError, match=r"prompt=|num=0: give a whole number >= 1"):
             request_clips(*bad)
 
 

@@ -77,9 +77,11 @@ def test_an_edited_file_keeps_every_sample_outside_the_mask(system_dir, recordin
 def test_a_variation_has_the_length_of_its_file(system_dir, recording, tmp_path):
     done = run_sample(
         f"init={recording}", "strength=0.34", "prompt=rain", "negative_prompt=a dog, barking", "steps=3",
+        "duration_seconds=3",
         "solver=heun", f"system={system_dir}", f"output_dir={tmp_path}", "device=cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "duration_seconds has no effect with a recording" in done.stdout + done.stderr
     assert soundfile.info(next(tmp_path.glob("*.wav"))).frames == 2000
     settings = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))["settings"]
     assert (settings["init"]["first_step"], settings["negative_prompt"]) == (2, "a dog, barking")
@@ -108,6 +110,21 @@ def test_without_a_prompt_the_system_that_ships_generates_prompts_of_its_world()
     cfg.edit = "a.wav"
     with pytest.raises(ValueError, match="give either prompt"):
         requested_clips(cfg)
+
+
+def test_with_an_accelerator_alone_the_demo_is_made_with_and_without_it(tmp_path):
+    run_command("sample", "accel=fora", "steps=2", "duration_seconds=0.2", "device=cpu", f"output_dir={tmp_path}")
+    assert list(json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))) == ["no acceleration", "Fora"]
+    plain, cached = (sorted(file.name for file in tmp_path.glob(f"{way}/*.wav")) for way in ("no-acceleration", "fora"))
+    assert plain == cached
+    assert len(plain) == 4
+
+
+def test_an_accelerator_of_typed_steps_calibrates_by_itself(system_dir, tmp_path):
+    given = [f"system={system_dir}", "steps=3", "duration_seconds=0.2", "guidance_scale=2", "accel=audiocache"]
+    sample_here(*given, f"output_dir={tmp_path}")
+    assert (system_dir / "calibration" / "ddim_3_w2.json").is_file()
+    assert len(list(tmp_path.glob("*.wav"))) == 1
 
 
 @pytest.mark.parametrize(

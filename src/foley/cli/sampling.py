@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ _log = get_logger(__name__)
 
 # What may differ between two runs that make the clips of one folder: it changes no clip.
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
-_INCIDENTAL |= {"hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
+_INCIDENTAL |= {"overwrite", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
 def chosen_system(cfg: DictConfig) -> str:
@@ -63,15 +64,15 @@ def requested_clips(cfg: DictConfig) -> list[Clip]:
         raise ValueError("trainer= shares out the prompts of a file: give prompts=FILE, or leave it out")
     if cfg.features is not None:
         return _clips_of_features(cfg)
-    if _asks_for_nothing(cfg):
+    if asks_for_nothing(cfg):
         return _demo_clips(cfg.seed, cfg.num)
     columns = PromptColumns(cfg.caption_column, cfg.id_column, cfg.clip_column)
     return request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num, columns, cfg.captions, cfg.caption_seed)
 
 
-def _asks_for_nothing(cfg: DictConfig) -> bool:
+def asks_for_nothing(cfg: DictConfig) -> bool:
     """No prompt, no recording, and the system that ships, whose world the demo's prompts are of."""
-    named = (cfg.prompt, cfg.prompts, cfg.edit, cfg.init)
+    named = (cfg.prompt, cfg.prompts, cfg.edit, cfg.init, cfg.features)
     return named == (None,) * len(named) and Path(str(cfg.system)).resolve().is_relative_to(shipped("demo").resolve())
 
 
@@ -107,6 +108,11 @@ def requested_settings(cfg: DictConfig) -> GenerationSettings:
         progress=partial(track, description="denoising") if cfg.prompts is None else iter,
         facts=describe_source(cfg),
     )
+
+
+def of_request(settings: GenerationSettings, request_hash: str) -> GenerationSettings:
+    """The settings, with what tells in the JSON of each clip which request it is of."""
+    return replace(settings, facts={**settings.facts, "request": request_hash})
 
 
 def chosen_source(cfg: DictConfig) -> Edit | Variation | None:

@@ -3,7 +3,10 @@
 Zero terminal SNR makes the noisiest sigma infinite. DDIM and DDPM step in alpha space and take it as it is. Solvers
 that step in sigma or log-SNR space get a last `alphas_cumprod` of 2^-24 instead of 0 (a largest sigma of 4096), as
 diffusers does for its own rescaled schedules. Heun's second-order correction over such a first step would amplify
-every error of the model, so it starts at sigma 80 on the grid of Karras et al. 2022 (equation 5) instead.
+every error of the model, so it starts at sigma 80 on the grid of Karras et al. 2022 (equation 5) instead. From sigma s
+to r below it, that correction weighs the difference of two estimates of the clean latent by (s / r - 1) / 2. So where
+steps are few, the grid ends at a larger sigma, such that s / r stays below a bound; the last step, of first order, then
+removes the noise that is left.
 """
 
 from collections.abc import Mapping
@@ -29,6 +32,7 @@ from foley.diffusion.process import DiffusionProcess
 _SMALLEST_SIGNAL_POWER = 2.0**-24  # alpha^2, for solvers that divide by alpha
 _HEUN_LARGEST_SIGMA = 80.0  # sigma / alpha; Karras et al. 2022, table 1
 _KARRAS_RHO = 7.0  # of the same table: how much denser the grid is near the data
+_HEUN_LARGEST_RATIO = 4.5  # of neighbouring sigmas; ten steps between 80 and 0.03 stay below it by themselves
 _PREDICTION_TYPE = {"v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}
 
 
@@ -163,9 +167,11 @@ class Solver:
 
 
 def _karras_timesteps(signal_power: np.ndarray, num_steps: int) -> list[float]:
-    """Fractional timesteps of a Karras grid between the smallest sigma and `_HEUN_LARGEST_SIGMA`."""
+    """Fractional timesteps of a Karras grid from `_HEUN_LARGEST_SIGMA` to the smallest sigma that few steps reach."""
     sigmas = np.sqrt((1 - signal_power) / signal_power)  # sigma / alpha of each training timestep
     largest, smallest = (float(end) ** (1 / _KARRAS_RHO) for end in (min(_HEUN_LARGEST_SIGMA, sigmas[-1]), sigmas[0]))
+    # On the grid's evenly spaced roots, neighbours differ most in ratio at the end: bound that of the last two.
+    smallest = max(smallest, largest / (1 + (num_steps - 1) * (_HEUN_LARGEST_RATIO ** (1 / _KARRAS_RHO) - 1)))
     grid = np.linspace(largest, smallest, num_steps) ** _KARRAS_RHO  # Karras et al. 2022, equation 5
     # The denoiser was trained on timesteps: find each sigma between two of them, where log sigma is nearly linear.
     timesteps: list[float] = np.interp(np.log(grid), np.log(sigmas), np.arange(len(sigmas))).tolist()

@@ -33,7 +33,7 @@ class Uncached(Protocol):
 def calibration_prompts(known: Sequence[str]) -> list[str]:
     """Some of the captions that a system knows, or of the demo's where it knows none."""
     captions = list(known) or read_prompts(shipped("prompts/demo.jsonl"))
-    return [captions[index] for index in evenly_spaced(len(captions), min(NUM_PROMPTS, len(captions)))]
+    return [captions[index] for index in evenly_spaced(len(captions), NUM_PROMPTS)]
 
 
 def calibrate_missing(

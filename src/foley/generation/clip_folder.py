@@ -1,11 +1,15 @@
 """`ClipFolder`: the clips of a prompt file, shared out over processes, and continued where an earlier run stopped."""
 
+import hashlib
 import json
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import soundfile
@@ -15,12 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import from_numpy
 
 from foley.core.files import sample_stem, write_json, write_text
+from foley.core.locks import only_writer
 from foley.core.logs import get_logger
+from foley.core.reading import read_json, reading
 from foley.generation.prompts import Clip
 from foley.generation.result import Generation
-from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, Card, draw_card, render_page
+from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, SHEET_FILE, Card, draw_card, render_page
 
 RECORD_FILE = "test_set.json"
+_CLIP_FILE = re.compile(r"\d{3,}_[a-z0-9-]+_seed\d+\.(wav|json|png)")  # see `foley.core.files.sample_stem`
 _log = get_logger(__name__)
 
 
@@ -43,11 +50,55 @@ class ClipFolder:
 
     Args:
         request: all that the clips depend on; an existing folder must have been begun with the same.
+
+    Those of a file of prompts are made batch by batch (`fill`), those of one prompt at once (`write`); either inside
+    `claimed`.
     """
 
     directory: Path
     clips: Sequence[Clip]
     request: Mapping[str, Any]
+
+    @contextmanager
+    def claimed(self, fabric: Fabric, overwrite: bool) -> Iterator[None]:
+        """Hold the folder as its only writer: no clips of another request are in it, or will be added to it.
+
+        Args:
+            overwrite: remove all clips that are there, and begin anew.
+
+        Raises ValueError where it holds clips of another request, FolderInUseError where another process writes to it.
+        """
+        with only_writer(self.directory, "clips") if fabric.is_global_zero else nullcontext():
+            if fabric.is_global_zero and overwrite:
+                remove_clips(self.directory)
+            elif fabric.is_global_zero:
+                self._require_own_clips()
+            yield
+
+    @property
+    def request_hash(self) -> str:
+        """By which a clip's JSON tells of which request it is."""
+        return hashlib.sha256(json.dumps(dict(self.request), sort_keys=True).encode()).hexdigest()[:16]
+
+    def _require_own_clips(self) -> None:
+        """Of a file of prompts the record tells more, see `_begin`."""
+        own = {self.stem(index) for index in range(len(self.clips))}
+        strangers = sorted({file.stem for file in _clip_files(self.directory)} - own)
+        if not (self.directory / RECORD_FILE).is_file():
+            strangers += sorted(stem for stem in own if self._made_otherwise(stem))
+        if strangers:
+            raise ValueError(
+                f"{self.directory} holds clips of another request ({', '.join(strangers[:3])}, {len(strangers)} in "
+                "all), which would be scored with these; give another output_dir, or overwrite=true to remove them"
+            )
+
+    def _made_otherwise(self, stem: str) -> bool:
+        sidecar = self.directory / f"{stem}.json"
+        if not sidecar.is_file():
+            return False
+        with reading(sidecar, "the JSON of a clip", "remove it, or give overwrite=true"):
+            made = json.loads(sidecar.read_text(encoding="utf-8"))
+            return bool(made["settings"].get("request") != self.request_hash)
 
     def fill(self, generate: Callable[[Sequence[Clip]], Generation], fabric: Fabric, batch_size: int) -> Path:
         """Make this process's share of the clips that are missing; returns the page, once all processes are done.
@@ -58,11 +109,13 @@ class ClipFolder:
         todo: list[int] = fabric.broadcast(self._begin() if fabric.is_global_zero else [])
         share = todo[fabric.global_rank :: fabric.world_size]
         start, of_all = time.perf_counter(), f"clips of process 1 of {fabric.world_size}"
+        factors: list[float] = []  # RTF of each batch
         with _progress_bar(disable=not fabric.is_global_zero) as progress:
             task = progress.add_task("" if fabric.world_size == 1 else of_all, total=len(share), rate="")
             for first in range(0, len(share), batch_size):
                 indices = share[first : first + batch_size]
                 made = generate([self.clips[index] for index in indices])
+                factors += [made.real_time_factor] * len(indices)
                 for row, index in enumerate(indices):
                     made.write_clip(self.directory, row, index)
                 rate = (first + len(indices)) / (time.perf_counter() - start)
@@ -70,7 +123,15 @@ class ClipFolder:
         fabric.barrier()
         seconds = time.perf_counter() - start
         _log.info("%d clips made in %.1f s, %d were there already", len(todo), seconds, len(self.clips) - len(todo))
+        if factors:
+            _log_factor(fmean(factors))
         return self._write_page() if fabric.is_global_zero else self.directory
+
+    def write(self, made: Generation) -> Path:
+        """Write all clips, which were made at once; returns the page."""
+        page, _ = made.write(self.directory)
+        _log_factor(made.real_time_factor)
+        return page
 
     def stem(self, index: int) -> str:
         """Name of a clip's files, without extension."""
@@ -80,11 +141,14 @@ class ClipFolder:
         """Write the record of a new folder, or compare with that of an old one; the clips that it lacks."""
         record = self.directory / RECORD_FILE
         if record.is_file():
-            begun = json.loads(record.read_text(encoding="utf-8"))
+            begun = read_json(record, "the record of a folder of clips", "give another output_dir, or overwrite=true")
             ours = json.loads(json.dumps(dict(self.request)))
             if changed := sorted(key for key in begun | ours if begun.get(key) != ours.get(key)):
                 was = ", ".join(f"{key} was {begun.get(key)}, is {ours.get(key)}" for key in changed)
-                raise ValueError(f"{self.directory} holds clips of another request ({was}); give another output_dir")
+                raise ValueError(
+                    f"{self.directory} holds clips of another request ({was}); give another output_dir, or "
+                    "overwrite=true to remove them"
+                )
         else:
             write_json(record, dict(self.request))
         return [i for i in range(len(self.clips)) if not (self.directory / f"{self.stem(i)}.json").is_file()]
@@ -103,6 +167,22 @@ class ClipFolder:
         clip, stem = self.clips[index], self.stem(index)
         samples, rate = soundfile.read(self.directory / f"{stem}.wav", dtype="float32", always_2d=True)
         return draw_card(self.directory, stem, clip.prompt, clip.seed, from_numpy(samples.T), rate)
+
+
+def _log_factor(real_time_factor: float) -> None:
+    _log.info("RTF %.3g: seconds of computing for a second of audio", real_time_factor)
+
+
+def _clip_files(directory: Path) -> list[Path]:
+    """What `Generation.write_clip` and the page have written of clips, by their names."""
+    return [file for file in directory.glob("*") if _CLIP_FILE.fullmatch(file.name)]
+
+
+def remove_clips(directory: Path) -> None:
+    """Remove the clips of a folder, their record and their page; other files stay."""
+    about = [directory / name for name in (RECORD_FILE, PAGE_FILE, SHEET_FILE)]
+    for file in [*_clip_files(directory), *about]:
+        file.unlink(missing_ok=True)
 
 
 def _progress_bar(disable: bool) -> Progress:

@@ -129,8 +129,9 @@ class Edit:
 class Variation:
     """What to start from: the recording in `file`, noised and denoised again (SDEdit, Meng et al. 2022).
 
-    `strength` is the share of solver steps to take, to the nearest step. 1 takes them all, from pure noise, and is
-    plain generation; 0 takes none and gives the recording back through the codec. ValueError outside.
+    `strength` is the share of solver steps to take, to the nearest step, but at least one between 0 and 1. 1 takes them
+    all, from pure noise, and is plain generation; 0 takes none and gives the recording back through the codec.
+    ValueError outside.
     """
 
     file: str | Path
@@ -146,8 +147,24 @@ class Variation:
             )
 
     def first_step(self, num_steps: int) -> int:
-        """The first of so many solver steps that is taken."""
-        return round((1 - self.strength) * num_steps)
+        """The first of so many solver steps that is taken.
+
+        >>> [Variation("dog.wav", strength).first_step(10) for strength in (0.0, 0.01, 0.5, 0.99, 1.0)]
+        [10, 9, 5, 0, 0]
+        """
+        first = round((1 - self.strength) * num_steps)
+        return min(first, num_steps - 1) if self.strength > 0 else first
+
+    def rounding(self, num_steps: int) -> str | None:
+        """What is to be said where so few steps make something else of the strength; None where they do not."""
+        taken = num_steps - self.first_step(num_steps)
+        if self.strength == 1 or (self.strength > 0 and taken == num_steps):
+            return f"strength={self.strength:g} takes all {num_steps} steps: nothing of {self.file} is left"
+        if self.strength == 0:
+            return f"strength=0 takes no step: {self.file} through the codec, whatever the prompt"
+        if round(self.strength * num_steps) == 0:
+            return f"strength={self.strength:g} of {num_steps} steps rounds to none: one is taken"
+        return None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Words are what counts: the embeddings of a small text encoder put strangers anyw
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,9 +34,18 @@ def stem(word: str) -> str:
     return re.sub(r"(.)\1$", r"\1", word.removesuffix("e") if len(word) > 3 else word)
 
 
+def _words(text: str) -> list[str]:
+    """In lower case and in compatibility form (NFKC), as the tokenizer folds them: full-width letters are letters."""
+    return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
+
+
 def content_stems(text: str) -> frozenset[str]:
-    """The stems of the words of `text` that carry meaning."""
-    return frozenset(stem(word) for word in re.findall(r"[^\W_]+", text.lower()) if word not in _FUNCTION_WORDS)
+    """The stems of the words of `text` that carry meaning.
+
+    >>> content_stems("Ａ ｄｏｇ barks") == content_stems("a dog barking")
+    True
+    """
+    return frozenset(stem(word) for word in _words(text) if word not in _FUNCTION_WORDS)
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,12 @@ class KnownCaptions:
         self._notes: dict[str, dict[str, Any]] = {}
 
     def judge(self, prompt: str) -> Novelty | None:
-        """None for a familiar prompt, or an empty one, which asks for anything."""
+        """None for a familiar prompt, or an empty one, which asks for anything; signs without a word are no caption."""
         stems = content_stems(prompt)
-        if not self.captions or not stems:
+        if not self.captions or not prompt.strip() or (_words(prompt) and not stems):
             return None
+        if not stems:
+            return Novelty(0.0, self._nearest(prompt, stems))
         share = self._weight(stems & self._weights.keys()) / self._weight(stems)
         return None if share >= self.required_share else Novelty(share, self._nearest(prompt, stems))
 
@@ -86,7 +98,8 @@ class KnownCaptions:
         """By the weight that is shared over all weight, and among equals by spelling."""
 
         def nearness(index: int) -> tuple[float, float]:
-            shared = self._weight(stems & self._stems[index]) / self._weight(stems | self._stems[index])
+            of_either = self._weight(stems | self._stems[index]) or 1.0  # a caption too may hold no word of meaning
+            shared = self._weight(stems & self._stems[index]) / of_either
             return shared, SequenceMatcher(None, prompt.lower(), self.captions[index].lower()).ratio()
 
         return [self.captions[index] for index in sorted(range(len(self.captions)), key=nearness)[: -_SHOWN - 1 : -1]]

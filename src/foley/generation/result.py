@@ -78,6 +78,11 @@ class Generation:
             )
         self._warn_of_levels()
 
+    @property
+    def real_time_factor(self) -> float:
+        """RTF: seconds of computing for a second of audio, all clips together; below 1 is faster than it sounds."""
+        return self.timings.total_seconds / (len(self.clips) * self.audio.shape[-1] / self.sample_rate_hz)
+
     def write(self, directory: str | Path, title: str | None = None) -> tuple[Path, list[Card]]:
         """Write WAV, JSON and spectrogram of each clip, a sheet and the page; returns the page and the cards on it."""
         directory = Path(directory)
@@ -107,7 +112,8 @@ class Generation:
         gain = write_wav(directory / f"{stem}.wav", self._waveform(row), self.sample_rate_hz, self.peak_ceiling)
         levels = {"gain_db": gain_to_decibels(gain), **self._levels(row)}
         described = {"prompt": clip.prompt, "seed": clip.seed, **levels, **clip.notes}
-        made = {"index": index, "settings": dict(self.settings), **(facts or {})}
+        made = {"index": index, "real_time_factor": round(self.real_time_factor, 4), "settings": dict(self.settings)}
+        made |= facts or {}
         write_json(directory / f"{stem}.json", {**described, **made})
         return stem
 

@@ -37,6 +37,7 @@ from foley.nn.rotary import RotaryExtension
 from foley.system.system import System, load_system, save_system
 
 _DEFAULT_SECONDS = 5.0
+_LARGEST_SPREAD = 3.0  # standard deviation of normalised latents; guidance makes it 1.5 at most
 _log = get_logger(__name__)
 
 
@@ -94,7 +95,7 @@ class TextToAudio:
         self._decode = LatentDecoder(self.codec)
         self.inference: dict[str, Any] = {"precision": "float32", "compile": False}
         self.model_hash = hash_module(self.denoiser)
-        self._warned_seconds: set[float] = set()
+        self._said: set[str] = set()
 
     @classmethod
     def load(
@@ -287,6 +288,7 @@ class TextToAudio:
                 positive = embed(self._encode_text, [clip.prompt for clip in batch])
             with self._timed(timings, "denoise_seconds"):
                 latent = denoise(positive=positive, negative=negative, seeds=[clip.seed for clip in batch])  # [B, C, L]
+            self._warn_of_blow_up(latent, solver, guidance.scale)
             with self._timed(timings, "decode_seconds"):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
                 rows.append(canvas.finish(audio.cpu()))  # [B, 1, T], [B]
@@ -328,6 +330,7 @@ class TextToAudio:
             case Variation(file, strength, downmix) as variation:
                 recording = Recording.read(Path(file), self.sample_rate_hz, "init", downmix)
                 first_step = variation.first_step(num_steps)
+                self._warn_once(variation.rounding(num_steps))
                 return self._variation_canvas(recording, strength, first_step, timings)
             case _:
                 seconds = settings.duration_seconds or self.default_duration_seconds
@@ -396,14 +399,28 @@ class TextToAudio:
             )
 
     def _warn_beyond_training(self, seconds: float) -> None:
-        """Once of each length: the clips of a file are generated batch by batch."""
         trained = self.system.trained_seconds or inf
-        if seconds > trained and seconds not in self._warned_seconds:
-            self._warned_seconds.add(seconds)
+        if seconds > trained:
+            self._warn_once(
+                f"{seconds:g} s at once are longer than the {trained:g} s that this system was trained on, which "
+                f"sounds worse; window_seconds={trained:g} generates longer clips in windows of that length"
+            )
+
+    def _warn_once(self, message: str | None) -> None:
+        """Of each message once: the clips of a file are generated batch by batch."""
+        if message is not None and message not in self._said:
+            self._said.add(message)
+            _log.warning("%s", message)
+
+    def _warn_of_blow_up(self, latent: Tensor, solver: Solver, scale: float) -> None:
+        """Of latents `[B, C, L]` far beyond the unit variance that the model was trained on."""
+        spread = latent.float().flatten(1).std(dim=1)  # [B]
+        count = int((spread > _LARGEST_SPREAD).sum())
+        if count:
             _log.warning(
-                "%g s at once are longer than the %g s that this system was trained on, which sounds worse; "
-                "window_seconds=%g generates longer clips in windows of that length",
-                *(seconds, trained, trained),
+                "solver %s blew up in %d of %d clips: latents of standard deviation %.1f, in training 1; take more "
+                "than %d steps, another solver, or a lower guidance scale than %g",
+                *(solver.name, count, len(latent), float(spread.max()), solver.num_steps, scale),
             )
 
     def _timed(self, timings: Timings, field: str) -> AbstractContextManager[None]:

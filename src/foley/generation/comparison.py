@@ -1,0 +1,123 @@
+"""The same clips made in several ways: how long each takes, how far it is from the first, and a page of all of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from foley.core.files import slug, write_json, write_text
+from foley.core.logs import get_logger
+from foley.diffusion.context import Accelerator
+from foley.generation.clip_folder import remove_clips
+from foley.generation.pipeline_to_audio import PipelineToAudio
+from foley.generation.prompts import Clip
+from foley.generation.result import Generation
+from foley.generation.settings import GenerationSettings
+from foley.generation.text_to_audio import TextToAudio
+from foley.losses.spectral import magnitude
+from foley.reporting.samples import PAGE_FILE, render_comparison
+from foley.reporting.tables import format_rows
+
+_FFT_SAMPLES = 1024
+_FACTS = (
+    "{} sounds, each from the same seed in every column, timed once on this machine. Seconds, speed-up and RTF "
+    "(seconds of computing for a second of audio) are of all of them together. Spectral convergence is the distance "
+    "of magnitude spectrograms from those of the first column, relative to these: 0 is the same sound, 1 another one"
+)
+_COLUMNS = {
+    "": "{way}",
+    "seconds": "{seconds:.2f}",
+    "speed-up": "{speedup:.2f}x",
+    "RTF": "{real_time_factor:.3g}",
+    "spectral convergence": "{spectral_convergence:.3f}",
+}
+_log = get_logger(__name__)
+
+
+def spectral_convergence(audio: Tensor, reference: Tensor) -> float:
+    """`||S(audio) - S(reference)|| / ||S(reference)||` of magnitude spectrograms (Arik et al. 2018, section 4.1).
+
+    Both are `[N, channels, T]`. 0 of equal audio; two independent sounds of one level lie near 1.
+
+    >>> tone = torch.sin(torch.arange(4000) / 5)[None, None]
+    >>> spectral_convergence(tone, tone), round(spectral_convergence(0.5 * tone, tone), 4)
+    (0.0, 0.5)
+    """
+    ours, theirs = (_spectrogram(each) for each in (audio, reference))
+    return float(torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs).clamp_min(1e-12))
+
+
+def _spectrogram(audio: Tensor) -> Tensor:
+    """`[N * channels, frequencies, frames]`."""
+    window = torch.hann_window(_FFT_SAMPLES)
+    short = max(0, _FFT_SAMPLES - audio.shape[-1])
+    return magnitude(torch.nn.functional.pad(audio.flatten(0, 1), (0, short)), window)
+
+
+def compare(results: Mapping[str, Generation]) -> dict[str, dict[str, float]]:
+    """Of each way: `seconds` of all its clips, `speedup` over the first way, RTF and distance from the first way."""
+    reference = next(iter(results.values()))
+    return {
+        name: {
+            "seconds": result.timings.total_seconds,
+            "speedup": reference.timings.total_seconds / result.timings.total_seconds,
+            "real_time_factor": result.real_time_factor,
+            "spectral_convergence": spectral_convergence(result.audio, reference.audio),
+        }
+        for name, result in results.items()
+    }
+
+
+def heading(name: str, row: Mapping[str, float], *facts: str) -> str:
+    """Of a way's column: its name, and in a line below it what `compare` says, and what else is to be said."""
+    said = [f"{row['seconds']:.1f} s", f"{row['speedup']:.1f}x", f"RTF {row['real_time_factor']:.3g}"]
+    if row["spectral_convergence"]:
+        said.append(f"spectral convergence {row['spectral_convergence']:.2f}")
+    return f"{name}\n{', '.join([*said, *facts])}"
+
+
+def compare_with_uncached(
+    generator: TextToAudio | PipelineToAudio, clips: Sequence[Clip], settings: GenerationSettings, directory: Path
+) -> Path:
+    """The clips without acceleration and with that of `settings`, from the same seeds; returns the page.
+
+    Calibration and first calls are not timed. Each way is timed once: its speed-up is what one sees, no benchmark.
+    """
+    name = _name(settings.accelerator)
+    generator.generate_clips(clips[:1], replace(settings, progress=iter))
+    results = {}
+    for way, accelerator in {"no acceleration": None, name: settings.accelerator}.items():
+        bar = partial(track, description=way)
+        results[way] = generator.generate_clips(clips, replace(settings, accelerator=accelerator, progress=bar))
+    rows = compare(results)
+    write_json(directory / "comparison.json", rows)
+    _log.info("%s", format_rows([{"way": way, **row} for way, row in rows.items()], _COLUMNS))
+    headings = {way: heading(way, row) for way, row in rows.items()}
+    return write_comparison(directory, f"With and without {name}", _FACTS.format(len(clips)), results, headings)
+
+
+def _name(accelerator: Accelerator | None) -> str:
+    parts = getattr(accelerator, "accelerators", (accelerator,))
+    return " and ".join(type(part).__name__ for part in parts)
+
+
+def write_comparison(
+    directory: Path, title: str, facts: str, results: Mapping[str, Generation], headings: Mapping[str, str]
+) -> Path:
+    """A folder of clips for each way, emptied of earlier ones, and the page that shows them in columns; returns that.
+
+    Args:
+        results, headings: by the name of the way, in order; its folder is the slug of it.
+    """
+    columns = {}
+    for name, result in results.items():
+        remove_clips(directory / slug(name))  # what an earlier comparison made of other prompts
+        _, cards = result.write(directory / slug(name), name)
+        columns[headings[name]] = [card.inside(slug(name)) for card in cards]
+    page = directory / PAGE_FILE
+    write_text(page, render_comparison(title, facts, columns))
+    return page
