@@ -76,11 +76,18 @@ def test_ctrl_c_and_messages_of_a_command_pass(run):
 
 
 def test_a_failed_job_of_a_sweep_shows_the_same_message_once(run):
-    code, shown, log = run(fails, "-m", "page=a,b")
+    code, shown, log = run(fails, "results_dir=it's", "-m", "page=a,b")
     assert code == 1
     assert shown.count("foley: steps=0: give 1 or more\nThe traceback is in") == 2  # of two jobs
     assert "Traceback" not in shown
     assert log.count("Traceback") == 2
+
+
+def test_ranks_that_a_task_starts_repeat_what_was_typed(run):
+    def starts(cfg):
+        raise SystemExit(f"{sys.argv[1]} {cfg.page}")
+
+    assert run(starts, "page='a', b")[0] == "page='a', b 'a', b"
 
 
 @pytest.mark.parametrize(
