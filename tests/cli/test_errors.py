@@ -13,6 +13,7 @@ from foley.cli.command import command
 from foley.cli.errors import describe
 from foley.core.components import CheckpointError
 from foley.core.reading import DamagedFileError
+from foley.generation.text_to_audio import resolve_device
 
 
 @pytest.fixture
@@ -76,11 +77,18 @@ def test_ctrl_c_and_messages_of_a_command_pass(run):
 
 
 def test_a_failed_job_of_a_sweep_shows_the_same_message_once(run):
-    code, shown, log = run(fails, "-m", "page=a,b")
+    code, shown, log = run(fails, "results_dir=it's", "-m", "page=a,b")
     assert code == 1
     assert shown.count("foley: steps=0: give 1 or more\nThe traceback is in") == 2  # of two jobs
     assert "Traceback" not in shown
     assert log.count("Traceback") == 2
+
+
+def test_ranks_that_a_task_starts_repeat_what_was_typed(run):
+    def starts(cfg):
+        raise SystemExit(f"{sys.argv[1]} {cfg.page}")
+
+    assert run(starts, "page='a', b")[0] == "page='a', b 'a', b"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +122,7 @@ def nested(value):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("fractions.Fraction", "part: "),
+        ("fractions.Fraction", "part: Fraction.__new__() got an unexpected keyword argument 'value'"),
         ("test_errors.nested", "part: a: Interpolation key 'nope' not found"),
     ],
 )
@@ -130,6 +138,8 @@ def test_an_error_of_a_part_names_its_key_and_its_cause(target, message):
     ("error", "message"),
     [
         (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (MemoryError(), "MemoryError"),
         (CheckpointError("x.ckpt: damaged"), "x.ckpt: damaged"),
         (DamagedFileError("x.json: line 3"), "x.json: line 3"),
         (ModuleNotFoundError("No module named 'wandb'"), "No module named 'wandb'"),
@@ -138,3 +148,10 @@ def test_an_error_of_a_part_names_its_key_and_its_cause(target, message):
 )
 def test_errors_in_words(error, message):
     assert describe(error) == message
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nope", "cpu:1"])
+def test_a_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"device={name}: "):
+        resolve_device(name)
+    assert resolve_device("cpu").type == "cpu"

@@ -79,7 +79,16 @@ def test_a_whole_command_line(tmp_path):
 
 
 def test_what_is_not_text_keeps_its_meaning():
-    kept = ["seed=1,2", "solver=ddim,euler", "callbacks=[a,b]", "trainer.devices=[0,1]", "~logger", "-m", "lr=1e-3"]
+    kept = [
+        "seed=1,2",
+        "solver=ddim,euler",
+        "callbacks=[a,b]",
+        "trainer.devices=[0,1]",
+        "~logger",
+        "-m",
+        "lr=1e-3",
+        "--config-name=x y",
+    ]
     kept += ["callbacks.ema=null", "hydra.run.dir=outputs/${now:%Y}", "size=range(1,3)", "student=true", "a dog"]
     assert quote_overrides(kept) == kept
 

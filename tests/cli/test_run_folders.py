@@ -1,6 +1,7 @@
 """Folders of runs: no two runs share one, the processes of one run do."""
 
 import re
+from pathlib import Path
 
 import pytest
 from commands import compose_command
@@ -9,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from test_overrides import PRIMARY
 
+from foley.cli.command import command
 from foley.core.config import CONFIG_DIR, PROJECT_ROOT, run_folder
 
 
@@ -72,3 +74,19 @@ def test_the_ranks_of_torchrun_share_their_folder(monkeypatch):
 
 def test_clips_of_one_command_have_their_own_folder_in_a_sweep():
     assert compose_command("sample").output_dir != compose_command("sample").output_dir
+
+
+def test_a_training_sweep_at_its_default_folder(monkeypatch, tmp_path):
+    """Every job below one folder, whatever the second in which it began."""
+    folders = []
+
+    def task(cfg):
+        folders.append(Path(cfg.paths.output_dir))
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr("foley.core.config.PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "experiment=tiny", "-m", "seed=1,2"])
+    command("train")(task)()
+    (sweep,) = (tmp_path / "outputs/train/tiny/sweep").iterdir()
+    assert folders == [sweep / "0", sweep / "1"]
+    assert all((folder / ".hydra/config.yaml").is_file() for folder in folders)

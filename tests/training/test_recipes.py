@@ -1,14 +1,18 @@
 """The configs of training as recipes: few files, few levels, and stages that are rows of one table."""
 
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_repository import ConfigRepository
 from hydra.plugins.config_source import ConfigResult
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
+from torch import nn
 
 from foley.core.config import PROJECT_ROOT
 
@@ -23,13 +27,13 @@ def config(*overrides: str) -> DictConfig:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The config files that are read from here on."""
+    """The config files that are read from here on, but for Hydra's own group, which says nothing of a recipe."""
     paths: set[str] = set()
     load = ConfigRepository.load_config
 
     def watched(repository: ConfigRepository, config_path: str) -> ConfigResult | None:
         result = load(repository, config_path)
-        if result is not None and result.path.startswith("file://"):
+        if result is not None and result.path.startswith("file://") and not config_path.startswith("hydra/"):
             paths.add(config_path.removesuffix(".yaml"))
         return result
 
@@ -83,3 +87,22 @@ def test_another_stage_is_refused_by_name() -> None:
 def test_training_and_scripts_keep_their_files_in_the_same_places() -> None:
     paths = OmegaConf.load(CONFIGS / "paths/default.yaml")
     assert OmegaConf.load(CONFIGS / "train.yaml").paths == paths
+
+
+SCHEDULES = sorted(file.stem for file in (CONFIGS / "lr_schedule").glob("*.yaml"))
+
+
+def test_what_an_experiment_sets_of_its_schedule_any_schedule_takes() -> None:
+    """So that lr_schedule= may be chosen anew; a value that only one schedule has belongs into a choice of its own."""
+    files = [*(CONFIGS / "experiment").rglob("*.yaml"), *(CONFIGS / "debug").rglob("*.yaml")]
+    given = {key for file in files for key in OmegaConf.load(file).get("lr_schedule") or {}}
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    for name in SCHEDULES:
+        schedule = instantiate(config("experiment=tiny_vae", f"lr_schedule={name}").lr_schedule)
+        assert given <= set(inspect.signature(schedule.func).parameters), name
+        assert schedule(optimizer).get_last_lr()[0] <= 1.0
+
+
+def test_a_codec_ends_at_a_lower_rate_than_a_denoiser() -> None:
+    ratios = [config(f"experiment={name}").lr_schedule.final_ratio for name in ("tiny_vae", "tiny")]
+    assert ratios == [0.02, 0.05]

@@ -69,7 +69,9 @@ def run_with_hydra(task: Task, config_name: str, quoted: list[str]) -> Any:
     folder, _, name = config_name.rpartition("/")
     # Otherwise Hydra prints errors itself, with a part of the traceback.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = quoted
+    # Hydra finds a sweep's flag only in front of the options, or behind them all.
+    program, *rest = quoted
+    sys.argv = [program, *sorted(rest, key=lambda word: word not in ("-m", "--multirun"))]
     try:
         return hydra.main(version_base="1.3", config_path=str(CONFIG_DIR / folder), config_name=name)(run)()
     finally:

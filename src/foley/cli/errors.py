@@ -30,9 +30,17 @@ from foley.core.logs import process_rank
 DEBUG_VARIABLE = "FOLEY_DEBUG"
 INTERRUPTED = 130  # the exit code of a command that Ctrl-C ends: 128 + SIGINT
 
-_OF_THE_USER = (ValueError, OSError, ImportError, HydraException, OmegaConfBaseException)
+_OF_THE_USER = (ValueError, OSError, ImportError, MemoryError, HydraException, OmegaConfBaseException)
 # Errors that these packages define are in words, whatever they derive from.
-_IN_WORDS = ("foley.", "torch", "pytorch_lightning.", "lightning_fabric.", "huggingface_hub.")
+_IN_WORDS = (
+    "foley.",
+    "torch",
+    "pytorch_lightning.",
+    "lightning_fabric.",
+    "huggingface_hub.",
+    "safetensors",
+    "soundfile",
+)
 _SHOWN = "_foley_shown"
 
 
@@ -90,9 +98,8 @@ def describe(error: BaseException, config_name: str | None = None) -> str:
     'sounds.csv: No such file or directory'
     """
     match error:
-        case InstantiationException() if (key := _key(error)) or error.__cause__:
-            cause = describe(error.__cause__, config_name) if error.__cause__ else str(error).partition("\n")[0]
-            return f"{key}: {cause}" if key and not cause.startswith(key) else cause
+        case InstantiationException():
+            return _of_instantiation(error, config_name)
         case MissingConfigException() if error.missing_cfg_file:
             group, _, choice = error.missing_cfg_file.rpartition("/")
             what = f"{group}={choice}" if group else f"--config-name={choice}"
@@ -106,9 +113,9 @@ def describe(error: BaseException, config_name: str | None = None) -> str:
         case OmegaConfBaseException():
             text = str(error).partition("\n")[0]
             return f"{error.full_key}: {text}" if error.full_key else text
-        case OSError() if error.filename is not None:
-            return f"{error.filename}: {error.strerror}"
-    text = str(error).strip() or "no message"
+        case OSError() if error.strerror:
+            return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error).strip() or type(error).__name__
     if not is_fault(error):
         return text
     return f"{type(error).__name__}: {text}\nThis is a fault of foley, not of the command"
@@ -148,9 +155,16 @@ def _of_composition(error: ConfigCompositionException, config_name: str | None) 
     return f"{name}=: there is no such option; {hint}"
 
 
-def _key(error: InstantiationException) -> str | None:
-    found = re.search(r"^full_key: (.+)$", str(error), re.MULTILINE)
-    return found[1] if found else None
+def _of_instantiation(error: InstantiationException, config_name: str | None) -> str:
+    """The cause, behind the key of the config whose object could not be made."""
+    found, cause = re.search(r"^full_key: (.+)$", str(error), re.MULTILINE), error.__cause__
+    if cause is None:
+        words = str(error).partition("\n")[0]
+    elif isinstance(cause, TypeError) and cause.__traceback__ and cause.__traceback__.tb_next is None:
+        words = str(cause)  # the call itself: an argument that the config gives and the object does not take
+    else:
+        words = describe(cause, config_name)
+    return words if found is None or words.startswith(found[1]) else f"{found[1]}: {words}"
 
 
 def _who() -> str:

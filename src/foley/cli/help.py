@@ -86,7 +86,10 @@ def help_page(config_name: str, script: str, programs: Mapping[str, str] = Mappi
     for title, options in (("Groups (group=choice):", page.groups), ("Options (key=value):", page.options)):
         if options:
             sections.append("\n".join([title, *(_lines(option, width) for option in options)]))
-    sections.append(f"{program} --cfg job [key=value ...] shows the composed config; --hydra-help, the flags of Hydra.")
+    sections.append(
+        f"{program} --cfg job [key=value ...] shows the composed config; --hydra-help, the flags of Hydra.\n"
+        "FOLEY_DEBUG=1 before it shows the traceback of an error, which otherwise only the log has."
+    )
     return "\n\n".join(sections) + "\n"
 
 

@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
-_OPTION = re.compile(r"\+{0,2}[\w./@:-]+")
+_OPTION = re.compile(r"\+{0,2}[\w./@][\w./@:-]*")
 _CAPTIONS = "prompt|negative_prompt|title|more"
 # By the last word of their names, wherever they lie ...
 _ENDINGS = (
