@@ -54,8 +54,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     except BaseException as error:
         if ending(error) == "interrupted":
             _log.warning("the run in %s goes on with: %s", cfg.paths.output_dir, resume_command(cfg))
-        if isinstance(error, KeyboardInterrupt):  # before training began
-            raise TrainingInterrupted from error
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            raise TrainingInterrupted from error  # Ctrl-C before the first step
         raise
 
 
