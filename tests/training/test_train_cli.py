@@ -93,7 +93,8 @@ def test_groups_compose(group: str) -> None:
 @pytest.mark.parametrize("logger", [None, "tensorboard", "wandb", "many"])
 def test_a_csv_is_written_whatever_the_logger(logger: str | None) -> None:
     """Of it the dashboard is made; one says so who takes it out."""
-    loggers = config("experiment=tiny", "data.cache_dir=x", "paths.output_dir=y", f"logger={logger or 'null'}").logger
+    chosen = [f"logger={logger}"] if logger else []
+    loggers = config("experiment=tiny", "data.cache_dir=x", "paths.output_dir=y", *chosen).logger
     assert loggers.csv == {"_target_": f"{AppendingCSVLogger.__module__}.AppendingCSVLogger", "save_dir": "y"}
     assert set(loggers) == {"csv"} | ({"tensorboard", "wandb"} if logger == "many" else {logger} - {None})
 
