@@ -21,7 +21,7 @@ from foley.training.callbacks.evaluation import CachingCurves
 from foley.training.callbacks.listening import AudioSamples
 from foley.training.callbacks.monitoring import AppendingCSVLogger, Throughput, TrainingMemory
 from foley.training.callbacks.non_finite import NonFiniteGuard
-from foley.training.run import _tell_loggers
+from foley.training.run import _rewind, _tell_loggers
 
 
 class Codec(torch.nn.Module):
@@ -257,6 +257,24 @@ def test_every_logger_is_told_how_a_run_ended(tmp_path: Path, error, status: str
     events.Reload()
     (text,) = events.Tensors("status/text_summary")
     assert text.tensor_proto.string_val[0].decode().startswith(status)
+
+
+def test_a_resumed_run_takes_back_what_it_logged_after_the_checkpoint(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    torch.save({"global_step": 4}, last)
+    for steps, resume_from in ((range(7), None), (range(4, 6), last)):
+        loggers = [TensorBoardLogger(str(tmp_path), name="", version=""), AppendingCSVLogger(str(tmp_path))]
+        _rewind(SimpleNamespace(loggers=loggers), resume_from)
+        for logger in loggers:
+            for step in steps:
+                logger.log_metrics({"train/loss": 1.0}, step)
+            logger.finalize("success")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(6))
+    assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())] == [
+        str(step) for step in range(6)
+    ]
 
 
 def test_the_activations_of_the_first_step_are_logged(tmp_path: Path) -> None:

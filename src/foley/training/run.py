@@ -184,6 +184,8 @@ def _rewind(trainer: pl.Trainer, resume_from: Path | None) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, AppendingCSVLogger):
             logger.rewind(step)
+        elif isinstance(logger, TensorBoardLogger) and resume_from:
+            logger._kwargs["purge_step"] = step  # which hides what lies beyond it
 
 
 @rank_zero_only
