@@ -30,6 +30,8 @@ def run_stage(name: str, command: str) -> float:
     log.info("\n== %s ==\npython %s", name, command)
     start = time.perf_counter()
     script, *arguments = shlex.split(command)
+    if script == "train.py":  # what an earlier try has left in its folder is of another command, or of other inputs
+        arguments.append("overwrite=true")
     line = [sys.executable, str(SHIPPED_ROOT / script), *arguments]
     code = subprocess.run(line, cwd=PROJECT_ROOT, check=False).returncode
     if code != 0:

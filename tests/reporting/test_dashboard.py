@@ -70,9 +70,18 @@ def test_a_run_becomes_a_page(tmp_path):
 def test_every_metric_has_one_place():
     logged = ["train/loss", "train/discriminator", "train/grad_norm_1", "train/skipped_steps", "val/loss", "val/mel"]
     logged += ["val/loss_noise_level_3", "val/panns/frechet_distance", "throughput/clips_per_second", "lr-AdamW/pg1"]
+    logged += ["train/kl", "val/kl", "val/si_sdr_db", "val/mel_distance", "val/latent_std", "train/kl_like"]
     logged += ["throughput/audio_seconds_per_second", "memory/peak_mib", "caching/change_attention"]
     patterns = [pattern for panels in LAYOUT.values() for pattern in panels.values()]
     assert [sum(bool(re.match(pattern, name)) for pattern in patterns) for name in logged] == [1] * len(logged)
+
+
+@pytest.mark.parametrize("name", ["train/kl", "val/kl", "val/si_sdr_db"])
+def test_what_is_of_another_size_has_an_axis_of_its_own(name):
+    (pattern,) = (pattern for panels in LAYOUT.values() for pattern in panels.values() if re.match(pattern, name))
+    assert not re.match(pattern, "train/loss")
+    assert not re.match(pattern, "val/loss")
+    assert not re.match(pattern, "val/mel_distance")
 
 
 def test_the_workspace_has_the_layout():

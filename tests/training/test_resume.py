@@ -12,10 +12,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import training_parts
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from training_parts import TinyData, build_module, run
 
 from foley.core.components import CheckpointError
 from foley.system.checkpoint import read_training_checkpoint
+from foley.training.callbacks.checkpointing import TrainingInterrupted
+from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.callbacks.non_finite import NonFiniteLossError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on folders that are not empty
@@ -139,6 +142,61 @@ def test_a_job_is_requeued_after_the_step_and_a_checkpoint(tmp_path: Path) -> No
         assert signal.getsignal(signal.SIGUSR2) is requeue
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+class PressCtrlC(pl.Callback):
+    """Sends SIGINT to this process within one step."""
+
+    def __init__(self, step: int, times: int = 1) -> None:
+        self.step, self.times = step, times
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if trainer.global_step == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+
+def metrics(folder: Path) -> list[tuple[str, str, str]]:
+    """Losses of training and validation with their steps, in the order of the steps."""
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    losses = [(int(row["step"]), name, row.get(name)) for row in rows for name in ("train/loss", "val/loss")]
+    return sorted(loss for loss in losses if loss[2])
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_ctrl_c_leaves_one_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path, step: int) -> None:
+    """Inside an epoch, in its last step, and in a step that a validation follows, which is not cut short."""
+    before = signal.getsignal(signal.SIGINT)
+    run(tmp_path / "whole", 9, every=100)
+    with pytest.raises(SIGTERMException):
+        run(tmp_path / "part", 9, every=100, callbacks=[PressCtrlC(step)])
+    assert signal.getsignal(signal.SIGINT) is before
+    checkpoints = tmp_path / "part/checkpoints"
+    assert [path.name for path in checkpoints.glob("step_*")] == [f"step_{step + 1:06d}.ckpt"]
+    run(tmp_path / "part", 9, checkpoints / "last.ckpt", every=100)
+    assert_same(*(training_state(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "part")))
+    assert metrics(tmp_path / "part") == metrics(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    with pytest.raises(TrainingInterrupted) as raised:
+        run(tmp_path, 9, every=100, callbacks=[PressCtrlC(3, times=2)])
+    assert raised.value.code == 130
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize(("resume_step", "every"), [(4, 4), (7, 7)])
+def test_rows_of_a_killed_run_are_not_doubled(tmp_path: Path, resume_step: int, every: int) -> None:
+    """The run has logged steps that its newest checkpoint does not know."""
+    run(tmp_path, 11, every=every)
+    whole = metrics(tmp_path)
+    logger = AppendingCSVLogger(str(tmp_path))
+    logger.rewind(resume_step)
+    assert [row for row in whole if row[0] < resume_step] == metrics(tmp_path)
+    run(tmp_path, 11, tmp_path / f"checkpoints/step_{resume_step:06d}.ckpt", every=every)
+    assert metrics(tmp_path) == whole
+    logger.rewind(0)
+    assert metrics(tmp_path) == []
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from foley.data.encoding import latent_cache_writer
 from foley.data.latents import StaleCacheError
 from foley.system.checkpoint import load_trained, read_training_checkpoint
 from foley.system.system import load_system
+from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.distillation import Teacher
 from foley.training.run import find_checkpoint, optimized_metric, train
 
@@ -87,6 +88,15 @@ def test_groups_compose(group: str) -> None:
     for whole_tensors_only in (cfg.callbacks.ema, cfg.callbacks.non_finite):
         assert (whole_tensors_only is None) == (group == "trainer=fsdp")
     assert (cfg.trainer.precision == "bf16-mixed") or "trainer" not in group
+
+
+@pytest.mark.parametrize("logger", [None, "tensorboard", "wandb", "many"])
+def test_a_csv_is_written_whatever_the_logger(logger: str | None) -> None:
+    """Of it the dashboard is made; one says so who takes it out."""
+    chosen = [f"logger={logger}"] if logger else []
+    loggers = config("experiment=tiny", "data.cache_dir=x", "paths.output_dir=y", *chosen).logger
+    assert loggers.csv == {"_target_": f"{AppendingCSVLogger.__module__}.AppendingCSVLogger", "save_dir": "y"}
+    assert set(loggers) == {"csv"} | ({"tensorboard", "wandb"} if logger == "many" else {logger} - {None})
 
 
 def test_train_resume_and_warm_start(cache: Path, tmp_path: Path) -> None:

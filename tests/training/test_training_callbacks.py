@@ -4,11 +4,14 @@ import csv
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import soundfile
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed
-from training_parts import build_module, run
+from training_parts import TinyData, build_module, run
 
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.text_to_audio import TextToAudio
@@ -18,6 +21,7 @@ from foley.training.callbacks.evaluation import CachingCurves
 from foley.training.callbacks.listening import AudioSamples
 from foley.training.callbacks.monitoring import AppendingCSVLogger, Throughput, TrainingMemory
 from foley.training.callbacks.non_finite import NonFiniteGuard
+from foley.training.run import _rewind, _tell_loggers
 
 
 class Codec(torch.nn.Module):
@@ -123,8 +127,8 @@ def test_other_ranks_write_no_csv(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_skipped_steps_name_the_clips_of_all_ranks(monkeypatch, caplog) -> None:
-    def gather(results: list, ids: list[str]) -> None:
-        results[:] = [["from rank 0"], ids]
+    def gather(results: list, own: tuple[list[str], list[str]]) -> None:
+        results[:] = [([], ["from rank 0"]), own]
 
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
@@ -137,6 +141,140 @@ def test_skipped_steps_name_the_clips_of_all_ranks(monkeypatch, caplog) -> None:
     guard.on_before_optimizer_step(SimpleNamespace(global_step=3), None, torch.optim.SGD([parameter], lr=0.1))
     assert parameter.grad is None
     assert "step 3 skipped: gradients are not finite; batch ids ['from rank 0', 'from rank 1']" in caplog.text
+
+
+def guarded(monkeypatch, others: tuple[list[str], list[str]] | None = None) -> NonFiniteGuard:
+    """A guard, on one rank or on the second of two, of which the first has `others`."""
+
+    def gather(results: list, own: tuple[list[str], list[str]]) -> None:
+        results[:] = [others, own]
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: others is not None)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "all_gather_object", gather)
+    return NonFiniteGuard()
+
+
+def accumulate(guard: NonFiniteGuard, weights: list[float], losses: list[float]) -> None:
+    """A step of several batches, "clip 0" and so on: their gradients are `weights`."""
+    module = torch.nn.Module()
+    module.parameter = torch.nn.Parameter(torch.zeros(1))
+    trainer = SimpleNamespace(global_step=3, accumulate_grad_batches=len(weights))
+    for index, (weight, loss) in enumerate(zip(weights, losses, strict=True)):
+        guard.on_train_batch_start(trainer, module, {"id": [f"clip {index}"]}, index)
+        guard.on_before_backward(trainer, module, torch.tensor(loss))
+        (weight * module.parameter).sum().backward()
+        guard.on_after_backward(trainer, module)
+    guard.on_before_optimizer_step(trainer, module, torch.optim.SGD(module.parameters(), lr=0.1))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("weights", "losses", "named"),
+    [
+        ([1, NAN, 1], [1, NAN, 1], "['clip 1']"),
+        ([1, NAN, 1], [1, 1, 1], "['clip 1']"),  # the gradient alone
+        ([NAN, 1, NAN], [NAN, 1, NAN], "['clip 0', 'clip 2']"),
+        ([1, 1, NAN], [1, 1, 1], "['clip 2']"),
+    ],
+)
+def test_the_bad_one_of_accumulated_batches_is_named(monkeypatch, caplog, weights, losses, named) -> None:
+    guard = guarded(monkeypatch)
+    accumulate(guard, weights, losses)
+    accumulate(guard, weights, losses)
+    assert caplog.text.count(f"step 3 skipped: gradients are not finite; batch ids {named}\n") == 2
+
+
+def test_the_bad_batch_of_another_rank_is_named(monkeypatch, caplog) -> None:
+    """Gradients that ranks share are not finite on any of them; the losses are each rank's own."""
+    accumulate(guarded(monkeypatch, (["clip of rank 0"], ["last of rank 0"])), [1, NAN], [1, 1])
+    assert "batch ids ['clip of rank 0']\n" in caplog.text
+
+
+def test_samples_are_of_the_validation_captions(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec())
+    data = TinyData()
+    captions = ["", "waves", "a bell", "waves", "wind", "rain"]
+    data.datasets["val"].entries = [SimpleNamespace(caption=caption) for caption in captions]
+    callback = samples(tmp_path / "samples")
+    callback.num_captions = 3
+    run(tmp_path, 7, data=data, callbacks=[callback])
+    stems = ["000_waves_seed0", "001_a-bell_seed1", "002_wind_seed2"]
+    assert sorted(path.stem for path in (tmp_path / "samples/step_000007").glob("*.wav")) == stems
+
+
+def test_captions_fall_back_to_the_prompts_given(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec())
+    callback = samples(tmp_path / "samples")
+    callback.num_captions = 3
+    run(tmp_path, 7, callbacks=[callback])
+    assert callback.prompts == ["A dog!", "../rain"]
+
+
+class Recorded(WandbLogger):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.media: dict = {}
+        self.summary: dict = {}
+        self.exit_code: int | None = None
+
+    @property
+    def experiment(self):
+        return self
+
+    def log_audio(self, key, audios, step=None, **options) -> None:
+        self.media[key] = (audios, options["caption"])
+
+    log_image = log_audio
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+def test_sounds_go_to_wandb_as_files_of_the_run(tmp_path: Path) -> None:
+    """A table of them would lie in the home folder, and be absent from a copy of the run."""
+    logger = Recorded()
+    samples(tmp_path)._log_media(logger, [tmp_path / "a.wav", tmp_path / "b.wav"], 7)
+    assert logger.media == {
+        "samples": ([f"{tmp_path}/a.wav", f"{tmp_path}/b.wav"], ["A dog!", "../rain"]),
+        "spectrograms": ([f"{tmp_path}/a.png", f"{tmp_path}/b.png"], ["A dog!", "../rain"]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "exit_code"),
+    [(None, "finished", 0), (RuntimeError("out of memory"), "crashed", 1), (KeyboardInterrupt(), "interrupted", 255)],
+)
+def test_every_logger_is_told_how_a_run_ended(tmp_path: Path, error, status: str, exit_code: int) -> None:
+    wandb, tensorboard = Recorded(), TensorBoardLogger(str(tmp_path), name="", version="")
+    _tell_loggers(SimpleNamespace(loggers=[wandb, tensorboard, AppendingCSVLogger(str(tmp_path))]), error)
+    assert (wandb.summary["status"], wandb.exit_code) == (status, exit_code)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (text,) = events.Tensors("status/text_summary")
+    assert text.tensor_proto.string_val[0].decode().startswith(status)
+
+
+def test_a_resumed_run_takes_back_what_it_logged_after_the_checkpoint(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    torch.save({"global_step": 4}, last)
+    for steps, resume_from in ((range(7), None), (range(4, 6), last)):
+        loggers = [TensorBoardLogger(str(tmp_path), name="", version=""), AppendingCSVLogger(str(tmp_path))]
+        _rewind(SimpleNamespace(loggers=loggers), resume_from)
+        for logger in loggers:
+            for step in steps:
+                logger.log_metrics({"train/loss": 1.0}, step)
+            logger.finalize("success")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(6))
+    assert [row["step"] for row in csv.DictReader((tmp_path / "metrics.csv").open())] == [
+        str(step) for step in range(6)
+    ]
 
 
 def test_the_activations_of_the_first_step_are_logged(tmp_path: Path) -> None:

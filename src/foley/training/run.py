@@ -56,8 +56,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     except BaseException as error:
         if ending(error) == "interrupted":
             _log.warning("the run in %s goes on with: %s", cfg.paths.output_dir, resume_command(cfg))
-        if isinstance(error, KeyboardInterrupt):  # before training began
-            raise TrainingInterrupted from error
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            raise TrainingInterrupted from error  # Ctrl-C before the first step
         raise
 
 
@@ -183,6 +183,8 @@ def _rewind(trainer: pl.Trainer, resume_from: Path | None) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, AppendingCSVLogger):
             logger.rewind(step)
+        elif isinstance(logger, TensorBoardLogger) and resume_from:
+            logger._kwargs["purge_step"] = step  # which hides what lies beyond it
 
 
 @rank_zero_only

@@ -108,6 +108,8 @@ def ending(error: BaseException | None) -> str:
     """What a run that ends in this way is: "finished", "interrupted" by a signal, or "crashed"."""
     if error is None:
         return "finished"
+    if isinstance(error.__context__, KeyboardInterrupt):  # before the first step Lightning makes SystemExit of it
+        return "interrupted"
     return "interrupted" if isinstance(error, TrainingInterrupted | KeyboardInterrupt | SIGTERMException) else "crashed"
 
 

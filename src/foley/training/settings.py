@@ -76,6 +76,7 @@ NEUTRAL = ("device", "download", "cache_dir", "directory", "gradient_checkpointi
 """Options of components that say where or how they compute, not what."""
 
 _ABSENT = "(absent)"
+_OF_TRAINING = ("logit_normal",)  # options that change how often a timestep is trained on, not what it means
 _PARTS = ("denoiser.context_dim", "denoiser.guidance_embedding")  # options that add a part, which begins at zero
 
 
@@ -170,7 +171,7 @@ def unlike(before: Mapping[str, Any], now: Mapping[str, Any], common: Iterable[s
         change
         for name in sorted(names & set(old) & set(new))
         for change in changes(old[name], new[name], name)
-        if change[0].rpartition(".")[-1] not in NEUTRAL and not _is_a_part(*change)
+        if change[0].rpartition(".")[-1] not in (*NEUTRAL, *_OF_TRAINING) and not _is_a_part(*change)
     ]
 
 

@@ -85,12 +85,6 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self.interrupted = False
         """Whether Ctrl-C ends the run."""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put off Ctrl-C; signals reach the main thread alone."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit" and threading.current_thread() is threading.main_thread():
-            self._interrupt = signal.signal(signal.SIGINT, self._ask_for_interrupt)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the next epoch where the checkpoint was of an epoch's last batch.
 
@@ -98,7 +92,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
         restart would repeat an epoch.
         """
         super().on_train_start(trainer, pl_module)
-        self._put_off_requeue()
+        self._put_off_signals()
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
             trainer.fit_loop.reset_restart_stage()
@@ -171,7 +165,10 @@ class PeriodicCheckpoint(ModelCheckpoint):
         if self.interrupted or end:
             trainer._signal_connector.received_sigterm = end
 
-    def _put_off_requeue(self) -> None:
+    def _put_off_signals(self) -> None:
+        """Until the end of a step; signals reach the main thread alone."""
+        if threading.current_thread() is threading.main_thread():
+            self._interrupt = signal.signal(signal.SIGINT, self._ask_for_interrupt)
         if callable(handler := signal.getsignal(signal.SIGUSR2)):
             self._requeue = handler
             signal.signal(signal.SIGUSR2, self._ask_for_requeue)
