@@ -5,13 +5,13 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from foley.cli.command import command
+from foley.cli.command import command, renamed
 from foley.data.encoding import encode_latents
 from foley.generation.text_to_audio import resolve_device
 from foley.system.checkpoint import load_trained
 
 
-@command("script/encode_latents")
+@command("script/encode_latents", check=renamed(codec_ckpt="codec_path"))
 def main(cfg: DictConfig) -> None:
     data = instantiate(cfg.data, _convert_="all")
     encode_latents(

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from rich.progress import track
 
-from foley.cli.command import command
+from foley.cli.command import command, renamed
 from foley.core.files import sample_stem, write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_audio, write_wav
@@ -16,11 +16,11 @@ from foley.generation.text_to_audio import resolve_device
 from foley.system.checkpoint import load_trained
 
 
-@command("script/reconstruct")
+@command("script/reconstruct", check=renamed(codec_ckpt="codec_path"))
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""
-    codec = load_trained(Path(cfg.codec_ckpt), "codec").to(resolve_device(cfg.device))
+    codec = load_trained(cfg.codec_path, "codec").to(resolve_device(cfg.device))
     entries = [entry for entry in read_manifest(Path(cfg.manifest)) if cfg.split in (None, entry.split)]
     directory, level = Path(cfg.output_dir), PeakLevel()
     directory.mkdir(parents=True, exist_ok=True)

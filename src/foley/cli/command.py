@@ -80,3 +80,20 @@ def _quote(override: str) -> str:
     # Hydra reads a backslash as an escape only where it precedes a quote or an interpolation.
     escaped = re.sub(r"(\\*)('|\$\{|$)", lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value)
     return f"{key}='{escaped}'"
+
+
+def renamed(**names: str) -> Callable[[Sequence[str]], None]:
+    """A `check` of `command` that refuses options by their former names and gives the present ones.
+
+    >>> renamed(codec_ckpt="codec_path")(["codec_ckpt=CODEC"])
+    Traceback (most recent call last):
+    SystemExit: codec_ckpt=CODEC: this option is codec_path= now: give codec_path=CODEC
+    """
+
+    def refuse(arguments: Sequence[str]) -> None:
+        for argument in arguments:
+            name, _, value = argument.partition("=")
+            if (new := names.get(name.lstrip("+"))) is not None:
+                raise SystemExit(f"{argument}: this option is {new}= now: give {new}={value}")
+
+    return refuse

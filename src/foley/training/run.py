@@ -1,7 +1,6 @@
 """One training run: from a composed config, and perhaps the weights of an earlier run, to its metrics."""
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from foley.core.components import ALLOWED_PACKAGES, CheckpointError, compare_states
-from foley.core.config import PROJECT_ROOT, relative_to_checkout
+from foley.core.config import relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.data.datamodule import LatentDataModule
-from foley.system.checkpoint import FOLEY_KEY, load_trained, read_training_checkpoint
+from foley.models.codec.normaliser import require_channels
+from foley.system.checkpoint import FOLEY_KEY, load_trained, noted_source
+from foley.system.system import read_weights
 from foley.training.base import FoleyModule
 from foley.training.callbacks.checkpointing import AtomicCheckpointIO
 
@@ -41,13 +42,19 @@ def train(cfg: DictConfig) -> dict[str, float]:
     _snapshot(cfg, output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
+    _check_width(cfg, datamodule)
     module: FoleyModule = instantiate(cfg.task, _convert_="all")
     module.component_configs |= component_configs(cfg.task)
     if cfg.codec_path:
         _note_codec(module, datamodule, cfg.codec_path)
+    elif isinstance(datamodule, LatentDataModule):
+        _log.warning(
+            "no codec_path=: checkpoints of this run will not say which codec made their latents; "
+            "sample.py and the export will then ask for codec_path=CODEC"
+        )
     module.adopt_data(datamodule)
     if cfg.ckpt and not resume_from:
-        warm_start(module, Path(cfg.ckpt))
+        warm_start(module, cfg.ckpt)
     trainer = _build_trainer(cfg)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain(cfg))
@@ -59,7 +66,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 
 _MADE_BY = {
-    "data.cache_dir": "a folder of latents, made by: foley encode codec_ckpt=CODEC data=manifest "
+    "data.cache_dir": "a folder of latents, made by: foley encode codec_path=CODEC data=manifest "
     "data.splits.manifest=FILE output_dir=FOLDER",
     "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
     "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",
@@ -130,11 +137,18 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path) -> Path | None:
     raise CheckpointError(f"ckpt_path={ckpt_path} does not exist; give a .ckpt file, or auto")
 
 
+def _check_width(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:
+    """Raise ValueError for latents of another width than the model's, before a text encoder is loaded."""
+    channels = OmegaConf.select(cfg, "task.normaliser.channels")
+    if isinstance(datamodule, LatentDataModule) and channels is not None:
+        require_channels(len(datamodule.index.latent_mean), channels)
+
+
 def _note_codec(module: FoleyModule, datamodule: pl.LightningDataModule, codec_path: str) -> None:
     """Store where the codec is, as seen from the checkout; raises StaleCacheError where it did not make the latents."""
     if isinstance(datamodule, LatentDataModule):
-        datamodule.require_codec(hash_module(load_trained(Path(codec_path), "codec")))
-    module.checkpoint_metadata["codec_dir"] = os.path.relpath(codec_path, PROJECT_ROOT)
+        datamodule.require_codec(hash_module(load_trained(codec_path, "codec")))
+    module.checkpoint_metadata["codec_dir"] = noted_source(codec_path)
 
 
 def _build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -176,15 +190,13 @@ class WarmStartReport:
     dropped: tuple[str, ...]
 
 
-def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
-    """Load the (averaged) weights of `path`, a .ckpt or a run's folder, into `module` where the names agree.
+def warm_start(module: FoleyModule, path: str | Path) -> WarmStartReport:
+    """Load the (averaged) weights of `path`, by any name that `read_weights` takes, into `module` where names agree.
 
     The rest is logged. The optimizer starts afresh, the latent normaliser is the earlier run's.
     Raises CheckpointError where no name agrees, a shape differs, or the latents come from another codec.
     """
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    checkpoint = read_training_checkpoint(path)
+    checkpoint = read_weights(path, module.component_configs, module.checkpoint_metadata.get("codec_hash"))
     saved = checkpoint["state_dict"]
     _check_codec(path, checkpoint[FOLEY_KEY].get("codec_hash"), module.checkpoint_metadata.get("codec_hash"))
     states = compare_states(saved, module.saved_state(module.state_dict()))
@@ -203,7 +215,7 @@ def warm_start(module: FoleyModule, path: Path) -> WarmStartReport:
     return report
 
 
-def _check_codec(path: Path, saved: str | None, own: str | None) -> None:
+def _check_codec(path: str | Path, saved: str | None, own: str | None) -> None:
     if saved and own and saved != own:
         raise CheckpointError(
             f"ckpt={path} was trained on latents of codec {saved}, this run's latents are of codec {own}; "
