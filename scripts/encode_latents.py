@@ -5,10 +5,10 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from foley.cli.command import command
+from foley.cli.command import command, renamed
 
 
-@command("script/encode_latents")
+@command("script/encode_latents", check=renamed(codec_ckpt="codec_path"))
 def main(cfg: DictConfig) -> None:
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
     from foley.core.devices import resolve_device

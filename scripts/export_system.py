@@ -25,7 +25,7 @@ def with_captions(system: System, latents: Path) -> System:
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
-    directory, system = Path(cfg.output_dir), load_system(Path(cfg.ckpt))
+    directory, system = Path(cfg.output_dir), load_system(cfg.ckpt, codec_path=cfg.codec_path)
     if cfg.latents is not None:
         system = with_captions(system, Path(cfg.latents))
     save_system(system, directory, DTYPES[cfg.dtype])

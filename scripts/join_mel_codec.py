@@ -1,4 +1,4 @@
-"""Join a trained mel VAE and a vocoder into one codec directory, which `codec_ckpt=` and `codec_path=` take."""
+"""Join a trained mel VAE and a vocoder into one codec directory, which `codec_path=` takes."""
 
 from pathlib import Path
 

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from rich.progress import track
 
-from foley.cli.command import command
+from foley.cli.command import command, renamed
 from foley.core.channels import lossy_mixes
 from foley.core.devices import resolve_device
 from foley.core.files import sample_stem, write_json
@@ -17,7 +17,7 @@ from foley.data.manifest import of_split, read_manifest
 from foley.system.checkpoint import load_trained
 
 
-@command("script/reconstruct")
+@command("script/reconstruct", check=renamed(codec_ckpt="codec_path"))
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""

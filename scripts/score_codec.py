@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import track
 
-from foley.cli.command import command
+from foley.cli.command import command, renamed
 from foley.core.devices import resolve_device
 from foley.core.files import slug, write_json
 from foley.core.hashing import hash_module
@@ -67,12 +67,12 @@ def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory:
     draw_sheet(directory / "pairs.png", clips, titles, codec.sample_rate_hz)
 
 
-@command("script/score_codec")
+@command("script/score_codec", check=renamed(codec_ckpt="codec_path"))
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write `codec.json` and the pairs."""
     device = resolve_device(cfg.device)
-    codec = instantiate(cfg.baseline) or load_trained(Path(cfg.codec_ckpt), "codec")
+    codec = instantiate(cfg.baseline) or load_trained(cfg.codec_path, "codec")
     codec = codec.to(device)
     # Levelled as in training and encoding: elsewhere quiet clips would be strangers to the codec.
     dataset = instantiate(cfg.data, _convert_="all").whole_clips(cfg.max_duration_seconds)[cfg.split]

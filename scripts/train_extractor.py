@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning import Trainer
 
-from foley.cli.command import command
+from foley.cli.command import command, renamed
 from foley.core.components import save_component
 from foley.core.files import write_json
 from foley.core.seeding import derive_seed
@@ -36,15 +36,15 @@ def with_codec(splits: Splits, codec: Any, stride: int) -> Splits:
     return {**splits, "train": added, "test": {**test, **restored}}
 
 
-@command("script/train_extractor")
+@command("script/train_extractor", check=renamed(codec_ckpt="codec_path"))
 def main(config: DictConfig) -> None:
     """Compose, train, save, measure."""
     entries = read_manifest(config.manifest)
     labels = build_labels([entry for entry in entries if entry.split == "train"], config.minimum_clips)
     rate = config.sample_rate_hz
     splits = load_splits(entries, labels, rate, config.max_seconds, config.seed, **config.procedural)
-    if config.codec_ckpt:
-        splits = with_codec(splits, load_trained(Path(config.codec_ckpt), "codec"), config.codec_stride)
+    if config.codec_path:
+        splits = with_codec(splits, load_trained(config.codec_path, "codec"), config.codec_stride)
     component = {"labels": labels.labels, "label_groups": labels.groups, "sample_rate_hz": rate}
     torch.manual_seed(derive_seed("extractor_weights", config.seed))
     extractor = EmbeddedExtractor(**component)

@@ -179,7 +179,7 @@ def test_the_command_writes_shards_and_the_configs_read_them(manifest, tmp_path)
     shards = tmp_path / "shards"
     whole = ["val_fraction=0", "writer.sample_rate_hz=null"]
     run_command("script/make_shards", f"manifest={manifest}", f"output={shards}", *whole)
-    part, settings = f"url={shards}", ["data.sample_rate_hz=8000", "data.duration_seconds=0.05", "codec_ckpt=unused"]
+    part, settings = f"url={shards}", ["data.sample_rate_hz=8000", "data.duration_seconds=0.05", "codec_path=unused"]
     cfg = compose_command(
         "script/encode_latents", "data=shards", f"data.splits.{part}", "data.bucket_batches=10", *settings
     )

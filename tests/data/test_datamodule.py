@@ -21,7 +21,7 @@ def procedural(**options):
 
 def instantiate_data(*overrides):
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("script/encode_latents", overrides=["codec_ckpt=unused", *overrides])
+        cfg = compose("script/encode_latents", overrides=["codec_path=unused", *overrides])
     return instantiate(cfg.data, _convert_="all")
 
 

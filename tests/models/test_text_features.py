@@ -60,6 +60,7 @@ def test_the_rest_of_long_features_is_dropped_with_a_warning(
         ({"features": torch.zeros(3, 4)}, r"must hold `features` of shape \[S, 5\], it holds {'features': \(3, 4\)}"),
         ({"features": torch.zeros(0, 5)}, "must hold"),
         ({"a": torch.zeros(3, 5), "b": torch.zeros(3, 5)}, "must hold `features`"),
+        ({"features": torch.full((3, 5), torch.nan)}, "features that are not finite"),
     ],
 )
 def test_other_files_are_refused(conditioner, directory, tensors, message) -> None:

@@ -82,3 +82,20 @@ def within_checkout(script: str) -> str:
     """`scripts/prepare.py` for a script of the checkout, wherever it is called from; another one as given."""
     path = Path(script).resolve()
     return str(path.relative_to(SHIPPED_ROOT)) if path.is_relative_to(SHIPPED_ROOT) else script
+
+
+def renamed(**names: str) -> Callable[[Sequence[str]], None]:
+    """A `check` of `command` that refuses options by their former names and gives the present ones.
+
+    >>> renamed(codec_ckpt="codec_path")(["codec_ckpt=CODEC"])
+    Traceback (most recent call last):
+    SystemExit: codec_ckpt=CODEC: this option is codec_path= now: give codec_path=CODEC
+    """
+
+    def refuse(arguments: Sequence[str]) -> None:
+        for argument in arguments:
+            name, _, value = argument.partition("=")
+            if (new := names.get(name.lstrip("+"))) is not None:
+                raise SystemExit(f"{argument}: this option is {new}= now: give {new}={value}")
+
+    return refuse

@@ -148,7 +148,7 @@ def open_requested(
         _check_pipeline(cfg)
         check_pipeline_settings(settings)
     device, places = device or resolve_device(cfg.device), (cfg.hub_dir, cfg.cache_dir, cfg.system_overrides)
-    generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places)
+    generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path)
     if cfg.features is not None and not _takes_features(generator):
         raise ValueError(f"features={cfg.features}: this system takes captions, not features; give prompt= instead")
     if isinstance(generator, TextToAudio):

@@ -114,14 +114,15 @@ def check_targets(config: Any, source: str) -> None:
 
 def _require_component_class(target: str, source: str) -> None:
     """Functions and re-exported modules are no components: the target must be a class that this package defines."""
-    if _component_class(target) is None:
+    if component_class(target) is None:
         raise CheckpointError(
             f"{source}: refusing to build `_target_: {target}`; a checkpoint's config may only name classes under "
             f"{', '.join(ALLOWED_PACKAGES)}"
         )
 
 
-def _component_class(target: str) -> type | None:
+def component_class(target: str) -> type | None:
+    """The class that a config's `_target_` names, by whichever module; None where it is none of our components'."""
     module_name, _, name = target.rpartition(".")
     if not f"{module_name}.".startswith(ALLOWED_PACKAGES):
         return None
@@ -140,7 +141,7 @@ def written_out(config: Any) -> Any:
     """
     if not isinstance(config, Mapping):
         return list(config) if isinstance(config, tuple) else config
-    component = _component_class(str(config.get("_target_", "")))
+    component = component_class(str(config.get("_target_", "")))
     defaults = signature(component).parameters.values() if component else ()
     plain = {option.name: option.default for option in defaults if isinstance(option.default, _PLAIN)}
     return {key: written_out(value) for key, value in {**plain, **config}.items()}
@@ -160,7 +161,7 @@ def rebuild_component(config: Mapping[str, Any], source: str) -> Any:
             built = build_component(config, source)
     except InstantiationException as error:
         raise CheckpointError(f"{source} does not describe a component that can be built: {error.__cause__}") from error
-    if not isinstance(built, _component_class(target) or ()):
+    if not isinstance(built, component_class(target) or ()):
         raise CheckpointError(f"{source} describes no component but {type(built).__name__}")
     return built
 

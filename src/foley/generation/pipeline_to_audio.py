@@ -155,16 +155,21 @@ def open_generator(
     hub_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    codec_path: str | Path | None = None,
 ) -> TextToAudio | PipelineToAudio:
-    """Whatever `system` names, ready to generate: a published system or pipeline, a system's folder, or a checkpoint.
+    """Whatever `system` names, ready to generate: a published system or pipeline, a folder, or a checkpoint.
 
     Args:
+        codec_path: as for `load_system`.
         hub_dir, cache_dir, overrides: of a published one, as for `load_published`.
 
     Raises CheckpointError where something cannot be had.
     """
     name = published_name(system)
-    loaded = load_system(system) if name is None else load_published(name, hub_dir, cache_dir, overrides)
+    if name is None or codec_path is not None:
+        loaded = load_system(system, codec_path=codec_path)
+    else:
+        loaded = load_published(name, hub_dir, cache_dir, overrides)
     if isinstance(loaded, System):
         return TextToAudio(loaded, device, max_duration_seconds)
     return PipelineToAudio(loaded, device, max_duration_seconds)

@@ -21,6 +21,7 @@ from foley.core.components import (
     CheckpointError,
     build_component,
     check_targets,
+    component_class,
     current_config,
     load_component,
     read_config,
@@ -161,6 +162,44 @@ def codec_hashes(source: str | Path) -> set[str]:
     if path.is_dir():
         return {_read_info(path)["codec_hash"], hash_module(load_component(system_parts(path)["codec"]))}
     return {read_training_checkpoint(path)[FOLEY_KEY].get("codec_hash")} - {None}
+
+
+def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec_hash: str | None) -> dict[str, Any]:
+    """What `ckpt=` starts a run from, in the form of a training checkpoint: `state_dict`, and what `FOLEY_KEY` says.
+
+    Args:
+        source: anything that `find_weights` takes, or a published name.
+        own: the run's component configs by name, by which the folder of a lone component is known.
+        codec_hash: of the codec of the run's latents; a system counts as trained on it where it holds that codec.
+
+    Raises CheckpointError as `load_system` does, and where the run has no such component.
+    """
+    if published_source(source) is None:
+        path = find_weights(source)
+        if not path.is_dir():
+            return read_training_checkpoint(path)
+        if not (path / SYSTEM_FILE).is_file():
+            name, config = _own_name(path, own)
+            return _as_checkpoint({name: load_component(path)}, {name: config})
+    system, hashes = load_system(source, with_codec=False), codec_hashes(source)
+    kept = [name for name in COMPONENTS if name != "codec" and getattr(system.modules[name], "trainable", True)]
+    modules = {name: system.modules[name] for name in kept}
+    checkpoint = _as_checkpoint(modules, system.configs)
+    checkpoint[FOLEY_KEY]["codec_hash"] = codec_hash if codec_hash in hashes else min(hashes)
+    return checkpoint
+
+
+def _as_checkpoint(modules: Mapping[str, nn.Module], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    return {"state_dict": state, FOLEY_KEY: {"components": {name: dict(config) for name, config in configs.items()}}}
+
+
+def _own_name(path: Path, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    config = read_config(path)
+    for name, component in own.items():
+        if component_class(str(component.get("_target_"))) is component_class(str(config.get("_target_"))):
+            return name, config
+    raise CheckpointError(f"{path} holds a {config.get('_target_')}, which this run does not train: {', '.join(own)}")
 
 
 def save_system(system: System, directory: Path, dtype: torch.dtype | None = None) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from foley.core.components import CheckpointError, build_component
-from foley.core.config import published_name, relative_to_checkout
+from foley.core.config import relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.seeding import torch_generator
 from foley.data.dataset import LatentBatch
@@ -35,6 +35,7 @@ from foley.diffusion.consistency import Consistency, ddim_jump
 from foley.diffusion.guidance import Conditioning, KnownLatent, bind, branches, extrapolate
 from foley.diffusion.sampler import embed
 from foley.models.lora import AdaptedDenoiser
+from foley.system.checkpoint import published_source
 from foley.system.system import System, codec_hashes, load_system
 from foley.training.diffusion import LatentTraining, SpanMasking
 
@@ -52,7 +53,7 @@ class Teacher:
     @classmethod
     def load(cls, path: str) -> "Teacher":
         """By what `load_system` takes: a name, a directory or a checkpoint; CheckpointError for a student."""
-        source = path if published_name(path) else Path(path).resolve()
+        source = published_source(path) or Path(path).expanduser().resolve()
         system = load_system(source, with_codec=False)
         if system.consistency is not None:
             raise CheckpointError(f"system={path} is a student itself; give the system that it was distilled from")

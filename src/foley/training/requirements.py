@@ -18,7 +18,7 @@ from foley.core.config import published_name
 _log = logging.getLogger(__name__)
 
 _MADE_BY = {
-    "data.cache_dir": "latents, made by: foley encode codec_ckpt=CODEC data=manifest data.splits.manifest=FILE "
+    "data.cache_dir": "latents, made by: foley encode codec_path=CODEC data=manifest data.splits.manifest=FILE "
     "output_dir=FOLDER",
     "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
     "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",

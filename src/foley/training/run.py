@@ -1,7 +1,6 @@
 """One training run: from a composed config, and perhaps the weights of an earlier run, to its metrics."""
 
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from foley.core.components import ALLOWED_PACKAGES, CheckpointError, compare_states, read_pickle
-from foley.core.config import PROJECT_ROOT, relative_to_checkout
+from foley.core.config import relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.data.datamodule import LatentDataModule
-from foley.system.checkpoint import FOLEY_KEY, load_trained, read_training_checkpoint
+from foley.models.codec.normaliser import require_channels
+from foley.system.checkpoint import FOLEY_KEY, load_trained, noted_source
+from foley.system.system import read_weights
 from foley.training.base import FoleyModule
 from foley.training.callbacks.checkpointing import AtomicCheckpointIO, TrainingInterrupted
 from foley.training.callbacks.monitoring import AppendingCSVLogger
@@ -69,14 +70,20 @@ def _train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     _snapshot(cfg, output_dir)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
+    _check_width(cfg, datamodule)
     module: FoleyModule = instantiate(cfg.task, _convert_="all")
     module.component_configs |= component_configs(cfg.task)
     module.checkpoint_metadata |= {SETTINGS_KEY: settings, FILES_KEY: file_hashes(module.component_configs)}
     if cfg.codec_path:
         _note_codec(module, datamodule, cfg.codec_path)
+    elif isinstance(datamodule, LatentDataModule):
+        _log.warning(
+            "no codec_path=: checkpoints of this run will not say which codec made their latents; "
+            "sample.py and the export will then ask for codec_path=CODEC"
+        )
     module.adopt_data(datamodule)
     if cfg.ckpt and not resume_from:
-        warm_start(module, Path(cfg.ckpt), cfg.ckpt_allow)
+        warm_start(module, cfg.ckpt, cfg.ckpt_allow)
     return _fit(_build_trainer(cfg), module, datamodule, resume_from, settings)
 
 
@@ -158,11 +165,18 @@ def component_configs(task: DictConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+def _check_width(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:
+    """Raise ValueError for latents of another width than the model's, before a text encoder is loaded."""
+    channels = OmegaConf.select(cfg, "task.normaliser.channels")
+    if isinstance(datamodule, LatentDataModule) and channels is not None:
+        require_channels(len(datamodule.index.latent_mean), channels)
+
+
 def _note_codec(module: FoleyModule, datamodule: pl.LightningDataModule, codec_path: str) -> None:
     """Store where the codec is, as seen from the checkout; raises StaleCacheError where it did not make the latents."""
     if isinstance(datamodule, LatentDataModule):
-        datamodule.require_codec(hash_module(load_trained(Path(codec_path), "codec")))
-    module.checkpoint_metadata["codec_dir"] = os.path.relpath(codec_path, PROJECT_ROOT)
+        datamodule.require_codec(hash_module(load_trained(codec_path, "codec")))
+    module.checkpoint_metadata["codec_dir"] = noted_source(codec_path)
 
 
 def _build_trainer(cfg: DictConfig) -> pl.Trainer:
@@ -223,8 +237,8 @@ class WarmStartReport:
     dropped: tuple[str, ...]
 
 
-def warm_start(module: FoleyModule, path: Path, allow: Sequence[str] = ()) -> WarmStartReport:
-    """Load the (averaged) weights of `path`, a .ckpt or a run's folder, into `module` where the names agree.
+def warm_start(module: FoleyModule, path: str | Path, allow: Sequence[str] = ()) -> WarmStartReport:
+    """Load the (averaged) weights of `path`, by any name that `read_weights` takes, into `module` where names agree.
 
     The rest is logged. The optimizer starts afresh, the latent normaliser is the earlier run's.
 
@@ -234,9 +248,7 @@ def warm_start(module: FoleyModule, path: Path, allow: Sequence[str] = ()) -> Wa
     Raises CheckpointError where no name agrees, a shape differs, or the weights mean another thing here: latents of
     another codec, another text encoder or tokenizer, prediction type, normaliser, or option of the network.
     """
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    checkpoint = read_training_checkpoint(path)
+    checkpoint = read_weights(path, module.component_configs, module.checkpoint_metadata.get("codec_hash"))
     saved, own = checkpoint["state_dict"], module.saved_state(module.state_dict())
     states = compare_states(saved, own)
     if states.reshaped or not states.common:
@@ -256,7 +268,7 @@ def warm_start(module: FoleyModule, path: Path, allow: Sequence[str] = ()) -> Wa
 
 
 def _require_same_meaning(
-    path: Path, checkpoint: Mapping[str, Any], module: FoleyModule, common: Sequence[str], allow: Sequence[str]
+    path: str | Path, checkpoint: Mapping[str, Any], module: FoleyModule, common: Sequence[str], allow: Sequence[str]
 ) -> None:
     """Raise CheckpointError with every difference that is not among those allowed."""
     described, own = checkpoint[FOLEY_KEY], module.description()

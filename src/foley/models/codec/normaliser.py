@@ -6,6 +6,15 @@ from torch import Tensor, nn
 _LARGEST_COMPRESSED = 6.0  # sinh(6) = 202 standard deviations
 
 
+def require_channels(given: int, expected: int) -> None:
+    """Raise ValueError, which names the options that choose a codec, for latents of another number of channels."""
+    if given != expected:
+        raise ValueError(
+            f"the latents have {given} channels, but the model takes {expected}: choose the codec that made them "
+            "(codec=..., codec_path=CODEC), or latents of the model's codec (data.cache_dir=...)"
+        )
+
+
 class LatentNormaliser(nn.Module):
     """Holds the mean and standard deviation `[C]` measured over a latent cache; identity until set.
 
@@ -33,7 +42,8 @@ class LatentNormaliser(nn.Module):
         self.register_buffer("std", torch.ones(channels))  # buffers, so that a checkpoint holds how to undo it
 
     def set(self, mean: Tensor, std: Tensor) -> None:
-        """Adopt measured statistics, each `[C]`; raises ValueError where a standard deviation is not positive."""
+        """Adopt measured statistics, each `[C]`; raises ValueError for another C, or a deviation not above 0."""
+        require_channels(len(mean), len(self.mean))
         if not bool((std > 0).all()):
             raise ValueError(f"latent standard deviations must be positive, got a minimum of {std.min():.3g}")
         self.mean.copy_(mean)  # in place: buffers keep their device and type

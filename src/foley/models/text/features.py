@@ -103,6 +103,8 @@ class FeatureConditioner(TextConditioner):
         if features is None or features.dim() != 2 or features.shape[1] != self.feature_dim or not len(features):
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise FeatureError(f"{file} must hold `{_KEY}` of shape [S, {self.feature_dim}], it holds {shapes}")
+        if not bool(features.isfinite().all()):
+            raise FeatureError(f"{file} holds features that are not finite; compute them again")
         if len(features) > self.max_length:
             _log.warning("%s holds %d features; only the first %d are used", file, len(features), self.max_length)
         return features[: self.max_length]

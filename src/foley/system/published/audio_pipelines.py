@@ -1,6 +1,5 @@
 """Pipelines of diffusers that make audio: their folders, and what each family says of itself."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.nn.functional import pad
 from foley.accel.layers import declare_cacheable_layers
 from foley.core.components import CheckpointError
 from foley.core.hub import Hub
+from foley.core.reading import read_json, reading
 
 INDEX = "model_index.json"
 _WANTED = [INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
@@ -45,8 +45,9 @@ def pipeline_folder(hub: Hub, repository: str) -> Path:
 
 def _absent(folder: Path) -> str | None:
     """The first component file that the index asks for and the folder lacks."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    components = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
+    with reading(folder / INDEX, "the index of a pipeline", "download it again"):
+        index = read_json(folder / INDEX, "the index of a pipeline", "download it again")
+        components = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
     wanted = [f"{name}/{file}" for name, kind in components.items() for file in _files_of(kind)]
     return next((file for file in wanted if not any(folder.glob(file))), None)
 
