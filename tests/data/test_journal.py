@@ -32,3 +32,13 @@ def test_damage_in_the_middle_is_named(tmp_path):
     (tmp_path / "results-rank0002.jsonl").write_text('{"id": "1"}\n{"id\n{"id": "3"}\n')
     with pytest.raises(JournalError, match=r"results-rank0002\.jsonl, line 2"):
         list(read_journals(tmp_path, "results"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("[1]", "expected a JSON object, got list"), ("{}", r"lacks \['id'\]"), ("[" * 100_000, "nested too deeply")],
+)
+def test_results_of_another_shape_are_named(tmp_path, line, message):
+    (tmp_path / "results-rank0000.jsonl").write_text(f'{{"id": "1"}}\n{line}\n')
+    with pytest.raises(JournalError, match=rf"results-rank0000\.jsonl, line 2: .*{message}"):
+        list(read_journals(tmp_path, "results", ["id"]))

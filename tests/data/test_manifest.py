@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from foley.data.importers.annotations import read_audiocaps
-from foley.data.manifest import ManifestError, read_manifest
+from foley.data.manifest import ManifestError, ManifestOptions, checked_rows, read_manifest
 
 GOOD = {"path": "a.wav", "caption": "a dog barks"}
 
@@ -106,6 +107,45 @@ def test_wrong_tables_are_refused_with_the_line(tmp_path):
     (tmp_path / "clips.xlsx").write_bytes(b"PK\3\4")
     with pytest.raises(ManifestError, match="expected a table"):
         read_manifest(tmp_path / "clips.xlsx")
+
+
+def test_columns_by_other_names_and_paths_from_elsewhere(tmp_path):
+    path = tmp_path / "metadata.csv"
+    path.write_text(
+        "file_name,text,more,key,fold,path,seconds\n/x/a.wav,rain,a shower,7,Dev,old,1.5\n../b.wav,wind,,8,,,\n"
+    )
+    columns = {"path_column": "file_name", "caption_column": ["text", "more"], "id_column": "key"}
+    with pytest.raises(ManifestError, match=r"(?s)line 2: .*'/x/a\.wav' leaves.*absolute_paths=true.*line 3: .*leaves"):
+        read_manifest(path, options=ManifestOptions(**columns))
+    options = ManifestOptions(**columns, absolute_paths=True)
+    first, second = read_manifest(path, options=options)
+    assert (first.path, first.id, first.other_captions) == (Path("/x/a.wav"), "7", ("a shower",))
+    assert (second.path, second.caption, second.split) == (tmp_path / "../b.wav", "wind", "")
+    (_, row), (_, other) = checked_rows(path, options)
+    assert (row["path"], row["id"], row["caption"], row["captions"]) == ("/x/a.wav", "7", "rain", ["rain", "a shower"])
+    assert (row["duration_seconds"], "captions" in other) == (1.5, False)
+
+
+@pytest.mark.parametrize("column", ["path_column", "caption_column", "id_column", "split_column"])
+def test_a_column_that_is_named_must_be_there(column, tmp_path, write_jsonl):
+    options = ManifestOptions(**{column: "absent"})
+    with pytest.raises(ManifestError, match=r"line 1: `.*` must be text"):
+        read_manifest(write_jsonl(GOOD), options=options)
+    (tmp_path / "clips.csv").write_text("path,caption\na.wav,x\n")
+    with pytest.raises(ManifestError, match=r"line 1: lacks the columns \['absent'\]"):
+        read_manifest(tmp_path / "clips.csv", options=options)
+
+
+def test_numbers_that_no_duration_is(write_jsonl):
+    for value in (10**400, "1e999", [1], "long"):
+        with pytest.raises(ManifestError, match="line 1: `duration_seconds` must be a positive number"):
+            read_manifest(write_jsonl(GOOD | {"duration_seconds": value}))
+
+
+def test_audiocaps_patterns_that_do_not_fit(tmp_path):
+    (tmp_path / "test.csv").write_text("audiocap_id,youtube_id,start_time,caption\n1,a,0,x\n")
+    with pytest.raises(ValueError, match=r"^file_pattern='\{id\}\.wav' does not fit: the columns are"):
+        read_audiocaps(tmp_path / "test.csv", tmp_path, "{id}.wav")
 
 
 def test_audiocaps(shared, tmp_path):

@@ -103,6 +103,25 @@ def test_longer_shorter_and_silent_clips_are_counted_and_named(tmp_path, caplog)
     assert [row["id"] for row in lines(tmp_path / "out" / "manifest.jsonl") if row.get("silent")] == ["c"]
 
 
+def test_a_table_of_ones_own(prepare, tmp_path):
+    text = (
+        "file_name,text,fold\nbarks/a.wav,a dog,Training\nb.flac,rain,valid\nc.wav,,valid\nd.wav,wind,fold1\n"
+        "/from/elsewhere/e.wav,surf,test\n"
+    )
+    columns = {"path_column": "file_name", "caption_column": "text", "split_column": "fold"}
+    options = {f"dataset.{name}": value for name, value in columns.items()}
+    table = {"dataset.table": tmp_path / "audio" / "mine.csv", "dataset.license": "CC0", "dataset.absolute_paths": True}
+    audio = ["barks/a.wav", "b.wav", "e.wav"]
+    _, manifest, ledger = prepare("table", {"mine.csv": text}, audio, **options, **table)
+    assert [(row["id"], row["path"], row["split"], row["license"]) for row in manifest] == [
+        ("barks/a.wav", "barks/a.wav", "train", "CC0"),
+        ("b.flac", "b.wav", "val", "CC0"),
+        ("/from/elsewhere/e.wav", "e.wav", "test", "CC0"),
+    ]
+    assert [(row["line"], row["kind"]) for row in ledger] == [(4, "bad_row"), (5, "bad_row")]
+    assert [entry.caption for entry in read_manifest(tmp_path / "out" / "manifest.jsonl")] == ["a dog", "rain", "surf"]
+
+
 def test_audioset_segments_and_strong_labels(prepare):
     weak = "# Segments csv\n# num_ytids=1\n# YTID, start_seconds, end_seconds, positive_labels\n" + "".join(
         f'{key}, 30.000, 40.000, "/m/09x0r,/m/0bt9lr"\n' for key in (VIDEO, OTHER)

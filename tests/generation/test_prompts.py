@@ -3,7 +3,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from foley.cli.overrides import quote_overrides
-from foley.generation.prompts import Clip, read_prompts, request_clips
+from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_clips
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,22 @@ def test_a_files_labels_and_ids_travel_with_its_prompts(tmp_path):
     assert once == [Clip("a bell", 5, {"label": "bell", "id": "b1"}), Clip("rain", 6)]
     assert [clip.notes for clip in twice[:2]] == [{"label": "bell"}] * 2
     assert len({clip.seed for clip in twice}) == 4
+
+
+def test_a_manifest_as_prompts_gives_its_own_ids(tmp_path):
+    file = tmp_path / "clips.csv"
+    file.write_text("path,caption\na.wav,a bell\nb.wav,rain\n")
+    assert [clip.notes for clip in request_clips(None, str(file), 0, 1)] == [{"id": "a.wav"}, {"id": "b.wav"}]
+    file.write_text("path,caption\na.wav,a bell\na.wav,rain\n")
+    assert [clip.notes for clip in request_clips(None, str(file), 0, 1)] == [{}, {}]
+    first = request_clips(None, str(file), 0, 1, captions="first")
+    assert [(clip.prompt, clip.notes) for clip in first] == [("a bell", {"id": "a.wav"})]
+
+
+def test_lists_of_captions_are_rows_of_one_recording(tmp_path):
+    file = tmp_path / "clips.jsonl"
+    file.write_text('{"path": "a.wav", "id": "a", "texts": ["a bell", "a gong"]}\n')
+    columns = PromptColumns("texts")
+    every = request_clips(None, str(file), 0, 1, columns)
+    assert [(clip.prompt, clip.notes["id"]) for clip in every] == [("a bell", "a"), ("a gong", "a#2")]
+    assert [clip.prompt for clip in request_clips(None, str(file), 0, 1, columns, "first")] == ["a bell"]

@@ -61,24 +61,28 @@ def _ends_line(stream: Any, end: int) -> bool:
     return bool(stream.read(1) == b"\n")
 
 
-def read_journals(directory: Path, name: str) -> Iterator[dict[str, Any]]:
-    """The results of all ranks, those of an earlier run on other ranks too; raises JournalError."""
+def read_journals(directory: Path, name: str, fields: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """The results of all ranks, those of an earlier run on other ranks too; raises JournalError.
+
+    `fields`: that each result must have.
+    """
     for path in sorted(directory.glob(f"{name}-rank*.jsonl")):
         with path.open("rb") as stream:
             for line, raw in enumerate(stream, start=1):
                 if not raw.endswith(b"\n"):
                     break
-                yield _journal_row(raw, path, line)
+                yield _journal_row(raw, f"{path}, line {line}", fields)
 
 
-def _journal_row(raw: bytes, path: Path, line: int) -> dict[str, Any]:
+def _journal_row(raw: bytes, place: str, fields: Sequence[str]) -> dict[str, Any]:
     try:
-        with reading(path, "JSON"):
+        with reading(place, "JSON"):
             row = json.loads(raw)
     except DamagedFileError as error:
-        raise JournalError(f"{path}, line {line}: not JSON ({error.reason}); remove the line") from error
-    if not isinstance(row, dict):
-        raise JournalError(f"{path}, line {line}: expected a JSON object, got {type(row).__name__}; remove the line")
+        raise JournalError(f"{place}: not JSON ({error.reason}); remove the line") from error
+    if not isinstance(row, dict) or (missing := [field for field in fields if field not in row]):
+        lacks = f"lacks {missing}" if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"
+        raise JournalError(f"{place}: {lacks}; remove the line")
     return row
 
 
@@ -144,9 +148,9 @@ def annotate(
     trainer.predict(module, return_predictions=False)
 
 
-def read_results(output_dir: Path) -> Iterator[dict[str, Any]]:
-    """Every result so far; raises JournalError where a file was damaged."""
-    return read_journals(output_dir, RESULTS)
+def read_results(output_dir: Path, fields: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Every result so far; raises JournalError where a file was damaged, or a result lacks one of `fields`."""
+    return read_journals(output_dir, RESULTS, fields)
 
 
 def pending_rows(
@@ -161,7 +165,7 @@ def pending_rows(
 
     Shares do not depend on what is finished, so ranks that start at different times share out the same rows.
     """
-    finished = {_key(result, key_fields) for result in read_results(output_dir)}
+    finished = {_key(result, key_fields) for result in read_results(output_dir, key_fields)}
     for line, row in islice(checked_rows(manifest, options), rank, None, world_size):
         if isinstance(row, str):
             yield line, row

@@ -104,7 +104,8 @@ def keep_by_threshold(
 
     Rows keep their fields, and get `clap_score`.
     """
-    known = {(result["id"], result["caption"]): result["clap_score"] for result in read_results(output_dir)}
+    results = read_results(output_dir, ("id", "caption", "clap_score"))
+    known = {(result["id"], result["caption"]): result["clap_score"] for result in results}
     scores: list[float] = []
     unscored = 0
     with json_lines(output_dir / SCORES_FILE) as write_score, json_lines(output_dir / MANIFEST_FILE) as keep:

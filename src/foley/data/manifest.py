@@ -88,8 +88,8 @@ class ManifestOptions:
             "split": (self.split_column or "split",),
             "duration_seconds": ("duration_seconds", "seconds"),
         }
-        found = {name: next((choice for choice in choices if choice in row), name) for name, choices in names.items()}
-        rest = {name: cell for name, cell in row.items() if name not in found.values()}
+        found = {name: next((at for at in choices if at in row), choices[0]) for name, choices in names.items()}
+        rest = {name: cell for name, cell in row.items() if name not in {*found, *found.values()}}
         return rest | {name: row[choice] for name, choice in found.items() if choice in row}
 
 

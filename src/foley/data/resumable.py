@@ -53,8 +53,8 @@ class ResumableDataModule(pl.LightningDataModule):
         """Say before training what it will go without."""
         if stage == "fit" and "val" not in self.datasets:
             _log.warning(
-                "no clip is for validation: there will be no val/loss, no best checkpoint and no samples; name a split "
-                "`val`, or set data.splits.val_fraction"
+                "no clip is for validation: there will be no val/loss, no best checkpoint and no samples; "
+                "name a split `val`, or set data.splits.val_fraction where the clips are read"
             )
 
     @property

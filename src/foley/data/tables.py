@@ -34,6 +34,7 @@ _MARKS = {  # the marks of UTF-32 begin as those of UTF-16 do
 }
 _ELEMENT = re.compile(r"\s*,?\s*([^\s,\]])")
 _MAX_LISTED = 20
+_MAX_PROBLEM_CHARACTERS = 240
 _MAX_LINE_CHARACTERS = 1 << 20
 _MAX_CELL_CHARACTERS = 1 << 17  # as the csv module has it
 _HEAD_CHARACTERS = 4096
@@ -134,8 +135,12 @@ def text_in(cell: Any, column: str) -> str:
 def refuse_lines(path: Path, problems: Sequence[str]) -> NoReturn:
     """Raise TableError that lists what is wrong in `path`, each with its line; the first 20."""
     more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-    listed = "\n  ".join(problems[:_MAX_LISTED])
+    listed = "\n  ".join(_brief(problem) for problem in problems[:_MAX_LISTED])
     raise TableError(f"{path} has {len(problems)} wrong lines; mend or remove them:\n  {listed}{more}")
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= _MAX_PROBLEM_CHARACTERS else f"{text[:_MAX_PROBLEM_CHARACTERS]} ..."
 
 
 def _as_list(cell: Any) -> list[Any]:
@@ -240,10 +245,14 @@ def _header(path: Path, line: int, cells: list[str] | str, columns: Sequence[Col
         raise TableError(f"{path}, {cells}")
     names = [cell.strip() for cell in cells]
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
-        raise TableError(f"{path}, line {line}: has the columns {twice} twice; rename or remove one of each")
+        raise TableError(
+            f"{path}, line {line}: has the columns {_brief(str(twice))} twice; rename or remove one of each"
+        )
     choices = [(column,) if isinstance(column, str) else column for column in columns]
     if missing := [choice[0] for choice in choices if not set(choice) & set(names)]:
-        raise TableError(f"{path}, line {line}: lacks the columns {missing}, has {names}{hint and '; '}{hint}")
+        raise TableError(
+            f"{path}, line {line}: lacks the columns {missing}, has {_brief(str(names))}{hint and '; '}{hint}"
+        )
     return names
 
 

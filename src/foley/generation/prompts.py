@@ -16,6 +16,7 @@ MAX_PROMPT_CHARACTERS = 10_000
 MAX_CLIPS = 1_000_000
 """Of one request; more are a slip of the keyboard, and would fill the memory before the first is generated."""
 _IDS = ("id", "audiocap_id")
+_PATHS = ("path", "audio_path", "file")
 _CLIPS = ("youtube_id", "file_name", "audio_path", "path")
 
 
@@ -24,7 +25,8 @@ class PromptColumns:
     """Names of a prompt file's columns.
 
     Args:
-        id: of the clip to generate, by which it is paired with its reference; None is `id` or AudioCaps' own.
+        id: of the clip to generate, by which it is paired with its reference; None is `id`, AudioCaps' own, or the
+            path of a manifest, which is its id.
         clip: what the captions of one recording share; None is a name that AudioCaps, Clotho or a manifest uses.
     """
 
@@ -184,8 +186,16 @@ def request_clips(
         raise ValueError(f"num={num} of {len(chosen)} prompts are {len(chosen) * num} clips; at most {MAX_CLIPS}")
     repeated = [row for row in chosen for _ in range(num)]
     # An id names one clip: it pairs a generated clip with its reference.
-    ids = _id_columns(columns) if num == 1 else ()
+    ids = _pairing_columns(chosen, columns) if num == 1 else ()
     return [Clip(row[COLUMN], seed, _notes(row, ids)) for seed, row in enumerate(repeated, start=first_seed)]
+
+
+def _pairing_columns(rows: Sequence[Mapping[str, Any]], columns: PromptColumns) -> Sequence[str]:
+    """The columns of the id, the first first: by default a manifest's path too, where no two rows share it."""
+    path = next((name for name in _PATHS if all(row.get(name) for row in rows)), None)
+    if columns.id is not None or path is None or len({str(row[path]) for row in rows}) < len(rows):
+        return _id_columns(columns)
+    return (*_IDS, path)
 
 
 class LabelledPrompts(NamedTuple):

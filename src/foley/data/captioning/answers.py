@@ -94,7 +94,7 @@ def write_captioned_manifest(
     Returns:
         The path and the number of rows.
     """
-    captions = {result.pop("id"): result for result in read_results(output_dir)}
+    captions = {result.pop("id"): result for result in read_results(output_dir, ("id", "caption"))}
     written = 0
     path = output_dir / "manifest.jsonl"
     with json_lines(path) as write:

@@ -1,5 +1,6 @@
 """Auto-ACD's captions for clips of AudioSet and VGGSound that are here already."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class AutoAcdCaptioner:
 
     def _caption(self, row: ManifestRow) -> dict[str, Any] | Fault:
         youtube_id, start = row.get("youtube_id"), row.get("start_seconds")
-        if not isinstance(youtube_id, str) or not isinstance(start, int | float):
+        if not isinstance(youtube_id, str) or not isinstance(start, int | float) or not math.isfinite(start):
             return Fault("the row has no `youtube_id` and `start_seconds`")
         of_audioset = (
             None if str(row.get("source", "")).startswith("VGGSound") else self._captions.get((youtube_id, None))

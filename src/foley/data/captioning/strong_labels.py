@@ -63,7 +63,7 @@ class StrongLabelCaptioner:
         try:
             events = [Event(float(start), float(end), str(name)) for start, end, name in row.get("events") or []]
             return f"Clip of {seconds:.1f} s: {describe_events(events, seconds)}."
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             return Fault(
                 f"`events` must be a list of [start, end, name], as AudioSet's strong labels give it ({error})"
             )

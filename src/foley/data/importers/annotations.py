@@ -1,12 +1,12 @@
 """What all readers of data sets' annotations share: rows of their tables, and the names of their clips."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from foley.data.manifest import ManifestEntry, build_entries
+from foley.data.manifest import ManifestEntry, ManifestOptions, build_entries, build_entry
 from foley.data.tables import Row, csv_rows
 
 _YOUTUBE_ID = re.compile(r"[\w-]{11}", re.ASCII)
@@ -37,17 +37,38 @@ def read_rows(path: Path, columns: Sequence[str], build: Any, **options: Any) ->
     `options` are those of `csv_rows`.
     """
 
-    def rows() -> Iterator[Row]:
-        for line, cells in csv_rows(path, columns, **options):
-            if isinstance(cells, str):
-                yield line, cells
-                continue
-            try:
-                yield line, build(cells)
-            except ValueError as error:
-                yield line, str(error)
+    rows = _built(csv_rows(path, columns, **options), lambda line, cells: build(cells))
+    return AnnotationFile(path, rows) if path.is_file() else absent(path)
 
-    return AnnotationFile(path, rows()) if path.is_file() else absent(path)
+
+def own_table(table: str, license: str = "", **options: Any) -> Iterator[AnnotationFile]:
+    """A table of one's own, CSV, TSV or JSON Lines, with the columns of a manifest, or those that `options` name.
+
+    Files are found by path or, moved elsewhere, by name.
+
+    Args:
+        license: of rows that name none.
+        options: of `ManifestOptions`.
+    """
+    path, columns = Path(table), ManifestOptions(**options)
+
+    def build(line: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        entry, name = build_entry(line, row, path.parent, columns), PurePosixPath(str(row["path"]).strip())
+        about = {"split": entry.split, "label": entry.label, "source": entry.source}
+        captions: Any = [entry.caption, *entry.other_captions] if entry.other_captions else entry.caption
+        names = [str(name.with_suffix("")), name.stem]
+        return {"id": entry.id, "caption": captions, "names": names, **about, "license": entry.license or license}
+
+    yield AnnotationFile(path, _built(columns.rows(path), build)) if path.is_file() else absent(path)
+
+
+def _built(rows: Iterable[Row], build: Callable[[int, Any], dict[str, Any]]) -> Iterator[Row]:
+    """What `build(line, row)` makes of the good rows; its ValueError is what is wrong with one."""
+    for line, row in rows:
+        try:
+            yield line, row if isinstance(row, str) else build(line, row)
+        except ValueError as error:
+            yield line, str(error)
 
 
 def youtube_clip(youtube_id: str, start: str | None, names: Sequence[str], **more: str) -> dict[str, Any]:
