@@ -146,14 +146,7 @@ def evaluate_features(
     if unlabelled:
         _log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))
     sets = Comparison(generated, recordings, pairs, protocol.extractor, protocol.inception_splits, resamples)
-    scores: dict[str, Estimate] = {}
-    unmeasured: dict[str, str] = {}
-    for name in protocol.scores:
-        try:
-            scores |= SCORES[name](sets)
-        except TooFewClipsError as error:
-            _log.warning("%s", error)
-            unmeasured[error.score] = error.reason
+    scores, unmeasured = _measure(sets, protocol.scores)
     return Evaluation(
         protocol=protocol.describe(),
         n_generated=len(generated),
@@ -167,6 +160,19 @@ def evaluate_features(
         seconds={"generated": _spread(generated.seconds), "reference": _spread(recordings.seconds)},
         notes=notes,
     )
+
+
+def _measure(sets: Comparison, names: Sequence[str]) -> tuple[dict[str, Estimate], dict[str, str]]:
+    """The scores of those names, and the reasons for those that were refused."""
+    scores: dict[str, Estimate] = {}
+    unmeasured: dict[str, str] = {}
+    for name in names:
+        try:
+            scores |= SCORES[name](sets)
+        except TooFewClipsError as error:
+            _log.warning("%s", error)
+            unmeasured[error.score] = error.reason
+    return scores, unmeasured
 
 
 def _describe_sets(

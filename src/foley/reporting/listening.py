@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from scipy.stats import t as student_t
 
 from foley.core.files import write_json, write_text
 from foley.core.seeding import derive_seed, numpy_generator
+from foley.reporting.pages import read_asset
 from foley.reporting.plots import save_figure
 
 SCALE = {20: "Bad", 40: "Poor", 60: "Fair", 80: "Good", 100: "Excellent"}
@@ -72,7 +72,7 @@ def write_test(directory: Path, title: str, stimuli: Sequence[Stimulus], seed: i
     trials = [_trial(code, stimulus) for code, stimulus in zip(codes, stimuli, strict=True)]
     # Their order would tell the systems; the page shuffles anew for every listener.
     test = {"name": name, "title": title, "scale": SCALE, "trials": sorted(trials, key=lambda trial: trial["code"])}
-    template = files("foley.reporting").joinpath("listening.html").read_text(encoding="utf-8")
+    template = read_asset("listening.html").replace("{{style}}", read_asset("page.css"))
     # "<" could end the script that holds the data.
     write_text(directory / PAGE_FILE, template.replace("{{test}}", json.dumps(test).replace("<", "\\u003c")))
     write_json(directory / KEY_FILE, {"test": name, "title": title, "seed": seed, "stimuli": key})

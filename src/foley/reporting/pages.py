@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from foley.reporting.plots import plot_rows
 from foley.reporting.tables import Row, format_rows
 
 NOT_MEASURED = "Not measured yet."
+
+
+def read_asset(*names: str) -> str:
+    """The files of those names beside this module, joined: what a page of HTML holds, so that it needs no other file.
+
+    >>> read_asset("page.css").startswith(":root")
+    True
+    """
+    return "".join(files("foley.reporting").joinpath(name).read_text(encoding="utf-8") for name in names)
 
 
 @dataclass(frozen=True)
