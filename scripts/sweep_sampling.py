@@ -48,7 +48,7 @@ def score(cfg: DictConfig, made: Generation) -> float:
         evaluation = evaluate_features(extract_audio(clips, protocol, made.sample_rate_hz), reference, protocol, "none")
     except SilentAudioError:
         return _SILENT
-    return evaluation.scores[cfg.score].value
+    return evaluation.value(cfg.score)
 
 
 @command("script/sweep_sampling")

@@ -3,7 +3,6 @@
 The facts of its training come from the notes of `make train-demo`, and stay in the folder as `training.json`.
 """
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,6 +15,7 @@ from foley.cli.command import command
 from foley.core.components import WEIGHTS_FILE, read_config
 from foley.core.files import write_json
 from foley.core.logs import get_logger
+from foley.core.reading import read_json, reading
 from foley.reporting.pages import write_page
 from foley.system.system import STUDENT_FOLDER
 
@@ -43,10 +43,11 @@ def read_stages(notes: Path) -> list[Facts]:
     files = sorted(notes.glob("*.json"), key=lambda file: file.stat().st_mtime)
     stages = []
     for file in files:
-        note = json.loads(file.read_text(encoding="utf-8"))
-        origin = note["provenance"]
-        machine = origin.get("gpu", origin["processor"])
-        stages.append({"name": file.stem, "command": note["command"], "seconds": note["seconds"], "machine": machine})
+        note = read_json(file, "notes of a training run", "remove it")
+        with reading(file, "notes of a training run", "remove it"):
+            origin = note["provenance"]
+            stage = {"name": file.stem, "command": note["command"], "seconds": note["seconds"]}
+            stages.append({**stage, "machine": origin.get("gpu", origin["processor"])})
     return stages
 
 
@@ -65,7 +66,11 @@ def describe(system: Path) -> Facts:
     """All that the card says of the folder itself."""
     parts = sorted(file.parent for file in system.rglob(WEIGHTS_FILE))
     training = system / TRAINING_FILE
-    stages = json.loads(training.read_text(encoding="utf-8"))["stages"] if training.is_file() else []
+    stages = []
+    if training.is_file():
+        content = read_json(training, "the stages of a training run", "write it again with training=")
+        with reading(training, "the stages of a training run", "write it again with training="):
+            stages = content["stages"]
     return {
         "parts": [describe_part(folder, str(folder.relative_to(system))) for folder in parts],
         "megabytes": sum(file.stat().st_size for file in system.rglob("*") if file.is_file()) / 1e6,

@@ -145,9 +145,11 @@ def test_an_id_of_null_is_no_id_and_a_number_is_one(tmp_path) -> None:
 
 
 def test_faulty_files_are_left_out_up_to_a_share_and_named(clips, protocol, caplog) -> None:
-    clips[1].path.write_text("")
+    clips[1].path.write_text("nan")
     with pytest.raises(FaultyClipsError, match=r"1 of 2 clips cannot be used: .*1\.wav.*max_faulty_share"):
         extract_files(clips, protocol, load)
+    with pytest.raises(ValueError, match="max_faulty_share=nan must be a share"):
+        extract_files(clips, protocol, load, max_faulty_share=float("nan"))
     kept = extract_files(clips, protocol, load, max_faulty_share=0.5)
     assert (kept.ids, list(kept.faulty)) == (["0"], ["1"])
     assert "they are left out" in caplog.text

@@ -116,6 +116,10 @@ def test_an_extrapolation_of_too_few_clips_is_refused_with_the_reason(protocol, 
         "too few clips: 7 with 7 feature vectors, and the extrapolation needs 8 clips and more than the 4"
         in (result.unmeasured["frechet_distance_infinity"])
     )
+    with pytest.raises(ValueError, match="no score 'frechet_distance_infinity': too few clips: 7"):
+        result.value("frechet_distance_infinity")
+    with pytest.raises(ValueError, match="no score 'fad': the protocol gives frechet_distance, kernel"):
+        result.value("fad")
     markdown = to_markdown([result])
     assert "| Frechet distance, n to infinity | not measured * |" in markdown
     assert "- Frechet distance, n to infinity: too few clips: 7" in markdown
@@ -162,3 +166,10 @@ def test_accuracy_names_its_classes_and_its_extractor(protocol) -> None:
     assert "| Label accuracy among all 4 classes of FirstSamplesExtractor | 100.0% |" in markdown
     assert "| Label accuracy among its 3 procedural classes of FirstSamplesExtractor | 100.0% |" in markdown
     assert "## Accuracy per class, among all 4 classes of FirstSamplesExtractor" in markdown
+
+
+def test_settings_that_mean_nothing_are_refused_by_name(protocol) -> None:
+    with pytest.raises(PairingError, match="pairing=requird must be one of auto, required, none"):
+        evaluate_audio(REFERENCE, REFERENCE, protocol, pairing="requird")
+    with pytest.raises(ValueError, match="resamples=-1 must be 0"):
+        evaluate_audio(REFERENCE, REFERENCE, protocol, resamples=-1)

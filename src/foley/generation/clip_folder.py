@@ -24,7 +24,7 @@ from foley.core.logs import get_logger
 from foley.core.reading import read_json, reading
 from foley.generation.prompts import Clip
 from foley.generation.result import Generation
-from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, SHEET_FILE, Card, draw_card, render_page
+from foley.reporting.samples import MAX_PAGE_CLIPS, PAGE_FILE, SHEET_FILE, Card, count_sounds, draw_card, render_page
 
 RECORD_FILE = "test_set.json"
 _CLIP_FILE = re.compile(r"\d{3,}_[a-z0-9-]+_seed\d+\.(wav|json|png)")  # see `foley.core.files.sample_stem`
@@ -154,12 +154,12 @@ class ClipFolder:
         return [i for i in range(len(self.clips)) if not (self.directory / f"{self.stem(i)}.json").is_file()]
 
     def _write_page(self) -> Path:
-        """The page of all clips, or of evenly spread ones where there are many."""
-        shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_SHEET_CLIPS))
+        """The page of all clips, or of evenly spread ones where there are thousands."""
+        shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_PAGE_CLIPS))
         cards = [self._draw_card(index) for index in shown]
         settings = json.loads((self.directory / cards[-1].sidecar_file).read_text(encoding="utf-8"))["settings"]
         page = self.directory / PAGE_FILE
-        write_text(page, render_page(f"{len(self.clips)} generated sounds", settings, cards))
+        write_text(page, render_page(count_sounds(len(self.clips), len(cards)), settings, cards))
         return page
 
     def _draw_card(self, index: int) -> Card:

@@ -18,7 +18,7 @@ from foley.data.audio import PEAK_CEILING, write_wav
 from foley.data.dataset import gain_to_decibels
 from foley.generation.prompts import Clip
 from foley.reporting.plots import draw_sheet
-from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, SHEET_FILE, Card, draw_card, render_page
+from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, SHEET_FILE, Card, count_sounds, draw_card, render_page
 
 _log = get_logger(__name__)
 
@@ -95,7 +95,7 @@ class Generation:
         waves, prompts = [self._waveform(row) for row in shown], [self.clips[row].prompt for row in shown]
         draw_sheet(directory / SHEET_FILE, waves, prompts, self.sample_rate_hz)
         page = directory / PAGE_FILE
-        write_text(page, render_page(title or f"{len(self.clips)} generated sounds", self.settings, cards))
+        write_text(page, render_page(title or count_sounds(len(self.clips)), self.settings, cards))
         return page, cards
 
     def write_clip(self, directory: Path, row: int, index: int, facts: Mapping[str, Any] | None = None) -> str:

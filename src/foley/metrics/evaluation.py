@@ -23,7 +23,7 @@ from foley.metrics.features import (
     labels_by_caption,
     resolve_labels,
 )
-from foley.metrics.pairing import Pairing, align_ids, describe_pairs, pair_clips
+from foley.metrics.pairing import Pairing, align_ids, check_pairing, describe_pairs, pair_clips
 from foley.metrics.protocols import EvaluationProtocol
 from foley.metrics.scores import SCORES, Comparison, Estimate, TooFewClipsError, label_accuracy
 
@@ -71,6 +71,13 @@ class Evaluation:
     silent: list[str]
     seconds: dict[str, list[float]]
     notes: list[str]
+
+    def value(self, score: str) -> float:
+        """A score that something is decided by; raises ValueError, which says why, where there is none."""
+        if score not in self.scores:
+            reason = self.unmeasured.get(score, f"the protocol gives {', '.join([*self.scores, *self.unmeasured])}")
+            raise ValueError(f"there is no score {score!r}: {reason}")
+        return self.scores[score].value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -146,14 +153,7 @@ def evaluate_features(
     if unlabelled:
         _log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))
     sets = Comparison(generated, recordings, pairs, protocol.extractor, protocol.inception_splits, resamples)
-    scores: dict[str, Estimate] = {}
-    unmeasured: dict[str, str] = {}
-    for name in protocol.scores:
-        try:
-            scores |= SCORES[name](sets)
-        except TooFewClipsError as error:
-            _log.warning("%s", error)
-            unmeasured[error.score] = error.reason
+    scores, unmeasured = _measure(sets, protocol.scores)
     return Evaluation(
         protocol=protocol.describe(),
         n_generated=len(generated),
@@ -167,6 +167,19 @@ def evaluate_features(
         seconds={"generated": _spread(generated.seconds), "reference": _spread(recordings.seconds)},
         notes=notes,
     )
+
+
+def _measure(sets: Comparison, names: Sequence[str]) -> tuple[dict[str, Estimate], dict[str, str]]:
+    """The scores of those names, and the reasons for those that were refused."""
+    scores: dict[str, Estimate] = {}
+    unmeasured: dict[str, str] = {}
+    for name in names:
+        try:
+            scores |= SCORES[name](sets)
+        except TooFewClipsError as error:
+            _log.warning("%s", error)
+            unmeasured[error.score] = error.reason
+    return scores, unmeasured
 
 
 def _describe_sets(
@@ -270,6 +283,7 @@ def evaluate_files(
         resamples: as in `evaluate_features`.
         max_faulty_share: of the files of either set that cannot be used, see `extract_files`.
     """
+    check_pairing(pairing)  # before minutes of extracting
     aligned, rule = (list(samples), "id") if pairing == "none" else align_ids(samples, reference)
     known = labels_by_caption([*captions, *((clip.caption, clip.label) for clip in reference)])
     labels = resolve_labels(aligned, known, named_labels)

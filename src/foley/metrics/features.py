@@ -331,8 +331,10 @@ def extract_files(
     """Features of audio files, of which a few are in memory at a time. Unchanged files come from the cache.
 
     Files that cannot be used are left out, counted and named; raises FaultyClipsError where there are more of them
-    than `max_faulty_share` of all.
+    than `max_faulty_share` of all, and ValueError for a share that is none.
     """
+    if not 0 <= max_faulty_share <= 1:
+        raise ValueError(f"max_faulty_share={max_faulty_share} must be a share from 0 to 1")
     cache = FeatureCache(cache_directory, protocol)
     hashes = [hash_file(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
@@ -374,7 +376,8 @@ def _check_faulty(faulty: Mapping[str, str], count: int, max_share: float) -> No
     if not faulty:
         return
     more = f", and {len(faulty) - _MOST_NAMED} more" if len(faulty) > _MOST_NAMED else ""
-    message = f"{len(faulty)} of {count} clips cannot be used: {'; '.join(list(faulty.values())[:_MOST_NAMED])}{more}"
+    named = "; ".join(f"{id} ({reason})" for id, reason in list(faulty.items())[:_MOST_NAMED])
+    message = f"{len(faulty)} of {count} clips cannot be used: {named}{more}"
     if len(faulty) > max_share * count:
         raise FaultyClipsError(f"{message}; mend or remove them, or let more pass with max_faulty_share= ({max_share})")
     _log.warning("%s; they are left out", message)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from foley.core.logs import get_logger
 from foley.metrics.features import ClipFeatures, ClipFile
@@ -21,6 +21,12 @@ _log = get_logger(__name__)
 
 class PairingError(ValueError):
     """Pairing was asked for and a clip has no counterpart, or an id occurs twice."""
+
+
+def check_pairing(pairing: str) -> None:
+    """Raises PairingError for a word that is no `Pairing`."""
+    if pairing not in get_args(Pairing):
+        raise PairingError(f"pairing={pairing} must be one of {', '.join(get_args(Pairing))}")
 
 
 def align_ids(samples: Sequence[ClipFile], reference: Sequence[ClipFile]) -> tuple[list[ClipFile], str]:
@@ -57,8 +63,9 @@ def pair_clips(
 
     Args:
         pairing: "required" raises PairingError for a clip of either set without counterpart, "none" compares the sets
-            only, "auto" pairs where every generated clip has a reference.
+            only, "auto" pairs where every generated clip has a reference. PairingError for another word.
     """
+    check_pairing(pairing)
     recordings, places = reference.distinct()
     matches = _match(generated, reference, pairing)
     if matches is None:

@@ -128,8 +128,10 @@ class Estimate:
 def draw_counts(n: int, resamples: int, name: str) -> Tensor:
     """How often each of `n` clips is in each of the `resamples` sets `[1 + resamples, n]`; row 0 is all ones.
 
-    The same name and sizes give the same draws; sets of other names are drawn independently.
+    The same name and sizes give the same draws; sets of other names are drawn independently. ValueError below 0.
     """
+    if resamples < 0:
+        raise ValueError(f"resamples={resamples} must be 0, for no intervals, or more")
     generator = numpy_generator("bootstrap", name, n)
     drawn = generator.multinomial(n, [1 / n] * n, size=resamples)
     return torch.cat([torch.ones(1, n), torch.from_numpy(drawn)]).double()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foley.core.files import write_text
+from foley.core.reading import reading
 from foley.reporting.plots import Panel, plot_panels
 from foley.reporting.tables import markdown_table
 
@@ -36,11 +37,14 @@ Series = dict[str, list[tuple[float, float]]]
 
 
 def read_metrics(path: Path) -> Series:
-    """Every metric of a `metrics.csv` as points (step, value); raises FileNotFoundError where there is none."""
+    """Every metric of a `metrics.csv` as points (step, value).
+
+    Raises FileNotFoundError where there is none, and DamagedFileError for one that is no table of numbers.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run was without its logger, logger.csv=null")
     series: Series = {}
-    with path.open(encoding="utf-8", newline="") as stream:
+    with reading(path, "the metrics of a run"), path.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):
             for name, value in row.items():
                 if value and name not in ("step", "epoch"):

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from scipy.signal import firwin, oaconvolve
 from scipy.stats import t as student_t
 
 from foley.core.files import write_json, write_text
+from foley.core.reading import read_json, reading
 from foley.core.seeding import derive_seed, numpy_generator
+from foley.reporting.pages import read_asset
 from foley.reporting.plots import save_figure
 
 SCALE = {20: "Bad", 40: "Poor", 60: "Fair", 80: "Good", 100: "Excellent"}
@@ -72,7 +74,7 @@ def write_test(directory: Path, title: str, stimuli: Sequence[Stimulus], seed: i
     trials = [_trial(code, stimulus) for code, stimulus in zip(codes, stimuli, strict=True)]
     # Their order would tell the systems; the page shuffles anew for every listener.
     test = {"name": name, "title": title, "scale": SCALE, "trials": sorted(trials, key=lambda trial: trial["code"])}
-    template = files("foley.reporting").joinpath("listening.html").read_text(encoding="utf-8")
+    template = read_asset("listening.html").replace("{{style}}", read_asset("page.css"))
     # "<" could end the script that holds the data.
     write_text(directory / PAGE_FILE, template.replace("{{test}}", json.dumps(test).replace("<", "\\u003c")))
     write_json(directory / KEY_FILE, {"test": name, "title": title, "seed": seed, "stimuli": key})
@@ -129,24 +131,34 @@ Interval = Callable[[np.ndarray, int], list[Score]]
 def read_ratings(results: Sequence[Path], key_file: Path) -> Ratings:
     """Join the listeners' files with the key of their test.
 
-    Raises ValueError, naming the file and its line, for another test's results, an unknown stimulus, a rating off the
-    scale, or a second rating of one stimulus by one listener.
+    Raises DamagedFileError for a file that is something else, and ValueError, naming the file and its line, for another
+    test's results, an unknown stimulus, a rating off the scale, or a second rating of one stimulus by one listener.
     """
-    key = json.loads(key_file.read_text(encoding="utf-8"))
-    stimuli = key["stimuli"]
+    key = read_json(key_file, "the key of a listening test", "take the one that was written with the page")
+    with reading(key_file, "the key of a listening test", "take the one that was written with the page"):
+        stimuli, test = dict(key["stimuli"]), key["test"]
     found: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for file in results:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            for row in (reader := csv.DictReader(stream)):
-                place, cell = f"{file}, line {reader.line_num}", (row["listener"], row["stimulus"])
-                if row["test"] != key["test"] or row["stimulus"] not in stimuli:
-                    raise ValueError(f"{place}: not of the test {key['test']} that {key_file} describes: {row}")
-                if any(row[question] not in map(str, SCALE) for question in QUESTIONS):
-                    raise ValueError(f"{place}: ratings must be of {list(SCALE)}, got {row}")
-                if cell in found:
-                    raise ValueError(f"{place}: {cell[0]} has rated {cell[1]} before; give each file once")
-                found[cell] = row
+    for place, row in chain.from_iterable(map(_read_rows, results)):
+        cell = (row["listener"], row["stimulus"])
+        if row["test"] != test or row["stimulus"] not in stimuli:
+            raise ValueError(f"{place}: not of the test {test} that {key_file} describes: {row}")
+        if any(row[question] not in map(str, SCALE) for question in QUESTIONS):
+            raise ValueError(f"{place}: ratings must be of {list(SCALE)}, got {row}")
+        if cell in found:
+            raise ValueError(f"{place}: {cell[0]} has rated {cell[1]} before; give each file once")
+        found[cell] = row
     return _arrange(found, stimuli)
+
+
+def _read_rows(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every rating of a listener's file, and where it stands."""
+    columns = ("test", "listener", "stimulus", *QUESTIONS)
+    with (
+        reading(file, "results of a listening test", "ask the listener for the file as it was saved"),
+        file.open(encoding="utf-8-sig", newline="") as stream,
+    ):
+        reader = csv.DictReader(stream)
+        return [(f"{file}, line {reader.line_num}", {name: row[name] for name in columns}) for row in reader]
 
 
 def _arrange(found: Mapping[tuple[str, str], Mapping[str, Any]], stimuli: Mapping[str, Mapping[str, str]]) -> Ratings:

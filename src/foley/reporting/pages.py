@@ -1,20 +1,30 @@
 """Pages of results: a Markdown template, filled in from the JSON files that benchmarks wrote beside the page."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from foley.core.files import write_text
+from foley.core.reading import read_json
 from foley.reporting.plots import plot_rows
 from foley.reporting.tables import Row, format_rows
 
 NOT_MEASURED = "Not measured yet."
+
+
+def read_asset(*names: str) -> str:
+    """The files of those names beside this module, joined: what a page of HTML holds, so that it needs no other file.
+
+    >>> read_asset("page.css").startswith(":root")
+    True
+    """
+    return "".join(files("foley.reporting").joinpath(name).read_text(encoding="utf-8") for name in names)
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Results:
     def read(self, name: str) -> Any:
         """The JSON file of that name; None where the benchmark that writes it has not been run."""
         file = self.folder / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_json(file, "the result of a benchmark", "run the benchmark again") if file.is_file() else None
 
     def table(self, results: Any, part: str, columns: Mapping[str, str], **wanted: Any) -> str:
         """The rows at `part` ("codecs.tiny.stages") of what `read` returned, as `format_rows` takes them.

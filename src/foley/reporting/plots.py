@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from torch import Tensor
+from torch.nn.functional import adaptive_max_pool1d
 from torchaudio.functional import melscale_fbanks
 
 from foley.core.files import one_line
@@ -25,6 +27,7 @@ _MEL_BANDS = 96
 _DYNAMIC_RANGE_DB = 80.0
 _LOWEST_REFERENCE_DB = -40.0
 _MAX_TITLE_CHARACTERS = 60
+_MAX_IMAGE_COLUMNS = 1000
 _BACKGROUND = "#0f1117"
 
 
@@ -120,12 +123,32 @@ def log_mel(audio: Tensor, sample_rate_hz: int) -> Tensor:
 
 
 def draw_spectrogram(path: Path, audio: Tensor, sample_rate_hz: int) -> None:
-    """A bare image of one clip, as `log_mel` takes it, without title or frame."""
-    figure = Figure(figsize=(6, 1.6), facecolor=_BACKGROUND)
-    axes = figure.add_axes((0, 0, 1, 1))
-    _show(axes, audio, sample_rate_hz)
-    axes.set_axis_off()
-    figure.savefig(path, dpi=110)
+    """A bare image of one clip, as `log_mel` takes it, without title or frame: a pixel a band, and a frame or more."""
+    decibels = log_mel(audio, sample_rate_hz)
+    if decibels.shape[1] > _MAX_IMAGE_COLUMNS:
+        decibels = adaptive_max_pool1d(decibels, _MAX_IMAGE_COLUMNS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    loudest = float(decibels.max())
+    imsave(path, decibels.numpy(), origin="lower", cmap="magma", vmin=loudest - _DYNAMIC_RANGE_DB, vmax=loudest)
+
+
+def waveform_outline(audio: Tensor, columns: int = 160) -> str:
+    """The outline of `audio` `[T]` or `[channels, T]` as the data of an SVG path in the unit square.
+
+    Full scale fills it, and louder audio is scaled to it: clips can be compared.
+
+    >>> waveform_outline(torch.tensor([0.0, 1.0, -0.5]), columns=3)
+    'M0.000,0.50L0.500,0.00L1.000,0.75L1.000,0.75L0.500,0.00L0.000,0.50Z'
+    """
+    channels = torch.atleast_2d(audio).float().cpu()
+    columns = min(columns, channels.shape[1])
+    scaled = channels / channels.abs().max().clamp(min=1.0)
+    highest = adaptive_max_pool1d(scaled, columns).amax(dim=0).tolist()
+    lowest = (-adaptive_max_pool1d(-scaled, columns)).amin(dim=0).tolist()
+    places = [index / max(columns - 1, 1) for index in range(columns)]
+    there = list(zip(places, highest, strict=True))
+    back = list(zip(places, lowest, strict=True))[::-1]
+    return f"M{'L'.join(f'{x:.3f},{0.5 - y / 2:.2f}' for x, y in there + back)}Z"
 
 
 def draw_sheet(path: Path, clips: Sequence[Tensor], titles: Sequence[str], sample_rate_hz: int) -> None:

@@ -1,46 +1,47 @@
-"""Cards and pages that show generated clips."""
+"""Cards and pages that show generated clips; a page refers to nothing but the files beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from foley.core.files import one_line
-from foley.reporting.plots import draw_spectrogram
+from foley.reporting.pages import read_asset
+from foley.reporting.plots import draw_spectrogram, waveform_outline
+from foley.reporting.words import Fact, describe_settings
 
 SHEET_FILE = "spectrograms.png"
 PAGE_FILE = "index.html"
 MAX_SHEET_CLIPS = 24
 """A larger folder has a sheet of evenly spread clips."""
-_STYLE = """
-:root { color-scheme: dark; }
-body { margin: 0 auto; padding: 2rem 1.5rem; max-width: 76rem; background: #0f1117; color: #e8e8ea;
-       font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.3rem; margin: 0 0 .3rem; }
-h2 { font-size: 1rem; font-weight: 500; margin: 0; white-space: pre-line; }
-.settings { color: #9a9ca5; font-size: .85rem; margin: 0 0 1.5rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem; }
-figure { margin: 0; background: #181b24; border-radius: .6rem; overflow: hidden; }
-figure img { display: block; width: 100%; height: 8rem; object-fit: fill; }
-figcaption { padding: .7rem .9rem .9rem; overflow-wrap: anywhere; }
-figcaption small { display: block; color: #9a9ca5; margin: .1rem 0 .5rem; }
-audio { width: 100%; height: 2.2rem; }
-a { color: #f6a56b; }
-"""
+MAX_PAGE_CLIPS = 1000
+"""A larger prompt file has a page of evenly spread clips."""
+_CLIPS_A_PART = 48  # of a page, with a link to each part
+
+_SWITCH = (
+    "const root = document.documentElement, dark = matchMedia('(prefers-color-scheme: dark)').matches; "
+    "root.dataset.scheme = (root.dataset.scheme || (dark ? 'dark' : 'light')) == 'dark' ? 'light' : 'dark'"
+)
+_COPY = "navigator.clipboard.writeText(this.dataset.copy).then(() => this.textContent = 'copied')"
 
 
 @dataclass(frozen=True)
 class Card:
-    """One clip on the page; the file names are relative to the page."""
+    """One clip on the page; the file names are relative to the page.
+
+    `waveform` is its outline, as `foley.reporting.plots.waveform_outline` draws it.
+    """
 
     prompt: str
     audio_file: str
     image_file: str
     sidecar_file: str
     facts: str
+    waveform: str = ""
 
     def inside(self, folder: str) -> "Card":
         """The card for a page that lies beside `folder`, which holds the files."""
@@ -48,27 +49,64 @@ class Card:
         return replace(self, **{field: f"{folder}/{file}" for field, file in files.items()})
 
 
+def count_sounds(count: int, shown: int | None = None) -> str:
+    """The title of a page, which says where not all clips are shown.
+
+    >>> count_sounds(1), count_sounds(24), count_sounds(4000, shown=1000)
+    ('1 generated sound', '24 generated sounds', '4000 generated sounds, 1000 of them shown')
+    """
+    title = f"{count} generated sound{'' if count == 1 else 's'}"
+    return title if shown in (None, count) else f"{title}, {shown} of them shown"
+
+
 def render_page(title: str, settings: Mapping[str, Any], cards: Sequence[Card]) -> str:
-    """A page of clips; it refers to nothing but the files beside it."""
-    facts = " · ".join(f"{key} {value}" for key, value in settings.items())
-    return _document(title, facts, _grid(cards))
+    """A page of clips under their `settings` in words; many clips are split into parts that load as they are seen."""
+    starts = range(0, len(cards), _CLIPS_A_PART)
+    parts = [(start, cards[start : start + _CLIPS_A_PART]) for start in starts]
+    links = [f'<a href="#{start + 1}">{start + 1} to {start + len(part)}</a>' for start, part in parts]
+    body = f"<nav>{''.join(links)}</nav>\n" if len(parts) > 1 else ""
+    body += "\n".join(f'<section id="{start + 1}">{_grid(map(_render_card, part))}</section>' for start, part in parts)
+    return _document(title, _fact_list(describe_settings(settings)), body)
 
 
 def render_comparison(title: str, facts: str, columns: Mapping[str, Sequence[Card]]) -> str:
-    """A page that shows the same clips made in several ways, the columns, side by side."""
-    heads = "".join(f"<h2>{escape(name)}</h2>" for name in columns)
-    rows = "\n".join(_grid(row, len(columns)) for row in zip(*columns.values(), strict=True))
-    return _document(title, facts, f'<div class="grid" style="{_columns(len(columns))}">{heads}</div>\n{rows}')
+    """A page that shows the same clips made in several ways, the columns, side by side, a row for each prompt.
+
+    Args:
+        columns: heading to the clips in the same order; the first line of a heading is its name.
+    """
+    heads = "".join(f"<p>{escape(heading)}</p>" for heading in columns)
+    names = [heading.partition("\n")[0] for heading in columns]
+    rows = "\n".join(_comparison_row(names, row) for row in zip(*columns.values(), strict=True))
+    style = _column_style(len(names))
+    return _document(title, f"<p>{escape(facts)}</p>", f'<div class="grid columns heads"{style}>{heads}</div>\n{rows}')
 
 
-def _columns(count: int) -> str:
-    return f"grid-template-columns: repeat({count}, 1fr); margin-bottom: 1.2rem"
+def _comparison_row(names: Sequence[str], cards: Sequence[Card]) -> str:
+    shown = [_render_card(card, name) for name, card in zip(names, cards, strict=True)]
+    return f"<section><h2>{_prompt(cards[0])}</h2>{_grid(shown, len(names))}</section>"
 
 
-def _grid(cards: Sequence[Card], columns: int | None = None) -> str:
-    style = f' style="{_columns(columns)}"' if columns else ""
-    body = "\n".join(_render_card(card) for card in cards)
-    return f'<div class="grid"{style}>\n{body}\n</div>'
+def _column_style(count: int) -> str:
+    return f' style="grid-template-columns: repeat({count}, minmax(0, 1fr))"'
+
+
+def _grid(figures: Iterator[str] | Sequence[str], columns: int | None = None) -> str:
+    kind, style = (" columns", _column_style(columns)) if columns else ("", "")
+    return "\n".join(chain([f'<div class="grid{kind}"{style}>'], figures, ["</div>"]))
+
+
+def _fact_list(facts: Sequence[Fact]) -> str:
+    rows = [f"<div><dt>{escape(fact.name)}</dt><dd>{_value(fact)}</dd></div>" for fact in facts]
+    return f'<dl class="facts">{"".join(rows)}</dl>'
+
+
+def _value(fact: Fact) -> str:
+    if not fact.whole:
+        return escape(fact.text)
+    whole = escape(fact.whole)
+    copy = f'<button type="button" data-copy="{whole}" onclick="{_COPY}">copy</button>'
+    return f'<code title="{whole}">{escape(fact.text)}</code> {copy}'
 
 
 def _document(title: str, facts: str, body: str) -> str:
@@ -79,22 +117,28 @@ def _document(title: str, facts: str, body: str) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{read_asset("page.css", "samples.css")}</style>
 </head>
 <body>
-<h1>{escape(title)}</h1>
-<p class="settings">{escape(facts)}</p>
+<header><h1>{escape(title)}</h1><button type="button" onclick="{_SWITCH}">light / dark</button></header>
+{facts}
 {body}
 </body>
 </html>
 """
 
 
-def _render_card(card: Card) -> str:
-    prompt = escape(card.prompt) or "<em>(empty prompt: unconditional)</em>"
+def _prompt(card: Card) -> str:
+    return escape(card.prompt) or "<em>(empty prompt: unconditional)</em>"
+
+
+def _render_card(card: Card, name: str | None = None) -> str:
+    """A figure under the clip's prompt, or under a `name` where the prompt stands above."""
+    wave = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true"><path d="{card.waveform}"/></svg>'
     return f"""<figure>
-<img src="{escape(card.image_file)}" alt="log-mel spectrogram">
-<figcaption>{prompt}
+{wave if card.waveform else ""}
+<img src="{escape(card.image_file)}" alt="log-mel spectrogram" loading="lazy" decoding="async">
+<figcaption>{_prompt(card) if name is None else escape(name)}
 <small>{escape(card.facts)} · <a href="{escape(card.sidecar_file)}">settings</a></small>
 <audio controls preload="none" src="{escape(card.audio_file)}"></audio>
 </figcaption>
@@ -105,4 +149,4 @@ def draw_card(directory: Path, stem: str, prompt: str, seed: int, audio: Tensor,
     """Draw the spectrogram of a clip, `[T]` or `[channels, T]`, beside its WAV and JSON; returns its card."""
     draw_spectrogram(directory / f"{stem}.png", audio, sample_rate_hz)
     facts = f"{audio.shape[-1] / sample_rate_hz:.2f} s · seed {seed}"
-    return Card(one_line(prompt), f"{stem}.wav", f"{stem}.png", f"{stem}.json", facts)
+    return Card(one_line(prompt), f"{stem}.wav", f"{stem}.png", f"{stem}.json", facts, waveform_outline(audio))

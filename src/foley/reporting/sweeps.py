@@ -1,6 +1,5 @@
 """The trials of a sweep: their Pareto front, as a table and a figure."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from omegaconf import DictConfig
 
 from foley.core.files import write_json, write_text
 from foley.core.logs import get_logger
+from foley.core.reading import read_json, reading
 from foley.reporting.plots import save_figure
 from foley.reporting.tables import markdown_table
 
@@ -36,9 +36,14 @@ class ParetoReport(Callback):
 
 
 def read_trials(directory: Path) -> list[Trial]:
-    """Those that ended, by number."""
-    trials = [json.loads(file.read_text(encoding="utf-8")) for file in directory.glob(f"*/{TRIAL_FILE}")]
-    return sorted(trials, key=lambda trial: trial["number"])
+    """Those that ended, by number; raises DamagedFileError for a file that is no trial."""
+    return sorted(map(_read_trial, directory.glob(f"*/{TRIAL_FILE}")), key=lambda trial: trial["number"])
+
+
+def _read_trial(file: Path) -> Trial:
+    trial = read_json(file, "a trial of a sweep", "remove it, or run the trial again")
+    with reading(file, "a trial of a sweep", "remove it, or run the trial again"):
+        return {**trial, "number": int(trial["number"]), "overrides": dict(trial["overrides"]), "score": trial["score"]}
 
 
 def pareto_front(trials: Sequence[Trial], score: str, cost: str) -> list[Trial]:
