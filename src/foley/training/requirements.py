@@ -32,8 +32,8 @@ _MADE_BY = {
 """What stands for `???` or for a path in a recipe, and the command that makes it."""
 
 _CODECS = {
-    "waveform_vae.WaveformVAE": "made by: foley train experiment=waveform_vae data=manifest data.splits.manifest=FILE, or "
-    "from published weights by foley convert",
+    "waveform_vae.WaveformVAE": "made by: foley train experiment=waveform_vae data=manifest data.splits.manifest=FILE, "
+    "or from published weights by foley convert",
     "spectral_vae.SpectralVAE": "data/demo/codec ships, and foley train experiment=tiny_vae makes another",
     "mel_codec.MelCodec": "made by: foley train experiment=audiolcm_mel_vae, experiment=bigvgan; foley join-mel-codec",
 }
@@ -51,11 +51,18 @@ def refuse_missing(cfg: DictConfig) -> None:
     What it would merely do better with is said only beside what it cannot do without; a GPU that is smaller than the
     recipe's own estimate is a warning.
     """
+    if is_synthetic(cfg):
+        return
     lacks = [*_unset(cfg), *_absent(cfg), *_text_weights(cfg), *_gpu(cfg)]
     if not lacks:
         return
     lines = [f"  {option}  {words}" for option, words in [*lacks, *_codec(cfg)]]
     raise SystemExit("\n".join([f"{cfg.name or 'this run'} cannot train yet; it lacks", *lines, *_ways_out(cfg)]))
+
+
+def is_synthetic(cfg: DictConfig) -> bool:
+    """Whether this is `data=synthetic`, which needs nothing (`foley.training.synthetic`)."""
+    return str(_selected(cfg, "data._target_")).startswith("foley.training.synthetic.")
 
 
 def _ways_out(cfg: DictConfig) -> list[str]:
