@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> float | None:
     """Compose the config, train, and hand a sweep its metric."""
     refuse_missing(cfg)
     # Here, so that whatever is missing is named before PyTorch is loaded, in a second.
-    from foley.cli.listening import write_listening_page
+    from foley.cli.sampling import write_listening_page
     from foley.training.run import objective
 
     result = objective(cfg)

@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from foley.cli import listening
-from foley.cli.listening import write_listening_page
+from foley.cli import sampling
+from foley.cli.sampling import write_listening_page
 from foley.core.config import CONFIG_DIR, PROJECT_ROOT
 from foley.training import shipped_latents
 from foley.training.requirements import refuse_missing
@@ -67,7 +67,7 @@ def test_it_ends_with_a_page_and_what_to_type_next(
     asked: list[Any] = []
     generation = SimpleNamespace(write=asked.append)
     system = SimpleNamespace(generate=lambda *request, **options: asked.append(request) or generation)
-    monkeypatch.setattr(listening, "TextToAudio", SimpleNamespace(load=lambda path: asked.append(path) or system))
+    monkeypatch.setattr(sampling, "TextToAudio", SimpleNamespace(load=lambda path: asked.append(path) or system))
     cfg = config(f"paths.output_dir={tmp_path}")
     assert write_listening_page(cfg) == tmp_path / "listen/index.html"
     assert asked == [tmp_path / "checkpoints/last.ckpt", (list(cfg.listen), 2.0), tmp_path / "listen"]

@@ -126,7 +126,7 @@ def _random_text(text: DictConfig | None) -> DictConfig | None:
     """An encoder that needs no files is kept: it is part of what is trained."""
     if text is None or text._target_.endswith("SmallTextEncoder"):
         return text
-    target = "foley.models.text.random_embeddings.RandomEmbeddings"
+    target = "foley.models.text.frozen_t5.RandomEmbeddings"
     return OmegaConf.create({"_target_": target, "dim": text.dim, "max_length": text.max_length})
 
 
