@@ -1,5 +1,7 @@
 """Train a codec or a denoiser: `python train.py experiment=<name> [key=value ...]`; see `python train.py --help`."""
 
+import sys
+
 from omegaconf import DictConfig
 
 from foley.cli.command import command
@@ -11,10 +13,16 @@ def main(cfg: DictConfig) -> float | None:
     """Compose the config, train, and hand a sweep its metric."""
     refuse_missing(cfg)
     # Here, so that whatever is missing is named before PyTorch is loaded, in a second.
+    from foley.cli.sampling import write_listening_page
     from foley.training.run import objective
 
-    return objective(cfg)
+    result = objective(cfg)
+    if cfg.listen:
+        write_listening_page(cfg)
+    return result
 
 
 if __name__ == "__main__":
+    if all(word.startswith("hydra.") for word in sys.argv[1:]):  # nothing is asked for
+        sys.argv.append("experiment=first")
     main()

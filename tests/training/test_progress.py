@@ -57,6 +57,8 @@ def test_a_limit_of_time_ends_a_run_that_has_no_last_step(clock: Clock, monkeypa
     assert bar.describe() == "step 50, 0.50 steps/s, 0:07:30 left, train/loss 0.5123"
     assert bar.share_done() == 0.25
     assert at(50, 60, [timer]).describe().startswith("step 50 of 60, 0.50 steps/s, 0:00:20 left")
+    monkeypatch.setattr(timer, "time_elapsed", lambda *_: 601.0)  # in the last step
+    assert at(50, 60, [timer]).describe().startswith("step 50 of 60, 0.50 steps/s, 0:00:00 left")
     assert at(50, -1).describe() == "step 50, 0.50 steps/s, train/loss 0.5123"
 
 

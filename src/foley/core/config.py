@@ -6,7 +6,7 @@ PyTorch is imported where it is asked, so that the command's help and completion
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -69,12 +69,17 @@ def published_config(name: str, overrides: Mapping[str, Any] | None = None) -> D
 
 @lru_cache
 def _compose_published(name: str) -> DictConfig:
+    return compose_aside(f"published/{name}")
+
+
+def compose_aside(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config of this name in configs/, also where the command's own application of Hydra is running."""
     # Hydra composes one application at a time: the one that this may be inside of is set aside.
     around = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose(f"published/{name}")
+            return compose(config_name, list(overrides))
     finally:
         GlobalHydra.instance().hydra = around  # the context manager leaves another instance
 

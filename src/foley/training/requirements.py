@@ -51,11 +51,18 @@ def refuse_missing(cfg: DictConfig) -> None:
     What it would merely do better with is said only beside what it cannot do without; a GPU that is smaller than the
     recipe's own estimate is a warning.
     """
+    if is_synthetic(cfg):
+        return
     lacks = [*_unset(cfg), *_absent(cfg), *_text_weights(cfg), *_gpu(cfg)]
     if not lacks:
         return
     lines = [f"  {option}  {words}" for option, words in [*lacks, *_codec(cfg)]]
     raise SystemExit("\n".join([f"{cfg.name or 'this run'} cannot train yet; it lacks", *lines, *_ways_out(cfg)]))
+
+
+def is_synthetic(cfg: DictConfig) -> bool:
+    """Whether this is `data=synthetic`, which needs nothing (`foley.training.synthetic`)."""
+    return str(_selected(cfg, "data._target_")).startswith("foley.training.synthetic.")
 
 
 def _ways_out(cfg: DictConfig) -> list[str]:

@@ -25,7 +25,7 @@ from foley.training.base import FoleyModule
 from foley.training.callbacks.checkpointing import AtomicCheckpointIO, TrainingInterrupted
 from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.callbacks.non_finite import NonFiniteLossError
-from foley.training.requirements import refuse_missing
+from foley.training.requirements import is_synthetic, refuse_missing
 from foley.training.run_folder import ending, find_checkpoint, resume_command, run_folder
 from foley.training.settings import (
     FILES_KEY,
@@ -36,6 +36,7 @@ from foley.training.settings import (
     require_resumable,
     unlike,
 )
+from foley.training.synthetic import stand_ins
 
 _log = get_logger(__name__)
 
@@ -110,7 +111,13 @@ def _fit(
 
 
 def objective(cfg: DictConfig) -> float | None:
-    """Train, with a word on where, and how to go on; gives a sweep its number, infinite where training diverged."""
+    """Train, with a word on where, and how to go on; gives a sweep its number, infinite where training diverged.
+
+    With `data=synthetic` it measures what a step costs instead, as `foley.training.synthetic` describes.
+    """
+    if is_synthetic(cfg):
+        train(stand_ins(cfg))
+        return None
     _log.info("output folder: %s", cfg.paths.output_dir)
     _log.info("after a stop it goes on with: %s", resume_command(cfg))
     _warn_of_warm_up(cfg)

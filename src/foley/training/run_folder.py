@@ -135,7 +135,14 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path) -> Path | None:
 
 
 def resume_command(cfg: DictConfig) -> str:
-    """What to type in order to go on with the run, quoted for a shell."""
+    """What to type in order to go on with the run, quoted for a shell.
+
+    Everything that was typed is repeated, but for what to begin with: `ckpt_path=auto` takes the place of that. The
+    folder is named, since a run without a name for it would get a new one.
+
+    Args:
+        cfg: the run's, composed by Hydra or by hand.
+    """
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     kept = [word for word in given if word.partition("=")[0].lstrip("+") not in ("ckpt_path", "overwrite")]
     words = [*_program(), *kept, "ckpt_path=auto"]

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from foley.core.files import write_tensors
 from foley.core.hub import load_pretrained
 from foley.core.logs import get_logger
+from foley.core.seeding import torch_generator
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
 
 if TYPE_CHECKING:
@@ -243,3 +244,39 @@ def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", encoder: "PreTrained
             f"{name_or_path}: the tokenizer knows {len(tokenizer)} tokens but the model has {rows}; "
             "its tokenizer files are incomplete or of another model: fetch them again"
         )
+
+
+# ---------------------------------------------------------------- without its weights
+
+
+class RandomEmbeddings(TextConditioner):
+    """Stands where a frozen encoder stands: noise `[B, max_length, dim]` by the prompt alone, every token valid.
+
+    For measurements where weights are not at hand: a denoiser costs the same with these as with embeddings of the
+    longest prompt. Nothing can be learned from them.
+
+    Args:
+        dim: width Dc of the embeddings.
+        max_length: tokens S of every prompt.
+
+    Example:
+        >>> RandomEmbeddings(dim=16, max_length=40)(["a dog barks", ""]).embeddings.shape
+        torch.Size([2, 40, 16])
+    """
+
+    trainable = False
+    place: Tensor
+
+    def __init__(self, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.dim, self.max_length = dim, max_length
+        self.register_buffer("place", torch.empty(0), persistent=False)  # follows the module to its device
+
+    def forward(self, prompts: list[str]) -> TextEmbedding:
+        """B prompts to embeddings `[B, S, Dc]`."""
+        rows = {prompt: self._row(prompt) for prompt in prompts}  # each distinct prompt once
+        embeddings = torch.stack([rows[prompt] for prompt in prompts]).to(self.place)
+        return TextEmbedding(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device))
+
+    def _row(self, prompt: str) -> Tensor:
+        return torch.randn(self.max_length, self.dim, generator=torch_generator("random embeddings", prompt))

@@ -94,7 +94,7 @@ class StepProgress(ProgressBar):
         limits = [] if (timer := self._timer()) is None else [timer.time_remaining()]
         if total is not None and steps > self._first_step:
             limits.append(max(0, total - steps) * seconds / (steps - self._first_step))
-        return min((limit for limit in limits if limit is not None), default=None)
+        return min((max(0.0, limit) for limit in limits if limit is not None), default=None)
 
     def share_done(self) -> float:
         """Of the steps or of the time, whichever is more."""
