@@ -109,8 +109,8 @@ def test_threshold_zero_is_bitwise_equal_through_the_pipeline(system_dir: Path) 
 
 def test_the_missing_calibration_of_a_system_is_a_command_to_copy(system_dir: Path) -> None:
     pipeline = TextToAudio.load(system_dir)
+    accelerator = _accelerator("audiocache", system_dir, "accel.calibrate=never")
     with pytest.raises(FileNotFoundError, match=f"calibrate.py system={system_dir} solver=ddim prompts=FILE steps=3 "):
-        accelerator = _accelerator("audiocache", system_dir, "accel.calibrate=never")
         pipeline.generate(["rain"], 0.5, num_steps=3, accelerator=accelerator)
 
 
