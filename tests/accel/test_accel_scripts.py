@@ -109,8 +109,9 @@ def test_threshold_zero_is_bitwise_equal_through_the_pipeline(system_dir: Path) 
 
 def test_the_missing_calibration_of_a_system_is_a_command_to_copy(system_dir: Path) -> None:
     pipeline = TextToAudio.load(system_dir)
+    accelerator = _accelerator("audiocache", system_dir, "accel.calibrate=never")
     with pytest.raises(FileNotFoundError, match=f"calibrate.py system={system_dir} solver=ddim prompts=FILE steps=3 "):
-        pipeline.generate(["rain"], 0.5, num_steps=3, accelerator=_accelerator("audiocache", system_dir))
+        pipeline.generate(["rain"], 0.5, num_steps=3, accelerator=accelerator)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,8 @@ def test_the_missing_calibration_of_a_system_is_a_command_to_copy(system_dir: Pa
 def test_the_command_for_a_missing_calibration_names_the_model_and_the_place(
     named: list[str], options: list[str], tmp_path: Path
 ) -> None:
-    accelerator = instantiate(compose_command("sample", *named, f"cache_dir={tmp_path}", "accel=audiocache").accel)
+    never = ["accel=audiocache", "accel.calibrate=never"]
+    accelerator = instantiate(compose_command("sample", *named, f"cache_dir={tmp_path}", *never).accel)
     with pytest.raises(FileNotFoundError) as error:
         require_calibrations(accelerator, "ddim", 25, 3.0)
     script, command = str(error.value).rpartition("python scripts/calibrate.py ")[1:]
@@ -137,7 +139,7 @@ def test_the_command_for_a_missing_calibration_names_the_model_and_the_place(
 
 
 def test_a_missing_calibration_is_noticed_inside_a_combination_and_before_the_solver_is_known(system_dir: Path) -> None:
-    accelerator = _accelerator("audiocache_local_global", system_dir)
+    accelerator = _accelerator("audiocache_local_global", system_dir, "accel.cache.calibrate=never")
     require_calibrations(accelerator, None, None, None)
     require_calibrations(accelerator, "ddim", 4, None)
     with pytest.raises(FileNotFoundError, match=r"\*_5.json does not exist.* steps=5 output_dir="):
