@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -25,7 +23,6 @@ from foley.reporting.listening import (
 )
 
 RATE, SECONDS = 16_000, 0.25
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CAPTIONS = ['</script><b>a "dog", barks</b>\n🐕', "rain"]
 
 
@@ -42,21 +39,6 @@ def stimuli() -> list[Stimulus]:
         found += [recording, low_pass(recording, 3500)]
         found += [Stimulus(name, f"clip{item}", caption, tones(800 + item), RATE) for name in ("ours", "theirs")]
     return found
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window. `pip install foley[browser]` and a browser (Debian: `apt-get install chromium`)."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'foley[browser]'")
-    path = os.environ.get("FOLEY_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser: install one of {', '.join(BROWSERS)}, or set FOLEY_BROWSER to its path")
-    with playwright.sync_playwright() as driver:
-        # As root, which containers often are, Chromium refuses its sandbox.
-        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--mute-audio"]
-        chromium = driver.chromium.launch(executable_path=path, args=flags)
-        yield chromium
-        chromium.close()
 
 
 def listen(browser, page_file, listener: str, directory, stop_after: int | None = None, state=None):
