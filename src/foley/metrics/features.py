@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -342,14 +343,7 @@ def extract_files(
     _log.info("features of %d clips: %d files cached, %d to extract", len(clips), len(rows), len(missing))
     chunks = [list(missing.items())[start : start + _CHUNK_CLIPS] for start in range(0, len(missing), _CHUNK_CLIPS)]
     reasons: dict[str, str] = {}
-
-    def prepare(path: Path) -> _Input | str:
-        try:
-            samples, rate_hz = load(path)
-            return _prepare(torch.from_numpy(samples).T, rate_hz, str(path), protocol)
-        except (RuntimeError, ValueError, OSError) as error:  # whatever a loader says of a file that is no use
-            return str(error)
-
+    prepare = partial(_prepare_file, load=load, protocol=protocol)
     with ThreadPoolExecutor(_LOADER_THREADS) as pool:
         for chunk in track(chunks, description="extracting features", disable=not chunks):
             prepared = dict(zip(dict(chunk), pool.map(prepare, dict(chunk).values()), strict=True))
@@ -370,6 +364,15 @@ def extract_files(
         (clip.path for clip, _ in kept),
         faulty,
     )
+
+
+def _prepare_file(path: Path, load: AudioLoader, protocol: EvaluationProtocol) -> _Input | str:
+    """The input of a file, or why it has none."""
+    try:
+        samples, rate_hz = load(path)
+        return _prepare(torch.from_numpy(samples).T, rate_hz, str(path), protocol)
+    except (RuntimeError, ValueError, OSError) as error:  # whatever a loader says of a file that is no use
+        return str(error)
 
 
 def _check_faulty(faulty: Mapping[str, str], count: int, max_share: float) -> None:
