@@ -93,6 +93,14 @@ def test_a_small_gpu_is_a_warning(
     assert "there is no GPU here, and the recipe wants one of 30 GiB or more" in lacks(*given)
 
 
+def test_the_estimate_of_memory_holds_what_training_cannot_do_without() -> None:
+    """Weights, gradients, two moments and the averages of EzAudio's denoisers, in float32."""
+    for experiment, parameters in (("ezaudio_xl", 874_760_256), ("ezaudio_l", 596_830_080)):
+        wanted = config(f"experiment={experiment}").gpu_memory_gib
+        assert 20 * parameters / 2**30 < wanted < 40 * parameters / 2**30
+        assert f"the recipe wants one of {wanted:g} GiB or more" in lacks(f"experiment={experiment}")
+
+
 def test_weights_in_the_cache_of_the_hub_are_found(tmp_path: Path) -> None:
     assert not requirements._in_hub_cache("google/flan-t5-xl", "main")
     folder = tmp_path / "hub/models--google--flan-t5-xl"
