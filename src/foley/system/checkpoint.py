@@ -38,12 +38,13 @@ _LAST = ("checkpoints/last.ckpt", "last.ckpt")
 _KINDS = "a training checkpoint (.ckpt), or the folder of a run, of a system or of a component"
 
 
-def find_weights(source: str | Path, component: str | None = None) -> Path:
+def find_weights(source: str | Path, component: str | None = None, option: str = "") -> Path:
     """The training checkpoint or the folder that `source` names.
 
     Args:
         source: a path as the module says, or the weights inside a component's folder.
         component: of a system's folder, the folder of this component; None is that of the system.
+        option: that named it, such as "system=", for the error.
 
     Raises CheckpointError, which says what was looked for.
     """
@@ -58,10 +59,10 @@ def find_weights(source: str | Path, component: str | None = None) -> Path:
     for last in _LAST:
         if (path / last).exists():
             return path / last
-    raise CheckpointError(_not_found(source, path))
+    raise CheckpointError(_not_found(f"{option}{source}", path))
 
 
-def _not_found(source: str | Path, path: Path) -> str:
+def _not_found(source: str, path: Path) -> str:
     if not path.is_dir():
         return (
             f"{source} names neither a published system (configs/published) nor a file or folder that exists; "
@@ -146,7 +147,7 @@ def load_trained(source: str | Path, name: str) -> Any:
     """
     if (published := published_source(source)) is not None:
         return _published_component(published, name)
-    path = find_weights(source, name)
+    path = find_weights(source, name, "codec_path=" if name == "codec" else "")
     if path.is_dir():
         return load_component(path)
     return component_from_training(read_training_checkpoint(path), name, str(path))

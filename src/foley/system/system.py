@@ -118,7 +118,7 @@ def load_system(source: str | Path, with_codec: bool = True, codec_path: str | P
         if not isinstance(system, System):
             raise CheckpointError(f"{name} is a pipeline of diffusers, which only generates; give a system of ours")
         return system
-    path = find_weights(source)
+    path = find_weights(source, option="system=")
     if not path.is_dir():
         return _load_training(path, with_codec, codec_path)
     if not (path / SYSTEM_FILE).is_file():
@@ -175,7 +175,7 @@ def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec
     Raises CheckpointError as `load_system` does, and where the run has no such component.
     """
     if published_source(source) is None:
-        path = find_weights(source)
+        path = find_weights(source, option="ckpt=")
         if not path.is_dir():
             return read_training_checkpoint(path)
         if not (path / SYSTEM_FILE).is_file():
@@ -327,12 +327,13 @@ def _bound_hash(info: Mapping[str, Any]) -> str:
 
 def _files_read(parts: Mapping[str, Path]) -> dict[str, Path]:
     """Every file that loading these parts reads, by its name in `files_sha256`, such as "codec/config.json"."""
-    files = {CAPTIONS_FILE: parts[CAPTIONS_FILE]}
+    files: dict[str, Path] = {}
     for name in COMPONENTS:
         assets = [Path(value) for value in read_config(parts[name]).values() if isinstance(value, str)]
         inside = [file for file in assets if file.is_absolute() and file.parent == parts[name].absolute()]
         own = [parts[name] / CONFIG_FILE, parts[name] / WEIGHTS_FILE, *inside]
         files |= {f"{name}/{file.name}": file for file in own}
+    files[CAPTIONS_FILE] = parts[CAPTIONS_FILE]
     return {name: file for name, file in files.items() if file.is_file()}
 
 
