@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from foley.cli.overrides import quote_overrides
 from foley.core.components import CheckpointError
 from foley.core.locks import LOCK_FILE, FolderInUseError, only_writer
 from foley.training import run as training
@@ -129,9 +131,11 @@ def test_how_a_run_ends_is_noted(tmp_path: Path, error: BaseException | None, ex
     assert noted.get("error", "") == (f"{type(error).__name__}: {error}".rstrip(": ") if error else "")
 
 
-def test_the_command_that_goes_on_is_quoted_for_shell_and_hydra(old_run: Path) -> None:
+def test_the_command_that_goes_on_is_quoted_for_the_shell_and_understood_by_the_command(old_run: Path) -> None:
     words = shlex.split(resume_command(settings(old_run)))
-    assert words == ["foley", "train", "ckpt_path=auto", f"hydra.run.dir='{old_run}'"]
+    assert words == ["foley", "train", "ckpt_path=auto", f"hydra.run.dir={old_run}"]
+    (override,) = OverridesParser.create().parse_overrides(quote_overrides(words[-1:]))
+    assert override.value() == str(old_run)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TrainingInterrupted()])

@@ -4,7 +4,6 @@ Where a run lies already, training begins again only where it is told whether to
 """
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -144,10 +144,10 @@ def resume_command(cfg: DictConfig) -> str:
         cfg: the run's, composed by Hydra or by hand.
     """
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    kept = [word for word in given if word.partition("=")[0].lstrip("+") not in ("ckpt_path", "overwrite")]
+    kept = [_as_typed(word) for word in given if word.partition("=")[0].lstrip("+") not in ("ckpt_path", "overwrite")]
     words = [*_program(), *kept, "ckpt_path=auto"]
     if not any(word.startswith("paths.output_dir=") for word in kept):
-        words.append(f"hydra.run.dir={_hydra_quoted(str(cfg.paths.output_dir))}")
+        words.append(f"hydra.run.dir={cfg.paths.output_dir}")
     return shlex.join(words)
 
 
@@ -159,6 +159,13 @@ def _program() -> Sequence[str]:
     return ["foley", "train"]
 
 
-def _hydra_quoted(value: str) -> str:
-    """A path as a value of Hydra's grammar, which reads `=`, parentheses and other signs in its own way."""
-    return value if re.fullmatch(r"[\w/.:+%@-]+", value, re.ASCII) else "'" + value.replace("'", "\\'") + "'"
+def _as_typed(override: str) -> str:
+    """An override without the quotes that the command put around its text for Hydra, and will put there again.
+
+    >>> _as_typed("data.splits.manifest='dog\\'s (1).csv'"), _as_typed("seed=1")
+    ("data.splits.manifest=dog's (1).csv", 'seed=1')
+    """
+    name, _, value = override.partition("=")
+    if not value.startswith("'"):
+        return override
+    return f"{name}={OverridesParser.create().parse_override(override).value()}"
