@@ -100,6 +100,16 @@ def test_reference_may_be_one_split_of_a_manifest(workspace: Path) -> None:
     assert (stored["n_reference"], stored["pairing"]) == (3, "none")
 
 
+def test_both_sets_are_cropped_on_request_and_the_report_says_so(workspace: Path) -> None:
+    write_clip(workspace / "reference", "tone0", 0.5 * np.ones(RATE_HZ), prompt="a pure tone")
+    noted = run(workspace)
+    assert "crop_seconds" not in noted["protocol"]
+    assert "1 of 8 pairs differ in length (generated 0.5 to 0.5 s" in noted["notes"][1]
+    cropped = run(workspace, "crop_seconds=shorter")
+    assert (cropped["protocol"]["crop_seconds"], cropped["seconds"]["reference"]) == (0.5, [0.5, 0.5, 0.5])
+    assert len(cropped["notes"]) == 1
+
+
 def test_missing_pairs_silence_and_unknown_protocols_are_refused(workspace: Path) -> None:
     (workspace / "reference" / "tone0.wav").unlink()
     with pytest.raises(PairingError, match="tone0"):
