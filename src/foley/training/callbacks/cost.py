@@ -215,16 +215,25 @@ def cost_table(cost: Mapping[str, Any]) -> str:
         f"{cost['clips_per_second'] * cost['clip_seconds']:.1f} s of audio a second",
         "peak memory": "unknown" if memory is None else f"{memory / 2**30:.2f} GiB",
         "parameters": f"{cost['parameters_trained']:,} trained of {cost['parameters']:,}",
-        "model FLOPs": f"{cost['model_flops'] / 1e12:.4g} TFLOP a step on each device, and "
-        f"{cost['recomputed_flops'] / 1e12:.4g} computed again by gradient checkpointing",
-        "MFU": f"{cost['model_flops_utilisation']:.1%}: {cost['flops_per_second'] / 1e12:.4g} of "
-        f"{cost['peak_flops_per_second'] / 1e12:.4g} TFLOP/s ({cost['peak_source']})",
+        "model FLOPs": f"{_scaled(cost['model_flops'])}FLOP a step on each device, and "
+        f"{_scaled(cost['recomputed_flops'])}FLOP computed again by gradient checkpointing",
+        "MFU": f"{cost['model_flops_utilisation']:.1%}: {_scaled(cost['flops_per_second'])}FLOP/s of "
+        f"{_scaled(cost['peak_flops_per_second'])}FLOP/s ({cost['peak_source']})",
     }
     if cost["run_steps"] > 0:
         hours = cost["run_steps"] * cost["step_seconds"] / 3600
         lines["whole run"] = f"{cost['run_steps']:,} steps would take {hours:.1f} hours, without validation"
     title = f"what a step of {cost['recipe']} costs on {cost['device']}, {cost['precision']}, on random data"
     return "\n".join([title, *(f"  {name:<12} {words}" for name, words in lines.items())])
+
+
+def _scaled(number: float) -> str:
+    """With a prefix of its size.
+
+    >>> _scaled(9.372e9), _scaled(3.12e14), _scaled(0)
+    ('9.372 G', '312 T', '0 G')
+    """
+    return f"{number / 1e12:.4g} T" if number >= 1e12 else f"{number / 1e9:.4g} G"
 
 
 def _num_parameters(module: nn.Module, trained: bool) -> int:
