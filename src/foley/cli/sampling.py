@@ -59,6 +59,7 @@ def requested_clips(cfg: DictConfig) -> list[Clip]:
     Raises ValueError as `request_clips` does, for impossible prompts, and for numbers that are none.
     """
     check_numbers(cfg)
+    resolve_device(cfg.device)  # before a word on what will be generated
     warn_without_effect(cfg, typed_options())
     if cfg.trainer is not None and cfg.prompts is None:
         raise ValueError("trainer= shares out the prompts of a file: give prompts=FILE, or leave it out")

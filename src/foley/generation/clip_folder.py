@@ -115,6 +115,7 @@ class ClipFolder:
             for first in range(0, len(share), batch_size):
                 indices = share[first : first + batch_size]
                 made = generate([self.clips[index] for index in indices])
+                made.warn_of_levels()
                 factors += [made.real_time_factor] * len(indices)
                 for row, index in enumerate(indices):
                     made.write_clip(self.directory, row, index)
@@ -157,7 +158,7 @@ class ClipFolder:
         """The page of all clips, or of evenly spread ones where there are thousands."""
         shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_PAGE_CLIPS))
         cards = [self._draw_card(index) for index in shown]
-        settings = json.loads((self.directory / cards[-1].sidecar_file).read_text(encoding="utf-8"))["settings"]
+        settings = read_json(self.directory / cards[-1].sidecar_file, "the JSON of a clip")["settings"]
         page = self.directory / PAGE_FILE
         write_text(page, render_page(count_sounds(len(self.clips), len(cards)), settings, cards))
         return page

@@ -26,7 +26,7 @@ _FFT_SAMPLES = 1024
 _FACTS = (
     "{} sounds, each from the same seed in every column, timed once on this machine. Seconds, speed-up and RTF "
     "(seconds of computing for a second of audio) are of all of them together. Spectral convergence is the distance "
-    "of magnitude spectrograms from those of the first column, relative to these: 0 is the same sound, 1 another one"
+    "of magnitude spectrograms from those of the first column, relative to these: 0 is the same sound, 1 another one."
 )
 _COLUMNS = {
     "": "{way}",

@@ -57,8 +57,8 @@ class Generation:
         generated_gains: `[N]`, by which what was generated has been attenuated already, beside kept audio; None, and 1,
             where it has not.
 
-    Clips beyond full scale are warned of. In memory they stay as they are; written, they are attenuated, and an edit,
-    whose kept samples stay as they were, becomes a file of 32-bit floats.
+    Clips beyond full scale are warned of as they are written. In memory they stay as they are; written, they are
+    attenuated, and an edit, whose kept samples stay as they were, becomes a file of 32-bit floats.
     """
 
     clips: Sequence[Clip]
@@ -76,7 +76,6 @@ class Generation:
                 f"solver {solver!r} with {num_steps} steps and guidance scale {scale} gave audio that is not finite; "
                 "lower the guidance scale, or take more steps"
             )
-        self._warn_of_levels()
 
     @property
     def real_time_factor(self) -> float:
@@ -86,6 +85,7 @@ class Generation:
     def write(self, directory: str | Path, title: str | None = None) -> tuple[Path, list[Card]]:
         """Write WAV, JSON and spectrogram of each clip, a sheet and the page; returns the page and the cards on it."""
         directory = Path(directory)
+        self.warn_of_levels()
         facts = {"timings_of_all_samples": asdict(self.timings), "num_samples": len(self.clips)}
         cards = []
         for row, clip in enumerate(self.clips):
@@ -127,7 +127,7 @@ class Generation:
             "samples_over_full_scale": int((magnitude > 1).sum()),
         }
 
-    def _warn_of_levels(self) -> None:
+    def warn_of_levels(self) -> None:
         """Of clips beyond full scale, and of what was attenuated beside kept audio; of the loudest by name."""
         levels = [self._levels(row) for row in range(len(self.clips))]
         over = [row for row, level in enumerate(levels) if level["samples_over_full_scale"]]
