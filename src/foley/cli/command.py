@@ -12,11 +12,12 @@ import hydra
 from omegaconf import DictConfig
 
 from foley.cli import errors
-from foley.cli.help import asks_for_help, chosen_config, help_page
+from foley.cli.help import asks_for_help, chosen_config, help_page, read_page
 from foley.cli.overrides import quote_overrides
 from foley.core.config import CONFIG_DIR, SHIPPED_ROOT
 
 Task = Callable[[DictConfig], Any]
+_SWEEP = ("-m", "--multirun")
 
 
 def command(
@@ -46,11 +47,30 @@ def command(
                     page = help_page(chosen_config(sys.argv[1:], config_name), within_checkout(sys.argv[0]))
                     return sys.stdout.write(page)
                 check(sys.argv[1:])
+                refuse_incomplete(config_name, sys.argv)
                 return run_with_hydra(task, config_name, quote_overrides(sys.argv))
 
         return main
 
     return decorate
+
+
+def refuse_incomplete(config_name: str, arguments: Sequence[str]) -> None:
+    """Raise SystemExit with a line for each required option that was not given; Hydra's own flags need none.
+
+    >>> refuse_incomplete("evaluate", ["evaluate.py", "samples=CLIPS"])
+    Traceback (most recent call last):
+    SystemExit: evaluate.py lacks
+      reference=  real clips to compare with: a folder, or a manifest (.jsonl, .csv, .tsv)
+    """
+    script, *typed = arguments
+    if any(argument.startswith("-") and argument not in _SWEEP for argument in typed):
+        return
+    given = {argument.partition("=")[0].lstrip("+") for argument in typed}
+    lacking = [option for option in read_page(config_name).options if option.required and option.name not in given]
+    if lacking:
+        lines = [f"  {option.name}=  {option.words}" for option in lacking]
+        raise SystemExit("\n".join([f"{within_checkout(script)} lacks", *lines]))
 
 
 def run_with_hydra(task: Task, config_name: str, quoted: list[str]) -> Any:

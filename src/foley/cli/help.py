@@ -18,6 +18,7 @@ from foley.core.config import CONFIG_DIR
 
 _WIDTH = 120
 _WIDEST_NAME = 30
+_REQUIRED = "required"  # in the place of a default
 _HYDRAS_OWN = ("defaults", "hydra")  # keys that are no options of ours
 
 
@@ -33,6 +34,10 @@ class Option:
     words: str
     default: str | None = None
     choices: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return self.default == _REQUIRED
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class _Source:
         """A value as the file writes it; None for null and for what is taken from elsewhere."""
         written = " ".join(self.text[value.start_mark.index : value.end_mark.index].split())
         if written == "???":
-            return "required"
+            return _REQUIRED
         return None if written in ("", "null") or "${" in written else written
 
 

@@ -108,11 +108,11 @@ class DescriptCodec(nn.Module):
     Raises CheckpointError where the file is missing.
     """
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, weights: str | None) -> None:
         super().__init__()
         from dac import DAC  # imports much: only where it is used
 
-        if not Path(weights).is_file():
+        if weights is None or not Path(weights).is_file():
             raise CheckpointError(f"dac_weights={weights}: no such file; it is one of descript-audio-codec's releases")
         self.codec = DAC.load(weights).eval()
         self.sample_rate_hz = int(self.codec.sample_rate)
