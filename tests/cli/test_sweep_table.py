@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from foley.cli.sweep_table import read_runs, sweep_table
-from foley.core.config import CONFIG_DIR, register_resolvers
+from foley.core import config
+from foley.core.config import CONFIG_DIR
 
 WITH_SWEEPS = sorted(
     str(file.relative_to(CONFIG_DIR).with_suffix(""))
@@ -25,20 +26,19 @@ Multirun = Callable[..., Path]
 
 
 @pytest.fixture
-def multirun(tmp_path: Path) -> Iterator[Multirun]:
+def multirun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Multirun:
     """`multirun(task, *overrides)` sweeps `train.py` over a task, below another root; gives the sweep's folder."""
-    OmegaConf.register_new_resolver("project_root", lambda: str(tmp_path), replace=True)
+    monkeypatch.setattr(config, "PROJECT_ROOT", tmp_path)
 
     def run(task: Callable[[DictConfig], Any], *overrides: str) -> Path:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             hydra = GlobalHydra.instance().hydra
             assert hydra is not None
             hydra.multirun("train", task, list(overrides), with_log_configuration=False)
-        (folder,) = (tmp_path / "outputs/train/tiny").iterdir()
+        (folder,) = (tmp_path / "outputs/train/tiny/sweep").iterdir()
         return folder
 
-    yield run
-    register_resolvers()
+    return run
 
 
 @pytest.mark.parametrize("name", WITH_SWEEPS)
@@ -54,7 +54,7 @@ def test_the_default_folder_of_a_sweep_is_known_before_its_first_job(name: str) 
 def test_a_grid_at_its_default_folder_ends_with_a_table(multirun: Multirun, capsys: pytest.CaptureFixture[str]) -> None:
     losses = {1: 0.5, 2: 0.25}
     folder = multirun(lambda cfg: losses[cfg.seed], "experiment=tiny", "optimized_metric=val/loss", "seed=1,2")
-    assert folder.name.startswith("sweep_")
+    assert folder.parent == tmp_path / "outputs/train/tiny/sweep"
     table = (folder / "sweep.md").read_text()
     assert [line.split("|")[1:5] for line in table.splitlines()] == [
         [" folder ", " seed ", " val/loss ", " outcome "],
@@ -73,7 +73,7 @@ def test_a_run_that_fails_is_in_the_table_and_the_grid_goes_on(multirun: Multiru
 
     with pytest.raises(SystemExit, match=r"1 of 3 runs failed; the first: .*/0/error\.txt"):
         multirun(task, "experiment=tiny", "optimized_metric=val/loss", "seed=1,2,3")
-    (folder,) = (tmp_path / "outputs/train/tiny").iterdir()
+    (folder,) = (tmp_path / "outputs/train/tiny/sweep").iterdir()
     assert [run["number"] for run in read_runs(folder)] == [1, 2, 0]
     assert "| failed: seed 1 is bad luck |" in (folder / "sweep.md").read_text()
     assert 'raise ValueError("seed 1 is bad luck")' in (folder / "0/error.txt").read_text()

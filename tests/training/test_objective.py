@@ -42,7 +42,7 @@ def test_folder_and_the_command_that_goes_on_are_told_at_start_and_end(
     for line in (told[1], told[-1]):
         words = shlex.split(line.partition(": ")[2])
         assert "ckpt_path=auto" in words
-        assert f"hydra.run.dir='{folder}'" in words
+        assert f"hydra.run.dir={folder}" in words
 
 
 def test_a_training_that_diverges_is_the_worst_of_a_search_and_an_error_alone(

@@ -66,9 +66,11 @@ def refuse_incomplete(config_name: str, arguments: Sequence[str]) -> None:
     script, *typed = arguments
     if any(argument.startswith("-") and argument not in _SWEEP for argument in typed):
         return
-    given = {argument.partition("=")[0].lstrip("+") for argument in typed}
-    lacking = [option for option in read_page(config_name).options if option.required and option.name not in given]
-    if lacking:
+    page, given = read_page(config_name), {argument.partition("=")[0].lstrip("+") for argument in typed}
+    known = {option.name.partition(".")[0] for option in [*page.options, *page.groups]}
+    lacking = [option for option in page.options if option.required and option.name not in given]
+    # What is misspelt is not missing: Hydra has the better word for it.
+    if lacking and {name.partition(".")[0] for name in given} <= known:
         lines = [f"  {option.name}=  {option.words}" for option in lacking]
         raise SystemExit("\n".join([f"{within_checkout(script)} lacks", *lines]))
 

@@ -65,7 +65,7 @@ def read_page(config_name: str) -> Page:
     """Description, groups and options of `configs/{config_name}.yaml`, in the order of the file.
 
     >>> [option.name for option in read_page("script/export_system").options][:2]
-    ['ckpt', 'output_dir']
+    ['ckpt', 'codec_path']
     """
     source = _Source((CONFIG_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))
     entries = {key.value: (key, value) for key, value in _pairs(source.root)}

@@ -305,6 +305,8 @@ class TextToAudio:
 
         A system of features knows no captions: those of the request are taken.
         """
+        if settings.accelerator is None:
+            return
         known = self.system.captions if self.text.prompt_field == "caption" else [clip.prompt for clip in clips]
         uncached = partial(
             self.generate,

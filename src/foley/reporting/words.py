@@ -17,6 +17,7 @@ _UNITS = {"seconds": "s", "hz": "Hz", "db": "dB", "gigabytes": "GB", "percent": 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _HASH = re.compile(r"[0-9a-f]{32,128}")
 _SHORT_HASH = 12
+_FOR_MACHINES = {"request"}  # by which a folder knows its own clips
 
 
 class Fact(NamedTuple):
@@ -41,11 +42,18 @@ def _describe(settings: Mapping[str, Any]) -> Iterator[Fact]:
     for key, value in settings.items():
         if value is None or value is False or value == "" or value == {} or value == []:
             continue
+        if key in _FOR_MACHINES or _is_off(value) or (key.startswith("mac") and settings.get("mac_speedup") == 1):
+            continue
         name, unit = _split_unit(key)
         if isinstance(value, str) and _HASH.fullmatch(value):
             yield Fact(name, f"{value[:_SHORT_HASH]}…", value)
         else:
             yield Fact(name, _in_words(value, unit))
+
+
+def _is_off(value: Any) -> bool:
+    """An accelerator that is none."""
+    return isinstance(value, Mapping) and str(value.get("_target_", "")).endswith(".NoAcceleration")
 
 
 def _split_unit(key: str) -> tuple[str, str]:

@@ -77,8 +77,6 @@ def _unset(cfg: DictConfig) -> Iterator[Lack]:
     """Options that the recipe leaves to the user."""
     for key in _missing(OmegaConf.to_container(cfg, resolve=False)):
         yield f"{key}=...", _MADE_BY.get(key, "see its comment in configs/").replace("CODEC", _codec_of(cfg))
-    if str(_selected(cfg, "task.text._target_")).endswith("FeatureConditioner") and not cfg.task.text.directory:
-        yield "text.directory=...", _MADE_BY["text.directory"]
 
 
 def _codec_of(cfg: DictConfig) -> str:

@@ -162,8 +162,8 @@ def _program() -> Sequence[str]:
 def _as_typed(override: str) -> str:
     """An override without the quotes that the command put around its text for Hydra, and will put there again.
 
-    >>> _as_typed("data.splits.manifest='dog\\'s (1).csv'"), _as_typed("seed=1")
-    ("data.splits.manifest=dog's (1).csv", 'seed=1')
+    >>> _as_typed("data.splits.manifest='my clips (1).csv'"), _as_typed("seed=1")
+    ('data.splits.manifest=my clips (1).csv', 'seed=1')
     """
     name, _, value = override.partition("=")
     if not value.startswith("'"):

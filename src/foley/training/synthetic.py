@@ -64,6 +64,7 @@ class SyntheticLatents(LatentDataModule):
         seed: int = 0,
     ) -> None:
         ResumableDataModule.__init__(self, batch_size, seed=seed)
+        self.duration_seconds = duration_seconds
         _, self.num_frames = clip_size(duration_seconds, sample_rate_hz, hop_samples)
         entry = LatentEntry("synthetic", _CAPTION, "", "train", "", 0, self.num_frames, duration_seconds)
         unit = [0.0] * channels, [1.0] * channels

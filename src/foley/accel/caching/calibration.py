@@ -175,7 +175,8 @@ class Calibration:
 
         Raises FileNotFoundError where there is none, ValueError where it is damaged or an earlier version wrote it.
         """
-        with reading(info_path(stem), "a calibration", "make it again with scripts/calibrate.py"):
+        mend = "it may be of an earlier version; make it again with scripts/calibrate.py"
+        with reading(info_path(stem), "a calibration", mend):
             tensors, info = load_record(stem)
             return cls(
                 mean=tensors["mean"],
