@@ -96,9 +96,7 @@ class ClipFolder:
         sidecar = self.directory / f"{stem}.json"
         if not sidecar.is_file():
             return False
-        with reading(sidecar, "the JSON of a clip", "remove it, or give overwrite=true"):
-            made = json.loads(sidecar.read_text(encoding="utf-8"))
-            return bool(made["settings"].get("request") != self.request_hash)
+        return bool(_settings_of(sidecar).get("request") != self.request_hash)
 
     def fill(self, generate: Callable[[Sequence[Clip]], Generation], fabric: Fabric, batch_size: int) -> Path:
         """Make this process's share of the clips that are missing; returns the page, once all processes are done.
@@ -157,7 +155,7 @@ class ClipFolder:
         """The page of all clips, or of evenly spread ones where there are thousands."""
         shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_PAGE_CLIPS))
         cards = [self._draw_card(index) for index in shown]
-        settings = json.loads((self.directory / cards[-1].sidecar_file).read_text(encoding="utf-8"))["settings"]
+        settings = _settings_of(self.directory / cards[-1].sidecar_file)
         page = self.directory / PAGE_FILE
         write_text(page, render_page(count_sounds(len(self.clips), len(cards)), settings, cards))
         return page
@@ -171,6 +169,14 @@ class ClipFolder:
 
 def _log_factor(real_time_factor: float) -> None:
     _log.info("RTF %.3g: seconds of computing for a second of audio", real_time_factor)
+
+
+def _settings_of(sidecar: Path) -> dict[str, Any]:
+    """How a clip was made, by its JSON; raises DamagedFileError."""
+    what, mend = "the JSON of a clip", "remove it, or give overwrite=true"
+    made = read_json(sidecar, what, mend)
+    with reading(sidecar, what, mend):
+        return dict(made["settings"])
 
 
 def _clip_files(directory: Path) -> list[Path]:
