@@ -311,7 +311,8 @@ def _usable_items(dataset: AudioDataset) -> Iterator[AudioItem]:
 
 def _check_texts(item: AudioItem) -> None:
     """Raise AudioError for half a surrogate pair: the index, written when all is encoded, could not hold it."""
-    for name, text in (("id", item.id), ("caption", item.caption), ("label", item.label)):
+    captions = [("caption", text) for text in (item.caption, *item.other_captions)]
+    for name, text in (("id", item.id), ("label", item.label), *captions):
         try:
             text.encode()
         except UnicodeEncodeError as error:
