@@ -20,7 +20,7 @@ from torch import from_numpy
 
 from foley.core.files import sample_stem, write_json, write_text
 from foley.core.locks import only_writer
-from foley.core.logs import get_logger
+from foley.core.logs import first_few, get_logger
 from foley.core.reading import read_json, reading
 from foley.generation.prompts import Clip
 from foley.generation.result import Generation
@@ -88,7 +88,7 @@ class ClipFolder:
             strangers += sorted(stem for stem in own if self._made_otherwise(stem))
         if strangers:
             raise ValueError(
-                f"{self.directory} holds clips of another request ({', '.join(strangers[:3])}, {len(strangers)} in "
+                f"{self.directory} holds clips of another request ({first_few(strangers, 3)}, {len(strangers)} in "
                 "all), which would be scored with these; give another output_dir, or overwrite=true to remove them"
             )
 
