@@ -22,7 +22,7 @@ def main(cfg: DictConfig) -> None:
     from foley.metrics.references import crop_length, read_clips
     from foley.reporting.scores import flat_scores, show, write_report
 
-    reference = read_clips(cfg.reference, cfg.split, cfg.audio_dir, ManifestOptions.of(cfg))
+    reference = read_clips(cfg.reference, cfg.split, cfg.audio_dir, ManifestOptions.of(cfg), cfg.val_fraction)
     samples = scan_directory(Path(cfg.samples))
     crop = crop_length(cfg.crop_seconds, samples, reference)
     parts = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]

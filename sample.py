@@ -1,32 +1,17 @@
 """Generate audio from text: `python sample.py prompt="a dog barks"`; `--help` lists the options."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from foley.cli.command import command
+from foley.cli.command import command, renamed
 from foley.core.logs import get_logger
 
-_OLD_NAMES = ("ckpt", "model", "published")
+_OLD_NAMES = dict.fromkeys(("ckpt", "model", "published"), "system")
 
 
-def refuse_old_names(arguments: Sequence[str]) -> Sequence[str]:
-    """The arguments as they are; SystemExit where one names the system by an option that `system=` has replaced."""
-    old = [argument for argument in arguments if argument.partition("=")[0].lstrip("+") in _OLD_NAMES]
-    if not old:
-        return arguments
-    given = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0] == "system"]
-    values = [*given, *(argument.partition("=")[2] for argument in old)]
-    choice = f"give system={values[0]}" if len(values) == 1 else f"give only one of them, such as system={values[0]}"
-    raise SystemExit(
-        f"{', '.join(old)}: system= names what generates, a published system (ezaudio_xl), a system's folder, or a "
-        f"training checkpoint (.ckpt); {choice}"
-    )
-
-
-@command("sample", check=refuse_old_names)
+@command("sample", check=renamed(**_OLD_NAMES))
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.

@@ -11,6 +11,7 @@ from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator
 from foley.data.audio import read_channels
+from foley.data.manifest import ManifestOptions
 from foley.metrics.features import ClipFile
 from foley.metrics.references import read_clips
 from foley.reporting.listening import KEY_FILE, REFERENCE, Stimulus, low_pass, write_test
@@ -38,7 +39,7 @@ def read_stimulus(system: str, clip: ClipFile, caption: str, max_seconds: float)
 def main(cfg: DictConfig) -> None:
     """Write `listening_test.html` and `key.json`."""
     clips = {name: read_clips(path) for name, path in cfg.systems.items()}
-    clips[REFERENCE] = read_clips(cfg.reference, audio_dir=cfg.audio_dir)
+    clips[REFERENCE] = read_clips(cfg.reference, audio_dir=cfg.audio_dir, options=ManifestOptions.of(cfg))
     folders = {name: {clip.id: clip for clip in found} for name, found in clips.items()}
     stimuli = []
     for item in choose_items(folders, cfg.num_items, cfg.seed):

@@ -13,7 +13,8 @@ from foley.core.files import sample_stem, write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_audio, write_wav
 from foley.data.dataset import PeakLevel
-from foley.data.manifest import of_split, read_manifest
+from foley.data.manifest import ManifestOptions
+from foley.data.splits import entries_of_split
 from foley.system.checkpoint import load_trained
 
 
@@ -23,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     """Write a WAV and a JSON with id, label and caption for each clip."""
     device = resolve_device(cfg.device)
     codec = load_trained(cfg.codec_path, "codec").to(device)
-    entries = of_split(read_manifest(cfg.manifest), cfg.split, cfg.manifest)
+    entries = entries_of_split(cfg.manifest, cfg.split, None, ManifestOptions.of(cfg), cfg.val_fraction)
     directory, level = Path(cfg.output_dir), PeakLevel()
     directory.mkdir(parents=True, exist_ok=True)
     for index, entry in enumerate(track(entries, description="reconstructing")):

@@ -4,7 +4,6 @@ python scripts/run_stages.py --config-name=train_demo
 python scripts/run_stages.py --config-name=results effort=quick
 """
 
-import json
 import shlex
 import shutil
 import subprocess
@@ -20,9 +19,12 @@ from foley.core.config import PROJECT_ROOT, SHIPPED_ROOT, relative_to_checkout
 from foley.core.files import write_json
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
+from foley.core.reading import read_json
 from foley.reporting.tables import provenance
 
 log = get_logger(__name__)
+
+_NOTE, _MEND = "the note of a stage", "remove it, and the stage is run again"
 
 
 def run_stage(name: str, command: str) -> float:
@@ -60,14 +62,14 @@ def is_done(stage: DictConfig, note: Path, description: dict[str, Any]) -> bool:
     """Whether the product is there and was made in this way."""
     if not (note.is_file() and (PROJECT_ROOT / stage.product).exists()):
         return False
-    made: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    made: dict[str, Any] = read_json(note, _NOTE, _MEND)
     return description.items() <= made.items()
 
 
 def begin(folder: Path, description: dict[str, Any]) -> None:
     """Remove `folder` unless an interruption left it there in this way, and note beside it in what way it is made."""
     begun = folder.with_name(f"{folder.name}.begun.json")
-    if not (begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) == description):
+    if not (begun.is_file() and read_json(begun, _NOTE, _MEND) == description):
         shutil.rmtree(folder, ignore_errors=True)
         write_json(begun, description)
 

@@ -14,6 +14,7 @@ from foley.cli.sampling import chosen_system, open_requested, requested_clips, r
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.data.audio import read_channels
+from foley.data.manifest import ManifestOptions
 from foley.data.ordering import evenly_spaced
 from foley.generation.result import Generation
 from foley.metrics.evaluation import SilentAudioError, evaluate_features
@@ -41,7 +42,7 @@ def generate(cfg: DictConfig) -> Generation:
 def score(cfg: DictConfig, made: Generation) -> float:
     """The score of `made` against the reference; `_SILENT` where nothing can be heard."""
     protocol = instantiate(next(iter(cfg.protocol.values())))[0]
-    real = read_clips(cfg.reference, audio_dir=cfg.audio_dir)
+    real = read_clips(cfg.reference, audio_dir=cfg.audio_dir, options=ManifestOptions.of(cfg.columns))
     reference = extract_files(real, protocol, read_channels, Path(cfg.features_dir))
     clips = [LabelledAudio(*clip) for clip in zip(made.audio, [None] * len(made.clips), strict=True)]
     try:

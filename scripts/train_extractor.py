@@ -15,7 +15,7 @@ from foley.core.components import save_component
 from foley.core.files import write_json
 from foley.core.seeding import derive_seed
 from foley.data.dataset import AudioItem
-from foley.data.manifest import read_manifest
+from foley.data.manifest import ManifestOptions, read_manifest
 from foley.metrics.embedded.data import build_labels, load_splits, measure, through_codec
 from foley.metrics.embedded.network import EmbeddedExtractor
 from foley.metrics.embedded.train import ExtractorTraining, MelAugmentation, training_loader
@@ -39,7 +39,7 @@ def with_codec(splits: Splits, codec: Any, stride: int) -> Splits:
 @command("script/train_extractor", check=renamed(codec_ckpt="codec_path"))
 def main(config: DictConfig) -> None:
     """Compose, train, save, measure."""
-    entries = read_manifest(config.manifest)
+    entries = read_manifest(config.manifest, options=ManifestOptions.of(config))
     labels = build_labels([entry for entry in entries if entry.split == "train"], config.minimum_clips)
     rate = config.sample_rate_hz
     splits = load_splits(entries, labels, rate, config.max_seconds, config.seed, **config.procedural)

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from foley.cli.command import command
 from foley.cli.errors import describe
 from foley.core.components import CheckpointError
+from foley.core.devices import resolve_device
 from foley.core.reading import DamagedFileError
-from foley.generation.text_to_audio import resolve_device
 
 
 @pytest.fixture
@@ -63,6 +63,12 @@ def test_a_fault_of_ours_says_so(run):
     code, shown, _ = run(lambda cfg: cfg.page.shape)
     assert code == 1
     assert shown.startswith("foley: AttributeError: 'str' object has no attribute 'shape'\nThis is a fault of foley")
+
+
+def test_where_null_was_typed_it_is_named_and_is_no_fault_of_ours(run):
+    _, shown, _ = run(lambda cfg: cfg.results_dir > 1, "page=x", "results_dir=null")
+    assert shown.startswith("foley: results_dir=null: give a value, or leave it out; it ends in TypeError")
+    assert "fault of foley" not in shown
 
 
 def test_ctrl_c_and_messages_of_a_command_pass(run):

@@ -3,6 +3,7 @@
 import runpy
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -10,6 +11,7 @@ from foley.cli import help as help_pages
 from foley.cli.help import chosen_config, help_page, read_page, undocumented
 from foley.cli.main import all_verbs, config_of, main
 from foley.core.config import CONFIG_DIR, SHIPPED_ROOT
+from foley.data.manifest import ManifestOptions
 
 CONFIG = """\
 # @package _global_
@@ -126,3 +128,16 @@ def test_a_command_answers_before_pytorch_is_loaded(name):
     script = SHIPPED_ROOT / f"{name.replace('script/', 'scripts/')}.py"
     load = f"import runpy, sys; runpy.run_path({str(script)!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", load], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evaluate",
+        *(f"script/{script}" for script in ("caption", "filter_clap", "listening_test", "make_shards", "reconstruct")),
+        *("script/sweep_sampling", "script/train_extractor"),
+    ],
+)
+def test_whatever_reads_a_manifest_takes_the_names_of_its_columns(name):
+    words = {option.name.removeprefix("columns."): option.words for option in read_page(name).options}
+    assert all(words[field.name] for field in fields(ManifestOptions))

@@ -93,6 +93,16 @@ def test_what_is_not_text_keeps_its_meaning():
     assert quote_overrides(kept) == kept
 
 
+def test_a_group_that_is_given_null_is_left_out():
+    assert quote_overrides(["logger=null", "accel=null", "experiment=null", "accel@accel.cache=null"]) == [
+        *("~logger", "accel=none", "accel@accel.cache=none")
+    ]
+    cfg = compose_command("train", *quote_overrides(["experiment=tiny", "logger=null", "callbacks=null", "text=null"]))
+    assert list(cfg.logger) == ["csv"]
+    assert "_target_" not in cfg.callbacks.audio_samples  # what is left is a setting of tiny for it
+    assert "text" not in cfg
+
+
 def test_no_path_is_null_and_a_home_is_found(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert quote_overrides(["ckpt=null", "edit=null", "prompt=null"]) == ["ckpt=null", "edit=null", "prompt='null'"]

@@ -51,7 +51,9 @@ def test_the_default_folder_of_a_sweep_is_known_before_its_first_job(name: str) 
         assert "/outputs/" in cfg.hydra.sweep.dir
 
 
-def test_a_grid_at_its_default_folder_ends_with_a_table(multirun: Multirun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_at_its_default_folder_ends_with_a_table(
+    multirun: Multirun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     losses = {1: 0.5, 2: 0.25}
     folder = multirun(lambda cfg: losses[cfg.seed], "experiment=tiny", "optimized_metric=val/loss", "seed=1,2")
     assert folder.parent == tmp_path / "outputs/train/tiny/sweep"

@@ -17,6 +17,7 @@ from foley.core.reading import DamagedFileError, parse_json, read_json, reading
         ("9" * 10_000, "integer string conversion"),
         ('{"caption": "a \\ud800 dog"}', "half a surrogate pair"),
         ("", "Expecting value"),
+        ('[{"caption": "rain", "id": 1, "caption": "wind"}]', "it names 'caption' twice"),
     ],
 )
 def test_a_damaged_json_is_named_with_the_reason(tmp_path: Path, text: str, reason: str) -> None:

@@ -10,7 +10,7 @@ from foley.core.config import PROJECT_ROOT
 from foley.data.datamodule import AudioDataModule
 from foley.data.dataset import Augmentation, SampleKey
 from foley.data.manifest import ManifestEntry
-from foley.data.splits import clip_splits, folder_splits, hold_out, joined_splits, procedural_splits
+from foley.data.splits import clip_splits, entries_of_split, folder_splits, hold_out, joined_splits, procedural_splits
 
 SIZES = {"train": 8, "val": 3}
 
@@ -120,6 +120,19 @@ def test_a_share_is_held_out_by_the_hash_of_the_path(tmp_path, caplog):
     assert val_of(entries_of(1000, Path("/elsewhere")), 0.05, Path("/elsewhere")) == held
     twice = [replace(entry, id=f"{entry.id}#{n}") for entry in entries_of(1000, tmp_path) for n in range(2)]
     assert val_of(twice, 0.05, tmp_path) == {f"{clip}#{n}" for clip in held for n in range(2)}
+
+
+def test_what_training_holds_out_is_what_an_evaluation_of_the_split_takes(tmp_path):
+    manifest = tmp_path / "clips.csv"
+    manifest.write_text("path,caption\n" + "".join(f"{n}.wav,rain\n" for n in range(100)))
+    by_split = {split: entries_of_split(manifest, split, val_fraction=0.1) for split in ("train", "valid", None)}
+    sources = clip_splits(str(manifest), 24000, check_files=False, val_fraction=0.1)
+    assert [len(by_split[None]), len(by_split["valid"])] == [100, len(sources["val"].entries)]
+    assert by_split["valid"] == sources["val"].entries
+    assert by_split["train"] == sources["train"].entries
+    assert len(entries_of_split(manifest, "train")) == 100
+    with pytest.raises(ValueError, match="no split 'test', only \\['train', 'val'\\]"):
+        entries_of_split(manifest, "test", val_fraction=0.1)
 
 
 def test_what_is_held_out_of_few_clips_and_of_named_splits(tmp_path):

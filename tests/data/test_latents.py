@@ -260,6 +260,8 @@ ENTRIES = {
     "no frames": ({"num_frames": 0}, "entry '00': num_frames is 0"),
     "half a frame": ({"num_frames": 1.5}, "entry '00': num_frames is 1.5"),
     "no text": ({"caption": None}, "entry '00': id, caption"),
+    "a text for captions": ({"other_captions": "rain"}, "entry '00': other_captions must be a list"),
+    "a number among captions": ({"other_captions": [3]}, "entry '00': other_captions must be a list"),
     "another folder": ({"shard": "../x"}, "no file of this folder"),
     "an absent shard": ({"shard": "x"}, "x does not exist"),
     "an unknown field": ({"colour": 1}, "colour"),
@@ -368,11 +370,13 @@ def test_all_windows_of_a_long_clip_are_encoded(tmp_path):
         encode(tmp_path / "cache", windows="some")
 
 
-def test_half_a_surrogate_pair_loses_one_clip_and_not_the_encoding(tmp_path, caplog):
+@pytest.mark.parametrize("half_of", ["caption", "others"])
+def test_half_a_surrogate_pair_loses_one_clip_and_not_the_encoding(tmp_path, caplog, half_of):
     class Halved(Clips):
         def render(self, index, epoch):
             item = super().render(index, epoch)
-            return item if index else AudioItem(item.audio, "a \ud800 dog", item.label, item.id)
+            captions = ("a dog", ("a \ud800 dog",)) if half_of == "others" else ("a \ud800 dog", ())
+            return item if index else AudioItem(item.audio, captions[0], item.label, item.id, captions[1])
 
     with caplog.at_level(logging.WARNING):
         index = encode(tmp_path / "cache", splits={"train": Halved(200, 200)})

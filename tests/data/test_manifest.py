@@ -50,7 +50,14 @@ def test_wrong_lines_are_refused_with_their_number(bad, message, tmp_path):
         read_manifest(path)
 
 
-@pytest.mark.parametrize("line", [b"{not json", b'{"path": "a\xff.wav", "caption": "x"}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{not json",
+        b'{"path": "a\xff.wav", "caption": "x"}',
+        b'{"path": "b.wav", "caption": "rain", "caption": "wind"}',
+    ],
+)
 def test_bad_json_and_encoding_are_refused_with_their_number(line, tmp_path):
     path = tmp_path / "clips.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line)

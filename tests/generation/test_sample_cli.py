@@ -11,6 +11,7 @@ from commands import compose_command, load_command, run_command
 from omegaconf import OmegaConf
 from small_system import CONFIGS
 
+from foley.cli.command import renamed
 from foley.cli.sampling import chosen_source, requested_clips
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
@@ -211,15 +212,15 @@ def test_a_missing_calibration_is_refused_before_anything_is_loaded(tmp_path):
     ("arguments", "message"),
     [
         (["ckpt=RUN/last.ckpt"], r"give system=RUN/last\.ckpt$"),
-        (["model=ezaudio_xl", "prompt=rain"], r"system= names what generates.* give system=ezaudio_xl$"),
+        (["model=ezaudio_xl", "prompt=rain"], r"this option is system= now: give system=ezaudio_xl$"),
         (["system=data/demo", "+published=audioldm2"], r"give only one of them, such as system=data/demo$"),
     ],
 )
 def test_the_old_names_of_a_system_say_what_it_is_called_now(arguments, message):
-    refuse_old_names = load_command("sample")["refuse_old_names"]
+    refuse = renamed(**load_command("sample")["_OLD_NAMES"])
     with pytest.raises(SystemExit, match=message):
-        refuse_old_names(["sample.py", *arguments])
-    assert refuse_old_names(["sample.py", "prompt=model=x"]) == ["sample.py", "prompt=model=x"]
+        refuse(["sample.py", *arguments])
+    refuse(["sample.py", "prompt=model=x"])
 
 
 def test_a_system_that_is_none_is_named(tmp_path):

@@ -148,7 +148,7 @@ def test_faulty_files_are_left_out_up_to_a_share_and_named(clips, protocol, capl
     clips[1].path.write_text("nan")
     with pytest.raises(FaultyClipsError, match=r"1 of 2 clips cannot be used: .*1\.wav.*max_faulty_share"):
         extract_files(clips, protocol, load)
-    with pytest.raises(ValueError, match="max_faulty_share=nan must be a share"):
+    with pytest.raises(ValueError, match="max_faulty_share=nan: give a number >= 0 and <= 1"):
         extract_files(clips, protocol, load, max_faulty_share=float("nan"))
     kept = extract_files(clips, protocol, load, max_faulty_share=0.5)
     assert (kept.ids, list(kept.faulty)) == (["0"], ["1"])

@@ -115,9 +115,12 @@ def renamed(**names: str) -> Callable[[Sequence[str]], None]:
     """
 
     def refuse(arguments: Sequence[str]) -> None:
-        for argument in arguments:
-            name, _, value = argument.partition("=")
-            if (new := names.get(name.lstrip("+"))) is not None:
-                raise SystemExit(f"{argument}: this option is {new}= now: give {new}={value}")
+        given = [(argument, *argument.lstrip("+").partition("=")[::2]) for argument in arguments]
+        for new in dict.fromkeys(names.values()):
+            old = [argument for argument, name, _ in given if names.get(name) == new]
+            values = [value for _, name, value in given if names.get(name, name) == new]
+            if old:
+                only = "" if len(values) == 1 else "only one of them, such as "
+                raise SystemExit(f"{', '.join(old)}: this option is {new}= now: give {only}{new}={values[0]}")
 
     return refuse

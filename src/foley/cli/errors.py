@@ -118,6 +118,8 @@ def describe(error: BaseException, config_name: str | None = None) -> str:
     text = str(error).strip() or type(error).__name__
     if not is_fault(error):
         return text
+    if nulls := _typed_nulls():
+        return f"{', '.join(nulls)}: give a value, or leave it out; it ends in {type(error).__name__}: {text}"
     return f"{type(error).__name__}: {text}\nThis is a fault of foley, not of the command"
 
 
@@ -128,6 +130,13 @@ def is_fault(error: BaseException) -> bool:
     (False, True)
     """
     return not (isinstance(error, _OF_THE_USER) or type(error).__module__.startswith(_IN_WORDS))
+
+
+def _typed_nulls() -> list[str]:
+    """The options that were given null: what works without a value says so, and anything else may fail anywhere."""
+    if not HydraConfig.initialized():
+        return []
+    return [override for override in HydraConfig.get().overrides.task if override.endswith("=null")]
 
 
 def write_traceback(error: BaseException) -> Path | None:

@@ -2,12 +2,13 @@
 
 The convention: the comment block at the top of the file is the description and its example commands. The comment at
 the end of a key's line (or the lines directly above it) says what the option does. In `defaults`, an entry with such a
-comment is a group that the user may choose from; the choices are the files of the group's folder.
+comment is a group that the user may choose from; the choices are the files of the group's folder. Options that several
+commands have lie in configs/options, and are on the page of each that takes them in.
 """
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import PurePosixPath
 from types import MappingProxyType
@@ -72,6 +73,8 @@ def read_page(config_name: str) -> Page:
     groups = list(_groups(source, entries["defaults"][1])) if "defaults" in entries else []
     ours = [pair for name, pair in entries.items() if name not in _HYDRAS_OWN]
     options = [option for key, value in ours for option in _options(source, key.value, key, value)]
+    if "defaults" in entries:
+        options += _shared(entries["defaults"][1])
     explained = {group.name for group in groups}
     return Page(source.description, groups, [o for o in options if o.words or o.name not in explained])
 
@@ -158,6 +161,16 @@ def _groups(source: _Source, defaults: yaml.Node) -> Iterator[Option]:
         if words := source.words(key, value):
             name = key.value.removeprefix("optional ").lstrip("/")
             yield Option(name, words, source.default(value), choices_of(name.partition("@")[0]))
+
+
+def _shared(defaults: yaml.Node) -> Iterator[Option]:
+    """The options that a config takes in from configs/options, under the names that they have there."""
+    for key, value in (pair for entry in defaults.value for pair in _pairs(entry)):
+        group, _, package = key.value.partition("@")
+        if group == "/options":
+            prefix = "" if package == "_global_" else f"{package}."
+            for option in read_page(f"options/{value.value}").options:
+                yield replace(option, name=prefix + option.name)
 
 
 def choices_of(group: str) -> tuple[str, ...]:

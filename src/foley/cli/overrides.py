@@ -13,6 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
+from foley.core.config import CONFIG_DIR
+
 _OPTION = re.compile(r"\+{0,2}[\w./@][\w./@:-]*")
 _CAPTIONS = "prompt|negative_prompt|title|more"
 # By the last word of their names, wherever they lie ...
@@ -38,13 +40,25 @@ def is_text(option: str) -> bool:
 def quote_overrides(arguments: Sequence[str]) -> list[str]:
     """The arguments with every value that is text quoted for Hydra; flags, and what has no "=", as they are.
 
-    `null` is no path, and `~/` in a path is the home folder. In a sweep (`-m`) commas separate paths.
+    `null` is no path, and `~/` in a path is the home folder. In a sweep (`-m`) commas separate paths. A group of
+    configs that is given `null` is left out.
 
-    >>> quote_overrides(["prompt=rain, then a dog's bark", "seed=1"])
-    ["prompt='rain, then a dog\\\\'s bark'", 'seed=1']
+    >>> quote_overrides(["prompt=rain, then a dog's bark", "seed=1", "logger=null"])
+    ["prompt='rain, then a dog\\\\'s bark'", 'seed=1', '~logger']
     """
     sweeps = any(argument in ("-m", "--multirun") for argument in arguments)
-    return [_quoted(argument, sweeps) for argument in arguments]
+    return [_quoted(argument, sweeps) for argument in map(_left_out, arguments) if argument is not None]
+
+
+def _left_out(argument: str) -> str | None:
+    """A group that is given `null`, which Hydra refuses, by the choice `none` where it has one, or left out."""
+    group, _, value = argument.partition("=")
+    folder = CONFIG_DIR / group.partition("@")[0]
+    if value != "null" or not folder.is_dir():
+        return argument
+    if group == "experiment":  # none is the default, of which the folder of a run is called
+        return None
+    return f"{group}=none" if (folder / "none.yaml").is_file() else f"~{group}"
 
 
 def _quoted(argument: str, sweeps: bool) -> str:

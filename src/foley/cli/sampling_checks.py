@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from foley.core.config import published_name
 from foley.core.logs import get_logger
@@ -55,6 +55,12 @@ def _longer_than_a_window(cfg: DictConfig) -> bool:
     return _recording(cfg) or cfg.duration_seconds is None or cfg.duration_seconds > cfg.window_seconds
 
 
+def _reuses(cfg: DictConfig) -> bool:
+    """Whether the caching policy lets anything be reused."""
+    always = {"threshold": 0, "alpha": 0, "interval": 1, "target_speedup": 1}
+    return all(cfg.accel.get(name) != value for name, value in always.items())
+
+
 _Has = Callable[[DictConfig], Any]
 _PROMPTS: tuple[_Has, str] = (lambda cfg: cfg.prompts is not None, "without prompts=FILE")
 _PUBLISHED: tuple[_Has, str] = (lambda cfg: published_name(cfg.system) is not None, "without a published system")
@@ -65,12 +71,20 @@ EFFECT: dict[str, tuple[_Has, str]] = {
     "overlap_seconds": (lambda cfg: cfg.window_seconds is not None, IDLE["overlap_seconds"]),
     "window_seconds": (_longer_than_a_window, "on clips that are no longer than a window"),
     "strength": (lambda cfg: cfg.init is not None, "without init=FILE"),
+    "downmix": (_recording, "without edit=FILE or init=FILE"),
     "boundary_seconds": (lambda cfg: cfg.edit is not None, "without edit=FILE"),
     "trained_seconds": (lambda cfg: cfg.rotary_extension is not None, "without rotary_extension"),
     "caption_seed": (lambda cfg: cfg.captions == "random", "without captions=random"),
     **dict.fromkeys(("caption_column", "id_column", "clip_column", "captions"), _PROMPTS),
     **dict.fromkeys(("hub_dir", "system_overrides"), _PUBLISHED),
     "ddp_strategy": (lambda cfg: cfg.trainer is not None, "without trainer=ddp"),
+    "accel.seed": (lambda cfg: cfg.accel.get("ratio") != 0, "with accel.ratio=0, which draws nothing"),
+    "accel.double_count": (
+        lambda cfg: cfg.accel.ratio != 0 and cfg.accel.same_frequency,
+        "unless tokens can be in both sets: accel.same_frequency=true and accel.ratio above 0",
+    ),
+    "accel.max_lookahead": (lambda cfg: cfg.accel.alpha != 0, "with accel.alpha=0, which computes always"),
+    "accel.reuse": (_reuses, "where every layer computes always"),
 }
 """Options that depend on others: whether one has an effect in a request, and where it has none."""
 
@@ -86,5 +100,5 @@ def warn_without_effect(cfg: DictConfig, typed: Collection[str]) -> None:
     """Name each option that was typed and changes nothing in this request."""
     for option, (has_effect, without) in EFFECT.items():
         named = any(name == option or name.startswith(f"{option}.") for name in typed)
-        if named and cfg[option] is not None and not has_effect(cfg):
+        if named and OmegaConf.select(cfg, option) is not None and not has_effect(cfg):
             _log.warning("%s has no effect %s", option, without)

@@ -35,9 +35,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
 def _is_there(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    if device.type == "mps":
-        return torch.backends.mps.is_available()
-    return device.type != "cpu" or not device.index
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return False
+    return device.type not in ("cpu", "mps") or not device.index  # there is one of each
 
 
 def synchronise(device: torch.device) -> None:

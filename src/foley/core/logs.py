@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
@@ -14,6 +15,15 @@ def process_rank() -> int:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_rank())
     return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names, for a message that gives their number.
+
+    >>> first_few(["a", "b", "c"]), first_few(["a", "b", "c"], most=2)
+    ('a, b, c', 'a, b, ...')
+    """
+    return ", ".join([*names[:most], *(["..."] if len(names) > most else [])])
 
 
 class _RankZeroFilter(logging.Filter):

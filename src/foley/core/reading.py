@@ -59,13 +59,22 @@ def parse_json(text: str, where: Path | str, what: str = "JSON", mend: str = "me
     """The value of a JSON text.
 
     Raises DamagedFileError, which names `where`, for text that is no JSON, is nested too deeply, holds an integer of
-    thousands of digits, or half a surrogate pair, which no file can be written with.
+    thousands of digits, a name twice in one object, or half a surrogate pair, which no file can be written with.
     """
     with reading(where, what, mend):
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
         # An escape such as \\ud800 is read without complaint; writing it fails, perhaps hours later.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON leaves open which of two values counts; whoever wrote both meant something by each."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from foley.core.files import write_json
-from foley.core.reading import DamagedFileError, read_json, reading
+from foley.core.reading import DamagedFileError, parse_json, read_json, reading
 from foley.data.manifest import OUR_COLUMNS, ManifestOptions, checked_rows
 
 
@@ -77,7 +77,8 @@ def read_journals(directory: Path, name: str, fields: Sequence[str] = ()) -> Ite
 def _journal_row(raw: bytes, place: str, fields: Sequence[str]) -> dict[str, Any]:
     try:
         with reading(place, "JSON"):
-            row = json.loads(raw)
+            text = raw.decode()
+        row = parse_json(text, place)
     except DamagedFileError as error:
         raise JournalError(f"{place}: not JSON ({error.reason}); remove the line") from error
     if not isinstance(row, dict) or (missing := [field for field in fields if field not in row]):

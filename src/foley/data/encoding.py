@@ -22,7 +22,7 @@ from foley.core.channels import lossy_mixes
 from foley.core.files import write_json, write_tensors
 from foley.core.hashing import hash_module, hash_tensors
 from foley.core.locks import LOCK_FILE, only_writer
-from foley.core.logs import get_logger
+from foley.core.logs import first_few, get_logger
 from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, AudioItem, DataFaultError, SampleKey, is_silent
 from foley.data.latents import FORMAT, INDEX_FILE, SHARD_HASH, LatentCacheError, LatentEntry
@@ -30,7 +30,6 @@ from foley.data.latents import FORMAT, INDEX_FILE, SHARD_HASH, LatentCacheError,
 _log = get_logger(__name__)
 
 _FRAMES_PER_SHARD = 1 << 19
-_NAMED = 5
 _MAX_WAITING = 512  # clips kept back until others of their length fill a batch
 
 
@@ -269,8 +268,7 @@ class _Notes:
     def report(self) -> None:
         """Say how many clips of each kind there were, and name the first."""
         for what, ids in self.found.items():
-            named = ", ".join(ids[:_NAMED]) + (", ..." if len(ids) > _NAMED else "")
-            _log.warning("%s: %d clips are %s: %s", self.split, len(ids), what, named)
+            _log.warning("%s: %d clips are %s: %s", self.split, len(ids), what, first_few(ids))
 
 
 def _all_windows(item: AudioItem, length: int, sample_rate_hz: int) -> Iterator[AudioItem]:
@@ -311,7 +309,8 @@ def _usable_items(dataset: AudioDataset) -> Iterator[AudioItem]:
 
 def _check_texts(item: AudioItem) -> None:
     """Raise AudioError for half a surrogate pair: the index, written when all is encoded, could not hold it."""
-    for name, text in (("id", item.id), ("caption", item.caption), ("label", item.label)):
+    captions = [("caption", text) for text in (item.caption, *item.other_captions)]
+    for name, text in (("id", item.id), ("label", item.label), *captions):
         try:
             text.encode()
         except UnicodeEncodeError as error:

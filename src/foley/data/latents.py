@@ -183,6 +183,8 @@ def _check_index(index: LatentCacheIndex) -> None:
 def _fault(entry: LatentEntry) -> str | None:
     if any(not isinstance(text, str) for text in (entry.id, entry.caption, entry.label, entry.split, entry.shard)):
         return "id, caption, label, split and shard must be texts"
+    if isinstance(entry.other_captions, str) or any(not isinstance(text, str) for text in entry.other_captions):
+        return "other_captions must be a list of texts"
     if Path(entry.shard).name != entry.shard:
         return f"shard {entry.shard!r} is no file of this folder"
     for name, smallest in (("first_frame", 0), ("num_frames", 1)):

@@ -18,10 +18,12 @@ from foley.data.audio import check_samples, read_audio
 from foley.data.dataset import AudioItem, AudioSource, durations_seconds
 from foley.data.importers.annotations import read_audiocaps
 from foley.data.manifest import (
+    OUR_COLUMNS,
     SPLIT_NAMES,
     ManifestEntry,
     ManifestOptions,
     known_splits,
+    of_split,
     preflight,
     read_manifest,
     split_name,
@@ -259,6 +261,25 @@ def hold_out(entries: Sequence[ManifestEntry], fraction: float, root: Path, name
         fraction,
     )
     return split
+
+
+def entries_of_split(
+    manifest: Path | str,
+    split: str | None,
+    audio_dir: Path | str | None = None,
+    options: ManifestOptions = OUR_COLUMNS,
+    val_fraction: float = 0.0,
+) -> list[ManifestEntry]:
+    """The entries of a split, the same ones that `clip_splits` gives a training; None takes all.
+
+    Raises ManifestError, and ValueError where there is no such split.
+    """
+    root = Path(manifest).parent if audio_dir is None else Path(audio_dir)
+    entries = read_manifest(manifest, root, options)
+    if split is None:
+        return entries
+    held_out = hold_out(entries, val_fraction, root, str(manifest))
+    return of_split([replace(entry, split=entry.split or "train") for entry in held_out], split, manifest)
 
 
 def _place(entry: ManifestEntry, root: Path) -> float:

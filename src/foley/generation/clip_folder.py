@@ -20,7 +20,7 @@ from torch import from_numpy
 
 from foley.core.files import sample_stem, write_json, write_text
 from foley.core.locks import only_writer
-from foley.core.logs import get_logger
+from foley.core.logs import first_few, get_logger
 from foley.core.reading import read_json, reading
 from foley.generation.prompts import Clip
 from foley.generation.result import Generation
@@ -88,7 +88,7 @@ class ClipFolder:
             strangers += sorted(stem for stem in own if self._made_otherwise(stem))
         if strangers:
             raise ValueError(
-                f"{self.directory} holds clips of another request ({', '.join(strangers[:3])}, {len(strangers)} in "
+                f"{self.directory} holds clips of another request ({first_few(strangers, 3)}, {len(strangers)} in "
                 "all), which would be scored with these; give another output_dir, or overwrite=true to remove them"
             )
 
@@ -96,9 +96,7 @@ class ClipFolder:
         sidecar = self.directory / f"{stem}.json"
         if not sidecar.is_file():
             return False
-        with reading(sidecar, "the JSON of a clip", "remove it, or give overwrite=true"):
-            made = json.loads(sidecar.read_text(encoding="utf-8"))
-            return bool(made["settings"].get("request") != self.request_hash)
+        return bool(_settings_of(sidecar).get("request") != self.request_hash)
 
     def fill(self, generate: Callable[[Sequence[Clip]], Generation], fabric: Fabric, batch_size: int) -> Path:
         """Make this process's share of the clips that are missing; returns the page, once all processes are done.
@@ -158,7 +156,7 @@ class ClipFolder:
         """The page of all clips, or of evenly spread ones where there are thousands."""
         shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_PAGE_CLIPS))
         cards = [self._draw_card(index) for index in shown]
-        settings = read_json(self.directory / cards[-1].sidecar_file, "the JSON of a clip")["settings"]
+        settings = _settings_of(self.directory / cards[-1].sidecar_file)
         page = self.directory / PAGE_FILE
         write_text(page, render_page(count_sounds(len(self.clips), len(cards)), settings, cards))
         return page
@@ -172,6 +170,14 @@ class ClipFolder:
 
 def _log_factor(real_time_factor: float) -> None:
     _log.info("RTF %.3g: seconds of computing for a second of audio", real_time_factor)
+
+
+def _settings_of(sidecar: Path) -> dict[str, Any]:
+    """How a clip was made, by its JSON; raises DamagedFileError."""
+    what, mend = "the JSON of a clip", "remove it, or give overwrite=true"
+    made = read_json(sidecar, what, mend)
+    with reading(sidecar, what, mend):
+        return dict(made["settings"])
 
 
 def _clip_files(directory: Path) -> list[Path]:

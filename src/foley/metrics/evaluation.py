@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foley.core.logs import get_logger
+from foley.core.logs import first_few, get_logger
 from foley.metrics.features import (
     MAX_FAULTY_SHARE,
     AudioLoader,
@@ -29,7 +29,6 @@ from foley.metrics.scores import SCORES, Comparison, Estimate, TooFewClipsError,
 
 SILENCE_PEAK = 1e-4  # -80 dBFS
 _EQUAL_SECONDS = 0.1
-_MOST_NAMED = 5
 
 _log = get_logger(__name__)
 
@@ -200,9 +199,7 @@ def _describe_sets(
 def _describe_faulty(clips: ClipFeatures, name: str) -> str:
     if not clips.faulty:
         return ""
-    named = ", ".join(list(clips.faulty)[:_MOST_NAMED])
-    more = ", ..." if len(clips.faulty) > _MOST_NAMED else ""
-    return f"{len(clips.faulty)} {name} clips cannot be used and are left out: {named}{more}"
+    return f"{len(clips.faulty)} {name} clips cannot be used and are left out: {first_few(list(clips.faulty))}"
 
 
 def _spread(seconds: Tensor) -> list[float]:

@@ -24,6 +24,7 @@ from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, write_tensors
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
+from foley.core.numbers import SHARE
 from foley.core.reading import DamagedFileError, read_json, reading
 from foley.metrics.preprocessing import Preprocessing
 from foley.metrics.protocols import EvaluationProtocol
@@ -334,8 +335,7 @@ def extract_files(
     Files that cannot be used are left out, counted and named; raises FaultyClipsError where there are more of them
     than `max_faulty_share` of all, and ValueError for a share that is none.
     """
-    if not 0 <= max_faulty_share <= 1:
-        raise ValueError(f"max_faulty_share={max_faulty_share} must be a share from 0 to 1")
+    SHARE.check("max_faulty_share", max_faulty_share)
     cache = FeatureCache(cache_directory, protocol)
     hashes = [hash_file(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}

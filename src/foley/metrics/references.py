@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import median
 
 from foley.data.audio import AudioError, open_audio
-from foley.data.manifest import OUR_COLUMNS, ManifestOptions, of_split, read_manifest
+from foley.data.manifest import OUR_COLUMNS, ManifestOptions
+from foley.data.splits import entries_of_split
 from foley.metrics.features import ClipFile, scan_directory
 from foley.metrics.protocols import ProtocolError
 
@@ -17,15 +18,18 @@ def read_clips(
     split: str | None = None,
     audio_dir: str | Path | None = None,
     options: ManifestOptions = OUR_COLUMNS,
+    val_fraction: float = 0.0,
 ) -> list[ClipFile]:
     """The clips of a folder; of a manifest or table those of `split`, or all, which lie in `audio_dir` or beside it.
+
+    `val_fraction` is of a manifest without splits, as in training (`foley.data.splits.hold_out`).
 
     Raises what `scan_directory` and `read_manifest` raise, FileNotFoundError where clips are not there, and ValueError
     where the split has none.
     """
     if Path(path).is_dir():
         return scan_directory(Path(path))
-    entries = of_split(read_manifest(path, audio_dir, options), split, path)
+    entries = entries_of_split(path, split, audio_dir, options, val_fraction)
     clips = [ClipFile(entry.path, entry.id, entry.label or None, entry.caption) for entry in entries]
     if absent := [str(clip.path) for clip in clips if not clip.path.is_file()]:
         raise FileNotFoundError(f"{len(absent)} of {len(clips)} clips do not exist ({absent[0]}, ...); give audio_dir=")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foley.core.logs import get_logger
+from foley.core.numbers import NumberRange
 from foley.core.seeding import numpy_generator, torch_generator
 from foley.metrics.distances import (
     FEWEST_CLIPS,
@@ -130,8 +131,7 @@ def draw_counts(n: int, resamples: int, name: str) -> Tensor:
 
     The same name and sizes give the same draws; sets of other names are drawn independently. ValueError below 0.
     """
-    if resamples < 0:
-        raise ValueError(f"resamples={resamples} must be 0, for no intervals, or more")
+    NumberRange(least=0, whole=True).check("resamples", resamples)
     generator = numpy_generator("bootstrap", name, n)
     drawn = generator.multinomial(n, [1 / n] * n, size=resamples)
     return torch.cat([torch.ones(1, n), torch.from_numpy(drawn)]).double()

@@ -1,12 +1,11 @@
 """Data sets from sound and music libraries, with a licence for each clip: Clotho, WavCaps, Song Describer."""
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from foley.core.reading import DamagedFileError, reading
+from foley.core.reading import DamagedFileError, read_json
 from foley.data.importers.annotations import AnnotationFile, absent, read_rows, single_spaced, split_files
 from foley.data.tables import Row, TableError, csv_rows
 
@@ -86,8 +85,7 @@ def wavcaps(annotations: Mapping[str, str], licenses: Mapping[str, str]) -> Iter
 
 def _wavcaps_rows(path: Path, collection: str, license: str) -> Iterator[Row]:
     try:
-        with reading(path, "JSON"):
-            content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, "JSON")
     except DamagedFileError as error:
         raise TableError(f"{path}: not valid UTF-8 JSON ({error.reason})") from error
     entries = content.get("data") if isinstance(content, dict) else None

@@ -42,6 +42,7 @@ class SampleScores(AudioSamples):
         cache_dir: keeps the reference's features between runs.
         audio_dir: where the manifest's clips lie; by default its own folder.
         columns: what the manifest calls its columns, as `ManifestOptions` takes them.
+        val_fraction: of a manifest without splits, as `foley.data.splits.hold_out` takes it.
         generation: as of `AudioSamples`.
     """
 
@@ -54,9 +55,10 @@ class SampleScores(AudioSamples):
         cache_dir: str,
         audio_dir: str | None = None,
         columns: Mapping[str, Any] | None = None,
+        val_fraction: float = 0.0,
         **generation: Any,
     ) -> None:
-        self.clips = read_clips(reference, split, audio_dir, ManifestOptions.of(columns or {}))
+        self.clips = read_clips(reference, split, audio_dir, ManifestOptions.of(columns or {}), val_fraction)
         self.chosen = [self.clips[index] for index in evenly_spaced(len(self.clips), max_clips)]
         self.parts = [part for parts in protocol.values() for part in parts]
         self.cache_dir = Path(cache_dir)
