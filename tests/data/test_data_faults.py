@@ -23,7 +23,7 @@ from foley.data.encoding import encode_latents
 from foley.data.latents import LatentCacheIndex
 from foley.data.manifest import ManifestError, preflight, read_manifest
 from foley.data.shards_writer import write_shards
-from foley.data.splits import clip_splits
+from foley.data.splits import clip_splits, folder_splits, joined_splits
 from foley.models.codec.waveform_vae import WaveformVAE
 
 RATE = 8000
@@ -117,9 +117,35 @@ def test_faults_of_all_loader_processes_are_counted_once(manifest, caplog):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_too_many_faults_stop_the_run_from_a_loader_process_too(manifest, num_workers):
-    data = AudioDataModule(clip_splits(str(manifest), RATE), RATE, 0.05, 8, num_workers, max_fault_fraction=0.02)
+    splits = clip_splits(str(manifest), RATE, check_files=False)
+    data = AudioDataModule(splits, RATE, 0.05, 8, num_workers, max_fault_fraction=0.02)
     with pytest.raises(DataFaultError, match=r"[5-6] of 200 clips cannot be used, more than the fraction 0\.02"):
         list(data.train_dataloader())
+
+
+def test_too_many_known_faults_are_the_error_before_anything_is_read(manifest):
+    message = r"[6-9] of 200 clips cannot be used.*0\.02 \(data\.max_fault_fraction\).*0\.wav: .*; and \d more"
+    with pytest.raises(DataFaultError, match=message):
+        AudioDataModule(clip_splits(str(manifest), RATE), RATE, 0.05, 8, max_fault_fraction=0.02)
+
+
+def test_a_manifest_of_absent_files_alone_is_refused_though_its_sources_are_cached_or_mixed(tmp_path):
+    rows = [json.dumps({"path": f"{i}.wav", "caption": "x", "split": "train"}) + "\n" for i in range(8)]
+    (tmp_path / "clips.jsonl").write_text("".join(rows))
+    for megabytes in (0, 1):
+        splits = clip_splits(str(tmp_path / "clips.jsonl"), RATE, cache_megabytes=megabytes)
+        for given in (splits, joined_splits({"one": splits})):
+            with pytest.raises(DataFaultError, match=r"none of 8 clips can be used: .*/0\.wav: .*exist.*and 3 more"):
+                AudioDataModule(given, RATE, 0.05, 8)
+
+
+def test_faults_of_a_folder_are_listed_by_file_and_once(tmp_path, caplog):
+    soundfile.write(tmp_path / "good.wav", np.full(400, 0.5), RATE)
+    (tmp_path / "bad.wav").touch()
+    dataset = AudioDataset(folder_splits(str(tmp_path), RATE)["train"], 400)
+    assert [dataset[index].id for index in (0, 1)] == ["good.wav", "good.wav"]
+    assert caplog.text.count("bad.wav: is empty") == 1
+    assert "line 0" not in caplog.text
 
 
 def test_shards_and_latents_leave_out_and_count_the_same(manifest, tmp_path, caplog):

@@ -3,6 +3,7 @@
 Clips that cannot be used are replaced by the next good one, and counted.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import AudioError, check_samples
 
 _log = get_logger(__name__)
+
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,19 @@ class TimedSource(Protocol):
     """A source that knows the durations `[N]` of its clips without reading them."""
 
     def durations_seconds(self, epoch: int) -> NDArray[np.float32]: ...
+
+
+@runtime_checkable
+class CheckedSource(Protocol):
+    """A source whose files were looked at (`foley.data.manifest.preflight`): what is wrong, each with its path."""
+
+    @property
+    def known_faults(self) -> Sequence[str]: ...
+
+
+def known_faults(source: AudioSource) -> Sequence[str]:
+    """What is known to be wrong with clips of `source` before any is read; nothing where nobody looked."""
+    return source.known_faults if isinstance(source, CheckedSource) else ()
 
 
 def durations_seconds(source: AudioSource, epoch: int) -> NDArray[np.float32]:
@@ -199,7 +215,8 @@ class AudioDataset(Dataset[AudioItem]):
         augmentation: applied last; None for evaluation.
         random_crop: crop anywhere; otherwise at the start.
         drop_silent: count silent clips as faulty; otherwise they are kept, silent.
-        max_fault_fraction: of the source's size; more faulty clips than that, and than one, raise `DataFaultError`.
+        max_fault_fraction: of the source's size; more faulty clips than that, and than one, raise `DataFaultError`: at
+            once where the source knows of them, or when they are read.
     """
 
     def __init__(
@@ -224,6 +241,9 @@ class AudioDataset(Dataset[AudioItem]):
         self.faults: dict[str, str] = {}
         # In shared memory: a loader process, forked or spawned, marks what all of them see.
         self._faulty = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+        known = known_faults(source)
+        self._known = frozenset(known)
+        self._refuse_too_many(len(known), known)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -246,8 +266,8 @@ class AudioDataset(Dataset[AudioItem]):
             try:
                 return self.load(SampleKey(candidate, epoch))
             except AudioError as error:
-                self._count_fault(candidate, error)
-        raise DataFaultError(f"none of {len(self)} clips can be used: {self.faults}")
+                self.count_fault(candidate, error)
+        raise DataFaultError(f"none of {len(self)} clips can be used: {_listing(self._met(), len(self))}")
 
     def load(self, key: SampleKey) -> AudioItem:
         """The item at `key` itself; raises AudioError where it cannot be used."""
@@ -266,18 +286,35 @@ class AudioDataset(Dataset[AudioItem]):
             level = level[start : start + self.num_samples]
         return level if self.augmentation is None else self.augmentation(level, generator)
 
-    def _count_fault(self, index: int, error: AudioError) -> None:
+    def count_fault(self, index: int, error: AudioError) -> None:
+        """Note a clip that cannot be used, with a warning unless its fault was known; raises DataFaultError."""
         self.faults[error.path] = error.reason
         if self._faulty[index]:
             return
         self._faulty[index] = True
         count = self.num_faults
-        _log.warning("skipping a clip (%d so far): %s", count, error)
-        if count > max(1.0, self.max_fault_fraction * len(self)):
-            raise DataFaultError(
-                f"{count} of {len(self)} clips cannot be used, more than the fraction "
-                f"{self.max_fault_fraction:g}; mend the data or raise max_fault_fraction. The last: {error}"
-            )
+        level = logging.DEBUG if str(error) in self._known else logging.WARNING
+        _log.log(level, "skipping a clip (%d so far): %s", count, error)
+        self._refuse_too_many(count, self._met())
+
+    def _met(self) -> list[str]:
+        return [f"{path}: {reason}" for path, reason in self.faults.items()]
+
+    def _refuse_too_many(self, count: int, faults: Sequence[str]) -> None:
+        if 0 < count == len(self):
+            raise DataFaultError(f"none of {count} clips can be used: {_listing(faults, count)}")
+        if count <= max(1.0, self.max_fault_fraction * len(self)):
+            return
+        raise DataFaultError(
+            f"{count} of {len(self)} clips cannot be used, more than the fraction {self.max_fault_fraction:g} "
+            f"(data.max_fault_fraction); mend them, or raise it: {_listing(faults, count)}"
+        )
+
+
+def _listing(faults: Sequence[str], count: int) -> str:
+    """The first of `count` faults, each once; a process knows those that it met alone."""
+    first = list(dict.fromkeys(faults))[:_MAX_NAMED]
+    return "; ".join(first) + (f"; and {count - len(first)} more" if count > len(first) else "")
 
 
 class AudioCollate:

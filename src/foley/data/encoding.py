@@ -24,7 +24,7 @@ from foley.core.hashing import hash_module, hash_tensors
 from foley.core.locks import LOCK_FILE, only_writer
 from foley.core.logs import first_few, get_logger
 from foley.data.audio import AudioError
-from foley.data.dataset import AudioDataset, AudioItem, DataFaultError, SampleKey, is_silent
+from foley.data.dataset import AudioDataset, AudioItem, SampleKey, is_silent
 from foley.data.latents import FORMAT, INDEX_FILE, SHARD_HASH, LatentCacheError, LatentEntry
 
 _log = get_logger(__name__)
@@ -285,26 +285,23 @@ def _progress() -> Progress:
 
 
 def _advance(progress: Progress, task_id: int, clips: int) -> None:
+    """Over the whole time: a task of one batch has no other speed."""
     task = progress.tasks[task_id]
-    rate = f"{task.finished_speed or task.speed or 0.0:.1f} clips/s"
-    progress.update(task.id, advance=clips, rate=rate)
+    rate = (task.completed + clips) / max(task.elapsed or 0.0, 1e-3)
+    progress.update(task.id, advance=clips, rate=f"{rate:.1f} clips/s")
 
 
 def _usable_items(dataset: AudioDataset) -> Iterator[AudioItem]:
     """Whole clips, levelled: what is cut off them is decided, and counted, by who encodes them."""
     whole = copy.copy(dataset)
     whole.num_samples = None
-    faults = 0
     for index in range(len(whole)):
         try:
             item = whole.load(SampleKey(index, 0))
             _check_texts(item)
             yield item
         except AudioError as error:
-            faults += 1
-            _log.warning("leaving out clip %d (%d so far): %s", index, faults, error)
-            if faults > max(1.0, dataset.max_fault_fraction * len(dataset)):
-                raise DataFaultError(f"{faults} of {len(dataset)} clips cannot be used. The last: {error}") from error
+            whole.count_fault(index, error)
 
 
 def _check_texts(item: AudioItem) -> None:

@@ -283,6 +283,9 @@ class FaultyEntry:
     entry: ManifestEntry
     reason: str
 
+    def __str__(self) -> str:
+        return f"line {self.entry.line}: {self.reason}" if self.entry.line else self.reason  # a folder has no lines
+
 
 def preflight(entries: Sequence[ManifestEntry], decode: bool = False) -> list[FaultyEntry]:
     """The faults among `entries`: missing, empty, undecodable and truncated files.
@@ -293,9 +296,9 @@ def preflight(entries: Sequence[ManifestEntry], decode: bool = False) -> list[Fa
     """
     faults = [FaultyEntry(entry, reason) for entry in entries if (reason := _reason(entry, decode))]
     if faults:
-        listed = "\n  ".join(f"line {fault.entry.line}: {fault.reason}" for fault in faults[:_MAX_LISTED])
+        listed = "\n  ".join(map(str, faults[:_MAX_LISTED]))
         _log.warning(
-            "%d of %d clips cannot be used and will be skipped:\n  %s%s",
+            "%d of %d clips cannot be used:\n  %s%s",
             len(faults),
             len(entries),
             listed,

@@ -15,7 +15,7 @@ from foley.core.channels import check_downmix
 from foley.core.logs import get_logger, process_rank
 from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import check_samples, read_audio
-from foley.data.dataset import AudioItem, AudioSource, durations_seconds
+from foley.data.dataset import AudioItem, AudioSource, durations_seconds, known_faults
 from foley.data.importers.annotations import read_audiocaps
 from foley.data.manifest import (
     OUR_COLUMNS,
@@ -41,6 +41,7 @@ class ClipSource:
     """The clips of a manifest, mono at one rate; of longer files only the first `max_duration_seconds` are read.
 
     `downmix` is as `foley.data.audio.read_audio` takes it; raises ValueError for one that it does not know.
+    `known_faults` are of these clips, as `foley.data.dataset.CheckedSource` has them.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class ClipSource:
         sample_rate_hz: int = 24000,
         max_duration_seconds: float | None = 30.0,
         downmix: str = "mean",
+        known_faults: Sequence[str] = (),
     ) -> None:
         self.downmix = check_downmix(downmix)
+        self.known_faults = known_faults
         self.entries = list(entries)
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_seconds = max_duration_seconds
@@ -62,7 +65,8 @@ class ClipSource:
         """Of every clip, as `render` returns it; raises ValueError where the manifest does not say."""
         unknown = next((entry for entry in self.entries if entry.duration_seconds is None), None)
         if unknown is not None:
-            raise ValueError(f"line {unknown.line} of the manifest, {unknown.id!r}, has no duration_seconds; add it")
+            where = f"line {unknown.line} of the manifest, {unknown.id!r}," if unknown.line else repr(unknown.id)
+            raise ValueError(f"{where} has no duration_seconds; add it, or set data.bucket_batches=null")
         seconds = np.array([entry.duration_seconds for entry in self.entries], np.float32)
         return seconds if self.max_duration_seconds is None else seconds.clip(max=self.max_duration_seconds)
 
@@ -86,6 +90,7 @@ class CachedSource:
     def __init__(self, source: AudioSource, megabytes: int) -> None:
         self.source = source
         self.sample_rate_hz = source.sample_rate_hz
+        self.known_faults = known_faults(source)
         self._free_bytes = megabytes << 20
         self._kept: dict[int, tuple[AudioItem, float]] = {}
 
@@ -137,6 +142,8 @@ class MixtureSource:
         self.sample_rate_hz = rates.pop()
         sizes = [len(source) for source in sources]
         self.shares = sizes if weights is None else _shares(weights, sum(sizes) if size is None else size, len(sizes))
+        whole = (source for source, share, size in zip(sources, self.shares, sizes, strict=True) if share >= size)
+        self.known_faults = [fault for source in whole for fault in known_faults(source)]
         self._ends = list(accumulate(self.shares))
         self._orders = [numpy_generator("mixture", seed, i).permutation(n) for i, n in enumerate(sizes)]
 
@@ -400,12 +407,15 @@ def _sources(
     check_files: bool,
     downmix: str,
 ) -> Splits:
-    if check_files and process_rank() == 0:  # the others would wait for the same disk
-        preflight(entries)
+    looked = check_files and process_rank() == 0  # the others would wait for the same disk
+    faults = preflight(entries) if looked else []
     by_split: dict[str, list[ManifestEntry]] = {}
     for entry in entries:
         by_split.setdefault(entry.split or "train", []).append(entry)
-    return {
-        split: _cached(ClipSource(clips, sample_rate_hz, max_duration_seconds, downmix), cache_megabytes)
-        for split, clips in by_split.items()
-    }
+    sources: dict[str, AudioSource] = {}
+    for split, clips in by_split.items():
+        known = [fault.reason for fault in faults if (fault.entry.split or "train") == split]
+        sources[split] = _cached(
+            ClipSource(clips, sample_rate_hz, max_duration_seconds, downmix, known), cache_megabytes
+        )
+    return sources
