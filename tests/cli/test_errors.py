@@ -115,6 +115,12 @@ def test_mistakes_that_hydra_finds_are_one_line(run, argument, message):
     assert len(shown.splitlines()) == 1
 
 
+def test_a_group_that_is_given_true_or_a_number_names_its_choices(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "debug=true"])
+    error = ValueError("Config group override must be a string or a list. Got bool")
+    assert describe(error, "train") == "debug=true: there is no such choice; there are fdr, overfit, profiler"
+
+
 def test_what_a_config_lacks_is_named(run):
     code, shown, _ = run(lambda cfg: cfg.page, "hydra.job.name=x")
     assert code == 1

@@ -1,17 +1,23 @@
 """The help pages: read from the configs, complete for every command, and shown by `--help`."""
 
+import re
 import runpy
 import subprocess
 import sys
 from dataclasses import fields
 
 import pytest
+import yaml
 
 from foley.cli import help as help_pages
+from foley.cli.command import refuse_incomplete
 from foley.cli.help import chosen_config, help_page, read_page, undocumented
 from foley.cli.main import all_verbs, config_of, main
 from foley.core.config import CONFIG_DIR, SHIPPED_ROOT
 from foley.data.manifest import ManifestOptions
+
+NAMES = sorted({config_of(SHIPPED_ROOT / verb.script) for verb in all_verbs().values()})
+"""The primary configs of the commands."""
 
 CONFIG = """\
 # @package _global_
@@ -103,7 +109,7 @@ def test_every_verb_has_a_page_that_names_all_its_options(verb, capsys):
 RECIPES = {"script/train_demo"}
 
 
-@pytest.mark.parametrize("name", sorted({config_of(SHIPPED_ROOT / verb.script) for verb in all_verbs().values()}))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_option_is_explained(name):
     assert read_page(name).description
     assert name in RECIPES or undocumented(name) == []
@@ -141,3 +147,21 @@ def test_a_command_answers_before_pytorch_is_loaded(name):
 def test_whatever_reads_a_manifest_takes_the_names_of_its_columns(name):
     words = {option.name.removeprefix("columns."): option.words for option in read_page(name).options}
     assert all(words[field.name] for field in fields(ManifestOptions))
+
+
+REQUIRED = {name: lacking for name in NAMES if (lacking := [o.name for o in read_page(name).options if o.required])}
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_command_alone_names_all_that_it_lacks_at_once(name: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        refuse_incomplete(name, ["script.py"])
+    assert re.findall(r"^  ([\w.]+)=  \w", str(ended.value), re.MULTILINE) == REQUIRED[name]
+    refuse_incomplete(name, ["script.py", *(f"{option}=x" for option in REQUIRED[name])])
+
+
+def test_no_choice_of_a_group_gives_what_is_said_to_be_required() -> None:
+    texts = [file.read_text() for file in CONFIG_DIR.rglob("*.yaml")]
+    given = {key for text in texts if "_global_" in text for key in yaml.safe_load(text) or ()}
+    primary = {key for name in NAMES for key in yaml.safe_load((CONFIG_DIR / f"{name}.yaml").read_text())}
+    assert {option for options in REQUIRED.values() for option in options} & (given - primary) == set()

@@ -9,10 +9,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import (
     ConfigCompositionException,
@@ -113,6 +114,8 @@ def describe(error: BaseException, config_name: str | None = None) -> str:
         case OmegaConfBaseException():
             text = str(error).partition("\n")[0]
             return f"{error.full_key}: {text}" if error.full_key else text
+        case ValueError() if config_name and str(error).startswith("Config group override must be"):
+            return _of_group(config_name, sys.argv[1:]) or str(error)
         case OSError() if error.strerror:
             return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error).strip() or type(error).__name__
@@ -147,6 +150,15 @@ def write_traceback(error: BaseException) -> Path | None:
     for handler in files:
         handler.handle(record)
     return Path(files[0].baseFilename) if files else None
+
+
+def _of_group(config_name: str, arguments: Sequence[str]) -> str | None:
+    """Of the first group that was given a number, or true or false, which choose none of its files."""
+    groups = {group.name: group for group in read_page(config_name).groups}
+    for name, _, value in (argument.lstrip("+").partition("=") for argument in arguments):
+        if name in groups and isinstance(yaml.safe_load(value), bool | int | float):
+            return f"{name}={value}: there is no such choice; there are {', '.join(groups[name].choices)}"
+    return None
 
 
 def _of_composition(error: ConfigCompositionException, config_name: str | None) -> str:
