@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from foley.core.config import CONFIG_DIR, PROJECT_ROOT
 from foley.training import requirements
 from foley.training.requirements import refuse_missing
+from foley.training.values import require_values
 
 EXPERIMENTS = sorted(
     str(file.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
@@ -41,6 +42,7 @@ def lacks(*overrides: str) -> str:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_recipe_as_typed_begins_or_says_all_that_it_lacks(experiment: str) -> None:
     cfg = config(f"experiment={experiment}")
+    require_values(cfg)
     if experiment in ON_WHAT_SHIPS:
         refuse_missing(cfg)
         return
