@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -42,7 +43,7 @@ def test_folder_and_the_command_that_goes_on_are_told_at_start_and_end(
     for line in (told[1], told[-1]):
         words = shlex.split(line.partition(": ")[2])
         assert "ckpt_path=auto" in words
-        assert f"hydra.run.dir='{folder}'" in words
+        assert f"hydra.run.dir={folder}" in words
 
 
 def test_a_training_that_diverges_is_the_worst_of_a_search_and_an_error_alone(
@@ -63,3 +64,23 @@ def test_a_run_that_ends_inside_its_warm_up_is_told_so(
     caplog.clear()
     objective(config(tmp_path, "experiment=ezaudio_l", "trainer.max_steps=40", "lr_schedule.warmup_steps=4"))
     assert "warm-up" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("step", "told", "change"),
+    [
+        (90, "trainer.max_time=00:00:06:00 ended it at step 90; without that limit: ", "trainer.max_time=null"),
+        (300, "for twice the steps: ", "trainer.max_steps=600"),
+    ],
+)
+def test_the_command_that_trains_on_lifts_the_limit_that_ended_the_run(
+    step: int, told: str, change: str, tmp_path: Path, training: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"global_step": step}, tmp_path / "checkpoints/last.ckpt")
+    training(lambda cfg: {})
+    objective(config(tmp_path, "experiment=tiny", "stage=pretrain"))
+    last = caplog.records[-1].message
+    assert last.startswith(told)
+    assert change in shlex.split(last)

@@ -37,6 +37,7 @@ from foley.training.settings import (
     unlike,
 )
 from foley.training.synthetic import stand_ins
+from foley.training.values import require_values
 
 _log = get_logger(__name__)
 
@@ -49,12 +50,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     `cfg.ckpt_path` resumes exactly (a path, or "auto": this output folder's `last.ckpt` where there is one);
     `cfg.ckpt` starts a new run from the weights of an earlier one. Raises SystemExit as `refuse_missing` does, what
-    `run_folder`, `require_resumable` and `warm_start` refuse, and TrainingInterrupted after Ctrl-C.
+    `require_values`, `run_folder`, `require_resumable` and `warm_start` refuse, and TrainingInterrupted after Ctrl-C.
     """
+    require_values(cfg)
     refuse_missing(cfg)
+    settings = portable(plain(cfg))
+    # A run that is refused here is as it was: its folder notes nothing of this one.
+    resume_from = find_checkpoint(cfg.ckpt_path, Path(cfg.paths.output_dir))
+    if resume_from:
+        require_resumable(resume_from, settings)
     try:
         with run_folder(cfg):
-            return _train(cfg, Path(cfg.paths.output_dir))
+            return _train(cfg, settings, resume_from)
     except BaseException as error:
         if ending(error) == "interrupted":
             _log.warning("the run in %s goes on with: %s", cfg.paths.output_dir, resume_command(cfg))
@@ -63,12 +70,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise
 
 
-def _train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
-    settings = portable(plain(cfg))
-    resume_from = find_checkpoint(cfg.ckpt_path, output_dir)
-    if resume_from:
-        require_resumable(resume_from, settings)
-    _snapshot(cfg, output_dir)
+def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | None) -> dict[str, float]:
+    _snapshot(cfg, Path(cfg.paths.output_dir))
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
     _check_width(cfg, datamodule)
@@ -129,8 +132,20 @@ def objective(cfg: DictConfig) -> float | None:
         _log.warning("counted as the worst: %s", error)
         return math.inf
     _log.info("trained; all of it is in %s", cfg.paths.output_dir)
-    _log.info("more steps, with a larger trainer.max_steps=: %s", resume_command(cfg))
+    _say_how_to_go_on(cfg)
     return optimized_metric(cfg, metrics)
+
+
+def _say_how_to_go_on(cfg: DictConfig) -> None:
+    """The command that trains on, whichever limit ended the run."""
+    last, limit = Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt", cfg.trainer.max_steps
+    step = read_pickle(last, mmap=True)["global_step"] if last.is_file() else limit
+    if cfg.trainer.max_time and not 0 < limit <= step:
+        on = resume_command(cfg, {"trainer.max_time": "null"})
+        _log.info("trainer.max_time=%s ended it at step %d; without that limit: %s", cfg.trainer.max_time, step, on)
+    else:
+        on = resume_command(cfg, {"trainer.max_steps": 2 * max(limit, step)})
+        _log.info("for twice the steps: %s", on)
 
 
 def _warn_of_warm_up(cfg: DictConfig) -> None:
