@@ -1,7 +1,9 @@
 """What `train.py` says before and after a training, and what it hands to a sweep."""
 
+import logging
 import math
 import shlex
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,3 +86,21 @@ def test_the_command_that_trains_on_lifts_the_limit_that_ended_the_run(
     last = caplog.records[-1].message
     assert last.startswith(told)
     assert change in shlex.split(last)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "`isinstance(treespec, LeafSpec)` is deprecated, use `isinstance(treespec, TreeSpec)`",
+        "The number of training batches (8) is smaller than the logging interval Trainer(log_every_n_steps=10)",
+        "Using ModelCheckpoint with manual optimization and every_n_train_steps, but no",
+    ],
+)
+def test_what_says_nothing_of_the_run_is_left_out(message: str) -> None:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        run._hush_lightning()
+        warnings.warn(message, stacklevel=1)
+        warnings.warn("the loss is odd", stacklevel=1)
+    assert [str(warning.message) for warning in heard] == ["the loss is odd"]
+    assert not logging.getLogger("pytorch_lightning.utilities.rank_zero").isEnabledFor(logging.INFO)

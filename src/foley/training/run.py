@@ -1,5 +1,6 @@
 """One training run: from a composed config, and perhaps the weights of an earlier run, to its metrics."""
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from foley.system.checkpoint import FOLEY_KEY, load_trained, noted_source
 from foley.system.system import read_weights
 from foley.training.base import FoleyModule
 from foley.training.callbacks.checkpointing import AtomicCheckpointIO, TrainingInterrupted
-from foley.training.callbacks.monitoring import AppendingCSVLogger
+from foley.training.callbacks.monitoring import AppendingCSVLogger, ParameterCounts
 from foley.training.callbacks.non_finite import NonFiniteLossError
 from foley.training.requirements import is_synthetic, refuse_missing
 from foley.training.run_folder import ending, find_checkpoint, resume_command, run_folder
@@ -41,8 +42,13 @@ from foley.training.values import require_values
 
 _log = get_logger(__name__)
 
-# Lightning looks for state on the loader; ours is on the data module.
-warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+_TELLS_NOTHING = (
+    ".*your dataloader is not resumable.*",  # Lightning looks for state on the loader; ours is on the data module
+    ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of PyTorch
+    ".*number of training batches .* is smaller than the logging interval",  # we count steps, across epochs
+    ".*Using ModelCheckpoint with manual optimization",  # weights after the step are what checkpoints of ours hold
+)
+_LIGHTNING_ON_ITSELF = "pytorch_lightning.utilities.rank_zero"  # which devices it knows, and what else to install
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -70,7 +76,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise
 
 
+def _hush_lightning() -> None:
+    """Leave out what says nothing of this run, so that what does is seen."""
+    for message in _TELLS_NOTHING:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger(_LIGHTNING_ON_ITSELF).setLevel(logging.WARNING)
+
+
 def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | None) -> dict[str, float]:
+    _hush_lightning()
     _snapshot(cfg, Path(cfg.paths.output_dir))
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
@@ -80,7 +94,7 @@ def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | Non
     module.checkpoint_metadata |= {SETTINGS_KEY: settings, FILES_KEY: file_hashes(module.component_configs)}
     if cfg.codec_path:
         _note_codec(module, datamodule, cfg.codec_path)
-    elif isinstance(datamodule, LatentDataModule):
+    elif isinstance(datamodule, LatentDataModule) and not is_synthetic(cfg):
         _log.warning(
             "no codec_path=: checkpoints of this run will not say which codec made their latents; "
             "sample.py and the export will then ask for codec_path=CODEC"
@@ -206,6 +220,8 @@ def _build_trainer(cfg: DictConfig) -> pl.Trainer:
     callbacks, loggers = (
         [instantiate(config, _convert_="all") for config in _active(group)] for group in (cfg.callbacks, cfg.logger)
     )
+    if cfg.trainer.get("enable_model_summary", True):
+        callbacks.append(ParameterCounts())
     trainer: pl.Trainer = instantiate(
         cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], _convert_="all"
     )
