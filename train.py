@@ -6,13 +6,15 @@ from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.training.requirements import refuse_missing
+from foley.training.values import require_values
 
 
 @command("train")
 def main(cfg: DictConfig) -> float | None:
     """Compose the config, train, and hand a sweep its metric."""
+    require_values(cfg)
     refuse_missing(cfg)
-    # Here, so that whatever is missing is named before PyTorch is loaded, in a second.
+    # Here, so that whatever is wrong or missing is named before PyTorch is loaded, in a second.
     from foley.cli.sampling import write_listening_page
     from foley.training.run import objective
 

@@ -1,11 +1,14 @@
 """What `train.py` says before and after a training, and what it hands to a sweep."""
 
+import logging
 import math
 import shlex
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -63,3 +66,41 @@ def test_a_run_that_ends_inside_its_warm_up_is_told_so(
     caplog.clear()
     objective(config(tmp_path, "experiment=ezaudio_l", "trainer.max_steps=40", "lr_schedule.warmup_steps=4"))
     assert "warm-up" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("step", "told", "change"),
+    [
+        (90, "trainer.max_time=00:00:06:00 ended it at step 90; without that limit: ", "trainer.max_time=null"),
+        (300, "for twice the steps: ", "trainer.max_steps=600"),
+    ],
+)
+def test_the_command_that_trains_on_lifts_the_limit_that_ended_the_run(
+    step: int, told: str, change: str, tmp_path: Path, training: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"global_step": step}, tmp_path / "checkpoints/last.ckpt")
+    training(lambda cfg: {})
+    objective(config(tmp_path, "experiment=tiny", "stage=pretrain"))
+    last = caplog.records[-1].message
+    assert last.startswith(told)
+    assert change in shlex.split(last)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "`isinstance(treespec, LeafSpec)` is deprecated, use `isinstance(treespec, TreeSpec)`",
+        "The number of training batches (8) is smaller than the logging interval Trainer(log_every_n_steps=10)",
+        "Using ModelCheckpoint with manual optimization and every_n_train_steps, but no",
+    ],
+)
+def test_what_says_nothing_of_the_run_is_left_out(message: str) -> None:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        run._hush_lightning()
+        warnings.warn(message, stacklevel=1)
+        warnings.warn("the loss is odd", stacklevel=1)
+    assert [str(warning.message) for warning in heard] == ["the loss is odd"]
+    assert not logging.getLogger("pytorch_lightning.utilities.rank_zero").isEnabledFor(logging.INFO)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from foley.core.config import CONFIG_DIR, PROJECT_ROOT
 from foley.training import requirements
 from foley.training.requirements import refuse_missing
+from foley.training.values import require_values
 
 EXPERIMENTS = sorted(
     str(file.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
@@ -41,6 +42,7 @@ def lacks(*overrides: str) -> str:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_recipe_as_typed_begins_or_says_all_that_it_lacks(experiment: str) -> None:
     cfg = config(f"experiment={experiment}")
+    require_values(cfg)
     if experiment in ON_WHAT_SHIPS:
         refuse_missing(cfg)
         return
@@ -82,6 +84,28 @@ def test_what_is_named_must_exist(experiment: str, named: str, tmp_path: Path) -
     assert f"{option}={tmp_path}/none  {fault}; " in told
 
 
+def test_the_files_of_a_published_teacher_are_named_until_they_are_there(tmp_path: Path) -> None:
+    given = ["experiment=audiolcm", "system=ezaudio_xl"]
+    told = lacks(*given)
+    assert "3.5 GB or more that are not on this machine, fetched by: hf download OpenSound/EzAudio ckpts/" in told
+    assert "11.4 GB that are not on this machine, by: hf download google/flan-t5-xl" in told
+    for folder, files in (
+        ("models--OpenSound--EzAudio", ["ckpts/s3/ezaudio_s3_xl.pt", "ckpts/vae/1m.pt"]),
+        ("models--google--flan-t5-xl", ["config.json", "model.safetensors"]),
+    ):
+        put_into_hub(tmp_path / "hub" / folder, files)
+    assert "hf download" not in lacks(*given)
+
+
+def put_into_hub(folder: Path, files: list[str]) -> None:
+    """Empty files, as the hub's cache keeps them."""
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("abc")
+    for name in files:
+        (folder / "snapshots/abc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "snapshots/abc" / name).touch()
+
+
 def test_a_small_gpu_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,12 +127,7 @@ def test_the_estimate_of_memory_holds_what_training_cannot_do_without() -> None:
 
 def test_weights_in_the_cache_of_the_hub_are_found(tmp_path: Path) -> None:
     assert not requirements._in_hub_cache("google/flan-t5-xl", "main")
-    folder = tmp_path / "hub/models--google--flan-t5-xl"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs/main").write_text("abc")
-    (folder / "snapshots/abc").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors.index.json"):
-        (folder / "snapshots/abc" / name).touch()
+    put_into_hub(tmp_path / "hub/models--google--flan-t5-xl", ["config.json", "model.safetensors.index.json"])
     assert requirements._in_hub_cache("google/flan-t5-xl", "main")
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shlex
+import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from foley.cli.overrides import quote_overrides
 from foley.core.components import CheckpointError
+from foley.core.config import PROJECT_ROOT
 from foley.core.locks import LOCK_FILE, FolderInUseError, only_writer
 from foley.training import run as training
 from foley.training.callbacks.checkpointing import TrainingInterrupted, point_to
@@ -136,6 +139,35 @@ def test_the_command_that_goes_on_is_quoted_for_the_shell_and_understood_by_the_
     assert words == ["foley", "train", "ckpt_path=auto", f"hydra.run.dir={old_run}"]
     (override,) = OverridesParser.create().parse_overrides(quote_overrides(words[-1:]))
     assert override.value() == str(old_run)
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT_ROOT)
+    monkeypatch.setattr(sys, "argv", [str(PROJECT_ROOT / "train.py")])  # as the verb has it too
+    monkeypatch.setattr(sys, "orig_argv", ["python", "/bin/foley", "train", "ckpt=x/train.py"])
+    assert resume_command(settings(tmp_path)).startswith("foley train ")
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "train.py"])
+    assert resume_command(settings(tmp_path)).startswith("python train.py ")
+
+
+def test_a_changed_setting_takes_the_place_of_the_typed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["seed=1", "trainer.max_steps=500", "overwrite=true"]
+    hydra = SimpleNamespace(overrides=SimpleNamespace(task=typed))
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.initialized", lambda: True)
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: hydra)
+    words = shlex.split(resume_command(settings(tmp_path), {"trainer.max_steps": 1000}))
+    assert words[2:] == ["seed=1", "trainer.max_steps=1000", "ckpt_path=auto", f"hydra.run.dir={tmp_path}"]
+
+
+def test_a_refused_resume_leaves_the_note_of_the_run(old_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise CheckpointError("seed: 1 in the checkpoint, 2 in this run")
+
+    (old_run / STATUS_FILE).write_text('{"status": "finished"}')
+    monkeypatch.setattr(training, "require_resumable", refuse)
+    with pytest.raises(CheckpointError, match="seed"):
+        training.train(settings(old_run, name="mine", ckpt_path="auto"))
+    assert status(old_run) == {"status": "finished"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), TrainingInterrupted()])

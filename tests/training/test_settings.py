@@ -1,6 +1,7 @@
 """Reliability rows 23 and 24: what a resumed run changes is applied or refused by name, and so is a warm start's."""
 
 import copy
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from training_parts import CHANNELS, build_module, run
 
 from foley.core.components import CheckpointError
-from foley.core.config import PROJECT_ROOT
+from foley.core.config import PROJECT_ROOT, shipped
 from foley.training import run as training
 from foley.training import settings
 from foley.training.optim import constant_schedule, cosine_schedule
@@ -109,6 +110,8 @@ def test_resuming_with_another_setting_is_refused_before_anything_is_written(
     last = tmp_path / "checkpoints/last.ckpt"
     last.parent.mkdir()
     torch.save({"foley": {SETTINGS_KEY: portable(plain(config(tmp_path)))}, "global_step": 4}, last)
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents/index.json").touch()
     require_resumable(last, portable(plain(config(tmp_path, "lr_schedule=constant"))))  # which has a clear meaning
     with pytest.raises(CheckpointError, match=rf"(?s)cannot change these settings:.*{named}.*ckpt= in the place of"):
         train(config(tmp_path, "ckpt_path=auto", *overrides))
@@ -205,6 +208,16 @@ def test_a_tokenizer_is_known_by_its_content(tmp_path: Path) -> None:
     assert unlike(one, moved, []) == []
     ((key, *_),) = unlike(one, other, [])
     assert key == "text.tokenizer_file"
+    unhashed = described(**texts["moved"])  # as of a system's folder
+    assert unlike(unhashed, one, []) == []
+    assert [key for key, *_ in unlike(unhashed, other, [])] == ["text.tokenizer_file"]
+
+
+def test_the_shipped_system_and_the_shipped_recipe_agree_on_the_tokenizer() -> None:
+    system = {"text": json.loads(shipped("demo/text/config.json").read_text())}
+    system["text"]["tokenizer_file"] = str(shipped("demo/text/audiocaps.json"))
+    recipe = {"text": {**system["text"], "tokenizer_file": str(shipped("tokenizer/audiocaps.json"))}}
+    assert unlike(described(**system), described(**recipe), []) == []
 
 
 def test_warm_start_refuses_weights_of_another_meaning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

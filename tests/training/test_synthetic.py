@@ -48,6 +48,16 @@ def test_a_recipe_for_gpus_is_measured_without_data_or_weights(
     assert "what a step of test costs" in caplog.text
 
 
+def test_a_short_run_is_measured_in_its_own_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    small = [*SMALL_DIT, "data.batch_size=2", "data.steps=9", "trainer.max_steps=2", "data.duration_seconds=0.5"]
+    assert measured(tmp_path, "experiment=tiny", *small)["measured_steps"] == 2
+    assert "measures 2 steps, after 1 that are not counted" in caplog.text
+    for needless in ("whole run", "no clip is for validation", "max_steps=3", "litlogger", "FLOPs |"):
+        assert needless not in caplog.text
+    assert "denoiser (DiffusionTransformer)" in caplog.text
+
+
 def test_a_codec_is_measured_with_its_discriminator(tmp_path: Path) -> None:
     cost = measured(tmp_path, "experiment=tiny_vae", *SMALL_CODEC, "data.batch_size=2", "data.duration_seconds=0.3")
     alone = measured(

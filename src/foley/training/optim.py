@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from foley.training.values import require_an_end
+
 _TABLE_NAMES = ("table", "embedding", "token", "vector")  # of parameters with two axes that are no matrices
 
 
@@ -57,19 +59,9 @@ def cosine_schedule(
 ) -> LambdaLR:
     """Linear warm-up, then half a cosine down to `final_ratio` of the rate at `total_steps`, constant from there on.
 
-    Raises ValueError where `total_steps` does not exceed `warmup_steps`, or is -1: a run without an end.
+    Raises ValueError as `require_an_end` does.
     """
-    if total_steps < 1:
-        raise ValueError(
-            f"lr_schedule.total_steps={total_steps}, that is trainer.max_steps, gives a cosine no end: set "
-            "trainer.max_steps, or choose lr_schedule=constant"
-        )
-    if total_steps <= warmup_steps:
-        raise ValueError(
-            f"lr_schedule.warmup_steps={warmup_steps} leaves nothing of lr_schedule.total_steps={total_steps}, that is "
-            f"trainer.max_steps: lower it by {warmup_steps - total_steps + 1} at least, as by "
-            f"lr_schedule.warmup_steps={total_steps // 10}, or set trainer.max_steps above it"
-        )
+    require_an_end(total_steps, warmup_steps)
 
     def factor(step: int) -> float:
         # 0 until the warm-up ends, 1 at `total_steps`.

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from foley.core.config import published_name
+from foley.core.config import published_config, published_name
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +39,10 @@ _CODECS = {
 }
 """Class of a codec to the command that makes it."""
 
-_DOWNLOAD_GIGABYTES = {"google/flan-t5-xl": 11.4, "google/flan-t5-large": 3.1, "google-t5/t5-base": 0.9}
+_DOWNLOAD_GIGABYTES = {
+    **{"google/flan-t5-xl": 11.4, "google/flan-t5-large": 3.1, "google-t5/t5-base": 0.9},
+    **{"ezaudio_xl": 3.5, "ezaudio_l": 2.4},  # by the parameters of their denoisers, in float32
+}
 
 Lack = tuple[str, str]
 """An option, and what it wants."""
@@ -53,7 +56,7 @@ def refuse_missing(cfg: DictConfig) -> None:
     """
     if is_synthetic(cfg):
         return
-    lacks = [*_unset(cfg), *_absent(cfg), *_text_weights(cfg), *_gpu(cfg)]
+    lacks = [*_unset(cfg), *_absent(cfg), *_published(cfg), *_text_weights(cfg), *_gpu(cfg)]
     if not lacks:
         return
     lines = [f"  {option}  {words}" for option, words in [*lacks, *_codec(cfg)]]
@@ -118,6 +121,24 @@ def _codec(cfg: DictConfig) -> Iterator[Lack]:
         yield "codec_path=...", f"{_MADE_BY['codec_path']}, {made_by}; without it there are no samples to hear"
 
 
+def _published(cfg: DictConfig) -> Iterator[Lack]:
+    """The files of a published teacher that are not in the cache of the hub."""
+    name = published_name(_selected(cfg, "system"))
+    if name is None:
+        return
+    published, revision = published_config(name).published, "main"
+    files = [published[key] for key in ("denoiser_file", "codec_file") if key in published] or ["model_index.json"]
+    lacking = [file for file in files if not _cached(published.repository, file, revision)]
+    if lacking:
+        size = f"{_DOWNLOAD_GIGABYTES[name]:g} GB or more" if name in _DOWNLOAD_GIGABYTES else "weights"
+        what = " ".join([published.repository, *(lacking if "denoiser_file" in published else ())])
+        yield f"system={name}", f"{size} that are not on this machine, fetched by: hf download {what}"
+    text = _selected(published, "configs.text.name_or_path")
+    if text is not None and not _in_hub_cache(text, revision):
+        size = f"{_DOWNLOAD_GIGABYTES[text]:g} GB" if text in _DOWNLOAD_GIGABYTES else "weights"
+        yield f"system={name}", f"its text encoder, {size} that are not on this machine, by: hf download {text}"
+
+
 def _text_weights(cfg: DictConfig) -> Iterator[Lack]:
     """The files of a frozen text encoder that this stage trains with."""
     text = _selected(cfg, "task.text")
@@ -136,11 +157,14 @@ def _text_weights(cfg: DictConfig) -> Iterator[Lack]:
 
 
 def _in_hub_cache(name: str, revision: str) -> bool:
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return _cached(name, "config.json", revision) and any(_cached(name, file, revision) for file in files)
+
+
+def _cached(name: str, file: str, revision: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    kept = [try_to_load_from_cache(name, file, revision=revision) for file in ("config.json", *files)]
-    return isinstance(kept[0], str) and any(isinstance(path, str) for path in kept[1:])
+    return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
 
 
 def _gpu(cfg: DictConfig) -> Iterator[Lack]:

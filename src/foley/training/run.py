@@ -1,5 +1,6 @@
 """One training run: from a composed config, and perhaps the weights of an earlier run, to its metrics."""
 
+import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from foley.system.checkpoint import FOLEY_KEY, load_trained, noted_source
 from foley.system.system import read_weights
 from foley.training.base import FoleyModule
 from foley.training.callbacks.checkpointing import AtomicCheckpointIO, TrainingInterrupted
-from foley.training.callbacks.monitoring import AppendingCSVLogger
+from foley.training.callbacks.monitoring import AppendingCSVLogger, ParameterCounts
 from foley.training.callbacks.non_finite import NonFiniteLossError
 from foley.training.requirements import is_synthetic, refuse_missing
 from foley.training.run_folder import ending, find_checkpoint, resume_command, run_folder
@@ -37,11 +38,17 @@ from foley.training.settings import (
     unlike,
 )
 from foley.training.synthetic import stand_ins
+from foley.training.values import require_values
 
 _log = get_logger(__name__)
 
-# Lightning looks for state on the loader; ours is on the data module.
-warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+_TELLS_NOTHING = (
+    ".*your dataloader is not resumable.*",  # Lightning looks for state on the loader; ours is on the data module
+    ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of PyTorch
+    ".*number of training batches .* is smaller than the logging interval",  # we count steps, across epochs
+    ".*Using ModelCheckpoint with manual optimization",  # weights after the step are what checkpoints of ours hold
+)
+_LIGHTNING_ON_ITSELF = "pytorch_lightning.utilities.rank_zero"  # which devices it knows, and what else to install
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -49,12 +56,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     `cfg.ckpt_path` resumes exactly (a path, or "auto": this output folder's `last.ckpt` where there is one);
     `cfg.ckpt` starts a new run from the weights of an earlier one. Raises SystemExit as `refuse_missing` does, what
-    `run_folder`, `require_resumable` and `warm_start` refuse, and TrainingInterrupted after Ctrl-C.
+    `require_values`, `run_folder`, `require_resumable` and `warm_start` refuse, and TrainingInterrupted after Ctrl-C.
     """
+    require_values(cfg)
     refuse_missing(cfg)
+    settings = portable(plain(cfg))
+    # A run that is refused here is as it was: its folder notes nothing of this one.
+    resume_from = find_checkpoint(cfg.ckpt_path, Path(cfg.paths.output_dir))
+    if resume_from:
+        require_resumable(resume_from, settings)
     try:
         with run_folder(cfg):
-            return _train(cfg, Path(cfg.paths.output_dir))
+            return _train(cfg, settings, resume_from)
     except BaseException as error:
         if ending(error) == "interrupted":
             _log.warning("the run in %s goes on with: %s", cfg.paths.output_dir, resume_command(cfg))
@@ -63,12 +76,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise
 
 
-def _train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
-    settings = portable(plain(cfg))
-    resume_from = find_checkpoint(cfg.ckpt_path, output_dir)
-    if resume_from:
-        require_resumable(resume_from, settings)
-    _snapshot(cfg, output_dir)
+def _hush_lightning() -> None:
+    """Leave out what says nothing of this run, so that what does is seen."""
+    for message in _TELLS_NOTHING:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger(_LIGHTNING_ON_ITSELF).setLevel(logging.WARNING)
+
+
+def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | None) -> dict[str, float]:
+    _hush_lightning()
+    _snapshot(cfg, Path(cfg.paths.output_dir))
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
     _check_width(cfg, datamodule)
@@ -77,7 +94,7 @@ def _train(cfg: DictConfig, output_dir: Path) -> dict[str, float]:
     module.checkpoint_metadata |= {SETTINGS_KEY: settings, FILES_KEY: file_hashes(module.component_configs)}
     if cfg.codec_path:
         _note_codec(module, datamodule, cfg.codec_path)
-    elif isinstance(datamodule, LatentDataModule):
+    elif isinstance(datamodule, LatentDataModule) and not is_synthetic(cfg):
         _log.warning(
             "no codec_path=: checkpoints of this run will not say which codec made their latents; "
             "sample.py and the export will then ask for codec_path=CODEC"
@@ -129,8 +146,20 @@ def objective(cfg: DictConfig) -> float | None:
         _log.warning("counted as the worst: %s", error)
         return math.inf
     _log.info("trained; all of it is in %s", cfg.paths.output_dir)
-    _log.info("more steps, with a larger trainer.max_steps=: %s", resume_command(cfg))
+    _say_how_to_go_on(cfg)
     return optimized_metric(cfg, metrics)
+
+
+def _say_how_to_go_on(cfg: DictConfig) -> None:
+    """The command that trains on, whichever limit ended the run."""
+    last, limit = Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt", cfg.trainer.max_steps
+    step = read_pickle(last, mmap=True)["global_step"] if last.is_file() else limit
+    if cfg.trainer.max_time and not 0 < limit <= step:
+        on = resume_command(cfg, {"trainer.max_time": "null"})
+        _log.info("trainer.max_time=%s ended it at step %d; without that limit: %s", cfg.trainer.max_time, step, on)
+    else:
+        on = resume_command(cfg, {"trainer.max_steps": 2 * max(limit, step)})
+        _log.info("for twice the steps: %s", on)
 
 
 def _warn_of_warm_up(cfg: DictConfig) -> None:
@@ -191,6 +220,8 @@ def _build_trainer(cfg: DictConfig) -> pl.Trainer:
     callbacks, loggers = (
         [instantiate(config, _convert_="all") for config in _active(group)] for group in (cfg.callbacks, cfg.logger)
     )
+    if cfg.trainer.get("enable_model_summary", True):
+        callbacks.append(ParameterCounts())
     trainer: pl.Trainer = instantiate(
         cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], _convert_="all"
     )

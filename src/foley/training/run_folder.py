@@ -7,9 +7,10 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -134,7 +135,7 @@ def find_checkpoint(ckpt_path: str | None, output_dir: Path) -> Path | None:
     return None
 
 
-def resume_command(cfg: DictConfig) -> str:
+def resume_command(cfg: DictConfig, changes: Mapping[str, Any] | None = None) -> str:
     """What to type in order to go on with the run, quoted for a shell.
 
     Everything that was typed is repeated, but for what to begin with: `ckpt_path=auto` takes the place of that. The
@@ -142,10 +143,13 @@ def resume_command(cfg: DictConfig) -> str:
 
     Args:
         cfg: the run's, composed by Hydra or by hand.
+        changes: settings, by their dotted keys, that take the place of those that were typed.
     """
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    kept = [_as_typed(word) for word in given if word.partition("=")[0].lstrip("+") not in ("ckpt_path", "overwrite")]
-    words = [*_program(), *kept, "ckpt_path=auto"]
+    new = [f"{key}={value}" for key, value in (changes or {}).items()]
+    replaced = ("ckpt_path", "overwrite", *(changes or {}))
+    kept = [_as_typed(word) for word in given if word.partition("=")[0].lstrip("+") not in replaced]
+    words = [*_program(), *kept, *new, "ckpt_path=auto"]
     if not any(word.startswith("paths.output_dir=") for word in kept):
         words.append(f"hydra.run.dir={cfg.paths.output_dir}")
     return shlex.join(words)
@@ -154,7 +158,9 @@ def resume_command(cfg: DictConfig) -> str:
 def _program() -> Sequence[str]:
     """`python train.py` where that was typed in a checkout, and else `foley train`."""
     script = Path(sys.argv[0]).absolute()
-    if script.name == "train.py" and script.is_relative_to(Path.cwd()):
+    # The verb runs the script under the script's name; the interpreter alone knows what was typed.
+    typed = any(Path(word).name == "train.py" for word in sys.orig_argv[1:] if "=" not in word)
+    if typed and script.name == "train.py" and script.is_relative_to(Path.cwd()):
         return ["python", str(script.relative_to(Path.cwd()))]
     return ["foley", "train"]
 

@@ -165,8 +165,7 @@ def unlike(before: Mapping[str, Any], now: Mapping[str, Any], common: Iterable[s
     A part that only one side has (cross-attention after pre-training without text) is no difference in meaning.
     """
     names = {"text", "process", "normaliser"} | {name.partition(".")[0] for name in common}
-    with_files = FILES_KEY in before and FILES_KEY in now
-    old, new = (_components(described, with_files) for described in (before, now))
+    old, new = _components(before), _components(now)
     return [
         change
         for name in sorted(names & set(old) & set(new))
@@ -175,10 +174,13 @@ def unlike(before: Mapping[str, Any], now: Mapping[str, Any], common: Iterable[s
     ]
 
 
-def _components(described: Mapping[str, Any], with_files: bool) -> dict[str, Any]:
-    """Configs of the components, written out, with files by their content where that is known on both sides."""
-    configs = {name: portable(written_out(config)) for name, config in described["components"].items() if config}
-    for key, digest in described[FILES_KEY].items() if with_files else ():
+def _components(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Configs of the components, written out, with files by their content: the same words may lie in two places."""
+    given = {name: config for name, config in described["components"].items() if config}
+    configs = {name: portable(written_out(config)) for name, config in given.items()}
+    # Weights of a system's folder, or of an older run, come without hashes: their files are what lies there now.
+    hashes = described[FILES_KEY] if FILES_KEY in described else file_hashes(given)
+    for key, digest in hashes.items():
         name, _, option = key.partition(".")
         configs[name][option] = f"a file of SHA-256 {digest[:12]}"
     return configs

@@ -73,6 +73,9 @@ class SyntheticLatents(LatentDataModule):
         self.collate = LatentCollate(self.num_frames)
         self.datasets = {"train": _Copies(LatentItem(latent, _CAPTION, "", "synthetic"), _BATCHES * batch_size)}
 
+    def setup(self, stage: str) -> None:
+        """Nothing is validated in a measurement, and nothing is missed."""
+
 
 class SyntheticClips(ResumableDataModule):
     """Batches of one clip of quiet noise; arguments as for `AudioDataModule`."""
@@ -83,6 +86,9 @@ class SyntheticClips(ResumableDataModule):
         audio: Tensor = 0.1 * torch.randn(num_samples, generator=torch_generator("synthetic", seed))
         self.collate = AudioCollate(num_samples)
         self.datasets = {"train": _Copies(AudioItem(audio, _CAPTION, "", "synthetic"), _BATCHES * batch_size)}
+
+    def setup(self, stage: str) -> None:
+        """Nothing is validated in a measurement, and nothing is missed."""
 
 
 def random_teacher(experiment: str) -> Teacher:
@@ -159,18 +165,23 @@ def _measure(cfg: DictConfig) -> None:
     """Nothing but steps, and those who watch them."""
     for name in _SILENT:
         cfg.callbacks[name] = None
+    limit, warm_up = cfg.trainer.max_steps, max(1, cfg.data.warmup_steps)
+    measured = min(cfg.data.steps, limit) if limit > 0 else cfg.data.steps
+    _log.info("measures %d steps, after %d that are not counted", measured, warm_up)
     cfg.callbacks.cost = {
         "_target_": "foley.training.callbacks.cost.StepCost",
-        **{key: cfg.data[key] for key in ("steps", "warmup_steps", "max_seconds")},
+        **{"steps": measured, "warmup_steps": warm_up, "max_seconds": cfg.data.max_seconds},
         "output_dir": cfg.paths.output_dir,
         "name": cfg.name,
         "clip_seconds": cfg.data.duration_seconds,
-        "run_steps": cfg.trainer.max_steps,
+        "run_steps": limit,
     }
     # The learning rate's schedule is the recipe's, the run is only as long as the measurement.
-    cfg.lr_schedule = OmegaConf.to_container(cfg.lr_schedule, resolve=True)
-    steps = cfg.data.steps + cfg.data.warmup_steps
-    cfg.trainer.update({"max_steps": steps, "max_time": None, "limit_val_batches": 0})
+    schedule: Any = OmegaConf.to_container(cfg.lr_schedule, resolve=True)
+    if "total_steps" in schedule:  # which no measurement reaches, whatever the rate is on its way
+        schedule["total_steps"] = max(schedule["total_steps"], schedule["warmup_steps"] + 1)
+    cfg.lr_schedule = schedule
+    cfg.trainer.update({"max_steps": measured + warm_up, "max_time": None, "limit_val_batches": 0})
 
 
 def _data(cfg: DictConfig, codec: Any) -> dict[str, Any]:

@@ -220,9 +220,10 @@ def cost_table(cost: Mapping[str, Any]) -> str:
         "MFU": f"{cost['model_flops_utilisation']:.1%}: {_scaled(cost['flops_per_second'])}FLOP/s of "
         f"{_scaled(cost['peak_flops_per_second'])}FLOP/s ({cost['peak_source']})",
     }
-    if cost["run_steps"] > 0:
+    if cost["run_steps"] > cost["measured_steps"]:
         hours = cost["run_steps"] * cost["step_seconds"] / 3600
-        lines["whole run"] = f"{cost['run_steps']:,} steps would take {hours:.1f} hours, without validation"
+        words = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        lines["whole run"] = f"{cost['run_steps']:,} steps would take {words}, without validation"
     title = f"what a step of {cost['recipe']} costs on {cost['device']}, {cost['precision']}, on random data"
     return "\n".join([title, *(f"  {name:<12} {words}" for name, words in lines.items())])
 

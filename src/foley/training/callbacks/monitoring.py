@@ -10,13 +10,17 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.callbacks import ModelSummary
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from foley.core.files import replacing
+from foley.core.logs import get_logger
 from foley.core.reading import reading
+
+_log = get_logger(__name__)
 
 
 class ActivationCounter:
@@ -183,3 +187,20 @@ class Throughput(pl.Callback):
     def _restart(self) -> None:
         self._start = time.perf_counter()
         self._batches = self._clips = 0
+
+
+class ParameterCounts(ModelSummary):
+    """Names components and their parameters on the log; Lightning's table has FLOPs too, which it cannot count."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int, *_: Any, **__: Any
+    ) -> None:
+        columns = dict(summary_data)
+        parts = [
+            f"{name} ({kind}) {count.strip()}"
+            for name, kind, count in zip(columns["Name"], columns["Type"], columns["Params"], strict=True)
+            if count.strip() != "0"
+        ]
+        totals = f"{total_parameters:,}", f"{trainable_parameters:,}"
+        _log.info("%s parameters, %s of them trained: %s", *totals, ", ".join(parts))
