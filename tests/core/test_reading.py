@@ -14,7 +14,7 @@ from foley.core.reading import DamagedFileError, parse_json, read_json, reading
     [
         ("{", "Expecting property name"),
         ("[" * 100_000, "nested too deeply"),
-        ("9" * 10_000, "integer string conversion"),
+        ("9" * 10_000, "it holds an integer of 10000 digits"),
         ('{"caption": "a \\ud800 dog"}', "half a surrogate pair"),
         ("", "Expecting value"),
         ('[{"caption": "rain", "id": 1, "caption": "wind"}]', "it names 'caption' twice"),

@@ -44,6 +44,16 @@ def test_a_source_of_another_rate_is_refused():
         module.train_dataloader()
 
 
+def test_sizes_that_make_no_batch_are_refused_by_the_name_of_their_option():
+    AudioDataModule(procedural(), 24000, 0.25, batch_size=SIZES["train"]).require_a_batch()
+    with pytest.raises(ValueError, match=r"8 samples do not fill one batch of 9 .*data\.batch_size=8 or less"):
+        AudioDataModule(procedural(), 24000, 0.25, batch_size=9).require_a_batch()
+    with pytest.raises(ValueError, match=r"data\.batch_size=-1: give a whole number >= 1"):
+        AudioDataModule(procedural(), 24000, 0.25, batch_size=-1)
+    with pytest.raises(ValueError, match=r"data\.num_workers=0\.5: give a whole number >= 0"):
+        AudioDataModule(procedural(), 24000, 0.25, batch_size=1, num_workers=0.5)
+
+
 def test_procedural_splits_share_no_clip_and_only_training_is_fresh():
     splits = procedural(fresh_each_epoch=True, cache_megabytes=1)
     assert {name: len(source) for name, source in splits.items()} == SIZES

@@ -81,6 +81,8 @@ def test_every_wrong_line_is_listed(tmp_path, write_jsonl):
     path = write_jsonl(*[GOOD] * 30)
     with pytest.raises(ManifestError, match=r"(?s)29 wrong lines.*line 2:.*line 21:.*and 9 more"):
         read_manifest(path)
+    with pytest.raises(ManifestError, match=r"has 1 wrong line; mend or remove it:\n  line 2: duplicate"):
+        read_manifest(write_jsonl(*[GOOD] * 2))
 
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".tsv", "\t")])

@@ -77,8 +77,8 @@ def test_another_number_of_samples_begins_the_epoch_anew(caplog):
 def test_impossible_settings_are_refused():
     with pytest.raises(ValueError, match="rank 2"):
         ResumableSampler(10, rank=2, world_size=2)
-    with pytest.raises(ValueError, match="do not fill one batch"):
-        ResumableSampler(3, batch_size=4)
+    with pytest.raises(ValueError, match=r"3 samples do not fill one batch of 8 .*set data\.batch_size=3 or less"):
+        ResumableSampler(3, batch_size=4, world_size=2)
 
 
 class _Keys(Dataset):

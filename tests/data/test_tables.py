@@ -35,8 +35,8 @@ def write(tmp_path):
         ("prompts_open_quote.csv", "line 2: lines 2 to 4 are no row"),
         ("prompts_duplicate_column.csv", "line 1: has the columns ['caption'] twice"),
         ("prompts_duplicate_id.csv", "line 3: duplicate id '1', first used on line 2"),
-        ("surrogate.jsonl", "line 1: not valid UTF-8 JSON (it holds half a surrogate pair"),
-        ("huge_integer.jsonl", "line 1: not valid UTF-8 JSON (Exceeds the limit"),
+        ("surrogate.jsonl", "line 1: JSON that cannot be used (it holds half a surrogate pair"),
+        ("huge_integer.jsonl", "line 1: JSON that cannot be used (it holds an integer of"),
     ],
 )
 def test_cases_are_refused_as_prompts_and_as_manifests_with_the_line(name, message):

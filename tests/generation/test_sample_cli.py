@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from small_system import CONFIGS
 
 from foley.cli.command import renamed
-from foley.cli.sampling import chosen_source, requested_clips
+from foley.cli.sampling import chosen_source, open_requested, requested_clips
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
-from foley.generation.prompts import read_prompts
+from foley.generation.prompts import read_prompts, request_clips
+from foley.generation.settings import GenerationSettings
 from foley.system.system import build_system, save_system
 
 HOSTILE = 'rain, it\'s "loud" ../../x\n🐕 ${oc.env:HOME} <b>'
@@ -133,13 +134,30 @@ def test_an_accelerator_of_typed_steps_calibrates_by_itself(system_dir, tmp_path
     [
         ({"edit": "a.wav", "init": "b.wav"}, "exclude each other"),
         ({"mask_start_seconds": 1}, "give edit=FILE too"),
-        ({"edit": "a.wav", "mask_length_seconds": 1}, "mask_start_seconds must be a number of seconds"),
+        (
+            {"edit": "a.wav", "mask_length_seconds": 1},
+            r"mask_start_seconds= and mask_length_seconds= \(now null and 1\)",
+        ),
+        ({"edit": "a.wav"}, r"edit=a\.wav .* mask_start_seconds= and mask_length_seconds= \(now null and null\)"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(options, message):
     defaults = OmegaConf.load(PROJECT_ROOT / "configs" / "sample.yaml")
     with pytest.raises(ValueError, match=message):
         chosen_source(OmegaConf.merge(defaults, options))
+
+
+@pytest.mark.parametrize("option", ["edit", "init"])
+def test_recordings_that_cannot_be_read_are_refused_before_a_model_is_opened(tmp_path, option):
+    cfg = compose_command("sample", "device=cpu", f"system={tmp_path / 'no system'}")
+    cfg[option] = str(tmp_path / "absent.wav")
+    with pytest.raises(ValueError, match=rf"{option}=.*absent\.wav: the file does not exist"):
+        open_requested(cfg, GenerationSettings())
+
+
+def test_both_ways_of_giving_prompts_are_named():
+    with pytest.raises(ValueError, match=r"prompt='rain' and prompts=a\.txt are both given"):
+        request_clips("rain", "a.txt", 0, 1)
 
 
 def sample_here(*overrides: str) -> None:

@@ -19,9 +19,10 @@ from foley.core.components import CheckpointError
 from foley.core.config import published_name, shipped
 from foley.core.devices import resolve_device
 from foley.core.logs import get_logger, process_rank
+from foley.core.numbers import shown
 from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.generation.editing import Edit, EditMask, Variation
+from foley.generation.editing import Edit, EditMask, Variation, read_recording
 from foley.generation.pipeline_to_audio import (
     PUBLISHED_SOLVER,
     PipelineToAudio,
@@ -123,6 +124,11 @@ def chosen_source(cfg: DictConfig) -> Edit | Variation | None:
     if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
         raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
     if cfg.edit is not None:
+        if None in (cfg.mask_start_seconds, cfg.mask_length_seconds):
+            raise ValueError(
+                f"edit={cfg.edit} replaces a part of the recording: give mask_start_seconds= and mask_length_seconds= "
+                f"(now {shown(cfg.mask_start_seconds)} and {shown(cfg.mask_length_seconds)})"
+            )
         mask = EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds)
         return Edit(cfg.edit, mask, cfg.downmix)
     return None if cfg.init is None else Variation(cfg.init, cfg.strength, cfg.downmix)
@@ -148,6 +154,9 @@ def open_requested(
     if name is not None and isinstance(published_loader(name, cfg.system_overrides), PublishedPipeline):
         _check_pipeline(cfg)
         check_pipeline_settings(settings)
+    for option in ("edit", "init"):
+        if cfg[option] is not None:
+            read_recording(Path(cfg[option]), option)  # what cannot be read is refused before a model is loaded
     device, places = device or resolve_device(cfg.device), (cfg.hub_dir, cfg.cache_dir, cfg.system_overrides)
     generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path)
     if cfg.features is not None and not _takes_features(generator):

@@ -42,7 +42,7 @@ class NumberRange:
     def check(self, name: str, value: Any) -> None:
         """Raises ValueError, which names the option and says what it takes, where `value` lies outside."""
         if value not in self:
-            raise ValueError(f"{name}={_shown(value)}: give {self}")
+            raise ValueError(f"{name}={shown(value)}: give {self}")
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
@@ -57,7 +57,7 @@ def _as_float(value: Any) -> float:
         return math.inf
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """In the words of the command line, and short."""
     text = "null" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:40]}..."

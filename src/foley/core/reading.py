@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 
 _DAMAGE = (SafetensorError, UnicodeError, RecursionError, LookupError, TypeError, AttributeError, ValueError, EOFError)
 
+_MAX_DIGITS = 4300
+
 
 class DamagedFileError(ValueError):
     """A file that is not what it should be; the message names it, and `reason` is what is wrong with it alone."""
@@ -62,7 +64,7 @@ def parse_json(text: str, where: Path | str, what: str = "JSON", mend: str = "me
     thousands of digits, a name twice in one object, or half a surrogate pair, which no file can be written with.
     """
     with reading(where, what, mend):
-        value = json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=whole_number)
         # An escape such as \\ud800 is read without complaint; writing it fails, perhaps hours later.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
@@ -75,6 +77,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
     return found
+
+
+def whole_number(digits: str) -> int:
+    """The integer of a JSON text; raises ValueError for one that no file of ours can mean, at Python's own limit."""
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"it holds an integer of {len(digits)} digits")
+    return int(digits)
 
 
 def _reason(error: Exception) -> str:

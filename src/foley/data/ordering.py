@@ -76,7 +76,7 @@ class ResumableSampler(Sampler[SampleKey]):
         whole_batches = size // self._unit
         self.samples_per_epoch = whole_batches * self._unit if drop_last else size
         if self.samples_per_epoch == 0:
-            raise ValueError(f"{size} samples do not fill one batch of {batch_size} on each of {world_size} ranks")
+            raise ValueError(few_samples(size, self._unit))
         self.batches_per_epoch = max(1, whole_batches if max_batches is None else min(whole_batches, max_batches))
         self._progress = progress
         self._arrange = arrange
@@ -156,6 +156,12 @@ class LengthBuckets:
     ) -> NDArray[np.int64]:
         sorted_order = order[np.argsort(lengths[order], kind="stable")]
         return generator.permutation(sorted_order.reshape(-1, unit)).reshape(-1)
+
+
+def few_samples(size: int, batch_size: int) -> str:
+    """What to say of a data set for training that is smaller than a batch of all devices together."""
+    mend = f"set data.batch_size={size} or less, or add clips" if size else "add clips"
+    return f"{size} samples do not fill one batch of {batch_size} (data.batch_size, over all devices): {mend}"
 
 
 def padding_fraction(lengths: NDArray[np.generic], order: NDArray[np.int64], batch_size: int) -> float:

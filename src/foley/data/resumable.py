@@ -9,7 +9,8 @@ from pytorch_lightning.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
 from foley.core.logs import get_logger
-from foley.data.ordering import Arrangement, LengthBuckets, ResumableSampler, SamplerState
+from foley.core.numbers import COUNT, NumberRange
+from foley.data.ordering import Arrangement, LengthBuckets, ResumableSampler, SamplerState, few_samples
 
 _log = get_logger(__name__)
 
@@ -24,7 +25,8 @@ class ResumableDataModule(pl.LightningDataModule):
 
     Args:
         batch_size: samples in one batch of all processes together; ValueError where it does not divide among them.
-        num_workers: loader processes; they persist between epochs. 0 loads in the training process.
+        num_workers: loader processes; they persist between epochs. 0 loads in the training process. ValueError, as for
+            a batch, where it is no whole number.
         bucket_batches: batches hold clips of similar length, sorted within windows of this many batches over all ranks
             (see `LengthBuckets`); the data sets need a method `lengths(epoch)`. None: batches are random.
     """
@@ -40,6 +42,8 @@ class ResumableDataModule(pl.LightningDataModule):
         bucket_batches: int | None = None,
     ) -> None:
         super().__init__()
+        COUNT.check("data.batch_size", batch_size)
+        NumberRange(least=0, whole=True).check("data.num_workers", num_workers)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -56,6 +60,12 @@ class ResumableDataModule(pl.LightningDataModule):
                 "no clip is for validation: there will be no val/loss, no best checkpoint and no samples; "
                 "name a split `val`, or set data.splits.val_fraction where the clips are read"
             )
+
+    def require_a_batch(self) -> None:
+        """Raise ValueError where the clips for training do not fill one batch; before a model is built for them."""
+        size = len(self.datasets["train"]) if "train" in self.datasets else None  # type: ignore[arg-type]
+        if size is not None and size < self.batch_size:
+            raise ValueError(few_samples(size, self.batch_size))
 
     @property
     def train_sampler(self) -> ResumableSampler:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from foley.core.reading import DamagedFileError, parse_json
+from foley.core.reading import DamagedFileError, parse_json, whole_number
 
 Row = tuple[int, Mapping[str, Any] | str]
 """The line on which a row starts, with either its cells by column or what is wrong with it."""
@@ -136,7 +136,10 @@ def refuse_lines(path: Path, problems: Sequence[str]) -> NoReturn:
     """Raise TableError that lists what is wrong in `path`, each with its line; the first 20."""
     more = f"\n  and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
     listed = "\n  ".join(_brief(problem) for problem in problems[:_MAX_LISTED])
-    raise TableError(f"{path} has {len(problems)} wrong lines; mend or remove them:\n  {listed}{more}")
+    wrong = (
+        f"{len(problems)} wrong lines; mend or remove them" if len(problems) > 1 else "1 wrong line; mend or remove it"
+    )
+    raise TableError(f"{path} has {wrong}:\n  {listed}{more}")
 
 
 def _brief(text: str) -> str:
@@ -205,7 +208,8 @@ def _json_row(text: str) -> Mapping[str, Any] | str:
     try:
         row = parse_json(text, "the row")
     except DamagedFileError as error:
-        return f"not valid UTF-8 JSON ({error.reason})"
+        parsed = not isinstance(error.__cause__, json.JSONDecodeError)
+        return f"{'JSON that cannot be used' if parsed else 'not valid UTF-8 JSON'} ({error.reason})"
     if not isinstance(row, dict):
         return f"expected a JSON object, got {type(row).__name__}"
     return _first_fault(row) or row
@@ -214,7 +218,7 @@ def _json_row(text: str) -> Mapping[str, Any] | str:
 def _array_rows(path: Path, encoding: str) -> Iterator[Row]:
     """The elements of an array of objects, each on the line where it starts."""
     text = "".join(_lines(path, encoding, newline="\n"))
-    position, line, decoder = text.index("[") + 1, 1, json.JSONDecoder()
+    position, line, decoder = text.index("[") + 1, 1, json.JSONDecoder(parse_int=whole_number)
     counted = 0
     while match := _ELEMENT.match(text, position):
         line += text.count("\n", counted, match.start(1))

@@ -22,7 +22,7 @@ from foley.core.channels import check_downmix, loss_of_mean, mix_down
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.numbers import SHARE, NumberRange
-from foley.core.rates import resample
+from foley.core.rates import FloatArray, resample
 from foley.data.audio import PEAK_CEILING, AudioError, read_channels
 
 CROSS_FADE_SECONDS = 0.02
@@ -48,10 +48,7 @@ class Recording:
 
         Raises ValueError, which names `option`, where the file is missing, empty or cannot be decoded.
         """
-        try:
-            channels, rate = read_channels(path)
-        except AudioError as error:
-            raise ValueError(f"{option}={error}; give an audio file that can be read, such as a WAV") from error
+        channels, rate = read_recording(path, option)
         mixing = None if channels.shape[1] == 1 else {"downmix": downmix}
         if mixing is not None and downmix == "mean" and (loss := loss_of_mean(channels)):
             mixing["downmix_warning"] = loss
@@ -66,6 +63,14 @@ class Recording:
     @property
     def duration_seconds(self) -> float:
         return len(self.samples) / self.sample_rate_hz
+
+
+def read_recording(path: Path, option: str) -> tuple[FloatArray, int]:
+    """Samples `[T, channels]` of the file that `option` names, and their rate; raises ValueError, which names both."""
+    try:
+        return read_channels(path)
+    except AudioError as error:
+        raise ValueError(f"{option}={error}; give an audio file that can be read, such as a WAV") from error
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,9 @@ def request_clips(
 
     Raises ValueError unless exactly one of `prompt` and `file` is given and `num` is at least 1.
     """
-    if (prompt is None) == (file is None):
+    if prompt is not None and file is not None:
+        raise ValueError(f"prompt={prompt[:40]!r} and prompts={file} are both given: give one of them")
+    if prompt is None and file is None:
         raise ValueError('give either prompt="a dog barks" or prompts=FILE')
     NumberRange(least=1, most=MAX_CLIPS, whole=True).check("num", num)
     rows = read_prompt_rows(Path(file), columns) if file is not None else [{COLUMN: str(prompt)}]

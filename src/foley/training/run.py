@@ -19,6 +19,7 @@ from foley.core.config import relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.data.datamodule import LatentDataModule
+from foley.data.resumable import ResumableDataModule
 from foley.models.codec.normaliser import require_channels
 from foley.system.checkpoint import FOLEY_KEY, load_trained, noted_source
 from foley.system.system import read_weights
@@ -88,7 +89,7 @@ def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | Non
     _snapshot(cfg, Path(cfg.paths.output_dir))
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
-    _check_width(cfg, datamodule)
+    _check_data(cfg, datamodule)
     module: FoleyModule = instantiate(cfg.task, _convert_="all")
     module.component_configs |= component_configs(cfg.task)
     module.checkpoint_metadata |= {SETTINGS_KEY: settings, FILES_KEY: file_hashes(module.component_configs)}
@@ -201,8 +202,10 @@ def component_configs(task: DictConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def _check_width(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:
-    """Raise ValueError for latents of another width than the model's, before a text encoder is loaded."""
+def _check_data(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:
+    """Raise ValueError for less than a batch, or latents of another width than the model's, before a model is built."""
+    if isinstance(datamodule, ResumableDataModule):
+        datamodule.require_a_batch()
     channels = OmegaConf.select(cfg, "task.normaliser.channels")
     if isinstance(datamodule, LatentDataModule) and channels is not None:
         require_channels(len(datamodule.index.latent_mean), channels)
