@@ -93,6 +93,8 @@ def test_the_command_that_trains_on_lifts_the_limit_that_ended_the_run(
     [
         "`isinstance(treespec, LeafSpec)` is deprecated, use `isinstance(treespec, TreeSpec)`",
         "The number of training batches (8) is smaller than the logging interval Trainer(log_every_n_steps=10)",
+        "Checkpoint directory /tmp/run/checkpoints exists and is not empty.",
+        "Found 140 module(s) in eval mode at the start of training.",
         "Using ModelCheckpoint with manual optimization and every_n_train_steps, but no",
     ],
 )

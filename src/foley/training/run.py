@@ -47,6 +47,8 @@ _TELLS_NOTHING = (
     ".*your dataloader is not resumable.*",  # Lightning looks for state on the loader; ours is on the data module
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of PyTorch
     ".*number of training batches .* is smaller than the logging interval",  # we count steps, across epochs
+    ".*Checkpoint directory .* exists and is not empty",  # `run_folder` has seen to it
+    ".*module.* in eval mode at the start of training",  # teachers and frozen encoders are
     ".*Using ModelCheckpoint with manual optimization",  # weights after the step are what checkpoints of ours hold
 )
 _LIGHTNING_ON_ITSELF = "pytorch_lightning.utilities.rank_zero"  # which devices it knows, and what else to install
