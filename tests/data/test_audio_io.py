@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from foley.data.importers.tables import AnnotationFile
 
 from foley.core.channels import LossyMixes, first_heard, loss_of_mean, lossy_mixes
 from foley.core.rates import resample
 from foley.data import audio as audio_files
 from foley.data.audio import AudioError, decode, open_audio, read_audio
-from foley.data.importers.tables import AnnotationFile
 from foley.data.manifest import ManifestEntry, ManifestError, preflight
 from foley.data.preparation import prepare_manifest
 from foley.data.splits import ClipSource

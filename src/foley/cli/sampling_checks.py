@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 from foley.core.config import published_name
 from foley.core.logs import get_logger
 from foley.core.numbers import POSITIVE, SEED, SHARE, NumberRange
-from foley.generation.prompts import MAX_CLIPS
-from foley.generation.settings import IDLE, NUMBERS
+from foley.generation.options import IDLE, MAX_CLIPS, NUMBERS
 
 _log = get_logger(__name__)
 
