@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from foley.cli.command import command
-from foley.cli.sampling_checks import check_numbers
+from foley.cli.sampling_checks import check_numbers, check_source
 from foley.core.logs import get_logger
 
 _OLD_NAMES = ("ckpt", "model", "published")
@@ -31,6 +31,7 @@ def refuse_old_names(arguments: Sequence[str]) -> Sequence[str]:
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
     check_numbers(cfg)
+    check_source(cfg)
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
     from foley.accel.combined import NoAcceleration
     from foley.cli import sampling
