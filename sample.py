@@ -6,6 +6,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from foley.cli.command import command, renamed
+from foley.cli.sampling_checks import check_numbers, check_source
 from foley.core.logs import get_logger
 
 _OLD_NAMES = dict.fromkeys(("ckpt", "model", "published"), "system")
@@ -14,6 +15,8 @@ _OLD_NAMES = dict.fromkeys(("ckpt", "model", "published"), "system")
 @command("sample", check=renamed(**_OLD_NAMES))
 def main(cfg: DictConfig) -> None:
     """Generate every clip asked for and write the folder."""
+    check_numbers(cfg)
+    check_source(cfg)
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
     from foley.accel.combined import NoAcceleration
     from foley.cli import sampling

@@ -24,7 +24,8 @@ ALLOWED = {
     "generation": BELOW_TRAINING | {"generation"},
     "generation.editing": {"data"},
     "generation.decoding": {"accel.precision", "models", "nn"},
-    "generation.prompts": {"data.ordering", "data.tables"},  # prompt files are refused as manifests are
+    "generation.options": set(),  # known without PyTorch
+    "generation.prompts": {"data.ordering", "data.tables", "generation.options"},  # refused as manifests are
     "generation.novelty": set(),
     "cli": {""},
 }

@@ -135,7 +135,9 @@ def test_a_manifest_of_absent_files_alone_is_refused_though_its_sources_are_cach
     for megabytes in (0, 1):
         splits = clip_splits(str(tmp_path / "clips.jsonl"), RATE, cache_megabytes=megabytes)
         for given in (splits, joined_splits({"one": splits})):
-            with pytest.raises(DataFaultError, match=r"none of 8 clips can be used: .*/0\.wav: .*exist.*and 3 more"):
+            with pytest.raises(
+                DataFaultError, match=r"none of 8 clips can be used; check their paths: .*/0\.wav: .*exist.*and 3 more"
+            ):
                 AudioDataModule(given, RATE, 0.05, 8)
 
 

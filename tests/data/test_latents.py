@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -15,7 +16,7 @@ from foley.core.seeding import torch_generator
 from foley.data.audio import AudioError
 from foley.data.datamodule import AudioDataModule, LatentDataModule
 from foley.data.dataset import AudioItem, SampleKey
-from foley.data.encoding import encode_latents, latent_cache_writer
+from foley.data.encoding import _advance, encode_latents, latent_cache_writer
 from foley.data.latents import LatentCacheError, LatentCacheIndex, LatentCollate, LatentDataset, StaleCacheError
 
 HOP = 10
@@ -71,6 +72,18 @@ def test_index_tells_what_was_encoded(tmp_path):
     assert [entry.num_frames for entry in train] == [20, 20, 20, 20, 21, 50]
     assert [entry.duration_seconds for entry in train] == [0.005, 0.195, 0.2, 0.2, 0.203, 0.5]
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_the_bar_of_one_batch_says_how_fast_it_was_and_the_end_says_what_is_where(tmp_path, caplog):
+    now = [0.0]
+    progress = Progress(get_time=lambda: now[0])
+    task = progress.add_task("train", total=16, rate="")
+    now[0] = 4.0
+    _advance(progress, task, 16)
+    assert progress.tasks[task].fields["rate"] == "4.0 clips/s"
+    with caplog.at_level(logging.INFO, "foley.data.encoding"):
+        encode(tmp_path / "cache")
+    assert f"latents of 7 clips are in {tmp_path / 'cache'}: train with data.cache_dir=" in caplog.text
 
 
 def test_latents_are_those_of_each_clip_alone(tmp_path):

@@ -1,6 +1,8 @@
 """Numbers that no request could mean are refused by name, by every class and command that takes them."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 from commands import compose_command
@@ -14,11 +16,13 @@ from foley.accel.caching.fora import Fora
 from foley.accel.caching.smoothcache import SmoothCache
 from foley.cli.sampling import requested_clips
 from foley.cli.sampling_checks import OPTION_NUMBERS
+from foley.core.config import PROJECT_ROOT
 from foley.core.numbers import SEED, NumberRange
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.editing import EditMask, Variation
+from foley.generation.options import NUMBERS
 from foley.generation.prompts import Clip, request_clips
-from foley.generation.settings import NUMBERS, GenerationSettings
+from foley.generation.settings import GenerationSettings
 
 NO_NUMBERS = [math.nan, math.inf, -math.inf, -1, True, "2", 10**400]
 
@@ -34,6 +38,18 @@ def test_settings_name_the_field(field, value):
 def test_what_no_system_decides_cannot_be_left_open(field):
     with pytest.raises(ValueError, match=f"^{field}=null: give a"):
         GenerationSettings(**{field: None})
+
+
+def test_a_number_that_is_none_is_refused_before_pytorch_is_loaded(tmp_path):
+    program = (
+        "import runpy, sys\n"
+        f"try: runpy.run_path({str(PROJECT_ROOT / 'sample.py')!r}, run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "strength=null", f"output_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split()[-1]) == (1, "False")
+    assert "strength=null: give a number >= 0 and <= 1" in done.stderr
 
 
 ACCELERATORS = {

@@ -12,7 +12,7 @@ from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.generation.prompts import MAX_PROMPT_CHARACTERS
+from foley.generation.options import MAX_PROMPT_CHARACTERS
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import build_system, load_system, save_system
 

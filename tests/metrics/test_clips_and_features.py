@@ -49,7 +49,11 @@ def test_labels_come_from_the_sidecar_then_known_captions_then_words(tmp_path) -
 def test_scan_reads_sidecars_and_refuses_empty_folders_and_bad_json(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="no audio file"):
         scan_directory(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        scan_directory(tmp_path / "nowhere")
     (tmp_path / "b.wav").touch()
+    with pytest.raises(FileNotFoundError, match=r"b\.wav is a file, not a folder"):
+        scan_directory(tmp_path / "b.wav")
     (tmp_path / "a.WAV").touch()
     (tmp_path / "b.json").write_text(json.dumps({"prompt": "rain falls", "label": "rain", "id": "clip/7"}))
     assert [(c.id, c.label, c.caption) for c in scan_directory(tmp_path)] == [

@@ -87,3 +87,10 @@ def test_bias_of_the_draws_is_taken_out_and_a_floor_holds() -> None:
     found = estimate(drawn, "9", floor=0.2)
     assert (found.low, found.high) == pytest.approx((0.2, 1.95))
     assert estimate(drawn[:1], "9").low is None
+
+
+def test_draws_of_one_clip_again_and_again_leave_the_interval_finite() -> None:
+    nan = torch.tensor([float("nan")]).double()
+    drawn = torch.cat([torch.tensor([5.0]), torch.linspace(4, 6, 101)]).double()
+    assert estimate(torch.cat([drawn, nan]), "4") == estimate(drawn, "4")
+    assert estimate(torch.cat([drawn[:1], nan]), "4").low is None

@@ -14,12 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from foley.accel.caching.calibration import require_calibrations
-from foley.cli.sampling_checks import check_numbers, typed_options, warn_without_effect
+from foley.cli.sampling_checks import check_numbers, check_source, typed_options, warn_without_effect
 from foley.core.components import CheckpointError
 from foley.core.config import published_name, shipped
 from foley.core.devices import resolve_device
 from foley.core.logs import get_logger, process_rank
-from foley.core.numbers import shown
 from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.editing import Edit, EditMask, Variation, read_recording
@@ -119,16 +118,8 @@ def of_request(settings: GenerationSettings, request_hash: str) -> GenerationSet
 
 def chosen_source(cfg: DictConfig) -> Edit | Variation | None:
     """The recording to start from; raises ValueError for options that do not go together."""
-    if cfg.edit is not None and cfg.init is not None:
-        raise ValueError(f"edit={cfg.edit} and init={cfg.init} exclude each other; give one of them")
-    if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
-        raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
+    check_source(cfg)
     if cfg.edit is not None:
-        if None in (cfg.mask_start_seconds, cfg.mask_length_seconds):
-            raise ValueError(
-                f"edit={cfg.edit} replaces a part of the recording: give mask_start_seconds= and mask_length_seconds= "
-                f"(now {shown(cfg.mask_start_seconds)} and {shown(cfg.mask_length_seconds)})"
-            )
         mask = EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds)
         return Edit(cfg.edit, mask, cfg.downmix)
     return None if cfg.init is None else Variation(cfg.init, cfg.strength, cfg.downmix)

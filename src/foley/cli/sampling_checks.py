@@ -8,9 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from foley.core.config import published_name
 from foley.core.logs import get_logger
-from foley.core.numbers import POSITIVE, SEED, SHARE, NumberRange
-from foley.generation.prompts import MAX_CLIPS
-from foley.generation.settings import IDLE, NUMBERS
+from foley.core.numbers import POSITIVE, SEED, SHARE, NumberRange, shown
+from foley.generation.options import IDLE, MAX_CLIPS, NUMBERS
 
 _log = get_logger(__name__)
 
@@ -40,6 +39,19 @@ def check_numbers(cfg: DictConfig) -> None:
     if cfg.duration_seconds is not None and cfg.duration_seconds > cfg.max_duration_seconds:
         raise ValueError(
             f"duration_seconds={cfg.duration_seconds} must be at most {cfg.max_duration_seconds} (max_duration_seconds)"
+        )
+
+
+def check_source(cfg: DictConfig) -> None:
+    """Raise ValueError for options of a recording to start from that do not go together, or lack one."""
+    if cfg.edit is not None and cfg.init is not None:
+        raise ValueError(f"edit={cfg.edit} and init={cfg.init} exclude each other; give one of them")
+    if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
+        raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
+    if cfg.edit is not None and None in (cfg.mask_start_seconds, cfg.mask_length_seconds):
+        raise ValueError(
+            f"edit={cfg.edit} replaces a part of the recording: give mask_start_seconds= and mask_length_seconds= "
+            f"(now {shown(cfg.mask_start_seconds)} and {shown(cfg.mask_length_seconds)})"
         )
 
 

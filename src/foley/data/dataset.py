@@ -267,7 +267,9 @@ class AudioDataset(Dataset[AudioItem]):
                 return self.load(SampleKey(candidate, epoch))
             except AudioError as error:
                 self.count_fault(candidate, error)
-        raise DataFaultError(f"none of {len(self)} clips can be used: {_listing(self._met(), len(self))}")
+        raise DataFaultError(
+            f"none of {len(self)} clips can be used; check their paths: {_listing(self._met(), len(self))}"
+        )
 
     def load(self, key: SampleKey) -> AudioItem:
         """The item at `key` itself; raises AudioError where it cannot be used."""
@@ -302,7 +304,7 @@ class AudioDataset(Dataset[AudioItem]):
 
     def _refuse_too_many(self, count: int, faults: Sequence[str]) -> None:
         if 0 < count == len(self):
-            raise DataFaultError(f"none of {count} clips can be used: {_listing(faults, count)}")
+            raise DataFaultError(f"none of {count} clips can be used; check their paths: {_listing(faults, count)}")
         if count <= max(1.0, self.max_fault_fraction * len(self)):
             return
         raise DataFaultError(

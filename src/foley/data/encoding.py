@@ -93,6 +93,11 @@ class LatentCacheWriter:
         )
 
     @property
+    def num_clips(self) -> int:
+        """That were added so far."""
+        return len(self._entries)
+
+    @property
     def _shard(self) -> str:
         return f"latents-{len(self._shard_hashes):05d}.safetensors"
 
@@ -225,6 +230,7 @@ def encode_latents(
                 _advance(progress, task, len(batch))
             notes.report()
     lossy_mixes.report()
+    _log.info("latents of %d clips are in %s: train with data.cache_dir=%s", writer.num_clips, output_dir, output_dir)
 
 
 def _check_rates(codec: LatentEncoder, datasets: Mapping[str, AudioDataset]) -> None:

@@ -9,12 +9,10 @@ from foley.core.numbers import SEED, NumberRange
 from foley.core.seeding import derive_seed
 from foley.data.ordering import evenly_spaced
 from foley.data.tables import captions_in, refuse_lines, table_rows
+from foley.generation.options import MAX_CLIPS, check_prompt_length
 
 COLUMN = "caption"
 CAPTIONS = ("all", "first", "random")
-MAX_PROMPT_CHARACTERS = 10_000
-MAX_CLIPS = 1_000_000
-"""Of one request; more are a slip of the keyboard, and would fill the memory before the first is generated."""
 _IDS = ("id", "audiocap_id")
 _PATHS = ("path", "audio_path", "file")
 _CLIPS = ("youtube_id", "file_name", "audio_path", "path")
@@ -55,12 +53,6 @@ class Clip:
     def __post_init__(self) -> None:
         check_prompt_length(self.prompt)
         SEED.check("seed", self.seed)
-
-
-def check_prompt_length(prompt: str) -> None:
-    """Raises ValueError for a prompt that no one can have meant."""
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise ValueError(f"a prompt has {len(prompt)} characters ({prompt[:40]!r}...); at most {MAX_PROMPT_CHARACTERS}")
 
 
 def as_clips(prompts: Sequence[str | Clip], seeds: Sequence[int] | None = None) -> list[Clip]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foley.core.logs import get_logger
-from foley.core.numbers import COUNT, POSITIVE, NumberRange
 from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.context import Accelerator
 from foley.diffusion.guidance import ClassifierFreeGuidance
@@ -14,29 +13,9 @@ from foley.diffusion.sampler import Progress
 from foley.diffusion.solver import CONSISTENCY, Solver, default_solver
 from foley.diffusion.windows import Windows
 from foley.generation.editing import Edit, Variation
-from foley.generation.prompts import check_prompt_length
+from foley.generation.options import IDLE, check_numbers, check_prompt_length
 
 _log = get_logger(__name__)
-
-_AUDIBLE = NumberRange(least=1e-4)
-NUMBERS = {
-    "duration_seconds": _AUDIBLE,
-    "num_steps": NumberRange(least=1, most=100_000, whole=True),
-    "batch_size": COUNT,
-    "window_seconds": _AUDIBLE,
-    "overlap_seconds": NumberRange(least=0),
-    "decode_chunk_seconds": POSITIVE,
-}
-"""What each number of `GenerationSettings` may be; those that a system or nothing may decide can be None too."""
-_NEVER_NONE = ("batch_size", "overlap_seconds")
-
-IDLE = {
-    "negative_prompt": "at guidance scale 1",
-    "guidance_rescale": "at guidance scale 1",
-    "duration_seconds": "with a recording to edit or to vary, which has a length of its own",
-    "overlap_seconds": "without window_seconds",
-}
-"""Options, and when they change nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,7 @@ class GenerationSettings:
             nothing else (`foley.generation.decoding`); None decodes all at once.
         facts: what else the JSON of each clip is to say of its settings, such as the name of the system.
 
-    Raises ValueError, which names the field, for a number outside `NUMBERS`.
+    Raises ValueError, which names the field, for a number outside `foley.generation.options.NUMBERS`.
 
     >>> settings = GenerationSettings(duration_seconds=2.0, num_steps=25)
     >>> settings.choose_solver(DiffusionProcess())
@@ -87,10 +66,7 @@ class GenerationSettings:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, numbers in NUMBERS.items():
-            value = getattr(self, name)
-            if value is not None or name in _NEVER_NONE:
-                numbers.check(name, value)
+        check_numbers(vars(self))
         check_prompt_length(self.negative_prompt)
 
     def warn_without_effect(self) -> None:

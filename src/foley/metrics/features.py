@@ -76,8 +76,10 @@ def scan_directory(directory: Path) -> list[ClipFile]:
     Without a sidecar's `id` the file's stem is the id. Hidden files are none of the set; other files that are left out
     are counted and named.
 
-    Raises FileNotFoundError where there is no audio, and ValueError for a sidecar that is none.
+    Raises FileNotFoundError where there is no folder, or no audio in it, and ValueError for a sidecar that is none.
     """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} {'is a file, not a folder' if directory.exists() else 'does not exist'}")
     files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
     paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | _OTHER_SOUND]
     if not paths:
@@ -340,7 +342,8 @@ def extract_files(
     hashes = [hash_file(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
     missing = {key: clip.path for key, clip in zip(hashes, clips, strict=True) if key not in rows}
-    _log.info("features of %d clips: %d files cached, %d to extract", len(clips), len(rows), len(missing))
+    first = f" ({clips[0].path}, ...)" if clips else ""  # tells samples and reference apart
+    _log.info("features of %d clips%s: %d files cached, %d to extract", len(clips), first, len(rows), len(missing))
     chunks = [list(missing.items())[start : start + _CHUNK_CLIPS] for start in range(0, len(missing), _CHUNK_CLIPS)]
     reasons: dict[str, str] = {}
     prepare = partial(_prepare_file, load=load, protocol=protocol)

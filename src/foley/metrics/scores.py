@@ -142,17 +142,19 @@ def estimate(values: Tensor, n: str, floor: float | None = None) -> Estimate:
 
     A distance of resampled sets is biased upwards, for they hold repeats: the bias of the distance itself, once more.
     The quantiles are therefore moved by the difference between their mean and the score, so that the interval says how
-    the score scatters at this n. It says nothing of the bias that is left in the score.
+    the score scatters at this n. It says nothing of the bias that is left in the score. Draws without a value, as of
+    one clip again and again where a score is of pairs of clips, take no part.
 
     Args:
         floor: the least value that the score can have.
     """
     value = float(values[0])
-    if len(values) == 1:
+    drawn = values[1:][values[1:].isfinite()]
+    if not len(drawn):
         return Estimate(value, None, None, n)
     tail = (1 - CONFIDENCE) / 2
-    quantiles = values[1:].quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype))
-    low, high = (quantiles - values[1:].mean() + value).tolist()
+    quantiles = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype))
+    low, high = (quantiles - drawn.mean() + value).tolist()
     return Estimate(value, low if floor is None else max(low, floor), high, n)
 
 
