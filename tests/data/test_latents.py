@@ -305,6 +305,14 @@ def test_a_damaged_index_is_named(tmp_path, content):
         LatentCacheIndex.read(tmp_path / "cache")
 
 
+@pytest.mark.parametrize("shards", [None, [], "latents"])
+def test_an_index_without_hashes_is_no_way_around_them(tmp_path, shards):
+    encode(tmp_path / "cache")
+    edit_index(tmp_path / "cache", lambda stored: stored.update(shards=shards))
+    with pytest.raises(LatentCacheError, match="`shards` must give the hash of each shard"):
+        LatentCacheIndex.read(tmp_path / "cache")
+
+
 def older_cache(folder, change=lambda tensors: tensors):
     """As version 0.1 wrote it, with other latents."""
     encode(folder)

@@ -109,6 +109,8 @@ class LatentCacheIndex:
                 stored: dict[str, Any] = dict(read_json(path, _AN_INDEX, _AGAIN))
                 if (found := stored.pop("format", None)) not in (FORMAT, _UNBOUND_FORMAT):
                     raise LatentCacheError(f"{path} is not of the format {FORMAT}; {_AGAIN}")
+                if found == FORMAT and not isinstance(stored.get("shards"), dict):
+                    raise ValueError("`shards` must give the hash of each shard")
                 entries = [LatentEntry(**entry) for entry in stored.pop("entries")]
                 index = cls(directory, **stored, entries=entries)
                 _check_index(index)
