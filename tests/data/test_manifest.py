@@ -55,13 +55,19 @@ def test_wrong_lines_are_refused_with_their_number(bad, message, tmp_path):
     [
         b"{not json",
         b'{"path": "a\xff.wav", "caption": "x"}',
-        b'{"path": "b.wav", "caption": "rain", "caption": "wind"}',
     ],
 )
 def test_bad_json_and_encoding_are_refused_with_their_number(line, tmp_path):
     path = tmp_path / "clips.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line)
     with pytest.raises(ManifestError, match="line 2: not valid UTF-8 JSON"):
+        read_manifest(path)
+
+
+def test_a_row_that_names_one_thing_twice_is_refused_with_its_number(tmp_path):
+    path = tmp_path / "clips.jsonl"
+    path.write_text(json.dumps(GOOD) + '\n{"path": "b.wav", "caption": "rain", "caption": "wind"}')
+    with pytest.raises(ManifestError, match="line 2: .*it names 'caption' twice"):
         read_manifest(path)
 
 

@@ -169,7 +169,7 @@ def test_the_codec_must_have_made_the_latents(cache: Path, tmp_path: Path, monke
 
 
 def test_diffusion_needs_latents(tmp_path: Path) -> None:
-    clips = ["data=procedural", "data.splits.sizes={train: 4}", f"paths.output_dir={tmp_path}"]
+    clips = ["data=procedural", "data.splits.sizes={train: 64}", f"paths.output_dir={tmp_path}"]
     with pytest.raises(TypeError, match="a denoiser trains on data=latents, got AudioDataModule"):
         train(config("experiment=tiny", "stage=pretrain", *clips))
 
