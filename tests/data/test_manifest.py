@@ -67,7 +67,7 @@ def test_bad_json_and_encoding_are_refused_with_their_number(line, tmp_path):
 def test_a_row_that_names_one_thing_twice_is_refused_with_its_number(tmp_path):
     path = tmp_path / "clips.jsonl"
     path.write_text(json.dumps(GOOD) + '\n{"path": "b.wav", "caption": "rain", "caption": "wind"}')
-    with pytest.raises(ManifestError, match="line 2: .*it names 'caption' twice"):
+    with pytest.raises(ManifestError, match=r"line 2: .*it names 'caption' twice"):
         read_manifest(path)
 
 
