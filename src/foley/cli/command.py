@@ -13,11 +13,10 @@ from omegaconf import DictConfig
 
 from foley.cli import errors
 from foley.cli.help import asks_for_help, chosen_config, help_page, read_page
-from foley.cli.overrides import quote_overrides
+from foley.cli.overrides import SWEEP_FLAGS, quote_overrides
 from foley.core.config import CONFIG_DIR, SHIPPED_ROOT
 
 Task = Callable[[DictConfig], Any]
-_SWEEP = ("-m", "--multirun")
 
 
 def command(
@@ -64,7 +63,7 @@ def refuse_incomplete(config_name: str, arguments: Sequence[str]) -> None:
       reference=  real clips to compare with: a folder, or a manifest (.jsonl, .csv, .tsv)
     """
     script, *typed = arguments
-    if any(argument.startswith("-") and argument not in _SWEEP for argument in typed):
+    if any(argument.startswith("-") and argument not in SWEEP_FLAGS for argument in typed):
         return
     page, given = read_page(config_name), {argument.partition("=")[0].lstrip("+") for argument in typed}
     known = {option.name.partition(".")[0] for option in [*page.options, *page.groups]}
@@ -93,7 +92,7 @@ def run_with_hydra(task: Task, config_name: str, quoted: list[str]) -> Any:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra finds a sweep's flag only in front of the options, or behind them all.
     program, *rest = quoted
-    sys.argv = [program, *sorted(rest, key=lambda word: word not in ("-m", "--multirun"))]
+    sys.argv = [program, *sorted(rest, key=lambda word: word not in SWEEP_FLAGS)]
     try:
         return hydra.main(version_base="1.3", config_path=str(CONFIG_DIR / folder), config_name=name)(run)()
     finally:

@@ -15,6 +15,9 @@ from hydra.errors import OverrideParseException
 
 from foley.core.config import CONFIG_DIR
 
+SWEEP_FLAGS = ("-m", "--multirun")
+"""By which Hydra is asked for a sweep."""
+
 _OPTION = re.compile(r"\+{0,2}[\w./@][\w./@:-]*")
 _CAPTIONS = "prompt|negative_prompt|title|more"
 # By the last word of their names, wherever they lie ...
@@ -46,7 +49,7 @@ def quote_overrides(arguments: Sequence[str]) -> list[str]:
     >>> quote_overrides(["prompt=rain, then a dog's bark", "seed=1", "logger=null"])
     ["prompt='rain, then a dog\\\\'s bark'", 'seed=1', '~logger']
     """
-    sweeps = any(argument in ("-m", "--multirun") for argument in arguments)
+    sweeps = any(argument in SWEEP_FLAGS for argument in arguments)
     return [_quoted(argument, sweeps) for argument in map(_left_out, arguments) if argument is not None]
 
 

@@ -322,16 +322,18 @@ def _require_same_meaning(
     gap = normaliser_gap(checkpoint["state_dict"], module.state_dict())
     if gap > _LARGEST_GAP:
         found.append(("normaliser", "its statistics", f"statistics of the data that are {gap:.1f} deviations away"))
+    refused = []
     for key, before, now in found:
         if any(f"{key}.".startswith(f"{name}.") for name in allow):
             _log.warning("warm start: %s is %s in %s, and %s in this run, as ckpt_allow has it", key, before, path, now)
-    refused = [item for item in found if not any(f"{item[0]}.".startswith(f"{name}.") for name in allow)]
+        else:
+            refused.append((key, before, now))
     if refused:
         lines = [f"  {key}: {before} in the checkpoint, {now} in this run" for key, before, now in refused]
         raise CheckpointError(
             "\n".join([f"the weights of ckpt={path} mean another thing in this run:", *lines])
             + "\nSet these as in the earlier run, or, where the change is intended, "
-            + f"ckpt_allow=[{','.join(dict.fromkeys(item[0] for item in refused))}]"
+            + f"ckpt_allow=[{','.join(dict.fromkeys(key for key, _, _ in refused))}]"
         )
 
 
