@@ -1,0 +1,90 @@
+"""Parts of large files by their offset, from a disk or any fsspec URL.
+
+Mapping a file into memory reads ahead around every access: in random order most of what a cold disk gives is thrown
+away. Here a read asks for its bytes alone.
+"""
+
+import os
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+_MOST_OPEN = 64
+
+
+class RangeReader:
+    """Reads parts of the files of one folder; files stay open between reads, the most recently used ones.
+
+    Handles are of one process: a forked or spawned loader process opens its own.
+
+    Args:
+        url: the folder, a path or an fsspec URL.
+
+    >>> import tempfile; from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "numbers").write_bytes(bytes(range(100)))
+    ...     bytes(RangeReader(folder).read("numbers", 40, 3))
+    b'()*'
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._open: OrderedDict[str, int] = OrderedDict()  # handles, the least recently used first
+        self._process = os.getpid()
+
+    def read(self, name: str, offset: int, size: int) -> bytearray:
+        """`size` bytes of the file `name` from `offset`; raises EOFError where it ends early, and OSError."""
+        filesystem, root = filesystem_of(self.url, os.getpid())
+        if isinstance(filesystem, LocalFileSystem):
+            content = self._read_local(f"{root}/{name}", offset, size)
+        else:
+            content = bytearray(filesystem.cat_file(f"{root}/{name}", offset, offset + size))
+        if len(content) < size:
+            raise EOFError(f"{self.url}/{name} ends early: {len(content)} of {size} bytes from {offset}")
+        return content
+
+    def close(self) -> None:
+        """Close the files of this process."""
+        while self._open and self._process == os.getpid():
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["url"])  # type: ignore[misc]
+
+    def _read_local(self, path: str, offset: int, size: int) -> bytearray:
+        content, done = bytearray(size), 0
+        while count := os.preadv(self._handle(path), [memoryview(content)[done:]], offset + done):
+            done += count
+        return content[:done]
+
+    def _handle(self, path: str) -> int:
+        if self._process != os.getpid():  # inherited handles work, but closing them is their owner's
+            self._open, self._process = OrderedDict(), os.getpid()
+        if path not in self._open:
+            handle = os.open(path, os.O_RDONLY)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+            self._open[path] = handle
+            if len(self._open) > _MOST_OPEN:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(path)
+        return self._open[path]
+
+
+@lru_cache(maxsize=8)
+def filesystem_of(url: str, process: int) -> tuple[Any, str]:
+    """The file system of `url`, and its path there, for this process alone (`os.getpid()`).
+
+    Remote file systems run threads, which a forked loader process does not inherit.
+    """
+    filesystem, root = fsspec.core.url_to_fs(url)
+    return filesystem, root
