@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from foley.core.components import (
@@ -13,7 +14,10 @@ from foley.core.components import (
     build_component,
     check_targets,
     current_config,
+    describe_pickle,
+    filled,
     read_config,
+    read_pickle,
 )
 from foley.core.config import PROJECT_ROOT
 from foley.core.files import DiskFullError, atomic_write
@@ -94,3 +98,34 @@ def test_configs_of_older_weights_name_classes_where_they_are_now() -> None:
 @pytest.mark.parametrize(("old", "new"), MOVED_MODULES.items())
 def test_every_moved_module_is_where_it_is_said_to_be(old: str, new: str) -> None:
     assert importlib.util.find_spec(new) is not None, f"{old} has moved on from {new}"
+
+
+def test_of_a_checkpoint_only_what_is_wanted_is_read(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3)
+    state = {"turned": weight.T, "part": weight[1:3], "half": torch.ones(2).bfloat16(), "none": torch.empty(0, 2)}
+    torch.save({"state_dict": state, "optimizer_states": [{"step": torch.tensor(7.0)}], "epoch": 3}, tmp_path / "run")
+    described = describe_pickle(tmp_path / "run")
+    assert described["epoch"] == 3
+    assert [described["state_dict"][name].shape for name in state] == [value.shape for value in state.values()]
+    read = filled(described["state_dict"], tmp_path / "run")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in state.items())
+    read["turned"][0, 1] = 5
+    assert read["part"][0, 0] == 5  # what shared memory goes on sharing it
+    assert filled({"own": weight}, tmp_path / "run")["own"] is weight
+    assert filled(described["optimizer_states"], tmp_path / "run") == [{"step": torch.tensor(7.0)}]
+
+
+def test_a_checkpoint_that_becomes_shorter_is_an_error_and_no_end_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    torch.save({"weight": torch.randn(1000)}, path)
+    described = describe_pickle(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match="run ends early"):
+        filled(described, path)
+
+
+def test_a_file_of_the_old_format_is_read_whole(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "old", _use_new_zipfile_serialization=False)
+    assert torch.equal(describe_pickle(tmp_path / "old")["weight"], torch.ones(3))
+    assert torch.equal(read_pickle(tmp_path / "old")["weight"], torch.ones(3))

@@ -15,7 +15,8 @@ from foley.data.manifest import ManifestEntry
 from foley.data.shards_writer import write_shards
 from foley.data.splits import shard_splits
 from foley.system.checkpoint import FOLEY_KEY
-from foley.training.callbacks.checkpointing import AtomicCheckpointIO, PeriodicCheckpoint
+from foley.training.callbacks.checkpointing import PeriodicCheckpoint
+from foley.training.checkpoint_io import AtomicCheckpointIO
 
 RATE = 8000
 TRAIN, VAL = 45, 7

@@ -1,5 +1,6 @@
 """Small stand-ins with the interfaces of the real parts, and a complete run of them; also run as a script."""
 
+import csv
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +17,11 @@ from foley.data.resumable import ResumableDataModule
 from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
 from foley.models.dit.masking import SpanMask
-from foley.training.callbacks.checkpointing import AtomicCheckpointIO, BestCheckpoint, PeriodicCheckpoint
+from foley.training.callbacks.checkpointing import BestCheckpoint, PeriodicCheckpoint
 from foley.training.callbacks.ema import ExponentialMovingAverage
 from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.callbacks.non_finite import NonFiniteGuard
+from foley.training.checkpoint_io import AtomicCheckpointIO
 from foley.training.diffusion import DiffusionTraining
 from foley.training.optim import cosine_schedule
 
@@ -155,6 +157,13 @@ def build_trainer(
         ],
         **options,
     )
+
+
+def metrics(folder: Path) -> list[tuple[str, str, str]]:
+    """Losses of training and validation with their steps, in the order of the steps."""
+    rows = csv.DictReader((folder / "metrics.csv").open())
+    losses = [(int(row["step"]), name, row.get(name)) for row in rows for name in ("train/loss", "val/loss")]
+    return sorted(loss for loss in losses if loss[2])
 
 
 def run(folder: Path, max_steps: int, ckpt_path: Path | None = None, module=None, data=None, callbacks=(), **options):

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from small_system import CONFIGS, training_checkpoint
 
-from foley.core.components import CheckpointError, save_component
+from foley.core.components import CheckpointError, filled, save_component
 from foley.core.config import PROJECT_ROOT, published_config
 from foley.core.hashing import hash_module
 from foley.core.hub import Hub
@@ -58,7 +58,7 @@ def test_a_system_is_loaded_from_each(system, folder, kind):
 def test_a_run_starts_from_each(system, folder, kind):
     codec_hash = hash_module(system.modules["codec"])
     saved = read_weights(str(folder / kind), CONFIGS, codec_hash)
-    state = saved["state_dict"]
+    state = filled(saved["state_dict"], saved["path"])
     for key, value in system.modules["denoiser"].state_dict().items():
         assert torch.equal(state[f"denoiser.{key}"], value)
     assert saved["foley"]["components"]["denoiser"] == CONFIGS["denoiser"]

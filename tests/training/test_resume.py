@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 import training_parts
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from training_parts import TinyData, build_module, run
+from training_parts import TinyData, build_module, metrics, run
 
 from foley.core.components import CheckpointError
 from foley.system.checkpoint import read_training_checkpoint
@@ -154,13 +154,6 @@ class PressCtrlC(pl.Callback):
         if trainer.global_step == self.step:
             for _ in range(self.times):
                 signal.raise_signal(signal.SIGINT)
-
-
-def metrics(folder: Path) -> list[tuple[str, str, str]]:
-    """Losses of training and validation with their steps, in the order of the steps."""
-    rows = csv.DictReader((folder / "metrics.csv").open())
-    losses = [(int(row["step"]), name, row.get(name)) for row in rows for name in ("train/loss", "val/loss")]
-    return sorted(loss for loss in losses if loss[2])
 
 
 @pytest.mark.parametrize("step", [3, 4, 6])

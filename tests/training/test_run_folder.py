@@ -19,7 +19,8 @@ from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.core.locks import LOCK_FILE, FolderInUseError, only_writer
 from foley.training import run as training
-from foley.training.callbacks.checkpointing import TrainingInterrupted, point_to
+from foley.training.callbacks.checkpointing import TrainingInterrupted
+from foley.training.checkpoint_io import point_to
 from foley.training.run_folder import (
     STATUS_FILE,
     RunExistsError,

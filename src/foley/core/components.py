@@ -19,8 +19,10 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from foley.core.files import read_tensors, write_json, write_tensors
+from foley.core.ranges import RangeReader
 from foley.core.reading import read_json, reading
 
 ALLOWED_PACKAGES = (
@@ -270,10 +272,65 @@ def read_pickle(path: Path, mmap: bool = False) -> Any:
     """What `torch.save` wrote, read without unpickling code; raises CheckpointError where that is not possible.
 
     Args:
-        mmap: leave tensors on disk until they are used, where the format allows it.
+        mmap: leave tensors on disk until they are used, where the format allows it. For files that nobody writes to:
+            one that is overwritten in place ends the process that has it mapped.
     """
+    return _load(path, mmap=mmap and zipfile.is_zipfile(path))
+
+
+def describe_pickle(path: Path) -> Any:
+    """As `read_pickle`, with tensors that have shapes and types but no values: `filled` reads those that are wanted.
+
+    A training checkpoint is several times the weights that most of its readers want. One of an old format, which says
+    nothing of where a tensor lies, is read whole.
+    """
+    if not zipfile.is_zipfile(path):
+        return read_pickle(path)
+    with FakeTensorMode():
+        return _load(path)
+
+
+def filled(value: Any, path: Path | None) -> Any:
+    """`value`, of what `describe_pickle` gave of `path`, with the values of its tensors; what has values keeps them.
+
+    Raises CheckpointError where the file has become shorter.
+    """
+    if path is None:
+        return value
+    return _filled(value, _Storages(path))
+
+
+class _Storages(dict[int, torch.UntypedStorage]):
+    """What tensors keep their values in, by where it begins in the file; tensors that share one go on sharing it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._reader = path, RangeReader(str(path.parent))
+
+    def read(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        offset = int(storage._checkpoint_offset or 0)  # known to PyTorch alone
+        if offset not in self:
+            try:
+                content = self._reader.read(self._path.name, offset, storage.nbytes())
+            except EOFError as error:
+                raise CheckpointError(f"{error}: it has become shorter while it was read; read it again") from error
+            self[offset] = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
+        return self[offset]
+
+
+def _filled(value: Any, storages: _Storages) -> Any:
+    if isinstance(value, FakeTensor):
+        place = value.storage_offset(), value.shape, value.stride()
+        storage = storages.read(value.untyped_storage()) if value.numel() else torch.UntypedStorage(0)
+        return torch.empty(0, dtype=value.dtype).set_(storage, *place)  # type: ignore[call-overload]
+    if isinstance(value, Mapping):
+        return {name: _filled(entry, storages) for name, entry in value.items()}
+    return [_filled(entry, storages) for entry in value] if isinstance(value, list) else value
+
+
+def _load(path: Path, **options: Any) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except _UNREADABLE as error:

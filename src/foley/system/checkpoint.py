@@ -5,7 +5,7 @@ system, or of a component (a converted published file is one), or the name of a 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from foley.core.components import (
     WEIGHTS_FILE,
     CheckpointError,
     current_config,
+    describe_pickle,
+    filled,
     load_component,
     load_state,
     read_config,
@@ -111,10 +113,14 @@ def locate_source(noted: str) -> str | Path:
     return path if path.exists() else published_source(noted) or path
 
 
-def read_training_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint, read as `read_pickle` does; raises CheckpointError."""
+def read_training_checkpoint(path: Path, read: Callable[[Path], Any] = read_pickle) -> dict[str, Any]:
+    """A Lightning checkpoint; raises CheckpointError.
+
+    Args:
+        read: `describe_pickle` leaves the values of tensors on disk, which `filled` reads.
+    """
     with reading(path, "a training checkpoint", "give another one"):
-        checkpoint: dict[str, Any] = dict(read_pickle(path))
+        checkpoint: dict[str, Any] = dict(read(path))
         if FOLEY_KEY not in checkpoint:
             raise CheckpointError(
                 f"{path} was not written by foley: it has no `{FOLEY_KEY}` entry; "
@@ -124,16 +130,21 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def component_from_training(checkpoint: Mapping[str, Any], name: str, source: str) -> Any:
-    """Component `name` of a training checkpoint that has been read already; in eval mode."""
-    module = rebuild_component(_config_of(checkpoint, name, source), source)
+def describe_training_checkpoint(path: Path) -> dict[str, Any]:
+    """A Lightning checkpoint whose tensors have no values yet, see `describe_pickle`; raises CheckpointError."""
+    return read_training_checkpoint(path, describe_pickle)
+
+
+def component_from_training(checkpoint: Mapping[str, Any], name: str, source: Path) -> Any:
+    """Component `name` of the training checkpoint `source` that has been read or described already; in eval mode."""
+    module = rebuild_component(_config_of(checkpoint, name, source), str(source))
     prefix = f"{name}."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    load_state(module, state, f"{source} [{name}]")
+    load_state(module, filled(state, source), f"{source} [{name}]")
     return module.eval()
 
 
-def _config_of(checkpoint: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+def _config_of(checkpoint: Mapping[str, Any], name: str, source: Path) -> dict[str, Any]:
     components: dict[str, dict[str, Any]] = checkpoint[FOLEY_KEY].get("components", {})
     if name not in components:
         raise CheckpointError(f"{source} holds no component {name!r}, only {sorted(components)}")
@@ -150,7 +161,7 @@ def load_trained(source: str | Path, name: str) -> Any:
     path = find_weights(source, name, "codec_path=" if name == "codec" else "")
     if path.is_dir():
         return load_component(path)
-    return component_from_training(read_training_checkpoint(path), name, str(path))
+    return component_from_training(describe_training_checkpoint(path), name, path)
 
 
 def _published_component(published: str, name: str) -> Any:
@@ -168,4 +179,4 @@ def trained_config(source: str | Path, name: str) -> dict[str, Any]:
     if (published := published_source(source)) is not None:
         return dict(published_loader(published).configs[name])
     path = find_weights(source, name)
-    return read_config(path) if path.is_dir() else _config_of(read_training_checkpoint(path), name, str(path))
+    return read_config(path) if path.is_dir() else _config_of(describe_training_checkpoint(path), name, path)

@@ -46,12 +46,12 @@ from foley.system.checkpoint import (
     FOLEY_KEY,
     SYSTEM_FILE,
     component_from_training,
+    describe_training_checkpoint,
     find_weights,
     load_trained,
     locate_source,
     published_loader,
     published_source,
-    read_training_checkpoint,
     system_parts,
     trained_config,
 )
@@ -161,11 +161,13 @@ def codec_hashes(source: str | Path) -> set[str]:
     path = find_weights(source)
     if path.is_dir():
         return {_read_info(path)["codec_hash"], hash_module(load_component(system_parts(path)["codec"]))}
-    return {read_training_checkpoint(path)[FOLEY_KEY].get("codec_hash")} - {None}
+    return {describe_training_checkpoint(path)[FOLEY_KEY].get("codec_hash")} - {None}
 
 
 def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec_hash: str | None) -> dict[str, Any]:
     """What `ckpt=` starts a run from, in the form of a training checkpoint: `state_dict`, and what `FOLEY_KEY` says.
+
+    Of a training checkpoint the tensors have no values yet: `filled` reads them from its `path`, which is else None.
 
     Args:
         source: anything that `find_weights` takes, or a published name.
@@ -177,7 +179,7 @@ def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec
     if published_source(source) is None:
         path = find_weights(source, option="ckpt=")
         if not path.is_dir():
-            return read_training_checkpoint(path)
+            return {**describe_training_checkpoint(path), "path": path}
         if not (path / SYSTEM_FILE).is_file():
             name, config = _own_name(path, own)
             return _as_checkpoint({name: load_component(path)}, {name: config})
@@ -191,7 +193,8 @@ def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec
 
 def _as_checkpoint(modules: Mapping[str, nn.Module], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    return {"state_dict": state, FOLEY_KEY: {"components": {name: dict(config) for name, config in configs.items()}}}
+    described = {"components": {name: dict(config) for name, config in configs.items()}}
+    return {"state_dict": state, FOLEY_KEY: described, "path": None}
 
 
 def _own_name(path: Path, own: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
@@ -353,18 +356,18 @@ def _check_files(file: Path, info: Mapping[str, Any], parts: Mapping[str, Path])
 
 
 def _load_training(path: Path, with_codec: bool, codec_path: str | Path | None) -> System:
-    checkpoint = read_training_checkpoint(path)
+    checkpoint = describe_training_checkpoint(path)
     metadata = checkpoint[FOLEY_KEY]
     configs = dict(metadata["components"])
     absent = [name for name in ("denoiser", "normaliser", "text", "process") if configs.get(name) is None]
     if absent:
         raise CheckpointError(f"{path} is no text-to-audio model: it holds no {', '.join(absent)}")
     codec = _load_codec(metadata, path, codec_path) if with_codec else None  # before the text encoder, which is slow
-    modules = {name: component_from_training(checkpoint, name, str(path)) for name in ("denoiser", "normaliser")}
+    modules = {name: component_from_training(checkpoint, name, path) for name in ("denoiser", "normaliser")}
     if isinstance(modules["denoiser"], AdaptedDenoiser):
         modules["denoiser"], configs["denoiser"] = modules["denoiser"].folded(), configs["denoiser"]["denoiser"]
     if any(key.startswith("text.") for key in checkpoint["state_dict"]):
-        modules["text"] = component_from_training(checkpoint, "text", str(path))
+        modules["text"] = component_from_training(checkpoint, "text", path)
     else:
         modules["text"] = rebuild_component(configs["text"], str(path)).eval()
     if codec is not None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from foley.core.components import ALLOWED_PACKAGES, CheckpointError, compare_states, read_pickle
+from foley.core.components import ALLOWED_PACKAGES, CheckpointError, compare_states, filled, read_pickle
 from foley.core.config import relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
@@ -24,9 +25,10 @@ from foley.models.codec.normaliser import require_channels
 from foley.system.checkpoint import FOLEY_KEY, load_trained, noted_source
 from foley.system.system import read_weights
 from foley.training.base import FoleyModule
-from foley.training.callbacks.checkpointing import AtomicCheckpointIO, TrainingInterrupted
+from foley.training.callbacks.checkpointing import TrainingInterrupted
 from foley.training.callbacks.monitoring import AppendingCSVLogger, ParameterCounts
 from foley.training.callbacks.non_finite import NonFiniteLossError
+from foley.training.checkpoint_io import AtomicCheckpointIO
 from foley.training.requirements import is_synthetic, refuse_missing
 from foley.training.run_folder import ending, find_checkpoint, resume_command, run_folder
 from foley.training.settings import (
@@ -227,8 +229,10 @@ def _build_trainer(cfg: DictConfig) -> pl.Trainer:
     )
     if cfg.trainer.get("enable_model_summary", True):
         callbacks.append(ParameterCounts())
+    # A logger that uploads every checkpoint at once must find it.
+    saving = AtomicCheckpointIO(background=all(getattr(logger, "_log_model", False) != "all" for logger in loggers))
     trainer: pl.Trainer = instantiate(
-        cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[AtomicCheckpointIO()], _convert_="all"
+        cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[saving], _convert_="all"
     )
     return trainer
 
@@ -301,7 +305,9 @@ def warm_start(module: FoleyModule, path: str | Path, allow: Sequence[str] = ())
             + ". Choose the model config of the earlier run."
         )
     _require_same_meaning(path, checkpoint, module, states.common, allow)
-    module.load_state_dict({key: saved[key] for key in states.common}, strict=False)  # the rest is reported below
+    with torch.no_grad():
+        for key in states.common:  # one after the other: every process of a node does this
+            own[key].copy_(filled(saved[key], checkpoint["path"]))
     report = WarmStartReport(tuple(states.common), tuple(states.missing), tuple(states.unexpected))
     _log.info("warm start from %s: %d tensors loaded", path, len(report.loaded))
     for kind, keys in (("new (initial values kept)", report.new), ("dropped", report.dropped)):
@@ -319,7 +325,8 @@ def _require_same_meaning(
     codecs = described.get("codec_hash"), own.get("codec_hash")
     if all(codecs) and codecs[0] != codecs[1]:
         found.append(("codec", f"latents of codec {codecs[0]}", f"those of codec {codecs[1]}"))
-    gap = normaliser_gap(checkpoint["state_dict"], module.state_dict())
+    statistics = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith("normaliser.")}
+    gap = normaliser_gap(filled(statistics, checkpoint["path"]), module.state_dict())
     if gap > _LARGEST_GAP:
         found.append(("normaliser", "its statistics", f"statistics of the data that are {gap:.1f} deviations away"))
     refused = []

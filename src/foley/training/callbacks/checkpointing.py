@@ -1,22 +1,17 @@
-"""Checkpoints: written whole or not at all, at steps, at the best value and on pre-emption."""
+"""When checkpoints are saved: at steps, at the best value and on pre-emption."""
 
-import os
-import shutil
 import signal
 import threading
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
-import torch
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from foley.core.components import CheckpointError
-from foley.core.files import atomic_write, replacing
 from foley.core.logs import get_logger
-from foley.system.checkpoint import read_training_checkpoint
+from foley.training.checkpoint_io import AtomicCheckpointIO, point_to, stand_for
 
 _log = get_logger(__name__)
 
@@ -26,34 +21,6 @@ class TrainingInterrupted(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(130)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes and renames; reads with `weights_only`.
-
-    A process killed while saving leaves the previous checkpoint, and a hidden file that nothing reads and that the
-    next save of the same name removes.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save; raises CheckpointError where the disk refuses, with the old file intact and nothing left behind."""
-        target = Path(path)
-        for stale in target.parent.glob(f".{target.name}.*"):
-            stale.unlink(missing_ok=True)
-        try:
-            atomic_write(target, lambda temporary: torch.save(checkpoint, temporary))
-        except (OSError, RuntimeError) as error:
-            free_mib = shutil.disk_usage(target.parent).free >> 20
-            raise CheckpointError(
-                f"could not write the checkpoint {target}: {error} ({free_mib} MiB free there). "
-                "The previous checkpoint is intact; free some space and resume with ckpt_path=auto."
-            ) from error
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load onto the CPU whatever `weights_only` says; raises CheckpointError for a file that needs unpickling."""
-        return read_training_checkpoint(Path(path))
 
 
 class PeriodicCheckpoint(ModelCheckpoint):
@@ -84,6 +51,16 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self._interrupt_asked = False
         self.interrupted = False
         """Whether Ctrl-C ends the run."""
+
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        return self._last_global_step_saved
+
+    @property
+    def file(self) -> Path:
+        """The newest checkpoint."""
+        return Path(self._last_checkpoint_saved)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the next epoch where the checkpoint was of an epoch's last batch.
@@ -122,6 +99,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The weights that a finished run ends with are always on disk."""
         self._save_now(trainer)
+        _io_of(trainer).wait()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -183,6 +161,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
         if trainer.strategy.reduce_boolean_decision(self._requeue_asked, all=False):
             self._requeue_asked = False
             self._save_now(trainer)
+            _io_of(trainer).wait()  # the handler ends the process
             self._requeue(signal.SIGUSR2, None)
 
     def _save_now(self, trainer: pl.Trainer, again: bool = False) -> None:
@@ -196,25 +175,18 @@ class PeriodicCheckpoint(ModelCheckpoint):
         """Save, then point `last.ckpt` there by a rename; the parent removes the older file only after that."""
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            point_to(Path(filepath).with_name("last.ckpt"), Path(filepath))
+            _io_of(trainer).later(partial(point_to, Path(filepath).with_name("last.ckpt"), Path(filepath)))
         trainer.strategy.barrier()
 
 
-def point_to(link: Path, target: Path) -> None:
-    """Let `link` become the file `target` beside it, at once: by a symbolic link, or a copy where there are none."""
-    temporary = link.with_name(f".{link.name}.link")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.symlink(target.name, temporary)
-    except (OSError, NotImplementedError):  # exFAT, some network file systems, Windows without the right
-        with replacing(link) as copy:
-            shutil.copyfile(target, copy)
-    else:
-        temporary.replace(link)
+def _io_of(trainer: pl.Trainer) -> AtomicCheckpointIO:
+    return cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io)
 
 
 class BestCheckpoint(ModelCheckpoint):
     """`best.ckpt`: the validated weights with the lowest `monitor`.
+
+    Where a periodic checkpoint of the same step has been saved it is that one under another name, and costs nothing.
 
     Args:
         dirpath: folder of the checkpoint.
@@ -225,3 +197,13 @@ class BestCheckpoint(ModelCheckpoint):
         super().__init__(
             dirpath=dirpath, filename="best", monitor=monitor, save_top_k=1, mode="min", enable_version_counter=False
         )
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        saved = next((one for one in trainer.checkpoint_callbacks if isinstance(one, PeriodicCheckpoint)), None)
+        if saved is None or saved.step != trainer.global_step:
+            super()._save_checkpoint(trainer, filepath)
+            return
+        if trainer.is_global_zero:
+            _io_of(trainer).later(partial(stand_for, Path(filepath), saved.file))
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        trainer.strategy.barrier()
