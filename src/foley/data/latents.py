@@ -140,7 +140,7 @@ class LatentCacheIndex:
     @classmethod
     def _of(cls, url: str, stored: Mapping[str, Any]) -> "LatentCacheIndex":
         if (found := stored.get("format")) != FORMAT:
-            mend = f"foley convert-latents from={url} output_dir=FOLDER makes one of it"
+            mend = f"foley convert-latents cache_dir={url} output_dir=FOLDER makes one of it"
             mend = mend if found in OLD_FORMATS else AGAIN
             raise LatentCacheError(f"{url}/{INDEX_FILE} is not of the format {FORMAT}; {mend}")
         layout = LatentLayout.of(stored)
