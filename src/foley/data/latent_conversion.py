@@ -89,6 +89,8 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], list[LatentEntry]]:
             if found == _BOUND and not isinstance(stored.get("shards"), dict):
                 raise ValueError("`shards` must give the hash of each shard")
             entries = [LatentEntry(**entry) for entry in stored.pop("entries")]
+            if not entries:
+                raise ValueError("there are no clips")
             for entry in entries:
                 _require_possible(entry)
     except DamagedFileError as error:
