@@ -1,7 +1,6 @@
 """Clips per second out of shards against the same files on the local disk, in turns; and what bucketing saves."""
 
 import json
-import os
 import sys
 import tarfile
 import time
@@ -18,7 +17,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from foley.cli.command import command
-from foley.core.files import write_json
+from foley.core.files import drop_from_cache, write_json
 from foley.data.dataset import AudioCollate, AudioDataset, AudioSource
 from foley.data.manifest import ManifestEntry, read_manifest
 from foley.data.ordering import LengthBuckets, ResumableSampler, evenly_spaced, padding_fraction
@@ -39,16 +38,6 @@ def unpack(folder: Path, entries: list[ManifestEntry]) -> list[ManifestEntry]:
     return [replace(entry, path=folder / f"{number:09d}.flac") for number, entry in enumerate(entries)]
 
 
-def forget(folder: Path) -> None:
-    """Drop the pages of all files below `folder` from the system's cache, so that they are read from the disk."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            handle = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
-
-
 def epoch_seconds(source: AudioSource, cfg: DictConfig, epoch: int) -> tuple[float, float]:
     """By the clock and of this processor, to load every clip once, shuffled, in batches."""
     dataset = AudioDataset(source, round(cfg.duration_seconds * source.sample_rate_hz))
@@ -65,7 +54,7 @@ def epoch_seconds(source: AudioSource, cfg: DictConfig, epoch: int) -> tuple[flo
 
 
 def compare(
-    sources: Mapping[str, AudioSource], cfg: DictConfig, before: Callable[[], None]
+    sources: Mapping[str, AudioSource], cfg: DictConfig, before: Callable[[], object]
 ) -> tuple[dict[str, Any], list[dict[str, tuple[float, float]]]]:
     """Medians over rounds in which the sources take turns, their order reversed in every second round."""
     rounds: list[dict[str, tuple[float, float]]] = []
@@ -124,7 +113,7 @@ def main(cfg: DictConfig) -> None:
             epoch_seconds(source, cfg, 0)  # warms up
         warm, warm_rounds = compare(sources, cfg, lambda: None)
         on_disk = {name: sources[name] for name in (FILES, SHARDS)}
-        cold, cold_rounds = compare(on_disk, cfg, lambda: forget(folder))
+        cold, cold_rounds = compare(on_disk, cfg, lambda: drop_from_cache(folder))
         result = {
             "clips": len(flat),
             "hours": float(seconds.sum()) / 3600,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import compose_command
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_repository import ConfigRepository
 from hydra.plugins.config_source import ConfigResult
@@ -106,3 +107,33 @@ def test_what_an_experiment_sets_of_its_schedule_any_schedule_takes() -> None:
 def test_a_codec_ends_at_a_lower_rate_than_a_denoiser() -> None:
     ratios = [config(f"experiment={name}").lr_schedule.final_ratio for name in ("tiny_vae", "tiny")]
     assert ratios == [0.02, 0.05]
+
+
+RUNS_ON_GPUS = {
+    "ezaudio_xl": 4,
+    "audiolcm": 4,
+    "audiolcm_teacher": 4,
+    "audiolcm_mel_vae": 8,
+    "waveform_vae": 8,
+    "bigvgan": 8,
+}
+
+
+def loads_by(cfg: DictConfig) -> tuple[int, bool]:
+    return cfg.data.num_workers, cfg.data.pin_memory
+
+
+@pytest.mark.parametrize("experiment", RUNS_ON_GPUS)
+def test_on_gpus_loader_processes_read_into_pinned_memory(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainers = [[], ["trainer=gpu"], ["trainer=ddp"], ["trainer=fsdp"]]
+    assert {loads_by(config(f"experiment={experiment}", *trainer)) for trainer in trainers} == {(0, False)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpus = {loads_by(config(f"experiment={experiment}", *trainer)) for trainer in trainers}
+    assert on_gpus == {(RUNS_ON_GPUS[experiment], True)}
+    assert loads_by(config(f"experiment={experiment}", "trainer=cpu")) == (0, False)
+    assert loads_by(config(f"experiment={experiment}", "trainer=gpu", "data.num_workers=2"))[0] == 2
+
+
+def test_a_command_without_a_trainer_loads_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loads_by(compose_command("script/encode_latents", "codec_path=x")) == (0, False)

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
+from torch import Tensor
 
 from foley.core.files import write_tensors
+from foley.core.ranges import RangeReader, TensorHeader
 from foley.core.reading import reading
 
 
@@ -71,11 +73,7 @@ class Texts(Sequence[str]):
 
     def take(self, rows: NDArray[np.integer[Any]]) -> "Texts":
         """Those at `rows [K]`, in that order."""
-        starts, lengths = self.starts[rows], (self.ends - self.starts)[rows]
-        ends = lengths.cumsum()
-        # Where each byte of the result lies: a running count, moved from its own start to the text's.
-        total = int(ends[-1]) if len(ends) else 0
-        places = np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
+        places, ends = _taken(self.ends, rows)
         return Texts(self.utf8[places], ends)
 
     def start_with(self, beginning: str) -> NDArray[np.bool_]:
@@ -92,7 +90,7 @@ class Texts(Sequence[str]):
     @property
     def starts(self) -> NDArray[np.int64]:
         """Where each begins `[N]`."""
-        return np.concatenate([np.zeros(min(1, len(self.ends)), np.int64), self.ends[:-1]])
+        return _starts(self.ends)
 
     def _start(self, row: int) -> int:
         return int(self.ends[row - 1]) if row else 0
@@ -117,6 +115,18 @@ class TextLists(Sequence[tuple[str, ...]]):
         lengths = np.fromiter(map(len, known), np.int64, len(known))
         return cls(Texts.of(chain.from_iterable(known)), lengths.cumsum())
 
+    @classmethod
+    def join(cls, parts: Sequence["TextLists"]) -> "TextLists":
+        """One after the other."""
+        before = np.cumsum([0, *(len(part.texts) for part in parts)])
+        counts = [part.counts + start for part, start in zip(parts, before, strict=False)]
+        return cls(Texts.join([part.texts for part in parts]), np.concatenate([np.empty(0, np.int64), *counts]))
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> "TextLists":
+        """Those at `rows [K]`, in that order."""
+        places, counts = _taken(self.counts, rows)
+        return TextLists(self.texts.take(places), counts)
+
     def __len__(self) -> int:
         return len(self.counts)
 
@@ -131,6 +141,22 @@ class TextLists(Sequence[tuple[str, ...]]):
         return tuple(self.texts[int(self.counts[row - 1]) if row else 0 : int(self.counts[row])])
 
 
+def _starts(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(min(1, len(ends)), np.int64), ends[:-1]])
+
+
+def _taken(ends: NDArray[np.int64], rows: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places of what belongs to `rows`, of rows that end at `ends`, one row after the other; and where each then ends.
+
+    The places are a running count, moved from each row's own start to where it began.
+    """
+    starts = _starts(ends)
+    lengths = (ends - starts)[rows]
+    new_ends = lengths.cumsum()
+    total = int(new_ends[-1]) if len(new_ends) else 0
+    return np.arange(total) + np.repeat(starts[rows] - (new_ends - lengths), lengths), new_ends
+
+
 Column = NDArray[Any] | Texts | TextLists
 """Numbers, texts or lists of texts, a row each."""
 
@@ -140,10 +166,14 @@ def write_columns(path: Path, columns: Mapping[str, Column], metadata: Mapping[s
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{path}: the columns have {lengths} rows, which must be equal")
+    write_tensors(path, column_tensors(columns), dict(metadata or {}))
+
+
+def column_tensors(columns: Mapping[str, Column]) -> dict[str, Tensor]:
+    """The tensors that hold a table, by their names in its file."""
     arrays = {key: array for name, column in columns.items() for key, array in _arrays(name, column).items()}
     # Copies where an array is mapped: read-only memory is no tensor.
-    tensors = {key: torch.from_numpy(np.require(array, requirements=["C", "W"])) for key, array in arrays.items()}
-    write_tensors(path, tensors, dict(metadata or {}))
+    return {key: torch.from_numpy(np.require(array, requirements=["C", "W"])) for key, array in arrays.items()}
 
 
 def _arrays(name: str, column: Column) -> dict[str, NDArray[Any]]:
@@ -162,14 +192,28 @@ class Columns:
     """
 
     def __init__(self, path: Path, what: str = "a table of columns", mend: str = "make it anew") -> None:
-        self.path = path
+        self.path: Path | str = path
         self._error = what, mend
+        self._again: tuple[Any, ...] = Columns, (path, what, mend)
         with reading(path, what, mend), safe_open(path, framework="pt") as file:
             self.metadata: dict[str, str] = dict(file.metadata() or {})
             self._arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
 
+    @classmethod
+    def fetch(cls, url: str, name: str, without: Sequence[str] = (), mend: str = "make it anew") -> "Columns":
+        """Of the file `name` in a folder at any fsspec URL, read into memory; tensors of `without` are not."""
+        columns = cls.__new__(cls)
+        columns.path, columns._error = f"{url}/{name}", ("a table of columns", mend)
+        columns._again = Columns.fetch, (url, name, without, mend)
+        with reading(columns.path, *columns._error):
+            reader = RangeReader(url)
+            header = TensorHeader.read(reader, name)
+            columns.metadata = header.metadata
+            columns._arrays = {key: header.array(reader, key, name) for key in header.tensors if key not in without}
+        return columns
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Columns, (self.path, *self._error)
+        return self._again
 
     def numbers(self, name: str) -> NDArray[Any]:
         """The column of that name `[N, ...]`; raises DamagedFileError where there is none."""

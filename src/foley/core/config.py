@@ -150,10 +150,19 @@ def fused_optimizer(accelerator: str, precision: str | int) -> bool | None:
 
     None elsewhere, which leaves AdamW its own choice; False would also rule out its next best implementation.
     """
+    return True if on_gpu(accelerator) and not str(precision).startswith("16") else None
+
+
+def on_gpu(accelerator: str | None) -> bool:
+    """Whether a trainer with this accelerator computes on CUDA; None is a command that has no trainer."""
     import torch
 
-    on_gpu = torch.cuda.is_available() and accelerator in ("gpu", "cuda", "auto")
-    return True if on_gpu and not str(precision).startswith("16") else None
+    return torch.cuda.is_available() and accelerator in ("gpu", "cuda", "auto")
+
+
+def loader_workers(accelerator: str | None, on_each_gpu: int) -> int:
+    """Loader processes for each device: they read while a GPU computes; a CPU would share its cores with them."""
+    return on_each_gpu if on_gpu(accelerator) else 0
 
 
 def register_resolvers() -> None:
@@ -168,6 +177,8 @@ def register_resolvers() -> None:
     # Cached: a config names one folder, wherever it says so.
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("fused_optimizer", fused_optimizer, replace=True)
+    OmegaConf.register_new_resolver("on_gpu", on_gpu, replace=True)
+    OmegaConf.register_new_resolver("loader_workers", loader_workers, replace=True)
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
     OmegaConf.register_new_resolver("published", published_default, replace=True)

@@ -154,6 +154,19 @@ def load_record(stem: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return read_tensors(tensor_path(stem)), info
 
 
+def drop_from_cache(folder: Path) -> bool:
+    """Have the files below `folder` read from the disk again, as if nobody had; False where the system cannot."""
+    if not hasattr(os, "posix_fadvise"):  # not on macOS
+        return False
+    os.sync()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+    return True
+
+
 def slug(text: str) -> str:
     """Lower-case ASCII letters, digits and single hyphens out of `text`; "sound" where nothing is left.
 

@@ -1,9 +1,6 @@
 """What a training run reads: the Lightning data modules of captioned audio and of cached latents."""
 
-import hashlib
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 from torch import Tensor
@@ -102,7 +99,7 @@ class LatentDataModule(ResumableDataModule):
     """Batches of cached latents (`LatentBatch`), sampled from the codec's posterior anew in every epoch.
 
     Args:
-        cache_dir: what `scripts/encode_latents.py` wrote.
+        cache_dir: what `scripts/encode_latents.py` wrote, a folder or an fsspec URL.
         duration_seconds: length of every batch item; longer latents are cropped, at random in training.
         batch_size: the sum over devices (see `ResumableDataModule`).
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
@@ -124,7 +121,7 @@ class LatentDataModule(ResumableDataModule):
         repeats: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
-        self.index = LatentCacheIndex.read(Path(cache_dir))
+        self.index = LatentCacheIndex.read(cache_dir)
         self.duration_seconds = duration_seconds
         _, self.num_frames = clip_size(duration_seconds, self.index.sample_rate_hz, self.index.hop_samples)
         self.collate = LatentCollate(self.num_frames if bucket_batches is None else None)
@@ -144,8 +141,7 @@ class LatentDataModule(ResumableDataModule):
     @property
     def content_hash(self) -> str:
         """Of ids, splits and lengths of the clips: another folder of the same latents has the same one."""
-        clips = [(entry.id, entry.split, entry.num_frames) for entry in self.index.entries]
-        return hashlib.sha256(json.dumps([self.codec_hash, clips]).encode()).hexdigest()
+        return self.index.content_hash
 
     @property
     def latent_statistics(self) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,6 @@ Full shards are written as they fill, the index last; the folder appears under i
 """
 
 import copy
-import dataclasses
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +18,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foley.core.channels import lossy_mixes
-from foley.core.files import write_json, write_tensors
-from foley.core.hashing import hash_module, hash_tensors
+from foley.core.hashing import hash_module
 from foley.core.locks import LOCK_FILE, only_writer
 from foley.core.logs import first_few, get_logger
 from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, AudioItem, SampleKey, is_silent
-from foley.data.latents import FORMAT, INDEX_FILE, SHARD_HASH, LatentCacheError, LatentEntry
+from foley.data.latent_format import (
+    INDEX_FILE,
+    LatentCacheError,
+    LatentClips,
+    LatentEntry,
+    LatentLayout,
+    LatentShard,
+    write_index,
+    write_shard,
+)
 
 _log = get_logger(__name__)
 
@@ -38,12 +45,11 @@ class LatentCacheWriter:
 
     def __init__(self, directory: Path, codec_hash: str, sample_rate_hz: int, hop_samples: int) -> None:
         self._directory = directory
-        self._about = {"codec_hash": codec_hash, "sample_rate_hz": sample_rate_hz, "hop_samples": hop_samples}
+        self._about = codec_hash, sample_rate_hz, hop_samples
         self._entries: list[LatentEntry] = []
-        self._means: list[Tensor] = []
-        self._stds: list[Tensor] = []
-        self._frames = 0
-        self._shard_hashes: dict[str, str] = {}
+        self._latents: list[Tensor] = []
+        self._frames = self._latents_channels = 0
+        self._shards: list[LatentShard] = []
         self._statistics = _RunningStatistics()
 
     def add(
@@ -66,8 +72,7 @@ class LatentCacheWriter:
         rows = (self._shard, self._frames, mean.shape[1])
         entry = LatentEntry(id, caption, label, split, *rows, duration_seconds, tuple(other_captions))
         self._entries.append(entry)
-        self._means.append(halves[0])
-        self._stds.append(halves[1])
+        self._latents.append(torch.stack(halves, 1))
         self._frames += mean.shape[1]
         if split == "train":
             self._statistics.add(*halves)
@@ -76,21 +81,11 @@ class LatentCacheWriter:
 
     def finish(self) -> None:
         """Write what is left, and the index; raises LatentCacheError where nothing was encoded for training."""
-        if self._means:
-            self._write_shard()
         mean, std = self._statistics.result()
-        entries = sorted(self._entries, key=lambda entry: (entry.split, entry.id))
-        write_json(
-            self._directory / INDEX_FILE,
-            {
-                "format": FORMAT,
-                **self._about,
-                "latent_mean": mean.tolist(),
-                "latent_std": std.tolist(),
-                "shards": self._shard_hashes,
-                "entries": [dataclasses.asdict(entry) for entry in entries],
-            },
-        )
+        if self._latents:
+            self._write_shard()
+        clips = LatentClips.of(self._entries, self._layout.splits, [shard.name for shard in self._shards])
+        write_index(self._directory, self._layout, clips, self._shards, (mean, std))
 
     @property
     def num_clips(self) -> int:
@@ -99,14 +94,21 @@ class LatentCacheWriter:
 
     @property
     def _shard(self) -> str:
-        return f"latents-{len(self._shard_hashes):05d}.safetensors"
+        return f"latents-00000-{len(self._shards):05d}.safetensors"
+
+    @property
+    def _layout(self) -> LatentLayout:
+        splits = sorted({entry.split for entry in self._entries})
+        return LatentLayout(*self._about, self._latents_channels, "mean_std", tuple(splits))
 
     def _write_shard(self) -> None:
-        tensors = {"mean": torch.cat(self._means), "std": torch.cat(self._stds)}
-        digest = hash_tensors(tensors)
-        write_tensors(self._directory / self._shard, tensors, {SHARD_HASH: digest})
-        self._shard_hashes[self._shard] = digest
-        self._means, self._stds, self._frames = [], [], 0
+        latent = torch.cat(self._latents)
+        self._latents_channels = latent.shape[-1]
+        entries = [entry for entry in self._entries if entry.shard == self._shard]
+        layout = self._layout
+        clips = LatentClips.of(entries, layout.splits, [self._shard])
+        self._shards.append(write_shard(self._directory / self._shard, latent, clips, layout))
+        self._latents, self._frames = [], 0
 
 
 class _RunningStatistics:

@@ -1,48 +1,51 @@
-"""A latent cache, safetensors shards and an index that names the codec that made them, and the data set it gives.
+"""A latent cache, whose files `foley.data.latent_format` describes, and the data set it gives.
 
-A shard holds `mean` and `std` of the posterior, float16 `[frames, C]`, clip after clip. Training samples the posterior,
-crops and pads. A hash of each shard stands in the index and in the header of the shard itself, so that none is taken
-for another; small caches are hashed again when they are opened.
+What is read of it: the index, a table of clips that is mapped, and of each clip its own range of a shard. Nothing of it
+becomes an object for each clip, so that millions of clips cost a process what thousands do.
 """
 
 import math
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from foley.core.files import read_tensors
-from foley.core.hashing import hash_tensors
+from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
-from foley.core.reading import DamagedFileError, read_json, reading
+from foley.core.numbers import NumberRange
+from foley.core.ranges import RangeReader, filesystem_of, local_copy
+from foley.core.reading import DamagedFileError, parse_json, reading
 from foley.core.seeding import numpy_generator, torch_generator
 from foley.data.dataset import LatentBatch, SampleKey, crop_start, draw_caption, sample_key
+from foley.data.latent_format import (
+    AGAIN,
+    CLIPS_FILE,
+    FORMAT,
+    INDEX_FILE,
+    LatentCacheError,
+    LatentClips,
+    LatentEntry,
+    LatentLayout,
+    LatentShard,
+    hash_latents,
+    read_shard_header,
+)
 
 _log = get_logger(__name__)
 
-INDEX_FILE = "index.json"
-FORMAT = "foley-latents-2"
-_UNBOUND_FORMAT = "foley-latents-1"  # of version 0.1, whose shards no hash binds
-SHARD_HASH = "sha256"
-"""Of a shard's header: what the index says of it, so that to open a cache need not read it all."""
+OLD_FORMATS = ("foley-latents-1", "foley-latents-2")
 
-_AN_INDEX, _A_SHARD = "the index of a latent cache", "a shard of latents"
-_AGAIN = "encode the latents again"
-_HASHED_BYTES = 64 << 20  # caches up to this size are hashed whenever they are opened
-_TENSORS = ("mean", "std")
-_FLOATS = ("F16", "BF16", "F32")
-
-
-class LatentCacheError(RuntimeError):
-    """A latent cache that cannot be read or written; the message names the folder."""
+_AN_INDEX = "the index of a latent cache"
+_HASHED_BYTES = 64 << 20  # caches and tables up to this size are hashed whenever they are opened
 
 
 class StaleCacheError(LatentCacheError):
@@ -50,150 +53,261 @@ class StaleCacheError(LatentCacheError):
 
 
 @dataclass(frozen=True)
-class LatentEntry:
-    """One clip: `num_frames` rows of shard `shard` from row `first_frame`; `duration_seconds` without padding."""
-
-    id: str
-    caption: str
-    label: str
-    split: str
-    shard: str
-    first_frame: int
-    num_frames: int
-    duration_seconds: float
-    other_captions: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
 class LatentCacheIndex:
-    """What is in a cache, and which codec made it. `latent_mean` and `latent_std` `[C]` are of the training split."""
+    """What is in a cache, and which codec made it. `latent_mean` and `latent_std` `[C]` are of the training split.
 
-    directory: Path
-    codec_hash: str
-    sample_rate_hz: int
-    hop_samples: int
-    latent_mean: list[float]
-    latent_std: list[float]
-    entries: list[LatentEntry]
-    shards: Mapping[str, str] | None = None
-    """The hash of each shard by its name; None in caches of version 0.1."""
+    Args:
+        url: the folder, a path or an fsspec URL.
+        content_hash: of the codec and of ids, splits and lengths of the clips.
+        left_out: how many clips could not be encoded.
+        clips_sha256: of the table of clips, by which indices are compared.
+    """
+
+    url: str
+    layout: LatentLayout
+    latent_mean: Sequence[float]
+    latent_std: Sequence[float]
+    shards: Sequence[LatentShard]
+    clips: LatentClips = field(compare=False)
+    clips_sha256: str = ""
+    content_hash: str = ""
+    left_out: int = 0
+
+    @property
+    def codec_hash(self) -> str:
+        return self.layout.codec_hash
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.layout.sample_rate_hz
+
+    @property
+    def hop_samples(self) -> int:
+        return self.layout.hop_samples
 
     @property
     def splits(self) -> list[str]:
-        return sorted({entry.split for entry in self.entries})
+        """Those that have clips."""
+        counts = np.bincount(self.clips.split, minlength=len(self.layout.splits))
+        return sorted({name for name, count in zip(self.layout.splits, counts, strict=True) if count})
+
+    @property
+    def entries(self) -> "LatentEntries":
+        """Of all clips."""
+        return LatentEntries(self, np.arange(len(self.clips), dtype=np.int32))
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each `[C]`."""
         return torch.tensor(self.latent_mean), torch.tensor(self.latent_std)
 
+    def rows(self, split: str) -> NDArray[np.int32]:
+        """Where in the table the clips of a split are `[N]`; raises LatentCacheError where there are none."""
+        codes = [code for code, name in enumerate(self.layout.splits) if name == split]
+        rows = np.flatnonzero(np.isin(self.clips.split, codes)).astype(np.int32)
+        if not len(rows):
+            raise LatentCacheError(f"{self.url} has no split {split!r}, only {self.splits}")
+        return rows
+
     def require_codec(self, codec_hash: str) -> None:
         """Raise StaleCacheError unless the codec with this hash made the cache."""
         if codec_hash != self.codec_hash:
             raise StaleCacheError(
-                f"{self.directory} was encoded by the codec {self.codec_hash}, but the codec in use is {codec_hash}; "
+                f"{self.url} was encoded by the codec {self.codec_hash}, but the codec in use is {codec_hash}; "
                 "encode the latents again with it, or use the codec that made them"
             )
 
     @classmethod
-    def read(cls, directory: Path) -> "LatentCacheIndex":
-        """The index in `directory`.
+    def read(cls, url: str | Path) -> "LatentCacheIndex":
+        """The index in the folder `url`; of a remote one the table of clips is fetched once and kept.
 
         Raises LatentCacheError where there is none, it is damaged, or an entry is impossible; the entry is named.
         """
-        path = directory / INDEX_FILE
-        if not path.is_file():
-            raise LatentCacheError(f"{path} does not exist: {directory} is no latent cache; encode the latents first")
+        url = str(url) if "://" in str(url) else os.path.abspath(url)
+        where = f"{url}/{INDEX_FILE}"
+        filesystem, root = filesystem_of(url, os.getpid())
         try:
-            with reading(path, _AN_INDEX, _AGAIN):
-                stored: dict[str, Any] = dict(read_json(path, _AN_INDEX, _AGAIN))
-                if (found := stored.pop("format", None)) not in (FORMAT, _UNBOUND_FORMAT):
-                    raise LatentCacheError(f"{path} is not of the format {FORMAT}; {_AGAIN}")
-                if found == FORMAT and not isinstance(stored.get("shards"), dict):
-                    raise ValueError("`shards` must give the hash of each shard")
-                entries = [LatentEntry(**entry) for entry in stored.pop("entries")]
-                index = cls(directory, **stored, entries=entries)
-                _check_index(index)
+            content: bytes = filesystem.cat_file(f"{root}/{INDEX_FILE}")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise LatentCacheError(
+                f"{where} does not exist: {url} is no latent cache; encode the latents first"
+            ) from error
+        try:
+            with reading(where, _AN_INDEX, AGAIN):
+                return cls._of(url, dict(parse_json(content.decode("utf-8-sig"), where, _AN_INDEX, AGAIN)))
         except DamagedFileError as error:
             raise LatentCacheError(str(error)) from error
-        if found == _UNBOUND_FORMAT:
-            _log.warning("%s is of version 0.1: no hash binds its shards to the index; %s", directory, _AGAIN)
-        return index
 
-    def check_shards(self, names: Set[str]) -> None:
-        """Raise LatentCacheError unless these shards are those that the index describes, and hold all of its entries.
+    @classmethod
+    def _of(cls, url: str, stored: Mapping[str, Any]) -> "LatentCacheIndex":
+        if (found := stored.get("format")) != FORMAT:
+            mend = f"foley convert-latents cache_dir={url} output_dir=FOLDER makes one of it"
+            mend = mend if found in OLD_FORMATS else AGAIN
+            raise LatentCacheError(f"{url}/{INDEX_FILE} is not of the format {FORMAT}; {mend}")
+        layout = LatentLayout.of(stored)
+        shards = [LatentShard(**shard) for shard in stored["shards"]]
+        statistics = stored["latent_mean"], stored["latent_std"]
+        _check_statistics(layout, *statistics)
+        NumberRange(least=0, whole=True).check("left_out", stored["left_out"])
+        hashes = stored["clips_sha256"], stored["content_sha256"]
+        if not all(isinstance(text, str) for text in hashes):
+            raise ValueError("clips_sha256 and content_sha256 must be texts")
+        clips = _read_clips(url, stored["clips_bytes"], hashes[0])
+        if stored["num_clips"] != len(clips):
+            raise ValueError(f"it names {stored['num_clips']} clips, and {CLIPS_FILE} holds {len(clips)}")
+        check_clips(clips, layout, shards)
+        return cls(url, layout, *statistics, shards, clips, *hashes, stored["left_out"])
 
-        Headers alone are read, and the latents of a small cache, so that this takes moments for any cache.
+    @property
+    def is_small(self) -> bool:
+        """Whether its shards are hashed whenever it is opened."""
+        return sum(shard.bytes for shard in self.shards) <= _HASHED_BYTES
+
+    @cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        """Bytes of the files there, by one listing: to open thousands of shards over a network takes minutes."""
+        filesystem, root = filesystem_of(self.url, os.getpid())
+        return {Path(file["name"]).name: file["size"] for file in filesystem.ls(root, detail=True)}
+
+    def check_shards(self, numbers: NDArray[np.int32]) -> None:
+        """Raise LatentCacheError unless the shards of these numbers are there, in the size that the index names.
+
+        Those of a small cache are read and compared by their hashes; others are when a `LatentReader` opens them.
         """
-        ends = dict.fromkeys(sorted(names), 0)
-        for entry in self.entries:
-            if entry.shard in ends:
-                ends[entry.shard] = max(ends[entry.shard], entry.first_frame + entry.num_frames)
-        small = sum(_size(self.directory / name) for name in names) <= _HASHED_BYTES
-        for name, end in ends.items():
-            path = self.directory / name
-            found = _check_shard(path, len(self.latent_mean), end)
-            if self.shards is None:
-                continue
-            if small:
-                found = hash_tensors(read_tensors(path, _A_SHARD, _AGAIN))
-            if found != self.shards.get(name):
-                raise LatentCacheError(f"{path} is not the shard that {INDEX_FILE} describes; put it back, or {_AGAIN}")
+        reader = RangeReader(self.url) if self.is_small else None
+        for number in numbers.tolist():
+            shard = self.shards[number]
+            where = f"{self.url}/{shard.name}"
+            if (size := self._sizes.get(shard.name)) is None:
+                raise LatentCacheError(f"{where} does not exist, but {INDEX_FILE} names it; put it back, or {AGAIN}")
+            if size != shard.bytes:
+                raise LatentCacheError(f"{where} has {size} bytes, but {INDEX_FILE} names {shard.bytes}; {AGAIN}")
+            if reader is not None:
+                self.check_shard(reader, shard)
+                size = shard.rows * self.layout.frame_bytes
+                if hash_latents(reader.read(shard.name, shard.offset, size)) != shard.sha256:
+                    raise _another_shard(where)
+
+    def check_shard(self, reader: RangeReader, shard: LatentShard) -> None:
+        """Raise LatentCacheError unless the shard's header says what the index does."""
+        try:
+            found = read_shard_header(reader, shard.name, self.layout, shard.bytes)
+        except DamagedFileError as error:
+            raise LatentCacheError(str(error)) from error
+        if found != shard:
+            raise _another_shard(f"{self.url}/{shard.name}")
 
 
-def _size(path: Path) -> int:
-    if not path.is_file():
-        raise LatentCacheError(f"{path} does not exist, but {INDEX_FILE} names it; put it back, or {_AGAIN}")
-    return path.stat().st_size
+def _another_shard(where: str) -> LatentCacheError:
+    return LatentCacheError(f"{where} is not the shard that {INDEX_FILE} describes; put it back, or {AGAIN}")
 
 
-def _check_shard(path: Path, channels: int, num_frames: int) -> str | None:
-    """The hash that the shard's header names; raises LatentCacheError for shapes and types that no cache has."""
-    try:
-        with reading(path, _A_SHARD, _AGAIN), safe_open(path, framework="pt") as shard:
-            kinds = {name: (shard.get_slice(name).get_dtype(), shard.get_slice(name).get_shape()) for name in _TENSORS}
-            metadata: Mapping[str, str] = shard.metadata() or {}
-    except DamagedFileError as error:
-        raise LatentCacheError(str(error)) from error
-    for name, (dtype, shape) in kinds.items():
-        if dtype not in _FLOATS or len(shape) != 2 or shape[1] != channels:
-            raise LatentCacheError(
-                f"{path}: `{name}` is {dtype} {shape}, not float16 or float32 [frames, {channels}]; {_AGAIN}"
-            )
-        if shape[0] < num_frames:
-            raise LatentCacheError(
-                f"{path}: `{name}` has {shape[0]} frames, but {INDEX_FILE} names {num_frames}; {_AGAIN}"
-            )
-    return metadata.get(SHARD_HASH)
-
-
-def _check_index(index: LatentCacheIndex) -> None:
-    """Raise ValueError for numbers that no cache has; the entry is named."""
-    if min(index.sample_rate_hz, index.hop_samples) < 1 or len(index.latent_mean) != len(index.latent_std):
-        raise ValueError("sample_rate_hz, hop_samples and latent statistics must be positive, and fit each other")
-    if not all(math.isfinite(value) for value in (*index.latent_mean, *index.latent_std)):
+def _check_statistics(layout: LatentLayout, mean: Any, std: Any) -> None:
+    """Raise ValueError, or what else `reading` names, unless each is finite `[C]`."""
+    if len(mean) != layout.channels or len(std) != layout.channels:
+        raise ValueError(f"latent_mean and latent_std must have {layout.channels} values each")
+    if not all(value in NumberRange() for value in (*mean, *std)):
         raise ValueError("latent_mean and latent_std must be finite")
-    last: LatentEntry | None = None
-    for entry in sorted(index.entries, key=lambda entry: (entry.shard, entry.first_frame)):
-        if fault := _fault(entry):
-            raise ValueError(f"entry {entry.id!r}: {fault}")
-        if last and last.shard == entry.shard and entry.first_frame < last.first_frame + last.num_frames:
-            raise ValueError(f"entries {last.id!r} and {entry.id!r} share frames of {entry.shard}")
-        last = entry
 
 
-def _fault(entry: LatentEntry) -> str | None:
-    if any(not isinstance(text, str) for text in (entry.id, entry.caption, entry.label, entry.split, entry.shard)):
-        return "id, caption, label, split and shard must be texts"
-    if isinstance(entry.other_captions, str) or any(not isinstance(text, str) for text in entry.other_captions):
-        return "other_captions must be a list of texts"
-    if Path(entry.shard).name != entry.shard:
-        return f"shard {entry.shard!r} is no file of this folder"
-    for name, smallest in (("first_frame", 0), ("num_frames", 1)):
-        value = getattr(entry, name)
-        if type(value) is not int or value < smallest:
-            return f"{name} is {value!r}, not a whole number of at least {smallest}"
-    return None
+def _read_clips(url: str, size: int, sha256: str) -> LatentClips:
+    """The table of clips; raises ValueError where it is not the one of the index."""
+    try:
+        path = local_copy(url, CLIPS_FILE, sha256)
+        found = path.stat().st_size
+    except FileNotFoundError as error:
+        raise ValueError(f"{CLIPS_FILE} is not there") from error
+    if found != size or (found <= _HASHED_BYTES and hash_file(path) != sha256):
+        raise ValueError(f"{CLIPS_FILE} is not the one that it describes")
+    return LatentClips.read(path)
+
+
+def check_clips(clips: LatentClips, layout: LatentLayout, shards: Sequence[LatentShard]) -> None:
+    """Raise ValueError for numbers that no cache has; the clip is named."""
+    if not len(clips):
+        raise ValueError("there are no clips")
+    rows = np.array([shard.rows for shard in shards], np.int64)
+    _refuse(clips, clips.split >= len(layout.splits), "its split has no name")
+    _refuse(clips, (clips.shard < 0) | (clips.shard >= len(shards)), "its shard is not among those of the index")
+    _refuse(clips, clips.first_frame < 0, "its first frame is before its shard")
+    _refuse(clips, clips.num_frames < 1, "it has no frames")
+    _refuse(clips, clips.first_frame > rows[clips.shard] - clips.num_frames, "its frames are beyond its shard")
+    _check_overlaps(clips, rows)
+
+
+def _refuse(clips: LatentClips, faulty: NDArray[np.bool_], fault: str) -> None:
+    if faulty.any():
+        row = int(faulty.argmax())
+        raise ValueError(f"clip {clips.id[row][:100]!r}: {fault} ({int(clips.first_frame[row])}, ...)")
+
+
+def _check_overlaps(clips: LatentClips, rows: NDArray[np.int64]) -> None:
+    """Raise ValueError where two clips share frames, and name them."""
+    starts = (np.cumsum(rows) - rows)[clips.shard] + clips.first_frame
+    ends = starts + clips.num_frames
+    # Ranges are apart where the sorted ends fall between the sorted starts: no need to sort them in pairs.
+    if (np.sort(starts)[1:] >= np.sort(ends)[:-1]).all():
+        return
+    order = np.argsort(starts, kind="stable")
+    place = int((starts[order][1:] < ends[order][:-1]).argmax())
+    first, second = (clips.id[int(row)][:100] for row in order[place : place + 2])
+    raise ValueError(f"clips {first!r} and {second!r} share frames of a shard")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentEntries(Sequence[LatentEntry]):
+    """The clips at `rows [N]` of an index's table, each made when it is asked for."""
+
+    cache: LatentCacheIndex
+    rows: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> LatentEntry: ...
+    @overload
+    def __getitem__(self, index: slice) -> "LatentEntries": ...
+    def __getitem__(self, index: int | slice) -> "LatentEntry | LatentEntries":
+        if isinstance(index, slice):
+            return LatentEntries(self.cache, self.rows[index])
+        row, clips = int(self.rows[index]), self.cache.clips
+        with reading(clips.mapped or self.cache.url, "the table of a latent cache", AGAIN):  # texts may be no UTF-8
+            return LatentEntry(
+                clips.id[row],
+                clips.caption[row],
+                clips.label[row],
+                self.cache.layout.splits[clips.split[row]],
+                self.cache.shards[clips.shard[row]].name,
+                int(clips.first_frame[row]),
+                int(clips.num_frames[row]),
+                float(clips.duration_seconds[row]),
+                clips.other_captions[row],
+            )
+
+
+class LatentReader:
+    """Reads latents of a cache by their range; the header of each shard is compared with the index before its first."""
+
+    def __init__(self, index: LatentCacheIndex) -> None:
+        self.index = index
+        self._reader = RangeReader(index.url)
+        self._known: set[int] = set()
+
+    def read(self, row: int, start: int, num_frames: int) -> Tensor:
+        """Frames of the clip at `row` of the table from its frame `start`: float16 `[frames, K, C]`."""
+        layout, number = self.index.layout, int(self.index.clips.shard[row])
+        shard = self.index.shards[number]
+        if number not in self._known:
+            self.index.check_shard(self._reader, shard)
+            self._known.add(number)
+        first = int(self.index.clips.first_frame[row]) + start
+        size = num_frames * layout.frame_bytes
+        try:
+            content = self._reader.read(shard.name, shard.offset + first * layout.frame_bytes, size)
+        except EOFError as error:
+            raise LatentCacheError(f"{error}; {AGAIN}") from error
+        return torch.frombuffer(content, dtype=torch.float16).view(num_frames, layout.parts, layout.channels)
 
 
 @dataclass(frozen=True)
@@ -209,11 +323,10 @@ class LatentItem:
 class LatentDataset(Dataset[LatentItem]):
     """The latents of one split of a cache, keyed by `SampleKey`: item = f(seed, epoch, index).
 
-    Shards are memory-mapped, so that processes share one copy.
-
     Args:
         num_frames: longest item L; longer latents are cropped, shorter ones are kept (`LatentCollate` pads).
-        random: crop anywhere and sample the posterior; otherwise crop at the start and take the posterior's mean.
+        random: crop anywhere and sample the posterior, where it was kept; otherwise crop at the start and take its
+            mean. A latent that was kept alone is taken as it is.
         repeats: by the beginning of a clip's id, how often it occurs in an epoch; once where no beginning fits.
 
     Raises:
@@ -230,49 +343,47 @@ class LatentDataset(Dataset[LatentItem]):
         random: bool = True,
         repeats: Mapping[str, int] | None = None,
     ) -> None:
-        self.entries = _repeated([entry for entry in index.entries if entry.split == split], repeats or {})
-        if not self.entries:
-            raise LatentCacheError(f"{index.directory} has no split {split!r}, only {index.splits}")
+        rows = index.rows(split)
+        index.check_shards(np.unique(index.clips.shard[rows]))
+        self.entries = LatentEntries(index, _repeated(index.clips, rows, repeats or {}))
         self.num_frames = num_frames
         self.seed = seed
         self.random = random
-        names = {entry.shard for entry in self.entries}
-        index.check_shards(names)
-        self._shards = {name: read_tensors(index.directory / name, _A_SHARD, _AGAIN) for name in names}
+        self._reader = LatentReader(index)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def lengths(self, epoch: int) -> NDArray[np.int64]:
         """Frames `[N]` of the items, the same in every epoch."""
-        return np.array([min(entry.num_frames, self.num_frames) for entry in self.entries])
+        frames = self._reader.index.clips.num_frames[self.entries.rows]
+        return np.minimum(frames, self.num_frames).astype(np.int64)
 
     def __getitem__(self, key: SampleKey | int) -> LatentItem:
         index, epoch = sample_key(key)
         entry = self.entries[index]
         generator = numpy_generator("latent_crop", self.seed, epoch, index) if self.random else None
-        start = entry.first_frame + crop_start(entry.num_frames, self.num_frames, generator)
-        rows = slice(start, start + min(entry.num_frames, self.num_frames))
-        shard = self._shards[entry.shard]
-        latent = shard["mean"][rows].float()
-        if self.random:
+        start = crop_start(entry.num_frames, self.num_frames, generator)
+        kept = self._reader.read(int(self.entries.rows[index]), start, min(entry.num_frames, self.num_frames))
+        latent = kept[:, 0].float()
+        if self.random and kept.shape[1] > 1:
             noise = torch.randn(latent.shape, generator=torch_generator("posterior", self.seed, epoch, index))
-            latent = latent + shard["std"][rows].float() * noise
-        if not bool(latent.isfinite().all()):
-            raise LatentCacheError(f"{entry.shard}: the latent of clip {entry.id!r} is not finite; {_AGAIN}")
+            latent = latent + kept[:, 1].float() * noise
+        if not math.isfinite(float(latent.sum())):  # no sum of halves overflows; a look at each takes ten times as long
+            raise LatentCacheError(f"{entry.shard}: the latent of clip {entry.id!r} is not finite; {AGAIN}")
         caption = draw_caption(entry, self.seed, SampleKey(index, epoch)) if self.random else entry.caption
         return LatentItem(latent.T, caption, entry.label, entry.id)
 
 
-def _repeated(entries: list[LatentEntry], repeats: Mapping[str, int]) -> list[LatentEntry]:
-    for beginning in repeats:
-        if not any(entry.id.startswith(beginning) for entry in entries):
+def _repeated(clips: LatentClips, rows: NDArray[np.int32], repeats: Mapping[str, int]) -> NDArray[np.int32]:
+    """`rows`, each as often as the first beginning that fits its id says."""
+    times, free = np.ones(len(rows), np.int64), np.ones(len(rows), bool)
+    for beginning, count in repeats.items():
+        fits = clips.id.start_with(beginning)[rows]
+        if not fits.any():
             _log.warning("data.repeats names %r, with which no clip's id begins: it has no effect", beginning)
-    return [
-        entry
-        for entry in entries
-        for _ in range(next((times for start, times in repeats.items() if entry.id.startswith(start)), 1))
-    ]
+        times[fits & free], free[fits] = count, False
+    return np.repeat(rows, times)
 
 
 class LatentCollate:

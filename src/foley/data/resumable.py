@@ -25,8 +25,9 @@ class ResumableDataModule(pl.LightningDataModule):
 
     Args:
         batch_size: samples in one batch of all processes together; ValueError where it does not divide among them.
-        num_workers: loader processes; they persist between epochs. 0 loads in the training process. ValueError, as for
-            a batch, where it is no whole number.
+        num_workers: loader processes; they persist between epochs, each two batches ahead. 0 loads in the training
+            process. ValueError, as for a batch, where it is no whole number.
+        pin_memory: batches lie where a GPU copies from while it computes.
         bucket_batches: batches hold clips of similar length, sorted within windows of this many batches over all ranks
             (see `LengthBuckets`); the data sets need a method `lengths(epoch)`. None: batches are random.
     """

@@ -86,10 +86,10 @@ class LatentTraining(FoleyModule):
         self.checkpoint_metadata["codec_hash"] = latents.codec_hash
         self.checkpoint_metadata["trained_seconds"] = latents.duration_seconds
         self.checkpoint_metadata["data_hash"] = latents.content_hash
-        longest = max(entry.num_frames for entry in latents.index.entries)
+        longest = int(latents.index.clips.num_frames.max())
         if self.prompt_field == "id" and longest > latents.num_frames:
             raise ValueError(
-                f"data.duration_seconds is {latents.num_frames} frames, but {latents.index.directory} has clips of "
+                f"data.duration_seconds is {latents.num_frames} frames, but {latents.index.url} has clips of "
                 f"{longest}: precomputed features go with whole clips; raise it, or encode with max_duration_seconds"
             )
 

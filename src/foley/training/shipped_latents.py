@@ -8,7 +8,7 @@ from foley.core.config import shipped
 from foley.core.logs import get_logger
 from foley.data.datamodule import AudioDataModule, LatentDataModule
 from foley.data.encoding import encode_latents
-from foley.data.latents import INDEX_FILE
+from foley.data.latent_format import INDEX_FILE
 from foley.data.splits import procedural_splits
 from foley.system.checkpoint import load_trained
 

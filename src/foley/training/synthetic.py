@@ -19,7 +19,8 @@ from foley.core.rates import clip_size
 from foley.core.seeding import torch_generator
 from foley.data.datamodule import LatentDataModule
 from foley.data.dataset import AudioCollate, AudioItem, SampleKey
-from foley.data.latents import LatentCacheIndex, LatentCollate, LatentEntry, LatentItem
+from foley.data.latent_format import LatentClips, LatentEntry, LatentLayout
+from foley.data.latents import LatentCacheIndex, LatentCollate, LatentItem
 from foley.data.resumable import ResumableDataModule
 from foley.system.system import load_system, untrained_system
 from foley.training.distillation import Teacher
@@ -67,8 +68,9 @@ class SyntheticLatents(LatentDataModule):
         self.duration_seconds = duration_seconds
         _, self.num_frames = clip_size(duration_seconds, sample_rate_hz, hop_samples)
         entry = LatentEntry("synthetic", _CAPTION, "", "train", "", 0, self.num_frames, duration_seconds)
+        layout = LatentLayout("", sample_rate_hz, hop_samples, channels, "sample", ("train",))
         unit = [0.0] * channels, [1.0] * channels
-        self.index = LatentCacheIndex(Path("synthetic"), "", sample_rate_hz, hop_samples, *unit, [entry])
+        self.index = LatentCacheIndex("synthetic", layout, *unit, [], LatentClips.of([entry], ["train"], [""]))
         latent = torch.randn(channels, self.num_frames, generator=torch_generator("synthetic", seed))
         self.collate = LatentCollate(self.num_frames)
         self.datasets = {"train": _Copies(LatentItem(latent, _CAPTION, "", "synthetic"), _BATCHES * batch_size)}
