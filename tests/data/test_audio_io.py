@@ -10,7 +10,8 @@ from foley.core.rates import resample
 from foley.data import audio as audio_files
 from foley.data.audio import AudioError, decode, open_audio, read_audio
 from foley.data.importers.annotations import AnnotationFile
-from foley.data.manifest import ManifestEntry, ManifestError, preflight
+from foley.data.manifest import ManifestEntry, ManifestError
+from foley.data.preflight import preflight
 from foley.data.preparation import prepare_manifest
 from foley.data.splits import ClipSource
 

@@ -21,7 +21,8 @@ from foley.data.datamodule import AudioDataModule
 from foley.data.dataset import AudioCollate, AudioDataset, DataFaultError
 from foley.data.encoding import encode_latents
 from foley.data.latents import LatentCacheIndex
-from foley.data.manifest import ManifestError, preflight, read_manifest
+from foley.data.manifest import ManifestError, read_manifest
+from foley.data.preflight import preflight
 from foley.data.shards_writer import write_shards
 from foley.data.splits import clip_splits, folder_splits, joined_splits
 from foley.models.codec.waveform_vae import WaveformVAE

@@ -25,6 +25,8 @@ from foley.core.files import write_tensors
 from foley.core.ranges import RangeReader, TensorHeader
 from foley.core.reading import reading
 
+_ERRORS = "surrogateescape"  # names of files are bytes, which Python shows so where they are no UTF-8
+
 
 @dataclass(frozen=True, eq=False)
 class Texts(Sequence[str]):
@@ -40,10 +42,13 @@ class Texts(Sequence[str]):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Texts":
-        """Of `texts`; raises UnicodeEncodeError for half a surrogate pair."""
-        encoded = [text.encode() for text in texts]
-        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-        return cls(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum())
+        """Of `texts`; raises UnicodeEncodeError for half a surrogate pair, unless it is a byte of a file's name."""
+        known = list(texts)
+        joined = "".join(known).encode(errors=_ERRORS)
+        # A character is a byte in all of them, as in most; otherwise each is encoded to know its length.
+        parts: list[Any] = known if joined.isascii() else [text.encode(errors=_ERRORS) for text in known]
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        return cls(np.frombuffer(joined, np.uint8), lengths.cumsum())
 
     @classmethod
     def join(cls, parts: Sequence["Texts"]) -> "Texts":
@@ -66,7 +71,7 @@ class Texts(Sequence[str]):
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
         row = range(len(self))[index]  # negative ones count from the end
-        return self.utf8[self._start(row) : self.ends[row]].tobytes().decode()
+        return self.utf8[self._start(row) : self.ends[row]].tobytes().decode(errors=_ERRORS)
 
     def __iter__(self) -> Iterator[str]:
         return (self[row] for row in range(len(self)))
@@ -122,11 +127,6 @@ class TextLists(Sequence[tuple[str, ...]]):
         counts = [part.counts + start for part, start in zip(parts, before, strict=False)]
         return cls(Texts.join([part.texts for part in parts]), np.concatenate([np.empty(0, np.int64), *counts]))
 
-    def take(self, rows: NDArray[np.integer[Any]]) -> "TextLists":
-        """Those at `rows [K]`, in that order."""
-        places, counts = _taken(self.counts, rows)
-        return TextLists(self.texts.take(places), counts)
-
     def __len__(self) -> int:
         return len(self.counts)
 
@@ -137,8 +137,13 @@ class TextLists(Sequence[tuple[str, ...]]):
     def __getitem__(self, index: int | slice) -> tuple[str, ...] | list[tuple[str, ...]]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
+        row = range(len(self))[index]  # negative ones count from the end
         return tuple(self.texts[int(self.counts[row - 1]) if row else 0 : int(self.counts[row])])
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> "TextLists":
+        """Those at `rows [K]`, in that order."""
+        places, counts = _taken(self.counts, rows)
+        return TextLists(self.texts.take(places), counts)
 
 
 def _starts(ends: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -146,15 +151,12 @@ def _starts(ends: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _taken(ends: NDArray[np.int64], rows: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of what belongs to `rows`, of rows that end at `ends`, one row after the other; and where each then ends.
-
-    The places are a running count, moved from each row's own start to where it began.
-    """
-    starts = _starts(ends)
-    lengths = (ends - starts)[rows]
-    new_ends = lengths.cumsum()
-    total = int(new_ends[-1]) if len(new_ends) else 0
-    return np.arange(total) + np.repeat(starts[rows] - (new_ends - lengths), lengths), new_ends
+    """Where each element of the parts at `rows [K]` lies, where parts end at `ends [N]`; and their own ends `[K]`."""
+    starts, lengths = _starts(ends)[rows], (ends - _starts(ends))[rows]
+    new = lengths.cumsum()
+    # A running count, moved from a part's new start to its own.
+    places = np.arange(int(new[-1]) if len(new) else 0) + np.repeat(starts - (new - lengths), lengths)
+    return places, new
 
 
 Column = NDArray[Any] | Texts | TextLists

@@ -46,8 +46,7 @@ def reading(path: Path | str, what: str, mend: str = "make it anew") -> Iterator
     except DamagedFileError:
         raise
     except _DAMAGE as error:
-        reason = _reason(error)
-        raise DamagedFileError(f"{path} is damaged or not {what}: {reason}; {mend}", reason) from error
+        raise _damaged(error, path, what, mend) from error
 
 
 def read_json(path: Path, what: str, mend: str = "make it anew") -> Any:
@@ -63,11 +62,21 @@ def parse_json(text: str, where: Path | str, what: str = "JSON", mend: str = "me
     Raises DamagedFileError, which names `where`, for text that is no JSON, is nested too deeply, holds an integer of
     thousands of digits, a name twice in one object, or half a surrogate pair, which no file can be written with.
     """
-    with reading(where, what, mend):
-        value = json.loads(text, object_pairs_hook=_object, parse_int=whole_number)
-        # An escape such as \\ud800 is read without complaint; writing it fails, perhaps hours later.
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    try:  # not `reading`, whose block costs as much as a row of a manifest does
+        value = _DECODER.decode(text)
+        if not text.isascii():
+            text.encode("utf-8")
+        if "\\u" in text:
+            # An escape such as \\ud800 is read without complaint; writing it fails, perhaps hours later.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except _DAMAGE as error:
+        raise _damaged(error, where, what, mend) from error
     return value
+
+
+def _damaged(error: Exception, path: Path | str, what: str, mend: str) -> DamagedFileError:
+    reason = _reason(error)
+    return DamagedFileError(f"{path} is damaged or not {what}: {reason}; {mend}", reason)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,6 +93,9 @@ def whole_number(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"it holds an integer of {len(digits)} digits")
     return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=whole_number)
 
 
 def _reason(error: Exception) -> str:

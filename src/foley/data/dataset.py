@@ -5,7 +5,8 @@ Clips that cannot be used are replaced by the next good one, and counted.
 
 import logging
 import math
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
 
@@ -63,7 +64,7 @@ class TimedSource(Protocol):
 
 @runtime_checkable
 class CheckedSource(Protocol):
-    """A source whose files were looked at (`foley.data.manifest.preflight`): what is wrong, each with its path."""
+    """A source whose files were looked at (`foley.data.preflight`): what is wrong, each with its path."""
 
     @property
     def known_faults(self) -> Sequence[str]: ...
@@ -241,6 +242,7 @@ class AudioDataset(Dataset[AudioItem]):
         self.faults: dict[str, str] = {}
         # In shared memory: a loader process, forked or spawned, marks what all of them see.
         self._faulty = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+        self._num_faults = multiprocessing.Value("q", 0)  # of those; its lock guards both
         known = known_faults(source)
         self._known = frozenset(known)
         self._refuse_too_many(len(known), known)
@@ -251,7 +253,7 @@ class AudioDataset(Dataset[AudioItem]):
     @property
     def num_faults(self) -> int:
         """Places of the source that could not be used so far; a mixture may hold one clip in several."""
-        return int(self._faulty.sum())
+        return self._num_faults.value
 
     def lengths(self, epoch: int) -> NDArray[np.float32]:
         """Seconds `[N]` of the items of `epoch`; raises ValueError where the source does not know them."""
@@ -291,21 +293,23 @@ class AudioDataset(Dataset[AudioItem]):
     def count_fault(self, index: int, error: AudioError) -> None:
         """Note a clip that cannot be used, with a warning unless its fault was known; raises DataFaultError."""
         self.faults[error.path] = error.reason
-        if self._faulty[index]:
-            return
-        self._faulty[index] = True
-        count = self.num_faults
+        with self._num_faults.get_lock():
+            if self._faulty[index]:
+                return
+            self._faulty[index] = True
+            self._num_faults.value += 1
+            count = self._num_faults.value
         level = logging.DEBUG if str(error) in self._known else logging.WARNING
         _log.log(level, "skipping a clip (%d so far): %s", count, error)
         self._refuse_too_many(count, self._met())
 
-    def _met(self) -> list[str]:
-        return [f"{path}: {reason}" for path, reason in self.faults.items()]
+    def _met(self) -> Iterator[str]:
+        return (f"{path}: {reason}" for path, reason in self.faults.items())
 
-    def _refuse_too_many(self, count: int, faults: Sequence[str]) -> None:
+    def _refuse_too_many(self, count: int, faults: Iterable[str]) -> None:
         if 0 < count == len(self):
             raise DataFaultError(f"none of {count} clips can be used; check their paths: {_listing(faults, count)}")
-        if count <= max(1.0, self.max_fault_fraction * len(self)):
+        if count <= most_faults(len(self), self.max_fault_fraction):
             return
         raise DataFaultError(
             f"{count} of {len(self)} clips cannot be used, more than the fraction {self.max_fault_fraction:g} "
@@ -313,7 +317,16 @@ class AudioDataset(Dataset[AudioItem]):
         )
 
 
-def _listing(faults: Sequence[str], count: int) -> str:
+def most_faults(num_clips: int, fraction: float) -> float:
+    """How many of the clips may be faulty where that share may: one always.
+
+    >>> most_faults(1000, 0.05), most_faults(3, 0.05)
+    (50.0, 1.0)
+    """
+    return max(1.0, fraction * num_clips)
+
+
+def _listing(faults: Iterable[str], count: int) -> str:
     """The first of `count` faults, each once; a process knows those that it met alone."""
     first = list(dict.fromkeys(faults))[:_MAX_NAMED]
     return "; ".join(first) + (f"; and {count - len(first)} more" if count > len(first) else "")

@@ -1,30 +1,31 @@
 """Captioned clips listed in a table, one a row: refused with the line number where it is wrong.
 
-`preflight` looks at every file of a manifest before a run does, and lists those that cannot be used.
-
 Columns of JSON Lines, CSV or TSV: `path` (or `audio_path`, `file`; relative to the manifest's folder), `caption` (text
 or a list; or `captions`); optional `id` (default: the path), `duration_seconds` (or `seconds`), `split`, `label`,
 `speaker`, `source`, `license`. `ManifestOptions` knows other names. Other columns are ignored.
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from foley.core.logs import get_logger
-from foley.data.audio import AudioError, open_audio, read_audio
+import numpy as np
+from numpy.typing import NDArray
+
+from foley.data.entries import SPLIT_NAMES, Entries, Fields, ManifestEntry, columns_of
+from foley.data.remembered import file_key, memory_file, remembered_columns
 from foley.data.tables import Row, TableError, captions_in, refuse_lines, table_rows, text_in
 
-_log = get_logger(__name__)
-
-_MAX_LISTED = 20
 _PATHS = ("path", "audio_path", "file")
 _CAPTIONS = ("caption", "captions")
 _HINT = "path_column= and caption_column= take other names"
+_WORTH_REMEMBERING_BYTES = 4 << 20  # a smaller manifest is parsed in no time
+_PLAIN_PATH = re.compile(r"[^/\\:\0][^\\:\0]*")  # nothing in it could lead out of a folder but `..`
 
-SPLIT_NAMES = ("train", "val", "test")
 _SPLITS = {
     **{name: "train" for name in ("train", "training")},
     **{name: "val" for name in ("val", "valid", "validation", "validate", "dev")},
@@ -77,56 +78,47 @@ class ManifestOptions:
 
     def rows(self, path: Path) -> Iterator[Row]:
         """The rows of the manifest at `path` under our names of columns; raises ManifestError as `table_rows` does."""
+        renamed = lru_cache(maxsize=64)(self._renamed)  # all rows of a table have the same names, or nearly
         for line, row in table_rows(path, self._header, hint=_HINT):
-            yield line, row if isinstance(row, str) else self.rename(row)
+            yield line, row if isinstance(row, str) else {name: row[at] for name, at in renamed(*row)}
 
-    def rename(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row with `path`, `id`, `split` and `duration_seconds` under these names, whatever it calls them."""
+    def _renamed(self, *given: str) -> list[tuple[str, str]]:
+        """`path`, `id`, `split`, `duration_seconds` and all else of a row, each with what is its name among `given`."""
         names = {
             "path": (self.path_column,) if self.path_column else _PATHS,
             "id": (self.id_column or "id",),
             "split": (self.split_column or "split",),
             "duration_seconds": ("duration_seconds", "seconds"),
         }
-        found = {name: next((at for at in choices if at in row), choices[0]) for name, choices in names.items()}
-        rest = {name: cell for name, cell in row.items() if name not in {*found, *found.values()}}
-        return rest | {name: row[choice] for name, choice in found.items() if choice in row}
+        found = {name: next((at for at in choices if at in given), choices[0]) for name, choices in names.items()}
+        rest = [(name, name) for name in given if name not in {*found, *found.values()}]
+        return [*rest, *((name, at) for name, at in found.items() if at in given)]
 
 
 OUR_COLUMNS = ManifestOptions()
 """Of a manifest that calls its columns as we do."""
 
 
-@dataclass(frozen=True)
-class ManifestEntry:
-    """One clip: where it is, what it sounds like, where it comes from."""
-
-    path: Path
-    caption: str
-    id: str
-    duration_seconds: float | None = None
-    split: str = ""
-    label: str = ""
-    speaker: str = ""
-    source: str = ""
-    license: str = ""
-    line: int = 0
-    other_captions: tuple[str, ...] = ()
-
-
-def read_manifest(
-    path: Path | str, root: Path | str | None = None, options: ManifestOptions = OUR_COLUMNS
-) -> list[ManifestEntry]:
+def read_manifest(path: Path | str, root: Path | str | None = None, options: ManifestOptions = OUR_COLUMNS) -> Entries:
     """The entries of the manifest at `path`; clips lie under `root` (default: the manifest's folder).
 
-    Rows that agree in all but the caption are one clip with several.
+    Rows that agree in all but the caption are one clip with several. A large manifest is parsed by the first process
+    that reads it, while others wait; from then on its columns are mapped from the user's cache folder.
 
     Raises:
         ManifestError: whatever `table_rows` refuses, a missing column, an empty caption, a duplicate id, an unknown
             split, a path that leaves the folder; every wrong line is named (the first 20).
     """
     path = Path(path)
-    return build_entries(options.rows(path), path, Path(root) if root else path.parent, options)
+    root = Path(root) if root else path.parent
+
+    def parse() -> Entries:
+        return build_entries(options.rows(path), path, root, options)
+
+    if not path.is_file() or path.stat().st_size < _WORTH_REMEMBERING_BYTES or not (key := file_key(path)):
+        return parse()
+    file = memory_file("manifests", [key, {**vars(options), "caption_column": options.caption_columns}], ".safetensors")
+    return Entries(remembered_columns(file, lambda: parse().table, str(path)), root)
 
 
 def checked_rows(path: Path, options: ManifestOptions = OUR_COLUMNS) -> Iterator[Row]:
@@ -146,52 +138,86 @@ def checked_rows(path: Path, options: ManifestOptions = OUR_COLUMNS) -> Iterator
         yield line, {**_checked(row), "id": entry.id, "caption": entry.caption, **more}
 
 
-def build_entries(
-    rows: Iterable[Row], manifest: Path, root: Path, options: ManifestOptions = OUR_COLUMNS
-) -> list[ManifestEntry]:
+def build_entries(rows: Iterable[Row], manifest: Path, root: Path, options: ManifestOptions = OUR_COLUMNS) -> Entries:
     """Check `rows` and make entries of them; raises ManifestError that lists each wrong line."""
-    entries: dict[str, ManifestEntry] = {}
-    problems: list[str] = []
-    for line, row in rows:
-        try:
-            entry = build_entry(line, row, root, options)
-            entries[entry.id] = _joined(entries[entry.id], entry) if entry.id in entries else entry
-        except ValueError as error:
-            problems.append(f"line {line}: {error}")
+    problems: list[tuple[int, str]] = []
+    hashes: list[NDArray[np.int64]] = []  # of ids, which together would be as large as the table
+
+    def right_rows() -> Iterator[Fields]:
+        for line, row in rows:
+            try:
+                yield _fields(line, row, options)
+            except ValueError as error:
+                problems.append((line, str(error)))
+
+    table = columns_of(right_rows(), lambda ids: hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids))))
+    entries = _joined(Entries(table, root), _repeated(np.concatenate([np.empty(0, np.int64), *hashes])), problems)
     if problems:
-        refuse_lines(manifest, problems)
+        refuse_lines(manifest, [f"line {line}: {text}" for line, text in sorted(problems, key=lambda known: known[0])])
     if not entries:
         raise ManifestError(f"{manifest} lists no clips")
-    return list(entries.values())
+    return entries
 
 
-def _joined(first: ManifestEntry, entry: ManifestEntry) -> ManifestEntry:
-    """One clip out of two rows that differ in the caption alone; raises ValueError."""
-    known = (first.caption, *first.other_captions)
-    alike = replace(entry, caption=first.caption, other_captions=first.other_captions, line=first.line) == first
-    if not alike or entry.caption in known:
-        raise ValueError(f"duplicate id {entry.id!r}, first used on line {first.line}")
-    new = [caption for caption in (entry.caption, *entry.other_captions) if caption not in known]
-    return replace(first, other_captions=(*first.other_captions, *new))
+def _repeated(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where a hash occurs again or has occurred `[K]`, in order."""
+    order = hashes.argsort(kind="stable")
+    (again,) = np.nonzero(np.diff(hashes[order]) == 0)
+    return np.unique(order[np.concatenate([again, again + 1])])
+
+
+def _joined(entries: Entries, places: NDArray[np.int64], problems: list[tuple[int, str]]) -> Entries:
+    """`entries`, of which those at `places` may have ids that came before: they become one, or a problem."""
+    first: dict[str, int] = {}
+    captions: dict[int, list[str]] = {}  # by the place of the first, all of one clip
+    gone = np.zeros(len(entries), bool)
+    for place, entry in zip(places.tolist(), entries.take(places), strict=True):
+        known = captions.setdefault(first.setdefault(entry.id, place), [entry.caption, *entry.other_captions])
+        if first[entry.id] == place:
+            continue
+        gone[place] = True
+        if entry.caption in known or not _is_alike(entry, entries[first[entry.id]]):
+            line = entries[first[entry.id]].line
+            problems.append((entry.line, f"duplicate id {entry.id!r}, first used on line {line}"))
+        else:
+            known += [caption for caption in (entry.caption, *entry.other_captions) if caption not in known]
+    if not gone.any():
+        return entries
+    others = {place: tuple(of_clip[1:]) for place, of_clip in captions.items()}
+    return entries.with_other_captions(others).take(np.flatnonzero(~gone))
+
+
+def _is_alike(entry: ManifestEntry, first: ManifestEntry) -> bool:
+    """Whether the two differ in their captions alone."""
+    return replace(entry, caption=first.caption, other_captions=first.other_captions, line=first.line) == first
 
 
 def build_entry(
     line: int, row: Mapping[str, Any] | str, root: Path, options: ManifestOptions = OUR_COLUMNS
 ) -> ManifestEntry:
     """Check one row, or what is wrong with it, and make an entry of it; raises ValueError."""
+    given = _fields(line, row, options)
+    return ManifestEntry(root / given[0], *given[1:])
+
+
+def _fields(line: int, row: Mapping[str, Any] | str, options: ManifestOptions) -> Fields:
     row = _checked(row)
     path = _text(row, "path", required=True)
-    present = [name for name in options.caption_columns if row.get(name) not in (None, "")]
-    caption, *others = captions_in(row, present or options.caption_columns[:1])
-    return ManifestEntry(
-        path=root / (_usable(path) if options.absolute_paths else check_relative(path)),
-        caption=caption,
-        id=_text(row, "id", required=options.id_column is not None) or path,
-        duration_seconds=_duration(row),
-        split=split_name(_text(row, "split", required=options.split_column is not None)),
-        line=line,
-        other_captions=tuple(others),
-        **{name: _text(row, name) for name in ("label", "speaker", "source", "license")},
+    columns = options.caption_columns
+    present = [name for name in columns if row.get(name) not in (None, "")]
+    caption, *others = captions_in(row, present or columns[:1])
+    return (
+        _usable(path) if options.absolute_paths else check_relative(path),
+        caption,
+        _text(row, "id", required=options.id_column is not None) or path,
+        _duration(row),
+        split_name(_text(row, "split", required=options.split_column is not None)),
+        _text(row, "label"),
+        _text(row, "speaker"),
+        _text(row, "source"),
+        _text(row, "license"),
+        line,
+        tuple(others),
     )
 
 
@@ -201,7 +227,7 @@ def split_name(name: str) -> str:
     >>> [split_name(name) for name in ("Training", "valid", "dev", "eval")]
     ['train', 'val', 'val', 'test']
     """
-    known = _SPLITS.get(name.strip().lower(), name)
+    known = _SPLITS.get(name) or _SPLITS.get(name.strip().lower(), name)
     if known and known not in SPLIT_NAMES:
         raise ValueError(f"split {name!r} is none of {', '.join(_SPLITS)}; rename it")
     return known
@@ -221,12 +247,11 @@ def known_splits(names: Iterable[str]) -> dict[str, str]:
     return known
 
 
-def of_split(entries: Sequence[ManifestEntry], split: str | None, manifest: Path | str) -> list[ManifestEntry]:
+def of_split(entries: Entries, split: str | None, manifest: Path | str) -> Entries:
     """The entries of a split, by any of its names; None takes all; raises ValueError where it has none."""
-    wanted = None if split is None else split_name(split)
-    chosen = [entry for entry in entries if wanted in (None, entry.split)]
+    chosen = entries if split is None else entries.of_split(split_name(split))
     if not chosen:
-        raise ValueError(f"{manifest} has no split {split!r}, only {sorted({entry.split for entry in entries})}")
+        raise ValueError(f"{manifest} has no split {split!r}, only {sorted(entries.splits)}")
     return chosen
 
 
@@ -237,11 +262,13 @@ def _checked(row: Mapping[str, Any] | str) -> Mapping[str, Any]:
 
 
 def _text(row: Mapping[str, Any], name: str, required: bool = False) -> str:
+    if isinstance(cell := row.get(name), str) and (given := cell.strip()):
+        return given
     if required and name not in row:
         raise ValueError(f"`{name}` must be text and is missing: the row has {list(row)}; {_HINT}")
-    if row.get(name) is None and not required:
+    if cell is None and not required:
         return ""
-    text = text_in(row.get(name), name)
+    text = text_in(cell, name)
     if required and not text:
         raise ValueError(f"`{name}` is empty")
     return text
@@ -262,6 +289,8 @@ def _duration(row: Mapping[str, Any]) -> float | None:
 
 def check_relative(path: str) -> str:
     """`path` where it stays inside its folder on every system; raises ValueError otherwise."""
+    if _PLAIN_PATH.fullmatch(path) and ".." not in path:
+        return path
     parts = {*PurePosixPath(path).parts, *PureWindowsPath(path).parts}
     if path.startswith(("/", "\\")) or PureWindowsPath(path).drive or ".." in parts or "\0" in path:
         raise ValueError(
@@ -274,45 +303,3 @@ def _usable(path: str) -> str:
     if "\0" in path:
         raise ValueError(f"path {path!r} holds a NUL character")
     return path
-
-
-@dataclass(frozen=True)
-class FaultyEntry:
-    """A manifest entry that cannot be used, and why."""
-
-    entry: ManifestEntry
-    reason: str
-
-    def __str__(self) -> str:
-        return f"line {self.entry.line}: {self.reason}" if self.entry.line else self.reason  # a folder has no lines
-
-
-def preflight(entries: Sequence[ManifestEntry], decode: bool = False) -> list[FaultyEntry]:
-    """The faults among `entries`: missing, empty, undecodable and truncated files.
-
-    Args:
-        decode: read every sample too, which also finds truncated compressed files, NaN and absurd samples; without it
-            only headers are read.
-    """
-    faults = [FaultyEntry(entry, reason) for entry in entries if (reason := _reason(entry, decode))]
-    if faults:
-        listed = "\n  ".join(map(str, faults[:_MAX_LISTED]))
-        _log.warning(
-            "%d of %d clips cannot be used:\n  %s%s",
-            len(faults),
-            len(entries),
-            listed,
-            f"\n  and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else "",
-        )
-    return faults
-
-
-def _reason(entry: ManifestEntry, decode: bool) -> str:
-    try:
-        with open_audio(entry.path, entry.duration_seconds) as file:
-            rate = file.samplerate
-        if decode:
-            read_audio(entry.path, rate)
-    except AudioError as error:
-        return str(error)
-    return ""

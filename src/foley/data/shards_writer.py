@@ -24,7 +24,7 @@ from foley.core.files import atomic_write
 from foley.core.hashing import hash_file
 from foley.core.locks import only_writer
 from foley.core.logs import get_logger
-from foley.data.dataset import DataFaultError
+from foley.data.dataset import DataFaultError, most_faults
 from foley.data.manifest import ManifestEntry
 from foley.data.shards import (
     COLUMNS,
@@ -158,7 +158,7 @@ def write_shards(
                 continue
             left_out.append({"id": entry.id, "line": str(entry.line), "reason": text})
             _log.warning("leaving out line %d (%d so far): %s", entry.line, len(left_out), text)
-            if len(left_out) > max(1.0, max_fault_fraction * len(entries)):
+            if len(left_out) > most_faults(len(entries), max_fault_fraction):
                 raise DataFaultError(f"{len(left_out)} of {len(entries)} clips cannot be used. The last: {text}")
         lossy_mixes.report()
         return writer.finish(left_out)

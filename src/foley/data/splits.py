@@ -1,6 +1,7 @@
 """Sources of clips (files, a cache, a mixture), and train, validation and test splits of them, as configs name them."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -12,22 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from foley.core.channels import check_downmix
-from foley.core.logs import get_logger, process_rank
+from foley.core.logs import get_logger
 from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import check_samples, read_audio
 from foley.data.dataset import AudioItem, AudioSource, durations_seconds, known_faults
+from foley.data.entries import SPLIT_NAMES, Entries, ManifestEntry, split_code
 from foley.data.importers.annotations import read_audiocaps
-from foley.data.manifest import (
-    OUR_COLUMNS,
-    SPLIT_NAMES,
-    ManifestEntry,
-    ManifestOptions,
-    known_splits,
-    of_split,
-    preflight,
-    read_manifest,
-    split_name,
-)
+from foley.data.manifest import OUR_COLUMNS, ManifestOptions, known_splits, of_split, read_manifest, split_name
+from foley.data.preflight import preflight_of_ranks
 from foley.data.preparation import AudioFolder
 from foley.data.procedural import ProceduralDataset
 from foley.data.shards import ShardIndex, ShardSource
@@ -35,6 +28,7 @@ from foley.data.shards import ShardIndex, ShardSource
 _log = get_logger(__name__)
 
 _INT16_MAX = 32767
+_UNTIDY = re.compile(r"^[./]|/$|//|/\.|\\")  # what a path may have that has a shorter name
 
 
 class ClipSource:
@@ -54,7 +48,7 @@ class ClipSource:
     ) -> None:
         self.downmix = check_downmix(downmix)
         self.known_faults = known_faults
-        self.entries = list(entries)
+        self.entries = Entries.of(entries)
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_seconds = max_duration_seconds
 
@@ -63,11 +57,11 @@ class ClipSource:
 
     def durations_seconds(self, epoch: int) -> NDArray[np.float32]:
         """Of every clip, as `render` returns it; raises ValueError where the manifest does not say."""
-        unknown = next((entry for entry in self.entries if entry.duration_seconds is None), None)
-        if unknown is not None:
+        seconds = self.entries.duration_seconds.astype(np.float32)
+        if np.isnan(seconds).any():
+            unknown = self.entries[int(np.isnan(seconds).argmax())]
             where = f"line {unknown.line} of the manifest, {unknown.id!r}," if unknown.line else repr(unknown.id)
             raise ValueError(f"{where} has no duration_seconds; add it, or set data.bucket_batches=null")
-        seconds = np.array([entry.duration_seconds for entry in self.entries], np.float32)
         return seconds if self.max_duration_seconds is None else seconds.clip(max=self.max_duration_seconds)
 
     def render(self, index: int, epoch: int) -> AudioItem:
@@ -188,16 +182,19 @@ def clip_splits(
     audio_dir: str | None = None,
     max_duration_seconds: float | None = 30.0,
     cache_megabytes: int = 0,
-    check_files: bool = True,
+    check_files: bool | str = True,
     optional: bool = False,
     downmix: str = "mean",
     val_fraction: float = 0.0,
+    max_fault_fraction: float | None = None,
     **options: Any,
 ) -> Splits:
     """Sources of a manifest, by its `split` column; rows without one are for training.
 
     Args:
-        check_files: list files that cannot be used before training starts.
+        check_files: list files that cannot be used before training starts; "anew" looks at those, too, that were all
+            right when an earlier run looked (`foley.data.preflight`).
+        max_fault_fraction: of the clips; the look ends where more cannot be used, since training will.
         optional: an absent manifest gives no sources, and says so, instead of an error.
         downmix: of clips with several channels: "mean", or "loudest", the one with the most energy.
         val_fraction: of the clips, held out for validation where no row has a split (see `hold_out`).
@@ -209,7 +206,9 @@ def clip_splits(
         return {}
     root = path.parent if audio_dir is None else Path(audio_dir)
     entries = hold_out(read_manifest(path, root, ManifestOptions(**options)), val_fraction, root, str(path))
-    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix)
+    return _sources(
+        entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix, max_fault_fraction
+    )
 
 
 def folder_splits(
@@ -217,9 +216,10 @@ def folder_splits(
     sample_rate_hz: int,
     max_duration_seconds: float | None = 30.0,
     cache_megabytes: int = 0,
-    check_files: bool = True,
+    check_files: bool | str = True,
     downmix: str = "mean",
     val_fraction: float = 0.0,
+    max_fault_fraction: float | None = None,
 ) -> Splits:
     """Sources of every audio file below `folder`, without captions: all that a codec needs.
 
@@ -227,11 +227,13 @@ def folder_splits(
     files is held out (see `hold_out`). Raises ValueError where there is no audio.
     """
     root = Path(folder)
-    entries = [ManifestEntry(root / name, "", name, split=_folder_split(name)) for name in AudioFolder(root).files]
-    if not entries:
+    files = [ManifestEntry(root / name, "", name, split=_folder_split(name)) for name in AudioFolder(root).files]
+    if not files:
         raise ValueError(f"{root} holds no audio, in it or below")
-    entries = hold_out(entries, val_fraction, root, str(root))
-    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix)
+    entries = hold_out(files, val_fraction, root, str(root))
+    return _sources(
+        entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix, max_fault_fraction
+    )
 
 
 def _folder_split(name: str) -> str:
@@ -242,7 +244,7 @@ def _folder_split(name: str) -> str:
         return ""
 
 
-def hold_out(entries: Sequence[ManifestEntry], fraction: float, root: Path, name: str) -> list[ManifestEntry]:
+def hold_out(entries: Sequence[ManifestEntry], fraction: float, root: Path, name: str) -> Entries:
     """The entries, with about `fraction` of them for validation and the others for training where none has a split.
 
     The path below `root` decides by its hash, so that captions of one recording stay together, and a clip keeps its
@@ -251,23 +253,23 @@ def hold_out(entries: Sequence[ManifestEntry], fraction: float, root: Path, name
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"val_fraction must be at least 0 and below 1, got {fraction}")
-    if any(entry.split for entry in entries) or fraction == 0:
-        return list(entries)
-    places = [_place(entry, root) for entry in entries]
-    least = min(places) if len(entries) * fraction >= 1 else None
-    held = {place for place in places if place < fraction or place == least}
-    if len(held) == len(set(places)):
-        held = set()
-    split = [replace(e, split="val" if place in held else "train") for e, place in zip(entries, places, strict=True)]
-    num_val = sum(entry.split == "val" for entry in split)
+    entries = Entries.of(entries)
+    if entries.split_codes.any() or fraction == 0:
+        return entries
+    places = _places(entries, root)
+    held = places < fraction
+    if len(entries) * fraction >= 1:
+        held |= places == places.min()
+    if held.all():
+        held[:] = False
     _log.warning(
         "%s names no splits: %d clips are for training, %d (val_fraction=%g, by a hash of the path) for validation",
         name,
-        len(split) - num_val,
-        num_val,
+        np.count_nonzero(~held),
+        np.count_nonzero(held),
         fraction,
     )
-    return split
+    return entries.with_splits(np.where(held, split_code("val"), split_code("train")).astype(np.uint8))
 
 
 def entries_of_split(
@@ -276,7 +278,7 @@ def entries_of_split(
     audio_dir: Path | str | None = None,
     options: ManifestOptions = OUR_COLUMNS,
     val_fraction: float = 0.0,
-) -> list[ManifestEntry]:
+) -> Entries:
     """The entries of a split, the same ones that `clip_splits` gives a training; None takes all.
 
     Raises ManifestError, and ValueError where there is no such split.
@@ -285,13 +287,25 @@ def entries_of_split(
     entries = read_manifest(manifest, root, options)
     if split is None:
         return entries
-    held_out = hold_out(entries, val_fraction, root, str(manifest))
-    return of_split([replace(entry, split=entry.split or "train") for entry in held_out], split, manifest)
+    return of_split(_for_training(hold_out(entries, val_fraction, root, str(manifest))), split, manifest)
 
 
-def _place(entry: ManifestEntry, root: Path) -> float:
-    """In [0, 1), by the entry's path."""
-    return derive_seed("held out", Path(os.path.relpath(entry.path, root)).as_posix()) / 2**63
+def _for_training(entries: Entries) -> Entries:
+    """The same, those without a split in the one for training."""
+    codes = entries.split_codes
+    return entries.with_splits(np.where(codes == split_code(""), split_code("train"), codes).astype(np.uint8))
+
+
+def _places(entries: Entries, root: Path) -> NDArray[np.float64]:
+    """Of each entry in [0, 1), by its path below `root` `[N]`."""
+
+    def below(path: str) -> str:
+        if entries.root == root and not _UNTIDY.search(path):
+            return path  # as it comes out of what follows, which takes ten times as long
+        return Path(os.path.relpath(entries.root / path, root)).as_posix()
+
+    seeds = (derive_seed("held out", below(path)) for path in entries.paths)
+    return np.fromiter(seeds, np.float64, len(entries)) / 2**63
 
 
 def shard_splits(
@@ -324,16 +338,20 @@ def audiocaps_splits(
     file_pattern: str = "{youtube_id}_{start_time}.wav",
     max_duration_seconds: float | None = 10.0,
     cache_megabytes: int = 0,
-    check_files: bool = True,
+    check_files: bool | str = True,
     downmix: str = "mean",
+    max_fault_fraction: float | None = None,
 ) -> Splits:
     """Sources of AudioCaps' train.csv, val.csv and test.csv in `captions_dir`, with audio in `audio_dir`."""
-    entries = [
+    clips = [
         entry
         for split in SPLIT_NAMES
         for entry in read_audiocaps(Path(captions_dir) / f"{split}.csv", audio_dir, file_pattern, split)
     ]
-    return _sources(entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix)
+    entries = Entries.of(clips)
+    return _sources(
+        entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix, max_fault_fraction
+    )
 
 
 def procedural_splits(
@@ -400,22 +418,20 @@ def _cached(source: AudioSource, megabytes: int) -> AudioSource:
 
 
 def _sources(
-    entries: Sequence[ManifestEntry],
+    entries: Entries,
     sample_rate_hz: int,
     max_duration_seconds: float | None,
     cache_megabytes: int,
-    check_files: bool,
+    check_files: bool | str,
     downmix: str,
+    max_fault_fraction: float | None,
 ) -> Splits:
-    looked = check_files and process_rank() == 0  # the others would wait for the same disk
-    faults = preflight(entries) if looked else []
-    by_split: dict[str, list[ManifestEntry]] = {}
-    for entry in entries:
-        by_split.setdefault(entry.split or "train", []).append(entry)
-    sources: dict[str, AudioSource] = {}
-    for split, clips in by_split.items():
-        known = [fault.reason for fault in faults if (fault.entry.split or "train") == split]
-        sources[split] = _cached(
-            ClipSource(clips, sample_rate_hz, max_duration_seconds, downmix, known), cache_megabytes
-        )
-    return sources
+    entries = _for_training(entries)
+    faults: dict[str, list[str]] = {split: [] for split in entries.splits}
+    for fault in preflight_of_ranks(entries, check_files, max_fault_fraction):
+        faults[fault.entry.split].append(fault.reason)
+    sources = {
+        split: ClipSource(entries.of_split(split), sample_rate_hz, max_duration_seconds, downmix, known)
+        for split, known in faults.items()
+    }
+    return {split: _cached(source, cache_megabytes) for split, source in sources.items()}

@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ _MARKS = {  # the marks of UTF-32 begin as those of UTF-16 do
     codecs.BOM_UTF8: "utf-8-sig",
 }
 _ELEMENT = re.compile(r"\s*,?\s*([^\s,\]])")
+_UNDECODED = re.compile("[\udc80-\udcff]")
 _MAX_LISTED = 20
 _MAX_PROBLEM_CHARACTERS = 240
 _MAX_LINE_CHARACTERS = 1 << 20
@@ -115,6 +117,8 @@ def captions_in(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     >>> captions_in({"caption": "rain", "captions": ["rain ", "a shower"]}, ["caption", "captions"])
     ['rain', 'a shower']
     """
+    if len(columns) == 1 and isinstance(only := row.get(columns[0]), str) and (caption := only.strip()):
+        return [caption]  # nearly every row
     cells = [(column, cell) for column in columns for cell in _as_list(row.get(column))]
     texts = [text_in(cell, column) for column, cell in cells]
     captions = list(dict.fromkeys(text for text in texts if text))
@@ -163,21 +167,20 @@ def _encoding(path: Path, read_mark: bool = False) -> str:
 
 def _lines(path: Path, encoding: str, newline: str | None) -> Iterator[str]:
     """Lines with their ends; bytes that are no UTF-8 become surrogates, which `_fault` finds in their rows."""
+    number = 0
     with path.open(encoding=encoding, errors="surrogateescape", newline=newline) as stream:
-        number = 1
-        while line := _next_line(path, stream, number):
-            yield line
-            number += 1
-
-
-def _next_line(path: Path, stream: Any, number: int) -> str:
-    try:
-        line: str = stream.readline(_MAX_LINE_CHARACTERS + 1)
-    except UnicodeDecodeError as error:
-        raise TableError(f"{path}, line {number} or after: not valid {error.encoding} ({error.reason})") from error
-    if len(line) > _MAX_LINE_CHARACTERS:
-        raise TableError(f"{path}, line {number}: is over {_MAX_LINE_CHARACTERS} characters long, which no row is")
-    return line
+        try:
+            for line in iter(partial(stream.readline, _MAX_LINE_CHARACTERS + 1), ""):
+                number += 1
+                if len(line) > _MAX_LINE_CHARACTERS:
+                    raise TableError(
+                        f"{path}, line {number}: is over {_MAX_LINE_CHARACTERS} characters long, which no row is"
+                    )
+                yield line
+        except UnicodeDecodeError as error:
+            raise TableError(
+                f"{path}, line {number + 1} or after: not valid {error.encoding} ({error.reason})"
+            ) from error
 
 
 def _head(path: Path, encoding: str) -> str:
@@ -212,6 +215,8 @@ def _json_row(text: str) -> Mapping[str, Any] | str:
         return f"{'JSON that cannot be used' if parsed else 'not valid UTF-8 JSON'} ({error.reason})"
     if not isinstance(row, dict):
         return f"expected a JSON object, got {type(row).__name__}"
+    if len(text) <= _MAX_CELL_CHARACTERS and "\\u0000" not in text:
+        return row  # by what JSON is, no cell can be at fault
     return _first_fault(row) or row
 
 
@@ -264,7 +269,7 @@ def _named(cells: list[str], names: Sequence[str]) -> dict[str, str] | str:
     if len(cells) != len(names):
         return f"has {len(cells)} cells where there are {len(names)} columns ({', '.join(names)}): quote commas"
     row = dict(zip(names, cells, strict=True))
-    return _first_fault(row) or row
+    return (_fault("".join(cells)) and _first_fault(row)) or row
 
 
 def _first_fault(row: Mapping[str, Any]) -> str:
@@ -282,4 +287,4 @@ def _fault(text: str) -> str:
 
 
 def _is_undecoded(text: str) -> bool:
-    return any("\udc80" <= character <= "\udcff" for character in text)
+    return not text.isascii() and _UNDECODED.search(text) is not None

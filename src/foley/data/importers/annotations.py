@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from foley.data.manifest import ManifestEntry, ManifestOptions, build_entries, build_entry
+from foley.data.entries import Entries
+from foley.data.manifest import ManifestOptions, build_entries, build_entry
 from foley.data.tables import Row, csv_rows
 
 _YOUTUBE_ID = re.compile(r"[\w-]{11}", re.ASCII)
@@ -112,7 +113,7 @@ def single_spaced(text: str) -> str:
 
 def read_audiocaps(
     path: Path | str, audio_dir: Path | str, file_pattern: str = "{youtube_id}_{start_time}.wav", split: str = ""
-) -> list[ManifestEntry]:
+) -> Entries:
     """Entries of an AudioCaps CSV (Kim et al., NAACL 2019; columns audiocap_id, youtube_id, start_time, caption).
 
     Args:
