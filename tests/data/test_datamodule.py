@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,24 @@ def test_sizes_that_make_no_batch_are_refused_by_the_name_of_their_option():
         AudioDataModule(procedural(), 24000, 0.25, batch_size=-1)
     with pytest.raises(ValueError, match=r"data\.num_workers=0\.5: give a whole number >= 0"):
         AudioDataModule(procedural(), 24000, 0.25, batch_size=1, num_workers=0.5)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_less_clips_than_processes_are_refused_with_the_numbers(split):
+    sources = procedural()
+    module = AudioDataModule({"train": sources["train"], split: sources["val"]}, 24000, 0.25, batch_size=4)
+    trainer = SimpleNamespace(world_size=3, limit_val_batches=1.0, limit_test_batches=1.0)
+    module.require_a_clip_each(trainer)
+    trainer.world_size = 4
+    with pytest.raises(
+        ValueError, match=rf"'{split}' has 3 clips for 4 processes.*devices=3 .*limit_{split}_batches=0"
+    ):
+        module.require_a_clip_each(trainer)
+    module.trainer = trainer
+    with pytest.raises(ValueError, match="has 3 clips for 4 processes"):
+        module.setup("fit")
+    setattr(trainer, f"limit_{split}_batches", 0)
+    module.require_a_clip_each(trainer)
 
 
 def test_procedural_splits_share_no_clip_and_only_training_is_fresh():

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from foley.metrics.distances import GaussianKernel, kernel_audio_distance, median_bandwidth, squared_discrepancy
+from foley.metrics.distances import (
+    FrechetSlopes,
+    GaussianKernel,
+    GaussianRoot,
+    dealt_parts,
+    kernel_audio_distance,
+    median_bandwidth,
+    pairs_by_number,
+    squared_discrepancy,
+)
 from foley.metrics.scores import draw_counts, estimate
 
 
@@ -60,6 +69,91 @@ def test_bandwidth_is_the_median_distance_of_the_reference() -> None:
         median_bandwidth(torch.ones(4, 2))
     with pytest.raises(ValueError, match="2 clips in each set, got 5 and 1"):
         squared_discrepancy(normal(5, 0), normal(1, 1), GaussianKernel(1.0))
+
+
+@pytest.mark.parametrize("n", [2, 3, 40])
+def test_pairs_have_the_numbers_of_their_list(n: int) -> None:
+    assert torch.equal(pairs_by_number(torch.arange(n * (n - 1) // 2), n), torch.triu_indices(n, n, offset=1))
+
+
+def test_pairs_of_two_million_are_found_without_a_list() -> None:
+    n = 2_000_000
+    numbers = torch.tensor([0, n - 2, n - 1, n * (n - 1) // 2 - 1])
+    assert pairs_by_number(numbers, n).T.tolist() == [[0, 1], [0, n - 1], [1, 2], [n - 2, n - 1]]
+    assert median_bandwidth(torch.arange(100_000.0)[:, None]) == pytest.approx(100_000 * (1 - 0.5**0.5), rel=0.01)
+
+
+def test_a_large_set_pairs_within_parts(monkeypatch) -> None:
+    monkeypatch.setattr("foley.metrics.distances.MOST_TOGETHER", 50)
+    met = []
+
+    def counting(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        met.append(len(x) * len(y))
+        return linear_kernel(x, y)
+
+    for n in (1000, 2000, 4000):
+        met.append(0)
+        squared_discrepancy(normal(n, 0), normal(60, 1), counting)
+        # Within 20, 40 or 80 parts of 50; within the 2 of 30; of each of the former and one of the latter.
+        assert sum(met) == n * 50 + 60 * 30 + n * 30
+        met.clear()
+    drawn = [float(kernel_audio_distance(normal(120, 2 * seed), normal(70, 2 * seed + 1))) for seed in range(100)]
+    values = torch.tensor(drawn)
+    assert abs(values.mean()) < 3 * values.std() / 100**0.5
+
+
+def test_parts_count_their_pairs_as_repetitions(monkeypatch) -> None:
+    monkeypatch.setattr("foley.metrics.distances.MOST_TOGETHER", 4)
+    x, y, kernel = normal(8, 0), normal(5, 1), GaussianKernel(1.0)
+    counts = torch.tensor([[2.0, 2, 2, 2, 2, 2, 2, 2]]).double(), torch.tensor([[3.0, 3, 3, 3, 3]]).double()
+    torch.testing.assert_close(squared_discrepancy(x, y, kernel, counts), squared_discrepancy(x, y, kernel))
+
+
+@pytest.mark.parametrize(("n", "m"), [(30, 40), (4, 3), (40, 3)])  # 3 features: of singular covariances too
+def test_slopes_are_the_derivatives_of_the_distance_by_counts(n: int, m: int) -> None:
+    x, y = normal(n, 0), 1.5 * normal(m, 1, 0.4)
+    slopes = FrechetSlopes.of(x, y)
+    known = GaussianRoot.fit(x)
+    assert slopes.value == pytest.approx(known.distance(GaussianRoot.fit(y)), abs=1e-9)
+
+    def moved(first: float, second: float) -> float:
+        counts = [torch.ones(count).double() for count in (n, m)]
+        counts[0][1], counts[1][2] = 1 + first, 1 + second
+        return GaussianRoot.fit(x, counts[0]).distance(GaussianRoot.fit(y, counts[1]))
+
+    step = 1e-5
+    assert float(slopes.reference[1]) == pytest.approx((moved(step, 0) - moved(-step, 0)) / (2 * step), abs=1e-6)
+    assert float(slopes.generated[2]) == pytest.approx((moved(0, step) - moved(0, -step)) / (2 * step), abs=1e-6)
+
+
+def test_a_linear_interval_is_nearer_to_the_scatter_of_a_distance_than_one_of_refits() -> None:
+    pairs = [(normal(60, 2 * seed), 1.3 * normal(60, 2 * seed + 1, 0.5)) for seed in range(100)]
+    truth = torch.tensor([FrechetSlopes.of(x, y).value for x, y in pairs]).std()
+    reference, generated = draw_counts(60, 40, "reference"), draw_counts(60, 40, "generated")
+    linear, refitted = [], []
+    for x, y in pairs[:10]:
+        slopes = FrechetSlopes.of(x, y)
+        drawn = (reference - 1) @ slopes.reference + (generated - 1) @ slopes.generated
+        linear.append(drawn[1:].std())
+        refits = [
+            GaussianRoot.fit(x, a).distance(GaussianRoot.fit(y, b)) for a, b in zip(reference, generated, strict=True)
+        ]
+        refitted.append(torch.tensor(refits[1:]).std())
+    errors = [abs(torch.stack(found).mean() - truth) for found in (linear, refitted)]
+    assert errors[0] < errors[1]
+    assert errors[0] < 0.15 * truth
+
+
+def test_weights_of_the_parts_are_those_of_a_line_read_at_zero() -> None:
+    parts = list(dealt_parts(torch.arange(40)))
+    assert [(weight, len(part)) for weight, part in parts] == [
+        (1.0, 40),
+        *[(0.25, 20)] * 2,
+        *[(-0.125, 10)] * 4,
+    ]  # 1, 1/2, 0 and -1/2 of the means over the wholes, halves, thirds and quarters
+    for size in (40, 20, 10):
+        met = torch.cat([part for _, part in parts if len(part) == size])
+        assert met.sort().values.tolist() == list(range(40))
 
 
 def test_draws_are_repeatable_counts() -> None:

@@ -11,7 +11,7 @@ from training_parts import run
 from foley.core.config import PROJECT_ROOT
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.metrics.protocols import embedded
-from foley.training.callbacks import listening
+from foley.training.callbacks import evaluation, listening
 from foley.training.callbacks.evaluation import SampleScores
 
 
@@ -59,6 +59,45 @@ def test_scores_are_logged_at_validation(tmp_path: Path, scores: SampleScores, m
     assert {"val/embedded/kl_softmax", "val/embedded/kernel_audio_distance", "val/embedded/accuracy/all"} <= set(logged)
     assert len(scores.prompts) == 4
     assert len(list((tmp_path / "features").rglob("*.safetensors"))) == 6
+
+
+class TwoProcesses:
+    """What the callback asks of the trainer of one of two processes; `met` gets the barriers."""
+
+    world_size = 2
+    datamodule = None
+
+    def __init__(self, rank: int) -> None:
+        self.global_rank, self.is_global_zero, self.strategy, self.met = rank, rank == 0, self, []
+
+    def barrier(self, name: str) -> None:
+        self.met.append(name)
+
+
+def test_processes_share_the_reference_before_the_first_step(tmp_path: Path, scores, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "takes_captions", lambda module: True)
+    extracted = []
+    extract = evaluation.extract_files
+
+    def noting(clips, *args, **kwargs):
+        extracted.append([clip.id for clip in clips])
+        return extract(clips, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "extract_files", noting)
+    for rank in (1, 0):
+        trainer = TwoProcesses(rank)
+        scores.on_fit_start(trainer, None)
+        assert trainer.met == ["features of the reference"]
+    assert extracted == [["1", "3", "5"], ["0", "2", "4"], [str(index) for index in range(6)]]
+    assert set(scores._known) == {"embedded"}
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(5, 2), (6, 3), (2, 4), (1, 1)])
+def test_shares_of_processes_come_back_in_order_and_each_once(count: int, world_size: int) -> None:
+    shares = [listening.shared_out(count, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    gathered = torch.tensor(shares).float()[:, :, None, None]
+    assert listening.in_order(gathered, count).flatten().tolist() == list(range(count))
 
 
 def test_silent_samples_have_no_scores_and_do_not_stop_the_run(tmp_path: Path, scores, monkeypatch, caplog) -> None:

@@ -55,7 +55,9 @@ class ResumableDataModule(pl.LightningDataModule):
         self._batches_before = 0
 
     def setup(self, stage: str) -> None:
-        """Say before training what it will go without."""
+        """Say before training what it will go without; raises ValueError as `require_a_clip_each` does."""
+        if self.trainer is not None:
+            self.require_a_clip_each(self.trainer)
         if stage == "fit" and "val" not in self.datasets:
             _log.warning(
                 "no clip is for validation: there will be no val/loss, no best checkpoint and no samples; "
@@ -67,6 +69,21 @@ class ResumableDataModule(pl.LightningDataModule):
         size = len(self.datasets["train"]) if "train" in self.datasets else None  # type: ignore[arg-type]
         if size is not None and size < self.batch_size:
             raise ValueError(few_samples(size, self.batch_size))
+
+    def require_a_clip_each(self, trainer: pl.Trainer) -> None:
+        """Raise ValueError where validation or test has less clips than there are processes: one would wait for ever.
+
+        Known before the processes of a run are joined, so that none waits for another then.
+        """
+        limits = {"val": trainer.limit_val_batches, "test": trainer.limit_test_batches}
+        for split, limit in limits.items():
+            size = len(self.datasets[split]) if limit and split in self.datasets else None  # type: ignore[arg-type]
+            if size is not None and size < trainer.world_size:
+                raise ValueError(
+                    f"split {split!r} has {size} clips for {trainer.world_size} processes, and each needs one: hold "
+                    f"out more (data.splits.val_fraction), take trainer.devices={size} or less, or leave the split out "
+                    f"with trainer.limit_{split}_batches=0"
+                )
 
     @property
     def train_sampler(self) -> ResumableSampler:

@@ -8,11 +8,15 @@ The kernel audio distance (Chung et al. 2025) assumes no distribution: it is the
 
     KAD = 100 (E k(x, x') + E k(y, y') - 2 E k(x, y)),   k(x, y) = exp(-|x - y|^2 / (2 s^2))          (2)
 
-over pairs of different clips, with s the median distance in the reference. All is computed in float64.
+over pairs of different clips, with s the median distance in the reference.
+
+Gaussians and sums are computed in float64, a kernel's values in the precision of the features. Time and memory grow
+with the clips, not with their pairs: from a size on, a fixed draw of the pairs is taken, or those within parts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -28,7 +32,11 @@ MOST_PARTS = 4
 FEWEST_CLIPS = 2 * MOST_PARTS
 """Of an extrapolated distance: a covariance takes two."""
 
+MOST_TOGETHER = 10_000
+"""Vectors of a set of which all pairs are taken; a larger set is dealt into parts, and a pair is of one part."""
+
 _BLOCK_ROWS = 512
+_CHUNK_ROWS = 8192
 _BANDWIDTH_PAIRS = 100_000
 
 _log = get_logger(__name__)
@@ -52,15 +60,21 @@ class GaussianRoot:
 
     @classmethod
     def fit(cls, features: Tensor, counts: Tensor | None = None) -> "GaussianRoot":
-        """Of the unbiased covariance of `features [N, D]`, each `counts [N]` times; ValueError below two vectors."""
+        """Of the unbiased covariance of `features [N, D]`, each `counts [N]` times; ValueError below two vectors.
+
+        Part by part, by the QR decomposition of the vectors, which never squares them as a covariance does.
+        """
         weights = torch.ones(len(features)).double() if counts is None else counts
-        kept, weights = features[weights > 0].double(), weights[weights > 0]
         total = float(weights.sum())
         if total < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, got {total:g}; add clips to the set")
-        mean = weights @ kept / total
-        root = (kept - mean) * (weights / (total - 1)).sqrt()[:, None]  # [N, D], and root^T root is the covariance
-        return cls(mean, root) if len(root) <= root.shape[1] else cls.of(mean, root.T @ root)
+        parts = list(zip(features.split(_CHUNK_ROWS), weights.split(_CHUNK_ROWS), strict=True))
+        mean = torch.stack([own @ rows.double() for rows, own in parts]).sum(dim=0) / total
+        root = torch.empty(0, features.shape[1], dtype=torch.float64)
+        for rows, own in parts:
+            scaled = (rows.double() - mean) * (own / (total - 1)).sqrt()[:, None]
+            root = torch.linalg.qr(torch.cat([root, scaled]), mode="r").R
+        return cls(mean, root)
 
     def distance(self, other: "GaussianRoot") -> float:
         """Equation (1) of this module.
@@ -68,9 +82,32 @@ class GaussianRoot:
         The square root's eigenvalues are the singular values of `root_a root_b^T`: real, stable, and valid for
         singular covariances.
         """
-        overlap = torch.linalg.svdvals(self.root @ other.root.T).sum()
+        return self.distance_by(other, singular_vectors(self.root @ other.root.T)[1])
+
+    def distance_by(self, other: "GaussianRoot", overlap: Tensor) -> float:
+        """The same, where those singular values are known."""
         traces = self.root.square().sum() + other.root.square().sum()
-        return max(float((self.mean - other.mean).square().sum() + traces - 2 * overlap), 0.0)
+        return max(float((self.mean - other.mean).square().sum() + traces - 2 * overlap.sum()), 0.0)
+
+
+def singular_vectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`U [N, K]`, values `[K]` in no order and `V [M, K]` with `matrix [N, M] = U diag(values) V^T`, K = min(N, M).
+
+    By the eigenvectors of the smaller Gram matrix, in less than half of LAPACK's time for thousands of rows. As the
+    values are lengths of `matrix V`, not roots of eigenvalues, they are exact to the rounding of the largest; those
+    below 1e-8 of it are of the right size.
+
+    >>> left, values, right = singular_vectors(torch.tensor([[0.0, 2.0], [3.0, 0.0], [0.0, 0.0]]))
+    >>> values.tolist(), (left * values @ right.T).tolist()
+    ([2.0, 3.0], [[0.0, 2.0], [3.0, 0.0], [0.0, 0.0]])
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        right, values, left = singular_vectors(matrix.T)
+        return left, values, right
+    vectors = torch.linalg.eigh(matrix.T @ matrix).eigenvectors
+    scaled = matrix @ vectors
+    values = scaled.norm(dim=0)
+    return scaled / values.clamp_min(torch.finfo(values.dtype).tiny), values, vectors
 
 
 def gaussian_frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
@@ -110,7 +147,63 @@ def frechet_distance(reference: Tensor, generated: Tensor) -> float:
     return GaussianRoot.fit(reference).distance(GaussianRoot.fit(generated))
 
 
-def extrapolated_distance(distance: Callable[[Tensor], float], counts: Tensor, seed: int = 0) -> float:
+@dataclass(frozen=True)
+class FrechetSlopes:
+    """The Frechet distance of two sets, and its derivative by how often each vector counts, `[N]` and `[M]`.
+
+    Of a vector x of the generated set of n vectors, with c = x - m_b, the derivative of equation (1) is (the influence
+    function, in closed form)
+
+        (|c|^2 - c^T T c - tr(S_b) + tr((S_a S_b)^(1/2))) / (n - 1) + 2 c^T (m_b - m_a) / n                 (3)
+
+    where T is the linear map that carries the generated Gaussian onto the reference, and likewise of the reference.
+    """
+
+    value: float
+    reference: Tensor
+    generated: Tensor
+
+    @classmethod
+    def of(cls, reference: Tensor, generated: Tensor, known: GaussianRoot | None = None) -> "FrechetSlopes":
+        """Of features `[N, D]` and `[M, D]`; `known` is the reference's Gaussian, where it is fitted already."""
+        a, b = known or GaussianRoot.fit(reference), GaussianRoot.fit(generated)
+        left, overlap, right = singular_vectors(a.root @ b.root.T)
+        kept = overlap > 1e-9 * overlap.max()  # the rest adds nothing but rounding
+        return cls(
+            a.distance_by(b, overlap),
+            _slopes(reference, a, b, right[:, kept], overlap[kept]),
+            _slopes(generated, b, a, left[:, kept], overlap[kept]),
+        )
+
+
+def _slopes(features: Tensor, own: GaussianRoot, other: GaussianRoot, basis: Tensor, overlap: Tensor) -> Tensor:
+    """Equation (3) of each vector; T is `root_b^T V V^T root_b` with V the `basis` over the roots of the `overlap`."""
+    half_map = other.root.T @ (basis / overlap.sqrt())  # [D, K], and T is half_map half_map^T
+    constant, shift = own.root.square().sum() - overlap.sum(), own.mean - other.mean
+    found = []
+    for rows in features.split(_CHUNK_ROWS):
+        centred = rows.double() - own.mean
+        spread = centred.square().sum(dim=1) - (centred @ half_map).square().sum(dim=1) - constant
+        found.append(spread / (len(features) - 1) + 2 * (centred @ shift) / len(features))
+    return torch.cat(found)
+
+
+def dealt_parts(clips: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """Parts of a shuffle of `clips [N]`, and the weight of each in the extrapolation of `extrapolated_distance`.
+
+    The line's value at k = 0 is a weighted sum of the parts' distances; what has no weight, as the thirds, is left out.
+    """
+    shuffled = clips[torch.randperm(len(clips), generator=torch_generator("extrapolation", len(clips), 0))]
+    numbers = range(1, MOST_PARTS + 1)  # n = N / k, so that k grows as 1 / n does
+    middle = sum(numbers) / MOST_PARTS
+    spread = sum((k - middle) ** 2 for k in numbers)
+    for k in numbers:
+        weight = 1 / MOST_PARTS - middle * (k - middle) / spread  # of least squares
+        if weight:
+            yield from ((weight / k, part) for part in shuffled.tensor_split(k))
+
+
+def extrapolated_distance(distance: Callable[[Tensor], float], counts: Tensor) -> float:
     """A distance at infinitely many clips (Chong and Forsyth 2020, sec. 4; for audio Gui et al. 2024, sec. 3.3).
 
     The bias is linear in 1/n. The set is dealt into k = 1, 2, 3, 4 equal parts, so that n = N / k; a line through the
@@ -121,15 +214,8 @@ def extrapolated_distance(distance: Callable[[Tensor], float], counts: Tensor, s
         counts: of the clips in the whole set `[N]`.
     """
     clips = torch.arange(len(counts)).repeat_interleave(counts.long())
-    shuffled = clips[torch.randperm(len(clips), generator=torch_generator("extrapolation", len(clips), seed))]
-    means = []
-    for parts in range(1, MOST_PARTS + 1):  # n = N / parts, so parts grows as 1 / n does
-        found = [distance(part.bincount(minlength=len(counts)).double()) for part in shuffled.tensor_split(parts)]
-        means.append(sum(found) / parts)
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in (range(1, MOST_PARTS + 1), means))
-    # Least squares: the line's value at 0 parts, where 1 / n is 0.
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
-    return float(y.mean() - slope * x.mean())
+    parts = dealt_parts(clips)
+    return sum(weight * distance(part.bincount(minlength=len(counts)).double()) for weight, part in parts)
 
 
 @dataclass(frozen=True)
@@ -152,14 +238,34 @@ def median_bandwidth(features: Tensor) -> float:
 
     All pairs of a small set, a fixed draw of them from a larger one; raises ValueError where they do not differ.
     """
-    first, second = torch.triu_indices(len(features), len(features), offset=1)
-    if len(first) > _BANDWIDTH_PAIRS:
-        chosen = torch.randint(len(first), (_BANDWIDTH_PAIRS,), generator=torch_generator("bandwidth", len(features)))
-        first, second = first[chosen], second[chosen]
-    median = float((features[first].double() - features[second].double()).norm(dim=1).median())
+    count = len(features) * (len(features) - 1) // 2
+    if count > _BANDWIDTH_PAIRS:
+        numbers = torch.randint(count, (_BANDWIDTH_PAIRS,), generator=torch_generator("bandwidth", len(features)))
+    else:
+        numbers = torch.arange(count)
+    pairs = pairs_by_number(numbers, len(features)).split(_BLOCK_ROWS, dim=1)
+    distances = [(features[first].double() - features[second].double()).norm(dim=1) for first, second in pairs]
+    median = float(torch.cat(distances).median())
     if not median > 0:
         raise ValueError(f"KAD: {len(features)} reference features have a median distance of {median}; they are alike")
     return median
+
+
+def pairs_by_number(numbers: Tensor, n: int) -> Tensor:
+    """`[2, K]`: the pairs i < j of `n` at those places of the list (0, 1), (0, 2), ..., (1, 2), ... of all of them.
+
+    >>> pairs_by_number(torch.tensor([0, 2, 3, 5]), 4).tolist()
+    [[0, 0, 1, 2], [1, 3, 2, 3]]
+    """
+    # Pairs before those of row i: i n - i (i + 1) / 2. Its inverse is off by one at most, by rounding.
+    first = ((2 * n - 1 - ((2 * n - 1.0) ** 2 - 8 * numbers.double()).sqrt()) / 2).long()
+    first -= (_before(first, n) > numbers).long()
+    first += (_before(first + 1, n) <= numbers).long()
+    return torch.stack([first, numbers - _before(first, n) + first + 1])
+
+
+def _before(row: Tensor, n: int) -> Tensor:
+    return row * n - row * (row + 1) // 2
 
 
 def squared_discrepancy(
@@ -170,16 +276,19 @@ def squared_discrepancy(
     Args:
         counts: how often each feature counts in each of R sets, `[R, N]` and `[R, M]`; None: once, R = 1. A feature
             makes no pair with itself or its repeats.
-    Returns `[R]`. Memory grows with N + M, not with their product.
+    Returns `[R]`. Of more than `MOST_TOGETHER` vectors, of either set, the pairs are those within parts of a fixed deal
+    (as in the B-test, Zaremba et al. 2013), which is as unbiased, and grows with N + M, not with their product.
     """
     if min(len(reference), len(generated)) < 2:
         raise ValueError(f"KAD needs 2 clips in each set, got {len(reference)} and {len(generated)}")
-    own = counts or (torch.ones(1, len(reference)).double(), torch.ones(1, len(generated)).double())
-    within = [
-        _pair_mean(features, features, kernel, weights, weights, without_self=True)
-        for features, weights in ((reference, own[0]), (generated, own[1]))
+    ones = [torch.ones(1, len(features)).double() for features in (reference, generated)]
+    sets = [
+        _Dealt(features.to(torch.promote_types(features.dtype, torch.float32)), own, _deal(name, len(features)))
+        for name, features, own in zip(("reference", "generated"), (reference, generated), counts or ones, strict=True)
     ]
-    return within[0] + within[1] - 2 * _pair_mean(reference, generated, kernel, *own, without_self=False)
+    reference_set, generated_set = sets
+    within = _pair_mean(reference_set, reference_set, kernel) + _pair_mean(generated_set, generated_set, kernel)
+    return within - 2 * _pair_mean(reference_set, generated_set, kernel)
 
 
 def kernel_audio_distance(
@@ -194,19 +303,54 @@ def kernel_audio_distance(
     >>> kernel_audio_distance(reference, other).item() < 1 < kernel_audio_distance(reference, other + 1).item()
     True
     """
-    kernel = kernel or GaussianKernel(median_bandwidth(reference))
+    if kernel is None:  # of differences alone: about the mean, their squares are the most exact
+        kernel, centre = GaussianKernel(median_bandwidth(reference)), reference.mean(dim=0)
+        reference, generated = reference - centre, generated - centre
     return SCALE * squared_discrepancy(reference, generated, kernel, counts)
 
 
-def _pair_mean(x: Tensor, y: Tensor, kernel: Kernel, x_counts: Tensor, y_counts: Tensor, without_self: bool) -> Tensor:
-    """Weighted mean of `kernel` over pairs `[R]`, in blocks of rows."""
-    x, y = x.double(), y.double()
+@dataclass(frozen=True)
+class _Dealt:
+    """`features [N, D]` with `counts [R, N]`, and the indices of its parts."""
+
+    features: Tensor
+    counts: Tensor
+    parts: Sequence[Tensor]
+
+    def part(self, number: int) -> tuple[Tensor, Tensor]:
+        """Features and counts of a part; after the last comes the first."""
+        chosen = self.parts[number % len(self.parts)]
+        return self.features[chosen], self.counts[:, chosen]
+
+
+def _deal(name: str, n: int) -> Sequence[Tensor]:
+    """Sets of other names are dealt independently, or clips of one caption would meet more often than others do."""
+    if n <= MOST_TOGETHER:
+        return [torch.arange(n)]
+    return torch.randperm(n, generator=torch_generator("kernel", name, n)).tensor_split(ceil(n / MOST_TOGETHER))
+
+
+def _pair_mean(x: _Dealt, y: _Dealt, kernel: Kernel) -> Tensor:
+    """Weighted mean of `kernel` over the pairs of parts `[R]`; no vector makes one with itself."""
+    total, pairs = torch.zeros(2, len(x.counts), dtype=torch.float64)
+    for number in range(max(len(x.parts), len(y.parts))):
+        (rows, row_counts), (columns, column_counts) = x.part(number), y.part(number)
+        total += _pair_sum(rows, columns, kernel, row_counts, column_counts, own=x is y)
+        pairs += row_counts.sum(dim=1) * column_counts.sum(dim=1)
+        if x is y:
+            pairs -= row_counts.square().sum(dim=1)
+    return total / pairs
+
+
+def _pair_sum(x: Tensor, y: Tensor, kernel: Kernel, x_counts: Tensor, y_counts: Tensor, own: bool) -> Tensor:
+    """`[R]`, in blocks of rows; of a set's own pairs the half beyond the diagonal, twice."""
     total = torch.zeros(len(x_counts), dtype=torch.float64)
+    weights = y_counts.to(y.dtype)
     for start in range(0, len(x), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
-        values = kernel(x[rows], y)
-        if without_self:  # row i of this block is vector start + i
-            values.diagonal(start).zero_()
-        total += (x_counts[:, rows] * (y_counts @ values.T)).sum(dim=1)
-    pairs = x_counts.sum(dim=1) * y_counts.sum(dim=1)
-    return total / (pairs - x_counts.square().sum(dim=1) if without_self else pairs)
+        rows, first = slice(start, start + _BLOCK_ROWS), start if own else 0
+        values = kernel(x[rows], y[first:])
+        if own:
+            values.diagonal().zero_()
+            values[:, _BLOCK_ROWS:] *= 2  # within the block both orders are there
+        total += (x_counts[:, rows] * (weights[:, first:] @ values.T)).sum(dim=1)
+    return total

@@ -102,12 +102,13 @@ def restricted_accuracy(
 
     None where no clip carries such a label.
     """
-    rows = [index for index, label in enumerate(labels) if label in choices]
+    place, wanted = ({label: number for number, label in enumerate(names)} for names in (all_labels, choices))
+    rows = [index for index, label in enumerate(labels) if label in wanted]
     if not rows:
         return None
-    columns = torch.tensor([all_labels.index(choice) for choice in choices])
+    columns = torch.tensor([place[choice] for choice in choices])
     chosen = logits[rows][:, columns]
-    targets = torch.tensor([list(choices).index(str(labels[row])) for row in rows])
+    targets = torch.tensor([wanted[str(labels[row])] for row in rows])
     per_class = {
         choices[int(target)]: (label_accuracy(chosen[targets == target], targets[targets == target]), int(count))
         for target, count in zip(*targets.unique(return_counts=True), strict=True)
@@ -147,7 +148,7 @@ def evaluate_features(
     _check_silence(reference, "reference")
     recordings, pairs = pair_clips(generated, reference, pairing)
     notes = _describe_sets(generated, recordings, pairs, pairing)
-    labels = protocol.extractor.labels
+    labels = set(protocol.extractor.labels)
     unlabelled = sum(label not in labels for label in generated.labels) if labels else 0
     if unlabelled:
         _log.warning("%d of %d generated clips carry no label of the extractor", unlabelled, len(generated))

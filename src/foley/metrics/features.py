@@ -344,7 +344,8 @@ def extract_files(
     missing = {key: clip.path for key, clip in zip(hashes, clips, strict=True) if key not in rows}
     first = f" ({clips[0].path}, ...)" if clips else ""  # tells samples and reference apart
     _log.info("features of %d clips%s: %d files cached, %d to extract", len(clips), first, len(rows), len(missing))
-    chunks = [list(missing.items())[start : start + _CHUNK_CLIPS] for start in range(0, len(missing), _CHUNK_CLIPS)]
+    absent = list(missing.items())
+    chunks = [absent[start : start + _CHUNK_CLIPS] for start in range(0, len(absent), _CHUNK_CLIPS)]
     reasons: dict[str, str] = {}
     prepare = partial(_prepare_file, load=load, protocol=protocol)
     with ThreadPoolExecutor(_LOADER_THREADS) as pool:

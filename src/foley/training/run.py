@@ -118,6 +118,8 @@ def _fit(
     settings: Mapping[str, Any],
 ) -> dict[str, float]:
     """Train; whatever ends that, every logger is told."""
+    if isinstance(datamodule, ResumableDataModule):
+        datamodule.require_a_clip_each(trainer)
     _rewind(trainer, resume_from)
     try:
         for logger in trainer.loggers:

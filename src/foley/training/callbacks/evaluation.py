@@ -23,7 +23,7 @@ from foley.metrics.features import ClipFeatures, LabelledAudio, extract_audio, e
 from foley.metrics.protocols import EvaluationProtocol
 from foley.metrics.references import read_clips
 from foley.reporting.scores import flat_scores
-from foley.training.callbacks.listening import AudioSamples
+from foley.training.callbacks.listening import AudioSamples, takes_captions
 
 _log = get_logger(__name__)
 
@@ -32,7 +32,8 @@ class SampleScores(AudioSamples):
     """Generates clips for captions of a reference manifest and logs `val/<protocol>/<score>`, without intervals.
 
     Clip i has the seed `seed + i` at every validation, so that curves do not carry the noise of new draws. Scores at a
-    small n are biased: compare them within a run. Samples that are silent or not finite have no scores.
+    small n are biased: compare them within a run. Samples that are silent or not finite have no scores. The features of
+    the reference are extracted as the run begins, by all processes together, into a folder that all can see.
 
     Args:
         reference: manifest of the reference clips.
@@ -65,6 +66,20 @@ class SampleScores(AudioSamples):
         self._known: dict[str, ClipFeatures] = {}
         super().__init__(output_dir=cache_dir, prompts=[clip.caption or "" for clip in self.chosen], **generation)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raises FaultyClipsError where too many clips of the reference cannot be used."""
+        super().on_fit_start(trainer, pl_module)
+        if self.codec_path is None or not takes_captions(pl_module):
+            return
+        if trainer.world_size > 1:
+            share = self.clips[trainer.global_rank :: trainer.world_size]
+            for part in self.parts:
+                extract_files(share, part, read_channels, self.cache_dir, max_faulty_share=1.0)
+            trainer.strategy.barrier("features of the reference")
+        if trainer.is_global_zero:
+            for part in self.parts:
+                self._reference(part)
+
     def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, audio: Tensor) -> None:
         clips = [
             LabelledAudio(samples, clip.label, clip.id, clip.caption)
@@ -90,13 +105,15 @@ class SampleScores(AudioSamples):
 class CachingCurves(AudioSamples):
     """`AudioSamples` that also records the change curves of its own generation, as scripts/calibrate.py does.
 
+    Of several processes, the curves are those of the first one's share of the prompts.
+
     Logs `caching/change_<kind>`, the relative-L1 change averaged over layers and evaluations, and draws
     `caching_curves.png` beside the samples, for W&B too as `caching/curves`.
     """
 
-    def generate(self, module: Any, codec_path: Path) -> Tensor:
+    def generate(self, module: Any, codec_path: Path, chosen: Sequence[int] | None = None) -> Tensor:
         self.accelerator = self._recorder = CalibrationRecorder(max_distance=1)
-        return super().generate(module, codec_path)
+        return super().generate(module, codec_path, chosen)
 
     def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, audio: Tensor) -> None:
         super()._publish(trainer, pl_module, audio)

@@ -31,7 +31,8 @@ class AudioSamples(pl.Callback):
     """Writes a WAV and a spectrogram for each prompt, to W&B too where that is the logger.
 
     The weights are those of validation: the averaged ones. Prompt i has the seed `seed + i`, with which sample.py makes
-    the same clip. A module that takes no captions (stage 1, a codec) has nothing to say and is left in peace.
+    the same clip, whichever process of the run makes it: all share in the work, and the first one writes. A module that
+    takes no captions (stage 1, a codec) has nothing to say and is left in peace.
 
     Args:
         codec_path: component directory or training checkpoint of the codec; loaded at the first use. None, with a
@@ -88,15 +89,19 @@ class AudioSamples(pl.Callback):
         self.prompts = _captions(trainer, self.num_captions) or self.prompts
         if self.codec_path is None:
             _log.warning("no audio samples: they need the codec that made the latents; set codec_path=...")
-        elif not _takes_captions(pl_module):
+        elif not takes_captions(pl_module):
             _log.warning("no audio samples: this %s takes no captions", type(pl_module).__name__)
 
     # Callbacks' `on_validation_epoch_end` comes before the averaged weights are swapped out in `on_validation_end`.
-    @rank_zero_only
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.codec_path is None or not self._due(trainer, pl_module):
             return
-        audio = self.generate(pl_module, self.codec_path)
+        own = shared_out(len(self.prompts), trainer.global_rank, trainer.world_size)
+        audio = self.generate(pl_module, self.codec_path, own)
+        if trainer.world_size > 1:
+            audio = in_order(pl_module.all_gather(audio.to(pl_module.device)), len(self.prompts)).cpu()
+        if not trainer.is_global_zero:
+            return
         if not bool(audio.isfinite().all()):
             _log.warning("step %d: no audio samples, for they are not finite", trainer.global_step)
             return
@@ -104,7 +109,7 @@ class AudioSamples(pl.Callback):
 
     def _due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Count this validation, and say whether samples are wanted of it."""
-        if trainer.sanity_checking or not _takes_captions(pl_module):
+        if trainer.sanity_checking or not takes_captions(pl_module):
             return False
         self._validations += 1
         return (self._validations - 1) % self.every_n_validations == 0
@@ -118,12 +123,13 @@ class AudioSamples(pl.Callback):
                 self._log_media(logger, files, trainer.global_step)
 
     @torch.no_grad()
-    def generate(self, module: Any, codec_path: Path) -> Tensor:
-        """Audio `[len(prompts), 1, T]` from the module's present weights, on the CPU."""
-        starts = range(0, len(self.prompts), self.batch_size)
-        return torch.cat([self._generate(module, codec_path, slice(s, s + self.batch_size)) for s in starts])
+    def generate(self, module: Any, codec_path: Path, chosen: Sequence[int] | None = None) -> Tensor:
+        """Audio `[N, 1, T]` of the `chosen` prompts, or all, from the module's present weights, on the CPU."""
+        own = range(len(self.prompts)) if chosen is None else chosen
+        parts = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
+        return torch.cat([self._generate(module, codec_path, part) for part in parts])
 
-    def _generate(self, module: Any, codec_path: Path, part: slice) -> Tensor:
+    def _generate(self, module: Any, codec_path: Path, part: Sequence[int]) -> Tensor:
         if self._codec is None:
             self._codec = load_trained(codec_path, "codec")
         codec = self._codec.to(module.device)
@@ -132,9 +138,9 @@ class AudioSamples(pl.Callback):
         latent = generate_latents(
             module.denoiser,
             module.process,
-            embed(module.text, self.prompts[part]),
+            embed(module.text, [self.prompts[index] for index in part]),
             embed(module.text, [""]),
-            self.seeds[part],
+            [self.seeds[index] for index in part],
             num_frames,
             guidance,
             solver,
@@ -164,6 +170,20 @@ class AudioSamples(pl.Callback):
         logger.log_image("spectrograms", images, step=step, caption=self.prompts)
 
 
+def shared_out(count: int, rank: int, world_size: int) -> list[int]:
+    """Which of `count` clips a process makes. All make equally many, as sharded weights want it: the first ones twice.
+
+    >>> shared_out(5, 0, 2), shared_out(5, 1, 2)
+    ([0, 2, 4], [1, 3, 0])
+    """
+    return [place % count for place in range(rank, -(-count // world_size) * world_size, world_size)]
+
+
+def in_order(gathered: Tensor, count: int) -> Tensor:
+    """The `count` clips of the shares of all processes, `[processes, share, 1, T]`, in order and each once."""
+    return gathered.transpose(0, 1).flatten(0, 1)[:count]
+
+
 def _captions(trainer: pl.Trainer, num_captions: int) -> list[str]:
     """The first different captions of the validation split; none where the data does not list them."""
     datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
@@ -171,7 +191,7 @@ def _captions(trainer: pl.Trainer, num_captions: int) -> list[str]:
     return list(dict.fromkeys(entry.caption for entry in entries if entry.caption))[:num_captions]
 
 
-def _takes_captions(module: pl.LightningModule) -> bool:
+def takes_captions(module: pl.LightningModule) -> bool:
     return isinstance(module, LatentTraining) and module.text is not None and module.prompt_field == "caption"
 
 
