@@ -16,7 +16,7 @@ from foley.core.seeding import torch_generator
 from foley.data.audio import AudioError
 from foley.data.datamodule import AudioDataModule, LatentDataModule
 from foley.data.dataset import AudioItem, SampleKey
-from foley.data.encoding import _advance, encode_latents, latent_cache_writer
+from foley.data.encoding import EncodingOptions, _Bar, encode_latents, latent_cache_writer
 from foley.data.latents import LatentCacheError, LatentCacheIndex, LatentCollate, LatentDataset, StaleCacheError
 
 HOP = 10
@@ -58,7 +58,7 @@ class Clips:
 def encode(folder, codec=None, splits=None, **options):
     splits = splits or {"train": Clips(5, 195, 200, 200, 203, 900), "val": Clips(100)}
     data = AudioDataModule(splits, RATE, duration_seconds=0.2, batch_size=2, max_fault_fraction=0.5)
-    encode_latents(codec or FramesCodec(), data.whole_clips(0.5), folder, 2, 0.2, **options)
+    encode_latents(codec or FramesCodec(), data.whole_clips(0.5), folder, EncodingOptions(2, 0.2, **options))
     return LatentCacheIndex.read(folder)
 
 
