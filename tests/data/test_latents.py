@@ -3,24 +3,26 @@ import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from rich.progress import Progress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from foley.core.hashing import hash_module
-from foley.core.locks import FolderInUseError
+from foley.core.columns import Texts, write_columns
+from foley.core.hashing import hash_file, hash_module
 from foley.core.seeding import torch_generator
 from foley.data.audio import AudioError
 from foley.data.datamodule import AudioDataModule, LatentDataModule
 from foley.data.dataset import AudioItem, SampleKey
-from foley.data.encoding import EncodingOptions, _Bar, encode_latents, latent_cache_writer
-from foley.data.latents import LatentCacheError, LatentCacheIndex, LatentCollate, LatentDataset, StaleCacheError
+from foley.data.encoding import EncodingOptions, _Bar, encode_latents
+from foley.data.latent_format import LatentCacheError, LatentClips, LatentEntry, LatentLayout, write_index, write_shard
+from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset, StaleCacheError
 
 HOP = 10
 RATE = 1000
+FRAME_MEGABYTES = 2 * 2 * HOP / 2**20
 STD = 0.05
 
 
@@ -76,14 +78,14 @@ def test_index_tells_what_was_encoded(tmp_path):
 
 def test_the_bar_of_one_batch_says_how_fast_it_was_and_the_end_says_what_is_where(tmp_path, caplog):
     now = [0.0]
-    progress = Progress(get_time=lambda: now[0])
-    task = progress.add_task("train", total=16, rate="")
+    bar = _Bar(20, 4, get_time=lambda: now[0])
     now[0] = 4.0
-    _advance(progress, task, 16)
-    assert progress.tasks[task].fields["rate"] == "4.0 clips/s"
+    bar.advance(16)
+    (task,) = bar.progress.tasks
+    assert (task.completed, task.fields["rate"]) == (20, "4.0 clips/s")
     with caplog.at_level(logging.INFO, "foley.data.encoding"):
         encode(tmp_path / "cache")
-    assert f"latents of 7 clips are in {tmp_path / 'cache'}: train with data.cache_dir=" in caplog.text
+    assert f"latents of 7 clips are in {tmp_path / 'cache'}, 0 were left out: train with data.cache_dir=" in caplog.text
 
 
 def test_latents_are_those_of_each_clip_alone(tmp_path):
@@ -100,9 +102,9 @@ def test_latents_are_those_of_each_clip_alone(tmp_path):
 
 def test_statistics_are_those_of_posterior_samples_of_the_training_split(tmp_path):
     index = encode(tmp_path / "cache")
-    tensors = load_file(tmp_path / "cache" / "latents-00000.safetensors")
+    latent = load_file(tmp_path / "cache" / index.shards[0].name)["latent"]
     rows = [r for e in index.entries if e.split == "train" for r in range(e.first_frame, e.first_frame + e.num_frames)]
-    mean, std = tensors["mean"][rows].double(), tensors["std"][rows].double()
+    mean, std = latent[rows].double().unbind(1)
     assert std.mean().item() == pytest.approx(STD, abs=1e-4)
     expected = (mean.var(0, correction=0) + std.square().mean(0)).sqrt()
     torch.testing.assert_close(index.statistics[0], mean.mean(0).float())
@@ -144,10 +146,9 @@ def test_crops_are_padded_and_masked(tmp_path):
     assert batch["id"] == ["00", "05"]
 
 
-def test_several_shards_hold_the_same(tmp_path, monkeypatch):
+def test_several_shards_hold_the_same(tmp_path):
     one = LatentDataset(encode(tmp_path / "one"), "train", 50, random=False)
-    monkeypatch.setattr("foley.data.encoding._FRAMES_PER_SHARD", 40)
-    index = encode(tmp_path / "many")
+    index = encode(tmp_path / "many", shard_megabytes=40 * FRAME_MEGABYTES)
     assert len({entry.shard for entry in index.entries}) > 2
     many = LatentDataset(index, "train", 50, random=False)
     assert all(torch.equal(one[i].latent, many[i].latent) for i in range(6))
@@ -161,22 +162,6 @@ def test_a_stale_cache_is_refused_naming_both_codecs(tmp_path):
     module.require_codec(hash_module(codec))
     with pytest.raises(StaleCacheError, match=rf"(?s){hash_module(codec)}.*{hash_module(other)}"):
         module.require_codec(hash_module(other))
-
-
-def test_a_failed_encoding_leaves_nothing_and_the_old_cache_intact(tmp_path):
-    class Failing(FramesCodec):
-        def posterior(self, audio):
-            raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        encode(tmp_path / "cache", Failing())
-    assert list(tmp_path.iterdir()) == []
-    before = encode(tmp_path / "cache")
-    with pytest.raises(LatentCacheError, match="float16 cannot hold"):
-        encode(tmp_path / "cache", FramesCodec(1e6))
-    assert LatentCacheIndex.read(tmp_path / "cache") == before
-    assert encode(tmp_path / "cache", FramesCodec(3.0)).codec_hash != before.codec_hash
-    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_faulty_clips_are_left_out(tmp_path):
@@ -194,7 +179,7 @@ def test_what_is_no_cache_is_refused(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(LatentCacheError, match="not of the format"):
         LatentCacheIndex.read(tmp_path)
-    with pytest.raises(LatentCacheError, match="no clip of the split 'train'"):
+    with pytest.raises(LatentCacheError, match="the data has no split 'train'"):
         encode(tmp_path / "val_only", splits={"val": Clips(200)})
     with pytest.raises(LatentCacheError, match="no split 'test'"):
         LatentDataset(encode(tmp_path / "good"), "test", 20)
@@ -228,76 +213,147 @@ def test_clips_of_a_source_can_occur_more_often(tmp_path, caplog):
     assert {split: len(data) for split, data in module.datasets.items()} == {"train": 8, "val": 1}
 
 
-def two_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("foley.data.encoding._FRAMES_PER_SHARD", 40)
-    return encode(tmp_path / "cache")
-
-
 def edit_index(folder, change):
     stored = json.loads((folder / "index.json").read_text())
     change(stored)
     (folder / "index.json").write_text(json.dumps(stored))
 
 
-def swap(folder):
-    names = [folder / f"latents-0000{number}.safetensors" for number in (0, 1)]
+def edit_clips(folder, **columns):
+    """Change columns of the table, as somebody would who also mends the index that names it."""
+    index = LatentCacheIndex.read(folder)
+    write_columns(folder / "clips.safetensors", {**index.clips.columns(), **columns})
+    about = {
+        "clips_bytes": (folder / "clips.safetensors").stat().st_size,
+        "clips_sha256": hash_file(folder / "clips.safetensors"),
+    }
+    edit_index(folder, lambda stored: stored.update(about))
+
+
+def two_alike(tmp_path):
+    """A cache of two shards of one size."""
+    splits = {"train": Clips(200, 200)}
+    return encode(tmp_path / "cache", splits=splits, shard_megabytes=20 * FRAME_MEGABYTES)
+
+
+def swap(folder, index):
+    names = [folder / shard.name for shard in index.shards]
     contents = [name.read_bytes() for name in names]
     for name, content in zip(names, reversed(contents), strict=True):
         name.write_bytes(content)
 
 
-@pytest.mark.parametrize("hashed_bytes", [0, 1 << 20])
-def test_swapped_shards_are_refused(tmp_path, monkeypatch, hashed_bytes):
-    monkeypatch.setattr("foley.data.latents._HASHED_BYTES", hashed_bytes)
-    index = two_shards(tmp_path, monkeypatch)
-    swap(tmp_path / "cache")
-    with pytest.raises(
-        LatentCacheError, match=r"latents-0000.\.safetensors is not the shard that index\.json describes"
-    ):
+def test_swapped_shards_are_refused(tmp_path, monkeypatch):
+    index = two_alike(tmp_path)
+    swap(tmp_path / "cache", index)
+    with pytest.raises(LatentCacheError, match=r"latents-.*\.safetensors is not the shard that index\.json describes"):
         LatentDataset(index, "train", 50)
+
+
+def test_swapped_shards_of_a_large_cache_are_refused_when_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("foley.data.latents._HASHED_BYTES", 0)
+    index = two_alike(tmp_path)
+    swap(tmp_path / "cache", index)
+    dataset = LatentDataset(index, "train", 50)
+    with pytest.raises(LatentCacheError, match=r"latents-.*\.safetensors is not the shard that index\.json describes"):
+        dataset[0]
+
+
+def test_an_absent_shard_or_one_of_another_size_is_named_by_a_listing_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("foley.data.latents._HASHED_BYTES", 0)
+    index = two_alike(tmp_path)
+    first, second = (tmp_path / "cache" / shard.name for shard in index.shards)
+    second.write_bytes(second.read_bytes() + b"x")
+    with pytest.raises(LatentCacheError, match=rf"{second.name} has \d+ bytes, but index.json names"):
+        LatentDataset(LatentCacheIndex.read(tmp_path / "cache"), "train", 50)
+    first.unlink()
+    with pytest.raises(LatentCacheError, match=f"{first.name} does not exist, but index.json names it"):
+        LatentDataset(LatentCacheIndex.read(tmp_path / "cache"), "train", 50)
 
 
 def test_a_shard_of_other_values_is_refused_in_a_small_cache(tmp_path):
     index = encode(tmp_path / "cache")
-    shard = tmp_path / "cache/latents-00000.safetensors"
+    shard = tmp_path / "cache" / index.shards[0].name
     content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
+    content[index.shards[0].offset] ^= 1
     shard.write_bytes(content)
     with pytest.raises(LatentCacheError, match="is not the shard"):
         LatentDataset(index, "train", 50)
 
 
-ENTRIES = {
-    "beyond the shard": ({"first_frame": 10**9}, "frames, but index.json names"),
-    "before the shard": ({"first_frame": -5}, "entry '00': first_frame is -5"),
-    "no frames": ({"num_frames": 0}, "entry '00': num_frames is 0"),
-    "half a frame": ({"num_frames": 1.5}, "entry '00': num_frames is 1.5"),
-    "no text": ({"caption": None}, "entry '00': id, caption"),
-    "a text for captions": ({"other_captions": "rain"}, "entry '00': other_captions must be a list"),
-    "a number among captions": ({"other_captions": [3]}, "entry '00': other_captions must be a list"),
-    "another folder": ({"shard": "../x"}, "no file of this folder"),
-    "an absent shard": ({"shard": "x"}, "x does not exist"),
-    "an unknown field": ({"colour": 1}, "colour"),
+def changed(column, value):
+    """A column whose first row has another value."""
+    return np.concatenate([np.array([value], column.dtype), column[1:]])
+
+
+CLIPS = {
+    "beyond the shard": ({"first_frame": 10**9}, "clip '00': its frames are beyond its shard"),
+    "far beyond the shard": ({"first_frame": 2**63 - 1}, "clip '00': its frames are beyond its shard"),
+    "before the shard": ({"first_frame": -5}, "clip '00': its first frame is before its shard"),
+    "no frames": ({"num_frames": 0}, "clip '00': it has no frames"),
+    "no split": ({"split": 9}, "clip '00': its split has no name"),
+    "no shard": ({"shard": 7}, "clip '00': its shard is not among those of the index"),
+    "before all shards": ({"shard": -1}, "clip '00': its shard is not among those of the index"),
 }
 
 
-@pytest.mark.parametrize("case", ENTRIES)
-def test_an_impossible_entry_is_refused_by_name(tmp_path, case):
-    encode(tmp_path / "cache")
-    changes, message = ENTRIES[case]
-    edit_index(tmp_path / "cache", lambda stored: stored["entries"][0].update(changes))
+@pytest.mark.parametrize("case", CLIPS)
+def test_an_impossible_clip_is_refused_by_name(tmp_path, case):
+    index = encode(tmp_path / "cache")
+    changes, message = CLIPS[case]
+    edit_clips(
+        tmp_path / "cache", **{name: changed(getattr(index.clips, name), value) for name, value in changes.items()}
+    )
     with pytest.raises(LatentCacheError, match=message):
-        LatentDataset(LatentCacheIndex.read(tmp_path / "cache"), "train", 50)
-
-
-def test_an_entry_twice_is_refused(tmp_path):
-    encode(tmp_path / "cache")
-    edit_index(tmp_path / "cache", lambda stored: stored["entries"].append(stored["entries"][2]))
-    with pytest.raises(LatentCacheError, match="entries '02' and '02' share frames of latents-00000"):
         LatentCacheIndex.read(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"format": "foley-latents-2"}', "9" * 10_000])
+def test_clips_that_share_frames_are_refused(tmp_path):
+    index = encode(tmp_path / "cache")
+    first_frame = index.clips.first_frame.copy()
+    first_frame[3] = first_frame[2]
+    edit_clips(tmp_path / "cache", first_frame=first_frame)
+    with pytest.raises(LatentCacheError, match=r"clips '0.' and '0.' share frames of a shard"):
+        LatentCacheIndex.read(tmp_path / "cache")
+
+
+def test_a_text_that_is_no_text_is_named_when_it_is_read(tmp_path):
+    index = encode(tmp_path / "cache")
+    captions = Texts(np.full_like(index.clips.caption.utf8, 0xFF), index.clips.caption.ends)
+    edit_clips(tmp_path / "cache", caption=captions)
+    dataset = LatentDataset(LatentCacheIndex.read(tmp_path / "cache"), "train", 50)
+    with pytest.raises(ValueError, match=r"clips\.safetensors is damaged"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_clips", 3, "it names 3 clips"),
+        ("clips_bytes", 3, "clips.safetensors is not the one that it describes"),
+        ("clips_sha256", "0", "clips.safetensors is not the one that it describes"),
+        ("channels", 3, "must have 3 values"),
+        ("store", "median", "give mean_std, mean, sample"),
+        ("hop_samples", 0, "hop_samples=0"),
+        ("splits", "train", "must be a list"),
+        ("shards", [], "its shard is not among"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(tmp_path, name, value, message):
+    encode(tmp_path / "cache")
+    edit_index(tmp_path / "cache", lambda stored: stored.update({name: value}))
+    with pytest.raises(LatentCacheError, match=message):
+        LatentCacheIndex.read(tmp_path / "cache")
+
+
+def test_a_cache_without_its_table_is_refused(tmp_path):
+    encode(tmp_path / "cache")
+    (tmp_path / "cache/clips.safetensors").unlink()
+    with pytest.raises(LatentCacheError, match=r"clips\.safetensors is not there"):
+        LatentCacheIndex.read(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"format": "foley-latents-3"}', "9" * 10_000])
 def test_a_damaged_index_is_named(tmp_path, content):
     encode(tmp_path / "cache")
     (tmp_path / "cache/index.json").write_text(content)
@@ -305,64 +361,24 @@ def test_a_damaged_index_is_named(tmp_path, content):
         LatentCacheIndex.read(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("shards", [None, [], "latents"])
-def test_an_index_without_hashes_is_no_way_around_them(tmp_path, shards):
-    encode(tmp_path / "cache")
-    edit_index(tmp_path / "cache", lambda stored: stored.update(shards=shards))
-    with pytest.raises(LatentCacheError, match="`shards` must give the hash of each shard"):
-        LatentCacheIndex.read(tmp_path / "cache")
-
-
-def older_cache(folder, change=lambda tensors: tensors):
-    """As version 0.1 wrote it, with other latents."""
-    encode(folder)
-    shard = folder / "latents-00000.safetensors"
-    save_file(change(load_file(shard)), shard)
-    edit_index(folder, lambda stored: (stored.pop("shards"), stored.update(format="foley-latents-1")))
-    return folder
-
-
-def test_an_older_cache_is_read_with_a_warning(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING):
-        index = LatentCacheIndex.read(older_cache(tmp_path / "cache"))
-    assert "no hash binds its shards" in caplog.text
-    assert len(LatentDataset(index, "train", 50)) == 6
-
-
-OTHERS = {
-    "int8": (lambda tensors: {name: tensor.to(torch.int8) for name, tensor in tensors.items()}, "is I8"),
-    "narrow": (lambda tensors: {name: tensor[:, 1:].contiguous() for name, tensor in tensors.items()}, "not float16"),
-    "short": (lambda tensors: {name: tensor[1:].contiguous() for name, tensor in tensors.items()}, "frames, but index"),
-    "without std": (lambda tensors: {"mean": tensors["mean"]}, "damaged or not a shard"),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_latents_of_another_kind_are_refused(tmp_path, case):
-    change, message = OTHERS[case]
-    index = LatentCacheIndex.read(older_cache(tmp_path / "cache", change))
-    with pytest.raises(LatentCacheError, match=message):
-        LatentDataset(index, "train", 50)
+def test_a_cache_of_an_earlier_format_names_the_command_that_converts_it(tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps({"format": "foley-latents-2"}))
+    with pytest.raises(LatentCacheError, match=f"foley convert-latents cache_dir={tmp_path} output_dir=FOLDER"):
+        LatentCacheIndex.read(tmp_path)
 
 
 def test_a_latent_that_is_not_finite_is_refused_by_name(tmp_path):
-    def change(tensors):
-        tensors["mean"][:20] = torch.nan
-        return tensors
-
-    index = LatentCacheIndex.read(older_cache(tmp_path / "cache", change))
-    dataset = LatentDataset(index, "train", 50)
-    (damaged,) = [entry.id for entry in dataset.entries if entry.first_frame == 0]
-    with pytest.raises(LatentCacheError, match=f"the latent of clip '{damaged}' is not finite"):
-        dataset[[entry.id for entry in dataset.entries].index(damaged)]
-
-
-def test_a_second_writer_of_a_cache_is_refused(tmp_path):
-    with latent_cache_writer(tmp_path / "cache", "a", RATE, HOP) as writer:
-        writer.add(torch.ones(2, 4), torch.ones(2, 4), "x", "", "", "train", 0.04)
-        with pytest.raises(FolderInUseError, match="the latents of"):
-            encode(tmp_path / "cache")
-    assert [entry.id for entry in LatentCacheIndex.read(tmp_path / "cache").entries] == ["x"]
+    layout = LatentLayout("a", RATE, HOP, 2, "mean", ("train",))
+    entries = [LatentEntry(str(number), "", "", "train", "s", 4 * number, 4, 0.04) for number in range(3)]
+    latent = torch.zeros(12, 1, 2, dtype=torch.float16)
+    latent[5] = torch.nan
+    clips = LatentClips.of(entries, ["train"], ["s"])
+    shard = write_shard(tmp_path / "latents-00000-00000.safetensors", latent, clips, layout)
+    write_index(tmp_path, layout, clips, [shard], (torch.zeros(2), torch.ones(2)))
+    dataset = LatentDataset(LatentCacheIndex.read(tmp_path), "train", 4)
+    assert not dataset[0].latent.any()
+    with pytest.raises(LatentCacheError, match="the latent of clip '1' is not finite"):
+        dataset[1]
 
 
 def test_cut_padded_and_silent_clips_are_counted_and_named(tmp_path, caplog):

@@ -2,16 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fuzzing import altered, bounded, damaged, right_or_named
 from hypothesis import given
 from hypothesis import strategies as st
+from latent_parts import latent_cache_writer
 
-from foley.data.encoding import latent_cache_writer
-from foley.data.latents import INDEX_FILE, LatentCacheIndex, LatentDataset, LatentItem
+from foley.core.columns import Column, write_columns
+from foley.core.hashing import hash_file
+from foley.data.latent_format import CLIPS_FILE, INDEX_FILE
+from foley.data.latents import LatentCacheIndex, LatentDataset, LatentItem
 
 CHANNELS = 2
 FRAMES = [5, 9, 7, 12]  # of each clip
@@ -76,16 +81,42 @@ def test_an_altered_index_is_named_or_gives_whole_latents(
     assert items is None or len({item.id for item in items}) == len(items)
 
 
+def rewrite_table(folder: Path, columns: Mapping[str, Column]) -> None:
+    """Another table, and an index that names it."""
+    path = folder / CLIPS_FILE
+    write_columns(path, columns)
+    stored = json.loads((folder / INDEX_FILE).read_text())
+    stored.update(clips_sha256=hash_file(path), clips_bytes=path.stat().st_size)
+    (folder / INDEX_FILE).write_text(json.dumps(stored))
+
+
+@bounded
+@given(st.data())
+def test_an_altered_table_is_named_or_gives_whole_latents(
+    cache: tuple[Path, dict[str, LatentItem]], tmp_path: Path, data: st.DataObject
+) -> None:
+    folder, _ = cache
+    copy = copied(folder, tmp_path)
+    columns = LatentCacheIndex.read(folder).clips.columns()
+    name = data.draw(st.sampled_from(["split", "shard", "first_frame", "num_frames"]))
+    numbers = np.array(columns[name])
+    least, most = np.iinfo(numbers.dtype).min, np.iinfo(numbers.dtype).max
+    values = st.one_of(st.integers(-2, 40), st.sampled_from([least, most])).filter(lambda value: least <= value <= most)
+    numbers[data.draw(st.integers(0, len(numbers) - 1))] = data.draw(values)
+    rewrite_table(copy, {**columns, name: numbers})
+    assert_finite_and_whole(right_or_named(lambda: read_all(copy), str(copy)))
+
+
 @bounded
 @given(st.permutations(range(len(FRAMES))))
-def test_entries_in_another_order_give_the_same_clips(
+def test_clips_in_another_order_are_the_same_clips(
     cache: tuple[Path, dict[str, LatentItem]], tmp_path: Path, order: list[int]
 ) -> None:
     folder, clips = cache
     copy = copied(folder, tmp_path)
-    stored = json.loads((folder / INDEX_FILE).read_text())
-    stored["entries"] = [stored["entries"][position] for position in order]
-    (copy / INDEX_FILE).write_text(json.dumps(stored))
-    for item in right_or_named(lambda: read_all(copy), str(copy)) or []:
+    rewrite_table(copy, LatentCacheIndex.read(folder).clips.take(np.array(order)).columns())
+    items = read_all(copy)
+    assert len(items) == len(clips)
+    for item in items:
         assert item.caption == clips[item.id].caption
         assert torch.equal(item.latent, clips[item.id].latent)

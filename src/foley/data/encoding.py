@@ -28,7 +28,6 @@ from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, AudioItem, clip_name
 from foley.data.latent_folder import LatentFolder, LatentWriter, LeftOut, clip_key
 from foley.data.latent_format import FORMAT, STORES, LatentCacheError, LatentEntry, LatentLayout
-from foley.data.manifest import SPLIT_NAMES
 from foley.data.whole_clips import WINDOWS, LoadedClip, WholeClips
 
 _log = get_logger(__name__)
@@ -393,66 +392,20 @@ class _Bar:
 
     def __init__(self, total: int, done: int, processes: int = 1, hidden: bool = False, **options: Any) -> None:
         columns = TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
-        self._progress = Progress(*columns, TimeRemainingColumn(), disable=hidden, **options)
+        self.progress = Progress(*columns, TimeRemainingColumn(), disable=hidden, **options)
         self._done, self._processes = done, processes
-        self._progress.add_task("", total=total, completed=done, rate="")
+        self.progress.add_task("", total=total, completed=done, rate="")
 
     def __enter__(self) -> "_Bar":
-        self._progress.start()
+        self.progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        self.progress.stop()
 
     def advance(self, clips: int) -> None:
         """With the rate over the whole time: one batch has no other speed."""
-        (task,) = self._progress.tasks
+        (task,) = self.progress.tasks
         completed = min(task.completed + clips * self._processes, task.total or 0)
         rate = (completed - self._done) / max(task.elapsed or 0.0, 1e-3)
-        self._progress.update(task.id, completed=completed, rate=f"{rate:.1f} clips/s")
-
-
-class LatentCacheWriter:
-    """Adds clips to a cache of latents that are at hand; use through `latent_cache_writer`."""
-
-    def __init__(self, writer: LatentWriter) -> None:
-        self._writer = writer
-        self.keys: list[int] = []
-
-    def add(
-        self,
-        mean: Tensor,
-        std: Tensor,
-        id: str,
-        caption: str,
-        label: str,
-        split: str,
-        duration_seconds: float,
-        other_captions: Sequence[str] = (),
-    ) -> None:
-        """Append one clip's posterior, each `[C, L]`; raises LatentCacheError where float16 cannot hold it."""
-        latent = torch.stack([mean, std]).permute(2, 0, 1).to("cpu", torch.float16)
-        if not bool(latent.isfinite().all()):
-            raise LatentCacheError(f"clip {id!r} {_NOT_HELD}")
-        entry = LatentEntry(id, caption, label, split, "", 0, 0, duration_seconds, tuple(other_captions))
-        self._writer.add(id, [(entry, latent)])
-        self.keys.append(clip_key(split, id))
-
-
-@contextmanager
-def latent_cache_writer(
-    directory: Path, codec_hash: str, sample_rate_hz: int, hop_samples: int
-) -> Iterator[LatentCacheWriter]:
-    """A writer of the new cache `directory`, of latents that are at hand; complete after a clean exit.
-
-    Raises LatentCacheError where `directory` holds anything else, and FolderInUseError.
-    """
-    folder = LatentFolder(str(directory))
-    folder.claim({"format": FORMAT, "codec_hash": codec_hash})
-
-    def layout(channels: int) -> LatentLayout:
-        return LatentLayout(codec_hash, sample_rate_hz, hop_samples, channels, "mean_std", tuple(sorted(SPLIT_NAMES)))
-
-    with folder.writer(0, layout) as writer:
-        yield (added := LatentCacheWriter(writer))
-    folder.merge(np.array(added.keys, np.int64))
+        self.progress.update(task.id, completed=completed, rate=f"{rate:.1f} clips/s")

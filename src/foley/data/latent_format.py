@@ -160,7 +160,8 @@ class LatentClips:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.mapped is not None:
             return LatentClips.read, (self.mapped,)
-        return partial(LatentClips, **self.columns()), ()
+        fields: dict[str, Any] = dict(self.columns())
+        return partial(LatentClips, **fields), ()
 
     @classmethod
     def of(cls, entries: Iterable[LatentEntry], splits: Sequence[str], shards: Sequence[str]) -> "LatentClips":
@@ -169,13 +170,15 @@ class LatentClips:
         codes = {name: code for code, name in enumerate(splits)}
         numbers = {name: number for number, name in enumerate(shards)}
         return cls(
-            *(Texts.of(getattr(entry, name) for entry in known) for name in ("id", "caption", "label")),
-            TextLists.of([entry.other_captions for entry in known]),
-            np.array([codes[entry.split] for entry in known], np.uint8),
-            np.array([numbers[entry.shard] for entry in known], np.int32),
-            np.array([entry.first_frame for entry in known], np.int64),
-            np.array([entry.num_frames for entry in known], np.int32),
-            np.array([entry.duration_seconds for entry in known], np.float64),
+            id=Texts.of(entry.id for entry in known),
+            caption=Texts.of(entry.caption for entry in known),
+            label=Texts.of(entry.label for entry in known),
+            other_captions=TextLists.of([entry.other_captions for entry in known]),
+            split=np.array([codes[entry.split] for entry in known], np.uint8),
+            shard=np.array([numbers[entry.shard] for entry in known], np.int32),
+            first_frame=np.array([entry.first_frame for entry in known], np.int64),
+            num_frames=np.array([entry.num_frames for entry in known], np.int32),
+            duration_seconds=np.array([entry.duration_seconds for entry in known], np.float64),
         )
 
     @classmethod
@@ -186,9 +189,9 @@ class LatentClips:
     @classmethod
     def of_columns(cls, columns: Columns) -> "LatentClips":
         """The table in `columns`; raises DamagedFileError for columns of other kinds or lengths."""
-        texts = (columns.texts(name) for name in ("id", "caption", "label"))
-        numbers = {name: columns.numbers(name) for name in _NUMBERS}
-        clips = cls(*texts, columns.lists("other_captions"), **numbers)
+        texts: dict[str, Any] = {name: columns.texts(name) for name in ("id", "caption", "label")}
+        numbers: dict[str, Any] = {name: columns.numbers(name) for name in _NUMBERS}
+        clips = cls(**texts, **numbers, other_captions=columns.lists("other_captions"))
         with reading(columns.path, "the table of a latent cache", AGAIN):
             for name, column in clips.columns().items():
                 if isinstance(column, np.ndarray) and (column.dtype != _NUMBERS[name] or column.ndim != 1):
@@ -201,7 +204,8 @@ class LatentClips:
     def join(cls, parts: Sequence["LatentClips"]) -> "LatentClips":
         """One after the other."""
         columns = [part.columns() for part in parts]
-        return cls(**{name: _join([part[name] for part in columns]) for name in columns[0]})
+        joined: dict[str, Any] = {name: _join([part[name] for part in columns]) for name in columns[0]}
+        return cls(**joined)
 
     def columns(self) -> dict[str, Column]:
         """By name."""
@@ -209,7 +213,8 @@ class LatentClips:
 
     def take(self, rows: NDArray[np.integer[Any]]) -> "LatentClips":
         """The clips at `rows [K]`, in that order."""
-        return LatentClips(**{name: _take(column, rows) for name, column in self.columns().items()})
+        taken: dict[str, Any] = {name: _take(column, rows) for name, column in self.columns().items()}
+        return LatentClips(**taken)
 
     def ordered(self) -> "LatentClips":
         """By split and id, whatever the order in which they were encoded."""

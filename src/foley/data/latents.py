@@ -4,7 +4,6 @@ What is read of it: the index, a table of clips that is mapped, and of each clip
 becomes an object for each clip, so that millions of clips cost a process what thousands do.
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
+from foley.core.numbers import NumberRange
 from foley.core.ranges import RangeReader, filesystem_of, local_copy
 from foley.core.reading import DamagedFileError, parse_json, reading
 from foley.core.seeding import numpy_generator, torch_generator
@@ -140,13 +140,14 @@ class LatentCacheIndex:
     @classmethod
     def _of(cls, url: str, stored: Mapping[str, Any]) -> "LatentCacheIndex":
         if (found := stored.get("format")) != FORMAT:
-            mend = f"foley convert-latents from={url} output_dir=FOLDER makes one of it"
+            mend = f"foley convert-latents cache_dir={url} output_dir=FOLDER makes one of it"
             mend = mend if found in OLD_FORMATS else AGAIN
             raise LatentCacheError(f"{url}/{INDEX_FILE} is not of the format {FORMAT}; {mend}")
         layout = LatentLayout.of(stored)
         shards = [LatentShard(**shard) for shard in stored["shards"]]
         statistics = stored["latent_mean"], stored["latent_std"]
         _check_statistics(layout, *statistics)
+        NumberRange(least=0, whole=True).check("left_out", stored["left_out"])
         hashes = stored["clips_sha256"], stored["content_sha256"]
         if not all(isinstance(text, str) for text in hashes):
             raise ValueError("clips_sha256 and content_sha256 must be texts")
@@ -154,7 +155,7 @@ class LatentCacheIndex:
         if stored["num_clips"] != len(clips):
             raise ValueError(f"it names {stored['num_clips']} clips, and {CLIPS_FILE} holds {len(clips)}")
         check_clips(clips, layout, shards)
-        return cls(url, layout, *statistics, shards, clips, *hashes, int(stored["left_out"]))
+        return cls(url, layout, *statistics, shards, clips, *hashes, stored["left_out"])
 
     @property
     def is_small(self) -> bool:
@@ -204,7 +205,7 @@ def _check_statistics(layout: LatentLayout, mean: Any, std: Any) -> None:
     """Raise ValueError, or what else `reading` names, unless each is finite `[C]`."""
     if len(mean) != layout.channels or len(std) != layout.channels:
         raise ValueError(f"latent_mean and latent_std must have {layout.channels} values each")
-    if not all(math.isfinite(value) for value in (*mean, *std)):
+    if not all(value in NumberRange() for value in (*mean, *std)):
         raise ValueError("latent_mean and latent_std must be finite")
 
 
