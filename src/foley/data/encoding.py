@@ -281,7 +281,7 @@ class _Encoder:
     def encode(self, places: NDArray[np.int64], writer: LatentWriter, bar: "_Bar") -> None:
         """The clips at these places; while a GPU encodes a batch, the next is loaded and the one before is kept."""
         before: tuple[list[LoadedClip], Tensor] | None = None
-        with bar, _precision(self._options.precision, self._device):
+        with bar, _tf32(self._options.precision == "tf32"):
             for batch in self._batches(self._usable(places, writer, bar)):
                 latents = self._latents([window for clip in batch for window in clip.windows])
                 if before:
@@ -332,7 +332,12 @@ class _Encoder:
         """What is kept of them, float16 `[B, L, K, C]`, on the device, which may still be at it."""
         size = self._options.batch_size
         parts = [windows[first : first + size] for first in range(0, len(windows), size)]
-        return torch.cat([self._kept(self._codec.posterior(self._audio(part)), part) for part in parts])
+        return torch.cat([self._kept(self._posterior(part), part) for part in parts])
+
+    def _posterior(self, windows: Sequence[AudioItem]) -> Posterior:
+        audio = self._audio(windows)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._options.precision == "bf16"):
+            return self._codec.posterior(audio)
 
     def _audio(self, windows: Sequence[AudioItem]) -> Tensor:
         """Zero-padded to whole frames, on the device `[B, 1, T]`; from pinned memory nobody waits for the transfer."""
@@ -374,14 +379,13 @@ def _count(clips: Sequence[LoadedClip]) -> int:
 
 
 @contextmanager
-def _precision(name: str, device: torch.device) -> Iterator[None]:
-    """Of convolutions, which PyTorch rounds to TF32 on CUDA unless told otherwise, and of matrix products."""
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Of convolutions, which PyTorch rounds to it on CUDA unless told otherwise, and of matrix products."""
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
-            yield
+        yield
     finally:
         torch.backends.cudnn.allow_tf32 = before[0]
         torch.set_float32_matmul_precision(before[1])
