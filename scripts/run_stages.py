@@ -32,7 +32,8 @@ def run_stage(name: str, command: str) -> float:
     log.info("\n== %s ==\npython %s", name, command)
     start = time.perf_counter()
     script, *arguments = shlex.split(command)
-    if script == "train.py":  # what an earlier try has left in its folder is of another command, or of other inputs
+    # What an earlier try has left in its folder is of another command, or of other inputs.
+    if script in ("train.py", "scripts/encode_latents.py"):
         arguments.append("overwrite=true")
     line = [sys.executable, str(SHIPPED_ROOT / script), *arguments]
     code = subprocess.run(line, cwd=PROJECT_ROOT, check=False).returncode

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from foley.data.datamodule import AudioDataModule
 from foley.data.dataset import AudioCollate, AudioDataset, DataFaultError
-from foley.data.encoding import encode_latents
+from foley.data.encoding import EncodingOptions, encode_latents
 from foley.data.latents import LatentCacheIndex
 from foley.data.manifest import ManifestError, read_manifest
 from foley.data.preflight import preflight
@@ -156,7 +156,7 @@ def test_shards_and_latents_leave_out_and_count_the_same(manifest, tmp_path, cap
     assert (index.left_out, sum(shard.num_samples for shard in index.shards)) == (10, 190)
     splits = clip_splits(str(manifest), RATE, check_files=False)
     data = AudioDataModule(splits, RATE, 0.05, batch_size=8)
-    encode_latents(_codec(), data.whole_clips(1.0), tmp_path / "latents", batch_size=50)
+    encode_latents(_codec(), data.whole_clips(1.0), tmp_path / "latents", EncodingOptions(batch_size=50))
     assert len(LatentCacheIndex.read(tmp_path / "latents").entries) == 190
     assert "(10 so far)" in caplog.text
 

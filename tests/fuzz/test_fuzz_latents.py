@@ -11,10 +11,10 @@ import torch
 from fuzzing import altered, bounded, damaged, right_or_named
 from hypothesis import given
 from hypothesis import strategies as st
+from latent_parts import latent_cache_writer
 
 from foley.core.columns import Column, write_columns
 from foley.core.hashing import hash_file
-from foley.data.encoding import latent_cache_writer
 from foley.data.latent_format import CLIPS_FILE, INDEX_FILE
 from foley.data.latents import LatentCacheIndex, LatentDataset, LatentItem
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,17 @@ from torch import Tensor
 
 from foley.core.columns import TextLists, Texts
 from foley.core.hashing import hash_tensors
-from foley.data.latent_format import LatentClips, LatentEntry, LatentLayout, LatentShard, write_index, write_shard
+from foley.data.latent_folder import LatentFolder, LatentWriter, clip_key
+from foley.data.latent_format import (
+    FORMAT,
+    LatentClips,
+    LatentEntry,
+    LatentLayout,
+    LatentShard,
+    write_index,
+    write_shard,
+)
+from foley.data.manifest import SPLIT_NAMES
 
 
 def write_cache(folder: Path, latent: Tensor, clips: LatentClips, layout: LatentLayout) -> LatentShard:
@@ -60,3 +71,47 @@ def write_old_cache(
     if format == "foley-latents-1":
         del stored["shards"]
     (folder / "index.json").write_text(json.dumps(stored))
+
+
+class LatentCacheWriter:
+    """Adds clips to a cache of latents that are at hand; use through `latent_cache_writer`."""
+
+    def __init__(self, writer: LatentWriter) -> None:
+        self._writer = writer
+        self.keys: list[int] = []
+
+    def add(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        id: str,
+        caption: str,
+        label: str,
+        split: str,
+        duration_seconds: float,
+        other_captions: Sequence[str] = (),
+    ) -> None:
+        """Append one clip's posterior, each `[C, L]`."""
+        latent = torch.stack([mean, std]).permute(2, 0, 1).to("cpu", torch.float16)
+        entry = LatentEntry(id, caption, label, split, "", 0, 0, duration_seconds, tuple(other_captions))
+        self._writer.add(id, [(entry, latent)])
+        self.keys.append(clip_key(split, id))
+
+
+@contextmanager
+def latent_cache_writer(
+    directory: Path, codec_hash: str, sample_rate_hz: int, hop_samples: int
+) -> Iterator[LatentCacheWriter]:
+    """A writer of the new cache `directory`, of latents that are at hand; complete after a clean exit.
+
+    Raises LatentCacheError where `directory` holds anything else, and FolderInUseError.
+    """
+    folder = LatentFolder(str(directory))
+    folder.claim({"format": FORMAT, "codec_hash": codec_hash})
+
+    def layout(channels: int) -> LatentLayout:
+        return LatentLayout(codec_hash, sample_rate_hz, hop_samples, channels, "mean_std", tuple(sorted(SPLIT_NAMES)))
+
+    with folder.writer(0, layout) as writer:
+        yield (added := LatentCacheWriter(writer))
+    folder.merge(np.array(added.keys, np.int64))

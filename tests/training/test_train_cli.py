@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from latent_parts import latent_cache_writer
 from omegaconf import DictConfig
 
 from foley.core.components import CheckpointError, build_component, save_component
 from foley.core.config import PROJECT_ROOT
 from foley.core.seeding import torch_generator
-from foley.data.encoding import latent_cache_writer
 from foley.data.latents import StaleCacheError
 from foley.system.checkpoint import load_trained, read_training_checkpoint
 from foley.system.system import load_system

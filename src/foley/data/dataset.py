@@ -63,6 +63,18 @@ class TimedSource(Protocol):
 
 
 @runtime_checkable
+class NamedSource(Protocol):
+    """A source that names its clips without reading them: one name for one clip, wherever it lies in the source."""
+
+    def clip_name(self, index: int) -> str: ...
+
+
+def clip_name(source: AudioSource, index: int) -> str:
+    """Of clip `index` (in epoch 0), by which work on it is continued; its index where the source has no names."""
+    return source.clip_name(index) if isinstance(source, NamedSource) else str(index)
+
+
+@runtime_checkable
 class CheckedSource(Protocol):
     """A source whose files were looked at (`foley.data.preflight`): what is wrong, each with its path."""
 
@@ -245,7 +257,7 @@ class AudioDataset(Dataset[AudioItem]):
         self._num_faults = multiprocessing.Value("q", 0)  # of those; its lock guards both
         known = known_faults(source)
         self._known = frozenset(known)
-        self._refuse_too_many(len(known), known)
+        self.refuse_too_many(len(known), known)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -301,12 +313,13 @@ class AudioDataset(Dataset[AudioItem]):
             count = self._num_faults.value
         level = logging.DEBUG if str(error) in self._known else logging.WARNING
         _log.log(level, "skipping a clip (%d so far): %s", count, error)
-        self._refuse_too_many(count, self._met())
+        self.refuse_too_many(count, self._met())
 
     def _met(self) -> Iterator[str]:
         return (f"{path}: {reason}" for path, reason in self.faults.items())
 
-    def _refuse_too_many(self, count: int, faults: Iterable[str]) -> None:
+    def refuse_too_many(self, count: int, faults: Iterable[str]) -> None:
+        """Raise DataFaultError where `count` clips are more than may be of no use; `faults` names those it can."""
         if 0 < count == len(self):
             raise DataFaultError(f"none of {count} clips can be used; check their paths: {_listing(faults, count)}")
         if count <= most_faults(len(self), self.max_fault_fraction):

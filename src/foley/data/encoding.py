@@ -1,171 +1,43 @@
 """Clips to a latent cache: every clip is encoded once, so that diffusion training never runs the codec.
 
-Full shards are written as they fill, the index last; the folder appears under its name only when it is complete.
+Loader processes read and decode while the codec encodes. Shards are written as they fill (`foley.data.latent_folder`):
+whatever stops an encoding, the same command goes on with the clips that no finished shard holds.
 """
 
-import copy
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from lightning_fabric import Fabric
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn import functional
 
 from foley.core.channels import lossy_mixes
 from foley.core.hashing import hash_module
-from foley.core.locks import LOCK_FILE, only_writer
+from foley.core.locks import FolderInUseError
 from foley.core.logs import first_few, get_logger
+from foley.core.numbers import COUNT, NumberRange
+from foley.core.seeding import torch_generator
 from foley.data.audio import AudioError
-from foley.data.dataset import AudioDataset, AudioItem, SampleKey, is_silent
-from foley.data.latent_format import (
-    INDEX_FILE,
-    LatentCacheError,
-    LatentClips,
-    LatentEntry,
-    LatentLayout,
-    LatentShard,
-    write_index,
-    write_shard,
-)
+from foley.data.dataset import AudioDataset, AudioItem, clip_name
+from foley.data.latent_folder import LatentFolder, LatentWriter, LeftOut, clip_key
+from foley.data.latent_format import FORMAT, STORES, LatentCacheError, LatentEntry, LatentLayout
+from foley.data.whole_clips import WINDOWS, LoadedClip, WholeClips
 
 _log = get_logger(__name__)
 
-_FRAMES_PER_SHARD = 1 << 19
 _MAX_WAITING = 512  # clips kept back until others of their length fill a batch
+_MAX_NAMED = 5  # clips of a kind that are named at the end
 
+_NOT_HELD = "has a latent that float16 cannot hold"  # too large, or no number
 
-class LatentCacheWriter:
-    """Collects encoded clips and writes full shards; `finish` writes the index. Use through `latent_cache_writer`."""
-
-    def __init__(self, directory: Path, codec_hash: str, sample_rate_hz: int, hop_samples: int) -> None:
-        self._directory = directory
-        self._about = codec_hash, sample_rate_hz, hop_samples
-        self._entries: list[LatentEntry] = []
-        self._latents: list[Tensor] = []
-        self._frames = self._latents_channels = 0
-        self._shards: list[LatentShard] = []
-        self._statistics = _RunningStatistics()
-
-    def add(
-        self,
-        mean: Tensor,
-        std: Tensor,
-        id: str,
-        caption: str,
-        label: str,
-        split: str,
-        duration_seconds: float,
-        other_captions: Sequence[str] = (),
-    ) -> None:
-        """Append one clip's posterior, each `[C, L]`; raises LatentCacheError where float16 cannot hold it."""
-        halves = [tensor.T.to("cpu", torch.float16) for tensor in (mean, std)]
-        if not all(bool(half.isfinite().all()) for half in halves):
-            raise LatentCacheError(
-                f"clip {id!r} has a posterior that float16 cannot hold: mean up to {mean.abs().max()}"
-            )
-        rows = (self._shard, self._frames, mean.shape[1])
-        entry = LatentEntry(id, caption, label, split, *rows, duration_seconds, tuple(other_captions))
-        self._entries.append(entry)
-        self._latents.append(torch.stack(halves, 1))
-        self._frames += mean.shape[1]
-        if split == "train":
-            self._statistics.add(*halves)
-        if self._frames >= _FRAMES_PER_SHARD:
-            self._write_shard()
-
-    def finish(self) -> None:
-        """Write what is left, and the index; raises LatentCacheError where nothing was encoded for training."""
-        mean, std = self._statistics.result()
-        if self._latents:
-            self._write_shard()
-        clips = LatentClips.of(self._entries, self._layout.splits, [shard.name for shard in self._shards])
-        write_index(self._directory, self._layout, clips, self._shards, (mean, std))
-
-    @property
-    def num_clips(self) -> int:
-        """That were added so far."""
-        return len(self._entries)
-
-    @property
-    def _shard(self) -> str:
-        return f"latents-00000-{len(self._shards):05d}.safetensors"
-
-    @property
-    def _layout(self) -> LatentLayout:
-        splits = sorted({entry.split for entry in self._entries})
-        return LatentLayout(*self._about, self._latents_channels, "mean_std", tuple(splits))
-
-    def _write_shard(self) -> None:
-        latent = torch.cat(self._latents)
-        self._latents_channels = latent.shape[-1]
-        entries = [entry for entry in self._entries if entry.shard == self._shard]
-        layout = self._layout
-        clips = LatentClips.of(entries, layout.splits, [self._shard])
-        self._shards.append(write_shard(self._directory / self._shard, latent, clips, layout))
-        self._latents, self._frames = [], 0
-
-
-class _RunningStatistics:
-    """Mean and standard deviation per channel of posterior samples: variance = var(mean) + E[std^2]."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._sum: Tensor | float = 0.0
-        self._square: Tensor | float = 0.0
-
-    def add(self, mean: Tensor, std: Tensor) -> None:
-        mean, std = mean.double(), std.double()
-        self._count += len(mean)
-        self._sum = self._sum + mean.sum(0)
-        self._square = self._square + (mean.square() + std.square()).sum(0)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        if not isinstance(self._sum, Tensor) or not isinstance(self._square, Tensor):
-            raise LatentCacheError("no clip of the split 'train' was encoded: there are no latent statistics")
-        mean = self._sum / self._count
-        return mean, (self._square / self._count - mean.square()).clamp_min(0.0).sqrt()
-
-
-@contextmanager
-def latent_cache_writer(
-    directory: Path, codec_hash: str, sample_rate_hz: int, hop_samples: int
-) -> Iterator[LatentCacheWriter]:
-    """A writer of the cache `directory`, which replaces an older cache there only after a clean exit.
-
-    Raises:
-        LatentCacheError: `directory` holds something that is not a latent cache.
-        FolderInUseError: another process is writing this cache.
-    """
-    if directory.exists() and any(directory.iterdir()) and not (directory / INDEX_FILE).is_file():
-        raise LatentCacheError(f"{directory} holds files that are not a latent cache; choose another output directory")
-    partial = directory.with_name(f".{directory.name}.partial")
-    with only_writer(partial, f"the latents of {directory}"):
-        for file in partial.iterdir():  # of a process that was killed
-            if file.name != LOCK_FILE:
-                file.unlink()
-        with ExitStack() as on_failure:
-            on_failure.callback(shutil.rmtree, partial, ignore_errors=True)
-            writer = LatentCacheWriter(partial, codec_hash, sample_rate_hz, hop_samples)
-            yield writer
-            writer.finish()
-            _swap(partial, directory)
-            on_failure.pop_all()
-
-
-def _swap(new: Path, directory: Path) -> None:
-    """Put `new` in the place of `directory`; a process killed in between leaves the old cache as `.name.old`."""
-    old = directory.with_name(f".{directory.name}.old")
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        directory.rename(old)
-    new.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+PRECISIONS = ("float32", "tf32", "bf16")
 
 
 class Posterior(Protocol):
@@ -189,53 +61,188 @@ class LatentEncoder(Protocol):
         ...
 
 
-WINDOWS = ("first", "all")
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How clips become latents, and how the work is shared out.
+
+    Args:
+        batch_size: clips of one length encoded together.
+        min_duration_seconds: shorter clips get silence at their end before they are encoded; silence is content.
+        windows: of longer clips, "first" encodes the beginning alone, "all" as many latents as it takes, each of full
+            length, with the caption of the whole: `<id>#<seconds>s` by where they begin.
+        store: what is kept of a posterior: "mean_std", to be sampled anew in every epoch; "mean"; "sample", one of it.
+        precision: of the codec: "float32"; on CUDA "tf32"; "bf16" by autocast.
+        num_workers: loader processes that read and decode; 0 does it between batches.
+        shard_megabytes, shard_minutes: a shard is written when it holds so much, or after so long.
+        part, parts: this job encodes every `parts`-th clip, from clip `part` on; jobs share nothing but the folder.
+        overwrite: remove the latents that are there, and begin anew.
+
+    Raises ValueError for what it cannot be.
+    """
+
+    batch_size: int = 16
+    min_duration_seconds: float = 0.0
+    windows: str = "first"
+    store: str = "mean_std"
+    precision: str = "float32"
+    num_workers: int = 0
+    shard_megabytes: float = 64.0
+    shard_minutes: float = 5.0
+    part: int = 0
+    parts: int = 1
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("windows", WINDOWS), ("store", STORES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)}: give {' or '.join(known)}")
+        COUNT.check("batch_size", self.batch_size)
+        COUNT.check("parts", self.parts)
+        NumberRange(least=0, most=self.parts - 1, whole=True).check("part", self.part)
+        NumberRange(least=0, whole=True).check("num_workers", self.num_workers)
+        for name in ("shard_megabytes", "shard_minutes"):
+            NumberRange(above=0).check(name, getattr(self, name))
+        if self.overwrite and self.parts > 1:
+            raise ValueError("overwrite=true with parts>1 would remove what other jobs write: remove the folder first")
 
 
 def encode_latents(
     codec: LatentEncoder,
     datasets: Mapping[str, AudioDataset],
-    output_dir: Path,
-    batch_size: int = 16,
-    min_duration_seconds: float = 0.0,
+    output: str | Path,
+    options: EncodingOptions = EncodingOptions(),
     device: str | torch.device = "cpu",
-    windows: str = "first",
-) -> None:
-    """Write a latent cache of all clips in `datasets` (by split) to `output_dir`, all of it or nothing.
+    processes: Fabric | None = None,
+) -> bool:
+    """Write a latent cache of the clips in `datasets` (by split) to `output`, or go on with one; is it complete?
+
+    Clips that are in its shards already, by their names, are not encoded again, whichever job or number of processes
+    has written them. A job that finds every clip encoded or left out completes the cache; so does one that has more
+    clips than the cache, whose index then takes the place of the old one.
 
     Args:
         datasets: their `num_samples` is the longest clip that is encoded.
-        min_duration_seconds: shorter clips get silence at their end before they are encoded; silence is content.
-        windows: of longer clips, "first" encodes the beginning alone, "all" as many clips as it takes, each of full
-            length, with the caption of the whole: `<id>#<seconds>s` by where they begin.
+        output: a folder, or any fsspec URL.
+        processes: launched ones that share out this job, this process being one of them; None: it does all.
 
     Raises:
-        ValueError: the clips' sample rate is not the codec's, or `windows` is neither.
-        DataFaultError: too many clips cannot be used; fewer are left out and counted.
-        FolderInUseError: another process is writing to `output_dir`.
+        ValueError: the clips' sample rate is not the codec's.
+        DataFaultError: too many clips cannot be used; fewer are left out and counted. What was encoded stays.
+        LatentCacheError: `output` holds something else, or the latents of another request.
+        FolderInUseError: another process encodes this part of `output`.
     """
-    if not isinstance(codec, nn.Module):
-        raise TypeError(f"the codec must be an nn.Module, got {type(codec).__name__}")
-    if windows not in WINDOWS:
-        raise ValueError(f"windows={windows}: give {' or '.join(WINDOWS)}")
-    _check_rates(codec, datasets)
-    codec.to(device).eval()
-    min_samples = round(min_duration_seconds * codec.sample_rate_hz)
-    output = latent_cache_writer(output_dir, hash_module(codec), codec.sample_rate_hz, codec.hop_samples)
-    with output as writer, _progress() as progress:
-        for split, dataset in datasets.items():
-            task = progress.add_task(split, total=len(dataset) if windows == "first" else None, rate="")
-            notes = _Notes(split, min_samples)
-            items = (window for item in _usable_items(dataset) for window in notes.windows(item, dataset, windows))
-            for batch in _equal_length_batches(items, codec.hop_samples, min_samples, batch_size):
-                _encode_batch(codec, batch, split, min_samples, writer, device)
-                _advance(progress, task, len(batch))
-            notes.report()
-    lossy_mixes.report()
-    _log.info("latents of %d clips are in %s: train with data.cache_dir=%s", writer.num_clips, output_dir, output_dir)
+    _check(codec, datasets)
+    folder, keys = LatentFolder(str(output)), clip_keys(datasets)
+    rank, world_size = (processes.global_rank, processes.world_size) if processes else (0, 1)
+    if rank == 0:
+        folder.claim(describe_request(codec, datasets, options), options.overwrite)
+    _wait(processes)
+    todo, total = _share(folder, keys, options)
+    _wait(processes)  # until all of them have looked at the same shards
+    if len(todo):
+        encoder = _Encoder(codec, datasets, options, torch.device(device))
+        number = rank * options.parts + options.part
+        with folder.writer(number, encoder.layout, options.shard_megabytes, options.shard_minutes) as writer:
+            encoder.encode(todo[rank::world_size], writer, _Bar(total, total - len(todo), world_size, rank > 0))
+    _wait(processes)
+    is_complete = rank == 0 and _complete(folder, datasets, keys)
+    return bool(processes.broadcast(is_complete)) if processes else is_complete
 
 
-def _check_rates(codec: LatentEncoder, datasets: Mapping[str, AudioDataset]) -> None:
+def describe_request(
+    codec: LatentEncoder, datasets: Mapping[str, AudioDataset], options: EncodingOptions
+) -> dict[str, Any]:
+    """All that latents depend on besides their clips: a folder holds the latents of one such request."""
+    return {
+        "format": FORMAT,
+        "codec_hash": hash_module(_module(codec)),
+        "sample_rate_hz": codec.sample_rate_hz,
+        "hop_samples": codec.hop_samples,
+        **{name: getattr(options, name) for name in ("min_duration_seconds", "windows", "store", "precision")},
+        "splits": {split: _describe_clips(dataset) for split, dataset in sorted(datasets.items())},
+    }
+
+
+def _describe_clips(dataset: AudioDataset) -> dict[str, Any]:
+    longest = None if dataset.num_samples is None else dataset.num_samples / dataset.source.sample_rate_hz
+    about = {"max_duration_seconds": longest, "level": repr(dataset.level), "drop_silent": dataset.drop_silent}
+    return {**about, "source": _describe_source(dataset.source)}
+
+
+def _describe_source(source: Any) -> Any:
+    """How clips are read, of the sources that a mixture or a cache holds."""
+    if hasattr(source, "sources"):
+        return [_describe_source(part) for part in source.sources]
+    if hasattr(source, "source"):
+        return _describe_source(source.source)
+    return {name: getattr(source, name) for name in ("max_duration_seconds", "downmix") if hasattr(source, name)}
+
+
+def clip_keys(datasets: Mapping[str, AudioDataset]) -> NDArray[np.int64]:
+    """The keys `[N]` of all clips, split after split, in the journal of a latent cache."""
+    return np.fromiter(
+        (
+            clip_key(split, clip_name(dataset.source, index))
+            for split, dataset in datasets.items()
+            for index in range(len(dataset))
+        ),
+        np.int64,
+        sum(map(len, datasets.values())),
+    )
+
+
+def _share(folder: LatentFolder, keys: NDArray[np.int64], options: EncodingOptions) -> tuple[NDArray[np.int64], int]:
+    """Places of the clips that this job is to encode, and how many it has in all.
+
+    What was left out is tried again, until the cache is complete.
+    """
+    encoded = folder.encoded()
+    if len(encoded) and not np.isin(encoded, keys).any():
+        raise LatentCacheError(f"{folder.url} holds latents of other clips; give another output_dir, or overwrite=true")
+    places = np.sort(np.unique(keys, return_index=True)[1])  # a mixture may hold a clip in several
+    mine = places[options.part :: options.parts]
+    settled = encoded
+    if folder.is_merged:
+        settled = np.union1d(encoded, [row.key for row in folder.left_out()])
+    return mine[~np.isin(keys[mine], settled)], len(mine)
+
+
+def _complete(folder: LatentFolder, datasets: Mapping[str, AudioDataset], keys: NDArray[np.int64]) -> bool:
+    """Write the index, where every clip is encoded or left out and it does not say so yet."""
+    encoded = folder.encoded()
+    absent = set(np.setdiff1d(keys, encoded).tolist())
+    left_out = [row for row in folder.left_out() if row.key in absent]
+    if remaining := len(absent) - len(left_out):
+        _log.info("%d clips are still to be encoded into %s: by other parts, or again by theirs", remaining, folder.url)
+        return False
+    for split, dataset in datasets.items():
+        reasons = [row.reason for row in left_out if row.split == split]
+        dataset.refuse_too_many(len(reasons), reasons)
+    if not folder.is_merged or not np.isin(encoded, keys).all():
+        try:
+            folder.merge(keys)
+        except FolderInUseError:
+            _log.info("the job of another part completes %s", folder.url)
+            return False
+    _log.info(
+        "latents of %d clips are in %s, %d were left out: train with data.cache_dir=%s",
+        len(np.unique(keys)) - len(left_out),
+        folder.url,
+        len(left_out),
+        folder.url,
+    )
+    return True
+
+
+def _wait(processes: Fabric | None) -> None:
+    if processes is not None:
+        processes.barrier()
+
+
+def _check(codec: LatentEncoder, datasets: Mapping[str, AudioDataset]) -> None:
+    _module(codec)
+    if "train" not in datasets:
+        raise LatentCacheError(f"the data has no split 'train', only {sorted(datasets)}: latents need its statistics")
     for split, dataset in datasets.items():
         if dataset.source.sample_rate_hz != codec.sample_rate_hz:
             raise ValueError(
@@ -244,112 +251,165 @@ def _check_rates(codec: LatentEncoder, datasets: Mapping[str, AudioDataset]) -> 
             )
 
 
-@dataclass
-class _Notes:
-    """What becomes of the clips of a split besides their encoding: ids of those cut, padded and silent."""
-
-    split: str
-    min_samples: int
-    found: dict[str, list[str]] = field(default_factory=dict)
-
-    def windows(self, item: AudioItem, dataset: AudioDataset, windows: str) -> Iterator[AudioItem]:
-        """The parts of a clip that are encoded."""
-        length, longest = len(item.audio), dataset.num_samples or len(item.audio)
-        if is_silent(item.audio):
-            self._note("silent", item)
-        if length < self.min_samples:
-            self._note(f"shorter than {self.min_samples / dataset.source.sample_rate_hz:g} s and padded", item)
-        if length <= longest:
-            yield item
-        elif windows == "first":
-            self._note(f"cut to their first {longest / dataset.source.sample_rate_hz:g} s (windows=all)", item)
-            yield replace(item, audio=item.audio[:longest])
-        else:
-            limit = getattr(dataset.source, "max_duration_seconds", None)
-            if limit is not None and length >= round(limit * dataset.source.sample_rate_hz):
-                self._note(f"read to their first {limit:g} s alone (data.splits.max_duration_seconds)", item)
-            yield from _all_windows(item, longest, dataset.source.sample_rate_hz)
-
-    def _note(self, what: str, item: AudioItem) -> None:
-        self.found.setdefault(what, []).append(item.id)
-
-    def report(self) -> None:
-        """Say how many clips of each kind there were, and name the first."""
-        for what, ids in self.found.items():
-            _log.warning("%s: %d clips are %s: %s", self.split, len(ids), what, first_few(ids))
+def _module(codec: LatentEncoder) -> nn.Module:
+    if not isinstance(codec, nn.Module):
+        raise TypeError(f"the codec must be an nn.Module, got {type(codec).__name__}")
+    return codec
 
 
-def _all_windows(item: AudioItem, length: int, sample_rate_hz: int) -> Iterator[AudioItem]:
-    """Parts of `length` samples that cover the clip; the last ends with it, and overlaps the one before."""
-    last = len(item.audio) - length
-    for start in [*range(0, last, length), last]:
-        audio = item.audio[start : start + length]
-        yield replace(item, audio=audio, id=f"{item.id}#{start / sample_rate_hz:.2f}s")
+class _Encoder:
+    """Encodes the clips of a process."""
+
+    def __init__(
+        self,
+        codec: LatentEncoder,
+        datasets: Mapping[str, AudioDataset],
+        options: EncodingOptions,
+        device: torch.device,
+    ) -> None:
+        self._codec, self._datasets, self._options, self._device = codec, datasets, options, device
+        _module(codec).to(device).eval()
+        self._min_samples = round(options.min_duration_seconds * codec.sample_rate_hz)
+        self._notes: dict[tuple[str, str], tuple[int, list[str]]] = {}
+
+    def layout(self, channels: int) -> LatentLayout:
+        """Of this codec's latents."""
+        codec, splits = self._codec, tuple(sorted(self._datasets))
+        digest = hash_module(_module(codec))
+        return LatentLayout(digest, codec.sample_rate_hz, codec.hop_samples, channels, self._options.store, splits)
+
+    def encode(self, places: NDArray[np.int64], writer: LatentWriter, bar: "_Bar") -> None:
+        """The clips at these places; while a GPU encodes a batch, the next is loaded and the one before is kept."""
+        before: tuple[list[LoadedClip], Tensor] | None = None
+        with bar, _tf32(self._options.precision == "tf32"):
+            for batch in self._batches(self._usable(places, writer, bar)):
+                latents = self._latents([window for clip in batch for window in clip.windows])
+                if before:
+                    self._keep(*before, writer, bar)
+                before = batch, latents
+            if before:
+                self._keep(*before, writer, bar)
+        lossy_mixes.report()
+        for (split, what), (count, ids) in self._notes.items():
+            _log.warning("%s: %d clips are %s: %s", split, count, what, first_few(ids, _MAX_NAMED))
+
+    def _usable(self, places: NDArray[np.int64], writer: LatentWriter, bar: "_Bar") -> Iterator[LoadedClip]:
+        options = self._options
+        clips = WholeClips(self._datasets, options.min_duration_seconds, options.windows)
+        for clip in clips.load(places.tolist(), options.num_workers):
+            for what in clip.notes:
+                count, ids = self._notes.get((clip.split, what), (0, []))
+                self._notes[clip.split, what] = count + 1, [*ids, clip.windows[0].id][: _MAX_NAMED + 1]
+            if clip.fault is None:
+                yield clip
+            else:
+                self._leave_out(clip, AudioError(*clip.fault), writer)
+                bar.advance(1)
+
+    def _leave_out(self, clip: LoadedClip, fault: AudioError, writer: LatentWriter) -> None:
+        """Raises DataFaultError where there are too many."""
+        writer.leave_out(LeftOut(clip.split, clip.name, str(fault)))
+        self._datasets[clip.split].count_fault(clip.index, fault)
+
+    def _batches(self, clips: Iterator[LoadedClip]) -> Iterator[list[LoadedClip]]:
+        """Of clips with the same number of frames, so that no clip's latent depends on its neighbours' lengths."""
+        waiting: dict[int, list[LoadedClip]] = {}
+        for clip in clips:
+            frames = self._frames(clip)
+            waiting.setdefault(frames, []).append(clip)
+            if _count(waiting[frames]) >= self._options.batch_size:
+                yield waiting.pop(frames)
+            elif sum(map(_count, waiting.values())) >= _MAX_WAITING:
+                yield waiting.pop(max(waiting, key=lambda length: _count(waiting[length])))
+        yield from waiting.values()
+
+    def _frames(self, clip: LoadedClip) -> int:
+        """Of each of its windows."""
+        return math.ceil(max(len(clip.windows[0].audio), self._min_samples) / self._codec.hop_samples)
+
+    @torch.no_grad()
+    def _latents(self, windows: Sequence[AudioItem]) -> Tensor:
+        """What is kept of them, float16 `[B, L, K, C]`, on the device, which may still be at it."""
+        size = self._options.batch_size
+        parts = [windows[first : first + size] for first in range(0, len(windows), size)]
+        return torch.cat([self._kept(self._posterior(part), part) for part in parts])
+
+    def _posterior(self, windows: Sequence[AudioItem]) -> Posterior:
+        audio = self._audio(windows)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._options.precision == "bf16"):
+            return self._codec.posterior(audio)
+
+    def _audio(self, windows: Sequence[AudioItem]) -> Tensor:
+        """Zero-padded to whole frames, on the device `[B, 1, T]`; from pinned memory nobody waits for the transfer."""
+        hop = self._codec.hop_samples
+        width = math.ceil(max(len(windows[0].audio), self._min_samples) / hop) * hop
+        audio = torch.zeros(len(windows), 1, width, pin_memory=self._device.type == "cuda")
+        for row, window in zip(audio, windows, strict=True):
+            row[0, : len(window.audio)] = window.audio
+        return audio.to(self._device, non_blocking=True)
+
+    def _kept(self, posterior: Posterior, windows: Sequence[AudioItem]) -> Tensor:
+        """What `store` says, float16 `[B, L, K, C]`."""
+        mean, std = posterior.mean.float(), posterior.std.float()
+        if self._options.store == "sample":
+            noise = [torch.randn(mean.shape[1:], generator=torch_generator("latent", window.id)) for window in windows]
+            mean = mean + std * torch.stack(noise).to(self._device, non_blocking=True)
+        parts = [mean, std] if self._options.store == "mean_std" else [mean]
+        return torch.stack(parts, 1).permute(0, 3, 1, 2).to(torch.float16)
+
+    def _keep(self, clips: Sequence[LoadedClip], latents: Tensor, writer: LatentWriter, bar: "_Bar") -> None:
+        """Give the writer what can be kept; a clip of which float16 cannot hold all is left out."""
+        rows = iter(latents.cpu())  # waits for the device
+        for clip in clips:
+            found = [(self._entry(clip, window), next(rows)) for window in clip.windows]
+            if faulty := [entry.id for entry, latent in found if not bool(latent.isfinite().all())]:
+                self._leave_out(clip, AudioError(faulty[0], _NOT_HELD), writer)
+            else:
+                writer.add(clip.name, found)
+        bar.advance(len(clips))
+
+    def _entry(self, clip: LoadedClip, window: AudioItem) -> LatentEntry:
+        seconds = len(window.audio) / self._codec.sample_rate_hz
+        texts = window.id, window.caption, window.label, clip.split
+        return LatentEntry(*texts, "", 0, 0, seconds, window.other_captions)
 
 
-def _progress() -> Progress:
-    columns = TextColumn("encode {task.description}"), BarColumn(), MofNCompleteColumn()
-    return Progress(*columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+def _count(clips: Sequence[LoadedClip]) -> int:
+    return sum(len(clip.windows) for clip in clips)
 
 
-def _advance(progress: Progress, task_id: int, clips: int) -> None:
-    """Over the whole time: a task of one batch has no other speed."""
-    task = progress.tasks[task_id]
-    rate = (task.completed + clips) / max(task.elapsed or 0.0, 1e-3)
-    progress.update(task.id, advance=clips, rate=f"{rate:.1f} clips/s")
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Of convolutions, which PyTorch rounds to it on CUDA unless told otherwise, and of matrix products."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
-def _usable_items(dataset: AudioDataset) -> Iterator[AudioItem]:
-    """Whole clips, levelled: what is cut off them is decided, and counted, by who encodes them."""
-    whole = copy.copy(dataset)
-    whole.num_samples = None
-    for index in range(len(whole)):
-        try:
-            item = whole.load(SampleKey(index, 0))
-            _check_texts(item)
-            yield item
-        except AudioError as error:
-            whole.count_fault(index, error)
+class _Bar:
+    """How far a job is, with all its processes: they have equal shares, and this one counts for each of them."""
 
+    def __init__(self, total: int, done: int, processes: int = 1, hidden: bool = False, **options: Any) -> None:
+        columns = TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}")
+        self.progress = Progress(*columns, TimeRemainingColumn(), disable=hidden, **options)
+        self._done, self._processes = done, processes
+        self.progress.add_task("", total=total, completed=done, rate="")
 
-def _check_texts(item: AudioItem) -> None:
-    """Raise AudioError for half a surrogate pair: the index, written when all is encoded, could not hold it."""
-    captions = [("caption", text) for text in (item.caption, *item.other_captions)]
-    for name, text in (("id", item.id), ("label", item.label), *captions):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise AudioError(ascii(item.id), f"its {name} holds half a surrogate pair: {text!a}") from error
+    def __enter__(self) -> "_Bar":
+        self.progress.start()
+        return self
 
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
 
-def _equal_length_batches(
-    items: Iterator[AudioItem], hop_samples: int, min_samples: int, batch_size: int
-) -> Iterator[list[AudioItem]]:
-    """Batches of clips with the same number of frames, so that no clip's latent depends on its neighbours' lengths."""
-    waiting: dict[int, list[AudioItem]] = {}
-    for item in items:
-        frames = math.ceil(max(len(item.audio), min_samples) / hop_samples)
-        waiting.setdefault(frames, []).append(item)
-        if len(waiting[frames]) == batch_size:
-            yield waiting.pop(frames)
-        elif sum(map(len, waiting.values())) >= _MAX_WAITING:
-            yield waiting.pop(max(waiting, key=lambda length: len(waiting[length])))
-    yield from waiting.values()
-
-
-@torch.no_grad()
-def _encode_batch(
-    codec: LatentEncoder,
-    items: list[AudioItem],
-    split: str,
-    min_samples: int,
-    writer: LatentCacheWriter,
-    device: str | torch.device,
-) -> None:
-    hop = codec.hop_samples
-    width = math.ceil(max(len(items[0].audio), min_samples) / hop) * hop
-    audio = torch.stack([functional.pad(item.audio, (0, width - len(item.audio))) for item in items])[:, None]
-    posterior = codec.posterior(audio.to(device))
-    for item, mean, std in zip(items, posterior.mean, posterior.std, strict=True):
-        seconds = len(item.audio) / codec.sample_rate_hz
-        writer.add(mean, std, item.id, item.caption, item.label, split, seconds, item.other_captions)
+    def advance(self, clips: int) -> None:
+        """With the rate over the whole time: one batch has no other speed."""
+        (task,) = self.progress.tasks
+        completed = min(task.completed + clips * self._processes, task.total or 0)
+        rate = (completed - self._done) / max(task.elapsed or 0.0, 1e-3)
+        self.progress.update(task.id, completed=completed, rate=f"{rate:.1f} clips/s")

@@ -232,12 +232,15 @@ def _take(column: Column, rows: NDArray[np.integer[Any]]) -> Any:
     return column[rows] if isinstance(column, np.ndarray) else column.take(rows)
 
 
-def write_shard(path: Path, latent: Tensor, clips: LatentClips, layout: LatentLayout) -> LatentShard:
+def write_shard(
+    path: Path, latent: Tensor, clips: LatentClips, layout: LatentLayout, more: Mapping[str, Tensor] | None = None
+) -> LatentShard:
     """Write a shard, whole or not at all, and return what an index says of it.
 
     Args:
         latent: float16 `[frames, K, C]`, the clips' one after the other.
         clips: `first_frame` counts from the beginning of this shard.
+        more: tensors that its writer keeps beside them, under names of their own.
     """
     if latent.dtype != torch.float16 or latent.shape[1:] != (layout.parts, layout.channels):
         raise ValueError(f"{path}: latents are {latent.dtype} {tuple(latent.shape)}, which {layout} does not describe")
@@ -248,7 +251,7 @@ def write_shard(path: Path, latent: Tensor, clips: LatentClips, layout: LatentLa
         "layout": json.dumps(dataclasses.asdict(layout)),
         "sha256": hash_latents(latent.contiguous().numpy()),
     }
-    write_tensors(path, {"latent": latent, **column_tensors(clips.columns())}, metadata)
+    write_tensors(path, {"latent": latent, **column_tensors(clips.columns()), **(more or {})}, metadata)
     return read_shard_header(RangeReader(str(path.parent)), path.name, layout, path.stat().st_size)
 
 

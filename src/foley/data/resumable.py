@@ -168,11 +168,11 @@ class ResumableDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=self.collate,
             pin_memory=self.pin_memory,
-            worker_init_fn=_leave_interrupts_to_training,
+            worker_init_fn=leave_interrupts_to_training,
         )
 
 
-def _leave_interrupts_to_training(worker: int) -> None:
+def leave_interrupts_to_training(worker: int) -> None:
     """Ctrl-C reaches every process of a terminal; a loader that it ended would end the step in which it came."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

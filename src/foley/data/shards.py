@@ -195,11 +195,16 @@ class ShardSource:
         seconds: NDArray[np.float32] = self.index.samples["seconds"][self._rows]
         return seconds if self.max_duration_seconds is None else seconds.clip(max=self.max_duration_seconds)
 
+    def clip_name(self, index: int) -> str:
+        """Its shard and its row of the table: its id is in the tar."""
+        row = int(self._rows[index])
+        return f"{self.index.shards[int(self.index.samples['shard'][row])].name}#{row}"
+
     def render(self, index: int, epoch: int) -> AudioItem:
         """Clip `index`, the same in every epoch; raises AudioError or ShardError."""
         row = int(self._rows[index])
         shard = self.index.shards[int(self.index.samples["shard"][row])]
-        place = f"{self.index.url}/{shard.name}#{row}"
+        place = f"{self.index.url}/{self.clip_name(index)}"
         audio_bytes, text_bytes = (int(self.index.samples[name][row]) for name in ("audio_bytes", "text_bytes"))
         offset, wanted = int(self.index.samples["offset"][row]), text_start(audio_bytes) + text_bytes
         content = self._read(shard.name, offset, offset + wanted)

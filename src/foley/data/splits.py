@@ -16,7 +16,7 @@ from foley.core.channels import check_downmix
 from foley.core.logs import get_logger
 from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import check_samples, read_audio
-from foley.data.dataset import AudioItem, AudioSource, durations_seconds, known_faults
+from foley.data.dataset import AudioItem, AudioSource, clip_name, durations_seconds, known_faults
 from foley.data.entries import SPLIT_NAMES, Entries, ManifestEntry, split_code
 from foley.data.importers.annotations import read_audiocaps
 from foley.data.manifest import OUR_COLUMNS, ManifestOptions, known_splits, of_split, read_manifest, split_name
@@ -64,6 +64,10 @@ class ClipSource:
             raise ValueError(f"{where} has no duration_seconds; add it, or set data.bucket_batches=null")
         return seconds if self.max_duration_seconds is None else seconds.clip(max=self.max_duration_seconds)
 
+    def clip_name(self, index: int) -> str:
+        """Its id."""
+        return self.entries[index].id
+
     def render(self, index: int, epoch: int) -> AudioItem:
         """Clip `index`, the same in every epoch; raises AudioError where the file cannot be used."""
         entry = self.entries[index]
@@ -94,6 +98,10 @@ class CachedSource:
     def durations_seconds(self, epoch: int) -> NDArray[np.float32]:
         """The source's; raises ValueError where it has none."""
         return durations_seconds(self.source, epoch)
+
+    def clip_name(self, index: int) -> str:
+        """The source's."""
+        return clip_name(self.source, index)
 
     def render(self, index: int, epoch: int) -> AudioItem:
         """Clip `index`; raises what the source raises."""
@@ -154,9 +162,19 @@ class MixtureSource:
 
     def render(self, index: int, epoch: int) -> AudioItem:
         """Slot `index` of `epoch`; raises what the source raises."""
+        part, clip = self._find(index, epoch)
+        return self.sources[part].render(clip, epoch)
+
+    def clip_name(self, index: int) -> str:
+        """The number of its source, and its name there: two sources may have clips of one id."""
+        part, clip = self._find(index, 0)
+        return f"{part}/{clip_name(self.sources[part], clip)}"
+
+    def _find(self, index: int, epoch: int) -> tuple[int, int]:
+        """The number of the source of a slot, and the clip there."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         slot = index - (self._ends[part] - self.shares[part])
-        return self.sources[part].render(int(self._clips(part, epoch, np.array(slot))), epoch)
+        return part, int(self._clips(part, epoch, np.array(slot)))
 
     def _clips(self, part: int, epoch: int, slots: NDArray[np.int64]) -> NDArray[np.int64]:
         """Indices into source `part` of the clips that its `slots` hold in `epoch`."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ from typing import Any
 
 import soundfile
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from omegaconf import DictConfig
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import from_numpy
@@ -28,6 +30,7 @@ from foley.reporting.samples import MAX_PAGE_CLIPS, PAGE_FILE, SHEET_FILE, Card,
 
 RECORD_FILE = "test_set.json"
 _CLIP_FILE = re.compile(r"\d{3,}_[a-z0-9-]+_seed\d+\.(wav|json|png)")  # see `foley.core.files.sample_stem`
+_PATIENCE = timedelta(days=7)  # shares take as long as they take: those who are through wait for the others
 _log = get_logger(__name__)
 
 
@@ -36,6 +39,8 @@ def launch_processes(trainer: DictConfig | None) -> Fabric:
     if trainer is None:
         return Fabric(accelerator="cpu", devices=1)
     chosen = {key: trainer[key] for key in ("accelerator", "devices", "num_nodes", "strategy") if key in trainer}
+    if str(chosen.get("strategy")).startswith("ddp"):
+        chosen["strategy"] = DDPStrategy(timeout=_PATIENCE)
     fabric = Fabric(**chosen)
     fabric.launch()
     return fabric

@@ -7,7 +7,7 @@ from pathlib import Path
 from foley.core.config import shipped
 from foley.core.logs import get_logger
 from foley.data.datamodule import AudioDataModule, LatentDataModule
-from foley.data.encoding import encode_latents
+from foley.data.encoding import EncodingOptions, encode_latents
 from foley.data.latent_format import INDEX_FILE
 from foley.data.splits import procedural_splits
 from foley.system.checkpoint import load_trained
@@ -36,5 +36,5 @@ class ShippedLatents(LatentDataModule):
             codec = load_trained(path, "codec")
             splits = procedural_splits(sizes, seed, duration_seconds, codec.sample_rate_hz)
             clips = AudioDataModule(splits, codec.sample_rate_hz, duration_seconds, batch_size, seed=seed)
-            encode_latents(codec, clips.whole_clips(duration_seconds), cache, batch_size)
+            encode_latents(codec, clips.whole_clips(duration_seconds), cache, EncodingOptions(batch_size))
         super().__init__(str(cache), duration_seconds, batch_size, seed=seed)

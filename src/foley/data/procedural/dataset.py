@@ -182,6 +182,10 @@ class ProceduralDataset:
     def __len__(self) -> int:
         return self.size
 
+    def clip_name(self, index: int, epoch: int = 0) -> str:
+        """Its id."""
+        return f"procedural-{self.seed}-{epoch}-{index}"
+
     def render(self, index: int, epoch: int = 0) -> AudioItem:
         """Clip `index`: float32 `[T]` with peak below 1; raises IndexError outside the collection."""
         if not 0 <= index < self.size:
@@ -196,7 +200,7 @@ class ProceduralDataset:
         else:
             (signal, text), label = _single(timeline, first), first
         audio = torch.from_numpy(signal.astype(np.float32))
-        return AudioItem(audio=audio, caption=text, label=label, id=f"procedural-{self.seed}-{epoch}-{index}")
+        return AudioItem(audio=audio, caption=text, label=label, id=self.clip_name(index, epoch))
 
 
 def _single(timeline: Timeline, class_name: str) -> tuple[Signal, str]:
