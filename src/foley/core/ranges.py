@@ -4,15 +4,27 @@ Mapping a file into memory reads ahead around every access: in random order most
 away. Here a read asks for its bytes alone.
 """
 
+import json
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+
+from foley.core.config import default_cache_dir
+from foley.core.files import replacing
+from foley.core.hashing import hash_file
 
 _MOST_OPEN = 64
+_LONGEST_HEADER = 1 << 20  # bytes, of a safetensors file of ours
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
 
 
 class RangeReader:
@@ -88,3 +100,50 @@ def filesystem_of(url: str, process: int) -> tuple[Any, str]:
     """
     filesystem, root = fsspec.core.url_to_fs(url)
     return filesystem, root
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors file holds: `tensors`, their dtypes, shapes and first bytes in the file; and its metadata.
+
+    With it one tensor is read, or a part of one, of a file that lies anywhere.
+    """
+
+    tensors: Mapping[str, tuple[str, list[int], int]]
+    metadata: dict[str, str]
+
+    @classmethod
+    def read(cls, reader: RangeReader, name: str) -> "TensorHeader":
+        """Of the file `name`; raises what `foley.core.reading.reading` names for one that is none."""
+        size = int.from_bytes(reader.read(name, 0, 8), "little")
+        if not 2 <= size <= _LONGEST_HEADER:
+            raise ValueError(f"its header has {size} bytes")
+        stored = json.loads(reader.read(name, 8, size))
+        metadata = dict(stored.pop("__metadata__", {}))
+        tensors = {
+            key: (about["dtype"], about["shape"], 8 + size + about["data_offsets"][0]) for key, about in stored.items()
+        }
+        return cls(tensors, metadata)
+
+    def array(self, reader: RangeReader, key: str, name: str) -> NDArray[Any]:
+        """The tensor `key` of the file `name`."""
+        dtype, shape, start = self.tensors[key]
+        size = np.dtype(_DTYPES[dtype]).itemsize * int(np.prod(shape))
+        return np.frombuffer(reader.read(name, start, size), _DTYPES[dtype]).reshape(shape)
+
+
+def local_copy(url: str, name: str, sha256: str) -> Path:
+    """A file of a folder on this machine: where it lies, or else a copy, fetched once and kept by its hash.
+
+    Raises ValueError where what is fetched has another hash, and FileNotFoundError.
+    """
+    filesystem, root = filesystem_of(url, os.getpid())
+    if isinstance(filesystem, LocalFileSystem):
+        return Path(root) / name
+    kept = Path(default_cache_dir()).expanduser() / "fetched" / f"{sha256}{Path(name).suffix}"
+    if not kept.is_file():
+        with replacing(kept) as temporary:
+            filesystem.get_file(f"{root}/{name}", str(temporary))
+            if hash_file(temporary) != sha256:
+                raise ValueError(f"{url}/{name} is not the file with the SHA-256 {sha256}")
+    return kept

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from foley.core.logs import get_logger
@@ -39,6 +40,12 @@ class TextConditioner(nn.Module):
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`; S is the longest prompt's number of tokens."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """Unpadded embeddings `[S, Dc]`, one per prompt, without gradients."""
+        encoded = self(prompts)
+        return [row[mask] for row, mask in zip(encoded.embeddings, encoded.mask, strict=True)]
 
 
 def bounded(prompt: str, max_length: int) -> str:
