@@ -25,6 +25,8 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from foley.core.columns import Columns, Texts
 from foley.core.files import replacing
@@ -246,6 +248,21 @@ class EmbeddingStore:
             with reading(f"{self.url}/{shard.name}", _A_SHARD, f"put it back, or {_AGAIN}"):
                 if TensorHeader.read(self._reader, shard.name).metadata["sha256"] != shard.sha256:
                     raise ValueError(f"{INDEX_FILE} describes another one")
+
+
+def pad_rows(rows: Sequence[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Embeddings `[S_i, Dc]`, each of its own length, as one `[B, S, Dc]`, and their mask `[B, S]`, true where valid.
+
+    S is the length of the longest, or the next multiple of `multiple`: few lengths, and few compiled graphs.
+
+    >>> embeddings, mask = pad_rows([torch.ones(3, 8), torch.ones(1, 8)], multiple=4)
+    >>> embeddings.shape, mask.sum(dim=1).tolist()
+    (torch.Size([2, 4, 8]), [3, 1])
+    """
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    embeddings = pad_sequence(list(rows), batch_first=True)  # zero beyond each length
+    embeddings = pad(embeddings, (0, 0, 0, -embeddings.shape[1] % multiple))
+    return embeddings, torch.arange(embeddings.shape[1], device=embeddings.device) < lengths[:, None]
 
 
 def shard_names(url: str) -> list[str]:

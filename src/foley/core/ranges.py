@@ -114,7 +114,7 @@ class TensorHeader:
 
     @classmethod
     def read(cls, reader: RangeReader, name: str) -> "TensorHeader":
-        """Of the file `name`; raises what `foley.core.reading.reading` names for one that is none."""
+        """Of the file `name`; what damage makes it raise `foley.core.reading.reading` names."""
         size = int.from_bytes(reader.read(name, 0, 8), "little")
         if not 2 <= size <= _LONGEST_HEADER:
             raise ValueError(f"its header has {size} bytes")

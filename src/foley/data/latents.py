@@ -19,12 +19,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from foley.core.columns import Texts
+from foley.core.embeddings import EmbeddingStore, pad_rows
 from foley.core.files import read_tensors
 from foley.core.hashing import hash_tensors
 from foley.core.logs import get_logger
 from foley.core.reading import DamagedFileError, read_json, reading
 from foley.core.seeding import numpy_generator, torch_generator
 from foley.data.dataset import LatentBatch, SampleKey, crop_start, draw_caption, sample_key
+from foley.data.manifest import ManifestOptions
+from foley.data.tables import captions_in, refuse_lines, table_rows
 
 _log = get_logger(__name__)
 
@@ -198,12 +202,13 @@ def _fault(entry: LatentEntry) -> str | None:
 
 @dataclass(frozen=True)
 class LatentItem:
-    """One clip's `latent [C, L]`, not normalised, at its true number of frames."""
+    """One clip's `latent [C, L]`, not normalised, at its true number of frames; its caption's `context [S, Dc]`."""
 
     latent: Tensor
     caption: str
     label: str
     id: str
+    context: Tensor | None = None
 
 
 class LatentDataset(Dataset[LatentItem]):
@@ -215,6 +220,7 @@ class LatentDataset(Dataset[LatentItem]):
         num_frames: longest item L; longer latents are cropped, shorter ones are kept (`LatentCollate` pads).
         random: crop anywhere and sample the posterior; otherwise crop at the start and take the posterior's mean.
         repeats: by the beginning of a clip's id, how often it occurs in an epoch; once where no beginning fits.
+        text: holds the embeddings of all captions; None gives captions alone.
 
     Raises:
         LatentCacheError: the cache has no such split, a shard is not the one of the index, or, when read, a clip's
@@ -229,6 +235,7 @@ class LatentDataset(Dataset[LatentItem]):
         seed: int = 0,
         random: bool = True,
         repeats: Mapping[str, int] | None = None,
+        text: EmbeddingStore | None = None,
     ) -> None:
         self.entries = _repeated([entry for entry in index.entries if entry.split == split], repeats or {})
         if not self.entries:
@@ -236,6 +243,7 @@ class LatentDataset(Dataset[LatentItem]):
         self.num_frames = num_frames
         self.seed = seed
         self.random = random
+        self.text = text
         names = {entry.shard for entry in self.entries}
         index.check_shards(names)
         self._shards = {name: read_tensors(index.directory / name, _A_SHARD, _AGAIN) for name in names}
@@ -261,7 +269,8 @@ class LatentDataset(Dataset[LatentItem]):
         if not bool(latent.isfinite().all()):
             raise LatentCacheError(f"{entry.shard}: the latent of clip {entry.id!r} is not finite; {_AGAIN}")
         caption = draw_caption(entry, self.seed, SampleKey(index, epoch)) if self.random else entry.caption
-        return LatentItem(latent.T, caption, entry.label, entry.id)
+        context = None if self.text is None else self.text.get(caption)
+        return LatentItem(latent.T, caption, entry.label, entry.id, context)
 
 
 def _repeated(entries: list[LatentEntry], repeats: Mapping[str, int]) -> list[LatentEntry]:
@@ -275,6 +284,35 @@ def _repeated(entries: list[LatentEntry], repeats: Mapping[str, int]) -> list[La
     ]
 
 
+def captions(index: LatentCacheIndex) -> Texts:
+    """Every caption of every clip, as often as it occurs."""
+    return Texts.of(caption for entry in index.entries for caption in (entry.caption, *entry.other_captions))
+
+
+def read_captions(source: str, caption_column: str | Sequence[str] | None = None) -> Texts:
+    """Every caption of a latent cache, of a manifest, or of a plain text with one a line, as often as it occurs.
+
+    Args:
+        caption_column: as `ManifestOptions` takes it.
+
+    Raises LatentCacheError and TableError.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return captions(LatentCacheIndex.read(path))
+    columns, found, problems = ManifestOptions(caption_column=caption_column).caption_columns, [], []
+    for line, row in table_rows(path, [columns], text_column=columns[0]):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            found += captions_in(row, columns)
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+    if problems:
+        refuse_lines(path, problems)
+    return Texts.of(found)
+
+
 class LatentCollate:
     """Items to a `LatentBatch` of `num_frames`, zero-padded at the end and masked; None pads to the longest."""
 
@@ -285,10 +323,13 @@ class LatentCollate:
         lengths = torch.tensor([item.latent.shape[1] for item in items])
         width = self.num_frames or int(lengths.max())
         padded = [functional.pad(item.latent, (0, width - item.latent.shape[1])) for item in items]
-        return LatentBatch(
+        batch = LatentBatch(
             latent=torch.stack(padded),
             frame_mask=torch.arange(width) < lengths[:, None],
             caption=[item.caption for item in items],
             label=[item.label for item in items],
             id=[item.id for item in items],
         )
+        if contexts := [item.context for item in items if item.context is not None]:
+            batch["context"], batch["context_mask"] = pad_rows(contexts)
+        return batch

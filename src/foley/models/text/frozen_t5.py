@@ -64,6 +64,7 @@ class FrozenT5Conditioner(TextConditioner):
         cache_dir: a store that keeps embeddings between runs, see `EmbeddingCache`.
         download: fetch missing files from the Hub.
         memory_gib: of embeddings that stay in memory.
+        length_multiple: batches are padded to the next multiple of it, see `TextConditioner`.
 
     Raises:
         TextModelError: where files are missing, or the tokenizer or `dim` does not fit the model.
@@ -86,6 +87,7 @@ class FrozenT5Conditioner(TextConditioner):
         cache_dir: str | None = None,
         download: bool = False,
         memory_gib: float = MEMORY_GIB,
+        length_multiple: int = 1,
     ) -> None:
         from transformers import AutoTokenizer, T5EncoderModel  # seconds to import, and of no use to other encoders
 
@@ -93,7 +95,7 @@ class FrozenT5Conditioner(TextConditioner):
         if dtype not in _DTYPES:
             raise ValueError(f"text.dtype={dtype}: give {', '.join(_DTYPES)}")
         source = {"revision": revision, "local_files_only": not download}
-        self.max_length, self.dtype = max_length, dtype
+        self.max_length, self.dtype, self.length_multiple = max_length, dtype, length_multiple
         load = partial(load_pretrained, name_or_path=name_or_path, error_type=TextModelError, mend=_MEND)
         self.tokenizer: PreTrainedTokenizerBase = load(AutoTokenizer.from_pretrained, options=source)
         encoder = load(T5EncoderModel.from_pretrained, options={**source, "dtype": _DTYPES[dtype]})
@@ -114,7 +116,7 @@ class FrozenT5Conditioner(TextConditioner):
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
-        return self.cache.embed(prompts, self.encoder.device, self.encode)
+        return self.cache.embed(prompts, self.encoder.device, self.encode, self.length_multiple)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from foley.core.components import build_component, component_class, written_out
 from foley.core.config import locate
-from foley.core.embeddings import EmbeddingStore, TextStoreError, key_of, write_shard
+from foley.core.embeddings import EmbeddingStore, TextStoreError, key_of, pad_rows, write_shard
 from foley.core.logs import get_logger
 from foley.models.text.base import TextConditioner, TextEmbedding
 
@@ -28,7 +27,7 @@ _ENCODED_TOGETHER = 64
 _CONTENT = "sha256:"
 _LOOKED_AT_BYTES = 1 << 20  # of each end of a file of weights
 # Options that say where and how an encoder computes: embeddings agree within bfloat16.
-_INCIDENTAL = ("device", "download", "cache_dir", "dtype", "memory_gib")
+_INCIDENTAL = ("device", "download", "cache_dir", "dtype", "memory_gib", "length_multiple")
 
 
 def encoder_identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,12 +117,17 @@ class EmbeddingCache:
             self.forget()
 
     def embed(
-        self, prompts: Sequence[str], device: torch.device, encode: Callable[[list[str]], list[Tensor]]
+        self,
+        prompts: Sequence[str],
+        device: torch.device,
+        encode: Callable[[list[str]], list[Tensor]],
+        multiple: int = 1,
     ) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]` on `device`, zero where the mask is false.
 
         Args:
             encode: prompts that are not known, each once, to unpadded embeddings `[S, Dc]`.
+            multiple: S is the length of the longest prompt, or the next multiple of this.
         """
         # Each distinct prompt once, in the order of first appearance.
         found = {prompt: self.get(prompt, device) for prompt in dict.fromkeys(prompts)}
@@ -133,7 +137,7 @@ class EmbeddingCache:
             known.update(zip(missing, encode(missing), strict=True))  # in one batch
         for prompt in missing:
             self.put(prompt, known[prompt])
-        return padded([known[prompt] for prompt in prompts])
+        return TextEmbedding(*pad_rows([known[prompt] for prompt in prompts], multiple))
 
     @property
     def _store(self) -> "_GrowingStore | None":
@@ -148,13 +152,6 @@ class EmbeddingCache:
         self._memory.move_to_end(prompt)
         while self._held > self.memory_bytes:
             self._held -= self._memory.popitem(last=False)[1].nbytes  # the least recently used
-
-
-def padded(rows: Sequence[Tensor]) -> TextEmbedding:
-    """Embeddings `[S_i, Dc]`, each of its own length, as one `[B, S, Dc]`, zero where the mask is false."""
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
-    embeddings = pad_sequence(list(rows), batch_first=True)  # [B, S, Dc]
-    return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=embeddings.device) < lengths[:, None])
 
 
 class _GrowingStore:
@@ -241,16 +238,16 @@ class StoredText(TextConditioner):
         super().__init__()
         self.store = EmbeddingStore.open(directory)
         self._encoder = dict(encoder)
-        require_encoder(self.store, encoder)
+        require_encoder(self.store, self._encoder)
         if self.store.get("") is None:
             raise TextStoreError(f"{directory} lacks the empty prompt; encode the captions again (foley encode-text)")
-        self.dim = self.store.dim
+        self.dim, self.length_multiple = self.store.dim, self._encoder.get("length_multiple", 1)
         self.cache = EmbeddingCache(self.store.encoder)
         self.register_buffer("place", torch.empty(0), persistent=False)  # follows the module to its device
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
-        return self.cache.embed(prompts, self.place.device, self.encode)
+        return self.cache.embed(prompts, self.place.device, self.encode, self.length_multiple)
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """Unpadded embeddings `[S, Dc]`, one per prompt, in the type of the store."""
