@@ -7,33 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
+from tiny_t5 import DIM, save_t5
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 from foley.core.components import load_component, save_component
 from foley.core.embeddings import shard_names
 from foley.models.text import EmbeddingCache, FrozenT5Conditioner, TextModelError, frozen_t5
 from foley.models.text.frozen_t5 import fast_dtype
-from foley.models.text.small import train_tokenizer
-
-DIM = 16
-
-
-def _save_t5(directory: Path, vocabulary_size: int | None = None) -> Path:
-    tokenizer = train_tokenizer(["a dog barks", "rain falls on a roof"], 300)
-    tokenizer.post_processor = TemplateProcessing(single="$0 [BOS]", special_tokens=[("[BOS]", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[BOS]")
-    fast.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=vocabulary_size or len(fast), d_model=DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    T5EncoderModel(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(_save_t5(tmp_path_factory.mktemp("t5")))
+    return str(save_t5(tmp_path_factory.mktemp("t5")))
 
 
 def test_shapes_masks_and_padding(t5: str) -> None:
@@ -188,7 +174,7 @@ def test_another_width_is_refused(t5: str) -> None:
 
 def test_a_near_empty_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TextModelError, match="32128"):
-        FrozenT5Conditioner(str(_save_t5(tmp_path, vocabulary_size=32128)), DIM)
+        FrozenT5Conditioner(str(save_t5(tmp_path, vocabulary_size=32128)), DIM)
 
 
 def test_round_trip_as_a_component(t5: str, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def encode_texts(
     """Encode what the store at `url` lacks of `texts` and of the empty prompt, as bfloat16.
 
     What the finished shards hold is done, whoever wrote them: a run that was killed goes on, on any number of ranks,
-    and further texts are added to a finished store. The rank that finds all texts there writes the index.
+    and a finished store grows by further texts. The rank that finds all texts there writes the index.
 
     Args:
         text: a frozen conditioner, on the device where it is to run.
@@ -53,21 +53,20 @@ def encode_texts(
     """
     if text.trainable:
         raise ValueError(f"{type(text).__name__} is trained with the denoiser: what it gives now is of no later use")
-    identity = encoder_identity(config)
     if is_finished(url):
         require_encoder(EmbeddingStore.open(url), config)
+    identity = encoder_identity(config)
     keys, texts = _distinct(Texts.join([texts, Texts.of([""])]))
     found = EmbeddingStore.scan(url, identity)
     absent = found.find(keys) < 0
     own = np.flatnonzero(absent & (keys[:, 0] % world_size == rank))
-    _log.info("%d distinct captions; %d are in %s already, %d are encoded here", len(keys), len(found), url, len(own))
+    _log.info("%d distinct captions; %d embeddings are in %s; %d are made here", len(keys), len(found), url, len(own))
     _encode(text, texts.take(own), keys[own], url, identity, batch_size, shard_bytes)
-    found = EmbeddingStore.scan(url, identity) if absent.any() else found
-    waiting = int((found.find(keys) < 0).sum())
-    if waiting:
-        _log.info("%d captions are left to the other ranks; the last one to end writes the index", waiting)
-        return None
     if absent.any() or not is_finished(url):
+        found = EmbeddingStore.scan(url, identity)
+        if waiting := int((found.find(keys) < 0).sum()):
+            _log.info("%d captions are left to other processes; the last to end writes the index", waiting)
+            return None
         found.write_index()
     size = f"{found.num_bytes / (1 << 30):.3g} GiB"
     _log.info("embeddings of %d captions, %s, are in %s: train with data.text_dir=%s", len(found), size, url, url)
