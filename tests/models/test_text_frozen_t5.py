@@ -1,36 +1,25 @@
 """Frozen T5 conditioning on a tiny random model that takes the same path as a published one."""
 
 import copy
+import gc
 import logging
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
+from tiny_t5 import DIM, save_t5
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 from foley.core.components import load_component, save_component
-from foley.models.text import EmbeddingCache, FrozenT5Conditioner, TextModelError
-from foley.models.text.small import train_tokenizer
-
-DIM = 16
-
-
-def _save_t5(directory: Path, vocabulary_size: int | None = None) -> Path:
-    tokenizer = train_tokenizer(["a dog barks", "rain falls on a roof"], 300)
-    tokenizer.post_processor = TemplateProcessing(single="$0 [BOS]", special_tokens=[("[BOS]", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[BOS]")
-    fast.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=vocabulary_size or len(fast), d_model=DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    T5EncoderModel(config).save_pretrained(directory)
-    return directory
+from foley.core.embeddings import shard_names
+from foley.models.text import EmbeddingCache, FrozenT5Conditioner, TextModelError, frozen_t5
+from foley.models.text.frozen_t5 import fast_dtype
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(_save_t5(tmp_path_factory.mktemp("t5")))
+    return str(save_t5(tmp_path_factory.mktemp("t5")))
 
 
 def test_shapes_masks_and_padding(t5: str) -> None:
@@ -79,8 +68,8 @@ def test_the_configured_type_is_used(t5: str) -> None:
 def test_each_prompt_is_encoded_once(t5: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = FrozenT5Conditioner(t5, DIM)
     encoded: list[list[str]] = []
-    original = text._encode
-    monkeypatch.setattr(text, "_encode", lambda prompts: encoded.append(prompts) or original(prompts))
+    original = text.encode
+    monkeypatch.setattr(text, "encode", lambda prompts: encoded.append(prompts) or original(prompts))
     first = text(["", "rain", ""])
     second = text(["rain", ""])
     assert encoded == [["", "rain"]]
@@ -88,33 +77,79 @@ def test_each_prompt_is_encoded_once(t5: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_embeddings_on_disk_serve_the_next_run(t5: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = FrozenT5Conditioner(t5, DIM, cache_dir=str(tmp_path))(["rain", "../x\n🎉"])
-    assert len(list(tmp_path.rglob("*"))) == 4
+    first = FrozenT5Conditioner(t5, DIM, cache_dir=str(tmp_path))
+    kept = [first(["rain", "../x\n🎉"]), first(["\ud800"])][0]
+    assert not list(tmp_path.iterdir())  # nothing is written while a step waits
+    first.cache.flush()
+    assert len(list(tmp_path.iterdir())) == 1  # of three prompts
     again = FrozenT5Conditioner(t5, DIM, cache_dir=str(tmp_path))
-    monkeypatch.setattr(again, "_encode", lambda prompts: pytest.fail(f"encoded {prompts} again"))
-    assert torch.equal(again(["rain", "../x\n🎉"]).embeddings, first.embeddings)
+    monkeypatch.setattr(again, "encode", lambda prompts: pytest.fail(f"encoded {prompts} again"))
+    assert torch.equal(again(["rain", "../x\n🎉"]).embeddings, kept.embeddings)
+
+
+def test_what_waits_is_written_when_its_owner_goes(t5: str, tmp_path: Path) -> None:
+    text = FrozenT5Conditioner(t5, DIM, cache_dir=str(tmp_path))
+    text(["rain"])
+    del text
+    gc.collect()
+    assert len(shard_names(str(tmp_path))) == 1
 
 
 def test_a_damaged_cache_file_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache, cpu = EmbeddingCache("model", tmp_path), torch.device("cpu")
     cache.put("rain", torch.ones(2, 3))
-    path = cache.path("rain")
-    assert path is not None
-    assert path != EmbeddingCache("other model", tmp_path).path("rain")
-    path.write_bytes(b"half a file")
+    cache.flush()
+    assert EmbeddingCache("other model", tmp_path).get("rain", cpu) is None
+    assert torch.equal(EmbeddingCache("model", tmp_path).get("rain", cpu), torch.ones(2, 3))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"half a file")
     with caplog.at_level(logging.WARNING):
         assert EmbeddingCache("model", tmp_path).get("rain", cpu) is None
-    assert str(path) in caplog.text
+    assert str(file) in caplog.text
 
 
-def test_memory_is_bounded_and_keeps_what_is_used() -> None:
-    cache, cpu = EmbeddingCache("model", memory_items=2), torch.device("cpu")
+def test_memory_is_bounded_in_bytes_and_keeps_what_is_used() -> None:
+    one = torch.zeros(2, 4)
+    cache, cpu = EmbeddingCache("model", memory_gib=2 * one.nbytes / (1 << 30)), torch.device("cpu")
     for prompt in ("", "a"):
-        cache.put(prompt, torch.zeros(1, 1))
+        cache.put(prompt, one)
     assert cache.get("", cpu) is not None
-    cache.put("b", torch.zeros(1, 1))
+    cache.put("b", one)
     assert cache.get("a", cpu) is None
     assert cache.get("", cpu) is not None
+    cache.put("long", torch.zeros(4, 4))
+    assert [prompt for prompt in ("", "a", "b", "long") if cache.get(prompt, cpu) is not None] == ["long"]
+
+
+def test_auto_is_bfloat16_on_a_gpu_that_computes_in_it_and_the_cache_knows(
+    t5: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = FrozenT5Conditioner(t5, DIM, dtype="auto")
+    exact = text(["rain"]).embeddings
+    assert exact.dtype == torch.float32
+    assert text.cache.identity["dtype"] == "float32"
+    for native in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert fast_dtype(torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
+    assert fast_dtype(torch.device("mps")) == fast_dtype(torch.device("cpu")) == torch.float32
+    monkeypatch.setattr(frozen_t5, "fast_dtype", lambda device: torch.bfloat16)
+    text.to("cpu")
+    assert {parameter.dtype for parameter in text.encoder.parameters()} == {torch.bfloat16}
+    assert text.cache.identity["dtype"] == "bfloat16"
+    rounded = text(["rain"]).embeddings
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=3e-2, atol=3e-2)
+
+
+def test_products_of_float32_are_exact_unless_tf32_is_chosen(t5: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    for name, precision in (("tf32", "high"), ("float32", "highest")):
+        with frozen_t5._products(name):
+            assert torch.get_float32_matmul_precision() == precision
+        assert torch.get_float32_matmul_precision() == before
+    with pytest.raises(ValueError, match=r"text\.dtype=int8: give auto, float32, tf32, bfloat16"):
+        FrozenT5Conditioner(t5, DIM, dtype="int8")
 
 
 def test_a_huge_prompt_is_cut_with_a_warning(t5: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -139,7 +174,7 @@ def test_another_width_is_refused(t5: str) -> None:
 
 def test_a_near_empty_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TextModelError, match="32128"):
-        FrozenT5Conditioner(str(_save_t5(tmp_path, vocabulary_size=32128)), DIM)
+        FrozenT5Conditioner(str(save_t5(tmp_path, vocabulary_size=32128)), DIM)
 
 
 def test_round_trip_as_a_component(t5: str, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def errors(mask_padding: bool, hidden: torch.Tensor | None):
     )
     clean = batch_of(2)["latent"]
     padded = (torch.arange(FRAMES) < 8).expand(2, -1)
-    sums, counts = module._errors(clean, clean, torch.zeros(2, dtype=torch.long), ["", ""], padded, hidden)
+    sums, counts = module._errors(clean, clean, torch.zeros(2, dtype=torch.long), None, padded, hidden)
     return sums.tolist(), counts.tolist(), module.denoiser.inputs
 
 

@@ -50,6 +50,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "distil": Verb("train.py", ("experiment=audiolcm",), "Distil a denoiser into a student of few steps."),
         "encode": Verb("scripts/encode_latents.py"),
         "convert-latents": Verb("scripts/convert_latents.py"),
+        "encode-text": Verb("scripts/encode_text.py"),
         "tokenizer": Verb("scripts/train_tokenizer.py"),
         "extractor": Verb("scripts/train_extractor.py"),
         "join-mel-codec": Verb("scripts/join_mel_codec.py"),

@@ -5,10 +5,11 @@ from typing import cast
 
 from torch import Tensor
 
+from foley.core.embeddings import EmbeddingStore
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
 from foley.data.dataset import AudioCollate, AudioDataset, AudioSource, Augmentation, PeakLevel, RmsLevel
-from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset
+from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset, captions
 from foley.data.manifest import known_splits
 from foley.data.resumable import ResumableDataModule
 from foley.data.splits import renamed_splits
@@ -104,9 +105,11 @@ class LatentDataModule(ResumableDataModule):
         batch_size: the sum over devices (see `ResumableDataModule`).
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
         repeats: weights of sources in training: by the beginning of a clip's id, how often it occurs in an epoch.
+        text_dir: the captions' embeddings, which `scripts/encode_text.py` wrote, a folder or an fsspec URL.
 
     Raises:
         LatentCacheError: `cache_dir` is no latent cache.
+        TextStoreError: `text_dir` is no finished text store, or lacks captions.
     """
 
     def __init__(
@@ -119,9 +122,13 @@ class LatentDataModule(ResumableDataModule):
         pin_memory: bool = False,
         bucket_batches: int | None = None,
         repeats: Mapping[str, int] | None = None,
+        text_dir: str | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         self.index = LatentCacheIndex.read(cache_dir)
+        self.text = None if text_dir is None else EmbeddingStore.open(text_dir)
+        if self.text is not None:
+            self.text.require(captions(self.index))
         self.duration_seconds = duration_seconds
         _, self.num_frames = clip_size(duration_seconds, self.index.sample_rate_hz, self.index.hop_samples)
         self.collate = LatentCollate(self.num_frames if bucket_batches is None else None)
@@ -131,7 +138,9 @@ class LatentDataModule(ResumableDataModule):
         }
 
     def _dataset(self, split: str, training: bool, repeats: Mapping[str, int] | None) -> LatentDataset:
-        return LatentDataset(self.index, split, self.num_frames, self.seed, random=training, repeats=repeats)
+        return LatentDataset(
+            self.index, split, self.num_frames, self.seed, random=training, repeats=repeats, text=self.text
+        )
 
     @property
     def codec_hash(self) -> str:

@@ -8,7 +8,7 @@ import math
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypedDict, runtime_checkable
+from typing import NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import torch
@@ -117,13 +117,18 @@ class AudioBatch(TypedDict):
 
 
 class LatentBatch(TypedDict):
-    """`latent [B, C, L]` zero-padded at the end; `frame_mask [B, L]` is true on real frames."""
+    """`latent [B, C, L]` zero-padded at the end; `frame_mask [B, L]` is true on real frames.
+
+    Where the captions' embeddings are stored, `context [B, S, Dc]` holds them, with `context_mask [B, S]`.
+    """
 
     latent: Tensor
     frame_mask: Tensor
     caption: list[str]
     label: list[str]
     id: list[str]
+    context: NotRequired[Tensor]
+    context_mask: NotRequired[Tensor]
 
 
 class Captioned(Protocol):

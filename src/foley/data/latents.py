@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from foley.core.columns import Texts
+from foley.core.embeddings import EmbeddingStore, pad_rows
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.numbers import NumberRange
@@ -39,6 +41,8 @@ from foley.data.latent_format import (
     hash_latents,
     read_shard_header,
 )
+from foley.data.manifest import ManifestOptions
+from foley.data.tables import captions_in, refuse_lines, table_rows
 
 _log = get_logger(__name__)
 
@@ -312,12 +316,13 @@ class LatentReader:
 
 @dataclass(frozen=True)
 class LatentItem:
-    """One clip's `latent [C, L]`, not normalised, at its true number of frames."""
+    """One clip's `latent [C, L]`, not normalised, at its true number of frames; its caption's `context [S, Dc]`."""
 
     latent: Tensor
     caption: str
     label: str
     id: str
+    context: Tensor | None = None
 
 
 class LatentDataset(Dataset[LatentItem]):
@@ -328,6 +333,7 @@ class LatentDataset(Dataset[LatentItem]):
         random: crop anywhere and sample the posterior, where it was kept; otherwise crop at the start and take its
             mean. A latent that was kept alone is taken as it is.
         repeats: by the beginning of a clip's id, how often it occurs in an epoch; once where no beginning fits.
+        text: holds the embeddings of all captions; None gives captions alone.
 
     Raises:
         LatentCacheError: the cache has no such split, a shard is not the one of the index, or, when read, a clip's
@@ -342,6 +348,7 @@ class LatentDataset(Dataset[LatentItem]):
         seed: int = 0,
         random: bool = True,
         repeats: Mapping[str, int] | None = None,
+        text: EmbeddingStore | None = None,
     ) -> None:
         rows = index.rows(split)
         index.check_shards(np.unique(index.clips.shard[rows]))
@@ -349,6 +356,7 @@ class LatentDataset(Dataset[LatentItem]):
         self.num_frames = num_frames
         self.seed = seed
         self.random = random
+        self.text = text
         self._reader = LatentReader(index)
 
     def __len__(self) -> int:
@@ -372,7 +380,8 @@ class LatentDataset(Dataset[LatentItem]):
         if not math.isfinite(float(latent.sum())):  # no sum of halves overflows; a look at each takes ten times as long
             raise LatentCacheError(f"{entry.shard}: the latent of clip {entry.id!r} is not finite; {AGAIN}")
         caption = draw_caption(entry, self.seed, SampleKey(index, epoch)) if self.random else entry.caption
-        return LatentItem(latent.T, caption, entry.label, entry.id)
+        context = None if self.text is None else self.text.get(caption)
+        return LatentItem(latent.T, caption, entry.label, entry.id, context)
 
 
 def _repeated(clips: LatentClips, rows: NDArray[np.int32], repeats: Mapping[str, int]) -> NDArray[np.int32]:
@@ -386,6 +395,35 @@ def _repeated(clips: LatentClips, rows: NDArray[np.int32], repeats: Mapping[str,
     return np.repeat(rows, times)
 
 
+def captions(index: LatentCacheIndex) -> Texts:
+    """Every caption of every clip, as often as it occurs."""
+    return Texts.join([index.clips.caption, index.clips.other_captions.texts])
+
+
+def read_captions(source: str, caption_column: str | Sequence[str] | None = None) -> Texts:
+    """Every caption of a latent cache, of a manifest, or of a plain text with one a line, as often as it occurs.
+
+    Args:
+        caption_column: as `ManifestOptions` takes it.
+
+    Raises LatentCacheError and TableError.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return captions(LatentCacheIndex.read(source))
+    columns, found, problems = ManifestOptions(caption_column=caption_column).caption_columns, [], []
+    for line, row in table_rows(path, [columns], text_column=columns[0]):
+        try:
+            if isinstance(row, str):
+                raise ValueError(row)
+            found += captions_in(row, columns)
+        except ValueError as error:
+            problems.append(f"line {line}: {error}")
+    if problems:
+        refuse_lines(path, problems)
+    return Texts.of(found)
+
+
 class LatentCollate:
     """Items to a `LatentBatch` of `num_frames`, zero-padded at the end and masked; None pads to the longest."""
 
@@ -396,10 +434,13 @@ class LatentCollate:
         lengths = torch.tensor([item.latent.shape[1] for item in items])
         width = self.num_frames or int(lengths.max())
         padded = [functional.pad(item.latent, (0, width - item.latent.shape[1])) for item in items]
-        return LatentBatch(
+        batch = LatentBatch(
             latent=torch.stack(padded),
             frame_mask=torch.arange(width) < lengths[:, None],
             caption=[item.caption for item in items],
             label=[item.label for item in items],
             id=[item.id for item in items],
         )
+        if contexts := [item.context for item in items if item.context is not None]:
+            batch["context"], batch["context_mask"] = pad_rows(contexts)
+        return batch

@@ -38,6 +38,7 @@ from foley.core.reading import read_json, reading
 from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
 from foley.models.lora import AdaptedDenoiser
+from foley.models.text import StoredText
 from foley.system.checkpoint import (
     A_SYSTEM,
     CAPTIONS_FILE,
@@ -100,7 +101,12 @@ def untrained_system(composed: DictConfig) -> System:
     return build_system(configs)
 
 
-def load_system(source: str | Path, with_codec: bool = True, codec_path: str | Path | None = None) -> System:
+def load_system(
+    source: str | Path,
+    with_codec: bool = True,
+    codec_path: str | Path | None = None,
+    text_dir: str | None = None,
+) -> System:
     """Read a system by what `system=` takes.
 
     Args:
@@ -108,25 +114,27 @@ def load_system(source: str | Path, with_codec: bool = True, codec_path: str | P
             diffusion run; or a training checkpoint (`.ckpt`).
         with_codec: False leaves the codec out, which training on cached latents does not need.
         codec_path: a codec, as `load_trained` takes it, in place of the one that a folder or checkpoint names.
+        text_dir: a store of embeddings of its frozen text encoder, which is not loaded then (`StoredText`).
 
-    Raises CheckpointError where something is missing, was altered, or does not belong together.
+    Raises CheckpointError where something is missing, was altered, or does not belong together; TextStoreError for
+    embeddings of another encoder.
     """
     if (name := published_source(source)) is not None:
         if codec_path is not None:
             raise CheckpointError(f"codec_path={codec_path}: {name} is published with its codec; leave codec_path out")
-        system = load_published(name)
+        system = load_published(name, overrides={"published": {"text_dir": text_dir}} if text_dir else None)
         if not isinstance(system, System):
             raise CheckpointError(f"{name} is a pipeline of diffusers, which only generates; give a system of ours")
         return system
     path = find_weights(source, option="system=")
     if not path.is_dir():
-        return _load_training(path, with_codec, codec_path)
+        return _load_training(path, with_codec, codec_path, text_dir)
     if not (path / SYSTEM_FILE).is_file():
         raise CheckpointError(
             f"{path / SYSTEM_FILE} does not exist: {path} is a component, not an exported system "
             "(scripts/export_system.py)"
         )
-    return _load_directory(path, with_codec, codec_path)
+    return _load_directory(path, with_codec, codec_path, text_dir)
 
 
 def load_published(
@@ -276,7 +284,7 @@ def _assemble(
     return System(modules, configs=configs, captions=captions, trained_seconds=trained_seconds, **methods)
 
 
-def _load_directory(directory: Path, with_codec: bool, codec_path: str | Path | None) -> System:
+def _load_directory(directory: Path, with_codec: bool, codec_path: str | Path | None, text_dir: str | None) -> System:
     file, info, parts = directory / SYSTEM_FILE, _read_info(directory), system_parts(directory)
     _check_files(file, info, parts)
     modules, configs = {}, {name: info[name] for name in _METHODS if name in info}
@@ -285,7 +293,8 @@ def _load_directory(directory: Path, with_codec: bool, codec_path: str | Path | 
             modules[name], configs[name] = _matching_codec(codec_path, codec_hashes(directory), str(directory))
             continue
         configs[name] = read_config(parts[name])
-        modules[name] = _load_part(parts[name], configs[name])
+        stored = name == "text" and text_dir is not None
+        modules[name] = StoredText(str(text_dir), configs[name]) if stored else _load_part(parts[name], configs[name])
     captions = parts[CAPTIONS_FILE]
     with reading(captions, "the captions of a system", EXPORT_AGAIN):
         lines = captions.read_text(encoding="utf-8").splitlines() if captions.is_file() else []
@@ -355,7 +364,7 @@ def _check_files(file: Path, info: Mapping[str, Any], parts: Mapping[str, Path])
         raise CheckpointError(f"{file} holds no SHA-256 of {', '.join(foreign)}; {EXPORT_AGAIN}")
 
 
-def _load_training(path: Path, with_codec: bool, codec_path: str | Path | None) -> System:
+def _load_training(path: Path, with_codec: bool, codec_path: str | Path | None, text_dir: str | None) -> System:
     checkpoint = describe_training_checkpoint(path)
     metadata = checkpoint[FOLEY_KEY]
     configs = dict(metadata["components"])
@@ -366,7 +375,9 @@ def _load_training(path: Path, with_codec: bool, codec_path: str | Path | None) 
     modules = {name: component_from_training(checkpoint, name, path) for name in ("denoiser", "normaliser")}
     if isinstance(modules["denoiser"], AdaptedDenoiser):
         modules["denoiser"], configs["denoiser"] = modules["denoiser"].folded(), configs["denoiser"]["denoiser"]
-    if any(key.startswith("text.") for key in checkpoint["state_dict"]):
+    if text_dir is not None:
+        modules["text"] = StoredText(text_dir, configs["text"])
+    elif any(key.startswith("text.") for key in checkpoint["state_dict"]):
         modules["text"] = component_from_training(checkpoint, "text", path)
     else:
         modules["text"] = rebuild_component(configs["text"], str(path)).eval()

@@ -23,6 +23,7 @@ from foley.data.datamodule import LatentDataModule
 from foley.data.dataset import LatentBatch
 from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
+from foley.models.text import TextEmbedding
 from foley.training.base import FoleyModule
 from foley.training.optim import parameter_groups
 
@@ -54,6 +55,8 @@ class LatentTraining(FoleyModule):
         seed: of all random draws.
     """
 
+    text: Any  # a `TextConditioner`, or None
+
     def __init__(
         self,
         denoiser: nn.Module,
@@ -73,6 +76,7 @@ class LatentTraining(FoleyModule):
         self.make_lr_schedule = lr_schedule
         self.seed = seed
         self._parameter_groups: list[dict[str, Any]] = []  # made in `setup`
+        self._unconditional: TextEmbedding | None = None
         if text is not None and not text.trainable:
             text.requires_grad_(False)
             self.unsaved_components = ("text",)
@@ -96,6 +100,29 @@ class LatentTraining(FoleyModule):
     def prompts(self, batch: LatentBatch) -> list[str]:
         """What conditions each item of `batch`."""
         return batch["id"] if self.prompt_field == "id" else batch["caption"]
+
+    def condition(self, batch: LatentBatch, dropped: Tensor | None = None) -> TextEmbedding | None:
+        """The text of each item of `batch`, that of the empty prompt where `dropped [B]`; None without text.
+
+        Embeddings that the loader has read are taken as they are.
+        """
+        if self.text is None:
+            return None
+        if "context" not in batch:
+            prompts = self.prompts(batch)
+            if dropped is not None:
+                prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
+            return self.text(prompts)
+        stored = TextEmbedding(batch["context"], batch["context_mask"])
+        stored = stored.padded(stored.mask.shape[1] + -stored.mask.shape[1] % self.text.length_multiple)
+        return stored if dropped is None else stored.replaced(dropped, self.unconditional())
+
+    @torch.no_grad()
+    def unconditional(self) -> TextEmbedding:
+        """Of the empty prompt, one row; kept, for it is asked for of frozen encoders alone."""
+        if self._unconditional is None:
+            self._unconditional = self.text([""])
+        return self._unconditional
 
     @property
     def prompt_field(self) -> str:
@@ -172,10 +199,10 @@ class DiffusionTraining(LatentTraining):
         timestep = self.process.sample_timesteps(size, generator)  # t [B]
         noise = torch.randn(clean.shape, generator=generator)  # on the CPU, so that every device trains on the same
         dropped = torch.rand(size, generator=generator) < self.caption_dropout  # they teach the negative branch
-        captions = ["" if drop else text for text, drop in zip(self.prompts(batch), dropped.tolist(), strict=True)]
+        text = self.condition(batch, dropped)
         hidden = self.masking(size, frames, generator) if self.masking else None  # m [B, L]
         # Sums over the frames of each item, [B] and [B].
-        error, counted = self._errors(clean, noise, timestep, captions, batch["frame_mask"], hidden)
+        error, counted = self._errors(clean, noise, timestep, text, batch["frame_mask"], hidden)
         if self.min_snr_gamma is not None:
             error = error * self.process.min_snr_weight(timestep, self.min_snr_gamma).to(error.device)
         loss = error.sum() / counted.sum().clamp(min=1)  # a mean over frames: items with more of them weigh more
@@ -192,7 +219,7 @@ class DiffusionTraining(LatentTraining):
         # [B], whole timesteps.
         timestep = (level * self.process.num_train_steps).long().clamp(max=self.process.num_train_steps - 1)
         noise = torch.randn(clean.shape, generator=generator)
-        error, counted = self._errors(clean, noise, timestep, self.prompts(batch), batch["frame_mask"], None)
+        error, counted = self._errors(clean, noise, timestep, self.condition(batch), batch["frame_mask"], None)
         bins = timestep * self.noise_level_bins // self.process.num_train_steps  # [B], 0 the cleanest
         totals = self._bin_totals = self._bin_totals.to(error)
         totals.index_add_(1, bins.to(error.device), torch.stack([error, counted]))  # [2, bins] + [2, B]
@@ -212,7 +239,7 @@ class DiffusionTraining(LatentTraining):
         clean: Tensor,
         noise: Tensor,
         timestep: Tensor,
-        captions: list[str],
+        text: TextEmbedding | None,
         frame_mask: Tensor,
         hidden: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -223,18 +250,14 @@ class DiffusionTraining(LatentTraining):
         noise, timestep = noise.to(clean), timestep.to(clean.device)
         valid = frame_mask if self.mask_padding else None
         counted = torch.ones_like(frame_mask) if valid is None else valid
-        inputs: dict[str, Any] = {}
+        inputs: dict[str, Any] = {"context": None}
+        if text is not None:
+            inputs = {"context": text.embeddings, "context_mask": text.mask}
         if hidden is not None:  # the denoiser keeps from `visible` what is hidden
             hidden = hidden.to(clean.device)
             counted = counted & hidden
-            inputs = {"visible": clean, "hidden_mask": hidden}
+            inputs |= {"visible": clean, "hidden_mask": hidden}
         noisy = self.process.add_noise(clean, noise, timestep)  # z_t [B, C, L]
-        prediction = self.denoiser(noisy, timestep, frame_mask=valid, **self._context(captions), **inputs)
+        prediction = self.denoiser(noisy, timestep, frame_mask=valid, **inputs)
         squared = (prediction.float() - self.process.target(clean, noise, timestep)).square().mean(dim=1)  # [B, L]
         return (squared * counted).sum(dim=1), counted.sum(dim=1).to(squared)  # [B] and [B]
-
-    def _context(self, captions: list[str]) -> dict[str, Tensor | None]:
-        if self.text is None:
-            return {"context": None}
-        embedding = self.text(captions)
-        return {"context": embedding.embeddings, "context_mask": embedding.mask}

@@ -33,8 +33,8 @@ from foley.data.dataset import LatentBatch
 from foley.data.latents import StaleCacheError
 from foley.diffusion.consistency import Consistency, ddim_jump
 from foley.diffusion.guidance import Conditioning, KnownLatent, bind, branches, extrapolate
-from foley.diffusion.sampler import embed
 from foley.models.lora import AdaptedDenoiser
+from foley.models.text import TextEmbedding
 from foley.system.checkpoint import published_source
 from foley.system.system import System, codec_hashes, load_system
 from foley.training.diffusion import LatentTraining, SpanMasking
@@ -51,10 +51,14 @@ class Teacher:
     codec_hashes: set[str]
 
     @classmethod
-    def load(cls, path: str) -> "Teacher":
-        """By what `load_system` takes: a name, a directory or a checkpoint; CheckpointError for a student."""
+    def load(cls, path: str, text_dir: str | None = None) -> "Teacher":
+        """By what `load_system` takes: a name, a directory or a checkpoint; CheckpointError for a student.
+
+        Args:
+            text_dir: a store of its text encoder's embeddings, which then is not loaded.
+        """
         source = published_source(path) or Path(path).expanduser().resolve()
-        system = load_system(source, with_codec=False)
+        system = load_system(source, with_codec=False, text_dir=text_dir)
         if system.consistency is not None:
             raise CheckpointError(f"system={path} is a student itself; give the system that it was distilled from")
         return cls(system, codec_hashes(source))
@@ -161,7 +165,6 @@ class ConsistencyDistillation(LatentTraining):
         self.half_precision_targets = half_precision_targets
         self.grid = consistency.grid(self.process)  # t_1 to t_N, cleanest first
         self.jump_ends = consistency.jump_ends(self.grid)  # for each point, the one before it
-        self._unconditional: Conditioning | None = None  # kept from the first step on
 
     def setup(self, stage: str) -> None:
         """Refuse FSDP, which shards student and target network each in its own way."""
@@ -250,7 +253,9 @@ class ConsistencyDistillation(LatentTraining):
         estimate = self._estimate(self.denoiser, noisy, start, text, known, given)  # f_theta
         with torch.no_grad(), self._target_precision():
             # Two predictions [B, C, L] of the teacher; a jump is affine in them, so that they are guided first.
-            positive, negative = branches(self.teacher, text, self._negative(), known, more=padding)(noisy, start)
+            positive, negative = branches(self.teacher, text, _conditioning(self.unconditional()), known, more=padding)(
+                noisy, start
+            )
             # In single precision from here on.
             guided = extrapolate(positive.float(), negative.float(), draws.scale[:, None, None])
             before = ddim_jump(self.process, noisy, guided, start, end)  # line 6
@@ -274,19 +279,17 @@ class ConsistencyDistillation(LatentTraining):
     def _batch_loss(self, batch: LatentBatch, generator: torch.Generator, masking: SpanMasking | None) -> Tensor:
         with torch.no_grad():
             clean = self.normaliser.normalise(batch["latent"])  # z
-            text = embed(self.text, self.prompts(batch))
+            text = _conditioning(self.condition(batch))
         draws = self.draw(clean.shape, generator).to(clean)  # on the CPU, so that every device trains on the same
         hidden = masking(len(clean), clean.shape[-1], generator).to(clean.device) if masking else None
         return self.consistency_loss(clean, text, draws, hidden, batch["frame_mask"] if self.mask_padding else None)
-
-    @torch.no_grad()
-    def _negative(self) -> Conditioning:
-        """Of the empty prompt; the text encoder is frozen, so once is enough."""
-        if self._unconditional is None:
-            self._unconditional = embed(self.text, [""])
-        return self._unconditional
 
     def _target_precision(self) -> AbstractContextManager[object]:
         if self.half_precision_targets:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+
+def _conditioning(text: TextEmbedding | None) -> Conditioning:
+    assert text is not None  # a teacher always has a text encoder
+    return Conditioning(text.embeddings, text.mask)

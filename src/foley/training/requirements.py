@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 _MADE_BY = {
     "data.cache_dir": "latents, made by: foley encode codec_path=CODEC data=manifest data.splits.manifest=FILE "
     "output_dir=FOLDER",
+    "data.text_dir": "embeddings of captions, made by: foley encode-text captions=LATENTS text=NAME output_dir=FOLDER",
     "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
     "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",
     "data.splits.url": "a folder or URL of shards, made by: foley shards manifest=FILE output=FOLDER",
@@ -30,6 +31,9 @@ _MADE_BY = {
     "ckpt": "the weights to start from: a .ckpt file, or the folder of its run",
 }
 """What stands for `???` or for a path in a recipe, and the command that makes it."""
+
+_INDEXED = {"data.cache_dir": "latents", "data.text_dir": "embeddings"}
+_PATHS = (*_INDEXED, "data.splits.manifest", "data.splits.url", "system", "text.directory", "codec_path")
 
 _CODECS = {
     "waveform_vae.WaveformVAE": "made by: foley train experiment=waveform_vae data=manifest data.splits.manifest=FILE, "
@@ -98,13 +102,17 @@ def _missing(node: Any, name: str = "") -> Iterator[str]:
 
 def _absent(cfg: DictConfig) -> Iterator[Lack]:
     """Files and folders that are named but do not exist."""
-    for key in ("data.cache_dir", "data.splits.manifest", "data.splits.url", "system", "text.directory", "codec_path"):
+    for key in _PATHS:
         path = _selected(cfg, key)
         known = path is None or "://" in str(path) or (key == "system" and published_name(path) is not None)
-        wanted = "index.json" if key == "data.cache_dir" else ""
+        wanted = _INDEXED.get(key)
         optional = key == "data.splits.manifest" and _selected(cfg, "data.splits.optional")
-        if not known and not optional and not (Path(str(path)).expanduser() / wanted).exists():
-            yield f"{key}={path}", f"{'no latents are there' if wanted else 'does not exist'}; {_MADE_BY[key]}"
+        if (
+            not known
+            and not optional
+            and not (Path(str(path)).expanduser() / ("index.json" if wanted else "")).exists()
+        ):
+            yield f"{key}={path}", f"{f'no {wanted} are there' if wanted else 'does not exist'}; {_MADE_BY[key]}"
 
 
 def _selected(cfg: DictConfig, key: str) -> Any:
@@ -134,14 +142,14 @@ def _published(cfg: DictConfig) -> Iterator[Lack]:
         what = " ".join([published.repository, *(lacking if "denoiser_file" in published else ())])
         yield f"system={name}", f"{size} that are not on this machine, fetched by: hf download {what}"
     text = _selected(published, "configs.text.name_or_path")
-    if text is not None and not _in_hub_cache(text, revision):
+    if text is not None and not _selected(cfg, "data.text_dir") and not _in_hub_cache(text, revision):
         size = f"{_DOWNLOAD_GIGABYTES[text]:g} GB" if text in _DOWNLOAD_GIGABYTES else "weights"
         yield f"system={name}", f"its text encoder, {size} that are not on this machine, by: hf download {text}"
 
 
 def _text_weights(cfg: DictConfig) -> Iterator[Lack]:
-    """The files of a frozen text encoder that this stage trains with."""
-    text = _selected(cfg, "task.text")
+    """The files of a frozen text encoder that this stage trains with; stored embeddings need none."""
+    text = None if _selected(cfg, "data.text_dir") else _selected(cfg, "task.text")
     if text is None or not str(text.get("_target_")).endswith("FrozenT5Conditioner"):
         return
     name = text.name_or_path

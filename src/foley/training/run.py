@@ -94,7 +94,7 @@ def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | Non
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
     _check_data(cfg, datamodule)
-    module: FoleyModule = instantiate(cfg.task, _convert_="all")
+    module: FoleyModule = instantiate(_built_task(cfg), _convert_="all")
     module.component_configs |= component_configs(cfg.task)
     module.checkpoint_metadata |= {SETTINGS_KEY: settings, FILES_KEY: file_hashes(module.component_configs)}
     if cfg.codec_path:
@@ -206,6 +206,18 @@ def component_configs(task: DictConfig) -> dict[str, dict[str, Any]]:
         and str(config.get("_target_", "")).startswith(ALLOWED_PACKAGES)
         and not config.get("_partial_", False)
     }
+
+
+def _built_task(cfg: DictConfig) -> Any:
+    """The task with stored embeddings in the place of the text encoder, where `data.text_dir` names them.
+
+    Checkpoints describe the encoder all the same, with which the trained model is used.
+    """
+    folder, encoder = (OmegaConf.select(cfg, key) for key in ("data.text_dir", "task.text"))
+    if folder is None or encoder is None:
+        return cfg.task
+    stored = {"_target_": "foley.models.text.StoredText", "_recursive_": False, "directory": folder}
+    return {**plain(cfg.task), "text": {**stored, "encoder": plain(encoder)}}
 
 
 def _check_data(cfg: DictConfig, datamodule: pl.LightningDataModule) -> None:

@@ -27,6 +27,8 @@ SETTINGS_KEY = "settings"
 FILES_KEY = "file_hashes"
 """Entry of a checkpoint's description: what the files held that its components were built from."""
 
+_OF_BATCHES = ("memory_gib", "length_multiple")  # of a text encoder
+
 RULES: tuple[tuple[str, bool], ...] = (
     # What the optimizer is belongs to its moments; its rate, decay and the like are set anew.
     ("optimizer._target_", False),
@@ -62,9 +64,12 @@ RULES: tuple[tuple[str, bool], ...] = (
     ("system", True),
     ("task.teacher.path", True),
     ("data.cache_dir", True),
+    ("data.text_dir", True),  # embeddings are the same, made now or before
+    ("task.teacher.text_dir", True),
     ("data.num_workers", True),
     ("data.pin_memory", True),
-    *((f"*{option}", True) for option in (".gradient_checkpointing", "text.device", "text.download", "text.cache_dir")),
+    ("*.gradient_checkpointing", True),
+    *((f"*text.{option}", True) for option in ("device", "download", "cache_dir", "dtype", *_OF_BATCHES)),
     # What this command does, rather than what the run is.
     ("ckpt_path", True),
     ("ckpt_allow*", True),
@@ -72,7 +77,7 @@ RULES: tuple[tuple[str, bool], ...] = (
 )
 """Pattern of dotted keys to whether a resumed run applies a change of them; the first that fits, others refuse."""
 
-NEUTRAL = ("device", "download", "cache_dir", "directory", "gradient_checkpointing")
+NEUTRAL = ("device", "download", "cache_dir", "directory", "dtype", *_OF_BATCHES, "gradient_checkpointing")
 """Options of components that say where or how they compute, not what."""
 
 _ABSENT = "(absent)"

@@ -60,6 +60,8 @@ def require_values(cfg: DictConfig) -> None:
         value = _value(cfg, key)
         if value is not _ABSENT and value not in besides:
             numbers.check(key, value)
+    if _value(cfg, "data.text_dir") not in (_ABSENT, None) and _value(cfg, "task.text") is None:
+        raise ValueError(f"data.text_dir={_value(cfg, 'data.text_dir')}: this run has no text; leave it out")
     max_time = _value(cfg, "trainer.max_time")
     if isinstance(max_time, str | int | float) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(max_time).strip()):
         raise ValueError(f"trainer.max_time={max_time}: give DD:HH:MM:SS, such as 00:01:30:00, or null")

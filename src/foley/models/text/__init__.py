@@ -2,7 +2,8 @@
 
 from foley.models.text.base import TextConditioner, TextEmbedding
 from foley.models.text.features import FeatureConditioner, FeatureError, feature_files
-from foley.models.text.frozen_t5 import CachedText, EmbeddingCache, FrozenT5Conditioner, TextModelError
+from foley.models.text.frozen_t5 import FrozenT5Conditioner, TextModelError
+from foley.models.text.kept import CachedText, EmbeddingCache, StoredText, encoder_identity
 from foley.models.text.small import SmallTextEncoder
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "FeatureError",
     "FrozenT5Conditioner",
     "SmallTextEncoder",
+    "StoredText",
     "TextConditioner",
     "TextEmbedding",
     "TextModelError",
+    "encoder_identity",
     "feature_files",
 ]

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from foley.core.logs import get_logger
 
@@ -21,6 +23,18 @@ class TextEmbedding:
     embeddings: Tensor
     mask: Tensor
 
+    def padded(self, length: int) -> "TextEmbedding":
+        """With masked tokens up to `length`; as it is where it is that long."""
+        more = max(0, length - self.mask.shape[1])
+        return TextEmbedding(pad(self.embeddings, (0, 0, 0, more)), pad(self.mask, (0, more)))
+
+    def replaced(self, rows: Tensor, other: "TextEmbedding") -> "TextEmbedding":
+        """With the one row of `other` where `rows [B]` is true."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        own, other, rows = self.padded(length), other.padded(length), rows.to(self.mask.device)[:, None]
+        embeddings = torch.where(rows[..., None], other.embeddings.to(own.embeddings), own.embeddings)
+        return TextEmbedding(embeddings, torch.where(rows, other.mask, own.mask))
+
 
 class TextConditioner(nn.Module):
     """Prompts to embeddings. The empty prompt is valid: it is the unconditional one, of classifier-free guidance.
@@ -29,16 +43,25 @@ class TextConditioner(nn.Module):
         dim: width Dc of the embeddings.
         trainable: whether the parameters are trained with the denoiser.
         prompt_field: what of a clip is its prompt in training, "caption" or "id".
+        length_multiple: S is a multiple of it, so that a compiled denoiser meets few shapes; masked tokens change
+            nothing.
     """
 
     prompt_field: ClassVar[str] = "caption"
 
     dim: int
     trainable: bool
+    length_multiple: int = 1
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`; S is the longest prompt's number of tokens."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """Unpadded embeddings `[S, Dc]`, one per prompt, without gradients."""
+        encoded = self(prompts)
+        return [row[mask] for row, mask in zip(encoded.embeddings, encoded.mask, strict=True)]
 
 
 def bounded(prompt: str, max_length: int) -> str:

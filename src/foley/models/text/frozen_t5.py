@@ -1,23 +1,19 @@
-"""A frozen T5 encoder and the cache of its embeddings."""
+"""A frozen T5 encoder, and noise that stands where its weights are not at hand."""
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from foley.core.files import write_tensors
 from foley.core.hub import load_pretrained
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
+from foley.models.text.kept import MEMORY_GIB, EmbeddingCache, encoder_identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,112 +21,14 @@ if TYPE_CHECKING:
 # T5 checkpoints round their embedding table up: 32,128 rows for 32,100 tokens.
 _SMALLEST_VOCABULARY_SHARE = 0.9
 _MEND = "set `text.download=true`, give a local directory as `text.name_or_path`, or choose `text=small`"
+_DTYPES = {
+    "auto": torch.float32,  # where it starts, see `_apply`
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 logger = get_logger(__name__)
-
-
-# ---------------------------------------------------------------- embeddings that are kept
-
-
-class EmbeddingCache:
-    """Maps a prompt to its unpadded embedding `[S, Dc]`.
-
-    Args:
-        identity: everything besides the prompt that the embedding depends on (model, revision, length, type).
-        directory: where embeddings stay between runs, one file per prompt named by content hash; None keeps none.
-        memory_items: how many of the most recently used embeddings stay in memory.
-    """
-
-    def __init__(self, identity: str, directory: Path | None = None, memory_items: int = 256) -> None:
-        self.identity = identity
-        self.directory = directory
-        self.memory_items = memory_items
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()  # the least recently used first
-
-    def path(self, prompt: str) -> Path | None:
-        """The file of a prompt, whether it exists or not."""
-        if self.directory is None:
-            return None
-        # The unit separator: neither an identity nor a prompt holds one by chance.
-        digest = hashlib.sha256(f"{self.identity}\x1f{prompt}".encode(errors="surrogatepass")).hexdigest()
-        return self.directory / digest[:2] / f"{digest}.safetensors"  # in 256 folders, to keep each small
-
-    def get(self, prompt: str, device: torch.device) -> Tensor | None:
-        """The embedding on `device`, or None where it is not known; an unreadable file counts as not known."""
-        if prompt in self._memory:
-            self._memory.move_to_end(prompt)
-            return self._memory[prompt].to(device)
-        path = self.path(prompt)
-        if path is None or not path.is_file():
-            return None
-        try:
-            embedding = load_file(path)["embedding"].to(device)
-        except (SafetensorError, KeyError, OSError) as error:
-            logger.warning("%s cannot be read (%s); the embedding is computed again", path, error)
-            return None
-        self._remember(prompt, embedding)
-        return embedding
-
-    def put(self, prompt: str, embedding: Tensor) -> None:
-        """Keep an embedding `[S, Dc]`; the file appears whole or not at all."""
-        self._remember(prompt, embedding)
-        path = self.path(prompt)
-        if path is not None:
-            write_tensors(path, {"embedding": embedding.detach().cpu()})
-
-    def forget(self) -> None:
-        """Leave nothing in memory; files stay."""
-        self._memory.clear()
-
-    def embed(
-        self, prompts: Sequence[str], device: torch.device, encode: Callable[[list[str]], list[Tensor]]
-    ) -> TextEmbedding:
-        """B prompts to embeddings `[B, S, Dc]` on `device`, zero where the mask is false.
-
-        Args:
-            encode: prompts that are not known, each once, to unpadded embeddings `[S, Dc]`.
-        """
-        # Each distinct prompt once, in the order of first appearance.
-        found = {prompt: self.get(prompt, device) for prompt in dict.fromkeys(prompts)}
-        known = {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
-        missing = [prompt for prompt in found if prompt not in known]
-        if missing:
-            known.update(zip(missing, encode(missing), strict=True))  # in one batch
-        for prompt in missing:
-            self.put(prompt, known[prompt])
-        rows = [known[prompt] for prompt in prompts]  # each [S_i, Dc], of its own length
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        embeddings = pad_sequence(rows, batch_first=True)  # [B, S, Dc]
-        return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=device) < lengths[:, None])
-
-    def _remember(self, prompt: str, embedding: Tensor) -> None:
-        self._memory[prompt] = embedding
-        self._memory.move_to_end(prompt)
-        if len(self._memory) > self.memory_items:
-            self._memory.popitem(last=False)  # the least recently used
-
-
-class CachedText:
-    """A conditioner that is not trained any more: encodes each distinct prompt once, the empty one included.
-
-    Rounding depends on what else is encoded in the same batch, and stays with the prompt from then on.
-    """
-
-    def __init__(self, text: TextConditioner) -> None:
-        self._text = text
-        self.cache = EmbeddingCache(type(text).__name__)
-
-    def __call__(self, prompts: list[str]) -> TextEmbedding:
-        """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
-        return self.cache.embed(prompts, next(self._text.parameters()).device, self._encode)
-
-    @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> list[Tensor]:
-        encoded = self._text(prompts)
-        # [S_i, Dc], without padding.
-        return [row[mask] for row, mask in zip(encoded.embeddings, encoded.mask, strict=True)]
-
-
-# ---------------------------------------------------------------- the encoder
 
 
 class TextModelError(RuntimeError):
@@ -159,14 +57,18 @@ class FrozenT5Conditioner(TextConditioner):
         name_or_path: model on the Hugging Face Hub, or a local directory.
         dim: width Dc that the denoiser expects; the model must have it.
         max_length: longest prompt in tokens; what lies beyond is dropped with a warning.
-        dtype: name of the torch type that the encoder computes in.
+        dtype: what the encoder computes in: bfloat16, float16, float32, tf32 (float32 with the faster products of an
+            NVIDIA GPU), or auto: bfloat16 on such a GPU, float32 elsewhere. Embeddings agree within bfloat16.
         device: where the encoder starts; it then follows `to`.
         revision: branch, tag or commit on the Hub.
-        cache_dir: keeps embeddings on disk between runs.
+        cache_dir: a store that keeps embeddings between runs, see `EmbeddingCache`.
         download: fetch missing files from the Hub.
+        memory_gib: of embeddings that stay in memory.
+        length_multiple: batches are padded to the next multiple of it, see `TextConditioner`.
 
     Raises:
         TextModelError: where files are missing, or the tokenizer or `dim` does not fit the model.
+        ValueError: for an unknown dtype.
 
     With `download=True`, `FrozenT5Conditioner("google/flan-t5-base", dim=768, download=True)(["a dog barks"])` holds
     embeddings `[1, 6, 768]`; without it the files must be in the cache.
@@ -184,22 +86,28 @@ class FrozenT5Conditioner(TextConditioner):
         revision: str = "main",
         cache_dir: str | None = None,
         download: bool = False,
+        memory_gib: float = MEMORY_GIB,
+        length_multiple: int = 1,
     ) -> None:
         from transformers import AutoTokenizer, T5EncoderModel  # seconds to import, and of no use to other encoders
 
         super().__init__()
+        if dtype not in _DTYPES:
+            raise ValueError(f"text.dtype={dtype}: give {', '.join(_DTYPES)}")
         source = {"revision": revision, "local_files_only": not download}
-        self.max_length = max_length
+        self.max_length, self.dtype, self.length_multiple = max_length, dtype, length_multiple
         load = partial(load_pretrained, name_or_path=name_or_path, error_type=TextModelError, mend=_MEND)
         self.tokenizer: PreTrainedTokenizerBase = load(AutoTokenizer.from_pretrained, options=source)
-        encoder = load(T5EncoderModel.from_pretrained, options={**source, "dtype": getattr(torch, dtype)})
+        encoder = load(T5EncoderModel.from_pretrained, options={**source, "dtype": _DTYPES[dtype]})
         _check_vocabulary(self.tokenizer, encoder, name_or_path)
         if encoder.config.d_model != dim:
             raise TextModelError(f"{name_or_path} has width {encoder.config.d_model}, but `dim` is {dim}: set it so")
-        self._shared = _Shared(encoder.requires_grad_(False).eval().to(device))  # no sub-module, see `_Shared`
+        self._shared = _Shared(encoder.requires_grad_(False).eval())  # no sub-module, see `_Shared`
         self.dim = dim
-        identity = "\x1f".join(map(str, (name_or_path, revision, max_length, dtype)))
-        self.cache = EmbeddingCache(identity, Path(cache_dir) if cache_dir else None)
+        named = {"_target_": f"{__name__}.{type(self).__name__}", "name_or_path": name_or_path, "dim": dim}
+        self._identity = encoder_identity({**named, "max_length": max_length, "revision": revision})
+        self.cache = EmbeddingCache(None, Path(cache_dir).expanduser() if cache_dir else None, memory_gib)
+        self.to(device)
 
     @property
     def encoder(self) -> "PreTrainedModel":
@@ -208,14 +116,15 @@ class FrozenT5Conditioner(TextConditioner):
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
-        return self.cache.embed(prompts, self.encoder.device, self._encode)
+        return self.cache.embed(prompts, self.encoder.device, self.encode, self.length_multiple)
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> list[Tensor]:
-        """Unpadded embeddings `[S, Dc]`, one per prompt."""
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """Unpadded embeddings `[S, Dc]`, one per prompt, in one batch; nothing is remembered."""
         tokens = [self._tokens(prompt) for prompt in prompts]  # ids, each of its own length
         batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.encoder.device)  # [B, S]
-        with torch.autocast(self.encoder.device.type, enabled=False):  # what is kept must not depend on who asked first
+        # What is kept must not depend on who asked first.
+        with torch.autocast(self.encoder.device.type, enabled=False), _products(self._computes_in):
             hidden = self.encoder(  # [B, S, Dc]
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).last_hidden_state
@@ -230,10 +139,39 @@ class FrozenT5Conditioner(TextConditioner):
         warn_truncated(prompt, self.max_length)
         return [*ids[: self.max_length - 1], ids[-1]]  # T5 was trained to see the end token
 
+    @property
+    def _computes_in(self) -> str:
+        """The type by its name, tf32 among them."""
+        name = str(self.encoder.dtype).removeprefix("torch.")
+        exact = self.dtype == "float32" or self.encoder.device.type != "cuda"
+        return name if exact or name != "float32" else "tf32"
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenT5Conditioner":
+        if self.dtype == "auto" and self.encoder.dtype == torch.float32:
+            dtype = fast_dtype(fn(torch.empty(0)).device)
+            self.encoder._apply(lambda weight: weight.to(dtype))  # before they move, so that half as much does
         self.encoder._apply(fn, recurse)  # which is no sub-module
         super()._apply(fn, recurse)
+        self.cache.become({**self._identity, "dtype": self._computes_in})
         return self
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """What a frozen encoder computes in unless told: bfloat16 on a GPU that computes in it, float32 elsewhere."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+@contextmanager
+def _products(computes_in: str) -> Iterator[None]:
+    """Matrix products of float32 in TF32, or exact, whatever the run around this has chosen."""
+    before = torch.get_float32_matmul_precision()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if computes_in == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", encoder: "PreTrainedModel", name_or_path: str) -> None:
@@ -244,9 +182,6 @@ def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", encoder: "PreTrained
             f"{name_or_path}: the tokenizer knows {len(tokenizer)} tokens but the model has {rows}; "
             "its tokenizer files are incomplete or of another model: fetch them again"
         )
-
-
-# ---------------------------------------------------------------- without its weights
 
 
 class RandomEmbeddings(TextConditioner):

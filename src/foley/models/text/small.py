@@ -63,6 +63,7 @@ class SmallTextEncoder(TextConditioner):
         depth: number of blocks.
         num_heads: heads per block.
         max_length: longest prompt in tokens; what lies beyond is dropped with a warning.
+        length_multiple: batches are padded to the next multiple of it, see `TextConditioner`.
 
     Raises:
         ValueError: where the tokenizer file is missing or gives the empty prompt no token.
@@ -77,11 +78,13 @@ class SmallTextEncoder(TextConditioner):
     trainable = True
     asset_options = ("tokenizer_file",)  # files that an export copies along
 
-    def __init__(self, tokenizer_file: str, dim: int, depth: int, num_heads: int, max_length: int) -> None:
+    def __init__(
+        self, tokenizer_file: str, dim: int, depth: int, num_heads: int, max_length: int, length_multiple: int = 1
+    ) -> None:
         super().__init__()
         self.dim = dim
-        self.max_length = max_length
-        self.tokenizer = _load_tokenizer(tokenizer_file, max_length)
+        self.max_length, self.length_multiple = max_length, length_multiple
+        self.tokenizer = _load_tokenizer(tokenizer_file, max_length, length_multiple)
         self.tokens = nn.Embedding(self.tokenizer.get_vocab_size(), dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
         self.positions = LearnedPositions(max_length, dim)
@@ -107,7 +110,7 @@ class SmallTextEncoder(TextConditioner):
         return TextEmbedding(self.norm(x), mask)
 
 
-def _load_tokenizer(tokenizer_file: str, max_length: int) -> Tokenizer:
+def _load_tokenizer(tokenizer_file: str, max_length: int, length_multiple: int) -> Tokenizer:
     path = locate(tokenizer_file)
     if not path.is_file():
         raise ValueError(
@@ -116,7 +119,7 @@ def _load_tokenizer(tokenizer_file: str, max_length: int) -> Tokenizer:
         )
     tokenizer: Tokenizer = Tokenizer.from_file(str(path))
     tokenizer.enable_truncation(max_length)
-    tokenizer.enable_padding()  # to the longest of a batch
+    tokenizer.enable_padding(pad_to_multiple_of=length_multiple)  # from the longest of a batch on
     if not tokenizer.encode("").ids:
         raise ValueError(f"{tokenizer_file}: the empty prompt has no token; the tokenizer must add a beginning token")
     return tokenizer

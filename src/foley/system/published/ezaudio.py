@@ -12,7 +12,7 @@ from torch import nn
 
 from foley.core.components import CheckpointError, build_component
 from foley.core.hub import Hub
-from foley.models.text import TextModelError
+from foley.models.text import StoredText, TextModelError
 from foley.system.convert import load_converted
 from foley.system.system import System
 
@@ -57,12 +57,14 @@ class PublishedEzAudio:
         denoiser_file: the denoiser's weights.
         codec_file: the waveform VAE's weights.
         configs: a plain config for each component of a `System` and for "process".
+        text_dir: a store of the text encoder's embeddings, which then is not loaded.
     """
 
     repository: str
     denoiser_file: str
     codec_file: str
     configs: Mapping[str, Config]
+    text_dir: str | None = None
 
     def load(self, hub: Hub, cache_dir: Path) -> System:
         """Everything in eval mode, weights converted once into `cache_dir`.
@@ -71,8 +73,9 @@ class PublishedEzAudio:
         """
         denoiser_file = hub.file(self.repository, self.denoiser_file)
         hub.file(self.repository, self.codec_file)  # both are to be had before either is converted
+        text = self.configs["text"]
         modules = {
-            "text": load_text(hub, self.configs["text"]),
+            "text": StoredText(self.text_dir, text) if self.text_dir else load_text(hub, text),
             "denoiser": load_converted("ezaudio", denoiser_file, self.configs["denoiser"], cache_dir),
             "codec": self.load_codec(hub, cache_dir),
             "normaliser": build_component(self.configs["normaliser"]).eval(),

@@ -19,6 +19,7 @@ from foley.diffusion.context import Accelerator
 from foley.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance
 from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver, default_solver
+from foley.models.text import StoredText
 from foley.reporting.plots import draw_spectrogram
 from foley.system.checkpoint import load_trained
 from foley.training.adversarial import AdversarialTraining
@@ -91,6 +92,8 @@ class AudioSamples(pl.Callback):
             _log.warning("no audio samples: they need the codec that made the latents; set codec_path=...")
         elif not takes_captions(pl_module):
             _log.warning("no audio samples: this %s takes no captions", type(pl_module).__name__)
+        elif isinstance(pl_module.text, StoredText) and trainer.is_global_zero:
+            pl_module.text(self.prompts)  # an encoder that has to be loaded for some of them is missed now, or never
 
     # Callbacks' `on_validation_epoch_end` comes before the averaged weights are swapped out in `on_validation_end`.
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

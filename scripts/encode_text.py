@@ -1,0 +1,34 @@
+"""Encode every caption of a data set with a frozen text encoder, once, so that training does not load it."""
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from foley.cli.command import command
+
+
+@command("script/encode_text")
+def main(cfg: DictConfig) -> None:
+    # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.core.columns import Texts
+    from foley.core.devices import resolve_device
+    from foley.data.latents import read_captions
+    from foley.generation.clip_folder import launch_processes
+    from foley.models.text.encoding import encode_texts
+    from foley.training.run import plain
+
+    processes = None if cfg.trainer is None else launch_processes(cfg.trainer)
+    rank, ranks = (0, 1) if processes is None else (processes.global_rank, processes.world_size)
+    encode_texts(
+        instantiate(cfg.text).to(resolve_device(cfg.device) if processes is None else processes.device),
+        plain(cfg.text),
+        Texts.join([read_captions(cfg.captions, cfg.caption_column), Texts.of(cfg.prompts)]),
+        cfg.output_dir,
+        cfg.batch_size,
+        rank=cfg.part * ranks + rank,
+        world_size=cfg.parts * ranks,
+        shard_bytes=cfg.shard_megabytes << 20,
+    )
+
+
+if __name__ == "__main__":
+    main()
