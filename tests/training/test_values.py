@@ -31,6 +31,8 @@ def config(*overrides: str) -> DictConfig:
         ("seed=abc", "seed=abc: give a whole number >= 0"),
         ("trainer.max_steps=0", "trainer.max_steps=0: give a whole number >= 1"),
         ("trainer.val_check_interval=0", "trainer.val_check_interval=0: give a number > 0"),
+        ("trainer.gradient_clip_val=0.5", "trainer.gradient_clip_val=0.5: .*task.gradient_clip_norm=0.5"),
+        ("task.gradient_clip_norm=0", "task.gradient_clip_norm=0: give a number > 0"),
         ("trainer.max_time=soon", "trainer.max_time=soon: give DD:HH:MM:SS"),
         ("callbacks.ema.decay=2", "callbacks.ema.decay=2: give a number >= 0 and <= 1"),
         ("stage=nonsense", "stage=nonsense: there is no such stage; this recipe has pretrain, align, finetune"),
@@ -48,6 +50,11 @@ def test_what_cannot_be_is_refused_by_name(typed: str, told: str, tmp_path: Path
 @pytest.mark.parametrize("typed", ["callbacks.ema=null", "trainer.gradient_clip_val=null", "trainer.max_time=null"])
 def test_what_may_be_left_out_may(typed: str) -> None:
     require_values(config("experiment=tiny", typed))
+
+
+def test_a_fused_optimizer_and_scaled_gradients_are_refused_together() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.fused=true with trainer\.precision=16-mixed"):
+        require_values(config("experiment=tiny", "optimizer.fused=true", "trainer.precision=16-mixed"))
 
 
 def test_a_run_without_a_schedule_that_ends_may_go_on_for_ever() -> None:

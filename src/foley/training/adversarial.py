@@ -21,6 +21,7 @@ from foley.losses.adversarial import FeatureMaps, feature_matching
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
 from foley.models.codec.base import GaussianPosterior
 from foley.training.base import FoleyModule
+from foley.training.gradients import clip_gradients, drop_unless_finite, gradient_norm
 from foley.training.optim import parameter_groups
 
 Schedule = Callable[[Optimizer], Any]
@@ -86,7 +87,7 @@ class AdversarialTraining(FoleyModule):
         num_examples: int = 4,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_clip_norm)
         _check_weights(set(terms) | self.own_terms, weights, discriminator is not None)
         self.automatic_optimization = False  # two optimizers take turns, which Lightning leaves to us
         # Weight 0 costs nothing.
@@ -98,7 +99,6 @@ class AdversarialTraining(FoleyModule):
         self.make_discriminator_optimizer = discriminator_optimizer or optimizer
         self.adversarial = adversarial
         self.adversarial_start_step = adversarial_start_step
-        self.gradient_clip_norm = gradient_clip_norm
         self.num_examples = num_examples
         self.seed = seed
         self.examples: list[tuple[Tensor, Tensor]] = []  # (original, generated), each [1, T]
@@ -192,11 +192,6 @@ class AdversarialTraining(FoleyModule):
         if schedules:
             schedules[0].step()  # by the step, not by the epoch
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the model's gradients, which callbacks have seen by now as they were."""
-        if self.gradient_clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_norm)
-
     def _update_discriminator(self, original: Tensor, generated: Tensor) -> None:
         discriminator, adversarial = self._opponent()
         # The bare optimizer: Lightning would count its step as a global one, and steps here are the model's.
@@ -205,12 +200,11 @@ class AdversarialTraining(FoleyModule):
         loss = adversarial.discriminator(discriminator(original), discriminator(generated))
         optimizer.zero_grad()
         self.manual_backward(loss)
-        # Infinity clips nothing, but gives the norm.
-        limit = float("inf") if self.gradient_clip_norm is None else self.gradient_clip_norm
-        norm = nn.utils.clip_grad_norm_(discriminator.parameters(), limit)
+        norm = gradient_norm(optimizer)
+        clip_gradients(optimizer, self.gradient_clip_norm, norm)
         # The guard against non-finite gradients watches Lightning's steps only. Gradients agree on all ranks here.
-        if bool(norm.isfinite()):
-            optimizer.step()
+        drop_unless_finite(optimizer, norm)
+        optimizer.step()
         if schedules:
             schedules[1].step()
         self.log("train/discriminator", loss, batch_size=len(original))

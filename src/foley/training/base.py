@@ -1,13 +1,17 @@
 """The LightningModule that every trainer of this package builds on: checkpoints that describe themselves."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
 
 from foley.core.components import CheckpointError, compare_states, current_config, written_out
 from foley.system.checkpoint import FOLEY_KEY
+from foley.training.gradients import clip_gradients
 from foley.training.optim import reapply_options
 from foley.training.settings import FILES_KEY, NEUTRAL
 
@@ -23,10 +27,15 @@ class FoleyModule(pl.LightningModule):
             `foley.training.run.train` adds those of the task's config once the module is built.
         checkpoint_metadata: further plain entries of `checkpoint["foley"]`, such as `codec_hash`.
         unsaved_components: prefixes that checkpoints leave out, such as a frozen text encoder.
+        gradient_clip_norm: largest norm of the gradients of a step; None does not clip.
+        gradient_norm: of this step, before clipping, where a callback has measured it.
     """
 
-    def __init__(self) -> None:
+    gradient_norm: Tensor | None = None
+
+    def __init__(self, gradient_clip_norm: float | None = None) -> None:
         super().__init__()
+        self.gradient_clip_norm = gradient_clip_norm
         self.component_configs: dict[str, dict[str, Any]] = {}
         self.checkpoint_metadata: dict[str, Any] = {}
         self.unsaved_components: tuple[str, ...] = ()
@@ -73,6 +82,18 @@ class FoleyModule(pl.LightningModule):
         """Go on with the rates, decays and schedules of this run, where loading has brought the checkpoint's back."""
         if self.trainer.ckpt_path is not None:
             reapply_options(self.configure_optimizers(), self.trainer)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradients, which callbacks have seen by now as they were.
+
+        Lightning's own clipping refuses fused optimizers, measures the norm once more, and knows none of FSDP's.
+        """
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            if self.gradient_clip_norm is not None:  # each rank has a part of the gradients, and the norm is of all
+                cast(FullyShardedDataParallel, self.trainer.strategy.model).clip_grad_norm_(self.gradient_clip_norm)
+            return
+        norm, self.gradient_norm = self.gradient_norm, None
+        clip_gradients(optimizer, self.gradient_clip_norm, norm)
 
     def description(self) -> dict[str, Any]:
         """What `checkpoint["foley"]` says: how to build the components, and the entries of `checkpoint_metadata`."""

@@ -53,6 +53,7 @@ class LatentTraining(FoleyModule):
             a clip is its prompt. None: no text.
         lr_schedule: partial that takes the optimizer; None keeps its rate.
         seed: of all random draws.
+        gradient_clip_norm: largest norm of the gradients of a step; None does not clip.
     """
 
     text: Any  # a `TextConditioner`, or None
@@ -66,8 +67,9 @@ class LatentTraining(FoleyModule):
         text: nn.Module | None,
         lr_schedule: Callable[[Optimizer], Any] | None,
         seed: int,
+        gradient_clip_norm: float | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(gradient_clip_norm)
         self.denoiser = denoiser
         self.process = process
         self.normaliser = normaliser
@@ -154,7 +156,7 @@ class DiffusionTraining(LatentTraining):
     Everything random is drawn on the CPU from (purpose, seed, step, batch, rank): a resumed run repeats itself.
 
     Args:
-        denoiser, process, normaliser, optimizer, lr_schedule, seed: as for `LatentTraining`.
+        denoiser, process, normaliser, optimizer, lr_schedule, seed, gradient_clip_norm: as for `LatentTraining`.
         text: as there; None for a denoiser without cross-attention.
         masking: draws hidden spans; None hides everything, which makes this ordinary diffusion training.
         caption_dropout: probability of an empty caption, for classifier-free guidance.
@@ -176,9 +178,10 @@ class DiffusionTraining(LatentTraining):
         mask_padding: bool = False,
         min_snr_gamma: float | None = None,
         noise_level_bins: int = 4,
+        gradient_clip_norm: float | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(denoiser, process, normaliser, optimizer, text, lr_schedule, seed)
+        super().__init__(denoiser, process, normaliser, optimizer, text, lr_schedule, seed, gradient_clip_norm)
         self.masking = masking
         self.caption_dropout = caption_dropout
         self.mask_padding = mask_padding

@@ -114,7 +114,7 @@ class ConsistencyDistillation(LatentTraining):
     Args:
         teacher: gives the denoiser, text encoder, normaliser and process.
         consistency: grid, range of guidance scales and boundary condition; checkpoints carry it, as a student's mark.
-        optimizer, lr_schedule, seed: as for `LatentTraining`.
+        optimizer, lr_schedule, seed, gradient_clip_norm: as for `LatentTraining`.
         loss: distance of the two estimates, over the frames of a mask.
         target_decay: mu, what the target network keeps of itself at each step.
         masking: draws hidden spans, so that the student of a masked teacher goes on editing; None hides everything.
@@ -138,6 +138,7 @@ class ConsistencyDistillation(LatentTraining):
         lora: Callable[[nn.Module], AdaptedDenoiser] | None = None,
         mask_padding: bool = False,
         half_precision_targets: bool = False,
+        gradient_clip_norm: float | None = None,
         seed: int = 0,
     ) -> None:
         if not 0 <= target_decay < 1:
@@ -147,7 +148,8 @@ class ConsistencyDistillation(LatentTraining):
             student = lora(student)
             configs["denoiser"] = student.config(configs["denoiser"])  # adapters and all
         modules: Any = system.modules
-        super().__init__(student, system.process, modules["normaliser"], optimizer, modules["text"], lr_schedule, seed)
+        parts = student, system.process, modules["normaliser"], optimizer, modules["text"]
+        super().__init__(*parts, lr_schedule, seed, gradient_clip_norm)
         self.source = teacher
         self.teacher = modules["denoiser"].requires_grad_(False)
         # What adapters leave frozen is one tensor in student and target: a copy that is told it has been made already.

@@ -38,6 +38,7 @@ RULES: tuple[tuple[str, bool], ...] = (
     ("task.optimizer._target_", False),
     ("task.optimizer.*", True),
     ("task.lr_schedule.*", True),
+    ("task.gradient_clip_norm", True),
     ("task.discriminator_optimizer._target_", False),
     ("task.discriminator_optimizer.*", True),
     # Steps are counted in whole batches of the data.

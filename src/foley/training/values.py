@@ -33,7 +33,7 @@ NUMBERS: dict[str, tuple[NumberRange, tuple[int | None, ...]]] = {
     "trainer.check_val_every_n_epoch": (COUNT, (None,)),
     "trainer.limit_train_batches": (_NOT_NEGATIVE, (None,)),
     "trainer.limit_val_batches": (_NOT_NEGATIVE, (None,)),
-    "trainer.gradient_clip_val": (_NOT_NEGATIVE, (None,)),
+    "task.gradient_clip_norm": (POSITIVE, (None,)),
     "trainer.accumulate_grad_batches": (COUNT, ()),
     "trainer.log_every_n_steps": (_WHOLE, ()),
     "callbacks.ema.decay": (SHARE, ()),
@@ -62,6 +62,7 @@ def require_values(cfg: DictConfig) -> None:
             numbers.check(key, value)
     if _value(cfg, "data.text_dir") not in (_ABSENT, None) and _value(cfg, "task.text") is None:
         raise ValueError(f"data.text_dir={_value(cfg, 'data.text_dir')}: this run has no text; leave it out")
+    _require_own_clipping(cfg)
     max_time = _value(cfg, "trainer.max_time")
     if isinstance(max_time, str | int | float) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(max_time).strip()):
         raise ValueError(f"trainer.max_time={max_time}: give DD:HH:MM:SS, such as 00:01:30:00, or null")
@@ -97,6 +98,19 @@ def _require_stage(cfg: DictConfig) -> None:
     stages, stage = _value(cfg, "stages"), _value(cfg, "stage")
     if isinstance(stages, Mapping) and stage not in stages:
         raise ValueError(f"stage={stage}: there is no such stage; this recipe has {', '.join(map(str, stages))}")
+
+
+def _require_own_clipping(cfg: DictConfig) -> None:
+    """Lightning refuses to clip what a fused optimizer steps by, and gradients that are still scaled have no norm."""
+    clip = _value(cfg, "trainer.gradient_clip_val")
+    if clip not in (_ABSENT, None):
+        raise ValueError(f"trainer.gradient_clip_val={clip}: the task clips; give task.gradient_clip_norm={clip}")
+    precision = _value(cfg, "trainer.precision")
+    if _value(cfg, "optimizer.fused") is True and str(precision).startswith("16"):
+        raise ValueError(
+            f"optimizer.fused=true with trainer.precision={precision}: a fused optimizer takes the scale out of the "
+            "gradients itself, after they are clipped; leave optimizer.fused out, or train in bf16-mixed"
+        )
 
 
 def _require_sections(cfg: DictConfig) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from foley.core.logs import get_logger
+from foley.training.base import FoleyModule
+from foley.training.gradients import OnItsWay, decides_on_device, drop_unless_finite, gradient_norm
 
 _log = get_logger(__name__)
 
@@ -26,15 +28,27 @@ class _Batch:
     norm: Tensor | None = None
 
 
+@dataclass
+class _Step:
+    """An optimizer step: its number, its batches, and whether the norm of its gradients is finite."""
+
+    number: int
+    batches: list[_Batch]
+    good: OnItsWay
+
+
 class NonFiniteGuard(pl.Callback):
-    """Skips, counts and names the steps whose gradients are not finite, and logs the norm of those that are.
+    """Skips, counts and names the steps whose gradients are not finite, and logs the norm of the gradients.
 
     Where gradients are accumulated, or shared by ranks, it names the batches whose loss is not finite or that turned
     the gradients; where it cannot tell, the last batches of all ranks.
 
-    The gradients are dropped (set to None), so that the optimizer moves neither weights nor moments, and averages
-    stay clean. Gradients are equal on all ranks by then, so all ranks decide alike; sharded gradients are not, so FSDP
-    runs without this guard.
+    A skipped step moves neither weights nor moments (`drop_unless_finite`), and averages stay clean. Gradients are
+    equal on all ranks by then, so all ranks decide alike; sharded gradients are not, so FSDP runs without this guard.
+    A fused optimizer skips by itself, and so that its device need not be waited for, the guard counts and names that
+    step when the next one is under way, or the run validates, saves or ends.
+
+    The norm is measured once: the module clips with it (`FoleyModule.on_before_optimizer_step`).
 
     Args:
         max_consecutive: stop the run at this many skipped steps in a row.
@@ -47,6 +61,7 @@ class NonFiniteGuard(pl.Callback):
         self.num_skipped = 0
         self._consecutive_ids: list[list[str]] = []
         self._batches: list[_Batch] = []  # of the step
+        self._last: _Step | None = None  # which nobody has looked at
         self._stepped = False
 
     def on_train_batch_start(
@@ -68,56 +83,75 @@ class NonFiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         self._stepped = True
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if bool(torch.isfinite(norm)):
+        self._look_back()
+        norm = gradient_norm(optimizer)
+        drop_unless_finite(optimizer, norm)
+        self._last = _Step(trainer.global_step, self._batches, OnItsWay(norm.isfinite()))
+        if decides_on_device(optimizer) or self._look_back():
+            if isinstance(pl_module, FoleyModule):
+                pl_module.gradient_norm = norm
             self._log_norm(trainer, pl_module, optimizer, norm)
-            self._consecutive_ids.clear()
-            return
-        optimizer.zero_grad(set_to_none=True)
-        self._count(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.num_skipped:
-            pl_module.log("train/skipped_steps", float(self.num_skipped))
+            pl_module.log("train/skipped_steps", torch.tensor(float(self.num_skipped)))  # on the host, where it stays
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look_back()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look_back()
 
     def _log_norm(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, norm: torch.Tensor
     ) -> None:
-        """`train/grad_norm`, before Lightning clips; of a second optimizer `train/grad_norm_1`."""
+        """`train/grad_norm`, before the module clips; of a second optimizer `train/grad_norm_1`."""
         index = trainer.optimizers.index(optimizer)
         pl_module.log("train/grad_norm" + (f"_{index}" if index else ""), norm)
 
     def state_dict(self) -> dict[str, Any]:
+        self._look_back()
         return {"num_skipped": self.num_skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.num_skipped = state_dict["num_skipped"]
 
-    def _suspects(self) -> list[str]:
-        """Clips of this rank's batches that are at fault for sure; the last batch's gradients are of all ranks."""
-        before = [True, *(_is_finite(batch.norm) for batch in self._batches[:-1])]
-        after = [*before[1:], True]
-        found = [
-            batch
-            for batch, good, still_good in zip(self._batches, before, after, strict=False)
-            if not all(map(_is_finite, batch.losses)) or (good and not still_good)
-        ]
-        return [clip for batch in found for clip in batch.ids]
+    def _look_back(self) -> bool:
+        """Count the last step among the good or the bad, once, and say which it was; all ranks together."""
+        step, self._last = self._last, None
+        if step is None or bool(step.good.wait()):
+            if step is not None:
+                self._consecutive_ids.clear()
+            return True
+        self._count(step)
+        return False
 
-    def _count(self, step: int) -> None:
+    def _count(self, skipped: _Step) -> None:
         self.num_skipped += 1
-        batch_ids = _of_all_ranks(self._suspects(), self._batches[-1].ids if self._batches else [])
+        step, batches = skipped.number, skipped.batches
+        batch_ids = _of_all_ranks(_suspects(batches), batches[-1].ids if batches else [])
         self._consecutive_ids.append(batch_ids)
         _log.warning("step %d skipped: gradients are not finite; batch ids %s", step, batch_ids)
         if len(self._consecutive_ids) >= self.max_consecutive:
             raise NonFiniteLossError(
                 f"gradients were not finite {self.max_consecutive} steps in a row, up to step {step}. "
                 f"Batch ids, oldest first: {self._consecutive_ids}. Look at those clips, lower optimizer.lr, or set "
-                "trainer.gradient_clip_val; the last checkpoint is from before."
+                "task.gradient_clip_norm; the last checkpoint is from before."
             )
+
+
+def _suspects(batches: list[_Batch]) -> list[str]:
+    """Clips of this rank's batches that are at fault for sure; the last batch's gradients are of all ranks."""
+    before = [True, *(_is_finite(batch.norm) for batch in batches[:-1])]
+    after = [*before[1:], True]
+    found = [
+        batch
+        for batch, good, still_good in zip(batches, before, after, strict=False)
+        if not all(map(_is_finite, batch.losses)) or (good and not still_good)
+    ]
+    return [clip for batch in found for clip in batch.ids]
 
 
 def _is_finite(value: Tensor | None) -> bool:
