@@ -82,4 +82,4 @@ class LearnedPositions(nn.Module):
                 f"{x.shape[1]} frames exceed the {self.max_length} learned positions: generate in windows that are no "
                 "longer (window_seconds=), raise `learned_positions`, or use a model with rotary positions"
             )
-        return x + self.table[: x.shape[1]]  # [B, N, D] + [N, D]
+        return x + self.table[: x.shape[1]].to(x.dtype)  # [B, N, D] + [N, D]
