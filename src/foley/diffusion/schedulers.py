@@ -30,7 +30,9 @@ def combine(update: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 def coefficients(update: Callable[..., Tensor], count: int) -> list[float]:
     """Of an update that is linear in its `count` arguments."""
-    weights: list[float] = update(*torch.eye(count)[:, None, None]).flatten().tolist()  # of `count` unit vectors [1, 1, K]
+    weights: list[float] = (
+        update(*torch.eye(count)[:, None, None]).flatten().tolist()
+    )  # of `count` unit vectors [1, 1, K]
     return weights
 
 
@@ -38,7 +40,9 @@ def draw_noise(like: Tensor, generators: list[torch.Generator] | None) -> Tensor
     """Standard normal, of the shape and on the device of `like [B, C, L]`; drawn on the CPU, from one generator each."""
     noise = randn_tensor(tuple(like.shape), generator=generators, device=torch.device("cpu"), dtype=like.dtype)
     # From pinned memory a copy does not wait for the GPU.
-    return noise.pin_memory().to(like.device, non_blocking=True) if like.device.type == "cuda" else noise.to(like.device)
+    return (
+        noise.pin_memory().to(like.device, non_blocking=True) if like.device.type == "cuda" else noise.to(like.device)
+    )
 
 
 class AncestralScheduler(DDPMScheduler):  # type: ignore[misc]
