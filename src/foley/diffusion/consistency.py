@@ -25,13 +25,14 @@ noisiest point of training holds a little signal, and sampling starts, like ever
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from foley.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance
 from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.schedulers import combine
 from foley.diffusion.solver import CONSISTENCY, Solver
 
 
@@ -170,6 +171,7 @@ class ConsistencyScheduler:
     """
 
     order = 1
+    adds_noise = True
 
     def __init__(self, consistency: Consistency, process: DiffusionProcess, timesteps: Tensor) -> None:
         self.consistency = consistency
@@ -185,13 +187,16 @@ class ConsistencyScheduler:
         prediction: Tensor,
         timestep: Tensor,
         latent: Tensor,
-        generator: list[torch.Generator] | None = None,
+        variance_noise: Tensor,
         return_dict: bool = False,
     ) -> tuple[Tensor]:
         """The noisy latent `[B, C, L]` of the next timestep, or after the last one the clean latent."""
-        clean = self.consistency.estimate(self.process, latent, prediction, timestep.expand(len(latent)))  # lines 3, 6
+
+        def estimate(noisy: Tensor, prediction: Tensor) -> Tensor:
+            return self.consistency.estimate(self.process, noisy, prediction, timestep.expand(1))
+
+        clean = combine(estimate, latent, prediction)  # lines 3, 6
         later = self.timesteps[self.timesteps < timestep]  # noisiest first
         if not len(later):  # line 8
             return (clean,)
-        noise = randn_tensor(tuple(latent.shape), generator=generator, device=latent.device, dtype=latent.dtype)
-        return (self.process.add_noise(clean, noise, later[0].expand(len(latent))),)  # line 5
+        return (combine(partial(self.process.add_noise, timestep=later[:1]), clean, variance_noise),)  # line 5

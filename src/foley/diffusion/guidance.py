@@ -185,7 +185,7 @@ class EmbeddedGuidance(ClassifierFreeGuidance):
         grid: EvaluationGrid | None = None,
     ) -> Denoise:
         """As for `ClassifierFreeGuidance`; the denoiser takes `guidance_scale [1]` too. `negative` is not used."""
-        scale = torch.tensor([float(self.scale)], device=positive.context.device)  # [1], for all items and evaluations
+        scale = torch.full((1,), float(self.scale), device=positive.context.device)  # for all items and evaluations
         return bind(denoiser, positive, known, grid, {"guidance_scale": scale})
 
 

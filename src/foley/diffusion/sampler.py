@@ -28,6 +28,7 @@ from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, Denoise, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.schedulers import combine, draw_noise
 from foley.diffusion.solver import Solver
 from foley.diffusion.windows import Windows
 
@@ -59,22 +60,20 @@ def sample(
     start: Start | None = None,
     known: KnownLatent | None = None,
 ) -> Tensor:
-    """Integrate from `noise` `[B, C, L]` to a clean latent `[B, C, L]`.
+    """Integrate from `noise` `[B, C, L]` to a clean latent `[B, C, L]`; nothing in the loop waits for the device.
 
     Args:
         denoise: guided prediction from `(noisy [B, C, L], timestep [B])`.
         noise: standard normal.
-        scheduler: a `diffusers` scheduler with its timesteps set (see `Solver.build`); used up by this call.
+        scheduler: a scheduler with its timesteps set, of `Solver.build` or of `diffusers`; used up by this call.
         run: what the callbacks are told about this run.
         callbacks: told of the run and each evaluation; `on_run_end` follows every `on_run_start`, on error too.
-        generators: one per item, for solvers that add noise on the way, so that an item ignores its batch.
+        generators: one per item, on the CPU, for solvers that add noise on the way, so that an item ignores its batch.
         progress: wraps the range of evaluations.
         start: where to begin; evaluations before it are left out, and the others keep their numbers.
         known: frames, in one row or one per item, that come back as given. Before each evaluation they are noised to
             its level (Lugmayr et al. 2022, equation 8a), as in masked training; what is predicted there is not used.
     """
-    # Only solvers that add noise on the way take generators.
-    extras = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     # Schedulers that step in the model's own space (flow) do not define an input scaling.
     scale_input = getattr(scheduler, "scale_model_input", lambda latent, timestep: latent)
     latent, first_evaluation = _begin(noise, scheduler, start)  # [B, C, L]
@@ -94,6 +93,7 @@ def sample(
             prediction = denoise(scale_input(latent, timestep), timesteps[evaluation].expand(len(noise)))
             for callback in callbacks:
                 callback.on_evaluation_end(context, prediction)
+            extras = _noise_source(scheduler, latent, generators)
             latent = scheduler.step(prediction, timestep, latent, return_dict=False, **extras)[0]
     return latent if known is None else known.fill(latent, known.visible)
 
@@ -111,12 +111,24 @@ def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, 
     return _noised(start.clean, noise, scheduler, evaluation), evaluation
 
 
+def _noise_source(scheduler: Any, latent: Tensor, generators: list[torch.Generator] | None) -> dict[str, Any]:
+    """The arguments of `step` that noise comes by."""
+    if hasattr(scheduler, "adds_noise"):
+        return {"variance_noise": draw_noise(latent, generators)} if scheduler.adds_noise else {}
+    # One of `diffusers` draws for itself.
+    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+
 def _noised(clean: Tensor, noise: Tensor, scheduler: Any, evaluation: int) -> Tensor:
     """`clean`, one row or `[B, C, L]`, at the noise level of the next evaluation, in the scheduler's own scaling."""
-    clean, timestep = clean.expand_as(noise), scheduler.timesteps[evaluation].expand(len(noise))  # [B, C, L], [B]
-    if hasattr(scheduler, "scale_noise"):  # flow
-        return scheduler.scale_noise(clean, timestep, noise)
-    return scheduler.add_noise(clean, noise, timestep)
+    timestep = scheduler.timesteps[evaluation].expand(1)
+
+    def add_noise(clean: Tensor, noise: Tensor) -> Tensor:
+        if hasattr(scheduler, "scale_noise"):  # flow
+            return scheduler.scale_noise(clean, timestep, noise)
+        return scheduler.add_noise(clean, noise, timestep)
+
+    return combine(add_noise, clean.expand_as(noise), noise)
 
 
 def embed(text: Callable[[list[str]], Any], prompts: Sequence[str]) -> Conditioning:

@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 from diffusers import (
     DDIMScheduler,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
 )
 
 from foley.diffusion.context import RunContext
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.schedulers import AncestralScheduler, UniPCScheduler
 
 _SMALLEST_SIGNAL_POWER = 2.0**-24  # alpha^2, for solvers that divide by alpha
 _HEUN_LARGEST_SIGMA = 80.0  # sigma / alpha; Karras et al. 2022, table 1
@@ -41,6 +40,7 @@ class _Entry:
     scheduler: type
     options: Mapping[str, Any] = field(default_factory=dict)
     finite_sigma: bool = True  # whether it steps in sigma or log-SNR, and so divides by alpha
+    adds_noise: bool = False  # whether it takes `variance_noise` at each step
 
 
 # Trailing spacing begins at the last training step, which alone is pure noise (Lin et al. 2024, section 3.3).
@@ -48,7 +48,7 @@ class _Entry:
 _UNCLIPPED = {"clip_sample": False, "timestep_spacing": "trailing"}
 _DIFFUSION_SOLVERS = {
     "ddim": _Entry(DDIMScheduler, _UNCLIPPED, finite_sigma=False),
-    "ddpm": _Entry(DDPMScheduler, _UNCLIPPED, finite_sigma=False),
+    "ddpm": _Entry(AncestralScheduler, _UNCLIPPED, finite_sigma=False, adds_noise=True),
     "euler": _Entry(EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
     "heun": _Entry(HeunDiscreteScheduler, {"timestep_spacing": "trailing"}),
     "dpmpp_2m": _Entry(DPMSolverMultistepScheduler, {"solver_order": 2, "timestep_spacing": "trailing"}),
@@ -56,12 +56,14 @@ _DIFFUSION_SOLVERS = {
     "dpmpp_2m_sde": _Entry(
         DPMSolverMultistepScheduler,
         {"solver_order": 2, "algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
+        adds_noise=True,
     ),
     "dpmpp_3m_sde": _Entry(
         DPMSolverMultistepScheduler,
         {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
+        adds_noise=True,
     ),
-    "unipc": _Entry(UniPCMultistepScheduler, {"timestep_spacing": "trailing"}),
+    "unipc": _Entry(UniPCScheduler, {"timestep_spacing": "trailing"}),
 }
 _FLOW_SOLVERS = {
     "euler_flow": _Entry(FlowMatchEulerDiscreteScheduler),
@@ -127,7 +129,9 @@ class Solver:
             )
         # The scheduler carries state from step to step, so every run builds its own.
         entry = table[self.name]
-        return self._build_flow(entry, process) if process.is_flow else self._build_diffusion(entry, process)
+        scheduler = self._build_flow(entry, process) if process.is_flow else self._build_diffusion(entry, process)
+        scheduler.adds_noise = entry.adds_noise  # for `foley.diffusion.sampler`
+        return scheduler
 
     def run_context(self, scheduler: Any, guidance: ClassifierFreeGuidance, batch_size: int) -> RunContext:
         """What callbacks learn about a run with `scheduler`."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from foley.nn.feedforward import zero_linear
+from foley.nn.norm import LayerNorm, RMSNorm
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class BlockTable(nn.Module):
 
     def forward(self, time: Tensor, shared: Tensor) -> BlockModulation:
         """Of the shared projection `[B, 6 D]` alone."""
-        return BlockModulation.from_values(shared + self.table.flatten())  # [B, 6 D] + [6 D]
+        return BlockModulation.from_values(_plus_table(shared, self.table))
 
 
 class BlockLowRank(nn.Module):
@@ -94,7 +95,15 @@ class BlockLowRank(nn.Module):
         """Of times `[B, D]` and their shared projection `[B, 6 D]`."""
         low_rank = self.up(self.down(time))  # B A t: [B, D] to [B, 6 r] to [B, 6 D]
         # alpha / r, as in LoRA, keeps the correction's size when the rank changes.
-        return BlockModulation.from_values(shared + self.scaling * low_rank + self.table.flatten())
+        return BlockModulation.from_values(_plus_table(shared + self.scaling * low_rank, self.table))
+
+
+def _plus_table(values: Tensor, table: Tensor) -> Tensor:
+    """`[B, 6 D]` plus a table `[6, D]`, in the type of the values.
+
+    Under autocast these are in half precision, and the table is not: its float32 would spread to the whole stream.
+    """
+    return (values + table.flatten()).to(values.dtype)
 
 
 class NoBlockModulation(nn.Module):
@@ -172,10 +181,7 @@ class TimeToken:
         return NoBlockModulation()
 
 
-_RMS_EPSILON = 1e-5  # LLaMA's
-
-
-class ModulatedNorm(nn.LayerNorm):
+class ModulatedNorm(LayerNorm):
     """Layer norm: `norm(x) * factor + shift`, or the plain norm where there is no modulation."""
 
     def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
@@ -183,11 +189,8 @@ class ModulatedNorm(nn.LayerNorm):
         return _modulate(super().forward(x), modulation)
 
 
-class ModulatedRMSNorm(nn.RMSNorm):
-    """The same around RMSNorm (Zhang and Sennrich 2019, equation 4)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=_RMS_EPSILON)  # given, since PyTorch's default depends on the type
+class ModulatedRMSNorm(RMSNorm):
+    """The same around RMSNorm."""
 
     def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`."""

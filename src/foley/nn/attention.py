@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foley.nn.feedforward import xavier_linear, zero_linear
+from foley.nn.norm import LayerNorm
 from foley.nn.rotary import RotaryTable, apply_rotary
 
 AttentionCore = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """`(query, key, value, mask)`, each `[B, H, N, head_dim]`, to `[B, H, N, head_dim]`.
 
-The mask is boolean, true = attend, and broadcasts to `[B, H, N_query, N_key]`; None attends to everything."""
+The mask, of `key_mask`, is added to the scores, to which `[B, H, N_query, N_key]` it broadcasts; None attends to
+everything."""
 
 
 KeysValues = tuple[Tensor, Tensor]
@@ -24,8 +26,33 @@ def dense_core(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
     # The backward pass of the CPU kernel is several times slower in bfloat16 than in float32.
     if query.device.type == "cpu" and query.requires_grad and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
+            mask = None if mask is None else mask.float()
+            attended = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), attn_mask=mask)
+            return attended.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+_MASK_ALIGNMENT = 8  # numbers: rows of 16 bytes in half precision
+
+
+def key_mask(valid: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What attention adds to its scores where only `valid [B, N]` keys count: 0 or minus infinity, `[B, 1, 1, N]`.
+
+    Made once for all layers. In this form the memory-efficient kernel of CUDA takes it as it is, broadcast over heads
+    and queries: a boolean mask would be converted, and one of unaligned rows padded, in every layer. None, where
+    nothing is masked, reaches the flash kernel. Only a mask on the CPU is looked into for that; to read one from
+    another device would wait for all work queued there.
+
+    >>> key_mask(torch.tensor([[True, True, False]]), torch.float32).flatten()
+    tensor([0., 0., -inf])
+    """
+    if valid is None:
+        return None
+    if valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+        return None
+    masked = ~F.pad(valid, (0, -valid.shape[1] % _MASK_ALIGNMENT))  # what is added at the end is cut away again
+    scores = torch.zeros_like(masked, dtype=dtype).masked_fill(masked, float("-inf"))
+    return scores[:, None, None, : valid.shape[1]]
 
 
 class Attention(nn.Module):
@@ -56,8 +83,8 @@ class Attention(nn.Module):
         self.to_k = xavier_linear(width, width, bias=False)
         self.to_v = xavier_linear(width, width, bias=False)
         # Of each head: [B, N, H, head_dim], over the last axis.
-        self.norm_q = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
-        self.norm_k = nn.LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.norm_q = LayerNorm(head_dim) if qk_norm else nn.Identity()
+        self.norm_k = LayerNorm(head_dim) if qk_norm else nn.Identity()
         self.output = (zero_linear if zero_output else xavier_linear)(width, width)
         self.core = dense_core
 

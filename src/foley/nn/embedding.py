@@ -38,7 +38,7 @@ def guidance_sinusoids(scale: Tensor, dim: int) -> Tensor:
     """
     # Unlike `sinusoidal_embedding`: sines come first, and `half - 1` reaches the last frequency; as published.
     half = dim // 2
-    step = torch.tensor(10000.0, device=scale.device).log() / (half - 1)
+    step = torch.full((), 10000.0, device=scale.device).log() / (half - 1)  # made there: a copy would wait
     # [B, half]; bfloat16 would round 1000 w, for w of 5 to 13, to multiples of 32 or 64.
     angles = 1000 * scale.float()[:, None] * torch.exp(-step * torch.arange(half, device=scale.device))
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -82,4 +82,4 @@ class LearnedPositions(nn.Module):
                 f"{x.shape[1]} frames exceed the {self.max_length} learned positions: generate in windows that are no "
                 "longer (window_seconds=), raise `learned_positions`, or use a model with rotary positions"
             )
-        return x + self.table[: x.shape[1]]  # [B, N, D] + [N, D]
+        return x + self.table[: x.shape[1]].to(x.dtype)  # [B, N, D] + [N, D]

@@ -46,7 +46,7 @@ def local_global_attention(
     if window < 0:
         raise ValueError(f"window is the number of tokens on each side, 0 or more, got {window}")
     if window >= length - 1:
-        return dense_core(q, k, v, mask)  # every window holds every key
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # every window holds every key
     if mask is not None and mask.shape[1:3] != (1, 1):
         raise ValueError(f"the mask must be one of the keys, [B, 1, 1, N], got {tuple(mask.shape)}")
     indices = global_indices.to(q.device)  # [M]
@@ -181,7 +181,8 @@ class _WindowCore:
         self.global_indices = torch.empty(0, dtype=torch.long)  # [M], set before each evaluation
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return local_global_attention(q, k, v, self.window_frames, self.global_indices, mask)
+        valid = None if mask is None else mask == 0  # the others are minus infinity
+        return local_global_attention(q, k, v, self.window_frames, self.global_indices, valid)
 
 
 def _self_attention_layers(denoiser: nn.Module) -> dict[str, Attention]:

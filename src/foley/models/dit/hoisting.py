@@ -25,7 +25,7 @@ class BlockInputs:
     time, `context [B, S, D]` is the projected text. Hoisted, each block has its own: `modulation` in the place of the
     first two, and `context` is the keys and values that the block made of the text.
 
-    Masks are true where a key may be attended to, `[B, 1, 1, N]` and `[B, 1, 1, S]`.
+    Masks are those of `foley.nn.attention.key_mask`, `[B, 1, 1, N]` and `[B, 1, 1, S]`.
     """
 
     time: Tensor | None = None
@@ -78,8 +78,8 @@ class RunConditions:
         """
         # By value and on the device: to look a number up on the host would wait too.
         found = self._timesteps == timestep[0]  # [E]
-        # A fake tensor, with which costs are counted, has no value.
-        readable = found.device.type == "cpu" and type(found) is Tensor
+        # A fake tensor, with which costs are counted, has no value, and no graph may depend on one.
+        readable = found.device.type == "cpu" and type(found) is Tensor and not torch.compiler.is_compiling()
         if readable and not (bool(found.any()) and bool((timestep == timestep[0]).all())):
             raise ValueError(f"timestep {timestep.tolist()} is not one of the {len(found)} that were prepared for")
         rows = found.to(torch.uint8).argmax(dim=0, keepdim=True) * len(self._rows) + self._rows  # [R]

@@ -31,9 +31,10 @@ from torch.utils.checkpoint import checkpoint
 from foley.models.dit.hoisting import BlockInputs, Conditions, Hoistable, RunConditions
 from foley.models.dit.masking import MaskedInput
 from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
-from foley.nn.attention import Attention, KeysValues
+from foley.nn.attention import Attention, KeysValues, key_mask
 from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
 from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, normal_linear, xavier_linear, zero_linear
+from foley.nn.norm import LayerNorm
 from foley.nn.rotary import RotaryEmbedding, RotaryTable
 
 # ---------------------------------------------------------------- the block
@@ -121,7 +122,7 @@ class SkipFusion(nn.Module):
 
     def __init__(self, width: int, normed: bool) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(2 * width) if normed else nn.Identity()  # over both halves together
+        self.norm = LayerNorm(2 * width) if normed else nn.Identity()  # over both halves together
         self.linear = xavier_linear(2 * width, width)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -217,8 +218,10 @@ class OutputLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation | None) -> Tensor:
         """Tokens `[B, L, D]` to a latent `[B, C, L]`."""
-        latent = self.linear(self.norm(x, modulation))  # [B, L, C]
-        return self.conv(latent.transpose(1, 2))
+        # In the type of the weights, autocast or not: what is rounded here, no later layer makes good.
+        with torch.autocast(x.device.type, enabled=False):
+            latent = self.linear(self.norm(x.to(self.linear.weight.dtype), modulation))  # [B, L, C]
+            return self.conv(latent.transpose(1, 2))
 
 
 class LatentTransformer(Hoistable):
@@ -327,9 +330,9 @@ class LatentTransformer(Hoistable):
             time=time,
             shared_modulation=self.shared_modulation(time) if self.shared_modulation is not None else None,
             rotary=self.rotary(num_tokens, time.device, time.dtype) if self.rotary is not None else None,
-            frame_mask=_key_mask(frame_mask),
+            frame_mask=key_mask(frame_mask, time.dtype),
             context=self._embed_context(context),
-            context_mask=_key_mask(context_mask),
+            context_mask=key_mask(context_mask, time.dtype),
         )
         static = self._static_input(num_frames, visible, hidden_mask)
         # One and the same inputs for every block; `prepare` makes each its own of them.
@@ -384,17 +387,6 @@ class LatentTransformer(Hoistable):
 
 def _context_embedding(context_dim: int, width: int) -> nn.Sequential:
     return nn.Sequential(normal_linear(context_dim, width), nn.SiLU(), normal_linear(width, width))
-
-
-def _key_mask(mask: Tensor | None) -> Tensor | None:
-    """`[B, N]` to `[B, 1, 1, N]`, or None where nothing is masked: attention without a mask is faster.
-
-    Only a mask on the CPU is looked into; to read one from another device would wait for all work queued there.
-    """
-    readable = mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    if mask is None or (readable and bool(mask.all())):
-        return None
-    return mask[:, None, None]
 
 
 # ---------------------------------------------------------------- EzAudio-DiT
@@ -482,7 +474,8 @@ class DiffusionTransformer(LatentTransformer):
         return cast(list[TransformerBlock], [*self.in_blocks, self.mid_block, *self.out_blocks])
 
     def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs]) -> Tensor:
-        each, skips = iter(inputs), list[Tensor]()
+        each = iter(inputs)
+        skips: list[Tensor] = []  # spelt so that the whole can be compiled as one graph
         for block in self.in_blocks:
             x = self._run(block, x, next(each))
             skips.append(x)  # [B, N, D], in order

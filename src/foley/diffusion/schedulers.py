@@ -1,0 +1,105 @@
+"""Steps that never wait for a device: what schedulers of diffusers look up, solve and draw is done on the CPU.
+
+A step of a solver is linear in the latent, the predictions and the noise, with coefficients that follow from the
+schedule. Where diffusers works them out on the device of the latent, each `.to(device)`, linear solve and search for a
+timestep waits for all work queued there. `combine` applies such an update to unit vectors on the CPU, which gives its
+coefficients as numbers, and adds up the tensors with them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, UniPCMultistepScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+def combine(update: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`update(*tensors)` `[B, C, L]` of an update that is linear in tensors of that shape, and uses nothing else of them.
+
+    >>> combine(lambda x, y: 3 * x - 0.5 * y, torch.ones(1, 2, 4), torch.full((1, 2, 4), 2.0))[0, 0]
+    tensor([2., 2., 2., 2.])
+    """
+    first, *others = coefficients(update, len(tensors))
+    result = first * tensors[0]
+    for coefficient, tensor in zip(others, tensors[1:], strict=True):
+        result = torch.add(result, tensor, alpha=coefficient)
+    return result
+
+
+def coefficients(update: Callable[..., Tensor], count: int) -> list[float]:
+    """Of an update that is linear in its `count` arguments."""
+    weights: list[float] = (
+        update(*torch.eye(count)[:, None, None]).flatten().tolist()
+    )  # of `count` unit vectors [1, 1, K]
+    return weights
+
+
+def draw_noise(like: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+    """Standard normal, of the shape and on the device of `like [B, C, L]`; drawn on the CPU, from one generator each."""
+    noise = randn_tensor(tuple(like.shape), generator=generators, device=torch.device("cpu"), dtype=like.dtype)
+    # From pinned memory a copy does not wait for the GPU.
+    return (
+        noise.pin_memory().to(like.device, non_blocking=True) if like.device.type == "cuda" else noise.to(like.device)
+    )
+
+
+class AncestralScheduler(DDPMScheduler):  # type: ignore[misc]
+    """`DDPMScheduler` that is given its noise (Ho et al. 2020, algorithm 2)."""
+
+    def step(
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, variance_noise: Tensor, return_dict: bool = False
+    ) -> tuple[Tensor]:
+        """The latent `[B, C, L]` of the next timestep."""
+
+        def mean(prediction: Tensor, noisy: Tensor) -> Tensor:
+            # What diffusers would draw here is multiplied by `_get_variance`, 0.
+            drawn = {"generator": torch.Generator(), "return_dict": False}
+            return super(AncestralScheduler, self).step(prediction, timestep, noisy, **drawn)[0]
+
+        latent = combine(mean, model_output, sample)
+        if timestep == 0:
+            return (latent,)
+        return (torch.add(latent, variance_noise, alpha=float(super()._get_variance(timestep).sqrt())),)
+
+    def _get_variance(self, t: Any, **_: Any) -> Tensor:
+        return torch.zeros(())
+
+
+class UniPCScheduler(UniPCMultistepScheduler):  # type: ignore[misc]
+    """`UniPCMultistepScheduler` that solves for its coefficients on the CPU (Zhao et al. 2023, equations 3 and 9)."""
+
+    def multistep_uni_p_bh_update(self, model_output: Tensor, *, sample: Tensor, order: int) -> Tensor:
+        """The predictor: linear in the latent and in the outputs so far."""
+
+        def update(latent: Tensor) -> Tensor:
+            return super(UniPCScheduler, self).multistep_uni_p_bh_update(latent, sample=latent, order=order)
+
+        return self._combine_with_outputs(update, sample)
+
+    def multistep_uni_c_bh_update(
+        self, this_model_output: Tensor, *, last_sample: Tensor, this_sample: Tensor, order: int
+    ) -> Tensor:
+        """The corrector: linear in the present output, the latent before it, and the outputs so far."""
+
+        def update(output: Tensor, latent: Tensor) -> Tensor:
+            # Of `this_sample` it takes device and type alone.
+            given = {"last_sample": latent, "this_sample": latent, "order": order}
+            return super(UniPCScheduler, self).multistep_uni_c_bh_update(output, **given)
+
+        return self._combine_with_outputs(update, this_model_output, last_sample)
+
+    def _combine_with_outputs(self, update: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        outputs: Sequence[Tensor | None] = self.model_outputs  # the oldest first, None where there are none yet
+        known = [output for output in outputs if output is not None]
+
+        def with_outputs(*units: Tensor) -> Tensor:
+            absent = [None] * (len(outputs) - len(known))
+            self.model_outputs = [*absent, *units[len(tensors) :]]
+            try:
+                return update(*units[: len(tensors)])
+            finally:
+                self.model_outputs = outputs
+
+        return combine(with_outputs, *tensors, *known)
