@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from foley.core.config import PROJECT_ROOT, SHIPPED_ROOT, relative_to_checkout
 from foley.core.files import write_json
-from foley.core.hashing import hash_file
+from foley.core.hashing import hash_file, hash_json
 from foley.core.logs import get_logger
 from foley.core.reading import read_json
 
@@ -81,6 +81,13 @@ def describe_stage(stage: DictConfig) -> dict[str, Any]:
         raise SystemExit(f"{', '.join(missing)}: no such file, but an input of `python {stage.command}`")
     inputs = {relative_to_checkout(file): hash_file(PROJECT_ROOT / file) for file in stage.get("inputs", ())}
     return {"command": f"python {stage.command.replace(f'{PROJECT_ROOT}/', '')}", "inputs": inputs}
+
+
+def hash_sources(folders: Iterable[str]) -> str:
+    """SHA-256 over the text files of folders of what ships: what a proof or a measurement is of."""
+    endings = (".py", ".yaml")
+    paths = [path for folder in folders for path in (SHIPPED_ROOT / folder).rglob("*") if path.suffix in endings]
+    return hash_json({str(path.relative_to(SHIPPED_ROOT)): hash_file(path) for path in paths})
 
 
 def reason_to_leave_out(stage: DictConfig) -> str | None:
@@ -156,8 +163,9 @@ def attempt(
     stage: DictConfig,
     notes_dir: Path,
     facts: Mapping[str, Any],
-    seconds_left: float,
     environment: Mapping[str, str],
+    seconds_left: float,
+    patience: float = 1.0,
 ) -> Outcome:
     """Run a stage for at most its `limit_seconds`, or what is left; whatever happens to it is its outcome.
 
@@ -165,6 +173,7 @@ def attempt(
         notes_dir: gets `NAME.json`, what the product depends on, and `NAME.log`, all that the stage said.
         facts: what a product depends on besides its command and its inputs.
         environment: variables of the command, besides those that are set.
+        patience: times its limit.
     """
     if reason := reason_to_leave_out(stage):
         return Outcome(name, "left out", why=reason)
@@ -179,7 +188,8 @@ def attempt(
         return Outcome(name, "left out", why="no time is left: give the command again, and it goes on from here")
     note.parent.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
-    outcome = _run(name, stage, note.with_suffix(".log"), min(stage.limit_seconds, seconds_left), environment)
+    limit = min(patience * stage.limit_seconds, seconds_left)
+    outcome = _run(name, stage, note.with_suffix(".log"), limit, environment)
     if outcome.passed:
         write_json(note, {**description, "seconds": outcome.seconds})
     return outcome
