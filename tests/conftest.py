@@ -15,3 +15,15 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data at {path}; set FOLEY_SHARED")
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what is marked `gpu` where there is none, and no FOLEY_TEST_DEVICE stands for it."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked or "FOLEY_TEST_DEVICE" in os.environ:
+        return
+    import torch  # which most selections of tests load anyway
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA here; FOLEY_TEST_DEVICE=cpu tries it on the CPU"))
