@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from foley.cli.command import command
 from foley.core.columns import TextLists, Texts
 from foley.core.files import drop_from_cache, read_tensors, write_json, write_tensors
 from foley.data.latent_format import LatentClips, LatentLayout, write_index, write_shard
-from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset, LatentReader
-from foley.data.ordering import ResumableSampler
+from foley.data.latents import LatentCacheIndex, LatentReader
 from foley.reporting.pages import write_page
 from foley.reporting.tables import provenance
 
-MAPPED, RANGES, LOADER = "mapped", "ranges", "loader"
+MAPPED, RANGES, BATCHES = "mapped", "ranges", "batches"
+Read = Callable[[list[int]], None]
+"""Reads the clips at these rows of the table."""
+
 _BLOCK_BYTES = 1 << 20
 
 
@@ -65,44 +65,36 @@ def write_caches(folder: Path, cfg: DictConfig) -> None:
     write_index(folder / RANGES, layout, clips, shards, (torch.zeros(cfg.channels), torch.ones(cfg.channels)))
 
 
-def read_mapped(folder: Path, rows: list[int]) -> int:
+def open_mapped(folder: Path) -> Read:
     """Clips as caches of earlier formats were read: each a part of two mapped tensors."""
     clips = LatentCacheIndex.read(folder / RANGES).clips
     shards = [read_tensors(path) for path in sorted((folder / MAPPED).glob("*.safetensors"))]
-    for row in rows:
-        start, shard = int(clips.first_frame[row]), shards[clips.shard[row]]
-        for name in ("mean", "std"):
-            touched(shard[name][start : start + int(clips.num_frames[row])].clone())
-    return len(rows)
+
+    def read(rows: list[int]) -> None:
+        for row in rows:
+            start, shard = int(clips.first_frame[row]), shards[clips.shard[row]]
+            for name in ("mean", "std"):
+                shard[name][start : start + int(clips.num_frames[row])].clone()
+
+    return read
 
 
-def read_ranges(folder: Path, rows: list[int]) -> int:
-    """Each by one range of its shard."""
+def open_ranges(folder: Path, together: int) -> Read:
+    """Each by one range of its shard, and so many asked for before the first of them is read."""
     index = LatentCacheIndex.read(folder / RANGES)
     reader = LatentReader(index)
-    for row in rows:
-        touched(reader.read(row, 0, int(index.clips.num_frames[row])))
-    return len(rows)
+    for row in np.unique(index.clips.shard, return_index=True)[1].tolist():
+        reader.read(row, 0, 1)  # the headers are compared at the first reading of a shard
 
+    def read(rows: list[int]) -> None:
+        for start in range(0, len(rows), together):
+            places = [(row, 0, int(index.clips.num_frames[row])) for row in rows[start : start + together]]
+            if together > 1:
+                reader.prefetch(places)
+            for place in places:
+                reader.read(*place)
 
-def touched(latent: Tensor) -> None:
-    """Raise RuntimeError where there is nothing: both ways hold a clip in their own memory by now."""
-    if not latent.numel():
-        raise RuntimeError("a clip without frames was read")
-
-
-def read_through_loader(folder: Path, rows: list[int], cfg: DictConfig) -> int:
-    """As training does: sampled from the posterior, in batches, by loader processes."""
-    dataset = LatentDataset(LatentCacheIndex.read(folder / RANGES), "train", cfg.num_frames)
-    sampler = ResumableSampler(len(dataset), seed=rows[0], drop_last=False)
-    collate, workers = LatentCollate(cfg.num_frames), cfg.num_workers
-    loader = DataLoader(dataset, cfg.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate)
-    done = 0
-    for batch in loader:
-        done += len(batch["id"])
-        if done >= len(rows):
-            break
-    return done
+    return read
 
 
 def bytes_from_disk() -> int | None:
@@ -140,17 +132,17 @@ def write_past_cache(path: Path) -> None:
     os.replace(copy, path)
 
 
-def measure(read: Callable[[list[int]], int], rows: list[int], clip_bytes: int) -> dict[str, Any]:
+def measure(read: Read, rows: list[int], clip_bytes: int) -> dict[str, Any]:
     """Clips per second, and bytes from the disk over bytes asked for."""
     before, start = bytes_from_disk(), time.perf_counter()
-    done = read(rows)
+    read(rows)
     seconds, after = time.perf_counter() - start, bytes_from_disk()
-    amplification = None if after is None or before is None else (after - before) / (done * clip_bytes)
-    return {"clips_per_second": done / seconds, "amplification": amplification}
+    amplification = None if after is None or before is None else (after - before) / (len(rows) * clip_bytes)
+    return {"clips_per_second": len(rows) / seconds, "amplification": amplification}
 
 
 def measured_rounds(
-    ways: dict[str, Callable[[list[int]], int]], folder: Path, cfg: DictConfig, clip_bytes: int
+    ways: dict[str, Callable[[], Read]], folder: Path, cfg: DictConfig, clip_bytes: int
 ) -> tuple[dict[str, list[dict[str, dict[str, Any]]]], str]:
     """All ways in turns, from a cold disk and then again from memory; and how it was made cold."""
     found: dict[str, list[dict[str, dict[str, Any]]]] = {"cold": [], "warm": []}
@@ -159,9 +151,10 @@ def measured_rounds(
         rows = np.random.default_rng([cfg.seed, number]).permutation(cfg.num_clips)[: cfg.num_reads].tolist()
         cold, warm = {}, {}
         for way in list(ways)[:: 1 if number % 2 == 0 else -1]:
+            read = ways[way]()
             how = make_cold(folder)
-            cold[way] = measure(ways[way], rows, clip_bytes)
-            warm[way] = measure(ways[way], rows, clip_bytes)
+            cold[way] = measure(read, rows, clip_bytes)
+            warm[way] = measure(read, rows, clip_bytes)
         found["cold"].append(cold)
         found["warm"].append(warm)
     return found, how
@@ -191,17 +184,17 @@ def main(cfg: DictConfig) -> None:
     with TemporaryDirectory(dir=cfg.work_dir) as name:
         folder = Path(name)
         write_caches(folder, cfg)
-        ways: dict[str, Callable[[list[int]], int]] = {
-            MAPPED: lambda rows: read_mapped(folder, rows),
-            RANGES: lambda rows: read_ranges(folder, rows),
-            LOADER: lambda rows: read_through_loader(folder, rows, cfg),
+        ways: dict[str, Callable[[], Read]] = {
+            MAPPED: lambda: open_mapped(folder),
+            RANGES: lambda: open_ranges(folder, together=1),
+            BATCHES: lambda: open_ranges(folder, together=cfg.batch_size),
         }
         found, how = measured_rounds(ways, folder, cfg, clip_bytes)
     result = {
         "clips": cfg.num_clips,
         "megabytes": cfg.num_clips * clip_bytes / 2**20,
         "clip_kilobytes": clip_bytes / 1e3,
-        "settings": {key: cfg[key] for key in ("num_reads", "rounds", "shard_megabytes", "batch_size", "num_workers")},
+        "settings": {key: cfg[key] for key in ("num_reads", "rounds", "shard_megabytes", "batch_size")},
         "made_cold": how,
         **{kind: summary(rounds) for kind, rounds in found.items()},
         "rounds": found,

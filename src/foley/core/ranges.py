@@ -7,7 +7,7 @@ away. Here a read asks for its bytes alone.
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from foley.core.config import default_cache_dir
 from foley.core.files import replacing
 from foley.core.hashing import hash_file
+
+Range = tuple[str, int, int]
+"""Bytes of a file: its name, the offset of the first, and how many."""
 
 _MOST_OPEN = 64
 _LONGEST_HEADER = 1 << 20  # bytes, of a safetensors file of ours
@@ -45,12 +48,28 @@ class RangeReader:
     def __init__(self, url: str) -> None:
         self.url = url
         self._open: OrderedDict[str, int] = OrderedDict()  # handles, the least recently used first
+        self._fetched: dict[Range, bytes] = {}
         self._process = os.getpid()
+
+    def prefetch(self, ranges: Sequence["Range"]) -> None:
+        """Ask for what will be read next: a disk works on all of it at once, a remote store answers all of it."""
+        filesystem, root = filesystem_of(self.url, os.getpid())
+        if not isinstance(filesystem, LocalFileSystem):
+            names, starts, sizes = zip(*ranges, strict=True)
+            ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+            paths = [f"{root}/{name}" for name in names]
+            found = filesystem.cat_ranges(paths, list(starts), ends, on_error="raise")
+            self._fetched = dict(zip(ranges, found, strict=True))
+        elif hasattr(os, "posix_fadvise"):
+            for name, offset, size in ranges:
+                os.posix_fadvise(self._handle(f"{root}/{name}"), offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str, offset: int, size: int) -> bytearray:
         """`size` bytes of the file `name` from `offset`; raises EOFError where it ends early, and OSError."""
         filesystem, root = filesystem_of(self.url, os.getpid())
-        if isinstance(filesystem, LocalFileSystem):
+        if (fetched := self._fetched.pop((name, offset, size), None)) is not None:
+            content = bytearray(fetched)
+        elif isinstance(filesystem, LocalFileSystem):
             content = self._read_local(f"{root}/{name}", offset, size)
         else:
             content = bytearray(filesystem.cat_file(f"{root}/{name}", offset, offset + size))

@@ -24,7 +24,7 @@ from foley.core.embeddings import EmbeddingStore, pad_rows
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.numbers import NumberRange
-from foley.core.ranges import RangeReader, filesystem_of, local_copy
+from foley.core.ranges import Range, RangeReader, filesystem_of, local_copy
 from foley.core.reading import DamagedFileError, parse_json, reading
 from foley.core.seeding import numpy_generator, torch_generator
 from foley.data.dataset import LatentBatch, SampleKey, crop_start, draw_caption, sample_key
@@ -107,8 +107,8 @@ class LatentCacheIndex:
 
     def rows(self, split: str) -> NDArray[np.int32]:
         """Where in the table the clips of a split are `[N]`; raises LatentCacheError where there are none."""
-        codes = [code for code, name in enumerate(self.layout.splits) if name == split]
-        rows = np.flatnonzero(np.isin(self.clips.split, codes)).astype(np.int32)
+        code = self.layout.splits.index(split) if split in self.layout.splits else len(self.layout.splits)
+        rows = np.flatnonzero(self.clips.split == code).astype(np.int32)
         if not len(rows):
             raise LatentCacheError(f"{self.url} has no split {split!r}, only {self.splits}")
         return rows
@@ -301,17 +301,24 @@ class LatentReader:
     def read(self, row: int, start: int, num_frames: int) -> Tensor:
         """Frames of the clip at `row` of the table from its frame `start`: float16 `[frames, K, C]`."""
         layout, number = self.index.layout, int(self.index.clips.shard[row])
-        shard = self.index.shards[number]
         if number not in self._known:
-            self.index.check_shard(self._reader, shard)
+            self.index.check_shard(self._reader, self.index.shards[number])
             self._known.add(number)
-        first = int(self.index.clips.first_frame[row]) + start
-        size = num_frames * layout.frame_bytes
         try:
-            content = self._reader.read(shard.name, shard.offset + first * layout.frame_bytes, size)
+            content = self._reader.read(*self._range(row, start, num_frames))
         except EOFError as error:
             raise LatentCacheError(f"{error}; {AGAIN}") from error
         return torch.frombuffer(content, dtype=torch.float16).view(num_frames, layout.parts, layout.channels)
+
+    def prefetch(self, places: Sequence[tuple[int, int, int]]) -> None:
+        """Ask for what will be read next, each as `read` takes it."""
+        self._reader.prefetch([self._range(*place) for place in places])
+
+    def _range(self, row: int, start: int, num_frames: int) -> Range:
+        index = self.index
+        shard, frame_bytes = index.shards[index.clips.shard[row]], index.layout.frame_bytes
+        first = int(index.clips.first_frame[row]) + start
+        return shard.name, shard.offset + first * frame_bytes, num_frames * frame_bytes
 
 
 @dataclass(frozen=True)
@@ -370,9 +377,7 @@ class LatentDataset(Dataset[LatentItem]):
     def __getitem__(self, key: SampleKey | int) -> LatentItem:
         index, epoch = sample_key(key)
         entry = self.entries[index]
-        generator = numpy_generator("latent_crop", self.seed, epoch, index) if self.random else None
-        start = crop_start(entry.num_frames, self.num_frames, generator)
-        kept = self._reader.read(int(self.entries.rows[index]), start, min(entry.num_frames, self.num_frames))
+        kept = self._reader.read(*self._place(key))
         latent = kept[:, 0].float()
         if self.random and kept.shape[1] > 1:
             noise = torch.randn(latent.shape, generator=torch_generator("posterior", self.seed, epoch, index))
@@ -383,9 +388,24 @@ class LatentDataset(Dataset[LatentItem]):
         context = None if self.text is None else self.text.get(caption)
         return LatentItem(latent.T, caption, entry.label, entry.id, context)
 
+    def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[LatentItem]:
+        """The items of a batch, whose latents are asked for together: the disk has them all to work on."""
+        self._reader.prefetch([self._place(key) for key in keys])
+        return [self[key] for key in keys]
+
+    def _place(self, key: SampleKey | int) -> tuple[int, int, int]:
+        """What of the cache an item is: its clip's row, and the first and the number of the frames kept of it."""
+        index, epoch = sample_key(key)
+        row = int(self.entries.rows[index])
+        length = int(self._reader.index.clips.num_frames[row])
+        generator = numpy_generator("latent_crop", self.seed, epoch, index) if self.random else None
+        return row, crop_start(length, self.num_frames, generator), min(length, self.num_frames)
+
 
 def _repeated(clips: LatentClips, rows: NDArray[np.int32], repeats: Mapping[str, int]) -> NDArray[np.int32]:
     """`rows`, each as often as the first beginning that fits its id says."""
+    if not repeats:
+        return rows
     times, free = np.ones(len(rows), np.int64), np.ones(len(rows), bool)
     for beginning, count in repeats.items():
         fits = clips.id.start_with(beginning)[rows]
