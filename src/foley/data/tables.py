@@ -115,7 +115,8 @@ def captions_in(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     >>> captions_in({"caption": "rain", "captions": ["rain ", "a shower"]}, ["caption", "captions"])
     ['rain', 'a shower']
     """
-    cells = [(column, cell) for column in columns for cell in _as_list(row.get(column))]
+    present = [column for column in columns if row.get(column) not in (None, "")] or columns[:1]
+    cells = [(column, cell) for column in present for cell in _as_list(row.get(column))]
     texts = [text_in(cell, column) for column, cell in cells]
     captions = list(dict.fromkeys(text for text in texts if text))
     if not captions:
