@@ -259,6 +259,15 @@ def test_each_prompt_is_encoded_once(system):
     assert encoded[3:] == ["", "rain"]
 
 
+def test_compiled_denoisers_meet_few_lengths_of_text(system, monkeypatch):
+    monkeypatch.setattr("foley.generation.text_to_audio.compile_blocks", lambda denoiser: None)
+    monkeypatch.setattr(system.modules["text"], "length_multiple", 1)
+    pipeline = TextToAudio(system)
+    assert pipeline._encode_text(["rain"]).mask.shape[1] < 16
+    pipeline.optimise(compiled=True)
+    assert {pipeline._encode_text([prompt]).mask.shape[1] for prompt in ("rain", "a dog barks", "")} == {16}
+
+
 def test_long_audio_is_decoded_in_chunks_that_change_nothing(pipeline):
     whole = pipeline.generate(["rain"], decode_chunk_seconds=None, **STEPS)
     chunks = pipeline.generate(["rain"], decode_chunk_seconds=0.1, **STEPS)

@@ -122,3 +122,16 @@ def test_a_cached_encoder_sees_each_prompt_once(text: SmallTextEncoder) -> None:
     assert torch.equal(first.mask, expected.mask)
     torch.testing.assert_close(first.embeddings[first.mask], expected.embeddings[expected.mask])
     assert torch.equal(again.embeddings[1][again.mask[1]], first.embeddings[0][first.mask[0]])
+
+
+def test_masked_tokens_fill_up_to_a_multiple_and_no_further_than_the_longest_prompt() -> None:
+    plain, padded = (
+        SmallTextEncoder("data/tokenizer/audiocaps.json", 16, 1, 2, max_length=20, length_multiple=n) for n in (1, 8)
+    )
+    padded.load_state_dict(plain.state_dict())
+    for prompts, length in ((["rain", ""], 8), (["rain " * 50, "a dog"], 20)):
+        expected, found = plain.eval()(prompts), padded.eval()(prompts)
+        assert found.mask.shape == (2, length)
+        assert expected.mask.sum(dim=1).tolist() == found.mask.sum(dim=1).tolist()
+        torch.testing.assert_close(found.embeddings[found.mask], expected.embeddings[expected.mask])
+    assert CachedText(padded)(["rain"]).mask.shape == (1, 8)

@@ -2,25 +2,34 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import run_command
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from tiny_t5 import DIM, save_t5
+from torch import nn
 from torch.utils.data import DataLoader
 
 from foley.core.columns import Texts
 from foley.core.config import PROJECT_ROOT
-from foley.core.embeddings import TextStoreError
+from foley.core.embeddings import EmbeddingStore, TextStoreError
 from foley.core.seeding import torch_generator
 from foley.data.datamodule import LatentDataModule
 from foley.data.encoding import latent_cache_writer
 from foley.data.latents import read_captions
-from foley.models.text import FrozenT5Conditioner
+from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.diffusion.process import DiffusionProcess
+from foley.models import DiffusionTransformer, LatentNormaliser
+from foley.models.text import FrozenT5Conditioner, StoredText
 from foley.models.text.encoding import encode_texts
+from foley.nn.adaln import AdaLNSola
 from foley.system.checkpoint import read_training_checkpoint
+from foley.training.callbacks.listening import AudioSamples
+from foley.training.diffusion import DiffusionTraining
 from foley.training.requirements import refuse_missing
 from foley.training.run import train
 
@@ -118,10 +127,10 @@ def test_a_run_on_stored_embeddings_is_the_run_with_the_encoder(t5, cache, store
 @pytest.mark.usefixtures("no_t5")
 def test_a_student_is_distilled_without_its_teachers_text_encoder(t5, cache, store, tmp_path: Path) -> None:
     place = [f"data.text_dir={store}", f"paths.output_dir={tmp_path / 'teacher'}"]
-    train(config(t5, cache, tmp_path, *place, "trainer.max_steps=1"))
+    train(config(t5, cache, tmp_path, *place, "trainer.max_steps=2"))
     teacher = tmp_path / "teacher/checkpoints/last.ckpt"
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        quick = [option for option in SMALL if option.startswith(("trainer", "callbacks", "lr_schedule"))]
+        quick = [option for option in SMALL if option.startswith(("trainer", "callbacks.c", "lr_schedule"))]
         overrides = ["experiment=tiny_lcm", "name=test", "data.batch_size=4", "trainer.precision=32-true", *quick]
         places = [f"system={teacher}", f"data.cache_dir={cache}", f"paths.output_dir={tmp_path / 'student'}"]
         metrics = train(compose("train", [*overrides, *places, f"data.text_dir={store}"]))
@@ -135,10 +144,11 @@ def test_what_does_not_belong_together_is_refused_before_training(t5, cache, sto
     given = f"data.text_dir={store}"
     with pytest.raises(InstantiationException, match="max_length: 128 in the store, 20 in the run"):
         train(config(t5, cache, tmp_path / "a", given, "text.max_length=20"))
-    with pytest.raises(
-        InstantiationException, match="kind: FrozenT5Conditioner in the store, SmallTextEncoder in the run"
-    ):
-        train(config(t5, cache, tmp_path / "b", given, "text=small", "~text.name_or_path"))
+    cfg = config(t5, cache, tmp_path / "b", given)
+    with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+        cfg.task.text = compose("train", ["experiment=tiny"]).text
+    with pytest.raises(InstantiationException, match="kind: FrozenT5Conditioner in the store, SmallTextEncoder in the"):
+        train(cfg)
     with pytest.raises(ValueError, match=r"data\.text_dir=.*: this run has no text; leave it out"):
         train(config(t5, cache, tmp_path / "c", given, "stage=pretrain"))
     with pytest.raises(SystemExit, match=r"data\.text_dir=nowhere  no embeddings are there; .*foley encode-text"):
@@ -173,6 +183,61 @@ def test_loader_processes_read_the_embeddings(cache, store) -> None:
     assert torch.equal(batches[0]["context"], batches[1]["context"])
 
 
+def test_masked_tokens_change_nothing_and_make_few_lengths(cache, store, t5) -> None:
+    """The denoiser's prediction is that of the captions alone, in a batch of stored embeddings and online."""
+    options = config(t5, cache, store).text
+    data = LatentDataModule(str(cache), 2.0, 4, text_dir=str(store))
+    batch = data.collate([data.datasets["val"][index] for index in range(4)])
+    dropped = torch.tensor([True, False, False, True])
+    plain, padded = (module_of(StoredText(str(store), {**options, "length_multiple": n})) for n in (1, 16))
+    rows = [module.condition(batch, dropped) for module in (plain, padded)]
+    assert [row.mask.shape[1] % 16 for row in rows] == [batch["context_mask"].shape[1] % 16, 0]
+    assert batch["context_mask"].shape[1] % 16 > 0
+    assert rows[0].mask.sum(dim=1).tolist() == rows[1].mask.sum(dim=1).tolist()
+    assert rows[1].mask[dropped].sum(dim=1).tolist() == [1, 1]  # of the empty prompt
+    online = {key: value for key, value in batch.items() if not key.startswith("context")}
+    other = module_of(FrozenT5Conditioner(str(t5), DIM, length_multiple=16)).condition(online, dropped)
+    assert torch.equal(other.mask, rows[1].mask)
+    torch.testing.assert_close(other.embeddings, rows[1].embeddings.float(), rtol=8e-3, atol=1e-5)
+    noisy, times = batch["latent"], torch.tensor([10, 300, 700, 999])
+    predictions = [
+        plain.denoiser(noisy, times, context=row.embeddings, context_mask=row.mask, frame_mask=None) for row in rows
+    ]
+    torch.testing.assert_close(*predictions, rtol=1e-5, atol=1e-5)
+
+
+def module_of(text: nn.Module) -> DiffusionTraining:
+    torch.manual_seed(0)
+    denoiser = DiffusionTransformer(CHANNELS, 16, 2, 2, DIM, AdaLNSola(rank=2, alpha=2))
+    with torch.no_grad():  # layers that start at zero would hide the text
+        for parameter in denoiser.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return DiffusionTraining(denoiser, DiffusionProcess(), LatentNormaliser(CHANNELS), torch.optim.SGD, text).eval()
+
+
+def test_an_encoder_that_samples_need_is_loaded_before_the_first_step(cache, store, t5, monkeypatch) -> None:
+    options = config(t5, cache, store).text
+    module = module_of(StoredText(str(store), options))
+    loaded: list[list[str]] = []
+    monkeypatch.setattr(module.text, "_encode_online", lambda prompts: loaded.append(prompts) or [torch.ones(2, DIM)])
+    guidance = ClassifierFreeGuidance(3.0)
+    samples = AudioSamples("codec", "samples", ["rain falls on a roof", "thunder"], 1.0, guidance)
+    for _ in range(2):
+        samples.on_fit_start(SimpleNamespace(is_global_zero=True, datamodule=None), module)
+    assert loaded == [["thunder"]]
+
+
+def test_the_command_encodes_the_captions_of_a_cache(cache, t5, tmp_path: Path) -> None:
+    places = [f"captions={cache}", f"text.name_or_path={t5}", f"output_dir={tmp_path}", "prompts=[thunder]"]
+    for part in (1, 0):
+        run_command(
+            "script/encode_text", "text=t5_base", "text.dim=16", *places, "device=cpu", "parts=2", f"part={part}"
+        )
+    store = EmbeddingStore.open(tmp_path)
+    assert len(store) == len(CAPTIONS) + CLIPS + 2  # and the empty one
+    store.require(Texts.of(["thunder", *read_captions(str(cache))]))
+
+
 def test_captions_are_read_from_tables_too(tmp_path: Path) -> None:
     (tmp_path / "clips.csv").write_text("path,caption\na.wav,rain\nb.wav,a dog barks\n")
     (tmp_path / "clips.jsonl").write_text('{"path": "a.wav", "captions": ["rain", "a shower"]}\n')
@@ -184,5 +249,5 @@ def test_captions_are_read_from_tables_too(tmp_path: Path) -> None:
         "captions.txt": ["rain", "a dog barks"],
     }
     (tmp_path / "clips.jsonl").write_text('{"path": "a.wav"}\n')
-    with pytest.raises(ValueError, match=r"1 wrong line; mend or remove it:\n  line 1: `caption` is empty"):
+    with pytest.raises(ValueError, match=r"1 wrong line; mend or remove it:\n  line 1: `caption` must be text"):
         read_captions(str(tmp_path / "clips.jsonl"))

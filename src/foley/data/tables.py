@@ -117,9 +117,10 @@ def captions_in(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
     >>> captions_in({"caption": "rain", "captions": ["rain ", "a shower"]}, ["caption", "captions"])
     ['rain', 'a shower']
     """
-    if len(columns) == 1 and isinstance(only := row.get(columns[0]), str) and (caption := only.strip()):
+    present = [column for column in columns if row.get(column) not in (None, "")] or columns[:1]
+    if len(present) == 1 and isinstance(only := row.get(present[0]), str) and (caption := only.strip()):
         return [caption]  # nearly every row
-    cells = [(column, cell) for column in columns for cell in _as_list(row.get(column))]
+    cells = [(column, cell) for column in present for cell in _as_list(row.get(column))]
     texts = [text_in(cell, column) for column, cell in cells]
     captions = list(dict.fromkeys(text for text in texts if text))
     if not captions:

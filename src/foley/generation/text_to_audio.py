@@ -32,7 +32,7 @@ from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
-from foley.models.text import CachedText, FrozenT5Conditioner
+from foley.models.text import TEXT_MULTIPLE, CachedText, FrozenT5Conditioner
 from foley.nn.rotary import RotaryExtension
 from foley.system.system import System, load_system, save_system
 
@@ -92,6 +92,8 @@ class TextToAudio:
         self.denoiser, self.text = modules["denoiser"], modules["text"]
         self.codec, self.normaliser = modules["codec"], modules["normaliser"]
         self._encode_text = CachedText(self.text) if self.text.trainable else self.text
+        if self.device.type == "cuda":
+            self._pad_text()
         self._decode = LatentDecoder(self.codec)
         self.inference: dict[str, Any] = {"precision": "float32", "compile": False}
         self.model_hash = hash_module(self.denoiser)
@@ -122,7 +124,12 @@ class TextToAudio:
         set_precision(self.denoiser, precision)
         if compiled:
             compile_blocks(self.denoiser)
+            self._pad_text()
         self.inference |= {"precision": precision, "compile": compiled}
+
+    def _pad_text(self) -> None:
+        """Few lengths of text, so that what is compiled or captured for one serves the next prompt too."""
+        self.text.length_multiple = max(self.text.length_multiple, TEXT_MULTIPLE)
 
     def set_decoder_precision(self, precision: str) -> None:
         """Decode in another precision; float32, the default, is the fast decoder on a CPU (`LatentDecoder`).

@@ -15,6 +15,9 @@ logger = get_logger(__name__)
 # while a prompt of a megabyte costs no more than a long one.
 _MAX_CHARACTERS_PER_TOKEN = 64
 
+TEXT_MULTIPLE = 16
+"""Tokens to a multiple of which compiled denoisers have their text padded."""
+
 
 @dataclass(frozen=True)
 class TextEmbedding:

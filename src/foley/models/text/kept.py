@@ -211,7 +211,8 @@ class CachedText:
 
     def __call__(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
-        return self.cache.embed(prompts, next(self._text.parameters()).device, self._text.encode)
+        device = next(self._text.parameters()).device
+        return self.cache.embed(prompts, device, self._text.encode, self._text.length_multiple)
 
 
 # ---------------------------------------------------------------- made before training

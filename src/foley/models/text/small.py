@@ -98,8 +98,9 @@ class SmallTextEncoder(TextConditioner):
         for prompt, encoding in zip(prompts, encodings, strict=True):
             if encoding.overflowing:  # tokens that were cut off
                 warn_truncated(prompt, self.max_length)
-        ids = torch.tensor([encoding.ids for encoding in encodings])  # [B, S], padded to the longest
-        return ids, torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
+        ids = torch.tensor([encoding.ids for encoding in encodings])  # [B, S], padded from the longest on
+        mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool)
+        return ids[:, : self.max_length], mask[:, : self.max_length]  # where a multiple is longer, padding alone
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`."""
