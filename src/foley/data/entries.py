@@ -93,7 +93,7 @@ class Entries(Sequence[ManifestEntry]):
             return self.take(np.arange(len(self))[index])
         place = range(len(self))[index]  # negative ones count from the end
         row = place if self._rows is None else int(self._rows[place])
-        code = self._table["split"][row] if self._splits is None else self._splits[place]
+        code = int(cast(Any, self._table["split"])[row] if self._splits is None else self._splits[place])
         cells: dict[str, Any] = {name: self._table[name][row] for name in _NAMES_OF_FIELDS}
         seconds = float(cells["duration_seconds"])
         cells |= {"path": self.root / cells["path"], "split": _NAMES[code], "line": int(cells["line"])}
