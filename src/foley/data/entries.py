@@ -190,7 +190,7 @@ def columns_of(rows: Iterable[Fields], note: Callable[[tuple[str, ...]], None] =
         chunks.append({name: _column(name, values) for name, values in columns.items()})
     if not chunks:
         return {name: _column(name, ()) for name in _NAMES_OF_FIELDS}
-    return {name: _joined([chunk[name] for chunk in chunks]) for name in _NAMES_OF_FIELDS}
+    return {name: _joined([chunk.pop(name) for chunk in chunks]) for name in _NAMES_OF_FIELDS}  # never all twice
 
 
 def _column(name: str, values: Sequence[Any]) -> Column:
