@@ -1,5 +1,6 @@
 """The look at every file before a run: of many files in threads, once, and no further than it must go."""
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,3 +128,19 @@ def test_faults_are_counted_and_not_summed():
     assert dataset.num_faults == 2 == int(dataset._faulty.sum())
     dataset._faulty.zero_()  # nothing counts it
     assert dataset.num_faults == 2
+
+
+def test_processes_that_meet_the_same_faults_at_once_count_each_once():
+    dataset = AudioDataset(ClipSource(clips(2000), 8000), 80, max_fault_fraction=1.0)
+
+    def process() -> None:
+        for place in range(500):
+            dataset.count_fault(place, AudioError(f"/data/{place}", "is not there"))
+
+    workers = [multiprocessing.get_context("fork").Process(target=process) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    assert dataset.num_faults == 500
