@@ -1,6 +1,7 @@
 """Manifests in columns: what they say is what rows say, parsed once, and shared by processes without a copy."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import time
@@ -157,6 +158,32 @@ def test_a_hundred_thousand_rows_are_arrays_and_join_and_split_as_rows_do(tmp_pa
     assert 0.09 < len(held) / MANY < 0.11
     one = held[5]
     assert hold_out([one.__class__(one.path, "x", "x"), entries[0]], 0.1, tmp_path, "two")[0].split == "val"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell")
+def test_a_loader_process_copies_nothing_of_what_it_reads(parses, tmp_path):
+    path = tmp_path / "clips.jsonl"
+    path.write_text("".join(json.dumps({"path": f"{n}.wav", "caption": f"rain {n}"}) + "\n" for n in range(MANY)))
+    read_manifest(settled(path))
+    entries = read_manifest(path)
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def private_mib() -> float:
+        rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(row.split()[1]) for row in rows if row.startswith("Private_Dirty:")) / 1024
+
+    def load() -> None:
+        before = private_mib()
+        read = [len(entries[place].caption) for place in range(0, MANY, 5)]
+        sender.send((len(read), private_mib() - before))
+
+    worker = fork.Process(target=load)
+    worker.start()
+    count, copied = receiver.recv()
+    worker.join()
+    assert count == MANY // 5
+    assert copied < 8  # as objects a fifth of them would be 20
 
 
 def test_names_of_files_that_are_no_text_are_kept():
