@@ -93,7 +93,7 @@ class Entries(Sequence[ManifestEntry]):
             return self.take(np.arange(len(self))[index])
         place = range(len(self))[index]  # negative ones count from the end
         row = place if self._rows is None else int(self._rows[place])
-        code = self._table["split"][row] if self._splits is None else self._splits[place]
+        code = int(cast(Any, self._table["split"])[row] if self._splits is None else self._splits[place])
         cells: dict[str, Any] = {name: self._table[name][row] for name in _NAMES_OF_FIELDS}
         seconds = float(cells["duration_seconds"])
         cells |= {"path": self.root / cells["path"], "split": _NAMES[code], "line": int(cells["line"])}
@@ -190,7 +190,7 @@ def columns_of(rows: Iterable[Fields], note: Callable[[tuple[str, ...]], None] =
         chunks.append({name: _column(name, values) for name, values in columns.items()})
     if not chunks:
         return {name: _column(name, ()) for name in _NAMES_OF_FIELDS}
-    return {name: _joined([chunk[name] for chunk in chunks]) for name in _NAMES_OF_FIELDS}
+    return {name: _joined([chunk.pop(name) for chunk in chunks]) for name in _NAMES_OF_FIELDS}  # never all twice
 
 
 def _column(name: str, values: Sequence[Any]) -> Column:

@@ -84,9 +84,7 @@ def preflight_of_ranks(
         ValueError: `check_files` is neither true nor false nor "anew".
     """
     if check_files not in (True, False, _ANEW):
-        raise ValueError(
-            f"check_files is true, false or {_ANEW} (look again, whatever is remembered), got {check_files!r}"
-        )
+        raise ValueError(f"check_files must be true, false or {_ANEW}, got {check_files!r}")
     if not check_files or (process_rank() > 0 and len(entries) < _WORTH_REMEMBERING_FILES):
         return []
     return preflight(entries, False, max_fault_fraction, anew=check_files == _ANEW and process_rank() == 0)
@@ -151,13 +149,9 @@ def _look(entries: Entries, places: Sequence[int], decode: bool, most: float) ->
 
 def _progress(count: int) -> Progress:
     """Of a look that takes long, with its rate."""
-    columns = (
-        TextColumn("checking {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.speed:,.0f}/s"),
-    )
-    return Progress(*columns, TimeRemainingColumn(), disable=count < _WORTH_REMEMBERING_FILES)
+    columns = (TextColumn("files looked at"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rate = TextColumn("{task.fields[rate]:,.0f}/s")
+    return Progress(*columns, rate, disable=count < _WORTH_REMEMBERING_FILES)
 
 
 def _reason(path: Path, expected_seconds: float, decode: bool) -> str:

@@ -1,0 +1,52 @@
+"""The benchmark of growth, small: every row is measured at two sizes, and what fails or takes too long is said."""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import run_command
+
+from foley.core.config import PROJECT_ROOT
+
+
+@pytest.fixture
+def scale(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROJECT_ROOT / "scripts" / "bench"))
+    import scale
+
+    yield scale
+    sys.modules.pop("scale")
+
+
+def test_every_row_is_measured_and_the_page_written(tmp_path: Path) -> None:
+    shutil.copytree(PROJECT_ROOT / "docs" / "results" / "templates", tmp_path / "templates")
+    run_command("bench/scale", "sizes=[300,900]", f"page={tmp_path / 'scale.md'}")
+    result = json.loads((tmp_path / "scale" / "scale.json").read_text())
+    assert [cost["size"] for row in result["rows"] for cost in row["costs"]] == [300, 900] * len(result["rows"])
+    assert not [row["row"] for row in result["rows"] if any("failed" in cost for cost in row["costs"])]
+    assert result["plan"]["clips"] == 1_800_000
+    page = (tmp_path / "scale.md").read_text()
+    assert "| manifest: parse | 300 |" in page
+    assert "874,760,256\nparameters" in page
+
+
+def test_what_fails_or_takes_too_long_gives_nothing(scale) -> None:
+    def breaks() -> None:
+        raise SystemExit(3)
+
+    assert scale.apart(10.0, lambda: 7) == 7
+    assert scale.apart(10.0, breaks) is None
+    assert scale.apart(0.2, time.sleep, 30) is None
+
+
+def test_memory_is_what_is_kept_and_what_was_needed(scale, tmp_path) -> None:
+    def work(size: int, folder: Path) -> bytearray:
+        bytearray(b"x" * (4 * size))
+        return bytearray(b"x" * size)
+
+    cost = scale.apart(60.0, scale.measure, work, 32 << 20, tmp_path)
+    assert 30 < cost["private_mib"] < 40
+    assert cost["peak_mib"] > 120
