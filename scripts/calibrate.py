@@ -2,6 +2,9 @@
 
 python scripts/calibrate.py system=SYSTEM prompts=FILE solver=ddim steps=50 guidance_scale=3
 python scripts/calibrate.py system=stable_audio_open prompts=FILE
+python scripts/calibrate.py system=SYSTEM prompts=FILE num_prompts=5000 trainer=ddp
+
+Stopped, the same command goes on with the batches that are missing.
 """
 
 from pathlib import Path
@@ -15,27 +18,36 @@ from foley.core.logs import get_logger
 @command("script/calibrate")
 def main(cfg: DictConfig) -> None:
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
-    from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
+    from foley.accel.caching.calibration import calibration_directory, calibration_stem
     from foley.accel.caching.plots import plot_calibration
     from foley.cli.sampling import chosen_sampling
     from foley.core.devices import resolve_device
     from foley.core.files import info_path
     from foley.data.ordering import evenly_spaced
+    from foley.generation.calibrating import CalibrationRun
+    from foley.generation.clip_folder import launch_processes
     from foley.generation.pipeline_to_audio import open_generator
-    from foley.generation.prompts import read_prompts
+    from foley.generation.prompts import as_clips, read_prompts
+    from foley.generation.settings import GenerationSettings
 
     prompts = read_prompts(Path(cfg.prompts))
-    recorder = CalibrationRecorder(cfg.max_distance)
-    places = {"hub_dir": cfg.hub_dir, "cache_dir": cfg.cache_dir, "overrides": cfg.system_overrides}
-    open_generator(cfg.system, resolve_device(cfg.device), **places).generate(
-        [prompts[index] for index in evenly_spaced(len(prompts), cfg.num_prompts)],
-        cfg.duration_seconds,
-        **chosen_sampling(cfg),
-        accelerator=recorder,
-        batch_size=cfg.batch_size,
+    chosen = [prompts[index] for index in evenly_spaced(len(prompts), cfg.num_prompts)]
+    settings = GenerationSettings(
+        duration_seconds=cfg.duration_seconds, batch_size=cfg.batch_size, **chosen_sampling(cfg)
     )
-    calibration = recorder.calibration()
+    settings.warn_without_effect()
+    processes = launch_processes(cfg.trainer)
+    places = {"hub_dir": cfg.hub_dir, "cache_dir": cfg.cache_dir, "overrides": cfg.system_overrides}
+    device = resolve_device(cfg.device) if cfg.trainer is None else processes.device
+    generator = open_generator(cfg.system, device, **places)
     directory = Path(cfg.output_dir or calibration_directory(cfg.system, cfg.cache_dir))
+    named = ("duration_seconds", "steps", "guidance_scale", "guidance_rescale", "batch_size", "max_distance")
+    request = {name: cfg[name] for name in named}
+    request |= {"model_hash": generator.model_hash, "solver": cfg.solver.name, "prompts": chosen}
+    run = CalibrationRun(directory, as_clips(chosen), request)
+    calibration = run.record(generator.denoise_clips, settings, processes, cfg.max_distance)
+    if not processes.is_global_zero:
+        return
     stem = calibration_stem(directory, calibration.signature.solver, calibration.signature.num_steps)
     calibration.save(stem)
     plot_calibration(calibration, stem.with_name(stem.name + ".png"))

@@ -27,7 +27,7 @@ from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
 from foley.data.audio import write_wav
 from foley.data.procedural import ProceduralDataset
-from foley.metrics.distances import FrechetSlopes, GaussianRoot, extrapolated_distance, kernel_audio_distance
+from foley.metrics.distances import GaussianRoot, extrapolated_distance, frechet_slopes, kernel_audio_distance
 from foley.metrics.extractors import ExtractorOutput
 from foley.metrics.features import ClipFeatures, LabelledAudio, extract_audio
 from foley.metrics.protocols import load_protocol
@@ -129,8 +129,8 @@ def draw_deviations(reference: Tensor, generated: Tensor, resamples: int) -> tup
         GaussianRoot.fit(reference, first).distance(GaussianRoot.fit(generated, second))
         for first, second in zip(*counts, strict=True)
     ]
-    slopes = FrechetSlopes.of(reference, generated)
-    linear = (counts[0] - 1) @ slopes.reference + (counts[1] - 1) @ slopes.generated
+    _, of_reference, of_generated = frechet_slopes(GaussianRoot.fit(reference), GaussianRoot.fit(generated))
+    linear = (counts[0] - 1) @ of_reference.of(reference) + (counts[1] - 1) @ of_generated.of(generated)
     return stdev(refitted), float(linear.std())
 
 

@@ -16,6 +16,8 @@ from foley.cli.sampling import requested_settings
 from foley.core.config import PROJECT_ROOT
 from foley.core.locks import FolderInUseError, only_writer
 from foley.core.reading import DamagedFileError
+from foley.generation import clip_folder
+from foley.metrics.features import scan_directory
 from foley.system.system import build_system, save_system
 
 ROWS = [("dog", "a dog barks"), ("dog", "barking, loud"), ("rain", "rain falls"), ("rain", "drops"), ("bell", "a bell")]
@@ -184,6 +186,50 @@ def test_on_request_they_are_removed_and_nothing_else(sampled, audiocaps, tmp_pa
     with pytest.raises(ValueError, match=r"guidance_scale was None, is 2.*overwrite=true"):
         sampled(f"prompts={audiocaps}", "guidance_scale=2")
     sampled(f"prompts={audiocaps}", "guidance_scale=2", "overwrite=true")
+
+
+def test_a_large_set_lies_in_subfolders_with_a_page_each(sampled, audiocaps, tmp_path, monkeypatch):
+    monkeypatch.setattr(clip_folder, "FOLDER_CLIPS", 2)
+    given = (f"prompts={audiocaps}", "overwrite=true")
+    sampled(*given)
+    relative = [str(file.relative_to(tmp_path)) for file in sorted(tmp_path.rglob("*.wav"))]
+    assert [name.partition("_")[0] for name in relative] == ["0000/000", "0000/001", "0001/002", "0001/003", "0002/004"]
+    assert [clip.id for clip in scan_directory(tmp_path)] == [str(100 + index) for index in range(len(ROWS))]
+    pages = [tmp_path / name for name in ("index.html", "index_0001.html", "index_0002.html")]
+    for number, page in enumerate(pages):
+        text = page.read_text(encoding="utf-8")
+        assert [other.name in text for other in pages] == [other != page for other in pages]
+        shown = relative[2 * number : 2 * number + 2]
+        assert [f'src="{name}"' in text for name in relative] == [name in shown for name in relative]
+    assert "5 generated sounds, 3 to 4" in pages[1].read_text(encoding="utf-8")
+
+    drawn = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    (tmp_path / relative[3]).with_suffix(".json").unlink()
+    sampled(f"prompts={audiocaps}")  # makes the fourth anew
+    again = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    assert [file.name.partition("_")[0] for file in again if again[file] != drawn[file]] == ["003"]
+
+    (tmp_path / "0001" / "notes.txt").write_text("mine", encoding="utf-8")
+    sampled("prompt=wind", "overwrite=true")
+    assert [file.name for file in tmp_path.rglob("*.wav")] == ["000_wind_seed0.wav"]
+    assert sorted(folder.name for folder in tmp_path.iterdir() if folder.is_dir()) == ["0001"]
+    assert not pages[1].exists()
+
+
+def test_a_large_set_that_was_begun_flat_goes_on(sampled, audiocaps, tmp_path, monkeypatch):
+    sampled(f"prompts={audiocaps}", "overwrite=true")
+    lost = next(tmp_path.glob("003_*.json"))
+    kept = {name: content for name, content in contents(tmp_path).items() if not name.startswith("003_")}
+    for file in tmp_path.glob("003_*"):
+        file.unlink()
+    monkeypatch.setattr(clip_folder, "FOLDER_CLIPS", 2)
+    sampled(f"prompts={audiocaps}")
+    assert contents(tmp_path) == kept
+    assert (tmp_path / "0001" / lost.name).is_file()
+    page = (tmp_path / "index_0001.html").read_text(encoding="utf-8")
+    assert 'src="002_barking' not in page
+    assert 'src="002_rain-falls_seed2.wav"' in page
+    assert 'src="0001/003_drops_seed3.wav"' in page
 
 
 def test_a_second_writer_is_refused(sampled, tmp_path):

@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from foley.metrics.distances import (
-    FrechetSlopes,
     GaussianKernel,
     GaussianRoot,
     dealt_parts,
+    extrapolated_distance,
+    frechet_slopes,
     kernel_audio_distance,
     median_bandwidth,
     pairs_by_number,
     squared_discrepancy,
 )
-from foley.metrics.scores import draw_counts, estimate
+from foley.metrics.features import ClipFeatures
+from foley.metrics.scores import Comparison, _extrapolated, draw_counts, estimate, frechet_infinity
 
 
 def linear_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -112,9 +114,9 @@ def test_parts_count_their_pairs_as_repetitions(monkeypatch) -> None:
 @pytest.mark.parametrize(("n", "m"), [(30, 40), (4, 3), (40, 3)])  # 3 features: of singular covariances too
 def test_slopes_are_the_derivatives_of_the_distance_by_counts(n: int, m: int) -> None:
     x, y = normal(n, 0), 1.5 * normal(m, 1, 0.4)
-    slopes = FrechetSlopes.of(x, y)
-    known = GaussianRoot.fit(x)
-    assert slopes.value == pytest.approx(known.distance(GaussianRoot.fit(y)), abs=1e-9)
+    known, fitted = GaussianRoot.fit(x), GaussianRoot.fit(y)
+    value, of_x, of_y = frechet_slopes(known, fitted)
+    assert value == pytest.approx(known.distance(fitted), abs=1e-9)
 
     def moved(first: float, second: float) -> float:
         counts = [torch.ones(count).double() for count in (n, m)]
@@ -122,18 +124,18 @@ def test_slopes_are_the_derivatives_of_the_distance_by_counts(n: int, m: int) ->
         return GaussianRoot.fit(x, counts[0]).distance(GaussianRoot.fit(y, counts[1]))
 
     step = 1e-5
-    assert float(slopes.reference[1]) == pytest.approx((moved(step, 0) - moved(-step, 0)) / (2 * step), abs=1e-6)
-    assert float(slopes.generated[2]) == pytest.approx((moved(0, step) - moved(0, -step)) / (2 * step), abs=1e-6)
+    assert float(of_x.of(x)[1]) == pytest.approx((moved(step, 0) - moved(-step, 0)) / (2 * step), abs=1e-6)
+    assert float(of_y.of(y)[2]) == pytest.approx((moved(0, step) - moved(0, -step)) / (2 * step), abs=1e-6)
 
 
 def test_a_linear_interval_is_nearer_to_the_scatter_of_a_distance_than_one_of_refits() -> None:
     pairs = [(normal(60, 2 * seed), 1.3 * normal(60, 2 * seed + 1, 0.5)) for seed in range(100)]
-    truth = torch.tensor([FrechetSlopes.of(x, y).value for x, y in pairs]).std()
+    truth = torch.tensor([GaussianRoot.fit(x).distance(GaussianRoot.fit(y)) for x, y in pairs]).std()
     reference, generated = draw_counts(60, 40, "reference"), draw_counts(60, 40, "generated")
     linear, refitted = [], []
     for x, y in pairs[:10]:
-        slopes = FrechetSlopes.of(x, y)
-        drawn = (reference - 1) @ slopes.reference + (generated - 1) @ slopes.generated
+        _, of_x, of_y = frechet_slopes(GaussianRoot.fit(x), GaussianRoot.fit(y))
+        drawn = (reference - 1) @ of_x.of(x) + (generated - 1) @ of_y.of(y)
         linear.append(drawn[1:].std())
         refits = [
             GaussianRoot.fit(x, a).distance(GaussianRoot.fit(y, b)) for a, b in zip(reference, generated, strict=True)
@@ -154,6 +156,45 @@ def test_weights_of_the_parts_are_those_of_a_line_read_at_zero() -> None:
     for size in (40, 20, 10):
         met = torch.cat([part for _, part in parts if len(part) == size])
         assert met.sort().values.tolist() == list(range(40))
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_an_extrapolation_and_its_draws_are_those_of_refitted_parts(windows: int) -> None:
+    n, step = 24, 1e-5
+    clips = [
+        ClipFeatures(
+            *([str(i) for i in range(n)], [None] * n, [None] * n),
+            features=normal(n * windows, seed, shift),
+            windows=torch.full((n,), windows),
+            logits=torch.zeros(n, 0),
+            peaks=torch.ones(n),
+            recordings=[str(i) for i in range(n)],
+            seconds=torch.ones(n),
+        )
+        for seed, shift in ((0, 0.0), (1, 0.7))
+    ]
+    sets = Comparison(clips[1], clips[0], None, None, 1, resamples=3)
+    score = frechet_infinity(sets)["frechet_distance_infinity"]
+
+    def refitted(reference: torch.Tensor, generated: torch.Tensor) -> float:
+        known = GaussianRoot.fit(clips[0].features, reference.repeat_interleave(windows))
+
+        def distance(part: torch.Tensor) -> float:
+            own = (part * generated).repeat_interleave(windows)
+            return known.distance(GaussianRoot.fit(clips[1].features, own))
+
+        return extrapolated_distance(distance, torch.ones(n).double())
+
+    ones = torch.ones(n).double()
+    assert score.value == pytest.approx(refitted(ones, ones), rel=1e-9)
+    for side in (0, 1):
+        moved = [ones.clone(), ones.clone()]
+        moved[side][5] += step
+        by_slope = torch.zeros(2, n).double()
+        by_slope[side, 5] = step
+        object.__setattr__(sets, "counts", (1 + by_slope[:1], 1 + by_slope[1:]))
+        linear = float(sets.linear(*_extrapolated(sets))) - score.value
+        assert linear / step == pytest.approx((refitted(*moved) - score.value) / step, rel=1e-3)
 
 
 def test_draws_are_repeatable_counts() -> None:

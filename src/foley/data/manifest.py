@@ -203,9 +203,7 @@ def build_entry(
 def _fields(line: int, row: Mapping[str, Any] | str, options: ManifestOptions) -> Fields:
     row = _checked(row)
     path = _text(row, "path", required=True)
-    columns = options.caption_columns
-    present = [name for name in columns if row.get(name) not in (None, "")]
-    caption, *others = captions_in(row, present or columns[:1])
+    caption, *others = captions_in(row, options.caption_columns)
     return (
         _usable(path) if options.absolute_paths else check_relative(path),
         caption,

@@ -4,11 +4,11 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from math import ceil
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,9 +26,13 @@ from foley.core.logs import first_few, get_logger
 from foley.core.reading import read_json, reading
 from foley.generation.prompts import Clip
 from foley.generation.result import Generation
-from foley.reporting.samples import MAX_PAGE_CLIPS, PAGE_FILE, SHEET_FILE, Card, count_sounds, draw_card, render_page
+from foley.reporting.samples import PAGE_FILE, SHEET_FILE, Card, count_sounds, draw_card, page_file, render_page
 
 RECORD_FILE = "test_set.json"
+FOLDER_CLIPS = 1000
+"""A larger set lies in subfolders `0000`, `0001`, ... of so many clips each, with a page for each of them."""
+_PAGE = re.compile(r"index_\d{4,}\.html")
+_SUBFOLDER = re.compile(r"\d{4,}")
 _CLIP_FILE = re.compile(r"\d{3,}_[a-z0-9-]+_seed\d+\.(wav|json|png)")  # see `foley.core.files.sample_stem`
 _PATIENCE = timedelta(days=7)  # shares take as long as they take: those who are through wait for the others
 _log = get_logger(__name__)
@@ -49,6 +53,9 @@ def launch_processes(trainer: DictConfig | None) -> Fabric:
 @dataclass(frozen=True)
 class ClipFolder:
     """Clips asked for, each with its own seed, and the folder that receives a WAV and a JSON for each.
+
+    More than `FOLDER_CLIPS` of a file of prompts lie in subfolders. What an earlier version put of such a set into the
+    folder itself is taken where it is.
 
     Which process makes a clip, and beside which others, changes nothing about it. A clip whose JSON is there is never
     made or written again.
@@ -80,7 +87,7 @@ class ClipFolder:
                 self._require_own_clips()
             yield
 
-    @property
+    @cached_property
     def request_hash(self) -> str:
         """By which a clip's JSON tells of which request it is."""
         return hashlib.sha256(json.dumps(dict(self.request), sort_keys=True).encode()).hexdigest()[:16]
@@ -109,7 +116,8 @@ class ClipFolder:
         Raises ValueError where the folder holds clips of another request.
         """
         # One process decides for all: a look at the folder while another writes would share the clips out differently.
-        todo: list[int] = fabric.broadcast(self._begin() if fabric.is_global_zero else [])
+        begun = self._begin() if fabric.is_global_zero else ([], set())
+        todo, flat = fabric.broadcast(begun)
         share = todo[fabric.global_rank :: fabric.world_size]
         start, of_all = time.perf_counter(), f"clips of process 1 of {fabric.world_size}"
         factors: list[float] = []  # RTF of each batch
@@ -121,7 +129,7 @@ class ClipFolder:
                 made.warn_of_levels()
                 factors += [made.real_time_factor] * len(indices)
                 for row, index in enumerate(indices):
-                    made.write_clip(self.directory, row, index)
+                    made.write_clip(self.directory / self._subfolder(index), row, index)
                 rate = (first + len(indices)) / (time.perf_counter() - start)
                 progress.update(task, advance=len(indices), rate=f"{rate:.3g} clips/s")
         fabric.barrier()
@@ -129,7 +137,10 @@ class ClipFolder:
         _log.info("%d clips made in %.1f s, %d were there already", len(todo), seconds, len(self.clips) - len(todo))
         if factors:
             _log_factor(fmean(factors))
-        return self._write_page() if fabric.is_global_zero else self.directory
+        for number in range(fabric.global_rank, len(self._pages), fabric.world_size):
+            self._write_page(number, flat)
+        fabric.barrier()
+        return self.directory / PAGE_FILE
 
     def write(self, made: Generation) -> Path:
         """Write all clips, which were made at once; returns the page."""
@@ -141,8 +152,15 @@ class ClipFolder:
         """Name of a clip's files, without extension."""
         return sample_stem(self.clips[index].prompt, index, self.clips[index].seed)
 
-    def _begin(self) -> list[int]:
-        """Write the record of a new folder, or compare with that of an old one; the clips that it lacks."""
+    def _subfolder(self, index: int) -> str:
+        """Where a clip is written; empty for the folder itself."""
+        return f"{index // FOLDER_CLIPS:04d}" if len(self.clips) > FOLDER_CLIPS else ""
+
+    def _begin(self) -> tuple[list[int], set[int]]:
+        """Write the record of a new folder, or compare with that of an old one.
+
+        Returns the clips that it lacks, and those of a large set that lie in the folder itself.
+        """
         record = self.directory / RECORD_FILE
         if record.is_file():
             begun = read_json(record, "the record of a folder of clips", "give another output_dir, or overwrite=true")
@@ -155,22 +173,32 @@ class ClipFolder:
                 )
         else:
             write_json(record, dict(self.request))
-        return [i for i in range(len(self.clips)) if not (self.directory / f"{self.stem(i)}.json").is_file()]
+        # Every folder is listed once: to ask for each clip takes a round over the network each.
+        there = {file.relative_to(self.directory) for file in _clip_files(self.directory) if file.suffix == ".json"}
+        sidecars = [Path(f"{self.stem(index)}.json") for index in range(len(self.clips))]
+        flat = {index for index, file in enumerate(sidecars) if self._subfolder(index) and file in there}
+        lacking = [i for i, file in enumerate(sidecars) if i not in flat and self._subfolder(i) / file not in there]
+        return lacking, flat
 
-    def _write_page(self) -> Path:
-        """The page of all clips, or of evenly spread ones where there are thousands."""
-        shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_PAGE_CLIPS))
-        cards = [self._draw_card(index) for index in shown]
+    @property
+    def _pages(self) -> list[range]:
+        """The clips that each page shows."""
+        count = len(self.clips)
+        return [range(start, min(start + FOLDER_CLIPS, count)) for start in range(0, count, FOLDER_CLIPS)]
+
+    def _write_page(self, number: int, flat: Set[int]) -> None:
+        shown = self._pages[number]
+        cards = [self._draw_card(index, "" if index in flat else self._subfolder(index)) for index in shown]
         settings = _settings_of(self.directory / cards[-1].sidecar_file)
-        page = self.directory / PAGE_FILE
-        write_text(page, render_page(count_sounds(len(self.clips), len(cards)), settings, cards))
-        return page
+        page = render_page(count_sounds(len(self.clips), shown), settings, cards, self._pages, number)
+        write_text(self.directory / page_file(number), page)
 
-    def _draw_card(self, index: int) -> Card:
+    def _draw_card(self, index: int, folder: str) -> Card:
         """From the WAV: an earlier run, or another process, may have made the clip."""
-        clip, stem = self.clips[index], self.stem(index)
-        samples, rate = soundfile.read(self.directory / f"{stem}.wav", dtype="float32", always_2d=True)
-        return draw_card(self.directory, stem, clip.prompt, clip.seed, from_numpy(samples.T), rate)
+        clip, stem, directory = self.clips[index], self.stem(index), self.directory / folder
+        samples, rate = soundfile.read(directory / f"{stem}.wav", dtype="float32", always_2d=True)
+        card = draw_card(directory, stem, clip.prompt, clip.seed, from_numpy(samples.T), rate)
+        return card.inside(folder) if folder else card
 
 
 def _log_factor(real_time_factor: float) -> None:
@@ -187,14 +215,23 @@ def _settings_of(sidecar: Path) -> dict[str, Any]:
 
 def _clip_files(directory: Path) -> list[Path]:
     """What `Generation.write_clip` and the page have written of clips, by their names."""
-    return [file for file in directory.glob("*") if _CLIP_FILE.fullmatch(file.name)]
+    folders = [directory, *_subfolders(directory)]
+    return [file for folder in folders for file in folder.glob("*") if _CLIP_FILE.fullmatch(file.name)]
+
+
+def _subfolders(directory: Path) -> list[Path]:
+    return [folder for folder in directory.glob("*") if _SUBFOLDER.fullmatch(folder.name) and folder.is_dir()]
 
 
 def remove_clips(directory: Path) -> None:
-    """Remove the clips of a folder, their record and their page; other files stay."""
+    """Remove the clips of a folder, their record and their pages; other files stay, and subfolders that hold such."""
     about = [directory / name for name in (RECORD_FILE, PAGE_FILE, SHEET_FILE)]
-    for file in [*_clip_files(directory), *about]:
+    pages = [page for page in directory.glob("index_*.html") if _PAGE.fullmatch(page.name)]
+    for file in [*_clip_files(directory), *about, *pages]:
         file.unlink(missing_ok=True)
+    for folder in _subfolders(directory):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _progress_bar(disable: bool) -> Progress:

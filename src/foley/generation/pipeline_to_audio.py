@@ -5,7 +5,6 @@ Also `open_generator`, which opens whatever generates audio by the name of its s
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +96,29 @@ class PipelineToAudio:
         with sole_user(self.audio.denoiser):
             return self._generate_clips(clips, settings)
 
-    def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
+    def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:
+        """Denoise every clip and decode none, for an accelerator that only looks on; raises as `generate_clips`."""
+        with sole_user(self.audio.denoiser):
+            seconds, guidance, num_steps = self._choose(settings)
+            meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
+            for first in range(0, len(clips), settings.batch_size):
+                batch = clips[first : first + settings.batch_size]
+                self._latents(batch, seconds, settings, guidance.scale, num_steps, meter)
+
+    def _choose(self, settings: GenerationSettings) -> tuple[float, ClassifierFreeGuidance, int]:
+        """Duration, guidance and steps; raises ValueError for what the pipeline cannot do."""
         check_pipeline_settings(settings)
         seconds = settings.duration_seconds or min(_DEFAULT_SECONDS, self.max_duration_seconds)
         if seconds > self.max_duration_seconds:
             raise ValueError(f"duration_seconds must be at most {self.max_duration_seconds:g}, got {seconds}")
+        return seconds, settings.guidance or ClassifierFreeGuidance(), settings.num_steps or _DEFAULT_STEPS
+
+    def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
+        seconds, guidance, num_steps = self._choose(settings)
         num_samples = max(1, round(seconds * self.sample_rate_hz))
-        guidance = settings.guidance or ClassifierFreeGuidance()
-        num_steps = settings.num_steps or _DEFAULT_STEPS
         run = (self.model_hash, type(self.audio.pipeline.scheduler).__name__, num_steps, guidance.scale)
-        uncached = partial(self.generate, guidance=guidance, batch_size=settings.batch_size)
-        calibrate_missing(settings.accelerator, run, calibration_prompts(()), uncached)
+        uncached = GenerationSettings(guidance=guidance, batch_size=settings.batch_size)
+        calibrate_missing(settings.accelerator, run, calibration_prompts(()), uncached, self.denoise_clips)
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         timings, rows = Timings(), []
         for first in range(0, len(clips), settings.batch_size):

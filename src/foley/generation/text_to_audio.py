@@ -1,6 +1,6 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from foley.core.numbers import POSITIVE
 from foley.core.rates import clip_size
 from foley.data.audio import PEAK_CEILING
 from foley.data.dataset import PeakLevel, gain_to_decibels
+from foley.diffusion.context import Accelerator
 from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import Solver
@@ -272,30 +273,8 @@ class TextToAudio:
         canvas = self._canvas(settings, solver.num_steps, timings)
         settings = self._fit_windows(settings, canvas.num_frames)
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
-        denoise = partial(
-            generate_latents,
-            self.denoiser,
-            self.process,
-            num_frames=canvas.num_frames,
-            guidance=guidance,
-            solver=solver,
-            accelerator=meter,
-            device=self.device,
-            progress=settings.progress,
-            known=canvas.known,
-            start=canvas.start,
-            windows=settings.windows(canvas.num_frames, self.frames_per_second),
-        )
-        with self._timed(timings, "text_seconds"):
-            negative = embed(self._encode_text, [settings.negative_prompt]) if guidance.needs_negative else None
         rows = []
-        for first in range(0, len(clips), settings.batch_size):
-            batch = clips[first : first + settings.batch_size]
-            with self._timed(timings, "text_seconds"):
-                positive = embed(self._encode_text, [clip.prompt for clip in batch])
-            with self._timed(timings, "denoise_seconds"):
-                latent = denoise(positive=positive, negative=negative, seeds=[clip.seed for clip in batch])  # [B, C, L]
-            self._warn_of_blow_up(latent, solver, guidance.scale)
+        for latent in self._latents(clips, settings, (guidance, solver), canvas, meter, timings):
             with self._timed(timings, "decode_seconds"):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
                 rows.append(canvas.finish(audio.cpu()))  # [B, 1, T], [B]
@@ -304,6 +283,53 @@ class TextToAudio:
         description = {**canvas.description, **chosen, **cost, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
         return Generation(clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains)
+
+    @torch.no_grad()
+    def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:
+        """Denoise every clip and decode none, for an accelerator that only looks on; raises as `generate_clips`."""
+        with sole_user(self.denoiser):
+            timings = Timings()
+            method = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
+            canvas = self._canvas(settings, method[1].num_steps, timings)
+            settings = self._fit_windows(settings, canvas.num_frames)
+            for _ in self._latents(clips, settings, method, canvas, settings.accelerator, timings):
+                pass
+
+    def _latents(
+        self,
+        clips: Sequence[Clip],
+        settings: GenerationSettings,
+        method: tuple[ClassifierFreeGuidance, Solver],
+        canvas: Canvas,
+        accelerator: Accelerator | None,
+        timings: Timings,
+    ) -> Iterator[Tensor]:
+        """Normalised latents `[B, C, L]`, batch by batch."""
+        guidance, solver = method
+        denoise = partial(
+            generate_latents,
+            self.denoiser,
+            self.process,
+            num_frames=canvas.num_frames,
+            guidance=guidance,
+            solver=solver,
+            accelerator=accelerator,
+            device=self.device,
+            progress=settings.progress,
+            known=canvas.known,
+            start=canvas.start,
+            windows=settings.windows(canvas.num_frames, self.frames_per_second),
+        )
+        with self._timed(timings, "text_seconds"):
+            negative = embed(self._encode_text, [settings.negative_prompt]) if guidance.needs_negative else None
+        for first in range(0, len(clips), settings.batch_size):
+            batch = clips[first : first + settings.batch_size]
+            with self._timed(timings, "text_seconds"):
+                positive = embed(self._encode_text, [clip.prompt for clip in batch])
+            with self._timed(timings, "denoise_seconds"):
+                latent = denoise(positive=positive, negative=negative, seeds=[clip.seed for clip in batch])  # [B, C, L]
+            self._warn_of_blow_up(latent, solver, guidance.scale)
+            yield latent
 
     def _calibrate(
         self, clips: Sequence[Clip], settings: GenerationSettings, guidance: ClassifierFreeGuidance, solver: Solver
@@ -315,15 +341,14 @@ class TextToAudio:
         if settings.accelerator is None:
             return
         known = self.system.captions if self.text.prompt_field == "caption" else [clip.prompt for clip in clips]
-        uncached = partial(
-            self.generate,
+        uncached = GenerationSettings(
             solver=solver.name,
             guidance=guidance,
             any_guidance_scale=settings.any_guidance_scale,
             batch_size=settings.batch_size,
         )
         run = (hash_module(self.denoiser), solver.name, solver.num_steps, guidance.scale)
-        calibrate_missing(settings.accelerator, run, calibration_prompts(known), uncached)
+        calibrate_missing(settings.accelerator, run, calibration_prompts(known), uncached, self.denoise_clips)
 
     def _describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of the system."""

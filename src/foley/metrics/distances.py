@@ -15,7 +15,7 @@ with the clips, not with their pairs: from a size on, a fixed draw of the pairs 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -148,44 +148,61 @@ def frechet_distance(reference: Tensor, generated: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class FrechetSlopes:
-    """The Frechet distance of two sets, and its derivative by how often each vector counts, `[N]` and `[M]`.
+class Slopes:
+    """How a Frechet distance changes with how often each vector of a set counts: its influence function.
 
-    Of a vector x of the generated set of n vectors, with c = x - m_b, the derivative of equation (1) is (the influence
-    function, in closed form)
+    Of a vector x of the generated set of n vectors, with c = x - m_b, the derivative of equation (1) is
 
         (|c|^2 - c^T T c - tr(S_b) + tr((S_a S_b)^(1/2))) / (n - 1) + 2 c^T (m_b - m_a) / n                 (3)
 
     where T is the linear map that carries the generated Gaussian onto the reference, and likewise of the reference.
+
+    Args:
+        own: the Gaussian of the set.
+        transport: T, `[D, D]`.
+        shift: its mean less the other's, `[D]`.
+        overlap: the trace of the square root.
     """
 
-    value: float
-    reference: Tensor
-    generated: Tensor
+    own: GaussianRoot
+    transport: Tensor
+    shift: Tensor
+    overlap: float
 
-    @classmethod
-    def of(cls, reference: Tensor, generated: Tensor, known: GaussianRoot | None = None) -> "FrechetSlopes":
-        """Of features `[N, D]` and `[M, D]`; `known` is the reference's Gaussian, where it is fitted already."""
-        a, b = known or GaussianRoot.fit(reference), GaussianRoot.fit(generated)
-        left, overlap, right = singular_vectors(a.root @ b.root.T)
-        kept = overlap > 1e-9 * overlap.max()  # the rest adds nothing but rounding
-        return cls(
-            a.distance_by(b, overlap),
-            _slopes(reference, a, b, right[:, kept], overlap[kept]),
-            _slopes(generated, b, a, left[:, kept], overlap[kept]),
+    def of(self, features: Tensor) -> Tensor:
+        """Equation (3) of each of the set's vectors `[N, D]`."""
+        constant, found = self.own.root.square().sum() - self.overlap, []
+        for rows in features.split(_CHUNK_ROWS):
+            centred = rows.double() - self.own.mean
+            spread = centred.square().sum(dim=1) - ((centred @ self.transport) * centred).sum(dim=1) - constant
+            found.append(spread / (len(features) - 1) + 2 * (centred @ self.shift) / len(features))
+        return torch.cat(found)
+
+    def plus(self, other: "Slopes", weight: float) -> "Slopes":
+        """Those of a weighted sum of distances of one set."""
+        return replace(
+            self,
+            transport=self.transport + weight * other.transport,
+            shift=self.shift + weight * other.shift,
+            overlap=self.overlap + weight * other.overlap,
         )
 
 
-def _slopes(features: Tensor, own: GaussianRoot, other: GaussianRoot, basis: Tensor, overlap: Tensor) -> Tensor:
-    """Equation (3) of each vector; T is `root_b^T V V^T root_b` with V the `basis` over the roots of the `overlap`."""
-    half_map = other.root.T @ (basis / overlap.sqrt())  # [D, K], and T is half_map half_map^T
-    constant, shift = own.root.square().sum() - overlap.sum(), own.mean - other.mean
-    found = []
-    for rows in features.split(_CHUNK_ROWS):
-        centred = rows.double() - own.mean
-        spread = centred.square().sum(dim=1) - (centred @ half_map).square().sum(dim=1) - constant
-        found.append(spread / (len(features) - 1) + 2 * (centred @ shift) / len(features))
-    return torch.cat(found)
+def frechet_slopes(a: GaussianRoot, b: GaussianRoot) -> tuple[float, Slopes, Slopes]:
+    """The Frechet distance of two Gaussians, and its slopes for the vectors of either.
+
+    >>> sets = torch.randn(50, 3), torch.randn(60, 3) + 1
+    >>> value, _, slopes = frechet_slopes(*map(GaussianRoot.fit, sets))
+    >>> abs(value - frechet_distance(*sets)) < 1e-9, slopes.of(sets[1]).shape
+    (True, torch.Size([60]))
+    """
+    left, overlap, right = singular_vectors(a.root @ b.root.T)
+    kept = overlap > 1e-9 * overlap.max()  # the rest adds nothing but rounding
+    bases, trace = (right[:, kept], left[:, kept]), float(overlap.sum())
+    # T from a to b is root_b^T V V^T root_b with V the right vectors over the roots of the values, and likewise back.
+    halves = [other.root.T @ (basis / overlap[kept].sqrt()) for other, basis in zip((b, a), bases, strict=True)]
+    maps, shift = [half @ half.T for half in halves], a.mean - b.mean
+    return a.distance_by(b, overlap), Slopes(a, maps[0], shift, trace), Slopes(b, maps[1], -shift, trace)
 
 
 def dealt_parts(clips: Tensor) -> Iterator[tuple[float, Tensor]]:

@@ -23,9 +23,10 @@ from foley.core.seeding import numpy_generator, torch_generator
 from foley.metrics.distances import (
     FEWEST_CLIPS,
     MOST_PARTS,
-    FrechetSlopes,
     GaussianRoot,
+    Slopes,
     dealt_parts,
+    frechet_slopes,
     kernel_audio_distance,
     singular_set,
 )
@@ -214,15 +215,14 @@ class Comparison:
         return GaussianRoot.fit(self.reference.features)
 
     @cached_property
-    def frechet(self) -> FrechetSlopes:
-        """The Frechet distance of the features, and its derivatives."""
-        return FrechetSlopes.of(self.reference.features, self.generated.features, self.known)
+    def frechet(self) -> tuple[float, Slopes, Slopes]:
+        """The Frechet distance of the features, and its slopes."""
+        return frechet_slopes(self.known, GaussianRoot.fit(self.generated.features))
 
-    def linear(self, slopes: FrechetSlopes) -> Tensor:
-        """A distance of every draw `[1 + resamples]`, by its derivatives."""
-        reference, generated = self.counts
-        moved = (reference - 1) @ _of_clips(slopes.reference, self.reference)
-        return slopes.value + moved + (generated - 1) @ _of_clips(slopes.generated, self.generated)
+    def linear(self, value: float, reference: Tensor, generated: Tensor) -> Tensor:
+        """A distance of every draw `[1 + resamples]`, by its derivatives by the features' counts `[M]` of both sets."""
+        moved = (self.counts[0] - 1) @ _of_clips(reference, self.reference)
+        return value + moved + (self.counts[1] - 1) @ _of_clips(generated, self.generated)
 
 
 def _of_windows(counts: Tensor, clips: ClipFeatures) -> Tensor:
@@ -246,7 +246,9 @@ def frechet(sets: Comparison) -> Scores:
     singular = [singular_set(name, *clips.features.shape) for name, clips in named]
     for remark in filter(None, singular):
         _log.warning("Frechet distance: %s", remark)
-    found = estimate(sets.linear(sets.frechet), sets.sizes, floor=0.0)
+    value, reference, generated = sets.frechet
+    slopes = reference.of(sets.reference.features), generated.of(sets.generated.features)
+    found = estimate(sets.linear(value, *slopes), sets.sizes, floor=0.0)
     return {"frechet_distance": replace(found, remark="; ".join(filter(None, singular)))}
 
 
@@ -264,26 +266,24 @@ def frechet_infinity(sets: Comparison) -> Scores:
             f"{FEWEST_CLIPS} clips and more than the {width} vectors that a feature is wide"
         )
         raise TooFewClipsError("frechet_distance_infinity", reason)
-    found = estimate(sets.linear(_extrapolated(sets)), sets.sizes)
+    found = estimate(sets.linear(*_extrapolated(sets)), sets.sizes)
     return {"frechet_distance_infinity": replace(found, remark=_doubts(found.value, vectors, width))}
 
 
-def _extrapolated(sets: Comparison) -> FrechetSlopes:
-    """As `foley.metrics.distances.extrapolated_distance`, with derivatives: the weighted sum of those of the parts."""
+def _extrapolated(sets: Comparison) -> tuple[float, Tensor, Tensor]:
+    """As `foley.metrics.distances.extrapolated_distance`, and its derivatives: weighted sums of those of parts."""
     clips, owners = sets.generated, _owners(sets.generated)
-    value, reference, generated = (
-        0.0,
-        torch.zeros(len(sets.reference.features)).double(),
-        torch.zeros(len(owners)).double(),
-    )
+    value, reference, _ = sets.frechet  # the whole, whose weight is 1
+    generated = torch.zeros(len(owners)).double()
     for weight, part in dealt_parts(torch.arange(len(clips))):
         rows = torch.isin(owners, part)
         whole = len(part) == len(clips)
-        found = sets.frechet if whole else FrechetSlopes.of(sets.reference.features, clips.features[rows], sets.known)
-        value += weight * found.value
-        reference += weight * found.reference
-        generated[rows] += weight * found.generated
-    return FrechetSlopes(value, reference, generated)
+        found = sets.frechet if whole else frechet_slopes(sets.known, GaussianRoot.fit(clips.features[rows]))
+        generated[rows] += weight * found[2].of(clips.features[rows])
+        if not whole:
+            value += weight * found[0]
+            reference = reference.plus(found[1], weight)
+    return value, reference.of(sets.reference.features), generated
 
 
 def _doubts(value: float, vectors: int, width: int) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ SHEET_FILE = "spectrograms.png"
 PAGE_FILE = "index.html"
 MAX_SHEET_CLIPS = 24
 """A larger folder has a sheet of evenly spread clips."""
-MAX_PAGE_CLIPS = 1000
-"""A larger prompt file has a page of evenly spread clips."""
 _CLIPS_A_PART = 48  # of a page, with a link to each part
 
 _SWITCH = (
@@ -49,24 +47,51 @@ class Card:
         return replace(self, **{field: f"{folder}/{file}" for field, file in files.items()})
 
 
-def count_sounds(count: int, shown: int | None = None) -> str:
-    """The title of a page, which says where not all clips are shown.
+def count_sounds(count: int, shown: range | None = None) -> str:
+    """The title of a page, which says which of the clips it shows, where it is one of several.
 
-    >>> count_sounds(1), count_sounds(24), count_sounds(4000, shown=1000)
-    ('1 generated sound', '24 generated sounds', '4000 generated sounds, 1000 of them shown')
+    >>> count_sounds(1), count_sounds(24), count_sounds(4000, range(1000, 2000))
+    ('1 generated sound', '24 generated sounds', '4000 generated sounds, 1001 to 2000')
     """
     title = f"{count} generated sound{'' if count == 1 else 's'}"
-    return title if shown in (None, count) else f"{title}, {shown} of them shown"
+    return title if shown is None or len(shown) == count else f"{title}, {_span(shown)}"
 
 
-def render_page(title: str, settings: Mapping[str, Any], cards: Sequence[Card]) -> str:
-    """A page of clips under their `settings` in words; many clips are split into parts that load as they are seen."""
-    starts = range(0, len(cards), _CLIPS_A_PART)
-    parts = [(start, cards[start : start + _CLIPS_A_PART]) for start in starts]
-    links = [f'<a href="#{start + 1}">{start + 1} to {start + len(part)}</a>' for start, part in parts]
-    body = f"<nav>{''.join(links)}</nav>\n" if len(parts) > 1 else ""
-    body += "\n".join(f'<section id="{start + 1}">{_grid(map(_render_card, part))}</section>' for start, part in parts)
-    return _document(title, _fact_list(describe_settings(settings)), body)
+def page_file(number: int) -> str:
+    """Of the pages of a large set, the first of which is number 0.
+
+    >>> page_file(0), page_file(12)
+    ('index.html', 'index_0012.html')
+    """
+    return f"index_{number:04d}.html" if number else PAGE_FILE
+
+
+def render_page(
+    title: str,
+    settings: Mapping[str, Any],
+    cards: Sequence[Card],
+    pages: Sequence[range] = (),
+    number: int = 0,
+) -> str:
+    """A page of clips under their `settings` in words; many clips are split into parts that load as they are seen.
+
+    Args:
+        pages: of a set that has several pages, which clips each of them shows, to link them; this one is `number`.
+    """
+    first = pages[number].start if pages else 0
+    chunks = [cards[start : start + _CLIPS_A_PART] for start in range(0, len(cards), _CLIPS_A_PART)]
+    ends = accumulate(map(len, chunks), initial=first)
+    parts = [(range(start, start + len(chunk)), chunk) for start, chunk in zip(ends, chunks, strict=False)]
+    others = [f'<a href="{page_file(i)}">{_span(shown)}</a>' for i, shown in enumerate(pages) if i != number]
+    links = [f'<a href="#{shown.start + 1}">{_span(shown)}</a>' for shown, _ in parts]
+    body = f"<nav>{''.join(others)}</nav>\n" if others else ""
+    body += f"<nav>{''.join(links)}</nav>\n" if len(parts) > 1 else ""
+    sections = [f'<section id="{shown.start + 1}">{_grid(map(_render_card, part))}</section>' for shown, part in parts]
+    return _document(title, _fact_list(describe_settings(settings)), body + "\n".join(sections))
+
+
+def _span(shown: range) -> str:
+    return f"{shown.start + 1} to {shown.stop}"
 
 
 def render_comparison(title: str, facts: str, columns: Mapping[str, Sequence[Card]]) -> str:
@@ -146,7 +171,12 @@ def _render_card(card: Card, name: str | None = None) -> str:
 
 
 def draw_card(directory: Path, stem: str, prompt: str, seed: int, audio: Tensor, sample_rate_hz: int) -> Card:
-    """Draw the spectrogram of a clip, `[T]` or `[channels, T]`, beside its WAV and JSON; returns its card."""
-    draw_spectrogram(directory / f"{stem}.png", audio, sample_rate_hz)
+    """Draw the spectrogram of a clip, `[T]` or `[channels, T]`, beside its WAV and JSON; returns its card.
+
+    One that is younger than the WAV is that of the clip already.
+    """
+    image, wave = directory / f"{stem}.png", directory / f"{stem}.wav"
+    if not (image.is_file() and wave.is_file() and image.stat().st_mtime_ns > wave.stat().st_mtime_ns):
+        draw_spectrogram(image, audio, sample_rate_hz)
     facts = f"{audio.shape[-1] / sample_rate_hz:.2f} s · seed {seed}"
     return Card(one_line(prompt), f"{stem}.wav", f"{stem}.png", f"{stem}.json", facts, waveform_outline(audio))

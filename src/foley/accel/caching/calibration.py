@@ -114,6 +114,20 @@ class Calibration:
         """The kind of each layer, in order of execution."""
         return dict(zip(self.layer_names, self.layer_kinds, strict=True))
 
+    @classmethod
+    def merged(cls, parts: Sequence["Calibration"]) -> "Calibration":
+        """Of the prompts of all `parts`; raises SignatureMismatchError for parts of different kinds of runs.
+
+        Parts in float64 lose nothing: it is the calibration of all their prompts at once.
+        """
+        for part in parts[1:]:
+            parts[0].signature.require(part.signature, "the first part of the calibration")
+        total = sum(part.num_prompts for part in parts)
+        mean = sum(part.num_prompts * part.mean.double() for part in parts) / total
+        squares = sum(part.num_prompts * (part.std.double() ** 2 + part.mean.double() ** 2) for part in parts) / total
+        std = (squares - mean**2).clamp_min(0).sqrt()
+        return replace(parts[-1], mean=mean.float(), std=std.float(), num_prompts=total)
+
     def changes(self) -> dict[str, list[float]]:
         """Per layer, the mean change since the previous evaluation (AudioCache, eq. 1)."""
         return dict(zip(self.layer_names, self.mean[:, 0].tolist(), strict=True))  # distance 1
@@ -218,7 +232,8 @@ class CalibrationRecorder:
         self._signature: RunSignature | None = None
         self._timesteps: tuple[float, ...] = ()
         self._macs = MacCounter()
-        self._finished_runs: list[Tensor] = []
+        self._num_prompts = 0  # of the finished runs, and the sums of their curves and of the squares of these
+        self._sums, self._squares = torch.zeros(2, 0, dtype=torch.float64)
         self._context: StepContext | None = None
         self._forget_run()
 
@@ -287,22 +302,27 @@ class CalibrationRecorder:
         # Every layer has computed at every evaluation, or else the run broke off.
         if self._counts.numel() and (self._counts > 0).all():
             # The mean over branches: [layers, distances, evaluations, B].
-            self._finished_runs.append(self._totals.cpu() / self._counts[:, None, :, None])
+            curves = (self._totals.cpu() / self._counts[:, None, :, None]).double()
+            started = self._num_prompts > 0
+            self._sums = curves.sum(dim=-1) + (self._sums if started else 0)
+            self._squares = curves.square().sum(dim=-1) + (self._squares if started else 0)
+            self._num_prompts += curves.shape[-1]
         self._context = None
         self._forget_run()
 
-    def calibration(self) -> Calibration:
+    def calibration(self, dtype: torch.dtype = torch.float32) -> Calibration:
         """The curves over all prompts of the finished runs; raises RuntimeError if there is none."""
-        if self._signature is None or not self._finished_runs:
+        if self._signature is None or not self._num_prompts:
             raise RuntimeError("no generation has run to its end under this recorder: there is nothing to average")
-        prompts = torch.cat(self._finished_runs, dim=-1)  # [layers, distances, evaluations, prompts]
+        mean = self._sums / self._num_prompts
+        spread = (self._squares / self._num_prompts - mean**2).clamp_min(0).sqrt()
         return Calibration(
-            mean=prompts.mean(dim=-1),
-            std=prompts.std(dim=-1, correction=0),  # the spread of these prompts, not an estimate of others
+            mean=mean.to(dtype),
+            std=spread.to(dtype),  # of these prompts, not an estimate of others
             layer_names=tuple(layer.name for layer in self._layers),
             layer_kinds=tuple(layer.kind for layer in self._layers),
             signature=self._signature,
-            num_prompts=prompts.shape[-1],
+            num_prompts=self._num_prompts,
             timesteps=self._timesteps,
             macs=self._macs.evaluation([layer.name for layer in self._layers]),
         )
