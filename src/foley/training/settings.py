@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, bool], ...] = (
     ("trainer.limit_train_batches", False),
     ("trainer.overfit_batches", False),
     ("trainer.*", True),
-    ("ddp_strategy", True),
+    ("ddp_strategy*", True),
     # Averages that were never taken cannot be resumed, and taken ones must not be lost.
     ("callbacks.ema", False),
     ("callbacks.ema._target_", False),

@@ -103,8 +103,10 @@ def _require_own_clipping(cfg: DictConfig) -> None:
     clip = _value(cfg, "trainer.gradient_clip_val")
     if clip not in (_ABSENT, None):
         raise ValueError(f"trainer.gradient_clip_val={clip}: the task clips; give task.gradient_clip_norm={clip}")
-    precision = _value(cfg, "trainer.precision")
-    if _value(cfg, "optimizer.fused") is True and str(precision).startswith("16"):
+    typed = not OmegaConf.is_interpolation(
+        cfg.optimizer, "fused"
+    )  # what follows by itself is not both, and loads PyTorch
+    if typed and cfg.optimizer.get("fused") and str(precision := cfg.trainer.precision).startswith("16"):
         raise ValueError(
             f"optimizer.fused=true with trainer.precision={precision}: a fused optimizer takes the scale out of the "
             "gradients itself, after they are clipped; leave optimizer.fused out, or train in bf16-mixed"
