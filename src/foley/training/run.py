@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
@@ -89,6 +90,8 @@ def _hush_lightning() -> None:
 def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | None) -> dict[str, float]:
     _hush_lightning()
     _snapshot(cfg, Path(cfg.paths.output_dir))
+    if cfg.trainer.accelerator in ("gpu", "cuda"):
+        torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
     _check_data(cfg, datamodule)

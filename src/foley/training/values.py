@@ -61,6 +61,12 @@ def require_values(cfg: DictConfig) -> None:
         if value is not _ABSENT and value not in besides:
             numbers.check(key, value)
     _require_own_clipping(cfg)
+    if cfg.compile and "compile" not in cfg.task:
+        raise ValueError(
+            f"compile={cfg.compile}: only denoisers are compiled, and this recipe trains none; leave it out"
+        )
+    if (products := cfg.float32_matmul_precision) not in ("highest", "high", "medium"):
+        raise ValueError(f"float32_matmul_precision={products}: give highest, high or medium")
     max_time = _value(cfg, "trainer.max_time")
     if isinstance(max_time, str | int | float) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(max_time).strip()):
         raise ValueError(f"trainer.max_time={max_time}: give DD:HH:MM:SS, such as 00:01:30:00, or null")

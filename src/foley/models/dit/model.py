@@ -482,7 +482,8 @@ class DiffusionTransformer(LatentTransformer):
         return cast(list[TransformerBlock], [*self.in_blocks, self.mid_block, *self.out_blocks])
 
     def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs]) -> Tensor:
-        each, skips = iter(inputs), list[Tensor]()
+        each = iter(inputs)
+        skips: list[Tensor] = []
         for block in self.in_blocks:
             x = self._run(block, x, next(each))
             skips.append(x)  # [B, N, D], in order
