@@ -83,7 +83,7 @@ def on_the_cpu(cfg: DictConfig, folder: Path) -> DictConfig:
         cfg.paths.output_dir, cfg.ckpt_path = str(folder), None
         cfg.data.batch_size, cfg.data.duration_seconds = 2, min(cfg.data.duration_seconds, 0.256)
         checkpoint, cost = cfg.callbacks.checkpoint, None
-        if "system" in cfg:
+        if "teacher" in cfg.task:
             cfg.system = str(folder / "teacher")
             save_system(build_system(CONFIGS), folder / "teacher")
         cfg = stand_ins(cfg)

@@ -21,14 +21,16 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def torch_generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded from `parts`; draw on the CPU, then move, so that every device sees the same numbers.
+def torch_generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded from `parts`, which draws on `device`.
+
+    Of the CPU's, moved, every device sees the same numbers; those drawn on a GPU need not be waited for.
 
     >>> first, again = (torch.rand(3, generator=torch_generator("noise", 7)) for _ in range(2))
     >>> torch.equal(first, again)
     True
     """
-    return torch.Generator().manual_seed(derive_seed(*parts))
+    return torch.Generator(device).manual_seed(derive_seed(*parts))
 
 
 def numpy_generator(*parts: int | str) -> np.random.Generator:

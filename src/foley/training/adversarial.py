@@ -134,7 +134,8 @@ class AdversarialTraining(FoleyModule):
     def training_step(self, batch: AudioBatch, batch_idx: int) -> dict[str, Tensor]:
         """One update of the model, after one of the discriminator where that has joined; returns the model's loss."""
         # The noise follows from the step, so that a resumed run repeats itself.
-        pair = self.render(batch, torch_generator("posterior", self.seed, self.global_step, self.global_rank))
+        seeds = "posterior", self.seed, self.global_step, self.global_rank
+        pair = self.render(batch, torch_generator(*seeds, device=self.device))
         values = self._reconstruction_terms(pair)
         # The step counts updates of the model alone, see `_update_discriminator`.
         adversarial = self.discriminator is not None and self.global_step >= self.adversarial_start_step

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -54,6 +55,7 @@ class LatentTraining(FoleyModule):
         lr_schedule: partial that takes the optimizer; None keeps its rate.
         seed: of all random draws.
         gradient_clip_norm: largest norm of the gradients of a step; None does not clip.
+        compile: trace each network's forward pass as one graph: true, or the name of a backend of `torch.compile`.
     """
 
     text: Any  # a `TextConditioner`, or None
@@ -68,6 +70,7 @@ class LatentTraining(FoleyModule):
         lr_schedule: Callable[[Optimizer], Any] | None,
         seed: int,
         gradient_clip_norm: float | None = None,
+        compile: bool | str = False,
     ) -> None:
         super().__init__(gradient_clip_norm)
         self.denoiser = denoiser
@@ -77,6 +80,8 @@ class LatentTraining(FoleyModule):
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.seed = seed
+        self._backend = "inductor" if compile is True else compile  # of torch.compile
+        self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}  # no submodules: names of weights stay as they are
         self._parameter_groups: list[dict[str, Any]] = []  # made in `setup`
         self._unconditional: TextEmbedding | None = None
         if text is not None and not text.trainable:
@@ -131,8 +136,27 @@ class LatentTraining(FoleyModule):
         """What of a clip is its prompt, "caption" or "id"."""
         return str(getattr(self.text, "prompt_field", "caption"))
 
+    def network(self, module: nn.Module) -> Callable[..., Tensor]:
+        """`module` as training calls it: compiled where that is asked for; what samples calls `module` itself."""
+        if not self._backend:
+            return module
+        if module not in self._compiled:
+            if getattr(module, "gradient_checkpointing", False):  # DDP cannot split such a graph by its buckets
+                torch._dynamo.config.optimize_ddp = False
+            self._compiled[module] = torch.compile(module, fullgraph=True, backend=self._backend)
+        return self._compiled[module]
+
+    def generators(self, *parts: int | str) -> tuple[torch.Generator, torch.Generator]:
+        """For what is drawn on the host and what on the device, both seeded by `parts`; on a CPU one and the same."""
+        host = torch_generator(*parts)
+        return host, host if self.device.type == "cpu" else torch_generator(*parts, device=self.device)
+
     def setup(self, stage: str) -> None:
         """Group the parameters while they have their shapes: FSDP leaves flat shards of them."""
+        if self._backend and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "compile=true is not for trainer=fsdp, which swaps weights within the graph: trainer=ddp is"
+            )
         self._parameter_groups = parameter_groups(self)
 
     def on_fit_start(self) -> None:
@@ -153,10 +177,12 @@ class LatentTraining(FoleyModule):
 class DiffusionTraining(LatentTraining):
     """Masked denoising with an optional text condition (EzAudio, section II; methods 1).
 
-    Everything random is drawn on the CPU from (purpose, seed, step, batch, rank): a resumed run repeats itself.
+    Everything random is drawn from (purpose, seed, step, batch, rank): a resumed run repeats itself. In training noise
+    and timesteps are drawn on the device, so that nobody waits for them: each kind of device has its own.
 
     Args:
-        denoiser, process, normaliser, optimizer, lr_schedule, seed, gradient_clip_norm: as for `LatentTraining`.
+        denoiser, process, normaliser, optimizer, lr_schedule, seed, gradient_clip_norm, compile: as for
+            `LatentTraining`.
         text: as there; None for a denoiser without cross-attention.
         masking: draws hidden spans; None hides everything, which makes this ordinary diffusion training.
         caption_dropout: probability of an empty caption, for classifier-free guidance.
@@ -179,9 +205,10 @@ class DiffusionTraining(LatentTraining):
         min_snr_gamma: float | None = None,
         noise_level_bins: int = 4,
         gradient_clip_norm: float | None = None,
+        compile: bool | str = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(denoiser, process, normaliser, optimizer, text, lr_schedule, seed, gradient_clip_norm)
+        super().__init__(denoiser, process, normaliser, optimizer, text, lr_schedule, seed, gradient_clip_norm, compile)
         self.masking = masking
         self.caption_dropout = caption_dropout
         self.mask_padding = mask_padding
@@ -198,9 +225,10 @@ class DiffusionTraining(LatentTraining):
         """The loss: squared error on hidden frames, averaged over the batch's hidden frames."""
         clean = self.normaliser.normalise(batch["latent"])  # z [B, C, L]
         size, _, frames = clean.shape
-        generator = torch_generator("train", self.seed, self.trainer.global_step, batch_idx, self.global_rank)
-        timestep = self.process.sample_timesteps(size, generator)  # t [B]
-        noise = torch.randn(clean.shape, generator=generator)  # on the CPU, so that every device trains on the same
+        seeds = "train", self.seed, self.trainer.global_step, batch_idx, self.global_rank
+        generator, on_device = self.generators(*seeds)
+        timestep = self.process.sample_timesteps(size, on_device)  # t [B]
+        noise = torch.randn(clean.shape, generator=on_device, device=on_device.device)
         dropped = torch.rand(size, generator=generator) < self.caption_dropout  # they teach the negative branch
         text = self.condition(batch, dropped)
         hidden = self.masking(size, frames, generator) if self.masking else None  # m [B, L]
@@ -257,10 +285,10 @@ class DiffusionTraining(LatentTraining):
         if text is not None:
             inputs = {"context": text.embeddings, "context_mask": text.mask}
         if hidden is not None:  # the denoiser keeps from `visible` what is hidden
-            hidden = hidden.to(clean.device)
+            hidden = hidden.to(clean.device, non_blocking=True)
             counted = counted & hidden
             inputs |= {"visible": clean, "hidden_mask": hidden}
         noisy = self.process.add_noise(clean, noise, timestep)  # z_t [B, C, L]
-        prediction = self.denoiser(noisy, timestep, frame_mask=valid, **inputs)
+        prediction = self.network(self.denoiser)(noisy, timestep, frame_mask=valid, **inputs)
         squared = (prediction.float() - self.process.target(clean, noise, timestep)).square().mean(dim=1)  # [B, L]
         return (squared * counted).sum(dim=1), counted.sum(dim=1).to(squared)  # [B] and [B]

@@ -114,7 +114,7 @@ class ConsistencyDistillation(LatentTraining):
     Args:
         teacher: gives the denoiser, text encoder, normaliser and process.
         consistency: grid, range of guidance scales and boundary condition; checkpoints carry it, as a student's mark.
-        optimizer, lr_schedule, seed, gradient_clip_norm: as for `LatentTraining`.
+        optimizer, lr_schedule, seed, gradient_clip_norm, compile: as for `LatentTraining`.
         loss: distance of the two estimates, over the frames of a mask.
         target_decay: mu, what the target network keeps of itself at each step.
         masking: draws hidden spans, so that the student of a masked teacher goes on editing; None hides everything.
@@ -139,6 +139,7 @@ class ConsistencyDistillation(LatentTraining):
         mask_padding: bool = False,
         half_precision_targets: bool = False,
         gradient_clip_norm: float | None = None,
+        compile: bool | str = False,
         seed: int = 0,
     ) -> None:
         if not 0 <= target_decay < 1:
@@ -149,7 +150,7 @@ class ConsistencyDistillation(LatentTraining):
             configs["denoiser"] = student.config(configs["denoiser"])  # adapters and all
         modules: Any = system.modules
         parts = student, system.process, modules["normaliser"], optimizer, modules["text"]
-        super().__init__(*parts, lr_schedule, seed, gradient_clip_norm)
+        super().__init__(*parts, lr_schedule, seed, gradient_clip_norm, compile)
         self.source = teacher
         self.teacher = modules["denoiser"].requires_grad_(False)
         # What adapters leave frozen is one tensor in student and target: a copy that is told it has been made already.
@@ -197,15 +198,15 @@ class ConsistencyDistillation(LatentTraining):
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """The distance of student and target."""
-        generator = torch_generator("distil", self.seed, self.trainer.global_step, batch_idx, self.global_rank)
-        loss = self._batch_loss(batch, generator, self.masking)
+        seeds = "distil", self.seed, self.trainer.global_step, batch_idx, self.global_rank
+        loss = self._batch_loss(batch, *self.generators(*seeds), self.masking)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["caption"]))
         return loss
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
         """The same, with draws that repeat themselves; it compares with the target of the moment, not with a truth."""
         generator = torch_generator("distil validation", self.seed, batch_idx, self.global_rank)
-        loss = self._batch_loss(batch, generator, None)
+        loss = self._batch_loss(batch, generator, generator, None)
         self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["caption"]), sync_dist=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -222,12 +223,13 @@ class ConsistencyDistillation(LatentTraining):
         torch._foreach_lerp_(kept, current, 1 - self.target_decay)  # theta- + (1 - mu) (theta - theta-)
 
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Draws:
-        """Line 4: draws for clean latents of `shape [B, C, L]`."""
+        """Line 4: draws for clean latents of `shape [B, C, L]`, on the generator's device."""
         low, high = self.consistency.lowest_scale, self.consistency.highest_scale
+        options: Any = {"generator": generator, "device": generator.device}
         return Draws(
-            torch.randn(shape, generator=generator),  # the noise of line 5
-            torch.randint(len(self.grid), shape[:1], generator=generator),  # n, uniform
-            low + (high - low) * torch.rand(shape[:1], generator=generator),  # w, uniform
+            torch.randn(shape, **options),  # the noise of line 5
+            torch.randint(len(self.grid), shape[:1], **options),  # n, uniform
+            low + (high - low) * torch.rand(shape[:1], **options),  # w, uniform
         )
 
     def consistency_loss(
@@ -255,9 +257,9 @@ class ConsistencyDistillation(LatentTraining):
         estimate = self._estimate(self.denoiser, noisy, start, text, known, given)  # f_theta
         with torch.no_grad(), self._target_precision():
             # Two predictions [B, C, L] of the teacher; a jump is affine in them, so that they are guided first.
-            positive, negative = branches(self.teacher, text, _conditioning(self.unconditional()), known, more=padding)(
-                noisy, start
-            )
+            negative_text = _conditioning(self.unconditional())
+            both = branches(self.network(self.teacher), text, negative_text, known, more=padding)
+            positive, negative = both(noisy, start)
             # In single precision from here on.
             guided = extrapolate(positive.float(), negative.float(), draws.scale[:, None, None])
             before = ddim_jump(self.process, noisy, guided, start, end)  # line 6
@@ -275,15 +277,22 @@ class ConsistencyDistillation(LatentTraining):
         given: Mapping[str, Tensor],
     ) -> Tensor:
         """The consistency function of `network`, equation (12), `[B, C, L]`."""
-        prediction = bind(network, text, known, more=given)(noisy, timestep)  # [B, C, L]
+        prediction = bind(self.network(network), text, known, more=given)(noisy, timestep)  # [B, C, L]
         return self.consistency.estimate(self.process, noisy, prediction.float(), timestep)  # (12)
 
-    def _batch_loss(self, batch: LatentBatch, generator: torch.Generator, masking: SpanMasking | None) -> Tensor:
+    def _batch_loss(
+        self,
+        batch: LatentBatch,
+        generator: torch.Generator,
+        on_device: torch.Generator,
+        masking: SpanMasking | None,
+    ) -> Tensor:
         with torch.no_grad():
             clean = self.normaliser.normalise(batch["latent"])  # z
             text = _conditioning(self.condition(batch))
-        draws = self.draw(clean.shape, generator).to(clean)  # on the CPU, so that every device trains on the same
-        hidden = masking(len(clean), clean.shape[-1], generator).to(clean.device) if masking else None
+        draws = self.draw(clean.shape, on_device).to(clean)
+        hidden = masking(len(clean), clean.shape[-1], generator) if masking else None
+        hidden = None if hidden is None else hidden.to(clean.device, non_blocking=True)
         return self.consistency_loss(clean, text, draws, hidden, batch["frame_mask"] if self.mask_padding else None)
 
     def _target_precision(self) -> AbstractContextManager[object]:

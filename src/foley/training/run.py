@@ -91,6 +91,8 @@ def _hush_lightning() -> None:
 def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | None) -> dict[str, float]:
     _hush_lightning()
     _snapshot(cfg, Path(cfg.paths.output_dir))
+    if cfg.trainer.accelerator in ("gpu", "cuda"):
+        torch.set_float32_matmul_precision(cfg.float32_matmul_precision)
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.data, _convert_="all")
     _check_data(cfg, datamodule)

@@ -46,7 +46,10 @@ RULES: tuple[tuple[str, bool], ...] = (
     ("trainer.limit_train_batches", False),
     ("trainer.overfit_batches", False),
     ("trainer.*", True),
-    ("ddp_strategy", True),
+    ("ddp_strategy*", True),
+    ("compile", True),
+    ("task.compile", True),
+    ("float32_matmul_precision", True),
     # Averages that were never taken cannot be resumed, and taken ones must not be lost.
     ("callbacks.ema", False),
     ("callbacks.ema._target_", False),

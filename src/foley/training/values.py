@@ -63,6 +63,12 @@ def require_values(cfg: DictConfig) -> None:
     if _value(cfg, "data.text_dir") not in (_ABSENT, None) and _value(cfg, "task.text") is None:
         raise ValueError(f"data.text_dir={_value(cfg, 'data.text_dir')}: this run has no text; leave it out")
     _require_own_clipping(cfg)
+    if cfg.compile and "compile" not in cfg.task:
+        raise ValueError(
+            f"compile={cfg.compile}: only denoisers are compiled, and this recipe trains none; leave it out"
+        )
+    if (products := cfg.float32_matmul_precision) not in ("highest", "high", "medium"):
+        raise ValueError(f"float32_matmul_precision={products}: give highest, high or medium")
     max_time = _value(cfg, "trainer.max_time")
     if isinstance(max_time, str | int | float) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(max_time).strip()):
         raise ValueError(f"trainer.max_time={max_time}: give DD:HH:MM:SS, such as 00:01:30:00, or null")
@@ -105,8 +111,10 @@ def _require_own_clipping(cfg: DictConfig) -> None:
     clip = _value(cfg, "trainer.gradient_clip_val")
     if clip not in (_ABSENT, None):
         raise ValueError(f"trainer.gradient_clip_val={clip}: the task clips; give task.gradient_clip_norm={clip}")
-    precision = _value(cfg, "trainer.precision")
-    if _value(cfg, "optimizer.fused") is True and str(precision).startswith("16"):
+    typed = not OmegaConf.is_interpolation(
+        cfg.optimizer, "fused"
+    )  # what follows by itself is not both, and loads PyTorch
+    if typed and cfg.optimizer.get("fused") and str(precision := cfg.trainer.precision).startswith("16"):
         raise ValueError(
             f"optimizer.fused=true with trainer.precision={precision}: a fused optimizer takes the scale out of the "
             "gradients itself, after they are clipped; leave optimizer.fused out, or train in bf16-mixed"

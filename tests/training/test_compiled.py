@@ -1,0 +1,60 @@
+"""Compiled training: the forward pass is one graph, and weights, checkpoints and numbers are as without."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_two_steps import in_small, on_the_cpu, state_after_two_steps
+from torch._dynamo.testing import CompileCounter
+from training_parts import build_module
+
+from foley.training import diffusion
+from foley.training.diffusion import DiffusionTraining
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("tiny", []),  # text, masks
+        ("ezaudio_xl", ["stage=pretrain", "model.gradient_checkpointing=true"]),  # no text, data-parallel
+        ("tiny_lcm", []),  # student, target and teacher
+    ],
+)
+def test_a_compiled_run_is_the_run(recipe: str, overrides: list[str], tmp_path: Path) -> None:
+    states = []
+    for compiled in ("false", "aot_eager"):
+        torch._dynamo.reset()
+        cfg = on_the_cpu(
+            in_small(recipe, f"compile={compiled}", "trainer.precision=32-true", *overrides), tmp_path / compiled
+        )
+        states.append(state_after_two_steps(cfg, tmp_path / compiled))
+    plain, compiled = states
+    assert list(plain) == list(compiled)
+    for name, value in plain.items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_a_forward_pass_is_one_graph_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter, module = CompileCounter(), build_module(compile="eager")
+    module._backend = counter
+    network = module.network(module.denoiser)
+    for timestep in (3, 999):
+        inputs = torch.randn(2, 4, 12), torch.full((2,), timestep), torch.randn(2, 1, 6)
+        torch.testing.assert_close(network(*inputs), module.denoiser(*inputs))
+    assert counter.frame_count == 1
+    assert module.network(module.denoiser) is network
+    assert not any("_orig_mod" in name for name in module.state_dict())
+
+
+def test_noise_is_drawn_on_the_device_from_the_same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build_module()
+    host, own = module.generators("train", 0)
+    assert host is own  # on a CPU every draw is where it was
+    asked = []
+    monkeypatch.setattr(DiffusionTraining, "device", torch.device("cuda", 1))
+    monkeypatch.setattr(diffusion, "torch_generator", lambda *parts, device="cpu": asked.append((parts, str(device))))
+    module.generators("train", 0, 7)
+    assert asked == [(("train", 0, 7), "cpu"), (("train", 0, 7), "cuda:1")]
