@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foley.accel.cost import CostMeter
-from foley.accel.precision import compile_blocks, set_precision
+from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
 from foley.core.config import shipped
 from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
@@ -22,6 +22,7 @@ from foley.core.numbers import POSITIVE
 from foley.core.rates import clip_size
 from foley.data.audio import PEAK_CEILING
 from foley.data.dataset import PeakLevel, gain_to_decibels
+from foley.diffusion.graphs import CudaRecorder, choose_graphs
 from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import Solver
@@ -93,7 +94,8 @@ class TextToAudio:
         self.codec, self.normaliser = modules["codec"], modules["normaliser"]
         self._encode_text = CachedText(self.text) if self.text.trainable else self.text
         self._decode = LatentDecoder(self.codec)
-        self.inference: dict[str, Any] = {"precision": "float32", "compile": False}
+        self.inference: dict[str, Any] = {"decoder_precision": "float32"}  # and what `optimise` and its like choose
+        self._cuda_graphs = False
         self.model_hash = hash_module(self.denoiser)
         self._said: set[str] = set()
 
@@ -114,15 +116,25 @@ class TextToAudio:
         """Export as a system directory, floating weights as `dtype` (None keeps float32)."""
         save_system(self.system, Path(directory), dtype)
 
-    def optimise(self, precision: str = "float32", compiled: bool = False) -> None:
-        """Hold the denoiser in another precision ("bf16", "fp16"), and compile its blocks at their first use.
+    def optimise(self, precision: str = "auto", compiled: bool = False, cuda_graphs: str | bool = "auto") -> None:
+        """Hold the denoiser in another precision, compile its blocks at their first use, record its evaluations.
 
-        Raises ValueError for an unknown precision.
+        The first generation does it by default where it has not been done.
+
+        Args:
+            precision: "bf16", "fp16", or float32, which is exact: with any other, what stays in float32 may be
+                multiplied in TF32. "auto" is bf16 on CUDA and float32 elsewhere.
+            cuda_graphs: replay evaluations as CUDA graphs (`foley.diffusion.graphs`); "auto" does on CUDA.
+
+        Raises ValueError for an unknown precision, and for graphs where there is no CUDA.
         """
+        precision = choose_precision(precision, self.device)
+        self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
         set_precision(self.denoiser, precision)
         if compiled:
             compile_blocks(self.denoiser)
-        self.inference |= {"precision": precision, "compile": compiled}
+        graphs = {"cuda_graphs": True} if self._cuda_graphs else {}
+        self.inference |= {"precision": precision, "compile": compiled, **graphs}
 
     def set_decoder_precision(self, precision: str) -> None:
         """Decode in another precision; float32, the default, is the fast decoder on a CPU (`LatentDecoder`).
@@ -255,7 +267,10 @@ class TextToAudio:
         a system: they take turns, a call each.
         """
         with sole_user(self.denoiser):
-            return self._generate_clips(clips, settings)
+            if "precision" not in self.inference:
+                self.optimise()
+            with computing_in(self.inference["precision"], self.device):
+                return self._generate_clips(clips, settings)
 
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         timings = Timings()
@@ -287,7 +302,8 @@ class TextToAudio:
             with self._timed(timings, "text_seconds"):
                 positive = embed(self._encode_text, [clip.prompt for clip in batch])
             with self._timed(timings, "denoise_seconds"):
-                latent = denoise(positive=positive, negative=negative, seeds=[clip.seed for clip in batch])  # [B, C, L]
+                seeds, recorder = [clip.seed for clip in batch], CudaRecorder() if self._cuda_graphs else None
+                latent = denoise(positive=positive, negative=negative, seeds=seeds, recorder=recorder)  # [B, C, L]
             self._warn_of_blow_up(latent, solver, guidance.scale)
             with self._timed(timings, "decode_seconds"):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
