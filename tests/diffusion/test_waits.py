@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, UniPCMultistepScheduler
-from parts.pretend_device import PretendDevice
+from pretend_device import PretendDevice
 
 from foley.core.seeding import torch_generator
 from foley.diffusion.consistency import Consistency, ConsistencySolver

@@ -41,7 +41,7 @@ _log = get_logger(__name__)
 
 # What may differ between two runs that make the clips of one folder: it changes no clip.
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
-_INCIDENTAL |= {"overwrite", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
+_INCIDENTAL |= {"cuda_graphs", "overwrite", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
 def chosen_system(cfg: DictConfig) -> str:

@@ -103,7 +103,7 @@ class PipelineToAudio:
 
     def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         """Every clip in the same way; raises as `generate` does. Threads that share a pipeline take turns."""
-        with sole_user(self.audio.denoiser):
+        with sole_user(self.audio.denoiser), computing_in(self.precision, self.device):
             return self._generate_clips(clips, settings)
 
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
@@ -120,8 +120,9 @@ class PipelineToAudio:
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         timings, rows = Timings(), []
         for first in range(0, len(clips), settings.batch_size):
-            with timings.measured("denoise_seconds", self.device), computing_in(self.precision, self.device, True):
-                batch = clips[first : first + settings.batch_size]
+            batch = clips[first : first + settings.batch_size]
+            half = computing_in(self.precision, self.device, autocast=True)
+            with timings.measured("denoise_seconds", self.device), half:
                 latents = self._latents(batch, seconds, settings, guidance.scale, num_steps, meter)
             with timings.measured("decode_seconds", self.device), torch.no_grad():
                 rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])  # [B, channels, T]
