@@ -10,7 +10,7 @@ from foley.accel.attention.local_global import LocalGlobal
 from foley.accel.caching.calibration import CalibrationRecorder
 from foley.accel.caching.fora import Fora
 from foley.accel.combined import Combined
-from foley.accel.precision import compile_blocks, set_precision
+from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
 from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
@@ -117,3 +117,53 @@ def test_accelerators_on_compiled_blocks_cost_graphs_neither_for_each_block_nor_
 def test_a_denoiser_without_blocks_is_not_compiled() -> None:
     with pytest.raises(ValueError, match="Linear does not say which blocks"):
         compile_blocks(nn.Linear(2, 2))
+
+
+class Cuda:
+    """Says what a machine with a GPU says, and notes the settings that are in force where work is done."""
+
+    def __init__(self, monkeypatch, bf16=True) -> None:
+        self.products = "highest"
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+        monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: setattr(self, "products", value))
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: self.products)
+
+
+@pytest.mark.parametrize(("device", "bf16", "chosen"), [("cuda", True, "bf16"), ("cuda", False, "float32")])
+def test_auto_is_bf16_where_cuda_computes_in_it(monkeypatch, device, bf16, chosen) -> None:
+    Cuda(monkeypatch, bf16)
+    assert choose_precision("auto", torch.device(device)) == chosen
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_auto_is_float32_on_other_devices_and_a_name_is_itself(monkeypatch, device) -> None:
+    assert choose_precision("auto", torch.device(device)) == "float32"
+    assert choose_precision("fp16", torch.device(device)) == "fp16"
+
+
+def test_an_unknown_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one of auto, float32, bf16, fp16, got 'half'"):
+        choose_precision("half", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("precision", "products", "tf32"), [("float32", "highest", False), ("bf16", "high", True)])
+def test_float32_is_exact_on_cuda_and_nothing_else_is_and_all_is_as_before_afterwards(
+    monkeypatch, precision, products, tf32
+) -> None:
+    cuda, before = Cuda(monkeypatch), torch.backends.cudnn.allow_tf32
+    with computing_in(precision, torch.device("cuda")):
+        assert cuda.products == products
+        assert torch.backends.cudnn.allow_tf32 is tf32
+    assert cuda.products == "highest"
+    assert torch.backends.cudnn.allow_tf32 is before
+
+
+def test_autocast_is_of_the_precision_and_off_in_float32(monkeypatch) -> None:
+    linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+    for precision, autocast, dtype in [
+        ("bf16", True, torch.bfloat16),
+        ("bf16", False, torch.float32),
+        ("float32", True, torch.float32),
+    ]:
+        with computing_in(precision, torch.device("cpu"), autocast):
+            assert linear(x).dtype == dtype

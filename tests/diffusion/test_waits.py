@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DDPMScheduler, UniPCMultistepScheduler
-from parts.pretend_device import PretendDevice
+from pretend_device import PretendDevice
 
 from foley.core.seeding import torch_generator
 from foley.diffusion.consistency import Consistency, ConsistencySolver
@@ -107,9 +107,8 @@ def test_guidance_windows_and_a_hoisted_denoiser_wait_for_nothing(guidance, wind
         positive = Conditioning(put(torch.ones(2, 5, 6)), put(mask))
         known = KnownLatent(put(draw("known")[:1]), put(torch.arange(8)[None] > 3))
         grid = EvaluationGrid(put(timesteps), 8, windows)
-        return guidance.wrap(
-            denoiser, positive, Conditioning(put(torch.zeros(1, 2, 6)), put(mask[:1, :2])), known, grid
-        )
+        negative = Conditioning(put(torch.zeros(1, 2, 6)), put(mask[:1, :2]))
+        return guidance.wrap(denoiser, positive, negative, known, grid)
 
     noisy = draw("noise")
     with torch.no_grad():

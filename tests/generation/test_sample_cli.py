@@ -192,7 +192,7 @@ def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_di
     [
         (["edit=a.wav", "mask_start_seconds=0", "mask_length_seconds=1"], ValueError, "only generate"),
         (["init=a.wav"], ValueError, "only generate"),
-        (["precision=bf16"], ValueError, "only generate"),
+        (["decoder_precision=bf16"], ValueError, "only generate"),
         (["compile=true"], ValueError, "only generate"),
         (["rotary_extension=ntk"], ValueError, "only generate"),
         (["window_seconds=5"], ValueError, "window_seconds: a published pipeline"),

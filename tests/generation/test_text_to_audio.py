@@ -6,12 +6,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from recorded_graphs import RecordedGraphs
 from small_system import CONFIGS, STEPS, CountingAccelerator, training_checkpoint
 
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.generation import text_to_audio
 from foley.generation.options import MAX_PROMPT_CHARACTERS
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import build_system, load_system, save_system
@@ -196,6 +198,29 @@ def test_half_precision_is_recorded_and_counts_as_the_same_model():
     pipeline.optimise("bf16")
     assert pipeline.generate(["rain"], **STEPS).settings["precision"] == "bf16"
     assert hash_module(pipeline.denoiser) == digest
+
+
+def make_generator():
+    torch.manual_seed(0)
+    return TextToAudio(build_system(CONFIGS))
+
+
+def test_the_first_generation_chooses_the_precision_and_graphs_of_its_device(monkeypatch):
+    """On CUDA bf16 and recordings: here with a recorder of the CPU, at a device that only says it is one."""
+    recorders = []
+    monkeypatch.setattr(text_to_audio, "choose_precision", lambda precision, device: "bf16")
+    monkeypatch.setattr(text_to_audio, "choose_graphs", lambda wanted, device: True)
+    monkeypatch.setattr(text_to_audio, "CudaRecorder", lambda: recorders.append(RecordedGraphs()) or recorders[-1])
+    recorded = make_generator().generate(["rain", "wind"], 0.3, num_steps=5, batch_size=1)
+    expected = {"precision": "bf16", "cuda_graphs": True, "decoder_precision": "float32"}
+    assert expected.items() <= recorded.settings.items()
+    assert [recorder.count for recorder in recorders] == [1, 1]  # of each batch
+    monkeypatch.undo()
+    plain = make_generator()
+    plain.optimise("bf16")
+    assert torch.equal(recorded.audio, plain.generate(["rain", "wind"], 0.3, num_steps=5, batch_size=1).audio)
+    with pytest.raises(ValueError, match="cuda_graphs=true: device=cpu has none"):
+        plain.optimise(cuda_graphs=True)
 
 
 def test_all_that_was_done_to_the_denoiser_is_recorded():

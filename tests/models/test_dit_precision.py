@@ -168,8 +168,8 @@ def test_a_mask_that_leaves_nothing_out_is_none_and_any_other_is_aligned_and_as_
     assert key_mask(torch.ones(2, 5).bool(), torch.float32) is None
     valid = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
     mask = key_mask(valid, torch.bfloat16)
-    assert mask.shape == (2, 1, 1, 5) and mask.dtype == torch.bfloat16
-    assert mask.stride(0) % 8 == 0 and mask.stride(-1) == 1
+    assert (mask.shape, mask.dtype) == ((2, 1, 1, 5), torch.bfloat16)
+    assert (mask.stride(0) % 8, mask.stride(-1)) == (0, 1)
     assert torch.equal(mask[:, 0, 0] == 0, valid)
     query, key, value = torch.randn(3, 2, 2, 7, 16)
     boolean = F.scaled_dot_product_attention(query, key[..., :5, :], value[..., :5, :], valid[:, None, None])

@@ -1,8 +1,8 @@
 """A device that is not there: tensors that say they lie on it, live on the CPU, and note each wait for the device.
 
-On CUDA a wait is what `torch.cuda.set_sync_debug_mode("error")` refuses: to read a number, to look for what is not zero,
-to copy either way but from pinned memory. Tensors of two devices in one operation are an error, as there, and so is
-float64, which MPS does not know.
+On CUDA a wait is what `torch.cuda.set_sync_debug_mode("error")` refuses: to read a number, to look for what is not
+zero, to copy either way but from pinned memory. Tensors of two devices in one operation are an error, as there, and so
+is float64, which MPS does not know.
 """
 
 from contextlib import ExitStack

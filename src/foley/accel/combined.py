@@ -1,6 +1,6 @@
 """No accelerator, and several accelerators as one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ class NoAcceleration:
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         yield
+
+    def graph_pattern(self) -> str:
+        return "plain"
 
     def on_run_start(self, run: RunContext) -> None:
         pass
@@ -53,6 +56,11 @@ class Combined:
             for accelerator in self.accelerators:
                 stack.enter_context(accelerator.attach(denoiser))  # two that replace the same forwards raise here
             yield
+
+    def graph_pattern(self) -> tuple[Hashable, ...] | None:
+        """Those of all of them; None where one has none."""
+        patterns = [getattr(part, "graph_pattern", lambda: None)() for part in self.accelerators]
+        return None if None in patterns else tuple(patterns)
 
     def on_run_start(self, run: RunContext) -> None:
         for accelerator in self.accelerators:

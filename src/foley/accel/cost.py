@@ -4,7 +4,7 @@
 `CostMeter` does both while a generation runs, which it leaves as it is to the last bit.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -200,6 +200,11 @@ class CostMeter:
                     self._hooks.enter_context(_remembered_call(denoiser, self._call))
             stack.enter_context(self._accelerator.attach(denoiser))
             yield
+
+    def graph_pattern(self) -> Hashable | None:
+        """The accelerator's; counting is of the first evaluation, which is never recorded."""
+        pattern: Callable[[], Hashable | None] = getattr(self._accelerator, "graph_pattern", lambda: None)
+        return pattern()
 
     def on_run_start(self, run: RunContext) -> None:
         self._accelerator.on_run_start(run)

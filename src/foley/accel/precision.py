@@ -1,5 +1,7 @@
 """Makes a denoiser cheaper to run without changing what it is: half precision, compiled blocks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +10,44 @@ from torch import nn
 from foley.core.hashing import adopt_hash, hash_module
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """`precision` itself; "auto" is bf16 on a CUDA device that computes in it, and float32 elsewhere.
+
+    Raises ValueError for an unknown precision.
+
+    >>> choose_precision("auto", torch.device("cpu"))
+    'float32'
+    """
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if fast else "float32"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of auto, {', '.join(PRECISIONS)}, got {precision!r}")
+    return precision
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device, autocast: bool = False) -> Iterator[None]:
+    """What is computed inside the context on `device`, in a precision of `choose_precision`.
+
+    float32 is exact: CUDA multiplies without TF32. Beside a half precision, what stays in float32 may use it. With
+    `autocast`, weights held in float32 are multiplied in half precision too; without, they are what `set_precision`
+    made them.
+    """
+    exact, on_cuda = precision == "float32", device.type == "cuda"
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    if on_cuda:
+        torch.set_float32_matmul_precision("highest" if exact else "high")
+        torch.backends.cudnn.allow_tf32 = not exact
+    try:
+        with torch.autocast(device.type, PRECISIONS[precision], enabled=autocast and not exact):
+            yield
+    finally:
+        if on_cuda:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def set_precision(denoiser: nn.Module, precision: str) -> None:

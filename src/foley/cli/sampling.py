@@ -41,7 +41,7 @@ _log = get_logger(__name__)
 
 # What may differ between two runs that make the clips of one folder: it changes no clip.
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
-_INCIDENTAL |= {"overwrite", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
+_INCIDENTAL |= {"cuda_graphs", "overwrite", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
 def chosen_system(cfg: DictConfig) -> str:
@@ -152,8 +152,10 @@ def open_requested(
     generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path)
     if cfg.features is not None and not _takes_features(generator):
         raise ValueError(f"features={cfg.features}: this system takes captions, not features; give prompt= instead")
+    if isinstance(generator, PipelineToAudio):
+        generator.optimise(cfg.precision)
     if isinstance(generator, TextToAudio):
-        generator.optimise(cfg.precision, cfg.compile)
+        generator.optimise(cfg.precision, cfg.compile, cfg.cuda_graphs)
         generator.set_decoder_precision(cfg.decoder_precision)
         if cfg.text_cache_dir is not None:
             generator.keep_text_embeddings(cfg.text_cache_dir)
@@ -194,10 +196,10 @@ def _takes_features(generator: TextToAudio | PipelineToAudio) -> bool:
 
 
 def _check_pipeline(cfg: DictConfig) -> None:
-    precisions, others = {cfg.precision, cfg.decoder_precision}, {cfg.rotary_extension, cfg.text_cache_dir}
-    if cfg.compile or (precisions, others) != ({"float32"}, {None}):
+    asked = {cfg.compile, cfg.cuda_graphs is True, cfg.decoder_precision != "float32"}
+    if asked != {False} or {cfg.rotary_extension, cfg.text_cache_dir} != {None}:
         raise ValueError(
-            "precision, decoder_precision, compile, rotary_extension and text_cache_dir need a system of ours: the "
+            "decoder_precision, compile, cuda_graphs, rotary_extension and text_cache_dir need a system of ours: the "
             "pipelines of diffusers only generate"
         )
 

@@ -20,6 +20,7 @@ class RunContext:
     guidance_scale: float  # w
     guidance_rescale: float  # phi
     batch_size: int  # items; guidance branches do not count
+    is_recorded: bool = False  # evaluations are replayed as graphs: what is kept between them must stay in its place
 
     @property
     def num_evaluations(self) -> int:
@@ -53,6 +54,10 @@ class SamplerCallback(Protocol):
 
 
 class Accelerator(SamplerCallback, Protocol):
-    """A callback that patches a denoiser for as long as its `attach` context is open, and leaves no trace."""
+    """A callback that patches a denoiser for as long as its `attach` context is open, and leaves no trace.
+
+    One under which evaluations repeat each other has a `graph_pattern() -> Hashable | None` too, for recordings: equal
+    where two evaluations run the same operations on the same memory, None for one that is like no other.
+    """
 
     def attach(self, denoiser: nn.Module) -> AbstractContextManager[object]: ...

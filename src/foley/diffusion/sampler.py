@@ -17,7 +17,7 @@ True
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from foley.core.locks import sole_user
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext
+from foley.diffusion.graphs import FEWEST_EVALUATIONS, RecordedDenoise, Recorder, pattern_of
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, Denoise, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.schedulers import combine, draw_noise
@@ -153,6 +154,7 @@ def generate_latents(
     known: KnownLatent | None = None,
     start: Start | None = None,
     windows: Windows | None = None,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """Latents `[B, C, num_frames]`, one per seed and row of `positive`; an item ignores the rest of its batch.
 
@@ -165,6 +167,7 @@ def generate_latents(
         known: frames that the denoiser sees and that come back as given, on `device`.
         start: a latent to begin at instead of pure noise, on `device`.
         windows: cuts a latent longer than the denoiser knows into such as it does.
+        recorder: records evaluations as graphs, in runs of enough of them; None runs each as it is.
 
     Threads may share a denoiser: they take turns, a whole generation each.
 
@@ -179,6 +182,9 @@ def generate_latents(
     # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
     denoise = guidance.wrap(denoiser, positive, negative, known, grid)
+    if recorder is not None and run.num_evaluations >= FEWEST_EVALUATIONS:
+        run = replace(run, is_recorded=True)
+        denoise = RecordedDenoise(denoise, recorder, pattern_of(accelerator))
     attached = nullcontext() if accelerator is None else accelerator.attach(denoiser)
     with sole_user(denoiser), attached:
         callbacks = [] if accelerator is None else [accelerator]

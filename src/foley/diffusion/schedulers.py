@@ -6,7 +6,7 @@ timestep waits for all work queued there. `combine` applies such an update to un
 coefficients as numbers, and adds up the tensors with them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +14,12 @@ from diffusers import DDPMScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+_ddpm: Any = DDPMScheduler
+_unipc: Any = UniPCMultistepScheduler
+
 
 def combine(update: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """`update(*tensors)` `[B, C, L]` of an update that is linear in tensors of that shape, and uses nothing else of them.
+    """`update(*tensors)` `[B, C, L]` of an update that is linear in tensors of that shape.
 
     >>> combine(lambda x, y: 3 * x - 0.5 * y, torch.ones(1, 2, 4), torch.full((1, 2, 4), 2.0))[0, 0]
     tensor([2., 2., 2., 2.])
@@ -30,19 +33,17 @@ def combine(update: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 def coefficients(update: Callable[..., Tensor], count: int) -> list[float]:
     """Of an update that is linear in its `count` arguments."""
-    weights: list[float] = (
-        update(*torch.eye(count)[:, None, None]).flatten().tolist()
-    )  # of `count` unit vectors [1, 1, K]
+    units = torch.eye(count)[:, None, None]  # each [1, 1, K]
+    weights: list[float] = update(*units).flatten().tolist()
     return weights
 
 
 def draw_noise(like: Tensor, generators: list[torch.Generator] | None) -> Tensor:
-    """Standard normal, of the shape and on the device of `like [B, C, L]`; drawn on the CPU, from one generator each."""
+    """Standard normal, shaped and placed as `like [B, C, L]`; drawn on the CPU, each item by its own generator."""
     noise = randn_tensor(tuple(like.shape), generator=generators, device=torch.device("cpu"), dtype=like.dtype)
-    # From pinned memory a copy does not wait for the GPU.
-    return (
-        noise.pin_memory().to(like.device, non_blocking=True) if like.device.type == "cuda" else noise.to(like.device)
-    )
+    if like.device.type != "cuda":
+        return noise.to(like.device)
+    return noise.pin_memory().to(like.device, non_blocking=True)  # from pinned memory a copy does not wait
 
 
 class AncestralScheduler(DDPMScheduler):  # type: ignore[misc]
@@ -55,26 +56,30 @@ class AncestralScheduler(DDPMScheduler):  # type: ignore[misc]
 
         def mean(prediction: Tensor, noisy: Tensor) -> Tensor:
             # What diffusers would draw here is multiplied by `_get_variance`, 0.
-            drawn = {"generator": torch.Generator(), "return_dict": False}
-            return super(AncestralScheduler, self).step(prediction, timestep, noisy, **drawn)[0]
+            drawn = torch.Generator()
+            latent: Tensor = _ddpm.step(self, prediction, timestep, noisy, generator=drawn, return_dict=False)[0]
+            return latent
 
         latent = combine(mean, model_output, sample)
         if timestep == 0:
             return (latent,)
-        return (torch.add(latent, variance_noise, alpha=float(super()._get_variance(timestep).sqrt())),)
+        return (torch.add(latent, variance_noise, alpha=float(_ddpm._get_variance(self, timestep).sqrt())),)
 
     def _get_variance(self, t: Any, **_: Any) -> Tensor:
         return torch.zeros(())
 
 
 class UniPCScheduler(UniPCMultistepScheduler):  # type: ignore[misc]
-    """`UniPCMultistepScheduler` that solves for its coefficients on the CPU (Zhao et al. 2023, equations 3 and 9)."""
+    """`UniPCMultistepScheduler` that solves for its coefficients on the CPU (Zhao et al. 2023, algorithms 1 and 2)."""
+
+    model_outputs: list[Tensor | None]  # the oldest first, None where there are none yet
 
     def multistep_uni_p_bh_update(self, model_output: Tensor, *, sample: Tensor, order: int) -> Tensor:
         """The predictor: linear in the latent and in the outputs so far."""
 
         def update(latent: Tensor) -> Tensor:
-            return super(UniPCScheduler, self).multistep_uni_p_bh_update(latent, sample=latent, order=order)
+            result: Tensor = _unipc.multistep_uni_p_bh_update(self, latent, sample=latent, order=order)
+            return result
 
         return self._combine_with_outputs(update, sample)
 
@@ -86,17 +91,17 @@ class UniPCScheduler(UniPCMultistepScheduler):  # type: ignore[misc]
         def update(output: Tensor, latent: Tensor) -> Tensor:
             # Of `this_sample` it takes device and type alone.
             given = {"last_sample": latent, "this_sample": latent, "order": order}
-            return super(UniPCScheduler, self).multistep_uni_c_bh_update(output, **given)
+            result: Tensor = _unipc.multistep_uni_c_bh_update(self, output, **given)
+            return result
 
         return self._combine_with_outputs(update, this_model_output, last_sample)
 
     def _combine_with_outputs(self, update: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        outputs: Sequence[Tensor | None] = self.model_outputs  # the oldest first, None where there are none yet
+        outputs = self.model_outputs
         known = [output for output in outputs if output is not None]
 
         def with_outputs(*units: Tensor) -> Tensor:
-            absent = [None] * (len(outputs) - len(known))
-            self.model_outputs = [*absent, *units[len(tensors) :]]
+            self.model_outputs = [None] * (len(outputs) - len(known)) + [*units[len(tensors) :]]
             try:
                 return update(*units[: len(tensors)])
             finally:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foley.accel.cost import CostMeter
 from foley.accel.diffusers.pipelines import accelerated
+from foley.accel.precision import choose_precision, computing_in
 from foley.core.config import published_name
 from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
@@ -63,7 +64,15 @@ class PipelineToAudio:
         self.device = resolve_device(device)
         self.max_duration_seconds = min(max_duration_seconds, audio.max_duration_seconds)
         audio.pipeline.to(self.device)
+        self.optimise()
         self.model_hash = hash_module(audio.denoiser)
+
+    def optimise(self, precision: str = "auto") -> None:
+        """Denoise under autocast to a precision, "auto" as for `TextToAudio`; latents and weights stay as they are.
+
+        A pipeline whose weights are in half precision computes in that. Raises ValueError for an unknown precision.
+        """
+        self.precision = choose_precision(precision, self.device)
 
     @property
     def sample_rate_hz(self) -> int:
@@ -93,7 +102,7 @@ class PipelineToAudio:
 
     def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         """Every clip in the same way; raises as `generate` does. Threads that share a pipeline take turns."""
-        with sole_user(self.audio.denoiser):
+        with sole_user(self.audio.denoiser), computing_in(self.precision, self.device):
             return self._generate_clips(clips, settings)
 
     def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:
@@ -122,8 +131,9 @@ class PipelineToAudio:
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         timings, rows = Timings(), []
         for first in range(0, len(clips), settings.batch_size):
-            with timings.measured("denoise_seconds", self.device):
-                batch = clips[first : first + settings.batch_size]
+            batch = clips[first : first + settings.batch_size]
+            half = computing_in(self.precision, self.device, autocast=True)
+            with timings.measured("denoise_seconds", self.device), half:
                 latents = self._latents(batch, seconds, settings, guidance.scale, num_steps, meter)
             with timings.measured("decode_seconds", self.device), torch.no_grad():
                 rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])  # [B, channels, T]
@@ -132,6 +142,7 @@ class PipelineToAudio:
             **settings.describe(guidance, type(self.audio.pipeline.scheduler).__name__, num_steps),
             **({} if meter is None else meter.describe()),
             "sample_rate_hz": self.sample_rate_hz,
+            "precision": self.precision,
             "model_hash": self.model_hash,
             **settings.facts,
         }

@@ -1,7 +1,7 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foley.accel.cost import CostMeter
-from foley.accel.precision import compile_blocks, set_precision
+from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
 from foley.core.config import shipped
 from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
@@ -23,6 +23,7 @@ from foley.core.rates import clip_size
 from foley.data.audio import PEAK_CEILING
 from foley.data.dataset import PeakLevel, gain_to_decibels
 from foley.diffusion.context import Accelerator
+from foley.diffusion.graphs import CudaRecorder, choose_graphs
 from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import Solver
@@ -96,7 +97,8 @@ class TextToAudio:
         if self.device.type == "cuda":
             self._pad_text()
         self._decode = LatentDecoder(self.codec)
-        self.inference: dict[str, Any] = {"precision": "float32", "compile": False}
+        self.inference: dict[str, Any] = {"decoder_precision": "float32"}  # and what `optimise` and its like choose
+        self._cuda_graphs = False
         self.model_hash = hash_module(self.denoiser)
         self._said: set[str] = set()
 
@@ -117,16 +119,26 @@ class TextToAudio:
         """Export as a system directory, floating weights as `dtype` (None keeps float32)."""
         save_system(self.system, Path(directory), dtype)
 
-    def optimise(self, precision: str = "float32", compiled: bool = False) -> None:
-        """Hold the denoiser in another precision ("bf16", "fp16"), and compile its blocks at their first use.
+    def optimise(self, precision: str = "auto", compiled: bool = False, cuda_graphs: str | bool = "auto") -> None:
+        """Hold the denoiser in another precision, compile its blocks at their first use, record its evaluations.
 
-        Raises ValueError for an unknown precision.
+        The first generation does it by default where it has not been done.
+
+        Args:
+            precision: "bf16", "fp16", or float32, which is exact: with any other, what stays in float32 may be
+                multiplied in TF32. "auto" is bf16 on CUDA and float32 elsewhere.
+            cuda_graphs: replay evaluations as CUDA graphs (`foley.diffusion.graphs`); "auto" does on CUDA.
+
+        Raises ValueError for an unknown precision, and for graphs where there is no CUDA.
         """
+        precision = choose_precision(precision, self.device)
+        self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
         set_precision(self.denoiser, precision)
         if compiled:
             compile_blocks(self.denoiser)
             self._pad_text()
-        self.inference |= {"precision": precision, "compile": compiled}
+        graphs = {"cuda_graphs": True} if self._cuda_graphs else {}
+        self.inference |= {"precision": precision, "compile": compiled, **graphs}
 
     def _pad_text(self) -> None:
         """Few lengths of text, so that what is compiled or captured for one serves the next prompt too."""
@@ -262,8 +274,17 @@ class TextToAudio:
         An impossible request is refused, and a strange prompt warned of, before anything is computed. Threads may share
         a system: they take turns, a call each.
         """
-        with sole_user(self.denoiser):
+        with self._computing():
             return self._generate_clips(clips, settings)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Alone with the denoiser, in the precision that was chosen for it."""
+        with sole_user(self.denoiser):
+            if "precision" not in self.inference:
+                self.optimise()
+            with computing_in(self.inference["precision"], self.device):
+                yield
 
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         timings = Timings()
@@ -287,7 +308,7 @@ class TextToAudio:
     @torch.no_grad()
     def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:
         """Denoise every clip and decode none, for an accelerator that only looks on; raises as `generate_clips`."""
-        with sole_user(self.denoiser):
+        with self._computing():
             timings = Timings()
             method = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
             canvas = self._canvas(settings, method[1].num_steps, timings)
@@ -327,7 +348,8 @@ class TextToAudio:
             with self._timed(timings, "text_seconds"):
                 positive = embed(self._encode_text, [clip.prompt for clip in batch])
             with self._timed(timings, "denoise_seconds"):
-                latent = denoise(positive=positive, negative=negative, seeds=[clip.seed for clip in batch])  # [B, C, L]
+                seeds, recorder = [clip.seed for clip in batch], CudaRecorder() if self._cuda_graphs else None
+                latent = denoise(positive=positive, negative=negative, seeds=seeds, recorder=recorder)  # [B, C, L]
             self._warn_of_blow_up(latent, solver, guidance.scale)
             yield latent
 

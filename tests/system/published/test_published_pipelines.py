@@ -70,6 +70,17 @@ def test_a_clip_has_the_length_asked_for_and_ignores_its_batch(model: str, gener
     assert not torch.allclose(both[0], generator.generate(["rain"], seconds, [4], **QUICK).audio[0], atol=1e-3)
 
 
+def test_half_precision_is_close_and_recorded(generator: PipelineToAudio) -> None:
+    exact = generator.generate(["rain"], 0.1, [3], **QUICK)
+    assert exact.settings["precision"] == "float32"  # what `auto` is on a CPU
+    generator.optimise("bf16")
+    rounded = generator.generate(["rain"], 0.1, [3], **QUICK)
+    generator.optimise()
+    assert rounded.settings["precision"] == "bf16"
+    assert rounded.audio.dtype == torch.float32
+    assert 0 < (rounded.audio - exact.audio).norm() < 0.2 * exact.audio.norm()
+
+
 @pytest.mark.parametrize("negative", ["", "thunder"])
 def test_stable_audio_is_what_diffusers_makes_with_the_same_seed(hub: Path, negative: str) -> None:
     pipeline = StableAudioPipeline.from_pretrained(hub / "stabilityai" / "stable-audio-open-1.0")

@@ -43,6 +43,16 @@ class Hold:
         return self.output
 
 
+class HoldInPlace(Hold):
+    """The same in memory that stays where it is, as recordings of evaluations want it (`foley.diffusion.graphs`)."""
+
+    def store(self, evaluation: int, output: Tensor) -> None:
+        if self.output is None:
+            self.output = output.clone()
+        else:
+            self.output.copy_(output)
+
+
 @dataclass
 class Taylor:
     """The line through the last two computed outputs; the last output until there are two.
@@ -129,6 +139,7 @@ class LayerCache:
         self._reset()
 
     def _reset(self) -> None:
+        self._reuse = self._make_reuse  # of this run
         self._table: list[list[bool]] = []  # [evaluations][layers]
         self._row: Sequence[bool] | None = None  # of the present evaluation; None outside of one
         self._evaluation = 0
@@ -178,7 +189,7 @@ class LayerCache:
                 return memory.recall(self._evaluation)
             output = original(*args, **kwargs)
             if memory is None:
-                memory = self._memories[index] = self._make_reuse()  # one for each layer and branch
+                memory = self._memories[index] = self._reuse()  # one for each layer and branch
             memory.store(self._evaluation, output)
             return output
 
@@ -211,6 +222,15 @@ class LayerCache:
                 f"cached here are {', '.join(self._layer_names)}. Run scripts/calibrate.py with the layers of this run."
             )
         self._table = self.schedule.compute.tolist()  # once: to read a tensor entry by entry is slow
+
+        if run.is_recorded and self._make_reuse is Hold:
+            self._reuse = HoldInPlace
+
+    def graph_pattern(self) -> tuple[bool, ...] | None:
+        """Which layers compute at the present evaluation; None where what is reused depends on its number."""
+        if self._row is None or self._make_reuse is not Hold:
+            return None
+        return tuple(computes or index not in self._memories for index, computes in enumerate(self._row))
 
     def on_evaluation_start(self, context: StepContext) -> None:
         self._evaluation = context.evaluation

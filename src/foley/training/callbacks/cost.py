@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from foley.core.devices import synchronise
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.metrics.latency import peak_memory_bytes
@@ -96,8 +97,7 @@ def _measured_peak(device: torch.device, dtype: torch.dtype, size: int, repeats:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return time.perf_counter()
 
 

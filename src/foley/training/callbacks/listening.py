@@ -10,6 +10,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from foley.accel.precision import choose_precision, computing_in
 from foley.core.files import sample_stem
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
@@ -138,18 +139,20 @@ class AudioSamples(pl.Callback):
         codec = self._codec.to(module.device)
         num_samples, num_frames = clip_size(self.duration_seconds, codec.sample_rate_hz, codec.hop_samples)
         guidance, solver = self._method(module)
-        latent = generate_latents(
-            module.denoiser,
-            module.process,
-            embed(module.text, [self.prompts[index] for index in part]),
-            embed(module.text, [""]),
-            [self.seeds[index] for index in part],
-            num_frames,
-            guidance,
-            solver,
-            self.accelerator,
-            device=module.device,
-        )
+        # Validation has ended, and with it the autocast of the trainer.
+        with computing_in(choose_precision("auto", module.device), module.device, autocast=True):
+            latent = generate_latents(
+                module.denoiser,
+                module.process,
+                embed(module.text, [self.prompts[index] for index in part]),
+                embed(module.text, [""]),
+                [self.seeds[index] for index in part],
+                num_frames,
+                guidance,
+                solver,
+                self.accelerator,
+                device=module.device,
+            )
         audio: Tensor = codec.decode(module.normaliser.denormalise(latent))
         return audio[..., :num_samples].cpu()
 
