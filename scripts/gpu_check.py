@@ -1,4 +1,4 @@
-"""Prove and measure on a GPU, within minutes, all that only a GPU can say: stages that are kept, each with a time limit.
+"""Prove and measure on a GPU, within minutes, all that only a GPU can say: kept stages, each with a limit of time.
 
 A stage that fails or runs out of its time does not end the others. What passed in this way on this machine is not run
 again, so that a second call goes on where the first one stopped.

@@ -1,4 +1,4 @@
-"""Generation and codecs on a GPU against the CPU, without waiting for each other, through the kernels that are meant."""
+"""Generation and codecs on a GPU against the CPU, none waiting for the other, through the kernels that are meant."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +61,7 @@ def generated(denoiser: nn.Module, solver: str, device: torch.device) -> Tensor:
     positive, negative = on(device, text(2, seed=1, padded=2)), on(device, text(1, seed=2))
     guidance, steps = ClassifierFreeGuidance(3.0), Solver(solver, 6)
     with without_waiting(denoiser):
-        return generate_latents(
-            denoiser, process, positive, negative, [7, 8], FRAMES, guidance, steps, device=device
-        )
+        return generate_latents(denoiser, process, positive, negative, [7, 8], FRAMES, guidance, steps, device=device)
 
 
 @pytest.mark.gpu(proof=8)
