@@ -59,10 +59,11 @@ def main(cfg: DictConfig) -> None:
     """Ends with SystemExit where something was not proved, once everything else was tried."""
     facts = {**require_device(cfg.device), "code": hash_sources(cfg.code)}
     outcomes = list(run_all(cfg, facts))
-    summary = {"stages": [asdict(outcome) for outcome in outcomes], "provenance": provenance()}
-    write_json(PROJECT_ROOT / cfg.results_dir / "gpu" / "stages.json", summary)
+    rows = [asdict(outcome) for outcome in outcomes]
+    file = PROJECT_ROOT / cfg.results_dir / "gpu" / "stages.json"
+    write_json(file, {"stages": rows, "provenance": provenance()})
     write_pages(cfg)
-    log.info("\n%s", format_rows(summary["stages"], COLUMNS))
+    log.info("\n%s", format_rows(rows, COLUMNS))
     unproved = [outcome.name for outcome in outcomes if cfg.stages[outcome.name].get("proves") and not outcome.passed]
     if unproved:
         raise SystemExit(f"not proved: {', '.join(unproved)}")

@@ -9,15 +9,19 @@ import torch
 from commands import compose_command
 from gpu_parts import DEVICE, FULL, ON_CUDA, float32_products, random_weights, relative_difference
 from hydra.utils import instantiate
+from small_system import CONFIGS, STEPS
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from foley.accel import Fora
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import SOLVERS, Solver
+from foley.generation.text_to_audio import TextToAudio
 from foley.models.dit.model import DiffusionTransformer
 from foley.nn.adaln import AdaLNSola
+from foley.system.system import build_system
 
 CHANNELS, FRAMES, TOKENS, TEXT_DIM = 4, 24, 6, 16
 CODECS = ["tiny", "tiny_waveform", "mel_16khz_tiny", *(["waveform_24khz"] if FULL else [])]
@@ -134,6 +138,24 @@ def test_one_cuda_graph_serves_all_timesteps(denoiser: nn.Module, record_propert
             difference = relative_difference(output, denoiser(noisy, timestep, run=run))
             assert difference < 1e-5
     record_property("difference", f"{difference:.1e}")
+
+
+@pytest.mark.gpu(proof=10)
+@pytest.mark.skipif(not ON_CUDA, reason="graphs of kernels are CUDA's alone")
+@pytest.mark.parametrize("interval", [None, 2], ids=["uncached", "cached"])
+def test_a_replayed_generation_is_the_eager_one(interval: int | None, record_property) -> None:
+    """A generation whose evaluations are replayed as CUDA graphs is the eager one, with and without caching."""
+    accelerator = None if interval is None else Fora(interval=interval)
+    audio = []
+    for graphs in (False, True):
+        pipeline = TextToAudio(build_system(CONFIGS), DEVICE)
+        random_weights(pipeline.denoiser)
+        random_weights(pipeline.codec)
+        pipeline.optimise(precision="float32", cuda_graphs=graphs)
+        audio.append(pipeline.generate(["a dog barks"], accelerator=accelerator, **STEPS).audio)
+    difference = relative_difference(*audio)
+    record_property("difference", f"{difference:.1e}")
+    assert difference < 1e-4
 
 
 @pytest.mark.gpu(proof=11)
