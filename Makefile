@@ -8,7 +8,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(shell $(p) -c 
 INSTALL := --no-deps --requirement constraints.txt --editable .
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-demo ship results test test-all test-docs fuzz lint format types docs notebook wheel lock clean
+.PHONY: help setup demo train-demo ship results gpu test test-all test-docs fuzz lint format types docs notebook wheel lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{sub(":.*", "", $$1); printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ ship: $(STAMP)  ## adopt what `make train-demo` trained as the system that ships
 
 results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md (3 hours on a core)
 	$(PY) scripts/run_stages.py --config-name=results
+
+gpu: $(STAMP)  ## prove and measure what only a GPU can say, within 9 minutes: docs/results/gpu.md
+	$(PY) scripts/gpu_check.py
 
 # One thread a process: two pools of threads on the same cores wait for each other.
 test: $(STAMP)  ## the fast tests, under 10 minutes on 2 cores

@@ -1,4 +1,4 @@
-"""Prove and measure on a GPU, within minutes, all that only a GPU can say: stages that are kept, each with a time limit.
+"""Prove and measure on a GPU, within minutes, all that only a GPU can say: kept stages, each with a limit of time.
 
 A stage that fails or runs out of its time does not end the others. What passed in this way on this machine is not run
 again, so that a second call goes on where the first one stopped.
@@ -59,10 +59,11 @@ def main(cfg: DictConfig) -> None:
     """Ends with SystemExit where something was not proved, once everything else was tried."""
     facts = {**require_device(cfg.device), "code": hash_sources(cfg.code)}
     outcomes = list(run_all(cfg, facts))
-    summary = {"stages": [asdict(outcome) for outcome in outcomes], "provenance": provenance()}
-    write_json(PROJECT_ROOT / cfg.results_dir / "gpu" / "stages.json", summary)
+    rows = [asdict(outcome) for outcome in outcomes]
+    file = PROJECT_ROOT / cfg.results_dir / "gpu" / "stages.json"
+    write_json(file, {"stages": rows, "provenance": provenance()})
     write_pages(cfg)
-    log.info("\n%s", format_rows(summary["stages"], COLUMNS))
+    log.info("\n%s", format_rows(rows, COLUMNS))
     unproved = [outcome.name for outcome in outcomes if cfg.stages[outcome.name].get("proves") and not outcome.passed]
     if unproved:
         raise SystemExit(f"not proved: {', '.join(unproved)}")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -88,7 +89,7 @@ def matmul(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
     for precision, (dtype, tf32) in PRECISIONS.items():
         left, right = (torch.randn(cfg.matmul_size, cfg.matmul_size, device=device).to(dtype) for _ in range(2))
         with float32_products(tf32):
-            seconds = measure_latency(lambda a=left, b=right: a @ b, cfg.repeats).minimum_seconds
+            seconds = measure_latency(partial(torch.matmul, left, right), cfg.repeats).minimum_seconds
         yield {"precision": precision, "size": cfg.matmul_size, "tflops": 2 * cfg.matmul_size**3 / seconds / 1e12}
 
 
@@ -115,7 +116,7 @@ def training_step(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
         torch.compiler.reset()
         forward = torch.compile(denoiser, fullgraph=True, dynamic=False, backend=cfg.backend) if compiled else denoiser
         reset_peak_memory(device)
-        seconds = measure_latency(lambda call=forward: step(call), cfg.repeats, warmup=2).median_seconds
+        seconds = measure_latency(partial(step, forward), cfg.repeats, warmup=2).median_seconds
         yield {
             **{"compiled": compiled, "checkpointing": checkpointing, "batch_size": len(noisy), "seconds": seconds},
             "peak_gib": (peak_memory_bytes(device) or 0) / 2**30,
@@ -134,7 +135,7 @@ def text(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
     for precision, (dtype, tf32) in PRECISIONS.items():
         encoder.to(dtype)
         with float32_products(tf32):
-            seconds = measure_latency(lambda: encoder(input_ids=tokens), cfg.repeats).median_seconds
+            seconds = measure_latency(partial(encoder, input_ids=tokens), cfg.repeats).median_seconds
         yield {
             **{"precision": precision, "batch_size": len(tokens), "tokens": cfg.num_words, "seconds": seconds},
             "captions_per_second": len(tokens) / seconds,
@@ -165,8 +166,8 @@ def sampling_step(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
             timestep = timesteps[len(timesteps) // 2].expand(len(noisy)).clone()
             run = denoiser.prepare(timesteps, noisy.shape[-1], context, mask)
             ways: dict[str, Callable[[], Tensor]] = {
-                "plain": lambda n=noisy, t=timestep, c=context, m=mask: denoiser(n, t, c, m),
-                "hoisted": lambda n=noisy, t=timestep, r=run: denoiser(n, t, run=r),
+                "plain": partial(denoiser, noisy, timestep, context, mask),
+                "hoisted": partial(denoiser, noisy, timestep, run=run),
             }
             for way, call in ways.items():
                 seconds = measure_latency(call, cfg.repeats, warmup=2).median_seconds
@@ -184,7 +185,7 @@ def decode(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
         latent = torch.randn(batch_size, codec.latent_channels, cfg.num_frames, device=device)
         decoder = LatentDecoder(codec, "bf16" if dtype == torch.bfloat16 else "float32")
         with float32_products(tf32):
-            seconds = measure_latency(lambda call=decoder, given=latent: call(given), cfg.repeats).median_seconds
+            seconds = measure_latency(partial(decoder, latent), cfg.repeats).median_seconds
         factor = real_time_factor(seconds, batch_size * audio_seconds)
         yield {"batch_size": batch_size, "precision": precision, "seconds": seconds, "real_time_factor": factor}
 

@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_parts import DEVICE, FULL, ON_CUDA, SMALL_DENOISER, STEPS, Watch, read_cost, relative_difference, trained, trainer
+from gpu_parts import (
+    DEVICE,
+    FULL,
+    ON_CUDA,
+    SMALL_DENOISER,
+    STEPS,
+    Watch,
+    read_cost,
+    relative_difference,
+    trained,
+    trainer,
+)
 
 from foley.core.components import read_pickle
 from foley.core.config import shipped
@@ -81,7 +92,9 @@ def test_a_run_is_resumed_here_and_loaded_on_a_cpu(tmp_path: Path, on_latents: l
 @pytest.mark.gpu(proof=6)
 def test_a_student_takes_steps(tmp_path: Path, on_latents: list[str]) -> None:
     """experiment=demo/student with trainer=gpu takes 5 steps."""
-    watch = trained(tmp_path / "run", "experiment=demo/student", *on_latents, *trainer("gpu", None if FULL else "32-true"))
+    watch = trained(
+        tmp_path / "run", "experiment=demo/student", *on_latents, *trainer("gpu", None if FULL else "32-true")
+    )
     assert stepped(watch)
     assert watch.moved
 

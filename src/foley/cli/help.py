@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 import yaml
@@ -70,7 +70,8 @@ def read_page(config_name: str) -> Page:
     """
     source = _Source((CONFIG_DIR / f"{config_name}.yaml").read_text(encoding="utf-8"))
     entries = {key.value: (key, value) for key, value in _pairs(source.root)}
-    groups = list(_groups(source, entries["defaults"][1])) if "defaults" in entries else []
+    folder = (CONFIG_DIR / config_name).parent
+    groups = list(_groups(source, entries["defaults"][1], folder)) if "defaults" in entries else []
     ours = [pair for name, pair in entries.items() if name not in _HYDRAS_OWN]
     options = [option for key, value in ours for option in _options(source, key.value, key, value)]
     if "defaults" in entries:
@@ -155,12 +156,14 @@ def _options(source: _Source, name: str, key: yaml.Node, value: yaml.Node) -> It
     yield from explained if words else inside if explained else ()
 
 
-def _groups(source: _Source, defaults: yaml.Node) -> Iterator[Option]:
-    """The entries of a defaults list that carry words."""
+def _groups(source: _Source, defaults: yaml.Node, folder: Path) -> Iterator[Option]:
+    """The entries of a defaults list that carry words; a group without a slash may lie beside the config."""
     for key, value in (pair for entry in defaults.value for pair in _pairs(entry)):
         if words := source.words(key, value):
-            name = key.value.removeprefix("optional ").lstrip("/")
-            yield Option(name, words, source.default(value), choices_of(name.partition("@")[0]))
+            named = key.value.removeprefix("optional ")
+            name = named.lstrip("/")
+            beside = CONFIG_DIR if named != name else folder
+            yield Option(name, words, source.default(value), choices_of(name.partition("@")[0], beside))
 
 
 def _shared(defaults: yaml.Node) -> Iterator[Option]:
@@ -173,13 +176,13 @@ def _shared(defaults: yaml.Node) -> Iterator[Option]:
                 yield replace(option, name=prefix + option.name)
 
 
-def choices_of(group: str) -> tuple[str, ...]:
-    """The names that a config group offers, those of folders inside it included.
+def choices_of(group: str, beside: Path = CONFIG_DIR) -> tuple[str, ...]:
+    """The names that a config group offers, those of folders inside it included: of `beside` where it has the group.
 
     >>> choices_of("debug")
     ('fdr', 'overfit', 'profiler')
     """
-    folder = CONFIG_DIR / group
+    folder = beside / group if (beside / group).is_dir() else CONFIG_DIR / group
     return tuple(sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml")))
 
 

@@ -72,6 +72,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "parameters": Verb("scripts/compare_parameters.py"),
         "listening-test": Verb("scripts/listening_test.py"),
         "analyse-listening-test": Verb("scripts/analyse_listening_test.py"),
+        "gpu-check": Verb("scripts/gpu_check.py"),
         "report": Verb("scripts/report.py"),
         "dashboard": Verb("scripts/wandb_report.py"),
     },
