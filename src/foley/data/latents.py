@@ -123,7 +123,7 @@ class LatentCacheIndex:
 
         Raises LatentCacheError where there is none, it is damaged, or an entry is impossible; the entry is named.
         """
-        url = str(url) if "://" in str(url) else os.path.abspath(url)
+        url = str(url) if "://" in str(url) else os.path.abspath(os.path.expanduser(url))
         where = f"{url}/{INDEX_FILE}"
         filesystem, root = filesystem_of(url, os.getpid())
         try:
@@ -272,8 +272,8 @@ class LatentEntries(Sequence[LatentEntry]):
         if isinstance(index, slice):
             return LatentEntries(self.cache, self.rows[index])
         row, clips = int(self.rows[index]), self.cache.clips
-        with reading(clips.mapped or self.cache.url, "the table of a latent cache", AGAIN):  # texts may be no UTF-8
-            return LatentEntry(
+        with reading(clips.mapped or self.cache.url, "the table of a latent cache", AGAIN):
+            entry = LatentEntry(
                 clips.id[row],
                 clips.caption[row],
                 clips.label[row],
@@ -284,6 +284,8 @@ class LatentEntries(Sequence[LatentEntry]):
                 float(clips.duration_seconds[row]),
                 clips.other_captions[row],
             )
+            "".join((entry.id, entry.caption, entry.label, *entry.other_captions)).encode()  # or it was no UTF-8
+        return entry
 
 
 class LatentReader:
