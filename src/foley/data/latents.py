@@ -104,7 +104,7 @@ class LatentCacheIndex:
     def rows(self, split: str) -> NDArray[np.int32]:
         """Where in the table the clips of a split are `[N]`; raises LatentCacheError where there are none."""
         code = self.layout.splits.index(split) if split in self.layout.splits else len(self.layout.splits)
-        rows = np.flatnonzero(self.clips.split == code).astype(np.int32)
+        rows = np.arange(len(self.clips), dtype=np.int32)[self.clips.split == code]
         if not len(rows):
             raise LatentCacheError(f"{self.url} has no split {split!r}, only {self.splits}")
         return rows
