@@ -15,10 +15,10 @@ from foley.system.system import System, load_system, save_system, share_parts
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def with_captions(system: System, latents: Path) -> System:
+def with_captions(system: System, latents: str) -> System:
     """The system with the captions of the training clips in a latent cache, by which it knows strangers."""
-    entries = LatentCacheIndex.read(latents).entries
-    return replace(system, captions=representative(entry.caption for entry in entries if entry.split == "train"))
+    index = LatentCacheIndex.read(latents)
+    return replace(system, captions=representative(index.clips.caption.take(index.rows("train"))))
 
 
 @command("script/export_system")
@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
     directory, system = Path(cfg.output_dir), load_system(cfg.ckpt, codec_path=cfg.codec_path)
     if cfg.latents is not None:
-        system = with_captions(system, Path(cfg.latents))
+        system = with_captions(system, cfg.latents)
     save_system(system, directory, DTYPES[cfg.dtype])
     if cfg.share_with is not None:
         share_parts(directory, Path(cfg.share_with))

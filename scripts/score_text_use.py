@@ -30,7 +30,7 @@ from foley.system.system import load_system
 
 def clips_of_each_class(cfg: DictConfig) -> LatentBatch:
     """The first clips of every procedural class in the split."""
-    dataset = LatentDataset(LatentCacheIndex.read(Path(cfg.cache_dir)), cfg.split, cfg.num_frames, random=False)
+    dataset = LatentDataset(LatentCacheIndex.read(cfg.cache_dir), cfg.split, cfg.num_frames, random=False)
     chosen: dict[str, list[int]] = defaultdict(list)
     for index, entry in enumerate(dataset.entries):
         if entry.label in CLASS_NAMES and len(chosen[entry.label]) < cfg.clips_per_class:

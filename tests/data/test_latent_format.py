@@ -125,6 +125,30 @@ def test_a_crop_reads_its_frames_and_no_others(tmp_path: Path, monkeypatch: pyte
     assert reads == [(dataset.entries[2].first_frame * 12, 3 * 12)]
 
 
+@pytest.mark.parametrize("place", ["folder", "url"])
+def test_the_latents_of_a_batch_are_asked_for_together(tmp_path: Path, place: str, monkeypatch: Any) -> None:
+    monkeypatch.setenv("FOLEY_CACHE", str(tmp_path / "kept"))
+    write_cache(tmp_path / "cache", noise(20, 2, 3), few_clips(), LAYOUT)
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(f"{tmp_path / 'cache'}/", "/latents_in_batches", recursive=True)
+    url = str(tmp_path / "cache") if place == "folder" else "memory://latents_in_batches"
+    dataset = LatentDataset(LatentCacheIndex.read(url), "train", 3)
+    asked: list[Any] = []
+    ask = dataset._reader._reader.prefetch
+
+    def noted(ranges: Any) -> None:
+        asked.append(ranges)
+        ask(ranges)
+
+    monkeypatch.setattr(dataset._reader._reader, "prefetch", noted)
+    loader = DataLoader(dataset, batch_size=3, sampler=[SampleKey(2, 1), SampleKey(0, 1), SampleKey(1, 1)])
+    loader.collate_fn = list
+    (batch,) = list(loader)
+    assert [len(ranges) for ranges in asked] == [3]
+    assert all(torch.equal(batch[at].latent, dataset[SampleKey(key, 1)].latent) for at, key in enumerate((2, 0, 1)))
+    assert dataset._reader._reader._fetched == {}
+
+
 def test_a_cache_at_a_url_gives_what_the_folder_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLEY_CACHE", str(tmp_path / "kept"))
     shard = write_cache(tmp_path / "cache", noise(20, 2, 3), few_clips(), LAYOUT)

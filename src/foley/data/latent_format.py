@@ -330,8 +330,8 @@ def content_hash(layout: LatentLayout, clips: LatentClips) -> str:
     """
     digest = hashlib.sha256(f"[{json.dumps(layout.codec_hash)}, [".encode())
     names = [json.dumps(name) for name in layout.splits]
-    for row, id in enumerate(clips.id):
-        clip = f"[{json.dumps(id)}, {names[clips.split[row]]}, {clips.num_frames[row]}]"
-        digest.update(f"{', ' if row else ''}{clip}".encode())
+    numbers = zip(clips.split.tolist(), clips.num_frames.tolist(), strict=True)
+    for row, (id, (code, frames)) in enumerate(zip(clips.id, numbers, strict=True)):
+        digest.update(f"{', ' if row else ''}[{json.dumps(id)}, {names[code]}, {frames}]".encode())
     digest.update(b"]]")
     return digest.hexdigest()

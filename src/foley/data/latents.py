@@ -108,7 +108,7 @@ class LatentCacheIndex:
     def rows(self, split: str) -> NDArray[np.int32]:
         """Where in the table the clips of a split are `[N]`; raises LatentCacheError where there are none."""
         code = self.layout.splits.index(split) if split in self.layout.splits else len(self.layout.splits)
-        rows = np.flatnonzero(self.clips.split == code).astype(np.int32)
+        rows = np.arange(len(self.clips), dtype=np.int32)[self.clips.split == code]
         if not len(rows):
             raise LatentCacheError(f"{self.url} has no split {split!r}, only {self.splits}")
         return rows
@@ -127,7 +127,7 @@ class LatentCacheIndex:
 
         Raises LatentCacheError where there is none, it is damaged, or an entry is impossible; the entry is named.
         """
-        url = str(url) if "://" in str(url) else os.path.abspath(url)
+        url = str(url) if "://" in str(url) else os.path.abspath(os.path.expanduser(url))
         where = f"{url}/{INDEX_FILE}"
         filesystem, root = filesystem_of(url, os.getpid())
         try:
@@ -276,8 +276,8 @@ class LatentEntries(Sequence[LatentEntry]):
         if isinstance(index, slice):
             return LatentEntries(self.cache, self.rows[index])
         row, clips = int(self.rows[index]), self.cache.clips
-        with reading(clips.mapped or self.cache.url, "the table of a latent cache", AGAIN):  # texts may be no UTF-8
-            return LatentEntry(
+        with reading(clips.mapped or self.cache.url, "the table of a latent cache", AGAIN):
+            entry = LatentEntry(
                 clips.id[row],
                 clips.caption[row],
                 clips.label[row],
@@ -288,6 +288,8 @@ class LatentEntries(Sequence[LatentEntry]):
                 float(clips.duration_seconds[row]),
                 clips.other_captions[row],
             )
+            "".join((entry.id, entry.caption, entry.label, *entry.other_captions)).encode()  # or it was no UTF-8
+        return entry
 
 
 class LatentReader:
