@@ -138,6 +138,7 @@ class LatentFolder:
         Raises FolderInUseError where another process writes as this rank; object stores know no such lock.
         """
         with self._only_writer(f".rank-{rank:05d}"):
+            self._sweep(f"latents-{rank:05d}-", f"left_out-{rank:05d}-")
             writer = LatentWriter(self, rank, layout, round(shard_megabytes * 2**20), shard_minutes * 60)
             try:
                 yield writer
@@ -152,6 +153,7 @@ class LatentFolder:
         Raises LatentCacheError where no clip of the split "train" was encoded, and FolderInUseError.
         """
         with self._only_writer(".merge"):
+            self._sweep(CLIPS_FILE, LEFT_OUT_FILE, INDEX_FILE)
             sizes = self._files()
             finished = self._map(lambda name: self._read(name, sizes[name]), self._names(_SHARD))
             absent = set(np.setdiff1d(wanted, _joined_keys(finished)).tolist())
@@ -240,11 +242,18 @@ class LatentFolder:
     def _files(self) -> dict[str, int]:
         """Sizes in bytes by name; hidden files and folders are not counted."""
         try:
-            found = self._filesystem.ls(self._root, detail=True, refresh=True)
+            self._filesystem.invalidate_cache()  # others write there too
+            found = self._filesystem.ls(self._root, detail=True)
         except FileNotFoundError:
             return {}
         files = {Path(about["name"]).name: about["size"] for about in found if about["type"] == "file"}
         return {name: size for name, size in files.items() if not name.startswith(".")}
+
+    def _sweep(self, *beginnings: str) -> None:
+        """Remove what a killed process has left of such files, which only one process writes."""
+        for beginning in beginnings if self._on_disk else ():
+            for path in Path(self._root).glob(f".{beginning}*"):
+                path.unlink()
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
