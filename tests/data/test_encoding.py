@@ -347,8 +347,9 @@ def test_a_complete_cache_is_left_as_it_is(tmp_path):
 
 def test_a_second_process_of_the_same_part_is_refused(tmp_path):
     def begin_again():
-        with pytest.raises(FolderInUseError, match="another process is writing the latents of"):
-            encode(tmp_path / "cache")
+        for overwrite in (False, True):
+            with pytest.raises(FolderInUseError, match="another process is writing the latents of"):
+                encode(tmp_path / "cache", options=replace(SMALL, overwrite=overwrite))
 
     assert encode(tmp_path / "cache", codec=Codec(fail=begin_again))
 

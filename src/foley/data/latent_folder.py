@@ -90,13 +90,15 @@ class LatentFolder:
         Args:
             overwrite: remove what is there of a latent cache, and begin anew.
 
-        Raises LatentCacheError where the folder holds anything else, the cache of another request among it.
+        Raises LatentCacheError where the folder holds anything else, the cache of another request among it, and
+        FolderInUseError where another process writes what is to be removed.
         """
         files = self._files()
         ours = [name for name in files if _is_ours(name)]
         if files and not ours:
             raise LatentCacheError(f"{self.url} holds files that are not a latent cache; choose another output_dir")
         if overwrite:
+            self._refuse_writers()
             self._remove(sorted(ours, key=lambda name: (name != INDEX_FILE, name == REQUEST_FILE)))
         elif REQUEST_FILE in files:
             return self._require_same(request)
@@ -229,7 +231,7 @@ class LatentFolder:
         return reading(f"{self.url}/{name}", A_SHARD, "remove it; the same command encodes again what it held")
 
     def _read_left_out(self, name: str) -> list[LeftOut]:
-        where, lines = f"{self.url}/{name}", self._text(name).splitlines()
+        where, lines = f"{self.url}/{name}", self._text(name).split("\n")[:-1]
         with reading(where, "a list of clips left out", "remove it"):
             return [LeftOut(**parse_json(line, f"{where}, line {number}")) for number, line in enumerate(lines, 1)]
 
@@ -265,6 +267,11 @@ class LatentFolder:
             return [function(name) for name in names]
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(function, names))
+
+    def _refuse_writers(self) -> None:
+        for held in sorted(Path(self._root).glob(".rank-*")) if self._on_disk else ():
+            with self._only_writer(held.name):
+                pass  # a killed process left it
 
     @contextmanager
     def _only_writer(self, name: str) -> Iterator[None]:
