@@ -1,10 +1,8 @@
 """Encoding that is stopped, shared out, continued and merged: every clip is in the cache once, whatever happened."""
 
 import json
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -349,8 +347,9 @@ def test_a_complete_cache_is_left_as_it_is(tmp_path):
 
 def test_a_second_process_of_the_same_part_is_refused(tmp_path):
     def begin_again():
-        with pytest.raises(FolderInUseError, match="another process is writing the latents of"):
-            encode(tmp_path / "cache")
+        for overwrite in (False, True):
+            with pytest.raises(FolderInUseError, match="another process is writing the latents of"):
+                encode(tmp_path / "cache", options=replace(SMALL, overwrite=overwrite))
 
     assert encode(tmp_path / "cache", codec=Codec(fail=begin_again))
 
@@ -486,21 +485,27 @@ def test_sums_of_parts_are_those_of_the_whole():
     assert torch.allclose(square - mean.square(), expected, rtol=1e-12)
 
 
-@pytest.mark.slow
 def test_killed_at_ten_moments_it_goes_on_and_has_nothing_twice(tmp_path, undisturbed):
-    moments, cache = random.Random(1), tmp_path / "cache"
+    moments, cache, fork = random.Random(1), tmp_path / "cache", multiprocessing.get_context("fork")
+    encoded = 0
     for _ in range(10):
-        process = subprocess.Popen([sys.executable, __file__, str(cache)], stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"begins\n"
-        time.sleep(moments.uniform(0.0, 1.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert 0 < len(LatentFolder(str(cache)).encoded()) < 33
+        batches, wanted = fork.Value("i", 0), moments.randrange(1, 5)
+
+        def count(batches=batches):
+            time.sleep(0.01)
+            batches.value += 1
+
+        life = fork.Process(target=encode, args=(cache, None, replace(SMALL, batch_size=1), Codec(fail=count)))
+        life.start()
+        while batches.value < wanted and life.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.01))
+        life.kill()
+        life.join()
+        before, encoded = encoded, len(LatentFolder(str(cache)).encoded())
+        assert encoded >= before
+    assert encoded > 0
+    (cache / ".latents-00000-00009.safetensors.part").touch()  # what was being written
     assert encode(cache)
     assert_same(cache, undisturbed)
-
-
-if __name__ == "__main__":
-    sys.stdout.write("begins\n")
-    sys.stdout.flush()
-    encode(sys.argv[1], options=replace(SMALL, batch_size=1), codec=Codec(fail=lambda: time.sleep(0.15)))
+    assert not list(cache.glob(".*"))

@@ -90,13 +90,15 @@ class LatentFolder:
         Args:
             overwrite: remove what is there of a latent cache, and begin anew.
 
-        Raises LatentCacheError where the folder holds anything else, the cache of another request among it.
+        Raises LatentCacheError where the folder holds anything else, the cache of another request among it, and
+        FolderInUseError where another process writes what is to be removed.
         """
         files = self._files()
         ours = [name for name in files if _is_ours(name)]
         if files and not ours:
             raise LatentCacheError(f"{self.url} holds files that are not a latent cache; choose another output_dir")
         if overwrite:
+            self._refuse_writers()
             self._remove(sorted(ours, key=lambda name: (name != INDEX_FILE, name == REQUEST_FILE)))
         elif REQUEST_FILE in files:
             return self._require_same(request)
@@ -138,6 +140,7 @@ class LatentFolder:
         Raises FolderInUseError where another process writes as this rank; object stores know no such lock.
         """
         with self._only_writer(f".rank-{rank:05d}"):
+            self._sweep(f"latents-{rank:05d}-", f"left_out-{rank:05d}-")
             writer = LatentWriter(self, rank, layout, round(shard_megabytes * 2**20), shard_minutes * 60)
             try:
                 yield writer
@@ -152,6 +155,7 @@ class LatentFolder:
         Raises LatentCacheError where no clip of the split "train" was encoded, and FolderInUseError.
         """
         with self._only_writer(".merge"):
+            self._sweep(CLIPS_FILE, LEFT_OUT_FILE, INDEX_FILE)
             sizes = self._files()
             finished = self._map(lambda name: self._read(name, sizes[name]), self._names(_SHARD))
             absent = set(np.setdiff1d(wanted, _joined_keys(finished)).tolist())
@@ -227,7 +231,7 @@ class LatentFolder:
         return reading(f"{self.url}/{name}", A_SHARD, "remove it; the same command encodes again what it held")
 
     def _read_left_out(self, name: str) -> list[LeftOut]:
-        where, lines = f"{self.url}/{name}", self._text(name).splitlines()
+        where, lines = f"{self.url}/{name}", self._text(name).split("\n")[:-1]
         with reading(where, "a list of clips left out", "remove it"):
             return [LeftOut(**parse_json(line, f"{where}, line {number}")) for number, line in enumerate(lines, 1)]
 
@@ -240,11 +244,18 @@ class LatentFolder:
     def _files(self) -> dict[str, int]:
         """Sizes in bytes by name; hidden files and folders are not counted."""
         try:
-            found = self._filesystem.ls(self._root, detail=True, refresh=True)
+            self._filesystem.invalidate_cache()  # others write there too
+            found = self._filesystem.ls(self._root, detail=True)
         except FileNotFoundError:
             return {}
         files = {Path(about["name"]).name: about["size"] for about in found if about["type"] == "file"}
         return {name: size for name, size in files.items() if not name.startswith(".")}
+
+    def _sweep(self, *beginnings: str) -> None:
+        """Remove what a killed process has left of such files, which only one process writes."""
+        for beginning in beginnings if self._on_disk else ():
+            for path in Path(self._root).glob(f".{beginning}*"):
+                path.unlink()
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
@@ -256,6 +267,11 @@ class LatentFolder:
             return [function(name) for name in names]
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(function, names))
+
+    def _refuse_writers(self) -> None:
+        for held in sorted(Path(self._root).glob(".rank-*")) if self._on_disk else ():
+            with self._only_writer(held.name):
+                pass  # a killed process left it
 
     @contextmanager
     def _only_writer(self, name: str) -> Iterator[None]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from foley.core.channels import lossy_mixes
 from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, AudioItem, AudioSource, SampleKey, clip_name, is_silent
 from foley.data.resumable import leave_interrupts_to_training
@@ -54,7 +55,7 @@ class WholeClips(Dataset[LoadedClip]):
         number = int(np.searchsorted(self._ends, place, side="right"))
         split, dataset = list(self._datasets.items())[number]
         index = int(place - self._ends[number]) + len(dataset)
-        clip = LoadedClip(split, index, clip_name(dataset.source, index))
+        clip, lossy = LoadedClip(split, index, clip_name(dataset.source, index)), lossy_mixes.count
         try:
             item = dataset.load(SampleKey(index, 0))
             _check_texts(item)
@@ -62,7 +63,10 @@ class WholeClips(Dataset[LoadedClip]):
             return replace(clip, fault=(error.path, error.reason))
         longest = self._longest[split] or len(item.audio)
         parts = self._windows(item, longest, dataset.source.sample_rate_hz)
-        return replace(clip, windows=_copied(parts), notes=tuple(self._notes(item, longest, dataset.source)))
+        notes = list(self._notes(item, longest, dataset.source))
+        if get_worker_info() and lossy_mixes.count > lossy:  # which a loader process counts for itself alone
+            notes.append("mixed from channels whose mean loses sound (data.splits.downmix=loudest keeps it)")
+        return replace(clip, windows=_copied(parts), notes=tuple(notes))
 
     def load(self, places: Sequence[int], num_workers: int) -> Iterator[LoadedClip]:
         """The clips at `places`, in their order, read and decoded ahead by that many loader processes."""
