@@ -68,8 +68,7 @@ def encode_texts(
             _log.info("%d captions are left to other processes; the last to end writes the index", waiting)
             return None
         found.write_index()
-    size = f"{found.num_bytes / (1 << 30):.3g} GiB"
-    _log.info("embeddings of %d captions, %s, are in %s: train with data.text_dir=%s", len(found), size, url, url)
+    _log.info("embeddings of %d captions are in %s: train with data.text_dir=%s", len(found), url, url)
     return EmbeddingStore.open(url)
 
 
