@@ -109,7 +109,9 @@ def _shards(
 
 
 def _encode_batch(text: TextConditioner, prompts: list[str]) -> list[Tensor]:
-    rows = [row.to("cpu", torch.bfloat16) for row in text.encode(prompts)]
+    encoded = text.encode(prompts)
+    together = torch.cat(encoded).to("cpu", torch.bfloat16)  # one transfer
+    rows = list(together.split([len(row) for row in encoded]))
     for prompt, row in zip(prompts, rows, strict=True):
         if not bool(row.isfinite().all()):
             raise ValueError(f"the embedding of {prompt[:80]!r} is not finite: compute in text.dtype=float32")
