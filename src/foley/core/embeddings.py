@@ -235,8 +235,8 @@ class EmbeddingStore:
                 "foley encode-text with the same output_dir adds them"
             )
 
-    def write_index(self, about: Mapping[str, Any] | None = None) -> None:
-        """Write the table and then the index, with what `about` says besides: the store is finished."""
+    def write_index(self) -> None:
+        """Write the table and then the index: the store is finished."""
         table = save({name: torch.from_numpy(column) for name, column in self._columns.items()}, {"format": FORMAT})
         digest = sha256(table).hexdigest()
         name = f"table-{digest[:16]}.safetensors"  # the table of an index that is there stays until the new index is
@@ -244,7 +244,6 @@ class EmbeddingStore:
         index = {
             "format": FORMAT,
             "encoder": self.encoder,
-            **(about or {}),
             "dim": self.dim,
             "num_texts": len(self),
             "num_tokens": sum(shard.num_tokens for shard in self.shards),

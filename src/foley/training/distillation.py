@@ -253,9 +253,8 @@ class ConsistencyDistillation(LatentTraining):
         estimate = self._estimate(self.denoiser, noisy, start, text, known, given)  # f_theta
         with torch.no_grad(), self._target_precision():
             # Two predictions [B, C, L] of the teacher; a jump is affine in them, so that they are guided first.
-            positive, negative = branches(self.teacher, text, _conditioning(self.unconditional()), known, more=padding)(
-                noisy, start
-            )
+            guide = branches(self.teacher, text, _conditioning(self.unconditional()), known, more=padding)
+            positive, negative = guide(noisy, start)
             # In single precision from here on.
             guided = extrapolate(positive.float(), negative.float(), draws.scale[:, None, None])
             before = ddim_jump(self.process, noisy, guided, start, end)  # line 6

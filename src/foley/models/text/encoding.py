@@ -99,13 +99,14 @@ def _shards(
 ) -> Iterator[tuple[int, Sequence[Tensor]]]:
     """How many texts are encoded so far, and the embeddings of the last of them, enough to fill a shard."""
     rows: list[Tensor] = []
-    since = time.monotonic()
+    held, since = 0, time.monotonic()
     for first in range(0, len(order), batch_size):
-        rows += _encode_batch(text, list(texts.take(order[first : first + batch_size])))
-        full = sum(row.nbytes for row in rows) >= shard_bytes or time.monotonic() - since > _SHARD_SECONDS
-        if full or first + batch_size >= len(order):
+        batch = _encode_batch(text, list(texts.take(order[first : first + batch_size])))
+        rows += batch
+        held += sum(row.nbytes for row in batch)
+        if held >= shard_bytes or time.monotonic() - since > _SHARD_SECONDS or first + batch_size >= len(order):
             yield min(first + batch_size, len(order)), rows
-            rows, since = [], time.monotonic()
+            rows, held, since = [], 0, time.monotonic()
 
 
 def _encode_batch(text: TextConditioner, prompts: list[str]) -> list[Tensor]:
