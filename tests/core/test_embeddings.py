@@ -11,7 +11,6 @@ import torch
 from foley.core.columns import Texts
 from foley.core.embeddings import (
     INDEX_FILE,
-    TABLE_FILE,
     EmbeddingStore,
     TextStoreError,
     is_finished,
@@ -87,8 +86,8 @@ def test_a_damaged_store_is_one_named_error(tmp_path: Path) -> None:
     with pytest.raises(TextStoreError, match=r"index\.json does not exist: .* is no finished text store"):
         EmbeddingStore.open(tmp_path)
     fill(tmp_path, WORDS)
-    index, table = tmp_path / INDEX_FILE, tmp_path / TABLE_FILE
-    (shard,) = tmp_path.glob("text-*.safetensors")
+    index = tmp_path / INDEX_FILE
+    (shard,), (table,) = (list(tmp_path.glob(f"{kind}-*.safetensors")) for kind in ("text", "table"))
     for file in (index, table, shard):
         whole = file.read_bytes()
         for damaged in (whole[: len(whole) // 3], b"{}", b""):
@@ -97,7 +96,9 @@ def test_a_damaged_store_is_one_named_error(tmp_path: Path) -> None:
                 EmbeddingStore.open(tmp_path)
         file.write_bytes(whole)
     stored = json.loads(index.read_text())
-    for changed in ({"num_texts": 3}, {"format": "other"}, {"shards": [{**stored["shards"][0], "num_tokens": 2}]}):
+    faults = ({"num_tokens": 2}, {"name": "../x"}, {"dtype": "I8"}, {"offset": -1})
+    shards = [{"shards": [{**stored["shards"][0], **fault}]} for fault in faults]
+    for changed in ({"num_texts": 3}, {"format": "other"}, *shards):
         index.write_text(json.dumps({**stored, **changed}))
         with pytest.raises(TextStoreError, match=r"index\.json is damaged"):
             EmbeddingStore.open(tmp_path)
@@ -106,6 +107,14 @@ def test_a_damaged_store_is_one_named_error(tmp_path: Path) -> None:
         TextStoreError, match=rf"{shard.name} is damaged .*index\.json describes another one; put it back"
     ):
         EmbeddingStore.open(tmp_path)
+
+
+def test_a_store_that_grows_stays_whole_until_its_index_is_replaced(tmp_path: Path) -> None:
+    fill(tmp_path, WORDS)
+    before = (tmp_path / INDEX_FILE).read_bytes()
+    assert len(fill(tmp_path, ["snow"])) == len(WORDS) + 1
+    (tmp_path / INDEX_FILE).write_bytes(before)  # as if the process had been killed before it wrote the index
+    assert len(EmbeddingStore.open(tmp_path)) == len(WORDS)
 
 
 def test_an_embedding_that_is_not_finite_is_refused(tmp_path: Path) -> None:
@@ -131,7 +140,8 @@ def test_a_hundred_thousand_texts_take_a_few_bytes_each(tmp_path: Path) -> None:
     for first in range(0, 100_000, 50_000):
         write_shard(str(tmp_path), keys[first : first + 50_000], [token] * 50_000, ENCODER)
     EmbeddingStore.scan(tmp_path, ENCODER).write_index()
-    assert (tmp_path / TABLE_FILE).stat().st_size < 33 * 100_000
+    (table,) = tmp_path.glob("table-*.safetensors")
+    assert table.stat().st_size < 33 * 100_000
     assert (tmp_path / INDEX_FILE).stat().st_size < 2000
     store = EmbeddingStore.open(tmp_path)
     assert len(store) == 100_000

@@ -4,8 +4,8 @@ A store is a folder, or any fsspec URL:
 
     text-HASH.safetensors   `embedding [T, Dc]`, the tokens of its texts end to end; `key [n, 2]`, the texts' hashes;
                             `end [n]`, where each text ends among the tokens. Named by its content, whole or absent.
-    texts.safetensors       of all texts, sorted by key: `key`, `check`, `shard`, `first_token`, `num_tokens`
-    index.json              written last: the encoder, and of each shard the hash and where its embeddings begin
+    table-HASH.safetensors  of all texts, sorted by key: `key`, `check`, `shard`, `first_token`, `num_tokens`
+    index.json              written last: the encoder, the table, and where in each shard the embeddings begin
 
 Shards describe themselves, so that any number of processes write at the same time, and one that was killed goes on:
 what the finished shards hold is done. A cache that grows has no index: its shards are looked through when it is opened.
@@ -32,15 +32,16 @@ from foley.core.columns import Columns, Texts
 from foley.core.files import replacing
 from foley.core.hashing import hash_tensors
 from foley.core.logs import get_logger
+from foley.core.numbers import NumberRange
 from foley.core.ranges import RangeReader, TensorHeader, filesystem_of, local_copy
 from foley.core.reading import DamagedFileError, parse_json, reading
 
 _log = get_logger(__name__)
 
 FORMAT = "foley-text-1"
-INDEX_FILE, TABLE_FILE = "index.json", "texts.safetensors"
+INDEX_FILE = "index.json"
 
-_AN_INDEX, _A_SHARD = "the index of a text store", "a shard of a text store"
+_AN_INDEX, _A_TABLE, _A_SHARD = (f"{part} of a text store" for part in ("the index", "the table", "a shard"))
 _AGAIN = "encode the captions again (foley encode-text)"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _CHUNK_TEXTS = 1 << 16
@@ -84,6 +85,12 @@ class StoredShard:
     dtype: str
     offset: int
     num_tokens: int
+
+    def __post_init__(self) -> None:
+        if Path(str(self.name)).name != self.name or self.dtype not in _DTYPES:
+            raise ValueError(f"shard {str(self.name)[:40]!r} is no file of this folder, or of no type that is stored")
+        for number in ("offset", "num_tokens"):
+            NumberRange(least=0, whole=True).check(f"{self.name}: {number}", getattr(self, number))
 
 
 _FoundShard = tuple[StoredShard, Keys, NDArray[np.int64], int]
@@ -139,7 +146,9 @@ class EmbeddingStore:
             index = _read_index(url)
             with reading(f"{url}/{INDEX_FILE}", _AN_INDEX, _AGAIN):
                 shards = [StoredShard(**shard) for shard in index["shards"]]
-                table = Columns(local_copy(url, TABLE_FILE, index["texts_sha256"]), "the table of a text store", _AGAIN)
+                if Path(index["table"]).name != index["table"]:
+                    raise ValueError(f"table {index['table'][:40]!r} is no file of this folder")
+                table = Columns(local_copy(url, index["table"], index["table_sha256"]), _A_TABLE, _AGAIN)
                 names = ("key", "check", "shard", "first_token", "num_tokens")
                 columns = {name: table.numbers(name) for name in names}
                 _check_columns(columns, shards, index["num_texts"])
@@ -226,18 +235,20 @@ class EmbeddingStore:
                 "foley encode-text with the same output_dir adds them"
             )
 
-    def write_index(self, about: Mapping[str, Any] | None = None) -> None:
-        """Write the table and then the index, with what `about` says besides: the store is finished."""
+    def write_index(self) -> None:
+        """Write the table and then the index: the store is finished."""
         table = save({name: torch.from_numpy(column) for name, column in self._columns.items()}, {"format": FORMAT})
-        _write(self.url, TABLE_FILE, table)
+        digest = sha256(table).hexdigest()
+        name = f"table-{digest[:16]}.safetensors"  # the table of an index that is there stays until the new index is
+        _write(self.url, name, table)
         index = {
             "format": FORMAT,
             "encoder": self.encoder,
-            **(about or {}),
             "dim": self.dim,
             "num_texts": len(self),
             "num_tokens": sum(shard.num_tokens for shard in self.shards),
-            "texts_sha256": sha256(table).hexdigest(),
+            "table": name,
+            "table_sha256": digest,
             "shards": [asdict(shard) for shard in self.shards],
         }
         _write(self.url, INDEX_FILE, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
@@ -307,18 +318,18 @@ def _read_index(url: str) -> dict[str, Any]:
 def _check_columns(columns: Mapping[str, NDArray[Any]], shards: Sequence[StoredShard], num_texts: int) -> None:
     """Raise ValueError for a table whose rows lie beyond their shards, or are not sorted."""
     if {len(column) for column in columns.values()} != {num_texts}:
-        raise ValueError(f"{TABLE_FILE} has not the {num_texts} rows that the index names")
+        raise ValueError(f"the table has not the {num_texts} rows that the index names")
     if not num_texts:
         return
     shard, first, count = (columns[name] for name in ("shard", "first_token", "num_tokens"))
     sizes = np.array([shard.num_tokens for shard in shards])
     if shard.min() < 0 or shard.max() >= len(shards) or first.min() < 0 or count.min() < 1:
-        raise ValueError(f"{TABLE_FILE} names places that no shard has")
+        raise ValueError("the table names places that no shard has")
     if bool((first + count > sizes[shard]).any()):
-        raise ValueError(f"{TABLE_FILE} names tokens beyond the end of a shard")
+        raise ValueError("the table names tokens beyond the end of a shard")
     keys = columns["key"].view(np.uint64)
     if bool((keys[1:] <= keys[:-1]).any()):
-        raise ValueError(f"{TABLE_FILE} is not sorted")
+        raise ValueError("the table is not sorted")
 
 
 def _read_shard(reader: RangeReader, name: str, encoder: Any) -> Iterator[_FoundShard]:

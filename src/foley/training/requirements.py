@@ -108,12 +108,9 @@ def _absent(cfg: DictConfig) -> Iterator[Lack]:
         path = _selected(cfg, key)
         known = path is None or "://" in str(path) or (key == "system" and published_name(path) is not None)
         wanted = _INDEXED.get(key)
+        file = Path(str(path)).expanduser() / ("index.json" if wanted else "")
         optional = key == "data.splits.manifest" and _selected(cfg, "data.splits.optional")
-        if (
-            not known
-            and not optional
-            and not (Path(str(path)).expanduser() / ("index.json" if wanted else "")).exists()
-        ):
+        if not known and not optional and not file.exists():
             yield f"{key}={path}", f"{f'no {wanted} are there' if wanted else 'does not exist'}; {_MADE_BY[key]}"
 
 

@@ -68,8 +68,7 @@ def encode_texts(
             _log.info("%d captions are left to other processes; the last to end writes the index", waiting)
             return None
         found.write_index()
-    size = f"{found.num_bytes / (1 << 30):.3g} GiB"
-    _log.info("embeddings of %d captions, %s, are in %s: train with data.text_dir=%s", len(found), size, url, url)
+    _log.info("embeddings of %d captions are in %s: train with data.text_dir=%s", len(found), url, url)
     return EmbeddingStore.open(url)
 
 
@@ -100,17 +99,20 @@ def _shards(
 ) -> Iterator[tuple[int, Sequence[Tensor]]]:
     """How many texts are encoded so far, and the embeddings of the last of them, enough to fill a shard."""
     rows: list[Tensor] = []
-    since = time.monotonic()
+    held, since = 0, time.monotonic()
     for first in range(0, len(order), batch_size):
-        rows += _encode_batch(text, list(texts.take(order[first : first + batch_size])))
-        full = sum(row.nbytes for row in rows) >= shard_bytes or time.monotonic() - since > _SHARD_SECONDS
-        if full or first + batch_size >= len(order):
+        batch = _encode_batch(text, list(texts.take(order[first : first + batch_size])))
+        rows += batch
+        held += sum(row.nbytes for row in batch)
+        if held >= shard_bytes or time.monotonic() - since > _SHARD_SECONDS or first + batch_size >= len(order):
             yield min(first + batch_size, len(order)), rows
-            rows, since = [], time.monotonic()
+            rows, held, since = [], 0, time.monotonic()
 
 
 def _encode_batch(text: TextConditioner, prompts: list[str]) -> list[Tensor]:
-    rows = [row.to("cpu", torch.bfloat16) for row in text.encode(prompts)]
+    encoded = text.encode(prompts)
+    together = torch.cat(encoded).to("cpu", torch.bfloat16)  # one transfer
+    rows = list(together.split([len(row) for row in encoded]))
     for prompt, row in zip(prompts, rows, strict=True):
         if not bool(row.isfinite().all()):
             raise ValueError(f"the embedding of {prompt[:80]!r} is not finite: compute in text.dtype=float32")

@@ -161,6 +161,7 @@ class _GrowingStore:
         self._url, self._identity = url, identity
         self._found = EmbeddingStore.scan(url, identity)
         self._waiting: list[tuple[str, Tensor]] = []
+        self._held = 0  # bytes that wait
         self._last = time.monotonic()
         weakref.finalize(self, _write_all, url, identity, self._waiting)  # at the end of the process at the latest
 
@@ -173,8 +174,8 @@ class _GrowingStore:
 
     def put(self, prompt: str, embedding: Tensor) -> None:
         self._waiting.append((prompt, embedding))
-        waits = sum(embedding.nbytes for _, embedding in self._waiting)
-        if waits > _WRITE_BYTES or time.monotonic() - self._last > _WRITE_SECONDS:
+        self._held += embedding.nbytes
+        if self._held > _WRITE_BYTES or time.monotonic() - self._last > _WRITE_SECONDS:
             # A thread, which no step of training waits for; the interpreter does, at its end.
             Thread(target=_write_all, args=(self._url, self._identity, self._taken())).start()
 
@@ -184,7 +185,7 @@ class _GrowingStore:
     def _taken(self) -> list[tuple[str, Tensor]]:
         taken = list(self._waiting)
         self._waiting.clear()
-        self._last = time.monotonic()
+        self._held, self._last = 0, time.monotonic()
         return taken
 
 
