@@ -24,7 +24,7 @@ _PATHS = ("path", "audio_path", "file")
 _CAPTIONS = ("caption", "captions")
 _HINT = "path_column= and caption_column= take other names"
 _SHARED = ("path", "id", "duration_seconds", "split", "label", "speaker", "source", "license")  # by rows of one clip
-_WORTH_REMEMBERING_BYTES = 4 << 20  # a smaller manifest is parsed in no time
+_WORTH_REMEMBERING_BYTES = 1 << 20  # a smaller manifest is parsed in no time
 _PLAIN_PATH = re.compile(r"[^/\\:\0][^\\:\0]*")  # nothing in it could lead out of a folder but `..`
 
 _SPLITS = {
