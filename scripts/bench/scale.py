@@ -146,10 +146,14 @@ def dataset(size: int, folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: `work`, whose result is what a run would keep, after `prepare` has made its files."""
+    """What is measured: `work`, whose result is what a run would keep, after `prepare` has made its files.
+
+    Sizes are divided by `fewer`, for what is done to a part of the clips, and end with `largest`.
+    """
 
     prepare: Callable[[int, Path], None]
     work: Callable[[int, Path], Any]
+    fewer: int = 1
     largest: int | None = None
 
 
@@ -211,7 +215,7 @@ def apart(limit_seconds: float, task: Callable[..., Any], *arguments: Any) -> An
 def measure_row(name: str, row: Row, cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """The costs of one row at every size, and the exponent of its growth."""
     costs: list[dict[str, Any]] = []
-    for size in cfg.sizes:
+    for size in (whole // row.fewer for whole in cfg.sizes):
         if row.largest is not None and size > row.largest:
             continue
         at = folder / f"{row.prepare.__name__}-{size}"

@@ -160,6 +160,22 @@ def test_a_hundred_thousand_rows_are_arrays_and_join_and_split_as_rows_do(tmp_pa
     assert hold_out([one.__class__(one.path, "x", "x"), entries[0]], 0.1, tmp_path, "two")[0].split == "val"
 
 
+def test_one_clip_may_be_named_by_a_longer_path_and_no_other_in_the_same_id(tmp_path):
+    """As before there were columns: paths are compared as the system reads them."""
+    path = tmp_path / "clips.jsonl"
+    rows = [{"path": name, "caption": name, "id": "one"} for name in ("a/b.wav", "a//b.wav", "./a/b.wav")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (clip,) = read_manifest(path)
+    assert (clip.path, clip.other_captions) == (tmp_path / "a" / "b.wav", ("a//b.wav", "./a/b.wav"))
+    path.write_text(
+        "\n".join(map(json.dumps, [*rows, rows[0] | {"path": "b.wav", "caption": "x"}, rows[0] | {"label": "x"}]))
+    )
+    with pytest.raises(
+        ManifestError, match=r"(?s)2 wrong lines.*line 4: duplicate id 'one', first used on line 1.*line 5: dup"
+    ):
+        read_manifest(path)
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell")
 def test_a_loader_process_copies_nothing_of_what_it_reads(parses, tmp_path):
     path = tmp_path / "clips.jsonl"

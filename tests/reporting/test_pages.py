@@ -15,7 +15,7 @@ from foley.reporting.tables import format_rows, provenance
 PAGES = PROJECT_ROOT / "docs" / "results"
 TEMPLATES = [
     PAGES / "templates" / f"{page}.md"
-    for page in ("acceleration", "data", "demo-model", "denoiser", "distillation", "metrics")
+    for page in ("acceleration", "data", "demo-model", "denoiser", "distillation", "metrics", "scale")
 ]
 ROWS = [
     {"system": "teacher", "steps": 100, "seconds": {"denoise": 2.0}, "accuracy": 0.5},

@@ -138,11 +138,9 @@ class Entries(Sequence[ManifestEntry]):
         """The same entries in the splits of these codes `[N]`."""
         return Entries(self._origin, self.root, self._rows, codes)
 
-    def with_other_captions(self, captions: Mapping[int, tuple[str, ...]]) -> "Entries":
-        """The same entries, those at these places with other captions than before."""
-        lists = cast(TextLists, self._column("other_captions"))
-        changed = TextLists.of([captions.get(place, known) for place, known in enumerate(lists)])
-        return Entries(self.table | {"other_captions": changed}, self.root)
+    def with_other_captions(self, captions: Iterable[Sequence[str]]) -> "Entries":
+        """The same entries with these in the place of their own."""
+        return Entries(self.table | {"other_captions": TextLists.of(captions)}, self.root)
 
     def of_split(self, name: str) -> "Entries":
         """Those of the split."""
@@ -177,16 +175,18 @@ def split_code(name: str) -> int:
     return _CODES[name]
 
 
-def columns_of(rows: Iterable[Fields], note: Callable[[tuple[str, ...]], None] = lambda ids: None) -> dict[str, Column]:
+def columns_of(
+    rows: Iterable[Fields], note: Callable[[Mapping[str, Sequence[Any]]], None] = lambda columns: None
+) -> dict[str, Column]:
     """The columns of `rows`, which are read once and kept as arrays, chunk by chunk.
 
     Args:
-        note: called with the ids of each chunk.
+        note: called with the columns of each chunk.
     """
     remaining, chunks = iter(rows), []
     while chunk := list(islice(remaining, _CHUNK_ROWS)):
         columns = dict(zip(_NAMES_OF_FIELDS, zip(*chunk, strict=True), strict=True))
-        note(columns["id"])
+        note(columns)
         chunks.append({name: _column(name, values) for name, values in columns.items()})
     if not chunks:
         return {name: _column(name, ()) for name in _NAMES_OF_FIELDS}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from foley.data.tables import Row, TableError, captions_in, refuse_lines, table_
 _PATHS = ("path", "audio_path", "file")
 _CAPTIONS = ("caption", "captions")
 _HINT = "path_column= and caption_column= take other names"
-_WORTH_REMEMBERING_BYTES = 4 << 20  # a smaller manifest is parsed in no time
+_SHARED = ("path", "id", "duration_seconds", "split", "label", "speaker", "source", "license")  # by rows of one clip
+_WORTH_REMEMBERING_BYTES = 1 << 20  # a smaller manifest is parsed in no time
 _PLAIN_PATH = re.compile(r"[^/\\:\0][^\\:\0]*")  # nothing in it could lead out of a folder but `..`
 
 _SPLITS = {
@@ -141,7 +142,8 @@ def checked_rows(path: Path, options: ManifestOptions = OUR_COLUMNS) -> Iterator
 def build_entries(rows: Iterable[Row], manifest: Path, root: Path, options: ManifestOptions = OUR_COLUMNS) -> Entries:
     """Check `rows` and make entries of them; raises ManifestError that lists each wrong line."""
     problems: list[tuple[int, str]] = []
-    hashes: list[NDArray[np.int64]] = []  # of ids, which together would be as large as the table
+    # Of ids, and of all that rows of one clip share: together they would be as large as the table.
+    hashes: list[NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
 
     def right_rows() -> Iterator[Fields]:
         for line, row in rows:
@@ -150,8 +152,13 @@ def build_entries(rows: Iterable[Row], manifest: Path, root: Path, options: Mani
             except ValueError as error:
                 problems.append((line, str(error)))
 
-    table = columns_of(right_rows(), lambda ids: hashes.append(np.fromiter(map(hash, ids), np.int64, len(ids))))
-    entries = _joined(Entries(table, root), _repeated(np.concatenate([np.empty(0, np.int64), *hashes])), problems)
+    def note(columns: Mapping[str, Sequence[Any]]) -> None:
+        shared = zip(*(columns[name] for name in _SHARED), strict=True)
+        hashes.append(np.array([list(map(hash, columns["id"])), list(map(hash, shared))], np.int64).T)
+
+    table = columns_of(right_rows(), note)
+    ids, shared = np.concatenate(hashes).T
+    entries = _joined(Entries(table, root), ids, shared, problems)
     if problems:
         refuse_lines(manifest, [f"line {line}: {text}" for line, text in sorted(problems, key=lambda known: known[0])])
     if not entries:
@@ -166,29 +173,40 @@ def _repeated(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.unique(order[np.concatenate([again, again + 1])])
 
 
-def _joined(entries: Entries, places: NDArray[np.int64], problems: list[tuple[int, str]]) -> Entries:
-    """`entries`, of which those at `places` may have ids that came before: they become one, or a problem."""
+def _joined(
+    entries: Entries, ids: NDArray[np.int64], shared: NDArray[np.int64], problems: list[tuple[int, str]]
+) -> Entries:
+    """`entries`, of which those with an id that came before become one with the first, or a problem.
+
+    `ids` and `shared` are hashes, of each entry's id and of all else but its captions and line `[N]`.
+    """
     first: dict[str, int] = {}
     captions: dict[int, list[str]] = {}  # by the place of the first, all of one clip
-    gone = np.zeros(len(entries), bool)
-    for place, entry in zip(places.tolist(), entries.take(places), strict=True):
-        known = captions.setdefault(first.setdefault(entry.id, place), [entry.caption, *entry.other_captions])
-        if first[entry.id] == place:
+    table, places = entries.table, _repeated(ids)
+    some: dict[str, Any] = entries.take(places).table
+    lines, gone = cast(NDArray[np.int64], table["line"]), np.zeros(len(entries), bool)
+    for place, name, caption, others in zip(
+        places.tolist(), some["id"], some["caption"], some["other_captions"], strict=True
+    ):
+        start = first.setdefault(name, place)
+        known = captions.setdefault(start, [caption, *others])
+        if start == place:
             continue
         gone[place] = True
-        if entry.caption in known or not _is_alike(entry, entries[first[entry.id]]):
-            line = entries[first[entry.id]].line
-            problems.append((entry.line, f"duplicate id {entry.id!r}, first used on line {line}"))
+        alike = shared[place] == shared[start] or _are_alike(entries[place], entries[start])
+        if caption in known or not alike:
+            problems.append((int(lines[place]), f"duplicate id {name!r}, first used on line {lines[start]}"))
         else:
-            known += [caption for caption in (entry.caption, *entry.other_captions) if caption not in known]
+            known += [new for new in (caption, *others) if new not in known]
     if not gone.any():
         return entries
-    others = {place: tuple(of_clip[1:]) for place, of_clip in captions.items()}
-    return entries.with_other_captions(others).take(np.flatnonzero(~gone))
+    kept, lists = np.flatnonzero(~gone), table["other_captions"]
+    joined = (tuple(captions[place][1:]) if place in captions else lists[place] for place in kept.tolist())
+    return entries.take(kept).with_other_captions(joined)
 
 
-def _is_alike(entry: ManifestEntry, first: ManifestEntry) -> bool:
-    """Whether the two differ in their captions alone."""
+def _are_alike(entry: ManifestEntry, first: ManifestEntry) -> bool:
+    """Whether the two differ in their captions alone, though one path may be written in a longer way."""
     return replace(entry, caption=first.caption, other_captions=first.other_captions, line=first.line) == first
 
 
