@@ -103,6 +103,16 @@ def test_a_damaged_cache_file_is_made_anew(clips, protocol, tmp_path, caplog) ->
     assert "extracting its features again" in caplog.text
 
 
+def test_features_lie_in_subfolders_and_those_of_one_folder_are_found(clips, protocol, tmp_path) -> None:
+    fresh = extract_files(clips, protocol, load, tmp_path / "cache")
+    for file in list((tmp_path / "cache").rglob("*.safetensors")):
+        assert file.parent.name == file.name[:2]
+        file.rename(file.parents[1] / file.name)
+    again = extract_files(clips, protocol, load, tmp_path / "cache")
+    assert torch.equal(again.features, fresh.features)
+    assert protocol.extractor.clips_seen == 2
+
+
 def test_equal_files_are_extracted_once(clips, protocol, tmp_path) -> None:
     clips[0].path.write_text(clips[1].path.read_text())
     both = extract_files(clips, protocol, load)

@@ -15,7 +15,18 @@ from foley.metrics.distances import (
     squared_discrepancy,
 )
 from foley.metrics.features import ClipFeatures
-from foley.metrics.scores import Comparison, _extrapolated, draw_counts, estimate, frechet_infinity
+from foley.metrics.pairing import pair_clips
+from foley.metrics.scores import (
+    Comparison,
+    _extrapolated,
+    draw_counts,
+    estimate,
+    frechet,
+    frechet_infinity,
+    inception,
+    kad,
+    kl,
+)
 
 
 def linear_kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -195,6 +206,29 @@ def test_an_extrapolation_and_its_draws_are_those_of_refitted_parts(windows: int
         object.__setattr__(sets, "counts", (1 + by_slope[:1], 1 + by_slope[1:]))
         linear = float(sets.linear(*_extrapolated(sets))) - score.value
         assert linear / step == pytest.approx((refitted(*moved) - score.value) / step, rel=1e-3)
+
+
+def test_scores_of_a_hundred_thousand_clips(monkeypatch) -> None:
+    monkeypatch.setattr("foley.metrics.distances.MOST_TOGETHER", 200)
+    n = 100_000
+    clips = [
+        ClipFeatures(
+            *([str(i) for i in range(n)], [None] * n, [None] * n),
+            features=normal(n, seed).float(),
+            windows=torch.ones(n, dtype=torch.long),
+            logits=normal(n, seed),
+            peaks=torch.ones(n),
+            recordings=[str(i) for i in range(n)],
+            seconds=torch.ones(n),
+        )
+        for seed in (0, 1)
+    ]
+    reference, pairs = pair_clips(clips[1], clips[0], "required")
+    sets = Comparison(clips[1], reference, pairs, None, 10, resamples=3)
+    found = frechet(sets) | frechet_infinity(sets) | kad(sets) | kl(sets) | inception(sets)
+    assert found["frechet_distance"].value < 1e-3
+    assert abs(found["kernel_audio_distance"].value) < 0.1
+    assert all(score.low <= score.value <= score.high for score in found.values())
 
 
 def test_draws_are_repeatable_counts() -> None:

@@ -7,7 +7,7 @@ extractor never meets old features.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -287,7 +287,10 @@ def extract_audio(
 
 
 class FeatureCache:
-    """One safetensors file per clip under `directory / protocol identity`, named by the SHA-256 of the audio file."""
+    """One safetensors file per clip under `directory / protocol identity`, named by the SHA-256 of the audio file.
+
+    In subfolders by the first two digits of it; earlier versions wrote all into one, where they are still found.
+    """
 
     def __init__(self, directory: Path | None, protocol: EvaluationProtocol) -> None:
         self._directory = None if directory is None else directory / f"{protocol.name}-{protocol.identity[:16]}"
@@ -295,20 +298,17 @@ class FeatureCache:
 
     def load(self, content_hash: str) -> Row | None:
         """The row of the audio with this content, or None; an unreadable file is reported and made anew."""
-        path = self._path(content_hash)
-        if path is None or not path.is_file():
-            return None
-        try:
-            with reading(path, "features of a clip"):
-                return self._checked(load_file(path))
-        except DamagedFileError as error:
-            _log.warning("%s cannot be read (%s); extracting its features again", path, error)
-            return None
+        for path in filter(Path.is_file, self._paths(content_hash)):
+            try:
+                with reading(path, "features of a clip"):
+                    return self._checked(load_file(path))
+            except DamagedFileError as error:
+                _log.warning("%s cannot be read (%s); extracting its features again", path, error)
+        return None
 
     def save(self, content_hash: str, row: Row) -> None:
         """Keep `row` for the audio with this content."""
-        path = self._path(content_hash)
-        if path is not None:
+        for path in self._paths(content_hash)[:1]:
             write_tensors(path, row)
 
     def _checked(self, row: Row) -> Row:
@@ -317,8 +317,12 @@ class FeatureCache:
             raise ValueError(f"its tensors have other shapes: { ({name: list(row[name].shape) for name in _ROW}) }")
         return row
 
-    def _path(self, content_hash: str) -> Path | None:
-        return None if self._directory is None else self._directory / f"{content_hash}.safetensors"
+    def _paths(self, content_hash: str) -> list[Path]:
+        """Where it is kept, and where it may lie; none without a directory."""
+        if self._directory is None:
+            return []
+        folders = self._directory / content_hash[:2], self._directory
+        return [folder / f"{content_hash}.safetensors" for folder in folders]
 
 
 class FaultyClipsError(ValueError):
@@ -348,6 +352,7 @@ def extract_files(
     chunks = [absent[start : start + _CHUNK_CLIPS] for start in range(0, len(absent), _CHUNK_CLIPS)]
     reasons: dict[str, str] = {}
     prepare = partial(_prepare_file, load=load, protocol=protocol)
+    saving: list[Future[None]] = []
     with ThreadPoolExecutor(_LOADER_THREADS) as pool:
         for chunk in track(chunks, description="extracting features", disable=not chunks):
             prepared = dict(zip(dict(chunk), pool.map(prepare, dict(chunk).values()), strict=True))
@@ -355,7 +360,11 @@ def extract_files(
             usable = {key: item for key, item in prepared.items() if not isinstance(item, str)}
             for key, row in zip(usable, _extract(list(usable.values()), protocol), strict=True):
                 rows[key] = {name: value.clone() for name, value in row.items()}  # not the batch behind it
-                cache.save(key, rows[key])
+                saving.append(pool.submit(cache.save, key, rows[key]))  # a disk takes its time, while others compute
+            while len(saving) > _CHUNK_CLIPS:
+                saving.pop(0).result()
+    for saved in saving:
+        saved.result()
     lossy_mixes.report()
     faulty = {clip.id: reasons[key] for clip, key in zip(clips, hashes, strict=True) if key in reasons}
     _check_faulty(faulty, len(clips), max_faulty_share)
