@@ -24,6 +24,7 @@ SHORT_FILES = {
     "__main__.py": "`python -m foley` is the command",
     "core/logs.py": "everything logs; it belongs to no other file",
     "metrics/references.py": "the one place where metrics read manifests, which the layers allow it alone",
+    "nn/norm.py": "attention and AdaLN, which do not know each other, both norm",
 }
 """Files of under `SHORTEST_FILE` lines, each with its reason."""
 

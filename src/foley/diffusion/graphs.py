@@ -7,12 +7,14 @@ conditions do, and accelerators that keep outputs between evaluations are told s
 """
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foley.core.logs import get_logger
+from foley.diffusion.context import RunContext
 from foley.diffusion.guidance import Denoise
 
 Replay = Callable[[], Tensor]
@@ -95,12 +97,17 @@ class RecordedDenoise:
         return self._denoise(*self._inputs)
 
 
-def pattern_of(accelerator: Any) -> Callable[[], Hashable | None]:
-    """How the evaluations under an accelerator differ, by its `graph_pattern`; without an accelerator all are alike."""
-    if accelerator is None:
-        return lambda: "plain"
-    pattern: Callable[[], Hashable | None] = getattr(accelerator, "graph_pattern", lambda: None)
-    return pattern
+def recorded(
+    denoise: Denoise, run: RunContext, recorder: Recorder | None, accelerator: Any
+) -> tuple[Denoise, RunContext]:
+    """Both for a run whose evaluations are recorded; as they are without a recorder, and in a run of few evaluations.
+
+    Evaluations under an accelerator differ as its `graph_pattern` says; without an accelerator all are alike.
+    """
+    if recorder is None or run.num_evaluations < FEWEST_EVALUATIONS:
+        return denoise, run
+    pattern = (lambda: "plain") if accelerator is None else getattr(accelerator, "graph_pattern", lambda: None)
+    return RecordedDenoise(denoise, recorder, pattern), replace(run, is_recorded=True)
 
 
 def choose_graphs(wanted: str | bool, device: torch.device) -> bool:

@@ -17,7 +17,7 @@ True
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from foley.core.locks import sole_user
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext
-from foley.diffusion.graphs import FEWEST_EVALUATIONS, RecordedDenoise, Recorder, pattern_of
+from foley.diffusion.graphs import Recorder, recorded
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, Denoise, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.schedulers import combine, draw_noise
@@ -182,9 +182,7 @@ def generate_latents(
     # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
     denoise = guidance.wrap(denoiser, positive, negative, known, grid)
-    if recorder is not None and run.num_evaluations >= FEWEST_EVALUATIONS:
-        run = replace(run, is_recorded=True)
-        denoise = RecordedDenoise(denoise, recorder, pattern_of(accelerator))
+    denoise, run = recorded(denoise, run, recorder, accelerator)
     attached = nullcontext() if accelerator is None else accelerator.attach(denoiser)
     with sole_user(denoiser), attached:
         callbacks = [] if accelerator is None else [accelerator]
