@@ -4,6 +4,7 @@ A stage that fails or runs out of its time does not end the others. What passed 
 again, so that a second call goes on where the first one stopped.
 """
 
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -57,6 +58,7 @@ def write_pages(cfg: DictConfig) -> None:
 @command("script/gpu_check")
 def main(cfg: DictConfig) -> None:
     """Ends with SystemExit where something was not proved, once everything else was tried."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the stage that is running ends too
     facts = {**require_device(cfg.device), "code": hash_sources(cfg.code)}
     outcomes = list(run_all(cfg, facts))
     rows = [asdict(outcome) for outcome in outcomes]
