@@ -58,7 +58,6 @@ def write_pages(cfg: DictConfig) -> None:
 @command("script/gpu_check")
 def main(cfg: DictConfig) -> None:
     """Ends with SystemExit where something was not proved, once everything else was tried."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the stage that is running ends too
     facts = {**require_device(cfg.device), "code": hash_sources(cfg.code)}
     outcomes = list(run_all(cfg, facts))
     rows = [asdict(outcome) for outcome in outcomes]
@@ -72,4 +71,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the stage that is running ends too
     main()
