@@ -4,6 +4,7 @@ A stage that fails or runs out of its time does not end the others. What passed 
 again, so that a second call goes on where the first one stopped.
 """
 
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -70,4 +71,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the stage that is running ends too
     main()

@@ -1,5 +1,4 @@
-"""Stages of a config, each a command with a product, which is kept: one that is there and made in this way is not made
-again."""
+"""Stages of a config: commands whose products are kept, and not made again where they were made in this way."""
 
 import importlib.util
 import os
