@@ -123,8 +123,10 @@ class Calibration:
         for part in parts[1:]:
             parts[0].signature.require(part.signature, "the first part of the calibration")
         total = sum(part.num_prompts for part in parts)
-        mean = sum(part.num_prompts * part.mean.double() for part in parts) / total
-        squares = sum(part.num_prompts * (part.std.double() ** 2 + part.mean.double() ** 2) for part in parts) / total
+        weights = torch.tensor([part.num_prompts / total for part in parts], dtype=torch.float64)
+        means, stds = (torch.stack([getattr(part, name).double() for part in parts]) for name in ("mean", "std"))
+        mean = torch.tensordot(weights, means, dims=1)
+        squares = torch.tensordot(weights, stds**2 + means**2, dims=1)
         std = (squares - mean**2).clamp_min(0).sqrt()
         return replace(parts[-1], mean=mean.float(), std=std.float(), num_prompts=total)
 
