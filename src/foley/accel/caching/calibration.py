@@ -123,9 +123,11 @@ class Calibration:
         for part in parts[1:]:
             parts[0].signature.require(part.signature, "the first part of the calibration")
         total = sum(part.num_prompts for part in parts)
-        mean = sum(part.num_prompts * part.mean.double() for part in parts) / total
-        squares = sum(part.num_prompts * (part.std.double() ** 2 + part.mean.double() ** 2) for part in parts) / total
-        std = (squares - mean**2).clamp_min(0).sqrt()
+        means, variances = zip(*((part.mean.double(), part.std.double() ** 2) for part in parts), strict=True)
+        shares = [part.num_prompts / total for part in parts]
+        mean = torch.stack([share * own for share, own in zip(shares, means, strict=True)]).sum(dim=0)
+        second = [share * (own**2 + spread) for share, own, spread in zip(shares, means, variances, strict=True)]
+        std = (torch.stack(second).sum(dim=0) - mean**2).clamp_min(0).sqrt()
         return replace(parts[-1], mean=mean.float(), std=std.float(), num_prompts=total)
 
     def changes(self) -> dict[str, list[float]]:

@@ -99,7 +99,8 @@ class AudioSamples(pl.Callback):
         own = shared_out(len(self.prompts), trainer.global_rank, trainer.world_size)
         audio = self.generate(pl_module, self.codec_path, own)
         if trainer.world_size > 1:
-            audio = in_order(pl_module.all_gather(audio.to(pl_module.device)), len(self.prompts)).cpu()
+            gathered: Any = pl_module.all_gather(audio.to(pl_module.device))
+            audio = in_order(gathered, len(self.prompts)).cpu()
         if not trainer.is_global_zero:
             return
         if not bool(audio.isfinite().all()):
