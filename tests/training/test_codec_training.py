@@ -68,6 +68,23 @@ def test_the_logged_gradient_norm_is_the_one_before_clipping(tmp_path: Path) -> 
     assert max(clipped) <= 1.001
 
 
+def test_the_weights_of_a_discriminator_are_made_once_between_its_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It judges originals and copies for its own update, and both again for the model's."""
+    module, made = build(0), []
+    kind = next(type(part) for part in module.discriminator.modules() if type(part).__name__ == "_WeightNorm")
+    weight_norm, forward = {id(part) for part in module.discriminator.modules() if isinstance(part, kind)}, kind.forward
+
+    def counted(self, *parts):
+        made.extend([id(self)] if id(self) in weight_norm else [])
+        return forward(self, *parts)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    fit_on_noise(module, tmp_path, 1200, steps=3)
+    assert len(made) == 2 * 3 * len(weight_norm)
+
+
 def test_runs_repeat_bit_for_bit(tmp_path: Path) -> None:
     first, second = build(1), build(1)
     for module in (first, second):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from foley.core.seeding import torch_generator
@@ -173,12 +174,13 @@ class AdversarialTraining(FoleyModule):
     def _adversarial_terms(self, pair: Pair) -> dict[str, Tensor]:
         """The discriminator's say on the model; its own parameters must not require gradients here."""
         discriminator, adversarial = self._opponent()
-        generated = discriminator(pair.generated)  # with gradients, which are the model's
-        values = {"adversarial": adversarial.generator(generated)}
-        if self.weights["feature_matching"]:
-            with torch.no_grad():  # an aim, which nothing here trains
-                real = discriminator(pair.original)
-            values["feature_matching"] = feature_matching(real, generated)
+        with parametrize.cached():  # weights g v / |v| are made once for both passes
+            generated = discriminator(pair.generated)  # with gradients, which are the model's
+            values = {"adversarial": adversarial.generator(generated)}
+            if self.weights["feature_matching"]:
+                with torch.no_grad():  # an aim, which nothing here trains
+                    real = discriminator(pair.original)
+                values["feature_matching"] = feature_matching(real, generated)
         return values
 
     def _weighted_sum(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -198,7 +200,8 @@ class AdversarialTraining(FoleyModule):
         # The bare optimizer: Lightning would count its step as a global one, and steps here are the model's.
         optimizer = cast(list[Optimizer], self.optimizers(use_pl_optimizer=False))[1]
         schedules = _listed(self.lr_schedulers())
-        loss = adversarial.discriminator(discriminator(original), discriminator(generated))
+        with parametrize.cached():  # until the weights change
+            loss = adversarial.discriminator(discriminator(original), discriminator(generated))
         optimizer.zero_grad()
         self.manual_backward(loss)
         norm = gradient_norm(optimizer)
