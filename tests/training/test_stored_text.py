@@ -9,6 +9,7 @@ import torch
 from commands import run_command
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
+from latent_parts import latent_cache_writer
 from omegaconf import DictConfig
 from tiny_t5 import DIM, save_t5
 from torch import nn
@@ -19,7 +20,6 @@ from foley.core.config import PROJECT_ROOT
 from foley.core.embeddings import EmbeddingStore, TextStoreError
 from foley.core.seeding import torch_generator
 from foley.data.datamodule import LatentDataModule
-from foley.data.encoding import latent_cache_writer
 from foley.data.latents import read_captions
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import DiffusionProcess

@@ -431,7 +431,7 @@ def read_captions(source: str, caption_column: str | Sequence[str] | None = None
     Raises LatentCacheError and TableError.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if "://" in source or path.is_dir():
         return captions(LatentCacheIndex.read(source))
     columns, found, problems = ManifestOptions(caption_column=caption_column).caption_columns, [], []
     for line, row in table_rows(path, [columns], text_column=columns[0]):
