@@ -5,9 +5,16 @@ residual sum, would move twice the bytes and hand float32 queries and keys to at
 whatever they are given; only what they read and write is of the stream's type.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Where what is computed of `x` keeps its types; on the meta device, which knows no autocast, everywhere."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -21,7 +28,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Over the last axis."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             # CUDA's kernel wants the weights in the type of its input.
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
@@ -34,5 +41,5 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Over the last axis."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)

@@ -34,7 +34,7 @@ from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, Modulati
 from foley.nn.attention import Attention, KeysValues, key_mask
 from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
 from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, normal_linear, xavier_linear, zero_linear
-from foley.nn.norm import LayerNorm
+from foley.nn.norm import LayerNorm, without_autocast
 from foley.nn.rotary import RotaryEmbedding, RotaryTable
 
 # ---------------------------------------------------------------- the block
@@ -219,7 +219,7 @@ class OutputLayer(nn.Module):
     def forward(self, x: Tensor, modulation: Modulation | None) -> Tensor:
         """Tokens `[B, L, D]` to a latent `[B, C, L]`."""
         # In the type of the weights, autocast or not: what is rounded here, no later layer makes good.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             latent = self.linear(self.norm(x.to(self.linear.weight.dtype), modulation))  # [B, L, C]
             return self.conv(latent.transpose(1, 2))
 
