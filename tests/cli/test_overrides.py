@@ -63,6 +63,7 @@ def test_text_arrives_as_typed(option, typed):
 @given(st.text(alphabet="\\'\"${}()[],:=~+#%@?!a1 .-/\n\tßü犬", max_size=12))
 @example("\\\\${")
 @example("'\\${a}\\")
+@example("\\\n")
 def test_any_text_arrives_as_typed(typed):
     assert read_back("prompt", typed) == typed
     if not typed.startswith("~/"):

@@ -17,6 +17,7 @@ from foley.data.resumable import ResumableDataModule
 from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
 from foley.models.dit.masking import SpanMask
+from foley.models.text.base import TextConditioner
 from foley.training.callbacks.checkpointing import BestCheckpoint, PeriodicCheckpoint
 from foley.training.callbacks.ema import ExponentialMovingAverage
 from foley.training.callbacks.monitoring import AppendingCSVLogger
@@ -57,7 +58,7 @@ class Embedding:
     mask: Tensor
 
 
-class TinyText(nn.Module):
+class TinyText(TextConditioner):
     """A table over caption lengths."""
 
     dim = 6

@@ -95,7 +95,7 @@ def quote(value: str) -> str:
     "'a dog\\'s \\${bark}'"
     """
     # Hydra reads a backslash as an escape only where it precedes a quote or an interpolation.
-    escaped = re.sub(r"(\\*)('|\$\{|$)", lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value)
+    escaped = re.sub(r"(\\*)('|\$\{|\Z)", lambda match: 2 * match[1] + ("\\" + match[2] if match[2] else ""), value)
     return f"'{escaped}'"
 
 

@@ -49,6 +49,9 @@ NUMBERS: dict[str, tuple[NumberRange, tuple[int | None, ...]]] = {
 }
 """Dotted key to the numbers that it takes, and what it takes besides; a recipe without the key is not asked for it."""
 
+_OF_THE_MACHINE = ("data.num_workers", "optimizer.fused")
+"""What follows from the machine unless it is typed: right then, and to ask for it would load PyTorch."""
+
 _ABSENT = object()
 
 
@@ -57,6 +60,8 @@ def require_values(cfg: DictConfig) -> None:
     _require_stage(cfg)
     _require_sections(cfg)
     for key, (numbers, besides) in NUMBERS.items():
+        if key in _OF_THE_MACHINE and not _is_typed(cfg, key):
+            continue
         value = _value(cfg, key)
         if value is not _ABSENT and value not in besides:
             numbers.check(key, value)
@@ -100,6 +105,14 @@ def _value(cfg: DictConfig, key: str) -> Any:
         return _ABSENT
 
 
+def _is_typed(cfg: DictConfig, key: str) -> bool:
+    section, _, name = key.rpartition(".")
+    options = OmegaConf.select(cfg, section)
+    # `in` would resolve it.
+    given = isinstance(options, DictConfig) and name in [*options.keys()]
+    return given and not OmegaConf.is_interpolation(options, name)
+
+
 def _require_stage(cfg: DictConfig) -> None:
     stages, stage = _value(cfg, "stages"), _value(cfg, "stage")
     if isinstance(stages, Mapping) and stage not in stages:
@@ -111,10 +124,8 @@ def _require_own_clipping(cfg: DictConfig) -> None:
     clip = _value(cfg, "trainer.gradient_clip_val")
     if clip not in (_ABSENT, None):
         raise ValueError(f"trainer.gradient_clip_val={clip}: the task clips; give task.gradient_clip_norm={clip}")
-    typed = not OmegaConf.is_interpolation(
-        cfg.optimizer, "fused"
-    )  # what follows by itself is not both, and loads PyTorch
-    if typed and cfg.optimizer.get("fused") and str(precision := cfg.trainer.precision).startswith("16"):
+    precision = _value(cfg, "trainer.precision")
+    if _is_typed(cfg, "optimizer.fused") and cfg.optimizer.fused and str(precision).startswith("16"):
         raise ValueError(
             f"optimizer.fused=true with trainer.precision={precision}: a fused optimizer takes the scale out of the "
             "gradients itself, after they are clipped; leave optimizer.fused out, or train in bf16-mixed"
