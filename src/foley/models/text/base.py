@@ -60,6 +60,9 @@ class TextConditioner(nn.Module):
         """B prompts to embeddings `[B, S, Dc]`; S is the longest prompt's number of tokens."""
         raise NotImplementedError
 
+    def compute_exactly(self, exact: bool) -> None:
+        """Compute in float32 without TF32, or in what suits the device, where that was left open; else no effect."""
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """Unpadded embeddings `[S, Dc]`, one per prompt, without gradients."""

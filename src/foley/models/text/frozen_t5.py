@@ -98,11 +98,13 @@ class FrozenT5Conditioner(TextConditioner):
         self.max_length, self.dtype, self.length_multiple = max_length, dtype, length_multiple
         load = partial(load_pretrained, name_or_path=name_or_path, error_type=TextModelError, mend=_MEND)
         self.tokenizer: PreTrainedTokenizerBase = load(AutoTokenizer.from_pretrained, options=source)
-        encoder = load(T5EncoderModel.from_pretrained, options={**source, "dtype": _DTYPES[dtype]})
+        self._load = partial(load, T5EncoderModel.from_pretrained, options={**source, "dtype": _DTYPES[dtype]})
+        encoder = self._load()
         _check_vocabulary(self.tokenizer, encoder, name_or_path)
         if encoder.config.d_model != dim:
             raise TextModelError(f"{name_or_path} has width {encoder.config.d_model}, but `dim` is {dim}: set it so")
         self._shared = _Shared(encoder.requires_grad_(False).eval())  # no sub-module, see `_Shared`
+        self._exact = False
         self.dim = dim
         named = {"_target_": f"{__name__}.{type(self).__name__}", "name_or_path": name_or_path, "dim": dim}
         self._identity = encoder_identity({**named, "max_length": max_length, "revision": revision})
@@ -117,6 +119,15 @@ class FrozenT5Conditioner(TextConditioner):
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
         return self.cache.embed(prompts, self.encoder.device, self.encode, self.length_multiple)
+
+    def compute_exactly(self, exact: bool) -> None:
+        """With dtype=auto: float32 without TF32 on every device; rounded weights are read again."""
+        if self.dtype != "auto":
+            return
+        device, self._exact = self.encoder.device, exact
+        if exact and self.encoder.dtype != torch.float32:
+            self._shared = _Shared(self._load().requires_grad_(False).eval())
+        self.to(device)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:
@@ -143,11 +154,11 @@ class FrozenT5Conditioner(TextConditioner):
     def _computes_in(self) -> str:
         """The type by its name, tf32 among them."""
         name = str(self.encoder.dtype).removeprefix("torch.")
-        exact = self.dtype == "float32" or self.encoder.device.type != "cuda"
+        exact = self._exact or self.dtype == "float32" or self.encoder.device.type != "cuda"
         return name if exact or name != "float32" else "tf32"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenT5Conditioner":
-        if self.dtype == "auto" and self.encoder.dtype == torch.float32:
+        if self.dtype == "auto" and not self._exact and self.encoder.dtype == torch.float32:
             dtype = fast_dtype(fn(torch.empty(0)).device)
             self.encoder._apply(lambda weight: weight.to(dtype))  # before they move, so that half as much does
         self.encoder._apply(fn, recurse)  # which is no sub-module
