@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from foley.core.devices import to_device
 from foley.core.hub import load_pretrained
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
@@ -133,12 +134,11 @@ class FrozenT5Conditioner(TextConditioner):
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """Unpadded embeddings `[S, Dc]`, one per prompt, in one batch; nothing is remembered."""
         tokens = [self._tokens(prompt) for prompt in prompts]  # ids, each of its own length
-        batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.encoder.device)  # [B, S]
+        padded = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")  # [B, S]
+        batch = {name: to_device(padded[name], self.encoder.device) for name in ("input_ids", "attention_mask")}
         # What is kept must not depend on who asked first.
         with torch.autocast(self.encoder.device.type, enabled=False), _products(self._computes_in):
-            hidden = self.encoder(  # [B, S, Dc]
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).last_hidden_state
+            hidden = self.encoder(**batch).last_hidden_state  # [B, S, Dc]
         # A view would keep the batch alive.
         return [row[: len(ids)].clone() for row, ids in zip(hidden, tokens, strict=True)]
 
@@ -221,7 +221,8 @@ class RandomEmbeddings(TextConditioner):
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`."""
         rows = {prompt: self._row(prompt) for prompt in prompts}  # each distinct prompt once
-        embeddings = torch.stack([rows[prompt] for prompt in prompts]).to(self.place)
+        embeddings = torch.stack([rows[prompt] for prompt in prompts])
+        embeddings = to_device(embeddings, self.place.device).to(self.place)
         return TextEmbedding(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device))
 
     def _row(self, prompt: str) -> Tensor:
