@@ -197,13 +197,32 @@ class Ranks:
         )
 
     def _broadcast(self, rank):
-        def broadcast(value):
-            if rank == 0:
+        def broadcast(value, source=0):
+            if rank == source:
                 self.said = value
             self.barrier()
-            return self.said
+            said = self.said
+            self.barrier()  # before the next one speaks
+            return said
 
         return broadcast
+
+
+def test_what_clips_are_is_said_of_all_processes(tmp_path, caplog):
+    """Not of the first one's share alone: here 30 silent clips, 15 of them of the second process."""
+    train, ranks = Clips(names(30), dict.fromkeys(names(30), torch.zeros(200))), Ranks(2)
+    threads = [
+        threading.Thread(target=encode, args=(tmp_path, train), kwargs={"processes": ranks.of(rank, 2)})
+        for rank in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    said = {record.getMessage() for record in caplog.records if "silent" in record.getMessage()}
+    (line,) = said
+    assert line.startswith("train: 30 clips are silent")
+    assert line.endswith("...")
 
 
 def test_processes_share_what_is_left_evenly(tmp_path, undisturbed):
