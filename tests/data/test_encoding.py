@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import random
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -14,9 +16,11 @@ from types import SimpleNamespace
 import fsspec
 import numpy as np
 import pytest
+import soundfile
 import torch
 from torch import nn
 
+from foley.core.config import PROJECT_ROOT
 from foley.core.locks import FolderInUseError
 from foley.core.seeding import torch_generator
 from foley.data import latent_folder
@@ -197,13 +201,32 @@ class Ranks:
         )
 
     def _broadcast(self, rank):
-        def broadcast(value):
-            if rank == 0:
+        def broadcast(value, source=0):
+            if rank == source:
                 self.said = value
             self.barrier()
-            return self.said
+            said = self.said
+            self.barrier()  # before the next one speaks
+            return said
 
         return broadcast
+
+
+def test_what_clips_are_is_said_of_all_processes(tmp_path, caplog):
+    """Not of the first one's share alone: here 30 silent clips, 15 of them of the second process."""
+    train, ranks = Clips(names(30), dict.fromkeys(names(30), torch.zeros(200))), Ranks(2)
+    threads = [
+        threading.Thread(target=encode, args=(tmp_path, train), kwargs={"processes": ranks.of(rank, 2)})
+        for rank in (0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    said = {record.getMessage() for record in caplog.records if "silent" in record.getMessage()}
+    (line,) = said
+    assert line.startswith("train: 30 clips are silent")
+    assert line.endswith("...")
 
 
 def test_processes_share_what_is_left_evenly(tmp_path, undisturbed):
@@ -509,3 +532,23 @@ def test_killed_at_ten_moments_it_goes_on_and_has_nothing_twice(tmp_path, undist
     assert encode(cache)
     assert_same(cache, undisturbed)
     assert not list(cache.glob(".*"))
+
+
+@pytest.mark.slow
+def test_the_command_encodes_on_two_processes(tmp_path):
+    """Real ones, over gloo: half of the clips are in the shards of each, and what they are is said of both."""
+    (tmp_path / "clips").mkdir()
+    for number in range(10):
+        sound_of_it = np.zeros(24_000) if number % 2 else sound(str(number), 24_000).numpy()
+        soundfile.write(tmp_path / "clips" / f"{number}.wav", sound_of_it, 24_000)
+    command = [sys.executable, PROJECT_ROOT / "scripts" / "encode_latents.py", "codec_path=data/demo/codec"]
+    data = ["data=folder", f"data.splits.folder={tmp_path / 'clips'}", "data.duration_seconds=1"]
+    cache, processes = tmp_path / "cache", ["trainer=ddp_cpu", "trainer.devices=2"]
+    options = [f"output_dir={cache}", f"hydra.run.dir={tmp_path / 'run'}"]
+    ended = subprocess.run(
+        [*command, *data, *processes, *options], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
+    )
+    assert "train: 5 clips are silent" in ended.stdout + ended.stderr
+    shards = sorted(file.name for file in cache.glob("latents-*"))
+    assert shards == [f"latents-{rank:05d}-00000.safetensors" for rank in (0, 1)]
+    assert len(LatentCacheIndex.read(cache).clips) == 10

@@ -142,6 +142,8 @@ def test_crops_are_padded_and_masked(tmp_path):
     batch = LatentCollate(30)([dataset[SampleKey(0)], dataset[SampleKey(5)]])
     assert batch["latent"].shape == (2, HOP, 30)
     assert batch["frame_mask"].sum(1).tolist() == [20, 30]
+    assert batch["is_padded"]
+    assert not LatentCollate(30)([dataset[SampleKey(5)]])["is_padded"]
     assert not batch["latent"][0, :, 20:].any()
     assert batch["id"] == ["00", "05"]
 

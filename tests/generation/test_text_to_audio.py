@@ -223,6 +223,15 @@ def test_the_first_generation_chooses_the_precision_and_graphs_of_its_device(mon
         plain.optimise(cuda_graphs=True)
 
 
+def test_text_is_as_exact_as_the_precision_that_was_asked_for(system, monkeypatch):
+    pipeline, told = TextToAudio(system), []
+    monkeypatch.setattr(pipeline.text, "compute_exactly", told.append)
+    monkeypatch.setattr(text_to_audio, "set_precision", lambda denoiser, precision: None)
+    for precision in ("bf16", "float32", "fp16"):
+        pipeline.optimise(precision)
+    assert told == [False, True, False]
+
+
 def test_all_that_was_done_to_the_denoiser_is_recorded():
     pipeline = TextToAudio(build_system(CONFIGS))
     pipeline.extend_rotary("linear", 0.3)

@@ -141,6 +141,30 @@ def test_auto_is_bfloat16_on_a_gpu_that_computes_in_it_and_the_cache_knows(
     torch.testing.assert_close(rounded.float(), exact, rtol=3e-2, atol=3e-2)
 
 
+def test_what_must_be_exact_reads_rounded_weights_again_and_the_cache_knows(
+    t5: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = FrozenT5Conditioner(t5, DIM, dtype="float32")(["rain"]).embeddings
+    monkeypatch.setattr(frozen_t5, "fast_dtype", lambda device: torch.bfloat16)
+    text = FrozenT5Conditioner(t5, DIM, dtype="auto")
+    other = copy.deepcopy(text)
+    text(["rain"])
+    text.compute_exactly(True)
+    assert text.cache.identity["dtype"] == "float32"
+    assert torch.equal(text(["rain"]).embeddings, expected)
+    assert text.to("cpu").encoder.dtype == torch.float32
+    assert other.encoder.dtype == torch.bfloat16
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(T5EncoderModel, "device", torch.device("cuda"))
+        assert text._computes_in == "float32"
+    text.compute_exactly(False)
+    assert text.cache.identity["dtype"] == "bfloat16"
+    assert text(["rain"]).embeddings.dtype == torch.bfloat16
+    chosen = FrozenT5Conditioner(t5, DIM, dtype="bfloat16")
+    chosen.compute_exactly(True)
+    assert chosen.encoder.dtype == torch.bfloat16
+
+
 def test_products_of_float32_are_exact_unless_tf32_is_chosen(t5: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.get_float32_matmul_precision()

@@ -93,6 +93,7 @@ def collate(items: list[tuple[SampleKey, Tensor]]) -> LatentBatch:
     return LatentBatch(
         latent=torch.stack([latent for _, latent in items]),
         frame_mask=torch.ones(len(items), FRAMES, dtype=torch.bool),
+        is_padded=False,
         caption=["x" * (key.index % 7) for key, _ in items],
         label=[""] * len(items),
         id=[f"{key.epoch}/{key.index}" for key, _ in items],

@@ -5,13 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_parts
+from pretend_device import PretendDevice
 from torch import nn
 from training_parts import CHANNELS, FRAMES, LatentSamples, TinyText, build_module, build_trainer, collate, run
 
 from foley.core.components import CheckpointError
+from foley.core.seeding import torch_generator
 from foley.data.dataset import SampleKey
 from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
+from foley.models.text import TextEmbedding
 from foley.system.checkpoint import read_training_checkpoint
 from foley.training.diffusion import DiffusionTraining
 from foley.training.run import warm_start
@@ -49,7 +53,8 @@ def errors(mask_padding: bool, hidden: torch.Tensor | None):
     )
     clean = batch_of(2)["latent"]
     padded = (torch.arange(FRAMES) < 8).expand(2, -1)
-    sums, counts = module._errors(clean, clean, torch.zeros(2, dtype=torch.long), None, padded, hidden)
+    valid = module.valid_frames({"frame_mask": padded, "is_padded": True})
+    sums, counts = module._errors(clean, clean, torch.zeros(2, dtype=torch.long), None, valid, hidden)
     return sums.tolist(), counts.tolist(), module.denoiser.inputs
 
 
@@ -65,6 +70,43 @@ def test_loss_counts_hidden_valid_frames_only() -> None:
     assert inputs["frame_mask"] is not None
     assert torch.equal(inputs["hidden_mask"], hidden)
     assert errors(False, hidden)[2]["frame_mask"] is None
+
+
+def test_a_batch_without_padding_has_no_mask_and_the_same_loss(tmp_path: Path, monkeypatch) -> None:
+    """So that flash attention is reached, which takes none, and nobody looks into a mask on the device."""
+    module = build_module(mask_padding=True)
+    assert module.valid_frames(batch_of()) is None
+    assert module.valid_frames(batch_of() | {"is_padded": True}) is not None
+    losses = []
+    for name, is_padded in (("none", False), ("all true", True)):
+        monkeypatch.setattr(
+            training_parts, "collate", lambda items, said=is_padded: collate(items) | {"is_padded": said}
+        )
+        losses.append(run(tmp_path / name, 2, module=build_module(mask_padding=True))[2].losses)
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_on_a_gpu_waits_for_nothing_that_it_draws_on_the_host() -> None:
+    module = build_module(mask_padding=True)
+    module.text.length_multiple = 1
+    batch, timestep, dropped = batch_of(), torch.tensor([900, 500, 100]), torch.tensor([True, False, True])
+    context, mask = torch.ones(3, 2, 6), torch.tensor([[1, 1], [1, 0], [1, 1]]).bool()
+    hidden = module.masking(3, FRAMES, torch_generator("hidden"))
+
+    def loss(put):
+        module._unconditional = TextEmbedding(put(torch.zeros(1, 1, 6)), put(torch.ones(1, 1).bool()))
+        there = batch | {"context": put(context), "context_mask": put(mask)}
+        clean, text = put(batch["latent"]), module.condition(there, dropped)
+        return torch.stack(module._errors(clean, clean, put(timestep), text, module.valid_frames(batch), hidden))
+
+    with torch.no_grad():
+        expected = loss(lambda x: x)
+        with PretendDevice() as device:
+            device.put_module(module.denoiser)
+            module.process.levels(device.put(timestep))  # copied once a run
+            device.waits.clear()
+            assert torch.equal(device.get(loss(device.put)), expected)
+    assert device.waits == []
 
 
 def test_random_draws_depend_on_the_step_alone(tmp_path: Path) -> None:

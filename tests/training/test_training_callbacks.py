@@ -197,11 +197,13 @@ def test_the_bad_batch_of_another_rank_is_named(monkeypatch, caplog) -> None:
 def test_samples_are_of_the_validation_captions(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(listening, "load_trained", lambda path, name: Codec())
     data = TinyData()
-    captions = ["", "waves", "a bell", "waves", "wind", "rain"]
-    data.datasets["val"].entries = [SimpleNamespace(caption=caption) for caption in captions]
+    captions = ["", "waves", "a bell", "waves", "wind", "rain", "birds"]
+    read = []
+    data.datasets["val"].entries = (read.append(caption) or SimpleNamespace(caption=caption) for caption in captions)
     callback = samples(tmp_path / "samples")
     callback.num_captions = 3
     run(tmp_path, 7, data=data, callbacks=[callback])
+    assert read == captions[:-1]  # one more than it takes, of however many
     stems = ["000_waves_seed0", "001_a-bell_seed1", "002_wind_seed2"]
     assert sorted(path.stem for path in (tmp_path / "samples/step_000007").glob("*.wav")) == stems
 

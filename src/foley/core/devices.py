@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import Tensor
 
 from foley.core.logs import get_logger
 
@@ -38,6 +39,13 @@ def _is_there(device: torch.device) -> bool:
     if device.type == "mps" and not torch.backends.mps.is_available():
         return False
     return device.type not in ("cpu", "mps") or not device.index  # there is one of each
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; what goes from the CPU to CUDA goes from pinned memory, which waits for no work there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def synchronise(device: torch.device) -> None:

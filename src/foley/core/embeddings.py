@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from foley.core.columns import Columns, Texts
+from foley.core.devices import to_device
 from foley.core.files import replacing
 from foley.core.hashing import hash_tensors
 from foley.core.logs import get_logger
@@ -270,7 +271,7 @@ def pad_rows(rows: Sequence[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor]
     >>> embeddings.shape, mask.sum(dim=1).tolist()
     (torch.Size([2, 4, 8]), [3, 1])
     """
-    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    lengths = to_device(torch.tensor([len(row) for row in rows]), rows[0].device)
     embeddings = pad_sequence(list(rows), batch_first=True)  # zero beyond each length
     embeddings = pad(embeddings, (0, 0, 0, -embeddings.shape[1] % multiple))
     return embeddings, torch.arange(embeddings.shape[1], device=embeddings.device) < lengths[:, None]

@@ -119,11 +119,13 @@ class AudioBatch(TypedDict):
 class LatentBatch(TypedDict):
     """`latent [B, C, L]` zero-padded at the end; `frame_mask [B, L]` is true on real frames.
 
-    Where the captions' embeddings are stored, `context [B, S, Dc]` holds them, with `context_mask [B, S]`.
+    `is_padded` says whether it is false anywhere: to look into a mask on a device would wait for it. Where the
+    captions' embeddings are stored, `context [B, S, Dc]` holds them, with `context_mask [B, S]`.
     """
 
     latent: Tensor
     frame_mask: Tensor
+    is_padded: bool
     caption: list[str]
     label: list[str]
     id: list[str]

@@ -37,6 +37,9 @@ _MAX_NAMED = 5  # clips of a kind that are named at the end
 
 _NOT_HELD = "has a latent that float16 cannot hold"  # too large, or no number
 
+_Notes = dict[tuple[str, str], tuple[int, list[str]]]
+"""What clips of a split are, cut or silent, to their number and the first of their names."""
+
 PRECISIONS = ("float32", "tf32", "bf16")
 
 
@@ -144,6 +147,7 @@ def encode_latents(
         number = rank * options.parts + options.part
         with folder.writer(number, encoder.layout, options.shard_megabytes, options.shard_minutes) as writer:
             encoder.encode(todo[rank::world_size], writer, _Bar(total, total - len(todo), world_size, rank > 0))
+        _report(_gathered(encoder.notes, processes))
     _wait(processes)
     is_complete = rank == 0 and _complete(folder, datasets, keys)
     return bool(processes.broadcast(is_complete)) if processes else is_complete
@@ -234,6 +238,25 @@ def _complete(folder: LatentFolder, datasets: Mapping[str, AudioDataset], keys: 
     return True
 
 
+def _gathered(notes: _Notes, processes: Fabric | None) -> _Notes:
+    """Of all processes, the first one's first."""
+    world_size = processes.world_size if processes else 1
+    return _joined(*(processes.broadcast(notes, source) if processes else notes for source in range(world_size)))
+
+
+def _joined(*parts: _Notes) -> _Notes:
+    joined: _Notes = {}
+    for kind, (count, ids) in (note for part in parts for note in part.items()):
+        before, named = joined.get(kind, (0, []))
+        joined[kind] = before + count, [*named, *ids][: _MAX_NAMED + 1]
+    return joined
+
+
+def _report(notes: _Notes) -> None:
+    for (split, what), (count, ids) in notes.items():
+        _log.warning("%s: %d clips are %s: %s", split, count, what, first_few(ids, _MAX_NAMED))
+
+
 def _wait(processes: Fabric | None) -> None:
     if processes is not None:
         processes.barrier()
@@ -270,7 +293,7 @@ class _Encoder:
         self._codec, self._datasets, self._options, self._device = codec, datasets, options, device
         _module(codec).to(device).eval()
         self._min_samples = round(options.min_duration_seconds * codec.sample_rate_hz)
-        self._notes: dict[tuple[str, str], tuple[int, list[str]]] = {}
+        self.notes: _Notes = {}
 
     def layout(self, channels: int) -> LatentLayout:
         """Of this codec's latents."""
@@ -290,16 +313,13 @@ class _Encoder:
             if before:
                 self._keep(*before, writer, bar)
         lossy_mixes.report()
-        for (split, what), (count, ids) in self._notes.items():
-            _log.warning("%s: %d clips are %s: %s", split, count, what, first_few(ids, _MAX_NAMED))
 
     def _usable(self, places: NDArray[np.int64], writer: LatentWriter, bar: "_Bar") -> Iterator[LoadedClip]:
         options = self._options
         clips = WholeClips(self._datasets, options.min_duration_seconds, options.windows)
         for clip in clips.load(places.tolist(), options.num_workers):
-            for what in clip.notes:
-                count, ids = self._notes.get((clip.split, what), (0, []))
-                self._notes[clip.split, what] = count + 1, [*ids, clip.windows[0].id][: _MAX_NAMED + 1]
+            if clip.notes:
+                self.notes = _joined(self.notes, {(clip.split, what): (1, [clip.windows[0].id]) for what in clip.notes})
             if clip.fault is None:
                 yield clip
             else:

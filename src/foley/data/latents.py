@@ -459,6 +459,7 @@ class LatentCollate:
         batch = LatentBatch(
             latent=torch.stack(padded),
             frame_mask=torch.arange(width) < lengths[:, None],
+            is_padded=bool((lengths < width).any()),
             caption=[item.caption for item in items],
             label=[item.label for item in items],
             id=[item.id for item in items],

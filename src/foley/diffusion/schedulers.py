@@ -14,6 +14,8 @@ from diffusers import DDPMScheduler, UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from foley.core.devices import to_device
+
 _ddpm: Any = DDPMScheduler
 _unipc: Any = UniPCMultistepScheduler
 
@@ -41,9 +43,7 @@ def coefficients(update: Callable[..., Tensor], count: int) -> list[float]:
 def draw_noise(like: Tensor, generators: list[torch.Generator] | None) -> Tensor:
     """Standard normal, shaped and placed as `like [B, C, L]`; drawn on the CPU, each item by its own generator."""
     noise = randn_tensor(tuple(like.shape), generator=generators, device=torch.device("cpu"), dtype=like.dtype)
-    if like.device.type != "cuda":
-        return noise.to(like.device)
-    return noise.pin_memory().to(like.device, non_blocking=True)  # from pinned memory a copy does not wait
+    return to_device(noise, like.device)
 
 
 class AncestralScheduler(DDPMScheduler):  # type: ignore[misc]

@@ -125,8 +125,8 @@ class TextToAudio:
         The first generation does it by default where it has not been done.
 
         Args:
-            precision: "bf16", "fp16", or float32, which is exact: with any other, what stays in float32 may be
-                multiplied in TF32. "auto" is bf16 on CUDA and float32 elsewhere.
+            precision: "bf16", "fp16", or float32, which is exact, a text encoder of dtype=auto included: with any
+                other, what stays in float32 may be multiplied in TF32. "auto" is bf16 on CUDA and float32 elsewhere.
             cuda_graphs: replay evaluations as CUDA graphs (`foley.diffusion.graphs`); "auto" does on CUDA.
 
         Raises ValueError for an unknown precision, and for graphs where there is no CUDA.
@@ -134,6 +134,7 @@ class TextToAudio:
         precision = choose_precision(precision, self.device)
         self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
         set_precision(self.denoiser, precision)
+        self.text.compute_exactly(precision == "float32")
         if compiled:
             compile_blocks(self.denoiser)
             self._pad_text()

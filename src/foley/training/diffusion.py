@@ -19,6 +19,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from foley.core.devices import to_device
 from foley.core.seeding import torch_generator
 from foley.data.datamodule import LatentDataModule
 from foley.data.dataset import LatentBatch
@@ -56,6 +57,7 @@ class LatentTraining(FoleyModule):
         seed: of all random draws.
         gradient_clip_norm: largest norm of the gradients of a step; None does not clip.
         compile: trace each network's forward pass as one graph: true, or the name of a backend of `torch.compile`.
+        mask_padding: leave padded frames out of attention and loss; False treats padded silence as content.
     """
 
     text: Any  # a `TextConditioner`, or None
@@ -71,6 +73,7 @@ class LatentTraining(FoleyModule):
         seed: int,
         gradient_clip_norm: float | None = None,
         compile: bool | str = False,
+        mask_padding: bool = False,
     ) -> None:
         super().__init__(gradient_clip_norm)
         self.denoiser = denoiser
@@ -80,6 +83,7 @@ class LatentTraining(FoleyModule):
         self.make_optimizer = optimizer
         self.make_lr_schedule = lr_schedule
         self.seed = seed
+        self.mask_padding = mask_padding
         self._backend = "inductor" if compile is True else compile  # of torch.compile
         self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}  # no submodules: names of weights stay as they are
         self._parameter_groups: list[dict[str, Any]] = []  # made in `setup`
@@ -107,6 +111,10 @@ class LatentTraining(FoleyModule):
     def prompts(self, batch: LatentBatch) -> list[str]:
         """What conditions each item of `batch`."""
         return batch["id"] if self.prompt_field == "id" else batch["caption"]
+
+    def valid_frames(self, batch: LatentBatch) -> Tensor | None:
+        """`[B, L]`, false on padding to leave out; None where there is none, for flash attention takes no mask."""
+        return batch["frame_mask"] if self.mask_padding and batch["is_padded"] else None
 
     def condition(self, batch: LatentBatch, dropped: Tensor | None = None) -> TextEmbedding | None:
         """The text of each item of `batch`, that of the empty prompt where `dropped [B]`; None without text.
@@ -181,12 +189,11 @@ class DiffusionTraining(LatentTraining):
     and timesteps are drawn on the device, so that nobody waits for them: each kind of device has its own.
 
     Args:
-        denoiser, process, normaliser, optimizer, lr_schedule, seed, gradient_clip_norm, compile: as for
+        denoiser, process, normaliser, optimizer, lr_schedule, seed, gradient_clip_norm, compile, mask_padding: as for
             `LatentTraining`.
         text: as there; None for a denoiser without cross-attention.
         masking: draws hidden spans; None hides everything, which makes this ordinary diffusion training.
         caption_dropout: probability of an empty caption, for classifier-free guidance.
-        mask_padding: leave padded frames out of attention and loss; False treats padded silence as content.
         min_snr_gamma: weight the loss by min-SNR with this gamma; None weights all noise levels alike.
         noise_level_bins: number of bins of the validation losses by noise level.
     """
@@ -208,10 +215,10 @@ class DiffusionTraining(LatentTraining):
         compile: bool | str = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(denoiser, process, normaliser, optimizer, text, lr_schedule, seed, gradient_clip_norm, compile)
+        parts = denoiser, process, normaliser, optimizer, text, lr_schedule
+        super().__init__(*parts, seed, gradient_clip_norm, compile, mask_padding)
         self.masking = masking
         self.caption_dropout = caption_dropout
-        self.mask_padding = mask_padding
         self.min_snr_gamma = min_snr_gamma
         self.noise_level_bins = noise_level_bins
         self._bin_totals = torch.zeros(2, noise_level_bins)  # errors and counts, by noise level
@@ -233,9 +240,9 @@ class DiffusionTraining(LatentTraining):
         text = self.condition(batch, dropped)
         hidden = self.masking(size, frames, generator) if self.masking else None  # m [B, L]
         # Sums over the frames of each item, [B] and [B].
-        error, counted = self._errors(clean, noise, timestep, text, batch["frame_mask"], hidden)
+        error, counted = self._errors(clean, noise, timestep, text, self.valid_frames(batch), hidden)
         if self.min_snr_gamma is not None:
-            error = error * self.process.min_snr_weight(timestep, self.min_snr_gamma).to(error.device)
+            error = error * to_device(self.process.min_snr_weight(timestep, self.min_snr_gamma), error.device)
         loss = error.sum() / counted.sum().clamp(min=1)  # a mean over frames: items with more of them weigh more
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
@@ -250,10 +257,10 @@ class DiffusionTraining(LatentTraining):
         # [B], whole timesteps.
         timestep = (level * self.process.num_train_steps).long().clamp(max=self.process.num_train_steps - 1)
         noise = torch.randn(clean.shape, generator=generator)
-        error, counted = self._errors(clean, noise, timestep, self.condition(batch), batch["frame_mask"], None)
+        error, counted = self._errors(clean, noise, timestep, self.condition(batch), self.valid_frames(batch), None)
         bins = timestep * self.noise_level_bins // self.process.num_train_steps  # [B], 0 the cleanest
         totals = self._bin_totals = self._bin_totals.to(error)
-        totals.index_add_(1, bins.to(error.device), torch.stack([error, counted]))  # [2, bins] + [2, B]
+        totals.index_add_(1, to_device(bins, error.device), torch.stack([error, counted]))  # [2, bins] + [2, B]
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss` and the losses by noise level, bin 0 the cleanest; averaged over all ranks."""
@@ -271,21 +278,20 @@ class DiffusionTraining(LatentTraining):
         noise: Tensor,
         timestep: Tensor,
         text: TextEmbedding | None,
-        frame_mask: Tensor,
+        valid: Tensor | None,
         hidden: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Per item `[B]`: the sum of the frames' mean squared errors, and the number of frames that count.
 
-        Frames count where they are hidden and, with `mask_padding`, not padding.
+        Frames count where they are hidden and, unless that is None, `valid`.
         """
-        noise, timestep = noise.to(clean), timestep.to(clean.device)
-        valid = frame_mask if self.mask_padding else None
-        counted = torch.ones_like(frame_mask) if valid is None else valid
+        noise, timestep = (to_device(drawn, clean.device) for drawn in (noise.to(clean.dtype), timestep))
+        counted = torch.ones_like(clean[:, 0], dtype=torch.bool) if valid is None else valid  # [B, L]
         inputs: dict[str, Any] = {"context": None}
         if text is not None:
             inputs = {"context": text.embeddings, "context_mask": text.mask}
         if hidden is not None:  # the denoiser keeps from `visible` what is hidden
-            hidden = hidden.to(clean.device, non_blocking=True)
+            hidden = to_device(hidden, clean.device)
             counted = counted & hidden
             inputs |= {"visible": clean, "hidden_mask": hidden}
         noisy = self.process.add_noise(clean, noise, timestep)  # z_t [B, C, L]

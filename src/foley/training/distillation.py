@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from foley.core.components import CheckpointError, build_component
 from foley.core.config import relative_to_checkout
+from foley.core.devices import to_device
 from foley.core.hashing import hash_module
 from foley.core.seeding import torch_generator
 from foley.data.dataset import LatentBatch
@@ -102,7 +103,8 @@ class Draws:
 
     def to(self, like: Tensor) -> "Draws":
         """All on the device of `like`, real numbers in its type."""
-        return Draws(self.noise.to(like), self.point.to(like.device), self.scale.to(like))
+        noise, scale = self.noise.to(like.dtype), self.scale.to(like.dtype)
+        return Draws(*(to_device(drawn, like.device) for drawn in (noise, self.point, scale)))
 
 
 class ConsistencyDistillation(LatentTraining):
@@ -150,7 +152,7 @@ class ConsistencyDistillation(LatentTraining):
             configs["denoiser"] = student.config(configs["denoiser"])  # adapters and all
         modules: Any = system.modules
         parts = student, system.process, modules["normaliser"], optimizer, modules["text"]
-        super().__init__(*parts, lr_schedule, seed, gradient_clip_norm, compile)
+        super().__init__(*parts, lr_schedule, seed, gradient_clip_norm, compile, mask_padding)
         self.source = teacher
         self.teacher = modules["denoiser"].requires_grad_(False)
         # What adapters leave frozen is one tensor in student and target: a copy that is told it has been made already.
@@ -164,7 +166,6 @@ class ConsistencyDistillation(LatentTraining):
         self.loss = loss
         self.target_decay = target_decay
         self.masking = masking
-        self.mask_padding = mask_padding
         self.half_precision_targets = half_precision_targets
         self.grid = consistency.grid(self.process)  # t_1 to t_N, cleanest first
         self.jump_ends = consistency.jump_ends(self.grid)  # for each point, the one before it
@@ -249,7 +250,8 @@ class ConsistencyDistillation(LatentTraining):
             hidden: `[B, L]`, true where frames count and the latent is not shown to the networks; None hides all.
             valid: `[B, L]`, false on frames that the networks do not attend to, nor the loss; None for all.
         """
-        start, end = (times.to(clean.device)[draws.point] for times in (self.grid, self.jump_ends))  # t_{n+k}, t_n [B]
+        # t_{n+k} and t_n, [B] and [B].
+        start, end = (to_device(times, clean.device)[draws.point] for times in (self.grid, self.jump_ends))
         known = None if hidden is None else KnownLatent(clean, hidden)
         padding = {} if valid is None else {"frame_mask": valid}
         given = {"guidance_scale": draws.scale, **padding}
@@ -292,8 +294,8 @@ class ConsistencyDistillation(LatentTraining):
             text = _conditioning(self.condition(batch))
         draws = self.draw(clean.shape, on_device).to(clean)
         hidden = masking(len(clean), clean.shape[-1], generator) if masking else None
-        hidden = None if hidden is None else hidden.to(clean.device, non_blocking=True)
-        return self.consistency_loss(clean, text, draws, hidden, batch["frame_mask"] if self.mask_padding else None)
+        hidden = None if hidden is None else to_device(hidden, clean.device)
+        return self.consistency_loss(clean, text, draws, hidden, self.valid_frames(batch))
 
     def _target_precision(self) -> AbstractContextManager[object]:
         if self.half_precision_targets:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from foley.core.devices import to_device
 from foley.core.logs import get_logger
 
 logger = get_logger(__name__)
@@ -34,7 +35,7 @@ class TextEmbedding:
     def replaced(self, rows: Tensor, other: "TextEmbedding") -> "TextEmbedding":
         """With the one row of `other` where `rows [B]` is true."""
         length = max(self.mask.shape[1], other.mask.shape[1])
-        own, other, rows = self.padded(length), other.padded(length), rows.to(self.mask.device)[:, None]
+        own, other, rows = self.padded(length), other.padded(length), to_device(rows, self.mask.device)[:, None]
         embeddings = torch.where(rows[..., None], other.embeddings.to(own.embeddings), own.embeddings)
         return TextEmbedding(embeddings, torch.where(rows, other.mask, own.mask))
 
@@ -59,6 +60,9 @@ class TextConditioner(nn.Module):
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`; S is the longest prompt's number of tokens."""
         raise NotImplementedError
+
+    def compute_exactly(self, exact: bool) -> None:
+        """Compute in float32 without TF32, or in what suits the device, where that was left open; else no effect."""
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:

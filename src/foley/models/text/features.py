@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from foley.core.devices import to_device
 from foley.core.logs import get_logger
 from foley.models.text.base import TextConditioner, TextEmbedding
 from foley.nn.embedding import LearnedPositions
@@ -68,7 +69,7 @@ class FeatureConditioner(TextConditioner):
         """B ids or files to embeddings `[B, S, Dc]`, zero where the mask is false; FeatureError where one is absent."""
         rows = [self._embed(prompt) for prompt in prompts]  # each [S_i, Dc], of its own length
         embeddings = pad_sequence(rows, batch_first=True)  # [B, S, Dc], zero beyond each length
-        lengths = torch.tensor([len(row) for row in rows], device=embeddings.device)
+        lengths = to_device(torch.tensor([len(row) for row in rows]), embeddings.device)
         # A mask [B, S] of the tokens within each length.
         return TextEmbedding(embeddings, torch.arange(embeddings.shape[1], device=embeddings.device) < lengths[:, None])
 
@@ -89,9 +90,9 @@ class FeatureConditioner(TextConditioner):
     def _embed(self, prompt: str) -> Tensor:
         if not prompt:
             return self.empty_embedding
-        features = self._read(self.find(prompt))  # [S, feature_dim]
+        features, weight = self._read(self.find(prompt)), self.projection.weight  # [S, feature_dim]
         # [S, Dc]; positions take a batch.
-        return self.positions(self.projection(features.to(self.projection.weight))[None])[0]
+        return self.positions(self.projection(to_device(features, weight.device).to(weight))[None])[0]
 
     def _read(self, file: Path) -> Tensor:
         """`[S, feature_dim]`."""

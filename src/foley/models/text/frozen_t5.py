@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from foley.core.devices import to_device
 from foley.core.hub import load_pretrained
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
@@ -98,11 +99,13 @@ class FrozenT5Conditioner(TextConditioner):
         self.max_length, self.dtype, self.length_multiple = max_length, dtype, length_multiple
         load = partial(load_pretrained, name_or_path=name_or_path, error_type=TextModelError, mend=_MEND)
         self.tokenizer: PreTrainedTokenizerBase = load(AutoTokenizer.from_pretrained, options=source)
-        encoder = load(T5EncoderModel.from_pretrained, options={**source, "dtype": _DTYPES[dtype]})
+        self._load = partial(load, T5EncoderModel.from_pretrained, options={**source, "dtype": _DTYPES[dtype]})
+        encoder = self._load()
         _check_vocabulary(self.tokenizer, encoder, name_or_path)
         if encoder.config.d_model != dim:
             raise TextModelError(f"{name_or_path} has width {encoder.config.d_model}, but `dim` is {dim}: set it so")
         self._shared = _Shared(encoder.requires_grad_(False).eval())  # no sub-module, see `_Shared`
+        self._exact = False
         self.dim = dim
         named = {"_target_": f"{__name__}.{type(self).__name__}", "name_or_path": name_or_path, "dim": dim}
         self._identity = encoder_identity({**named, "max_length": max_length, "revision": revision})
@@ -118,16 +121,24 @@ class FrozenT5Conditioner(TextConditioner):
         """B prompts to embeddings `[B, S, Dc]`, zero where the mask is false."""
         return self.cache.embed(prompts, self.encoder.device, self.encode, self.length_multiple)
 
+    def compute_exactly(self, exact: bool) -> None:
+        """With dtype=auto: float32 without TF32 on every device; rounded weights are read again."""
+        if self.dtype != "auto":
+            return
+        device, self._exact = self.encoder.device, exact
+        if exact and self.encoder.dtype != torch.float32:
+            self._shared = _Shared(self._load().requires_grad_(False).eval())
+        self.to(device)
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """Unpadded embeddings `[S, Dc]`, one per prompt, in one batch; nothing is remembered."""
         tokens = [self._tokens(prompt) for prompt in prompts]  # ids, each of its own length
-        batch = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt").to(self.encoder.device)  # [B, S]
+        padded = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")  # [B, S]
+        batch = {name: to_device(padded[name], self.encoder.device) for name in ("input_ids", "attention_mask")}
         # What is kept must not depend on who asked first.
         with torch.autocast(self.encoder.device.type, enabled=False), _products(self._computes_in):
-            hidden = self.encoder(  # [B, S, Dc]
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).last_hidden_state
+            hidden = self.encoder(**batch).last_hidden_state  # [B, S, Dc]
         # A view would keep the batch alive.
         return [row[: len(ids)].clone() for row, ids in zip(hidden, tokens, strict=True)]
 
@@ -143,11 +154,11 @@ class FrozenT5Conditioner(TextConditioner):
     def _computes_in(self) -> str:
         """The type by its name, tf32 among them."""
         name = str(self.encoder.dtype).removeprefix("torch.")
-        exact = self.dtype == "float32" or self.encoder.device.type != "cuda"
+        exact = self._exact or self.dtype == "float32" or self.encoder.device.type != "cuda"
         return name if exact or name != "float32" else "tf32"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenT5Conditioner":
-        if self.dtype == "auto" and self.encoder.dtype == torch.float32:
+        if self.dtype == "auto" and not self._exact and self.encoder.dtype == torch.float32:
             dtype = fast_dtype(fn(torch.empty(0)).device)
             self.encoder._apply(lambda weight: weight.to(dtype))  # before they move, so that half as much does
         self.encoder._apply(fn, recurse)  # which is no sub-module
@@ -210,7 +221,8 @@ class RandomEmbeddings(TextConditioner):
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`."""
         rows = {prompt: self._row(prompt) for prompt in prompts}  # each distinct prompt once
-        embeddings = torch.stack([rows[prompt] for prompt in prompts]).to(self.place)
+        embeddings = torch.stack([rows[prompt] for prompt in prompts])
+        embeddings = to_device(embeddings, self.place.device).to(self.place)
         return TextEmbedding(embeddings, torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device))
 
     def _row(self, prompt: str) -> Tensor:

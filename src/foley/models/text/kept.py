@@ -15,6 +15,7 @@ from torch import Tensor
 
 from foley.core.components import build_component, component_class, written_out
 from foley.core.config import locate
+from foley.core.devices import to_device
 from foley.core.embeddings import EmbeddingStore, TextStoreError, key_of, pad_rows, write_shard
 from foley.core.logs import get_logger
 from foley.models.text.base import TextConditioner, TextEmbedding
@@ -85,11 +86,11 @@ class EmbeddingCache:
         """The embedding on `device`, or None where it is not known; an unreadable file counts as not known."""
         if prompt in self._memory:
             self._memory.move_to_end(prompt)
-            return self._memory[prompt].to(device)
+            return to_device(self._memory[prompt], device)
         stored = self._store.get(prompt) if self._store else None
         if stored is None:
             return None
-        stored = stored.to(device)
+        stored = to_device(stored, device)
         self._remember(prompt, stored)
         return stored
 
@@ -257,7 +258,7 @@ class StoredText(TextConditioner):
         known = {prompt: embedding for prompt, embedding in found.items() if embedding is not None}
         if missing := [prompt for prompt in found if prompt not in known]:
             known.update(zip(missing, self._encode_online(missing), strict=True))
-        return [known[prompt].to(self.place.device) for prompt in prompts]
+        return [to_device(known[prompt], self.place.device) for prompt in prompts]
 
     def _encode_online(self, prompts: list[str]) -> list[Tensor]:
         _log.warning(

@@ -7,6 +7,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_t
 from torch import Tensor, nn
 
 from foley.core.config import locate
+from foley.core.devices import to_device
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
 from foley.nn.attention import Attention
 from foley.nn.embedding import LearnedPositions
@@ -104,7 +105,7 @@ class SmallTextEncoder(TextConditioner):
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`."""
-        ids, mask = (tensor.to(self.tokens.weight.device) for tensor in self.tokenise(prompts))
+        ids, mask = (to_device(tensor, self.tokens.weight.device) for tensor in self.tokenise(prompts))
         x = self.positions(self.tokens(ids))  # [B, S, Dc]
         for block in self.blocks:
             x = block(x, mask[:, None, None])  # in both directions: nothing is generated here

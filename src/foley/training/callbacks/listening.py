@@ -194,8 +194,12 @@ def in_order(gathered: Tensor, count: int) -> Tensor:
 def _captions(trainer: pl.Trainer, num_captions: int) -> list[str]:
     """The first different captions of the validation split; none where the data does not list them."""
     datasets = getattr(getattr(trainer, "datamodule", None), "datasets", {})
-    entries = getattr(datasets.get("val"), "entries", ())
-    return list(dict.fromkeys(entry.caption for entry in entries if entry.caption))[:num_captions]
+    different: dict[str, None] = {}
+    for entry in getattr(datasets.get("val"), "entries", ()):
+        if len(different) == num_captions:  # no further: there may be millions
+            break
+        different.update(dict.fromkeys([entry.caption] if entry.caption else []))
+    return list(different)
 
 
 def takes_captions(module: pl.LightningModule) -> bool:
