@@ -7,10 +7,8 @@ entry of ROWS.
 
 import dataclasses
 import gc
-import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,6 +35,7 @@ from foley.core.files import info_path, json_lines, write_json
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
+from foley.core.reading import read_json
 from foley.core.seeding import torch_generator
 from foley.data import latent_format
 from foley.data.dataset import AudioDataset
@@ -343,7 +342,6 @@ class Row:
 
 ROWS = {
     "manifest: parse": Row(manifest, parse),
-    "manifest: parse, five captions a clip": Row(captioned_manifest, lambda n, at: parse(n, at, CAPTIONED)),
     "manifest: open its columns": Row(manifest, lambda n, at: read_manifest(at / MANIFEST)),
     "preflight, hot files": Row(files, lambda n, at: preflight(_one_file_many_times(n, at)), largest=100_000),
     "preflight, remembered": Row(looked_at, lambda n, at: preflight(_one_file_many_times(n, at)), largest=100_000),
@@ -353,6 +351,7 @@ ROWS = {
     "buckets of similar length": Row(nothing, bucket),
     "mixture of two sources": Row(manifest, mix),
     "shards: open the index": Row(shards, lambda n, at: ShardSource(ShardIndex.read(str(at)), "train", RATE_HZ)),
+    "manifest: parse, five captions a clip": Row(captioned_manifest, lambda n, at: parse(n, at, CAPTIONED)),
     "encoding: keys of the clips asked for": Row(manifest, keys_asked_for),
     "encoding: look through finished shards": Row(latent_shards, lambda n, at: LatentFolder(f"{at}/latents").encoded()),
     "encoding: merge": Row(latent_shards, merge),
@@ -499,20 +498,19 @@ def main(cfg: DictConfig) -> None:
     chosen = {name: row for name, row in ROWS.items() if cfg.only is None or any(part in name for part in cfg.only)}
     with TemporaryDirectory(dir=cfg.work_dir) as name:
         os.environ["FOLEY_CACHE"] = f"{name}/cache"
-        rows: list[dict[str, Any]] = []
-        result = {
-            "rows": rows,
-            "sizes": list(cfg.sizes),
-            "rounds": cfg.rounds,
-            "plan": on_paper(cfg.plan),
-            "provenance": provenance(),
-        }
-        page = Path(cfg.page)
         for row_name, row in chosen.items():
-            rows.append(measure_row(row_name, row, cfg, Path(name)))
-            write_json(page.with_suffix("") / "scale.json", result)  # an hour's work outlives what ends it
-            write_page(page.parent / "templates" / page.name, page)
-    sys.stdout.write(json.dumps(result) + "\n")
+            keep(measure_row(row_name, row, cfg, Path(name)), cfg)
+
+
+def keep(row: dict[str, Any], cfg: DictConfig) -> None:
+    """Write the results and the page anew with this row; what others measured, or a run that broke off, stays."""
+    page, origin = Path(cfg.page), provenance()
+    file = page.with_suffix("") / "scale.json"
+    known = {found["row"]: found for found in read_json(file, "the results")["rows"]} if file.is_file() else {}
+    known[row["row"]] = {**row, "rounds": cfg.rounds, "commit": origin["commit"]}
+    rows = [known[name] for name in ROWS if name in known]
+    write_json(file, {"rows": rows, "plan": on_paper(cfg.plan), "provenance": origin})
+    write_page(page.parent / "templates" / page.name, page)
 
 
 if __name__ == "__main__":
