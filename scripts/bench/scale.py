@@ -5,11 +5,10 @@ another. To add a row: a function that prepares files, one that does the work an
 entry of ROWS.
 """
 
+import dataclasses
 import gc
-import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,22 +20,39 @@ import numpy as np
 import soundfile
 import torch
 from hydra.utils import instantiate
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 from safetensors.numpy import save
 
+from foley.accel.caching.calibration import Calibration
+from foley.accel.caching.schedule import RunSignature
+from foley.accel.cost import EvaluationMacs
 from foley.cli.command import command
+from foley.core.columns import Columns, TextLists, Texts, write_columns
 from foley.core.config import compose_aside
-from foley.core.files import json_lines, write_json
+from foley.core.embeddings import EmbeddingStore, text_keys, write_shard
+from foley.core.files import info_path, json_lines, write_json
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
+from foley.core.reading import read_json
+from foley.core.seeding import torch_generator
+from foley.data import latent_format
 from foley.data.dataset import AudioDataset
+from foley.data.encoding import clip_keys
 from foley.data.entries import Entries, columns_of
+from foley.data.latent_folder import LatentFolder, latent_sums
+from foley.data.latent_format import CLIPS_FILE, LatentClips, LatentLayout, content_hash, write_index
+from foley.data.latents import LatentCacheIndex, LatentDataset
 from foley.data.manifest import OUR_COLUMNS, build_entries, read_manifest
 from foley.data.ordering import LengthBuckets, ResumableSampler
 from foley.data.preflight import preflight
 from foley.data.shards import COLUMNS, INDEX_FILE, SAMPLES_FILE, Shard, ShardIndex, ShardSource
 from foley.data.splits import ClipSource, MixtureSource, clip_splits, hold_out
+from foley.generation.clip_folder import FOLDER_CLIPS, ClipFolder, launch_processes
+from foley.generation.prompts import Clip
+from foley.metrics.features import ClipFeatures
+from foley.metrics.scores import Comparison, Scores, frechet, inception, kad, kl
 from foley.reporting.pages import write_page
 from foley.reporting.scale import TrainingPlan, grows_too_fast, growth_exponent
 from foley.reporting.tables import provenance
@@ -44,8 +60,12 @@ from foley.reporting.tables import provenance
 _log = get_logger(__name__)
 
 MANIFEST, CAPTIONED, CLIP = "clips.jsonl", "captioned.jsonl", "clip.wav"
+CAPTIONS = "captions.safetensors"
 RATE_HZ = 8000
 CLIPS_PER_SHARD = 5000
+TEXTS_PER_SHARD = 50_000
+LAYOUT = LatentLayout("codec", RATE_HZ, 10, 1, "mean", ("train", "val"))
+T5 = "a T5"
 _KIB = 1024
 
 
@@ -101,6 +121,90 @@ def shards(size: int, folder: Path) -> None:
     write_json(folder / INDEX_FILE, index.to_json(hash_file(folder / SAMPLES_FILE)))
 
 
+def latent_shards(size: int, folder: Path) -> None:
+    """What ranks have encoded, not merged: clips of one frame of one value."""
+    table, latent = _latent_table(np.arange(size)), torch.ones(CLIPS_PER_SHARD, 1, 1, dtype=torch.float16)
+    for number, first in enumerate(range(0, size, CLIPS_PER_SHARD)):
+        rows = np.arange(first, min(first + CLIPS_PER_SHARD, size))
+        clips = dataclasses.replace(table.take(rows), first_frame=rows - first)
+        more = {"clip": torch.from_numpy(rows), "sums": latent_sums(latent[: int((clips.split == 0).sum())])}
+        path = folder / "latents" / f"latents-00000-{number:05d}.safetensors"
+        latent_format.write_shard(path, latent[: len(rows)], clips, LAYOUT, more)
+
+
+def latent_cache(size: int, folder: Path) -> None:
+    """A cache whose clips were encoded in any order."""
+    clips = _latent_table(np.random.default_rng(0).permutation(size))
+    latent = torch.zeros(size, 1, 1, dtype=torch.float16)
+    shard = latent_format.write_shard(folder / "latents-00000-00000.safetensors", latent, clips, LAYOUT)
+    write_index(folder, LAYOUT, clips, [shard], (torch.zeros(1), torch.ones(1)))
+    write_columns(folder / CAPTIONS, clips.columns())
+
+
+def _latent_table(numbers: NDArray[np.int64]) -> LatentClips:
+    count = len(numbers)
+    return LatentClips(
+        id=Texts.of(f"clip {number:07d}" for number in numbers.tolist()),
+        caption=Texts.of(f"A dog barks while rain falls on a tin roof, {number}" for number in numbers.tolist()),
+        label=Texts(np.empty(0, np.uint8), np.zeros(count, np.int64)),
+        other_captions=TextLists(Texts.of([]), np.zeros(count, np.int64)),
+        split=(numbers % 50 == 0).astype(np.uint8),
+        shard=np.zeros(count, np.int32),
+        first_frame=np.arange(count),
+        num_frames=np.ones(count, np.int32),
+        duration_seconds=np.full(count, 10.0),
+    )
+
+
+def text_shards(size: int, folder: Path) -> None:
+    """Embeddings of one token of one value, and the captions that they are of."""
+    texts = Texts.of(f"A dog barks while rain falls on a tin roof, {number}" for number in range(size))
+    for first in range(0, size, TEXTS_PER_SHARD):
+        keys = text_keys(texts.take(np.arange(first, min(first + TEXTS_PER_SHARD, size))))
+        write_shard(str(folder), keys, [torch.zeros(1, 1)] * len(keys), T5)
+    write_columns(folder / CAPTIONS, {"caption": texts})
+
+
+def text_store(size: int, folder: Path) -> None:
+    text_shards(size, folder)
+    EmbeddingStore.scan(folder, T5).write_index()
+
+
+def clips_made(size: int, folder: Path) -> None:
+    """All clips of a test set, without their page: links to one WAV, one spectrogram and one JSON."""
+    made = {".wav": folder / CLIP, ".png": folder / "clip.png", ".json": folder / "clip.json"}
+    soundfile.write(made[".wav"], np.zeros(RATE_HZ // 10, np.float32), RATE_HZ)
+    os.utime(made[".wav"], (0, 0))
+    made[".png"].touch()  # younger than its clip, so that it is not drawn
+    write_json(made[".json"], {"settings": {"solver": "ddim"}})
+    test_set = _test_set(size, folder)
+    for index in range(size):
+        at = test_set.directory / (f"{index // FOLDER_CLIPS:04d}" if size > FOLDER_CLIPS else "")
+        at.mkdir(parents=True, exist_ok=True)
+        for suffix, file in made.items():
+            (at / f"{test_set.stem(index)}{suffix}").hardlink_to(file)
+
+
+def _test_set(size: int, folder: Path) -> ClipFolder:
+    return ClipFolder(folder / "clips", [Clip("A dog barks", seed=number) for number in range(size)], {})
+
+
+def calibrations(size: int, folder: Path) -> None:
+    """What a batch of eight prompts leaves of a transformer of 28 blocks over 50 steps, as often as there are such."""
+    curves = torch.rand(2, 84, 3, 50, dtype=torch.float64, generator=torch_generator("curves"))
+    names = tuple(str(number) for number in range(84))
+    signature = RunSignature("hash", "ddim", 50, 50, 3.0)
+    macs, times = EvaluationMacs(84, dict.fromkeys(names, 1)), tuple(float(step) for step in range(50))
+    Calibration(*curves, names, names, signature, 8, times, macs).save(stem := folder / "batch")
+    for part in _parts(size, folder):
+        for file in (stem.with_suffix(".safetensors"), info_path(stem)):
+            part.with_suffix(file.suffix).hardlink_to(file)
+
+
+def _parts(size: int, folder: Path) -> list[Path]:
+    return [folder / f"{first:07d}" for first in range(0, size, 8)]
+
+
 def nothing(size: int, folder: Path) -> None:
     """What is measured needs no file."""
 
@@ -144,6 +248,85 @@ def dataset(size: int, folder: Path) -> Any:
     return clips, [part.lengths(0) for part in clips.values()]
 
 
+def keys_asked_for(size: int, folder: Path) -> Any:
+    splits = clip_splits(str(folder / MANIFEST), RATE_HZ, check_files=False)
+    return clip_keys({name: AudioDataset(source, RATE_HZ) for name, source in splits.items()})
+
+
+def merge(size: int, folder: Path) -> Any:
+    """Of what was encoded to the index of the cache, which may be there already."""
+    encoded = LatentFolder(str(folder / "latents"))
+    return encoded.merge(encoded.encoded())
+
+
+def write_latent_index(size: int, folder: Path) -> Any:
+    """The table sorted, written and hashed, from the clips in the order of their encoding."""
+    clips = LatentClips.of_columns(Columns(folder / CAPTIONS))
+    (folder / "again").mkdir(exist_ok=True)
+    shards = LatentCacheIndex.read(folder).shards
+    write_index(folder / "again", LAYOUT, clips, shards, (torch.zeros(1), torch.ones(1)))
+
+
+def latent_dataset(size: int, folder: Path) -> Any:
+    found = LatentDataset(LatentCacheIndex.read(folder), "train", 500, repeats={"clip 000": 3, "clip 01": 2})
+    return found, found.lengths(0)
+
+
+def hash_content(size: int, folder: Path) -> Any:
+    return content_hash(LAYOUT, LatentClips.read(folder / CLIPS_FILE))
+
+
+def finish_texts(size: int, folder: Path) -> Any:
+    """Look through the shards, as a run that goes on does, and write the table."""
+    store = EmbeddingStore.scan(folder, T5)
+    store.write_index()
+    return store
+
+
+def require_captions(size: int, folder: Path) -> Any:
+    store = EmbeddingStore.open(folder)
+    store.require(Columns(folder / CAPTIONS).texts("caption"))
+    return store
+
+
+def write_pages(size: int, folder: Path) -> Any:
+    def never(clips: Any) -> Any:
+        raise RuntimeError(f"{len(clips)} clips are not there")
+
+    return _test_set(size, folder).fill(never, launch_processes(None), 8)
+
+
+def merge_calibrations(size: int, folder: Path) -> Any:
+    return Calibration.merged(Calibration.load(part) for part in _parts(size, folder))
+
+
+def scores(*measures: Callable[[Comparison], Scores]) -> Callable[[int, Path], Any]:
+    """With intervals, of two sets of paired clips whose features have 128 columns and their posteriors 527 classes."""
+
+    def measured(size: int, folder: Path) -> Any:
+        reference, generated = _random_clips(size, "reference"), _random_clips(size, "generated")
+        no_extractor: Any = None  # the features are there
+        sets = Comparison(generated, reference, list(range(size)), no_extractor, 10, resamples=200)
+        return [measure(sets) for measure in measures]
+
+    return measured
+
+
+def _random_clips(size: int, name: str) -> ClipFeatures:
+    generator, names = torch_generator("scale", name), [str(number) for number in range(size)]
+    return ClipFeatures(
+        ids=names,
+        labels=[None] * size,
+        captions=[None] * size,
+        features=torch.randn(size, 128, generator=generator),
+        windows=torch.ones(size, dtype=torch.long),
+        logits=torch.randn(size, 527, generator=generator),
+        peaks=torch.ones(size),
+        recordings=names,
+        seconds=torch.ones(size),
+    )
+
+
 @dataclass(frozen=True)
 class Row:
     """What is measured: `work`, whose result is what a run would keep, after `prepare` has made its files.
@@ -159,7 +342,6 @@ class Row:
 
 ROWS = {
     "manifest: parse": Row(manifest, parse),
-    "manifest: parse, five captions a clip": Row(captioned_manifest, lambda n, at: parse(n, at, CAPTIONED)),
     "manifest: open its columns": Row(manifest, lambda n, at: read_manifest(at / MANIFEST)),
     "preflight, hot files": Row(files, lambda n, at: preflight(_one_file_many_times(n, at)), largest=100_000),
     "preflight, remembered": Row(looked_at, lambda n, at: preflight(_one_file_many_times(n, at)), largest=100_000),
@@ -169,6 +351,21 @@ ROWS = {
     "buckets of similar length": Row(nothing, bucket),
     "mixture of two sources": Row(manifest, mix),
     "shards: open the index": Row(shards, lambda n, at: ShardSource(ShardIndex.read(str(at)), "train", RATE_HZ)),
+    "manifest: parse, five captions a clip": Row(captioned_manifest, lambda n, at: parse(n, at, CAPTIONED)),
+    "encoding: keys of the clips asked for": Row(manifest, keys_asked_for),
+    "encoding: look through finished shards": Row(latent_shards, lambda n, at: LatentFolder(f"{at}/latents").encoded()),
+    "encoding: merge": Row(latent_shards, merge),
+    "latents: write the index": Row(latent_cache, write_latent_index),
+    "latents: open the index": Row(latent_cache, lambda n, at: LatentCacheIndex.read(at)),
+    "latents: data set with repeats, and lengths": Row(latent_cache, latent_dataset),
+    "latents: hash of the content": Row(latent_cache, hash_content),
+    "texts: look through shards, write the table": Row(text_shards, finish_texts),
+    "texts: open the store": Row(text_store, lambda n, at: EmbeddingStore.open(at)),
+    "texts: open, and look up every caption": Row(text_store, require_captions),
+    "test set: list all clips, write its pages": Row(clips_made, write_pages, fewer=100),
+    "calibration: merge of batches of 8 prompts": Row(calibrations, merge_calibrations, fewer=40),
+    "scores with intervals: Frechet, KL, inception": Row(nothing, scores(frechet, kl, inception), fewer=40),
+    "scores with intervals: KAD": Row(nothing, scores(kad), fewer=40),
 }
 
 
@@ -301,18 +498,19 @@ def main(cfg: DictConfig) -> None:
     chosen = {name: row for name, row in ROWS.items() if cfg.only is None or any(part in name for part in cfg.only)}
     with TemporaryDirectory(dir=cfg.work_dir) as name:
         os.environ["FOLEY_CACHE"] = f"{name}/cache"
-        rows = [measure_row(row_name, row, cfg, Path(name)) for row_name, row in chosen.items()]
-    result = {
-        "rows": rows,
-        "sizes": list(cfg.sizes),
-        "rounds": cfg.rounds,
-        "plan": on_paper(cfg.plan),
-        "provenance": provenance(),
-    }
-    page = Path(cfg.page)
-    write_json(page.with_suffix("") / "scale.json", result)
+        for row_name, row in chosen.items():
+            keep(measure_row(row_name, row, cfg, Path(name)), cfg)
+
+
+def keep(row: dict[str, Any], cfg: DictConfig) -> None:
+    """Write the results and the page anew with this row; what others measured, or a run that broke off, stays."""
+    page, origin = Path(cfg.page), provenance()
+    file = page.with_suffix("") / "scale.json"
+    known = {found["row"]: found for found in read_json(file, "the results")["rows"]} if file.is_file() else {}
+    known[row["row"]] = {**row, "rounds": cfg.rounds, "commit": origin["commit"]}
+    rows = [known[name] for name in ROWS if name in known]
+    write_json(file, {"rows": rows, "plan": on_paper(cfg.plan), "provenance": origin})
     write_page(page.parent / "templates" / page.name, page)
-    sys.stdout.write(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

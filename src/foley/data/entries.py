@@ -91,13 +91,21 @@ class Entries(Sequence[ManifestEntry]):
     def __getitem__(self, index: int | slice) -> "ManifestEntry | Entries":
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        place = range(len(self))[index]  # negative ones count from the end
-        row = place if self._rows is None else int(self._rows[place])
+        place, row = self._find(index)
         code = int(cast(Any, self._table["split"])[row] if self._splits is None else self._splits[place])
         cells: dict[str, Any] = {name: self._table[name][row] for name in _NAMES_OF_FIELDS}
         seconds = float(cells["duration_seconds"])
         cells |= {"path": self.root / cells["path"], "split": _NAMES[code], "line": int(cells["line"])}
         return ManifestEntry(**cells | {"duration_seconds": None if math.isnan(seconds) else seconds})
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The place and the row of the table of an entry."""
+        place = range(len(self))[index]  # negative ones count from the end
+        return place, place if self._rows is None else int(self._rows[place])
+
+    def id_of(self, index: int) -> str:
+        """The id of an entry; the rest of it is not made."""
+        return str(self._table["id"][self._find(index)[1]])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):

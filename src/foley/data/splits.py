@@ -66,7 +66,7 @@ class ClipSource:
 
     def clip_name(self, index: int) -> str:
         """Its id."""
-        return self.entries[index].id
+        return self.entries.id_of(index)
 
     def render(self, index: int, epoch: int) -> AudioItem:
         """Clip `index`, the same in every epoch; raises AudioError where the file cannot be used."""

@@ -107,7 +107,7 @@ class CalibrationRun:
                     denoise(clips, replace(settings, accelerator=recorder))
                     recorder.calibration(torch.float64).save(stem)
             fabric.barrier()
-            merged = Calibration.merged([Calibration.load(folder / f"{first:07d}") for first in batches])
+            merged = Calibration.merged(Calibration.load(folder / f"{first:07d}") for first in batches)
             fabric.barrier()
         if fabric.is_global_zero:
             rmtree(folder)

@@ -8,9 +8,10 @@ SmoothCache, Fig. 2). So a few prompts tell, once and for all, where a model can
 import shlex
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -115,20 +116,22 @@ class Calibration:
         return dict(zip(self.layer_names, self.layer_kinds, strict=True))
 
     @classmethod
-    def merged(cls, parts: Sequence["Calibration"]) -> "Calibration":
-        """Of the prompts of all `parts`; raises SignatureMismatchError for parts of different kinds of runs.
+    def merged(cls, parts: Iterable["Calibration"]) -> "Calibration":
+        """Of the prompts of all `parts`, one or more, of which one at a time is looked at.
 
-        Parts in float64 lose nothing: it is the calibration of all their prompts at once.
+        Parts in float64 lose nothing: it is the calibration of all their prompts at once. Raises SignatureMismatchError
+        for parts of different kinds of runs.
         """
-        for part in parts[1:]:
-            parts[0].signature.require(part.signature, "the first part of the calibration")
-        total = sum(part.num_prompts for part in parts)
-        weights = torch.tensor([part.num_prompts / total for part in parts], dtype=torch.float64)
-        means, stds = (torch.stack([getattr(part, name).double() for part in parts]) for name in ("mean", "std"))
-        mean = torch.tensordot(weights, means, dims=1)
-        squares = torch.tensordot(weights, stds**2 + means**2, dims=1)
-        std = (squares - mean**2).clamp_min(0).sqrt()
-        return replace(parts[-1], mean=mean.float(), std=std.float(), num_prompts=total)
+        remaining = iter(parts)
+        first = last = next(remaining)
+        total, sums, squares = 0, torch.zeros(1), torch.zeros(1)
+        for last in chain([first], remaining):
+            first.signature.require(last.signature, "the first part of the calibration")
+            mean, std, total = last.mean.double(), last.std.double(), total + last.num_prompts
+            sums, squares = sums + last.num_prompts * mean, squares + last.num_prompts * (std**2 + mean**2)
+        mean = sums / total
+        std = (squares / total - mean**2).clamp_min(0).sqrt()
+        return replace(last, mean=mean.float(), std=std.float(), num_prompts=total)
 
     def changes(self) -> dict[str, list[float]]:
         """Per layer, the mean change since the previous evaluation (AudioCache, eq. 1)."""
