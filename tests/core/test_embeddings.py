@@ -90,10 +90,13 @@ def test_a_damaged_store_is_one_named_error(tmp_path: Path) -> None:
     (shard,), (table,) = (list(tmp_path.glob(f"{kind}-*.safetensors")) for kind in ("text", "table"))
     for file in (index, table, shard):
         whole = file.read_bytes()
-        for damaged in (whole[: len(whole) // 3], b"{}", b""):
+        for damaged in (whole[: len(whole) // 3], whole[:-2], b"{}", b""):
             file.write_bytes(damaged)
             with pytest.raises(TextStoreError, match=file.name):
                 EmbeddingStore.open(tmp_path)
+        file.unlink()
+        with pytest.raises(TextStoreError, match=file.name):
+            EmbeddingStore.open(tmp_path)
         file.write_bytes(whole)
     stored = json.loads(index.read_text())
     faults = ({"num_tokens": 2}, {"name": "../x"}, {"dtype": "I8"}, {"offset": -1})

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -357,6 +358,26 @@ def test_clips_that_are_new_are_added_and_clips_that_are_gone_are_dropped(tmp_pa
     assert encode(cache, codec=codec)
     assert codec.seen.total() == 15  # of thirty
     assert_same(cache, undisturbed)
+
+
+def test_clips_that_were_gone_and_came_back_are_in_the_index_again(tmp_path, undisturbed):
+    cache, codec = tmp_path / "cache", Codec()
+    for count in (30, 20):
+        encode(cache, Clips(names(count)))
+        assert len(LatentCacheIndex.read(cache).clips) == count + 3
+    assert encode(cache, codec=codec)
+    assert not codec.seen
+    assert_same(cache, undisturbed)
+
+
+def test_a_folder_of_a_lock_that_cannot_be_removed_ends_no_encoding(tmp_path, monkeypatch):
+    def refuse(*args, **more):
+        raise OSError("the folder is not empty")
+
+    monkeypatch.setattr(os, "rmdir", refuse)  # as over NFS, where a file that is open leaves another behind
+    assert encode(tmp_path / "cache")
+    assert encode(tmp_path / "cache", Clips(names(31)))
+    assert len(content(tmp_path / "cache")) == 34
 
 
 def test_a_complete_cache_is_left_as_it_is(tmp_path):

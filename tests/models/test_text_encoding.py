@@ -82,6 +82,21 @@ def test_a_run_that_was_killed_goes_on_with_what_is_missing(text, config, tmp_pa
     assert len(calls) == 3 + 6 - done
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize("kind", ["text-*", "table-*", "index.json"])
+def test_a_damaged_store_is_mended_by_the_command_that_made_it(text, config, tmp_path: Path, kind, damage) -> None:
+    encode_texts(text, config, CAPTIONS, str(tmp_path), batch_size=2, shard_bytes=1)
+    file = min(tmp_path.glob(kind))
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(whole[:-10])
+    store = encode_texts(text, config, CAPTIONS, str(tmp_path), batch_size=2, shard_bytes=1)
+    for caption in (*CAPTIONS, ""):
+        assert store.get(caption) is not None
+    assert len(EmbeddingStore.open(tmp_path)) == 6
+
+
 def test_another_encoder_or_one_that_trains_is_refused(text, config, t5: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     encode_texts(text, config, CAPTIONS, str(store))

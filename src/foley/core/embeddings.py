@@ -93,6 +93,11 @@ class StoredShard:
         for number in ("offset", "num_tokens"):
             NumberRange(least=0, whole=True).check(f"{self.name}: {number}", getattr(self, number))
 
+    def require_end(self, reader: RangeReader, dim: int) -> None:
+        """Raise EOFError where the file, whose header is whole, was cut."""
+        if size := self.num_tokens * dim * _DTYPES[self.dtype].itemsize:
+            reader.read(self.name, self.offset + size - 1, 1)
+
 
 _FoundShard = tuple[StoredShard, Keys, NDArray[np.int64], int]
 """A shard, the keys `[n, 2]` and ends `[n]` of its texts, and Dc."""
@@ -157,6 +162,8 @@ class EmbeddingStore:
             store._check_shards()
         except DamagedFileError as error:
             raise TextStoreError(str(error)) from error
+        except FileNotFoundError as error:
+            raise TextStoreError(f"a file of {url} is gone ({error}); put it back, or {_AGAIN}") from error
         return store
 
     @classmethod
@@ -255,11 +262,12 @@ class EmbeddingStore:
         _write(self.url, INDEX_FILE, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
 
     def _check_shards(self) -> None:
-        """Raise DamagedFileError unless each shard is the one of the index; headers alone are read."""
+        """Raise DamagedFileError unless each shard is the one of the index, to its end; headers alone are read."""
         for shard in self.shards:
             with reading(f"{self.url}/{shard.name}", _A_SHARD, f"put it back, or {_AGAIN}"):
                 if TensorHeader.read(self._reader, shard.name).metadata["sha256"] != shard.sha256:
                     raise ValueError(f"{INDEX_FILE} describes another one")
+                shard.require_end(self._reader, self.dim)
 
 
 def pad_rows(rows: Sequence[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -292,6 +300,7 @@ def store_bytes(num_texts: int, tokens_per_text: float, dim: int) -> int:
 def shard_names(url: str) -> list[str]:
     """The shards at `url`, by name; none where it does not exist."""
     filesystem, root = filesystem_of(url, os.getpid())
+    filesystem.invalidate_cache()  # others write there too
     found = filesystem.glob(f"{root}/text-*.safetensors")
     return sorted(str(path).rpartition("/")[2] for path in found)
 
@@ -342,7 +351,9 @@ def _read_shard(reader: RangeReader, name: str, encoder: Any) -> Iterator[_Found
     keys, ends = (header.array(reader, key, name) for key in ("key", "end"))
     if dtype not in _DTYPES or len(keys) != len(ends) or (ends[-1] if len(ends) else 0) != num_tokens:
         raise ValueError("its tensors do not fit each other")
-    yield StoredShard(name, header.metadata["sha256"], dtype, offset, num_tokens), keys.view(np.uint64), ends, dim
+    shard = StoredShard(name, header.metadata["sha256"], dtype, offset, num_tokens)
+    shard.require_end(reader, dim)
+    yield shard, keys.view(np.uint64), ends, dim
 
 
 def _columns(parts: Sequence[tuple[Keys, NDArray[np.int64]]]) -> dict[str, NDArray[Any]]:

@@ -111,17 +111,23 @@ class LatentFolder:
 
     @property
     def is_merged(self) -> bool:
-        """Whether the index tells of all that was written; there may be more clips in the data by now."""
+        """Whether the index tells of all that was written; there may be more clips in the data by now.
+
+        An index that was written when the data lacked some of them does not.
+        """
         files = self._files()
         if INDEX_FILE not in files or any(_LEFT_OUT.fullmatch(name) for name in files):
             return False
         index = parse_json(self._text(INDEX_FILE), f"{self.url}/{INDEX_FILE}", "the index of a latent cache")
-        return {shard["name"] for shard in index["shards"]} == set(self._names(_SHARD))
+        names = self._names(_SHARD)
+        if {shard["name"] for shard in index["shards"]} != set(names):
+            return False
+        keys = self._map(self._read_keys, names)
+        return bool(index["num_clips"] == sum(map(len, _first_rows(keys, _joined(keys)))))
 
     def encoded(self) -> NDArray[np.int64]:
         """The keys of the clips in finished shards, each once, rising; raises DamagedFileError."""
-        keys = self._map(self._read_keys, self._names(_SHARD))
-        return np.unique(np.concatenate([np.empty(0, np.int64), *keys]))
+        return np.unique(_joined(self._map(self._read_keys, self._names(_SHARD))))
 
     def left_out(self) -> list[LeftOut]:
         """The clips that could not be used, each once, as it was last tried; raises DamagedFileError."""
@@ -158,9 +164,10 @@ class LatentFolder:
             self._sweep(CLIPS_FILE, LEFT_OUT_FILE, INDEX_FILE)
             sizes = self._files()
             finished = self._map(lambda name: self._read(name, sizes[name]), self._names(_SHARD))
-            absent = set(np.setdiff1d(wanted, _joined_keys(finished)).tolist())
+            keys = [part.keys for part in finished]
+            absent = set(np.setdiff1d(wanted, _joined(keys)).tolist())
             left_out = [row for row in self.left_out() if row.key in absent]
-            rows = _first_rows(finished, wanted)
+            rows = _first_rows(keys, wanted)
             kept = [_rows_of(self.url, *pair) for pair in zip(finished, rows, strict=True)]
             statistics = _statistics(kept)
             self._publish(LEFT_OUT_FILE, lambda path: _write_left_out(path, left_out))
@@ -283,7 +290,7 @@ class LatentFolder:
             try:
                 yield
             finally:
-                shutil.rmtree(held)
+                shutil.rmtree(held, ignore_errors=True)  # over NFS the lock, which is open, keeps its folder
 
     @property
     def _filesystem(self) -> Any:
@@ -379,18 +386,17 @@ class _Finished:
     sums: Tensor
 
 
-def _joined_keys(finished: Sequence[_Finished]) -> NDArray[np.int64]:
-    return np.concatenate([np.empty(0, np.int64), *(part.keys for part in finished)])
+def _joined(keys: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *keys])
 
 
-def _first_rows(finished: Sequence[_Finished], wanted: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Of each shard the rows whose clips are wanted, and in no shard before it."""
-    keys = _joined_keys(finished)
-    shards = np.repeat(np.arange(len(finished)), [len(part.keys) for part in finished])
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    kept = np.isin(keys, wanted) & (shards == shards[first][inverse])
-    ends = np.cumsum([len(part.keys) for part in finished])[:-1]
-    return [np.flatnonzero(rows) for rows in np.split(kept, ends)] if len(finished) else []
+def _first_rows(keys: Sequence[NDArray[np.int64]], wanted: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Of each shard, whose rows are of clips with these `keys`, the rows of wanted ones that no shard before it has."""
+    joined, lengths = _joined(keys), list(map(len, keys))
+    shards = np.repeat(np.arange(len(keys)), lengths)
+    _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
+    kept = np.isin(joined, wanted) & (shards == shards[first][inverse])
+    return [np.flatnonzero(rows) for rows in np.split(kept, np.cumsum(lengths)[:-1])] if len(keys) else []
 
 
 def _rows_of(url: str, part: _Finished, rows: NDArray[np.int64]) -> _Finished:

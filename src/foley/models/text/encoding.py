@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foley.core.columns import Texts
-from foley.core.embeddings import EmbeddingStore, Keys, is_finished, text_keys, write_shard
+from foley.core.embeddings import EmbeddingStore, Keys, TextStoreError, is_finished, text_keys, write_shard
 from foley.core.logs import get_logger
 from foley.models.text.base import TextConditioner
 from foley.models.text.kept import encoder_identity, require_encoder
@@ -35,7 +35,8 @@ def encode_texts(
     """Encode what the store at `url` lacks of `texts` and of the empty prompt, as bfloat16.
 
     What the finished shards hold is done, whoever wrote them: a run that was killed goes on, on any number of ranks,
-    and a finished store grows by further texts. The rank that finds all texts there writes the index.
+    a finished store grows by further texts, and a damaged one is mended. The rank that finds all texts there writes the
+    index.
 
     Args:
         text: a frozen conditioner, on the device where it is to run.
@@ -53,8 +54,9 @@ def encode_texts(
     """
     if text.trainable:
         raise ValueError(f"{type(text).__name__} is trained with the denoiser: what it gives now is of no later use")
-    if is_finished(url):
-        require_encoder(EmbeddingStore.open(url), config)
+    store = _finished(url)
+    if store is not None:
+        require_encoder(store, config)
     identity = encoder_identity(config)
     keys, texts = _distinct(Texts.join([texts, Texts.of([""])]))
     found = EmbeddingStore.scan(url, identity)
@@ -62,7 +64,7 @@ def encode_texts(
     own = np.flatnonzero(absent & (keys[:, 0] % world_size == rank))
     _log.info("%d distinct captions; %d embeddings are in %s; %d are made here", len(keys), len(found), url, len(own))
     _encode(text, texts.take(own), keys[own], url, identity, batch_size, shard_bytes)
-    if absent.any() or not is_finished(url):
+    if absent.any() or store is None:
         found = EmbeddingStore.scan(url, identity)
         if waiting := int((found.find(keys) < 0).sum()):
             _log.info("%d captions are left to other processes; the last to end writes the index", waiting)
@@ -70,6 +72,15 @@ def encode_texts(
         found.write_index()
     _log.info("embeddings of %d captions are in %s: train with data.text_dir=%s", len(found), url, url)
     return EmbeddingStore.open(url)
+
+
+def _finished(url: str) -> EmbeddingStore | None:
+    """The store at `url`; None where there is none, or a damaged one, whose index is then written anew."""
+    try:
+        return EmbeddingStore.open(url) if is_finished(url) else None
+    except TextStoreError as error:
+        _log.warning("%s; what is whole of it is kept", error)
+        return None
 
 
 def _distinct(texts: Texts) -> tuple[Keys, Texts]:
