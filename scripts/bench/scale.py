@@ -503,7 +503,7 @@ def main(cfg: DictConfig) -> None:
             keep(measure_row(row_name, row, cfg, Path(name)), origin, cfg)
 
 
-def keep(row: dict[str, Any], origin: dict[str, Any], cfg: DictConfig) -> None:
+def keep(row: dict[str, Any], origin: dict[str, str], cfg: DictConfig) -> None:
     """Write the results and the page anew with this row; what others measured, or a run that broke off, stays."""
     page = Path(cfg.page)
     file = page.with_suffix("") / "scale.json"
