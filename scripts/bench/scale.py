@@ -191,11 +191,11 @@ def _test_set(size: int, folder: Path) -> ClipFolder:
 
 def calibrations(size: int, folder: Path) -> None:
     """What a batch of eight prompts leaves of a transformer of 28 blocks over 50 steps, as often as there are such."""
-    curves = torch.rand(2, 84, 3, 50, dtype=torch.float64, generator=torch_generator("curves"))
+    mean, std = torch.rand(2, 84, 3, 50, dtype=torch.float64, generator=torch_generator("curves"))
     names = tuple(str(number) for number in range(84))
     signature = RunSignature("hash", "ddim", 50, 50, 3.0)
     macs, times = EvaluationMacs(84, dict.fromkeys(names, 1)), tuple(float(step) for step in range(50))
-    Calibration(*curves, names, names, signature, 8, times, macs).save(stem := folder / "batch")
+    Calibration(mean, std, names, names, signature, 8, times, macs).save(stem := folder / "batch")
     for part in _parts(size, folder):
         for file in (stem.with_suffix(".safetensors"), info_path(stem)):
             part.with_suffix(file.suffix).hardlink_to(file)
@@ -498,13 +498,14 @@ def main(cfg: DictConfig) -> None:
     chosen = {name: row for name, row in ROWS.items() if cfg.only is None or any(part in name for part in cfg.only)}
     with TemporaryDirectory(dir=cfg.work_dir) as name:
         os.environ["FOLEY_CACHE"] = f"{name}/cache"
+        origin = provenance()  # before the page is written, which is a change of the commit
         for row_name, row in chosen.items():
-            keep(measure_row(row_name, row, cfg, Path(name)), cfg)
+            keep(measure_row(row_name, row, cfg, Path(name)), origin, cfg)
 
 
-def keep(row: dict[str, Any], cfg: DictConfig) -> None:
+def keep(row: dict[str, Any], origin: dict[str, str], cfg: DictConfig) -> None:
     """Write the results and the page anew with this row; what others measured, or a run that broke off, stays."""
-    page, origin = Path(cfg.page), provenance()
+    page = Path(cfg.page)
     file = page.with_suffix("") / "scale.json"
     known = {found["row"]: found for found in read_json(file, "the results")["rows"]} if file.is_file() else {}
     known[row["row"]] = {**row, "rounds": cfg.rounds, "commit": origin["commit"]}

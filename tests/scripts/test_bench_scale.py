@@ -21,16 +21,24 @@ def scale(monkeypatch):
     sys.modules.pop("scale")
 
 
-def test_every_row_is_measured_and_the_page_written(tmp_path: Path) -> None:
+def test_every_row_is_measured_and_the_page_written(scale, tmp_path: Path) -> None:
     shutil.copytree(PROJECT_ROOT / "docs" / "results" / "templates", tmp_path / "templates")
     run_command("bench/scale", "sizes=[300,900]", f"page={tmp_path / 'scale.md'}")
     result = json.loads((tmp_path / "scale" / "scale.json").read_text())
-    assert [cost["size"] for row in result["rows"] for cost in row["costs"]] == [300, 900] * len(result["rows"])
+    sizes = {row["row"]: [cost["size"] for cost in row["costs"]] for row in result["rows"]}
+    assert sizes == {name: [300 // row.fewer, 900 // row.fewer] for name, row in scale.ROWS.items()}
     assert not [row["row"] for row in result["rows"] if any("failed" in cost for cost in row["costs"])]
     assert result["plan"]["clips"] == 1_800_000
     page = (tmp_path / "scale.md").read_text()
     assert "| manifest: parse | 300 |" in page
     assert "874,760,256\nparameters" in page
+
+    run_command("bench/scale", "sizes=[400]", "only=[buckets]", f"page={tmp_path / 'scale.md'}")
+    again = json.loads((tmp_path / "scale" / "scale.json").read_text())
+    assert {row["row"]: [cost["size"] for cost in row["costs"]] for row in again["rows"]} == {
+        **sizes,
+        "buckets of similar length": [400],
+    }
 
 
 def test_what_fails_or_takes_too_long_gives_nothing(scale) -> None:
