@@ -325,7 +325,7 @@ def _filled(value: Any, storages: _Storages) -> Any:
         return torch.empty(0, dtype=value.dtype).set_(storage, *place)  # type: ignore[call-overload]
     if isinstance(value, Mapping):
         return {name: _filled(entry, storages) for name, entry in value.items()}
-    return [_filled(entry, storages) for entry in value] if isinstance(value, list) else value
+    return type(value)(_filled(entry, storages) for entry in value) if type(value) in (list, tuple) else value
 
 
 def _load(path: Path, **options: Any) -> Any:
