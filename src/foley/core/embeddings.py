@@ -304,6 +304,17 @@ def shard_names(url: str) -> list[str]:
     return sorted(str(path).rpartition("/")[2] for path in found)
 
 
+def make_folder(url: str) -> None:
+    """Make the folder of a store; raises TextStoreError where something else is in its place."""
+    filesystem, root = filesystem_of(url, os.getpid())
+    try:
+        filesystem.makedirs(root, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise TextStoreError(
+            f"{url} can be no folder, for a file is there ({error}); give another output_dir"
+        ) from error
+
+
 def is_finished(url: str | Path) -> bool:
     """Whether a store at `url` has its index."""
     filesystem, root = filesystem_of(str(url), os.getpid())
@@ -384,5 +395,4 @@ def _write(url: str, name: str, content: bytes) -> None:
         with replacing(Path(root) / name) as temporary:
             temporary.write_bytes(content)
     else:
-        filesystem.makedirs(root, exist_ok=True)
         filesystem.pipe_file(f"{root}/{name}", content)

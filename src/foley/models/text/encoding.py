@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foley.core.columns import Texts
-from foley.core.embeddings import EmbeddingStore, Keys, TextStoreError, is_finished, text_keys, write_shard
+from foley.core.embeddings import (
+    EmbeddingStore,
+    Keys,
+    TextStoreError,
+    is_finished,
+    make_folder,
+    text_keys,
+    write_shard,
+)
 from foley.core.logs import get_logger
 from foley.models.text.base import TextConditioner
 from foley.models.text.kept import encoder_identity, require_encoder
@@ -50,10 +58,11 @@ def encode_texts(
 
     Raises:
         ValueError: the encoder is trained along, or gives an embedding that is not finite; the text is named.
-        TextStoreError: the store at `url` is of another encoder.
+        TextStoreError: the store at `url` is of another encoder, or can be no folder.
     """
     if text.trainable:
         raise ValueError(f"{type(text).__name__} is trained with the denoiser: what it gives now is of no later use")
+    make_folder(url)
     store = _finished(url)
     if store is not None:
         require_encoder(store, config)
