@@ -18,7 +18,7 @@ from foley.core.logs import get_logger
 @command("script/calibrate")
 def main(cfg: DictConfig) -> None:
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
-    from foley.accel.caching.calibration import calibration_directory, calibration_stem
+    from foley.accel.caching.calibration import Calibration, calibration_directory, calibration_stem
     from foley.accel.caching.plots import plot_calibration
     from foley.cli.sampling import chosen_sampling
     from foley.core.devices import resolve_device
@@ -45,13 +45,15 @@ def main(cfg: DictConfig) -> None:
     request = {name: cfg[name] for name in named}
     request |= {"model_hash": generator.model_hash, "solver": cfg.solver.name, "prompts": chosen}
     run = CalibrationRun(directory, as_clips(chosen), request)
-    calibration = run.record(generator.denoise_clips, settings, processes, cfg.max_distance)
-    if not processes.is_global_zero:
-        return
-    stem = calibration_stem(directory, calibration.signature.solver, calibration.signature.num_steps)
-    calibration.save(stem)
-    plot_calibration(calibration, stem.with_name(stem.name + ".png"))
-    get_logger(__name__).info("%d prompts: wrote %s, .safetensors and .png", calibration.num_prompts, info_path(stem))
+
+    def keep(calibration: Calibration) -> None:
+        stem = calibration_stem(directory, calibration.signature.solver, calibration.signature.num_steps)
+        calibration.save(stem)
+        plot_calibration(calibration, stem.with_name(stem.name + ".png"))
+        count, path = calibration.num_prompts, info_path(stem)
+        get_logger(__name__).info("%d prompts: wrote %s, .safetensors and .png", count, path)
+
+    run.record(generator.denoise_clips, settings, processes, cfg.max_distance, keep)
 
 
 if __name__ == "__main__":

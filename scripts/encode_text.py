@@ -16,18 +16,21 @@ def main(cfg: DictConfig) -> None:
     from foley.models.text.encoding import encode_texts
     from foley.training.run import plain
 
+    texts = Texts.join([read_captions(cfg.captions, cfg.caption_column), Texts.of(cfg.prompts)])
     processes = None if cfg.trainer is None else launch_processes(cfg.trainer)
     rank, ranks = (0, 1) if processes is None else (processes.global_rank, processes.world_size)
     encode_texts(
         instantiate(cfg.text).to(resolve_device(cfg.device) if processes is None else processes.device),
         plain(cfg.text),
-        Texts.join([read_captions(cfg.captions, cfg.caption_column), Texts.of(cfg.prompts)]),
+        texts,
         cfg.output_dir,
         cfg.batch_size,
         rank=cfg.part * ranks + rank,
         world_size=cfg.parts * ranks,
         shard_bytes=cfg.shard_megabytes << 20,
     )
+    if processes is not None:
+        processes.barrier()  # the command ends when all of them have ended
 
 
 if __name__ == "__main__":

@@ -126,6 +126,10 @@ def test_latents_of_another_kind_are_refused(tmp_path: Path, case: str) -> None:
         ({"shards": {}}, "is not the shard that index.json describes"),
         ({"format": "foley-latents-3"}, "its format is 'foley-latents-3'"),
         ({"entries": []}, "no clips"),
+        ({"sample_rate_hz": 0}, "sample_rate_hz"),
+        ({"codec_hash": None}, "`codec_hash`"),
+        ({"latent_mean": None}, "index.json is damaged"),
+        ({"latent_std": [0.7]}, "index.json is damaged"),
     ],
 )
 def test_what_is_no_old_cache_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -62,6 +62,18 @@ def test_a_run_that_stopped_makes_only_the_batches_that_are_missing(generator, t
     assert torch.equal(found.std, whole.std)
 
 
+def test_batches_stay_until_their_calibration_is_kept(generator, tmp_path):
+    def full(calibration):
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        run_in(tmp_path).record(generator.denoise_clips, SETTINGS, process(), 2, full)
+    kept = []
+    found = run_in(tmp_path).record(None, SETTINGS, process(), 2, kept.append)  # nothing is denoised again
+    assert kept == [found]
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_processes_make_what_one_makes(generator, tmp_path, monkeypatch):
     alone = run_in(tmp_path / "alone").record(generator.denoise_clips, SETTINGS, process(), 2)
     kept = {}

@@ -82,6 +82,13 @@ def test_a_run_that_was_killed_goes_on_with_what_is_missing(text, config, tmp_pa
     assert len(calls) == 3 + 6 - done
 
 
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_encoded(config, text, tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("rain")
+    text.encode = None
+    with pytest.raises(TextStoreError, match=r"captions\.txt/text can be no folder, .* give another output_dir"):
+        encode_texts(text, config, CAPTIONS, str(tmp_path / "captions.txt/text"))
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 @pytest.mark.parametrize("kind", ["text-*", "table-*", "index.json"])
 def test_a_damaged_store_is_mended_by_the_command_that_made_it(text, config, tmp_path: Path, kind, damage) -> None:

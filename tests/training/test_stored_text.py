@@ -172,6 +172,22 @@ def test_weights_of_the_encoder_are_not_asked_for(cache, store, monkeypatch) -> 
     refuse_missing(config(Path("google/flan-t5-xl"), cache, Path("x"), f"data.text_dir={store}"))
 
 
+def test_the_embeddings_of_a_batch_are_asked_for_together(cache, store, monkeypatch) -> None:
+    data = LatentDataModule(str(cache), 2.0, 4, text_dir=str(store)).datasets["train"]
+    alone = [data[key] for key in (0, 1, 2)]
+    asked: list[list[tuple[str, int, int]]] = []
+    monkeypatch.setattr(data.text._reader, "prefetch", asked.append)
+    together = data.__getitems__([0, 1, 2])
+    assert [item.caption for item in together] == [item.caption for item in alone]
+    assert all(torch.equal(item.context, one.context) for item, one in zip(together, alone, strict=True))
+    read: list[tuple[str, int, int]] = []
+    whole = data.text._reader.read
+    monkeypatch.setattr(data.text._reader, "read", lambda *place: read.append(place) or whole(*place))
+    for item in together:
+        data.text.get(item.caption)
+    assert [sorted(set(read))] == [sorted(places) for places in asked]
+
+
 def test_loader_processes_read_the_embeddings(cache, store) -> None:
     data = LatentDataModule(str(cache), 2.0, 4, text_dir=str(store))
     batches = [next(iter(DataLoader(data.datasets["val"], 4, num_workers=n, collate_fn=data.collate))) for n in (0, 1)]

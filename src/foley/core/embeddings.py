@@ -34,7 +34,7 @@ from foley.core.files import replacing
 from foley.core.hashing import hash_tensors
 from foley.core.logs import get_logger
 from foley.core.numbers import NumberRange
-from foley.core.ranges import RangeReader, TensorHeader, filesystem_of, local_copy
+from foley.core.ranges import Range, RangeReader, TensorHeader, filesystem_of, local_copy
 from foley.core.reading import DamagedFileError, parse_json, reading
 
 _log = get_logger(__name__)
@@ -217,14 +217,23 @@ class EmbeddingStore:
     def read(self, row: int) -> Tensor:
         """The embedding `[S, Dc]` of a row; raises TextStoreError for one that is not finite, EOFError and OSError."""
         shard = self.shards[self._columns["shard"][row]]
-        dtype = _DTYPES[shard.dtype]
-        first, tokens = int(self._columns["first_token"][row]), int(self._columns["num_tokens"][row])
-        width = self.dim * dtype.itemsize
-        content = self._reader.read(shard.name, shard.offset + first * width, tokens * width)
-        embedding = torch.frombuffer(content, dtype=dtype).view(tokens, self.dim)
+        content = self._reader.read(*self._range(row))
+        embedding = torch.frombuffer(content, dtype=_DTYPES[shard.dtype]).view(-1, self.dim)
         if not bool(embedding.isfinite().all()):
             raise TextStoreError(f"{self.url}/{shard.name} holds an embedding that is not finite; {_AGAIN}")
         return embedding
+
+    def prefetch(self, texts: Sequence[str]) -> None:
+        """Ask for the embeddings of texts that will be read next, together."""
+        rows = self.find(np.concatenate([key_of(text) for text in texts]))
+        if known := [self._range(int(row)) for row in np.unique(rows[rows >= 0])]:
+            self._reader.prefetch(known)
+
+    def _range(self, row: int) -> Range:
+        shard = self.shards[self._columns["shard"][row]]
+        width = self.dim * _DTYPES[shard.dtype].itemsize
+        first, tokens = int(self._columns["first_token"][row]), int(self._columns["num_tokens"][row])
+        return shard.name, shard.offset + first * width, tokens * width
 
     def get(self, text: str) -> Tensor | None:
         """The embedding `[S, Dc]` of a text, or None where the store has none; raises as `read` does."""
@@ -303,6 +312,17 @@ def shard_names(url: str) -> list[str]:
     filesystem.invalidate_cache()  # others write there too
     found = filesystem.glob(f"{root}/text-*.safetensors")
     return sorted(str(path).rpartition("/")[2] for path in found)
+
+
+def make_folder(url: str) -> None:
+    """Make the folder of a store; raises TextStoreError where something else is in its place."""
+    filesystem, root = filesystem_of(url, os.getpid())
+    try:
+        filesystem.makedirs(root, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise TextStoreError(
+            f"{url} can be no folder, for a file is there ({error}); give another output_dir"
+        ) from error
 
 
 def is_finished(url: str | Path) -> bool:
@@ -385,5 +405,4 @@ def _write(url: str, name: str, content: bytes) -> None:
         with replacing(Path(root) / name) as temporary:
             temporary.write_bytes(content)
     else:
-        filesystem.makedirs(root, exist_ok=True)
         filesystem.pipe_file(f"{root}/{name}", content)

@@ -47,13 +47,7 @@ def convert_latents(source: Path, output_dir: Path) -> None:
             something else than what a conversion left that did not end.
         FolderInUseError: another process is writing to `output_dir`.
     """
-    stored, entries = _read_index(source)
-    layout = LatentLayout(
-        **{name: stored[name] for name in ("codec_hash", "sample_rate_hz", "hop_samples")},
-        channels=len(stored["latent_mean"]),
-        store="mean_std",
-        splits=tuple(sorted({entry.split for entry in entries})),
-    )
+    layout, (mean, std), hashes, entries = _read_index(source)
     by_shard = defaultdict(list)
     for entry in entries:
         by_shard[entry.shard].append(entry)
@@ -61,10 +55,9 @@ def convert_latents(source: Path, output_dir: Path) -> None:
         _require_unfinished(output_dir)
         shards, tables = [], []
         for number, name in enumerate(sorted(by_shard)):
-            shard, table = _convert_shard(source / name, by_shard[name], layout, stored["shards"], output_dir, number)
+            shard, table = _convert_shard(source / name, by_shard[name], layout, hashes, output_dir, number)
             shards.append(shard)
             tables.append(replace(table, shard=np.full(len(table), number, np.int32)))
-        mean, std = (torch.tensor(stored[name], dtype=torch.float64) for name in ("latent_mean", "latent_std"))
         write_index(output_dir, layout, LatentClips.join(tables), shards, (mean, std))
     _log.info("latents of %d clips are in %s: train with data.cache_dir=%s", len(entries), output_dir, output_dir)
 
@@ -75,8 +68,11 @@ def _require_unfinished(folder: Path) -> None:
         raise LatentCacheError(f"{folder} holds {sorted(others)[0]} already; choose another output_dir")
 
 
-def _read_index(folder: Path) -> tuple[dict[str, Any], list[LatentEntry]]:
-    """What `index.json` says, and its entries; raises LatentCacheError, which names an impossible entry."""
+def _read_index(folder: Path) -> tuple[LatentLayout, Tensor, Mapping[str, str] | None, list[LatentEntry]]:
+    """Of `index.json`: the new layout, the statistics `[2, C]`, the shards' hashes, and the entries.
+
+    Raises LatentCacheError, which names an impossible entry.
+    """
     path = folder / INDEX_FILE
     if not path.is_file():
         raise LatentCacheError(f"{path} does not exist: {folder} is no latent cache; encode the latents first")
@@ -93,12 +89,19 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], list[LatentEntry]]:
                 raise ValueError("there are no clips")
             for entry in entries:
                 _require_possible(entry)
+            statistics = torch.tensor([stored["latent_mean"], stored["latent_std"]], dtype=torch.float64)
+            layout = _layout(stored, statistics.shape[1], entries)
     except DamagedFileError as error:
         raise LatentCacheError(str(error)) from error
     if found == _UNBOUND:
         _log.warning("%s is of version 0.1: no hash binds its shards to the index", folder)
-        stored["shards"] = None
-    return stored, entries
+    return layout, statistics, stored["shards"] if found == _BOUND else None, entries
+
+
+def _layout(stored: Mapping[str, Any], channels: int, entries: Sequence[LatentEntry]) -> LatentLayout:
+    about = {name: stored[name] for name in ("codec_hash", "sample_rate_hz", "hop_samples")}
+    splits = tuple(sorted({entry.split for entry in entries}))
+    return LatentLayout(**about, channels=channels, store="mean_std", splits=splits)
 
 
 def _require_possible(entry: LatentEntry) -> None:

@@ -386,14 +386,20 @@ class LatentDataset(Dataset[LatentItem]):
             latent = latent + kept[:, 1].float() * noise
         if not math.isfinite(float(latent.sum())):  # no sum of halves overflows; a look at each takes ten times as long
             raise LatentCacheError(f"{entry.shard}: the latent of clip {entry.id!r} is not finite; {AGAIN}")
-        caption = draw_caption(entry, self.seed, SampleKey(index, epoch)) if self.random else entry.caption
+        caption = self._caption(key)
         context = None if self.text is None else self.text.get(caption)
         return LatentItem(latent.T, caption, entry.label, entry.id, context)
 
     def __getitems__(self, keys: Sequence[SampleKey | int]) -> list[LatentItem]:
-        """The items of a batch, whose latents are asked for together: the disk has them all to work on."""
+        """The items of a batch, asked for together: the disk has them all to work on."""
         self._reader.prefetch([self._place(key) for key in keys])
+        if self.text is not None:
+            self.text.prefetch([self._caption(key) for key in keys])
         return [self[key] for key in keys]
+
+    def _caption(self, key: SampleKey | int) -> str:
+        entry = self.entries[sample_key(key).index]
+        return draw_caption(entry, self.seed, sample_key(key)) if self.random else entry.caption
 
     def _place(self, key: SampleKey | int) -> tuple[int, int, int]:
         """What of the cache an item is: its clip's row, and the first and the number of the frames kept of it."""

@@ -93,8 +93,19 @@ class CalibrationRun:
     clips: Sequence[Clip]
     request: Mapping[str, Any]
 
-    def record(self, denoise: Denoise, settings: GenerationSettings, fabric: Fabric, max_distance: int) -> Calibration:
-        """The curves of all clips, in every process; raises FolderInUseError where another run makes the same ones."""
+    def record(
+        self,
+        denoise: Denoise,
+        settings: GenerationSettings,
+        fabric: Fabric,
+        max_distance: int,
+        keep: Callable[[Calibration], object] = lambda calibration: None,
+    ) -> Calibration:
+        """The curves of all clips, in every process; raises FolderInUseError where another run makes the same ones.
+
+        Args:
+            keep: called with them in one process, before those of the batches are removed.
+        """
         folder = self.directory / f"parts_{hash_json(dict(self.request))[:16]}"
         batches = range(0, len(self.clips), settings.batch_size)
         with only_writer(folder, "a calibration") if fabric.is_global_zero else nullcontext():
@@ -108,6 +119,8 @@ class CalibrationRun:
                     recorder.calibration(torch.float64).save(stem)
             fabric.barrier()
             merged = Calibration.merged(Calibration.load(folder / f"{first:07d}") for first in batches)
+            if fabric.is_global_zero:
+                keep(merged)
             fabric.barrier()
         if fabric.is_global_zero:
             rmtree(folder)

@@ -68,11 +68,10 @@ def require_values(cfg: DictConfig) -> None:
     if _value(cfg, "data.text_dir") not in (_ABSENT, None) and _value(cfg, "task.text") is None:
         raise ValueError(f"data.text_dir={_value(cfg, 'data.text_dir')}: this run has no text; leave it out")
     _require_own_clipping(cfg)
-    if cfg.compile and "compile" not in cfg.task:
-        raise ValueError(
-            f"compile={cfg.compile}: only denoisers are compiled, and this recipe trains none; leave it out"
-        )
-    if (products := cfg.float32_matmul_precision) not in ("highest", "high", "medium"):
+    compiled, products = _value(cfg, "compile"), _value(cfg, "float32_matmul_precision")
+    if compiled not in (_ABSENT, None, False) and _value(cfg, "task.compile") is _ABSENT:
+        raise ValueError(f"compile={compiled}: only denoisers are compiled, and this recipe trains none; leave it out")
+    if products not in (_ABSENT, "highest", "high", "medium"):
         raise ValueError(f"float32_matmul_precision={products}: give highest, high or medium")
     max_time = _value(cfg, "trainer.max_time")
     if isinstance(max_time, str | int | float) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", str(max_time).strip()):

@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foley.core.columns import Texts
-from foley.core.embeddings import EmbeddingStore, Keys, TextStoreError, is_finished, text_keys, write_shard
+from foley.core.embeddings import (
+    EmbeddingStore,
+    Keys,
+    TextStoreError,
+    is_finished,
+    make_folder,
+    text_keys,
+    write_shard,
+)
 from foley.core.logs import get_logger
 from foley.models.text.base import TextConditioner
 from foley.models.text.kept import encoder_identity, require_encoder
@@ -35,8 +43,7 @@ def encode_texts(
     """Encode what the store at `url` lacks of `texts` and of the empty prompt, as bfloat16.
 
     What the finished shards hold is done, whoever wrote them: a run that was killed goes on, on any number of ranks,
-    a finished store grows by further texts, and a damaged one is mended. The rank that finds all texts there writes the
-    index.
+    a finished store grows by further texts, a damaged one is mended. The rank that finds all texts writes the index.
 
     Args:
         text: a frozen conditioner, on the device where it is to run.
@@ -50,13 +57,12 @@ def encode_texts(
 
     Raises:
         ValueError: the encoder is trained along, or gives an embedding that is not finite; the text is named.
-        TextStoreError: the store at `url` is of another encoder.
+        TextStoreError: the store at `url` is of another encoder, or can be no folder.
     """
     if text.trainable:
         raise ValueError(f"{type(text).__name__} is trained with the denoiser: what it gives now is of no later use")
-    store = _finished(url)
-    if store is not None:
-        require_encoder(store, config)
+    make_folder(url)
+    store = _finished(url, config)
     identity = encoder_identity(config)
     keys, texts = _distinct(Texts.join([texts, Texts.of([""])]))
     found = EmbeddingStore.scan(url, identity)
@@ -74,13 +80,20 @@ def encode_texts(
     return EmbeddingStore.open(url)
 
 
-def _finished(url: str) -> EmbeddingStore | None:
-    """The store at `url`; None where there is none, or a damaged one, whose index is then written anew."""
+def _finished(url: str, config: Mapping[str, Any]) -> EmbeddingStore | None:
+    """The store at `url`; None where there is none, or a damaged one, whose index is then written anew.
+
+    Raises TextStoreError where it is of another encoder.
+    """
+    if not is_finished(url):
+        return None
     try:
-        return EmbeddingStore.open(url) if is_finished(url) else None
+        store = EmbeddingStore.open(url)
     except TextStoreError as error:
         _log.warning("%s; what is whole of it is kept", error)
         return None
+    require_encoder(store, config)
+    return store
 
 
 def _distinct(texts: Texts) -> tuple[Keys, Texts]:
