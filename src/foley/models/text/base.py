@@ -34,7 +34,8 @@ class TextEmbedding:
     def replaced(self, rows: Tensor, other: "TextEmbedding") -> "TextEmbedding":
         """With the one row of `other` where `rows [B]` is true."""
         length = max(self.mask.shape[1], other.mask.shape[1])
-        own, other, rows = self.padded(length), other.padded(length), rows.to(self.mask.device)[:, None]
+        own, other = self.padded(length), other.padded(length)
+        rows = rows.to(self.mask.device, non_blocking=True)[:, None]
         embeddings = torch.where(rows[..., None], other.embeddings.to(own.embeddings), own.embeddings)
         return TextEmbedding(embeddings, torch.where(rows, other.mask, own.mask))
 

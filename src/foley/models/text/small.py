@@ -104,7 +104,7 @@ class SmallTextEncoder(TextConditioner):
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`."""
-        ids, mask = (tensor.to(self.tokens.weight.device) for tensor in self.tokenise(prompts))
+        ids, mask = (part.to(self.tokens.weight.device, non_blocking=True) for part in self.tokenise(prompts))
         x = self.positions(self.tokens(ids))  # [B, S, Dc]
         for block in self.blocks:
             x = block(x, mask[:, None, None])  # in both directions: nothing is generated here
