@@ -200,6 +200,18 @@ def test_half_precision_is_recorded_and_counts_as_the_same_model():
     assert hash_module(pipeline.denoiser) == digest
 
 
+def test_rounded_weights_are_not_taken_for_exact_ones(tmp_path):
+    pipeline = TextToAudio(build_system(CONFIGS))
+    pipeline.optimise("float32")
+    pipeline.optimise("bf16")
+    pipeline.optimise("bf16")
+    with pytest.raises(ValueError, match=r"precision=float32: the denoiser's weights are rounded to bf16"):
+        pipeline.optimise("float32")
+    with pytest.raises(ValueError, match=r"save: .* load the system again"):
+        pipeline.save(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def make_generator():
     torch.manual_seed(0)
     return TextToAudio(build_system(CONFIGS))

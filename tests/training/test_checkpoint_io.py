@@ -137,4 +137,27 @@ def test_ranks_of_a_node_share_what_they_read_and_do_not_mind_the_file_overwritt
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="absent"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "absent")
-    assert checkpoint_io._fill(os.memfd_create("test"), tmp_path / "absent") is None
+    assert checkpoint_io._held(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("missing", ["memory", "sight"])
+def test_ranks_read_the_file_where_they_cannot_share_memory(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None may raise alone, while the others wait for it."""
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"weights")
+
+    def refuse(*_) -> int:
+        raise OSError("no memory")
+
+    if missing == "memory":
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    other_sees = {True: False}  # the other rank, of another namespace of processes
+    monkeypatch.setattr(checkpoint_io, "_gathered", lambda value: [value, other_sees.get(value, value)])
+    with checkpoint_io._once_a_node(path) as shared:
+        assert shared is None

@@ -1,11 +1,19 @@
 """Parameter groups and schedules."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from foley.training.optim import constant_schedule, cosine_schedule, inverse_power_schedule, parameter_groups
+from foley.training.optim import (
+    constant_schedule,
+    cosine_schedule,
+    inverse_power_schedule,
+    parameter_groups,
+    reapply_options,
+)
 
 
 def rates(make, steps: int, **options) -> list[float]:
@@ -59,3 +67,15 @@ def test_a_warm_up_that_leaves_nothing_is_named_and_by_how_much() -> None:
     with pytest.raises(ValueError, match=wanted):
         rates(cosine_schedule, 1, total_steps=40, warmup_steps=100)
     assert rates(cosine_schedule, 1, total_steps=40, warmup_steps=100 - 61) == [2.0 / 39]
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (None, "cpu")])
+def test_steps_counted_on_a_cpu_go_to_where_a_fused_kernel_wants_them(fused: bool | None, device: str) -> None:
+    """A checkpoint of a CPU, or of loss scaling, that a GPU goes on from."""
+    weight = nn.Parameter(torch.zeros(2, device="meta"))  # stands for a GPU
+    resumed = torch.optim.AdamW([weight])
+    resumed.state[weight] = {"step": torch.tensor(3.0)}
+    fresh = torch.optim.AdamW([nn.Parameter(torch.zeros(2))], fused=fused)
+    reapply_options(fresh, SimpleNamespace(optimizers=[resumed], lr_scheduler_configs=[]))
+    assert resumed.param_groups[0]["fused"] == fused
+    assert resumed.state[weight]["step"].device.type == device

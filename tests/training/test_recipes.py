@@ -137,3 +137,12 @@ def test_on_gpus_loader_processes_read_into_pinned_memory(experiment: str, monke
 def test_a_command_without_a_trainer_loads_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert loads_by(compose_command("script/encode_latents", "codec_path=x")) == (0, False)
+
+
+@pytest.mark.parametrize("experiment", ["waveform_vae", "audiolcm_mel_vae", "bigvgan"])
+def test_on_gpus_both_optimizers_of_a_codec_skip_bad_steps_without_a_wait(
+    experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    task = config(f"experiment={experiment}").task
+    assert task.optimizer.fused is task.discriminator_optimizer.fused is True

@@ -33,10 +33,14 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Tensor]) -> Replay:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with work of their own.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads may go on with work of their own.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = work()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+            raise
 
         def replay() -> Tensor:
             graph.replay()

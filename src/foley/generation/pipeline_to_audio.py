@@ -132,8 +132,7 @@ class PipelineToAudio:
         timings, rows = Timings(), []
         for first in range(0, len(clips), settings.batch_size):
             batch = clips[first : first + settings.batch_size]
-            half = computing_in(self.precision, self.device, autocast=True)
-            with timings.measured("denoise_seconds", self.device), half:
+            with timings.measured("denoise_seconds", self.device):
                 latents = self._latents(batch, seconds, settings, guidance.scale, num_steps, meter)
             with timings.measured("decode_seconds", self.device), torch.no_grad():
                 rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])  # [B, channels, T]
@@ -159,7 +158,11 @@ class PipelineToAudio:
     ) -> Tensor:
         pipeline = self.audio.pipeline
         pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
-        with nullcontext() if meter is None else accelerated(self.audio.denoiser, pipeline.scheduler, scale, meter):
+        half = computing_in(self.precision, self.device, autocast=True)
+        with (
+            half,
+            nullcontext() if meter is None else accelerated(self.audio.denoiser, pipeline.scheduler, scale, meter),
+        ):
             return self.audio.latents(
                 [clip.prompt for clip in clips],
                 settings.negative_prompt or None,

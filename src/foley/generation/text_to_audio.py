@@ -116,7 +116,11 @@ class TextToAudio:
         return cls(load_system(shipped("demo") if system is None else system), device, max_duration_seconds)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Export as a system directory, floating weights as `dtype` (None keeps float32)."""
+        """Export as a system directory, floating weights as `dtype` (None keeps float32).
+
+        Raises ValueError where `optimise` has rounded the denoiser's weights, as the first generation on CUDA does.
+        """
+        self._require_exact("save")
         save_system(self.system, Path(directory), dtype)
 
     def optimise(self, precision: str = "auto", compiled: bool = False, cuda_graphs: str | bool = "auto") -> None:
@@ -129,10 +133,13 @@ class TextToAudio:
                 other, what stays in float32 may be multiplied in TF32. "auto" is bf16 on CUDA and float32 elsewhere.
             cuda_graphs: replay evaluations as CUDA graphs (`foley.diffusion.graphs`); "auto" does on CUDA.
 
-        Raises ValueError for an unknown precision, and for graphs where there is no CUDA.
+        Raises ValueError for an unknown precision, for graphs where there is no CUDA, and for another precision where
+        weights are rounded already.
         """
         precision = choose_precision(precision, self.device)
         self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
+        if precision != self.inference.get("precision"):
+            self._require_exact(f"precision={precision}")
         set_precision(self.denoiser, precision)
         self.text.compute_exactly(precision == "float32")
         if compiled:
@@ -140,6 +147,14 @@ class TextToAudio:
             self._pad_text()
         graphs = {"cuda_graphs": True} if self._cuda_graphs else {}
         self.inference |= {"precision": precision, "compile": compiled, **graphs}
+
+    def _require_exact(self, purpose: str) -> None:
+        """Rounding weights loses what they were; their hash is that of the exact ones all the same."""
+        if (precision := self.inference.get("precision", "float32")) != "float32":
+            raise ValueError(
+                f"{purpose}: the denoiser's weights are rounded to {precision} by now; load the system again, and do "
+                'this before the first generation, or call optimise("float32") first'
+            )
 
     def _pad_text(self) -> None:
         """Few lengths of text, so that what is compiled or captured for one serves the next prompt too."""

@@ -123,7 +123,8 @@ class Snapshot:
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
                 self._buffers[place] = buffer
-            copied[identity] = buffer.copy_(tensor, non_blocking=True)
+            # CUDA's alone are waited for, in `of`.
+            copied[identity] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
         return copied[identity]
 
 
@@ -174,32 +175,38 @@ def stand_for(twin: Path, target: Path) -> None:
 def _once_a_node(path: Path) -> Iterator[Path | None]:
     """The content of `path` in memory that all ranks of this node share, under a name to open it by.
 
-    None where there is one rank, or no such memory. It is no mapping of the file itself: one that is overwritten in
-    place would end all ranks.
+    None where there is one rank, or no such memory, or one that cannot read it. It is no mapping of the file itself:
+    one that is overwritten in place would end all ranks.
     """
     if not (distributed.is_initialized() and distributed.get_world_size() > 1 and hasattr(os, "memfd_create")):
         yield None
         return
     nodes = _gathered(socket.gethostname())
     first = nodes.index(socket.gethostname())
-    handle = os.memfd_create(path.name) if distributed.get_rank() == first else -1
+    handle = _held(path) if distributed.get_rank() == first else None
     try:
-        copied = _fill(handle, path) if handle >= 0 else None
-        yield _gathered(copied)[first]
+        held = _gathered(None if handle is None else f"/proc/{os.getpid()}/fd/{handle}")[first]
+        # Processes that do not see each other's in /proc each read the file.
+        seen = _gathered(held is not None and os.access(held, os.R_OK))
+        yield Path(held) if all(seen) else None
         distributed.barrier()  # all have opened it
     finally:
-        if handle >= 0:
+        if handle is not None:
             os.close(handle)
 
 
-def _fill(handle: int, path: Path) -> Path | None:
-    """The name of the memory; None where the file cannot be read, which each rank then finds out by itself."""
+def _held(path: Path) -> int | None:
+    """Memory with the content of `path`; None where it cannot be had or read, which each rank finds out by itself."""
+    handle = None
     try:
+        handle = os.memfd_create(path.name)
         with path.open("rb") as source, os.fdopen(os.dup(handle), "wb") as target:
             shutil.copyfileobj(source, target, 1 << 24)
     except OSError:
+        if handle is not None:
+            os.close(handle)
         return None
-    return Path(f"/proc/{os.getpid()}/fd/{handle}")
+    return handle
 
 
 def _mapped(path: Path) -> Any:

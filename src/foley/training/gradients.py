@@ -51,9 +51,10 @@ class OnItsWay:
     """
 
     def __init__(self, value: Tensor) -> None:
-        self._host = value.detach().to("cpu", non_blocking=True)  # into pinned memory, where it comes from a GPU
+        # Into pinned memory; other devices than CUDA have no event here by which to know that it has arrived.
+        self._host = value.detach().to("cpu", non_blocking=value.is_cuda)
         self._arrived = None
-        if value.device.type == "cuda":
+        if value.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(value.device))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -100,8 +101,20 @@ def reapply_options(configured: Any, trainer: pl.Trainer) -> None:
         for group, options in zip(optimizer.param_groups, new.param_groups, strict=True):
             scheduled = "initial_lr" in options  # then the rate is the schedule's, below
             group.update({key: options[key] for key in options if key != "params" and not (scheduled and key == "lr")})
+            _place_steps(optimizer, group)
     for config in trainer.lr_scheduler_configs:
         _reapply_rates(config.scheduler)
+
+
+def _place_steps(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Counts of steps to where the parameters are: a fused kernel takes their addresses for those of its device.
+
+    Optimizers that are not fused keep them on the CPU, and so do their checkpoints.
+    """
+    for parameter in group["params"] if group.get("fused") else ():
+        state = optimizer.state.get(parameter, {})
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
 def _reapply_rates(scheduler: Any) -> None:

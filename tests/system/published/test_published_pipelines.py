@@ -25,6 +25,8 @@ from foley.core.config import PROJECT_ROOT
 from foley.core.hub import Hub
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.pipeline_to_audio import PipelineToAudio, open_generator
+from foley.generation.prompts import as_clips
+from foley.generation.settings import GenerationSettings
 from foley.system.checkpoint import published_loader
 from foley.system.published import PublishedPipeline
 from foley.system.published.audio_pipelines import pipeline_folder
@@ -79,6 +81,18 @@ def test_half_precision_is_close_and_recorded(generator: PipelineToAudio) -> Non
     assert rounded.settings["precision"] == "bf16"
     assert rounded.audio.dtype == torch.float32
     assert 0 < (rounded.audio - exact.audio).norm() < 0.2 * exact.audio.norm()
+
+
+def test_clips_for_a_calibration_are_denoised_in_the_precision_of_others(generator: PipelineToAudio) -> None:
+    seen = []
+    hook = generator.audio.denoiser.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    generator.optimise("bf16")
+    try:
+        generator.denoise_clips(as_clips(["rain"], [3]), GenerationSettings(duration_seconds=0.1, **QUICK))
+    finally:
+        generator.optimise()
+        hook.remove()
+    assert set(seen) == {True}
 
 
 @pytest.mark.parametrize("negative", ["", "thunder"])
