@@ -85,6 +85,7 @@ def on_the_cpu(cfg: DictConfig, folder: Path) -> DictConfig:
         checkpoint, cost = cfg.callbacks.checkpoint, None
         if "teacher" in cfg.task:
             cfg.system = str(folder / "teacher")
+            torch.manual_seed(0)  # the same teacher for every run
             save_system(build_system(CONFIGS), folder / "teacher")
         cfg = stand_ins(cfg)
         cfg.callbacks.update({"checkpoint": checkpoint, "cost": cost})
