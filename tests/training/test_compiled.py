@@ -39,19 +39,22 @@ def test_a_compiled_run_is_the_run(recipe: str, overrides: list[str], tmp_path: 
         torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-4)
 
 
-def test_a_forward_pass_is_one_graph_at_every_step() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_forward_pass_is_one_graph_at_every_step(autocast: bool) -> None:
     torch._dynamo.reset()
     counter, module = CompileCounter(), build_module(compile="eager")
     module.denoiser, module._backend = build_component(CONFIGS["denoiser"]), counter
-    network = module.network(module.denoiser)
     for timestep in (3, 999):
         inputs = torch.randn(2, 4, 12), torch.full((2,), timestep), torch.randn(2, 5, 16)
         hidden = torch.rand(2, 12) < 0.5
         masks = {"context_mask": torch.arange(5).expand(2, 5) < 3, "visible": inputs[0], "hidden_mask": hidden}
-        expected = module.denoiser(*inputs, **masks)  # which also makes the rotary table that all steps share
-        torch.testing.assert_close(network(*inputs, **masks), expected)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = module.network(module.denoiser)(*inputs, **masks)
+            torch.testing.assert_close(result, module.denoiser(*inputs, **masks))
+        result.square().mean().backward()
     assert counter.frame_count == 1
-    assert module.network(module.denoiser) is network
+    assert all(parameter.grad is not None for parameter in module.denoiser.parameters())
+    assert module.network(module.denoiser) is module.network(module.denoiser)
     assert not any("_orig_mod" in name for name in module.state_dict())
 
 

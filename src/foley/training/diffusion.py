@@ -11,6 +11,7 @@ everything hidden (fine-tuning).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytorch_lightning as pl
@@ -152,6 +153,7 @@ class LatentTraining(FoleyModule):
             if getattr(module, "gradient_checkpointing", False):  # DDP cannot split such a graph by its buckets
                 torch._dynamo.config.optimize_ddp = False
             self._compiled[module] = torch.compile(module, fullgraph=True, backend=self._backend)
+            return partial(_after_a_first_use, module, self._compiled[module])
         return self._compiled[module]
 
     def generators(self, *parts: int | str) -> tuple[torch.Generator, torch.Generator]:
@@ -180,6 +182,18 @@ class LatentTraining(FoleyModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.make_lr_schedule(optimizer), "interval": "step"},
         }
+
+
+def _after_a_first_use(module: nn.Module, compiled: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """What `compiled` gives, once `module` has run as it is.
+
+    What a module makes at its first use, as the rotary table, would be traced with it, and all be compiled again
+    without it at the second.
+    """
+    with torch.no_grad():
+        module(*args, **kwargs)
+    torch.clear_autocast_cache()  # what that has cast knows no gradients
+    return compiled(*args, **kwargs)
 
 
 class DiffusionTraining(LatentTraining):
