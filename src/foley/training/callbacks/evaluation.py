@@ -73,7 +73,7 @@ class SampleScores(AudioSamples):
             return
         if trainer.world_size > 1:
             share = self.clips[trainer.global_rank :: trainer.world_size]
-            for part in self.parts:
+            for part in self.parts if share else ():
                 extract_files(share, part, read_channels, self.cache_dir, max_faulty_share=1.0)
             trainer.strategy.barrier("features of the reference")
         if trainer.is_global_zero:
