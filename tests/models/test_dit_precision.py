@@ -17,6 +17,7 @@ from foley.nn.attention import dense_core, key_mask
 from foley.nn.norm import LayerNorm, RMSNorm
 
 CHANNELS, FRAMES, TOKENS, CONTEXT_DIM, WIDTH = 4, 20, 5, 6, 32
+SLOW = [pytest.mark.slow]
 VARIANTS = {
     "sola": {"modulation": AdaLNSola(rank=2, alpha=2)},
     "single": {"modulation": AdaLNSingle()},
@@ -177,8 +178,15 @@ def test_a_mask_that_leaves_nothing_out_is_none_and_any_other_is_aligned_and_as_
     assert torch.equal(added, boolean)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("variant", "checkpointing"),
+    [
+        # Tracing takes seconds: the published one always, all others among the slow tests.
+        pytest.param(variant, again, marks=[] if (variant, again) in {("sola", False), ("full", True)} else SLOW)
+        for variant in VARIANTS
+        for again in (False, True)
+    ],
+)
 def test_the_whole_forward_is_one_graph(variant, checkpointing):
     model, inputs = make_model(variant, gradient_checkpointing=checkpointing), make_inputs()
     expected = model(**inputs)

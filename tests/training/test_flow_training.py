@@ -43,7 +43,7 @@ def loss(denoiser: nn.Module, purpose: object, frames: int) -> Tensor:
     clean = MEAN + STD * torch.randn(3, 1, frames, generator=torch_generator("clean", purpose))
     noise = torch.randn(clean.shape, generator=torch_generator("noise", purpose))
     everything = torch.ones(3, frames, dtype=torch.bool)
-    error, counted = module._errors(clean, noise, TIMES, [""] * 3, everything, None)
+    error, counted = module._errors(clean, noise, TIMES, None, everything, None)
     return error / counted
 
 

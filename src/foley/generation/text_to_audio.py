@@ -1,7 +1,7 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import inf
@@ -145,8 +145,8 @@ class TextToAudio:
         if compiled:
             compile_blocks(self.denoiser)
             self._pad_text()
-        graphs = {"cuda_graphs": True} if self._cuda_graphs else {}
-        self.inference |= {"precision": precision, "compile": compiled, **graphs}
+        self.inference |= {"precision": precision, "compile": compiled}
+        self.inference |= {"cuda_graphs": True} if self._cuda_graphs else {}
 
     def _require_exact(self, purpose: str) -> None:
         """Rounding weights loses what they were; their hash is that of the exact ones all the same."""
@@ -312,7 +312,7 @@ class TextToAudio:
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         rows = []
         for latent in self._latents(clips, settings, (guidance, solver), canvas, meter, timings):
-            with self._timed(timings, "decode_seconds"):
+            with timings.measured("decode_seconds", self.device):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
                 rows.append(canvas.finish(audio.cpu()))  # [B, 1, T], [B]
         chosen = settings.describe(guidance, solver.name, solver.num_steps)
@@ -357,13 +357,13 @@ class TextToAudio:
             start=canvas.start,
             windows=settings.windows(canvas.num_frames, self.frames_per_second),
         )
-        with self._timed(timings, "text_seconds"):
+        with timings.measured("text_seconds", self.device):
             negative = embed(self._encode_text, [settings.negative_prompt]) if guidance.needs_negative else None
         for first in range(0, len(clips), settings.batch_size):
             batch = clips[first : first + settings.batch_size]
-            with self._timed(timings, "text_seconds"):
+            with timings.measured("text_seconds", self.device):
                 positive = embed(self._encode_text, [clip.prompt for clip in batch])
-            with self._timed(timings, "denoise_seconds"):
+            with timings.measured("denoise_seconds", self.device):
                 seeds, recorder = [clip.seed for clip in batch], CudaRecorder() if self._cuda_graphs else None
                 latent = denoise(positive=positive, negative=negative, seeds=seeds, recorder=recorder)  # [B, C, L]
             self._warn_of_blow_up(latent, solver, guidance.scale)
@@ -449,7 +449,7 @@ class TextToAudio:
 
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
         """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]`."""
-        with self._timed(timings, "encode_seconds"):
+        with timings.measured("encode_seconds", self.device):
             latent: Tensor = self.normaliser.normalise(self.codec.encode(samples[None, None].to(self.device)))
             return latent
 
@@ -459,9 +459,8 @@ class TextToAudio:
         if positions is None or num_frames <= positions.max_length or settings.window_seconds is not None:
             return settings
         seconds = positions.max_length / self.frames_per_second
-        _log.info(
-            "%d frames exceed the %d learned positions: windows of %g s", num_frames, positions.max_length, seconds
-        )
+        learned = positions.max_length
+        _log.info("%d frames exceed the %d learned positions: windows of %g s", num_frames, learned, seconds)
         return replace(settings, window_seconds=seconds)
 
     def _check_duration(self, name: str, seconds: float) -> None:
@@ -494,9 +493,6 @@ class TextToAudio:
                 "than %d steps, another solver, or a lower guidance scale than %g",
                 *(solver.name, count, len(latent), float(spread.max()), solver.num_steps, scale),
             )
-
-    def _timed(self, timings: Timings, field: str) -> AbstractContextManager[None]:
-        return timings.measured(field, self.device)
 
 
 def _crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
