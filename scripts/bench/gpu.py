@@ -7,7 +7,6 @@ keeps what it has.
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from foley.accel.precision import compile_blocks, set_precision
 from foley.cli.command import command
-from foley.core.devices import resolve_device
+from foley.core.devices import float32_products, resolve_device
 from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.diffusion.guidance import ClassifierFreeGuidance
@@ -37,19 +36,6 @@ from foley.training.callbacks.cost import StepFlops, peak_flops
 Row = dict[str, Any]
 log = get_logger(__name__)
 PROMPT = "a dog barks while rain falls on a tin roof"
-
-
-@contextmanager
-def float32_products(tf32: bool) -> Iterator[None]:
-    """Matrix products and convolutions of float32 in TF32, or exact."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 PRECISIONS: Mapping[str, tuple[torch.dtype, bool]] = {

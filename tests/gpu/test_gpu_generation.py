@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import compose_command
-from gpu_parts import DEVICE, FULL, ON_CUDA, float32_products, random_weights, relative_difference
+from gpu_parts import DEVICE, FULL, ON_CUDA, random_weights, relative_difference
 from hydra.utils import instantiate
 from small_system import CONFIGS, STEPS
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from foley.accel import Fora
+from foley.core.devices import float32_products
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import generate_latents
@@ -73,7 +74,7 @@ def generated(denoiser: nn.Module, solver: str, device: torch.device) -> Tensor:
 def test_a_seed_means_the_same_and_nothing_waits(denoiser: nn.Module, solver: str, record_property) -> None:
     """Each solver generates on the device what it does on a CPU, and no evaluation waits for the device."""
     expected = generated(denoiser, solver, torch.device("cpu"))
-    with float32_products("highest"):
+    with float32_products(tf32=False):
         result = generated(denoiser.to(DEVICE), solver, DEVICE)
     difference = relative_difference(result, expected)
     record_property("difference", f"{difference:.1e}")
@@ -111,7 +112,7 @@ def test_the_whole_denoiser_compiles_to_one_graph(denoiser: nn.Module, hoisted: 
     differences = []
     for timestep in timesteps:
         inputs = noisy, timestep.expand(2), *(() if hoisted else given)
-        with torch.no_grad(), float32_products("highest"):
+        with torch.no_grad(), float32_products(tf32=False):
             differences.append(relative_difference(compiled(*inputs, **run), denoiser(*inputs, **run)))
     record_property("difference", f"{max(differences):.1e}")
     assert max(differences) < 1e-4
@@ -171,7 +172,7 @@ def test_codecs_agree_with_the_cpu(name: str, record_property) -> None:
         expected = latent, codec.decode(latent)
         codec = codec.to(DEVICE)
         for precision, label in (("highest", "float32"), ("high", "TF32")):
-            with float32_products(precision):
+            with float32_products(tf32=precision == "high"):
                 result = codec.encode(audio.to(DEVICE)), codec.decode(latent.to(DEVICE))
             differences[label] = max(map(relative_difference, result, expected))
             record_property(label, f"{differences[label]:.1e}")

@@ -6,8 +6,7 @@ has. They are small unless `FOLEY_TEST_SIZE=full` asks for the published sizes, 
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +97,3 @@ def relative_difference(result: Tensor, expected: Tensor) -> float:
     """The norm of the difference over the norm of what is expected; both on whatever device."""
     expected = expected.float().cpu()
     return float((result.float().cpu() - expected).norm() / expected.norm())
-
-
-@contextmanager
-def float32_products(precision: str) -> Iterator[None]:
-    """Matrix products and convolutions of float32 in TF32 ("high"), or exact ("highest")."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cudnn.allow_tf32 = precision == "high"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]

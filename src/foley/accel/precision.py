@@ -1,12 +1,13 @@
 """Makes a denoiser cheaper to run without changing what it is: half precision, compiled blocks."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from foley.core.devices import float32_products, has_bf16
 from foley.core.hashing import adopt_hash, hash_module
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,8 +22,7 @@ def choose_precision(precision: str, device: torch.device) -> str:
     'float32'
     """
     if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16" if fast else "float32"
+        return "bf16" if has_bf16(device) else "float32"
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of auto, {', '.join(PRECISIONS)}, got {precision!r}")
     return precision
@@ -36,18 +36,10 @@ def computing_in(precision: str, device: torch.device, autocast: bool = False) -
     `autocast`, weights held in float32 are multiplied in half precision too; without, they are what `set_precision`
     made them.
     """
-    exact, on_cuda = precision == "float32", device.type == "cuda"
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    if on_cuda:
-        torch.set_float32_matmul_precision("highest" if exact else "high")
-        torch.backends.cudnn.allow_tf32 = not exact
-    try:
-        with torch.autocast(device.type, PRECISIONS[precision], enabled=autocast and not exact):
-            yield
-    finally:
-        if on_cuda:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+    exact = precision == "float32"
+    products = float32_products(tf32=not exact) if device.type == "cuda" else nullcontext()
+    with products, torch.autocast(device.type, PRECISIONS[precision], enabled=autocast and not exact):
+        yield
 
 
 def set_precision(denoiser: nn.Module, precision: str) -> None:

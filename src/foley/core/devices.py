@@ -1,6 +1,8 @@
-"""Devices by name: which of them there are, and how to wait for one."""
+"""Devices by name: which of them there are, what they compute in, and how to wait for one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -46,6 +48,24 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` is a GPU that computes in bfloat16 itself."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Products of float32 in TF32, or exact: those of matrices, and of convolutions, which PyTorch rounds on CUDA."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def synchronise(device: torch.device) -> None:

@@ -6,7 +6,6 @@ whatever stops an encoding, the same command goes on with the clips that no fini
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from foley.core.channels import lossy_mixes
+from foley.core.devices import float32_products, to_device
 from foley.core.hashing import hash_module
 from foley.core.locks import FolderInUseError
 from foley.core.logs import first_few, get_logger
@@ -304,7 +304,7 @@ class _Encoder:
     def encode(self, places: NDArray[np.int64], writer: LatentWriter, bar: "_Bar") -> None:
         """The clips at these places; while a GPU encodes a batch, the next is loaded and the one before is kept."""
         before: tuple[list[LoadedClip], Tensor] | None = None
-        with bar, _tf32(self._options.precision == "tf32"):
+        with bar, float32_products(self._options.precision == "tf32"):
             for batch in self._batches(self._usable(places, writer, bar)):
                 latents = self._latents([window for clip in batch for window in clip.windows])
                 if before:
@@ -366,14 +366,14 @@ class _Encoder:
         audio = torch.zeros(len(windows), 1, width, pin_memory=self._device.type == "cuda")
         for row, window in zip(audio, windows, strict=True):
             row[0, : len(window.audio)] = window.audio
-        return audio.to(self._device, non_blocking=True)
+        return to_device(audio, self._device)
 
     def _kept(self, posterior: Posterior, windows: Sequence[AudioItem]) -> Tensor:
         """What `store` says, float16 `[B, L, K, C]`."""
         mean, std = posterior.mean.float(), posterior.std.float()
         if self._options.store == "sample":
             noise = [torch.randn(mean.shape[1:], generator=torch_generator("latent", window.id)) for window in windows]
-            mean = mean + std * torch.stack(noise).to(self._device, non_blocking=True)
+            mean = mean + std * to_device(torch.stack(noise), self._device)
         parts = [mean, std] if self._options.store == "mean_std" else [mean]
         return torch.stack(parts, 1).permute(0, 3, 1, 2).to(torch.float16)
 
@@ -396,19 +396,6 @@ class _Encoder:
 
 def _count(clips: Sequence[LoadedClip]) -> int:
     return sum(len(clip.windows) for clip in clips)
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Of convolutions, which PyTorch rounds to it on CUDA unless told otherwise, and of matrix products."""
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
 
 
 class _Bar:

@@ -1,7 +1,7 @@
 """A frozen T5 encoder, and noise that stands where its weights are not at hand."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foley.core.devices import to_device
+from foley.core.devices import float32_products, has_bf16, to_device
 from foley.core.hub import load_pretrained
 from foley.core.logs import get_logger
 from foley.core.seeding import torch_generator
@@ -169,20 +169,12 @@ class FrozenT5Conditioner(TextConditioner):
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """What a frozen encoder computes in unless told: bfloat16 on a GPU that computes in it, float32 elsewhere."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if has_bf16(device) else torch.float32
 
 
-@contextmanager
-def _products(computes_in: str) -> Iterator[None]:
+def _products(computes_in: str) -> AbstractContextManager[None]:
     """Matrix products of float32 in TF32, or exact, whatever the run around this has chosen."""
-    before = torch.get_float32_matmul_precision()
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high" if computes_in == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return float32_products(computes_in == "tf32") if torch.cuda.is_available() else nullcontext()
 
 
 def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", encoder: "PreTrainedModel", name_or_path: str) -> None:
