@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
@@ -30,11 +29,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from foley.core.columns import Columns, Texts
 from foley.core.devices import to_device
-from foley.core.files import replacing
+from foley.core.files import atomic_write
 from foley.core.hashing import hash_tensors
 from foley.core.logs import get_logger
 from foley.core.numbers import NumberRange
-from foley.core.ranges import Range, RangeReader, TensorHeader, filesystem_of, local_copy
+from foley.core.ranges import Range, RangeReader, TensorHeader, filesystem_of, local_copy, publish
 from foley.core.reading import DamagedFileError, parse_json, reading
 
 _log = get_logger(__name__)
@@ -400,9 +399,8 @@ def _plain(encoder: Any) -> str:
 
 def _write(url: str, name: str, content: bytes) -> None:
     """Write a file of a folder at any URL, whole or not at all."""
-    filesystem, root = filesystem_of(url, os.getpid())
-    if isinstance(filesystem, LocalFileSystem):
-        with replacing(Path(root) / name) as temporary:
-            temporary.write_bytes(content)
-    else:
-        filesystem.pipe_file(f"{root}/{name}", content)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    publish(url, name, lambda path: atomic_write(path, write))

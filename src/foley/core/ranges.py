@@ -7,10 +7,11 @@ away. Here a read asks for its bytes alone.
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
@@ -119,6 +120,22 @@ def filesystem_of(url: str, process: int) -> tuple[Any, str]:
     """
     filesystem, root = fsspec.core.url_to_fs(url)
     return filesystem, root
+
+
+def publish(url: str, name: str, write: Callable[[Path], object]) -> None:
+    """Make a file of the folder at `url`, which is made where it is absent; whole or not at all.
+
+    Args:
+        write: makes the file at a path, and there too whole or not at all, as `foley.core.files` does.
+    """
+    filesystem, root = filesystem_of(url, os.getpid())
+    if isinstance(filesystem, LocalFileSystem):
+        write(Path(root) / name)
+        return
+    with TemporaryDirectory() as folder:
+        write(Path(folder) / name)
+        filesystem.makedirs(root, exist_ok=True)
+        filesystem.put_file(f"{folder}/{name}", f"{root}/{name}")  # object stores show whole objects only
 
 
 @dataclass(frozen=True)

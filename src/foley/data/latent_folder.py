@@ -29,7 +29,7 @@ from torch import Tensor
 
 from foley.core.files import json_lines, write_json
 from foley.core.locks import only_writer
-from foley.core.ranges import RangeReader, TensorHeader, filesystem_of
+from foley.core.ranges import RangeReader, TensorHeader, filesystem_of, publish
 from foley.core.reading import parse_json, reading
 from foley.core.seeding import derive_seed
 from foley.data.latent_format import (
@@ -107,7 +107,7 @@ class LatentFolder:
                 f"{self.url} holds latents, but no {REQUEST_FILE} that says how they were encoded; choose another "
                 "output_dir, or give overwrite=true to remove them"
             )
-        self._publish(REQUEST_FILE, lambda path: write_json(path, dict(request)))
+        publish(self.url, REQUEST_FILE, lambda path: write_json(path, dict(request)))
 
     @property
     def is_merged(self) -> bool:
@@ -170,7 +170,7 @@ class LatentFolder:
             rows = _first_rows(keys, wanted)
             kept = [_rows_of(self.url, *pair) for pair in zip(finished, rows, strict=True)]
             statistics = _statistics(kept)
-            self._publish(LEFT_OUT_FILE, lambda path: _write_left_out(path, left_out))
+            publish(self.url, LEFT_OUT_FILE, lambda path: _write_left_out(path, left_out))
             self._publish_index(kept, statistics, len(left_out))
             self._remove(self._names(_LEFT_OUT))
         return sum(len(part.keys) for part in kept), len(left_out)
@@ -182,24 +182,11 @@ class LatentFolder:
 
     def publish_shard(self, rank: int, number: int, write: Callable[[Path], object]) -> None:
         """A shard, whole or not at all."""
-        self._publish(f"latents-{rank:05d}-{number:05d}.safetensors", write)
+        publish(self.url, f"latents-{rank:05d}-{number:05d}.safetensors", write)
 
     def publish_left_out(self, rank: int, number: int, rows: Sequence[LeftOut]) -> None:
         """What a rank could not use since its last shard."""
-        self._publish(f"left_out-{rank:05d}-{number:05d}.jsonl", lambda path: _write_left_out(path, rows))
-
-    def _publish(self, name: str, write: Callable[[Path], object]) -> None:
-        if self._on_disk:
-            write(Path(self._root) / name)  # through a rename
-            return
-        with TemporaryDirectory() as folder:
-            write(Path(folder) / name)
-            self._put(folder, name)
-
-    def _put(self, folder: str, name: str) -> None:
-        """Object stores show whole objects only."""
-        self._filesystem.makedirs(self._root, exist_ok=True)
-        self._filesystem.put_file(f"{folder}/{name}", f"{self._root}/{name}")
+        publish(self.url, f"left_out-{rank:05d}-{number:05d}.jsonl", lambda path: _write_left_out(path, rows))
 
     def _publish_index(self, kept: Sequence["_Finished"], statistics: tuple[Tensor, Tensor], left_out: int) -> None:
         numbered = [
@@ -209,7 +196,7 @@ class LatentFolder:
         with nullcontext(self._root) if self._on_disk else TemporaryDirectory() as folder:
             write_index(Path(folder), *about)
             for name in () if self._on_disk else (CLIPS_FILE, INDEX_FILE):
-                self._put(folder, name)
+                publish(self.url, name, Path(folder, name).replace)
 
     def _require_same(self, request: Mapping[str, Any]) -> None:
         begun = parse_json(self._text(REQUEST_FILE), f"{self.url}/{REQUEST_FILE}", "the request of a latent cache")

@@ -24,6 +24,7 @@ from foley.core.files import atomic_write
 from foley.core.hashing import hash_file
 from foley.core.locks import only_writer
 from foley.core.logs import get_logger
+from foley.core.ranges import publish
 from foley.data.dataset import DataFaultError, most_faults
 from foley.data.manifest import ManifestEntry
 from foley.data.shards import (
@@ -107,17 +108,10 @@ class ShardWriter:
         file.unlink()
 
     def _publish(self, file: Path, name: str) -> None:
-        """On a disk through a rename; object stores show whole objects only."""
-        target = f"{self._root}/{name}"
-
         def copy(temporary: Path) -> None:
             shutil.copyfile(file, temporary)
 
-        if isinstance(self._filesystem, LocalFileSystem):
-            atomic_write(Path(target), copy)
-        else:
-            self._filesystem.makedirs(self._root, exist_ok=True)
-            self._filesystem.put_file(str(file), target)
+        publish(self._url, name, lambda path: atomic_write(path, copy))
 
 
 def write_shards(
