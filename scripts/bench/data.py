@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 
 from foley.cli.command import command
 from foley.core.columns import TextLists, Texts
-from foley.core.files import drop_from_cache, read_tensors, write_json, write_tensors
+from foley.core.files import drop_from_cache, read_tensors, write_tensors
 from foley.data.latent_format import LatentClips, LatentLayout, write_index, write_shard
 from foley.data.latents import LatentCacheIndex, LatentReader
-from foley.reporting.pages import write_page
+from foley.reporting.pages import write_results
 from foley.reporting.tables import provenance
 
 MAPPED, RANGES, BATCHES = "mapped", "ranges", "batches"
@@ -200,9 +200,7 @@ def main(cfg: DictConfig) -> None:
         "rounds": found,
         "provenance": provenance(),
     }
-    page = Path(cfg.page)
-    write_json(page.with_suffix("") / "latents.json", result)
-    write_page(page.parent / "templates" / page.name, page)
+    write_results(Path(cfg.page), latents=result)
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -53,7 +53,7 @@ from foley.generation.clip_folder import FOLDER_CLIPS, ClipFolder, launch_proces
 from foley.generation.prompts import Clip
 from foley.metrics.features import ClipFeatures
 from foley.metrics.scores import Comparison, Scores, frechet, inception, kad, kl
-from foley.reporting.pages import write_page
+from foley.reporting.pages import write_results
 from foley.reporting.scale import TrainingPlan, grows_too_fast, growth_exponent
 from foley.reporting.tables import provenance
 
@@ -498,20 +498,18 @@ def main(cfg: DictConfig) -> None:
     chosen = {name: row for name, row in ROWS.items() if cfg.only is None or any(part in name for part in cfg.only)}
     with TemporaryDirectory(dir=cfg.work_dir) as name:
         os.environ["FOLEY_CACHE"] = f"{name}/cache"
-        origin = provenance()  # before the page is written, which is a change of the commit
+        # The origin before the page is written, which is a change of the commit.
+        about = {"plan": on_paper(cfg.plan), "provenance": provenance()}
         for row_name, row in chosen.items():
-            keep(measure_row(row_name, row, cfg, Path(name)), origin, cfg)
+            keep({**measure_row(row_name, row, cfg, Path(name)), "rounds": cfg.rounds}, about, Path(cfg.page))
 
 
-def keep(row: dict[str, Any], origin: dict[str, str], cfg: DictConfig) -> None:
+def keep(row: dict[str, Any], about: dict[str, Any], page: Path) -> None:
     """Write the results and the page anew with this row; what others measured, or a run that broke off, stays."""
-    page = Path(cfg.page)
     file = page.with_suffix("") / "scale.json"
     known = {found["row"]: found for found in read_json(file, "the results")["rows"]} if file.is_file() else {}
-    known[row["row"]] = {**row, "rounds": cfg.rounds, "commit": origin["commit"]}
-    rows = [known[name] for name in ROWS if name in known]
-    write_json(file, {"rows": rows, "plan": on_paper(cfg.plan), "provenance": origin})
-    write_page(page.parent / "templates" / page.name, page)
+    known[row["row"]] = {**row, "commit": about["provenance"]["commit"]}
+    write_results(page, scale={"rows": [known[name] for name in ROWS if name in known], **about})
 
 
 if __name__ == "__main__":

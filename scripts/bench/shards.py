@@ -17,14 +17,14 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from foley.cli.command import command
-from foley.core.files import drop_from_cache, write_json
+from foley.core.files import drop_from_cache
 from foley.data.dataset import AudioCollate, AudioDataset, AudioSource
 from foley.data.manifest import ManifestEntry, read_manifest
 from foley.data.ordering import LengthBuckets, ResumableSampler, evenly_spaced, padding_fraction
 from foley.data.shards import ShardIndex, ShardSource
 from foley.data.shards_writer import write_shards
 from foley.data.splits import ClipSource
-from foley.reporting.pages import write_page
+from foley.reporting.pages import write_results
 from foley.reporting.tables import provenance
 
 FILES, SHARDS, ORIGINALS = "files", "shards", "originals"
@@ -126,9 +126,7 @@ def main(cfg: DictConfig) -> None:
             "padding": padding(seconds, cfg),
             "provenance": provenance(),
         }
-    page = Path(cfg.page)
-    write_json(page.with_suffix("") / "shards.json", result)
-    write_page(page.parent / "templates" / page.name, page)
+    write_results(Path(cfg.page), shards=result)
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from foley.core.files import write_text
+from foley.core.files import write_json, write_text
 from foley.core.reading import read_json
 from foley.reporting.plots import plot_rows
 from foley.reporting.tables import Row, format_rows
@@ -91,3 +91,10 @@ def write_page(template: Path, page: Path, folder: Path | None = None, **facts: 
     tools = {name: getattr(results, name) for name in names}
     text = environment.get_template(template.name).render(**tools, **facts)
     write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines
+
+
+def write_results(page: Path, **results: Any) -> None:
+    """Write what benchmarks found, by the names of the JSON files beside `page`, and by its template the page."""
+    for name, result in results.items():
+        write_json(page.with_suffix("") / f"{name}.json", result)
+    write_page(page.parent / "templates" / page.name, page)
