@@ -12,6 +12,7 @@ from training_parts import metrics, run
 from foley.core.components import CheckpointError
 from foley.system.checkpoint import read_training_checkpoint
 from foley.training import checkpoint_io
+from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.checkpoint_io import AtomicCheckpointIO, Snapshot, point_to, stand_for
 
 
@@ -92,8 +93,15 @@ def test_a_twin_outlives_the_checkpoint_that_it_stands_for(tmp_path: Path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["best.ckpt"]
 
 
-def test_the_best_is_the_periodic_checkpoint_of_its_step_and_can_be_gone_on_from(tmp_path: Path) -> None:
+def test_the_best_is_the_periodic_checkpoint_of_its_step_and_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(
+        AppendingCSVLogger, "after_save_checkpoint", lambda self, callback: told.append(callback.best_model_path)
+    )
     run(tmp_path / "whole", 14, every=7)  # validated every 7 steps too
+    assert str(tmp_path / "whole/checkpoints/best.ckpt") in told  # which W&B uploads
     best = tmp_path / "whole/checkpoints/best.ckpt"
     step = read_training_checkpoint(best)["global_step"]
     assert best.samefile(best.with_name(f"step_{step:06d}.ckpt"))

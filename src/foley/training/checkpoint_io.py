@@ -46,8 +46,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save; raises as `wait` does what an earlier save has met."""
         self.wait()  # there is one snapshot
         self.later(partial(_write, self._snapshot.of(checkpoint), Path(path)))
-        if not self.background:
-            self.wait()
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove, once what was saved before is on disk."""
@@ -62,11 +60,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         self.wait()
         with _once_a_node(Path(path)) as copied:
-            return read_training_checkpoint(Path(path), lambda own: _mapped(copied) if copied else read_pickle(own))
+            return read_training_checkpoint(Path(path), lambda own: read_pickle(copied or own, mmap=bool(copied)))
 
     def later(self, work: Callable[[], object]) -> None:
         """Do `work` after all that was asked for before; not at all where that has failed."""
         self._last = self._thread.submit(_after, self._last, work)
+        if not self.background:
+            self.wait()
 
     def wait(self) -> None:
         """Until all is on disk; raises CheckpointError where the disk has refused, with the old files intact."""
@@ -143,15 +143,7 @@ def _write(checkpoint: Any, target: Path) -> None:
 
 def point_to(link: Path, target: Path) -> None:
     """Let `link` become the file `target` beside it, at once: by a symbolic link, or a copy where there are none."""
-    temporary = link.with_name(f".{link.name}.link")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.symlink(target.name, temporary)
-    except (OSError, NotImplementedError):  # exFAT, some network file systems, Windows without the right
-        with replacing(link) as copied:
-            shutil.copyfile(target, copied)
-    else:
-        temporary.replace(link)
+    _name_too(link, target, lambda temporary: os.symlink(target.name, temporary))
 
 
 def stand_for(twin: Path, target: Path) -> None:
@@ -160,15 +152,19 @@ def stand_for(twin: Path, target: Path) -> None:
     A hard link, which costs no room and outlives `target`; a copy where there are none, which the file system may
     share (copy on write).
     """
-    temporary = twin.with_name(f".{twin.name}.link")
+    _name_too(twin, target, lambda temporary: os.link(target, temporary))
+
+
+def _name_too(name: Path, target: Path, link: Callable[[Path], None]) -> None:
+    temporary = name.with_name(f".{name.name}.link")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(target, temporary)
-    except (OSError, NotImplementedError):
-        with replacing(twin) as copied:
+        link(temporary)
+    except (OSError, NotImplementedError):  # exFAT, some network file systems, Windows without the right
+        with replacing(name) as copied:
             shutil.copyfile(target, copied)
     else:
-        temporary.replace(twin)
+        temporary.replace(name)
 
 
 @contextmanager
@@ -207,10 +203,6 @@ def _held(path: Path) -> int | None:
             os.close(handle)
         return None
     return handle
-
-
-def _mapped(path: Path) -> Any:
-    return read_pickle(path, mmap=True)
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ import threading
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from weakref import proxy
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -206,4 +207,6 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             _io_of(trainer).later(partial(stand_for, Path(filepath), saved.file))
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(proxy(self))  # as the parent tells them
         trainer.strategy.barrier()
