@@ -1,13 +1,16 @@
 """Tables of others: each of the inputs that once failed is read, or refused with its file and line."""
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from foley.data import tables
+from foley.data import manifest, tables
 from foley.data.manifest import ManifestError, ManifestOptions, build_entries, read_manifest
 from foley.data.splits import clip_splits
 from foley.data.tables import TableError, captions_in, csv_rows, table_rows
@@ -166,3 +169,66 @@ def test_rows_that_differ_in_the_caption_alone_are_one_clip(write):
     path.write_text(path.read_text() + "\n" + json.dumps(rows[0] | {"caption": "x", "split": "val"}))
     with pytest.raises(ManifestError, match=r"line 3: duplicate id 'a\.wav', first used on line 1"):
         read_manifest(path)
+
+
+TEXTS = [
+    "a.wav",
+    " b.wav ",
+    "c/../d.wav",
+    "/e.wav",
+    "f\\g.wav",
+    "",
+    " ",
+    "rain",
+    "training",
+    "x:y",
+    "..",
+    "\0",
+    "\ud800",
+    "é",
+]
+NUMBERS = [None, 3, 2**64, True, 2.5, -1.0, 1e300, math.inf, math.nan, "2.5"]
+CELLS = st.sampled_from([*TEXTS, *NUMBERS, ["rain", "a shower"], ["rain"], [], {"path": 1}])
+NAMES = st.sampled_from(["path", "file", "caption", "captions", "id", "duration_seconds", "split", "label", "other"])
+RIGHT = st.just({"path": "a.wav", "caption": "rain"})
+ROWS = st.lists(st.one_of(RIGHT, st.dictionaries(NAMES, CELLS, max_size=5)), min_size=1, max_size=4)
+
+
+@given(rows=ROWS, named=st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_rows_taken_at_once_are_those_taken_one_by_one(rows, named, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = ManifestOptions(id_column="id", split_column="split") if named else ManifestOptions()
+
+    def outcome() -> tuple[list, str]:
+        try:
+            return list(build_entries(options.rows(path), path, tmp_path, options)), ""
+        except ManifestError as error:
+            return [], str(error)
+
+    at_once = outcome()
+    with monkeypatch.context() as one_by_one:
+        one_by_one.setattr(manifest, "_plain_columns", lambda rows, options: None)
+        one_by_one.setattr(tables, "_plain_rows", lambda lines: [])
+        assert outcome() == at_once
+
+
+@given(lines=st.lists(st.text('{}[]":,\\ \t1a.eé', max_size=12), min_size=1, max_size=4))
+@settings(deadline=None)
+def test_lines_parsed_at_once_are_those_parsed_one_by_one(lines):
+    rows = tables._plain_rows([f"{line}\n" for line in lines])
+    assert not rows or [*enumerate(rows, 1)] == list(tables._checked_lines(1, lines))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [['{"a": 1, "a": 2}'], ['{"a" :1,"a":2}'], ['{"a":1},{"b":2', '"c":3}'], ['{"a":1', '"b":2}']],
+)
+def test_lines_of_which_one_is_wrong_are_not_parsed_at_once(lines):
+    assert tables._plain_rows(lines) == []
+
+
+def test_plain_lines_are_parsed_at_once():
+    row = {"path": "a.wav", "caption": "rain", "duration_seconds": 2.5, "captions": ["a", "b"]}
+    assert tables._plain_rows([json.dumps(row)]) == [row]

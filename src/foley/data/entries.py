@@ -5,7 +5,7 @@ references. Here they are a few arrays, mapped into memory where `foley.data.man
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from operator import attrgetter
@@ -20,7 +20,7 @@ from foley.core.columns import Column, Columns, TextLists, Texts
 SPLIT_NAMES = ("train", "val", "test")
 _NAMES = ("", *SPLIT_NAMES)
 _CODES = {name: code for code, name in enumerate(_NAMES)}
-_CHUNK_ROWS = 1 << 16
+_CHUNK_ROWS = 1 << 10
 
 Fields = tuple[str, str, str, float | None, str, str, str, str, str, int, tuple[str, ...]]
 """Of a `ManifestEntry`, in order, with the path as its manifest has it."""
@@ -183,22 +183,29 @@ def split_code(name: str) -> int:
     return _CODES[name]
 
 
-def columns_of(
-    rows: Iterable[Fields], note: Callable[[Mapping[str, Sequence[Any]]], None] = lambda columns: None
-) -> dict[str, Column]:
-    """The columns of `rows`, which are read once and kept as arrays, chunk by chunk.
+def columns_of(rows: Iterable[Fields]) -> dict[str, Column]:
+    """The columns of `rows`, which are read once and kept as arrays, chunk by chunk."""
+    return joined_columns(map(transposed, chunked(rows)))
 
-    Args:
-        note: called with the columns of each chunk.
-    """
-    remaining, chunks = iter(rows), []
-    while chunk := list(islice(remaining, _CHUNK_ROWS)):
-        columns = dict(zip(_NAMES_OF_FIELDS, zip(*chunk, strict=True), strict=True))
-        note(columns)
-        chunks.append({name: _column(name, values) for name, values in columns.items()})
-    if not chunks:
-        return {name: _column(name, ()) for name in _NAMES_OF_FIELDS}
-    return {name: _joined([chunk.pop(name) for chunk in chunks]) for name in _NAMES_OF_FIELDS}  # never all twice
+
+def chunked(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    """Lists of `rows`, of a size that columns are made of at once."""
+    remaining = iter(rows)
+    return iter(lambda: list(islice(remaining, _CHUNK_ROWS)), [])
+
+
+def transposed(rows: Sequence[Fields]) -> dict[str, Sequence[Any]]:
+    """By the name of a field, those of all `rows`."""
+    values = zip(*rows, strict=True) if rows else [()] * len(_NAMES_OF_FIELDS)
+    return dict(zip(_NAMES_OF_FIELDS, values, strict=True))
+
+
+def joined_columns(chunks: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, Column]:
+    """One table of chunks, each as `transposed` gives them; each is kept as arrays before the next is asked for."""
+    parts = [{name: _column(name, chunk[name]) for name in _NAMES_OF_FIELDS} for chunk in chunks]
+    if not parts:
+        return joined_columns([transposed(())])
+    return {name: _joined([part.pop(name) for part in parts]) for name in _NAMES_OF_FIELDS}  # never all twice
 
 
 def _column(name: str, values: Sequence[Any]) -> Column:

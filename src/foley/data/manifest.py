@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from operator import methodcaller
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foley.data.entries import SPLIT_NAMES, Entries, Fields, ManifestEntry, columns_of
+from foley.data.entries import SPLIT_NAMES, Entries, Fields, ManifestEntry, chunked, joined_columns, transposed
 from foley.data.remembered import file_key, memory_file, remembered_columns
 from foley.data.tables import Row, TableError, captions_in, refuse_lines, table_rows, text_in
 
@@ -81,10 +82,11 @@ class ManifestOptions:
         """The rows of the manifest at `path` under our names of columns; raises ManifestError as `table_rows` does."""
         renamed = lru_cache(maxsize=64)(self._renamed)  # all rows of a table have the same names, or nearly
         for line, row in table_rows(path, self._header, hint=_HINT):
-            yield line, row if isinstance(row, str) else {name: row[at] for name, at in renamed(*row)}
+            names = None if isinstance(row, str) else renamed(*row)
+            yield line, {name: row[at] for name, at in names} if names else row
 
-    def _renamed(self, *given: str) -> list[tuple[str, str]]:
-        """`path`, `id`, `split`, `duration_seconds` and all else of a row, each with what is its name among `given`."""
+    def _renamed(self, *given: str) -> list[tuple[str, str]] | None:
+        """Our names of a row's columns, each with what is its name among `given`; None where all of them are ours."""
         names = {
             "path": (self.path_column,) if self.path_column else _PATHS,
             "id": (self.id_column or "id",),
@@ -92,6 +94,8 @@ class ManifestOptions:
             "duration_seconds": ("duration_seconds", "seconds"),
         }
         found = {name: next((at for at in choices if at in given), choices[0]) for name, choices in names.items()}
+        if all(name == at for name, at in found.items()):
+            return None
         rest = [(name, name) for name in given if name not in {*found, *found.values()}]
         return [*rest, *((name, at) for name, at in found.items() if at in given)]
 
@@ -145,18 +149,14 @@ def build_entries(rows: Iterable[Row], manifest: Path, root: Path, options: Mani
     # Of ids, and of all that rows of one clip share: together they would be as large as the table.
     hashes: list[NDArray[np.int64]] = [np.empty((0, 2), np.int64)]
 
-    def right_rows() -> Iterator[Fields]:
-        for line, row in rows:
-            try:
-                yield _fields(line, row, options)
-            except ValueError as error:
-                problems.append((line, str(error)))
+    def chunks() -> Iterator[Mapping[str, Sequence[Any]]]:
+        for chunk in chunked(rows):
+            columns = _plain_columns(chunk, options) or _columns_one_by_one(chunk, options, problems)
+            shared = zip(*(columns[name] for name in _SHARED), strict=True)
+            hashes.append(np.array([list(map(hash, columns["id"])), list(map(hash, shared))], np.int64).T)
+            yield columns
 
-    def note(columns: Mapping[str, Sequence[Any]]) -> None:
-        shared = zip(*(columns[name] for name in _SHARED), strict=True)
-        hashes.append(np.array([list(map(hash, columns["id"])), list(map(hash, shared))], np.int64).T)
-
-    table = columns_of(right_rows(), note)
+    table = joined_columns(chunks())
     ids, shared = np.concatenate(hashes).T
     entries = _joined(Entries(table, root), ids, shared, problems)
     if problems:
@@ -164,6 +164,99 @@ def build_entries(rows: Iterable[Row], manifest: Path, root: Path, options: Mani
     if not entries:
         raise ManifestError(f"{manifest} lists no clips")
     return entries
+
+
+def _columns_one_by_one(
+    rows: Sequence[Row], options: ManifestOptions, problems: list[tuple[int, str]]
+) -> dict[str, Sequence[Any]]:
+    """The fields of the right ones among `rows`; what is wrong with the others is added to `problems`."""
+    right = []
+    for line, row in rows:
+        try:
+            right.append(_fields(line, row, options))
+        except ValueError as error:
+            problems.append((line, str(error)))
+    return transposed(right)
+
+
+class _UnusualError(ValueError):
+    """Among cells is one that `_fields` must look at."""
+
+
+def _plain_columns(rows: Sequence[Row], options: ManifestOptions) -> dict[str, Sequence[Any]] | None:
+    """What `_columns_one_by_one` gives of `rows`, a column at a time; None where one may be wrong, or has two captions.
+
+    A call for each of ten cells makes reading two million rows a matter of minutes.
+    """
+    lines, given = zip(*rows, strict=True)
+    if set(map(type, given)) != {dict}:
+        return None
+
+    alike = len(set(map(tuple, given))) == 1  # the names of rows, in order
+    known = dict(zip(given[0], zip(*map(dict.values, given), strict=True), strict=True)) if alike else {}
+
+    def cells(name: str) -> Sequence[Any]:
+        return known.get(name, [None] * len(rows)) if alike else list(map(methodcaller("get", name), given))
+
+    try:
+        paths = _all_there(_texts(cells("path")))
+        _require_plain_paths(paths)
+        captions = [texts for name in options.caption_columns if any(texts := _texts(cells(name)))]
+        ids, splits = _texts(cells("id")), _texts(cells("split"))
+        return {
+            "line": lines,
+            "path": paths,
+            "caption": _all_there(captions[0] if len(captions) == 1 else []),
+            "other_captions": [()] * len(rows),
+            "id": _all_there(ids)
+            if options.id_column
+            else [name or path for name, path in zip(ids, paths, strict=True)],
+            "split": list(map(_split_names(splits).get, _all_there(splits) if options.split_column else splits)),
+            "duration_seconds": _all_seconds(cells("duration_seconds")),
+            **{name: _texts(cells(name)) for name in ("label", "speaker", "source", "license")},
+        }
+    except _UnusualError:
+        return None
+
+
+def _texts(cells: Sequence[Any]) -> list[str]:
+    if set(map(type, cells)) == {str}:
+        return list(map(str.strip, cells))
+    if set(map(type, cells)) - {str, type(None)}:
+        raise _UnusualError
+    return [cell.strip() if cell else "" for cell in cells]
+
+
+def _all_there(texts: list[str]) -> list[str]:
+    if not texts or "" in texts:
+        raise _UnusualError
+    return texts
+
+
+def _require_plain_paths(paths: Sequence[str]) -> None:
+    joined = "\n".join(["", *paths])
+    if any(mark in joined for mark in ("\n/", "..", "\\", ":", "\0")):
+        raise _UnusualError
+
+
+def _split_names(given: Iterable[str]) -> dict[str, str]:
+    try:
+        return {name: split_name(name) for name in set(given)}
+    except ValueError as error:
+        raise _UnusualError from error
+
+
+def _all_seconds(cells: Sequence[Any]) -> list[float | None]:
+    if set(map(type, cells)) - {int, float, str, type(None)}:
+        raise _UnusualError
+    try:
+        seconds = [None if cell is None or cell == "" else float(cell) for cell in cells]
+    except (ValueError, OverflowError) as error:
+        raise _UnusualError from error
+    known = np.array(seconds, np.float64)  # None is NaN
+    if np.count_nonzero((known > 0) & (known < np.inf)) != len(seconds) - seconds.count(None):
+        raise _UnusualError
+    return seconds
 
 
 def _repeated(hashes: NDArray[np.int64]) -> NDArray[np.int64]:
