@@ -1,5 +1,6 @@
 import pytest
 import torch
+from pretend_device import PretendDevice
 
 from foley.core.seeding import torch_generator
 from foley.models.dit.masking import SpanMask
@@ -21,11 +22,32 @@ def test_ratios_fill_the_given_range():
     assert abs(float(ratios.mean()) - 0.625) < 0.02
 
 
-def test_hides_whole_spans():
-    hidden = draw(SpanMask(span_frames=10, ratio=(0.3, 0.3)), batch_size=64).int()
-    assert (hidden.sum(dim=1) == 30).all()
-    rising = (hidden.diff(dim=1) == 1).sum(dim=1) + hidden[:, 0]
-    assert (rising <= 4).all()
+def runs(mask: torch.Tensor) -> list[int]:
+    """Lengths of the runs of true and of false frames `[L]`."""
+    return torch.unique_consecutive(mask, return_counts=True)[1].tolist()
+
+
+@pytest.mark.parametrize(("num_frames", "ratio"), [(100, 0.3), (101, 0.5), (500, 0.25), (47, 0.5)])
+def test_no_run_is_shorter_than_a_span_at_the_ends_either(num_frames, ratio):
+    hidden = draw(SpanMask(span_frames=10, ratio=(ratio, ratio)), batch_size=64, num_frames=num_frames)
+    assert min(min(runs(row)) for row in hidden) >= 10
+    assert abs(float(hidden.float().mean()) - ratio) < 0.05
+
+
+def test_the_end_of_a_padded_clip_is_an_end():
+    valid = torch.arange(100) < torch.randint(20, 101, (256, 1), generator=torch_generator("lengths"))
+    hidden = SpanMask(span_frames=10, ratio=(0.3, 0.6))(256, 100, torch_generator("mask", 0), valid)
+    assert min(min(runs(row[real])) for row, real in zip(hidden, valid, strict=True)) >= 10
+    assert (hidden & valid).any(dim=1).all()
+
+
+def test_a_mask_beside_a_device_waits_for_nothing():
+    valid = torch.arange(100) < torch.tensor([[100], [55]])
+    expected = SpanMask()(2, 100, torch_generator("mask", 0), valid)
+    with PretendDevice() as device:
+        found = SpanMask()(2, 100, torch_generator("mask", 0), device.put(valid))
+        assert torch.equal(device.get(found), expected)
+    assert device.waits == []
 
 
 def test_every_frame_is_hidden_equally_often():

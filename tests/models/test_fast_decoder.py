@@ -9,10 +9,12 @@ from foley.models.codec.waveform_vae import WaveformVAE
 SIZES = [
     {"channels": 4, "multipliers": (1, 2, 2), "strides": (10, 6, 4), "num_units": (0, 1, 2)},
     {"channels": 16, "multipliers": (1, 2, 4, 8), "strides": (2, 4, 6, 10), "num_units": (3, 3, 3, 3)},
+    {"channels": 4, "multipliers": (1, 2, 2, 2), "strides": (8, 5, 4, 2), "num_units": (1, 1, 1, 0)},  # as EnCodec's
+    {"channels": 4, "multipliers": (1, 2), "strides": (3, 7), "num_units": (1, 1)},
 ]
 
 
-@pytest.fixture(params=SIZES, ids=["few_units", "published_layers"])
+@pytest.fixture(params=SIZES, ids=["few_units", "published_layers", "encodec", "odd"])
 def codec(request: pytest.FixtureRequest) -> WaveformVAE:
     torch.manual_seed(0)
     codec = WaveformVAE(latent_channels=6, **request.param).eval()

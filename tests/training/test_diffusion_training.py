@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,22 +55,32 @@ def errors(mask_padding: bool, hidden: torch.Tensor | None):
     clean = batch_of(2)["latent"]
     padded = (torch.arange(FRAMES) < 8).expand(2, -1)
     valid = module.valid_frames({"frame_mask": padded, "is_padded": True})
-    sums, counts = module._errors(clean, clean, torch.zeros(2, dtype=torch.long), None, valid, hidden)
-    return sums.tolist(), counts.tolist(), module.denoiser.inputs
+    means = module._errors(clean, clean, torch.zeros(2, dtype=torch.long), None, valid, hidden)
+    return means.tolist(), module.denoiser.inputs
 
 
 def test_loss_counts_hidden_valid_frames_only() -> None:
     hidden = torch.zeros(2, FRAMES, dtype=torch.bool)
     hidden[0, 4:10] = True
     hidden[1, 7] = True
-    assert errors(False, None)[:2] == ([6 + 54, 6 + 54], [12, 12])
-    assert errors(True, None)[:2] == ([6 + 18, 6 + 18], [8, 8])
-    assert errors(False, hidden)[:2] == ([2 + 36, 9], [6, 1])
-    sums, counts, inputs = errors(True, hidden)
-    assert (sums, counts) == ([2 + 18, 9], [4, 1])
+    assert errors(False, None)[0] == [(6 + 54) / 12, (6 + 54) / 12]
+    assert errors(True, None)[0] == [(6 + 18) / 8, (6 + 18) / 8]
+    assert errors(False, hidden)[0] == pytest.approx([(2 + 36) / 6, 9])
+    means, inputs = errors(True, hidden)
+    assert means == [(2 + 18) / 4, 9]
     assert inputs["frame_mask"] is not None
     assert torch.equal(inputs["hidden_mask"], hidden)
-    assert errors(False, hidden)[2]["frame_mask"] is None
+    assert errors(False, hidden)[1]["frame_mask"] is None
+
+
+def test_items_weigh_alike_whatever_is_hidden_of_them(tmp_path: Path, monkeypatch) -> None:
+    """The loss averages over the frames of each item, then over items, as published."""
+    module = build_module()
+    monkeypatch.setattr(module, "_errors", lambda *_: torch.tensor([1.0, 3.0, 5.0], requires_grad=True))
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    monkeypatch.setattr(module, "condition", lambda *_: None)
+    module._trainer = SimpleNamespace(global_step=0, global_rank=0)
+    assert module.training_step(batch_of(), 0).item() == 3
 
 
 def test_a_batch_without_padding_has_no_mask_and_the_same_loss(tmp_path: Path, monkeypatch) -> None:
@@ -97,7 +108,7 @@ def test_a_loss_on_a_gpu_waits_for_nothing_that_it_draws_on_the_host() -> None:
         module._unconditional = TextEmbedding(put(torch.zeros(1, 1, 6)), put(torch.ones(1, 1).bool()))
         there = batch | {"context": put(context), "context_mask": put(mask)}
         clean, text = put(batch["latent"]), module.condition(there, dropped)
-        return torch.stack(module._errors(clean, clean, put(timestep), text, module.valid_frames(batch), hidden))
+        return module._errors(clean, clean, put(timestep), text, module.valid_frames(batch), hidden)
 
     with torch.no_grad():
         expected = loss(lambda x: x)

@@ -109,12 +109,30 @@ def test_a_codec_ends_at_a_lower_rate_than_a_denoiser() -> None:
     assert ratios == [0.02, 0.05]
 
 
+def test_ezaudio_warms_up_and_starts_as_the_published_code() -> None:
+    cfg = config("experiment=ezaudio_l", "size=tiny", "size.depth=2", "model.context_dim=8")
+    assert cfg.lr_schedule.warmup_steps == 5000
+    assert float(instantiate(cfg.model).output_layer.conv.weight.detach().abs().min()) > 0
+    plain = config("experiment=tiny", "size.depth=2", "model.context_dim=8").model
+    assert not instantiate(plain).output_layer.conv.weight.any()
+
+
+def test_the_published_codec_is_trained_without_what_we_add() -> None:
+    published, ours = (config(f"experiment={name}") for name in ("waveform_vae", "waveform_vae_ours"))
+    assert (published.data.duration_seconds, ours.data.duration_seconds) == (0.5, 2.0)
+    for name in ("data.augmentation", "task.gradient_clip_norm", "callbacks.ema"):
+        assert OmegaConf.select(published, name) is None
+        assert OmegaConf.select(ours, name) is not None
+    assert published.task.discriminator_optimizer.betas == published.optimizer.betas == [0.8, 0.99]
+
+
 RUNS_ON_GPUS = {
     "ezaudio_xl": 4,
     "audiolcm": 4,
     "audiolcm_teacher": 4,
     "audiolcm_mel_vae": 8,
     "waveform_vae": 8,
+    "waveform_vae_ours": 8,
     "bigvgan": 8,
 }
 

@@ -43,17 +43,19 @@ def in_single_precision(head: nn.Conv1d, signal: Tensor) -> Tensor:
 
 
 def down_conv(in_channels: int, out_channels: int, stride: int) -> nn.Conv1d:
-    """A weight-normalised convolution over `2 * stride` samples that divides the length by an even `stride`."""
+    """A weight-normalised convolution over `2 * stride` samples that divides the length by `stride`."""
     check_stride(stride)
-    # (T + 2 (stride / 2) - 2 stride) / stride + 1 = T / stride; windows overlap by half.
-    conv = nn.Conv1d(in_channels, out_channels, 2 * stride, stride, padding=stride // 2)
+    # Where the length T is a multiple, (T + 2 padding - 2 stride) // stride + 1 = T / stride; windows overlap by half.
+    conv = nn.Conv1d(in_channels, out_channels, 2 * stride, stride, padding=_half(stride))
     return _initialise(conv, fan_in=in_channels * 2 * stride)
 
 
 def up_conv(in_channels: int, out_channels: int, stride: int) -> nn.ConvTranspose1d:
-    """The transposed counterpart of `down_conv`: multiplies the length by an even `stride`."""
+    """The transposed counterpart of `down_conv`: multiplies the length by `stride`."""
     check_stride(stride)
-    conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, padding=stride // 2)
+    # Of an odd stride the padding cuts off one sample too many, which `output_padding` gives back.
+    options = {"padding": _half(stride), "output_padding": stride % 2}
+    conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, **options)
     return _initialise(conv, fan_in=in_channels * 2)  # each output hears two taps of each channel
 
 
@@ -65,10 +67,14 @@ def _initialise(conv: _Conv, fan_in: int, gain: float = 1.0) -> _Conv:
     return weight_norm(conv)  # it takes g = |v| at first, so that the weight stays what it is
 
 
+def _half(stride: int) -> int:
+    return -(-stride // 2)
+
+
 def check_stride(stride: int) -> None:
-    """Raise ValueError for a stride whose padding of half a stride would not keep lengths exact."""
-    if stride < 2 or stride % 2:
-        raise ValueError(f"stride {stride} must be even and positive, so that lengths divide and multiply exactly")
+    """Raise ValueError for a stride that is none."""
+    if stride < 2:
+        raise ValueError(f"stride {stride} must be 2 or more: the convolution changes the length by it")
 
 
 def fold_weight_norm(module: nn.Module) -> None:

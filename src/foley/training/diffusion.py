@@ -4,7 +4,7 @@
 (Hai et al. 2024, sections II-A and II-C). With a mask m of hidden frames, true where the latent must be generated, and
 the prediction's target y (v by default, see `foley.diffusion.process`):
 
-    loss = sum_l m_l |denoiser(z_t, t, c, (1 - m) z, m)_l - y_l|^2 / sum_l m_l
+    loss = sum_l m_l |denoiser(z_t, t, c, (1 - m) z, m)_l - y_l|^2 / sum_l m_l, averaged over the batch
 
 Stages differ in options alone: without text and with masks (pre-training), with both (alignment), with text and
 everything hidden (fine-tuning).
@@ -30,7 +30,7 @@ from foley.models.text import TextEmbedding
 from foley.training.base import FoleyModule
 from foley.training.optim import parameter_groups
 
-SpanMasking = Callable[[int, int, torch.Generator], Tensor]
+SpanMasking = Callable[[int, int, torch.Generator, Tensor | None], Tensor]
 """`(B, L, generator) -> hidden [B, L]`, true where the latent must be generated."""
 
 
@@ -243,7 +243,7 @@ class DiffusionTraining(LatentTraining):
         self.normaliser.set(*require_latents(datamodule).latent_statistics)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
-        """The loss: squared error on hidden frames, averaged over the batch's hidden frames."""
+        """The loss: squared error averaged over each item's hidden frames, then over the items."""
         clean = self.normaliser.normalise(batch["latent"])  # z [B, C, L]
         size, _, frames = clean.shape
         seeds = "train", self.seed, self.trainer.global_step, batch_idx, self.global_rank
@@ -252,12 +252,12 @@ class DiffusionTraining(LatentTraining):
         noise = torch.randn(clean.shape, generator=on_device, device=on_device.device)
         dropped = torch.rand(size, generator=generator) < self.caption_dropout  # they teach the negative branch
         text = self.condition(batch, dropped)
-        hidden = self.masking(size, frames, generator) if self.masking else None  # m [B, L]
-        # Sums over the frames of each item, [B] and [B].
-        error, counted = self._errors(clean, noise, timestep, text, self.valid_frames(batch), hidden)
+        valid = self.valid_frames(batch)
+        hidden = self.masking(size, frames, generator, valid) if self.masking else None  # m [B, L]
+        error = self._errors(clean, noise, timestep, text, valid, hidden)  # [B]
         if self.min_snr_gamma is not None:
             error = error * to_device(self.process.min_snr_weight(timestep, self.min_snr_gamma), error.device)
-        loss = error.sum() / counted.sum().clamp(min=1)  # a mean over frames: items with more of them weigh more
+        loss = error.mean()  # however many frames of an item are hidden
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
 
@@ -271,10 +271,12 @@ class DiffusionTraining(LatentTraining):
         # [B], whole timesteps.
         timestep = (level * self.process.num_train_steps).long().clamp(max=self.process.num_train_steps - 1)
         noise = torch.randn(clean.shape, generator=generator)
-        error, counted = self._errors(clean, noise, timestep, self.condition(batch), self.valid_frames(batch), None)
+        error = self._errors(clean, noise, timestep, self.condition(batch), self.valid_frames(batch), None)
         bins = timestep * self.noise_level_bins // self.process.num_train_steps  # [B], 0 the cleanest
         totals = self._bin_totals = self._bin_totals.to(error)
-        totals.index_add_(1, to_device(bins, error.device), torch.stack([error, counted]))  # [2, bins] + [2, B]
+        totals.index_add_(
+            1, to_device(bins, error.device), torch.stack([error, torch.ones_like(error)])
+        )  # [2, bins] + [2, B]
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/loss` and the losses by noise level, bin 0 the cleanest; averaged over all ranks."""
@@ -294,8 +296,8 @@ class DiffusionTraining(LatentTraining):
         text: TextEmbedding | None,
         valid: Tensor | None,
         hidden: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Per item `[B]`: the sum of the frames' mean squared errors, and the number of frames that count.
+    ) -> Tensor:
+        """Per item `[B]`: the mean squared error of the frames that count.
 
         Frames count where they are hidden and, unless that is None, `valid`.
         """
@@ -311,4 +313,4 @@ class DiffusionTraining(LatentTraining):
         noisy = self.process.add_noise(clean, noise, timestep)  # z_t [B, C, L]
         prediction = self.network(self.denoiser)(noisy, timestep, frame_mask=valid, **inputs)
         squared = (prediction.float() - self.process.target(clean, noise, timestep)).square().mean(dim=1)  # [B, L]
-        return (squared * counted).sum(dim=1), counted.sum(dim=1).to(squared)  # [B] and [B]
+        return (squared * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)

@@ -293,9 +293,10 @@ class ConsistencyDistillation(LatentTraining):
             clean = self.normaliser.normalise(batch["latent"])  # z
             text = _conditioning(self.condition(batch))
         draws = self.draw(clean.shape, on_device).to(clean)
-        hidden = masking(len(clean), clean.shape[-1], generator) if masking else None
+        valid = self.valid_frames(batch)
+        hidden = masking(len(clean), clean.shape[-1], generator, valid) if masking else None
         hidden = None if hidden is None else to_device(hidden, clean.device)
-        return self.consistency_loss(clean, text, draws, hidden, self.valid_frames(batch))
+        return self.consistency_loss(clean, text, draws, hidden, valid)
 
     def _target_precision(self) -> AbstractContextManager[object]:
         if self.half_precision_targets:

@@ -229,7 +229,7 @@ class _FastStage(nn.Module):
     def __init__(self, stage: Any) -> None:
         super().__init__()
         self.activation = _FastSnake(stage.activation)
-        self.stride = stage.resample.stride[0]
+        self.stride, self.margin = stage.resample.stride[0], stage.resample.padding[0]
         self.resample = _transposed(stage.resample)
         self.units = nn.Sequential(*map(_FastUnit, stage.units))
 
@@ -242,8 +242,7 @@ class _FastStage(nn.Module):
         for part, block in self.resample.blocks(buffer, num_rows):
             output[part] = block
         # Each row [stride * C_out] is `stride` samples; a margin is what the transposed convolution's padding cuts off.
-        margin = self.stride // 2
-        signal = output.view(num_rows * self.stride, -1)[margin : margin + len(rows) * self.stride]
+        signal = output.view(num_rows * self.stride, -1)[self.margin : self.margin + len(rows) * self.stride]
         return self.units(signal)
 
 

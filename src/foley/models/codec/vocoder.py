@@ -134,7 +134,7 @@ class BigVGAN(nn.Module):
     Args:
         spectrogram: the mel spectrogram it inverts.
         channels: width at the mel rate; every stage halves it.
-        strides: up-sampling of each stage, even; their product is the spectrogram's hop.
+        strides: up-sampling of each stage; their product is the spectrogram's hop.
         kernels: of the AMP blocks of each stage.
         dilations: of the units of each block.
         convs_per_unit: 2 in AMP blocks of type 1, 1 in those of type 2.

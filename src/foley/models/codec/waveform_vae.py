@@ -152,13 +152,13 @@ class WaveformVAE(AudioVAE):
     Args:
         channels: width at the audio rate.
         multipliers: width after each stage, in units of `channels`.
-        strides: down-sampling of each stage, even; their product is the hop.
+        strides: down-sampling of each stage; their product is the hop.
         latent_channels: C.
         sample_rate_hz: rate of the audio.
         num_units: residual units of each stage (dilations 1, 3, 9); fewer at the audio rate make a codec cheap.
 
     Raises:
-        ValueError: where the stages disagree in number, or a stride is odd.
+        ValueError: where the stages disagree in number, or a stride is below 2.
 
     Example:
         >>> import torch

@@ -7,9 +7,13 @@ unconditional model. Editing later uses the same inputs.
 import torch
 from torch import Tensor, nn
 
+from foley.core.devices import to_device
+
 
 class SpanMask:
     """Draws the frames to hide, as spans on a grid with a random phase (EzAudio, Section II-C).
+
+    A clip shorter than a span is hidden in full.
 
     Args:
         span_frames: frames per span.
@@ -36,21 +40,34 @@ class SpanMask:
         self.low, self.high = low, high
         self.partial_probability = partial_probability
 
-    def __call__(self, batch_size: int, num_frames: int, generator: torch.Generator) -> Tensor:
-        """`hidden_mask [B, L]` on the CPU, true = hidden; every item hides one frame or more."""
-        # The first `num_hidden` spans of a random order: a rank is a span's place in it, [B, spans].
-        num_spans = -(-num_frames // self.span_frames)
-        # Uniform in [low, high], [B, 1].
-        ratio = self.low + (self.high - self.low) * torch.rand(batch_size, 1, generator=generator)
-        num_hidden = (ratio * num_spans).round().clamp(min=1)  # [B, 1]
-        rank = torch.rand(batch_size, num_spans, generator=generator).argsort(dim=1).argsort(dim=1)
-        # The grid begins somewhere within a span, so that no frame is always the first of one. What runs over at the
-        # end belongs to the first span, which was cut short.
-        phase = torch.randint(self.span_frames, (batch_size, 1), generator=generator)
-        frame_span = (torch.arange(num_frames) + phase) // self.span_frames % num_spans  # [B, L]
+    def __call__(
+        self, batch_size: int, num_frames: int, generator: torch.Generator, valid: Tensor | None = None
+    ) -> Tensor:
+        """`hidden_mask [B, L]`, true = hidden; every item hides one frame or more.
+
+        No run of hidden frames, or of visible ones, is shorter than a span, at the ends of a clip either.
+
+        Args:
+            generator: on the CPU.
+            valid: `[B, L]`, false on padding; the mask is on its device, or on the CPU without it.
+        """
+        spans = max(1, num_frames // self.span_frames)
         # Drawn whatever the probability, so that it changes nothing of the other draws.
-        full = torch.rand(batch_size, 1, generator=generator) >= self.partial_probability
-        return (rank < num_hidden).gather(1, frame_span) | full  # [B, spans] to [B, L]
+        draws = (torch.rand(batch_size, width, generator=generator) for width in (1, 1, 1, 1, spans))
+        lengths = torch.full((batch_size, 1), num_frames) if valid is None else valid.sum(dim=1, keepdim=True)
+        share, rounding, start, partial, order = (to_device(draw, lengths.device) for draw in draws)
+        # The grid begins somewhere within a span, so that no frame is always the first of one. What is left at either
+        # end belongs to the first span and to the last.
+        phase = (start * self.span_frames).long()  # [B, 1]
+        num_spans = ((lengths - phase) // self.span_frames).clamp(min=1)  # [B, 1]
+        frame = torch.arange(num_frames, device=lengths.device)
+        frame_span = ((frame - phase) // self.span_frames).clamp(min=0).minimum(num_spans - 1)  # [B, L]
+        # A share uniform in [low, high] of the spans, rounded up as often as it is nearer: the first of a random order.
+        ratio = self.low + (self.high - self.low) * share
+        num_hidden = (ratio * num_spans + rounding).floor().clamp(min=1)  # [B, 1]
+        absent = torch.arange(spans, device=lengths.device) >= num_spans  # [B, spans]
+        rank = order.masked_fill(absent, 2).argsort(dim=1).argsort(dim=1)  # a span's place in that order
+        return (rank < num_hidden).gather(1, frame_span) | (partial >= self.partial_probability)
 
 
 class MaskedInput(nn.Module):

@@ -182,15 +182,16 @@ def _add_gated(x: Tensor, output: Tensor, modulation: Modulation | None) -> Tens
 
 
 class OutputLayer(nn.Module):
-    """Modulated norm, linear to the latent channels and a convolution over time that starts at zero.
+    """Modulated norm, linear to the latent channels and a convolution over time.
 
-    The model so begins by predicting zero, the mean of what it learns to predict.
+    The convolution starts at zero, so that the model begins by predicting the mean of what it learns to predict.
 
     Args:
         width: D.
         latent_channels: C.
         modulated: shift and scale by the time embedding.
         norm: its kind.
+        xavier: start the convolution as Xavier's, as the published code does.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class OutputLayer(nn.Module):
         latent_channels: int,
         modulated: bool,
         norm: type[ModulatedNorm] | type[ModulatedRMSNorm] = ModulatedNorm,
+        xavier: bool = False,
     ) -> None:
         super().__init__()
         self.norm = norm(width)
@@ -206,7 +208,7 @@ class OutputLayer(nn.Module):
         self.linear = xavier_linear(width, latent_channels)
         # Each frame and its two neighbours.
         self.conv = nn.Conv1d(latent_channels, latent_channels, kernel_size=3, padding=1)
-        nn.init.zeros_(self.conv.weight)
+        nn.init.xavier_uniform_(self.conv.weight) if xavier else nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def modulate(self, time: Tensor) -> Modulation | None:
@@ -409,6 +411,7 @@ class DiffusionTransformer(LatentTransformer):
         rotary: rotary positions in self-attention.
         learned_positions: number of learned absolute positions, the longest input in frames; None for none.
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
+        xavier_output: start the last convolution as Xavier's and not at zero.
         guidance_embedding: add an embedding of the guidance scale to that of the time, as a distilled student needs.
 
     Raises:
@@ -447,6 +450,7 @@ class DiffusionTransformer(LatentTransformer):
         learned_positions: int | None = None,
         gradient_checkpointing: bool = False,
         guidance_embedding: bool = False,
+        xavier_output: bool = False,
     ) -> None:
         if depth % 2:
             raise ValueError(f"depth must be even, half of it on each side of the mid block; got {depth}")
@@ -467,7 +471,9 @@ class DiffusionTransformer(LatentTransformer):
         self.out_blocks = nn.ModuleList(
             TransformerBlock(shape, modulation, SkipFusion(width, skip_norm) if long_skips else None) for _ in half
         )
-        self.output_layer = OutputLayer(width, latent_channels, modulated=not self.prepends_time_token)
+        self.output_layer = OutputLayer(
+            width, latent_channels, modulated=not self.prepends_time_token, xavier=xavier_output
+        )
 
     def blocks(self) -> list[TransformerBlock]:
         """All blocks, in order of execution."""
