@@ -82,8 +82,9 @@ class ManifestOptions:
         """The rows of the manifest at `path` under our names of columns; raises ManifestError as `table_rows` does."""
         renamed = lru_cache(maxsize=64)(self._renamed)  # all rows of a table have the same names, or nearly
         for line, row in table_rows(path, self._header, hint=_HINT):
-            names = None if isinstance(row, str) else renamed(*row)
-            yield line, {name: row[at] for name, at in names} if names else row
+            if not isinstance(row, str) and (names := renamed(*row)):
+                row = {name: row[at] for name, at in names}
+            yield line, row
 
     def _renamed(self, *given: str) -> list[tuple[str, str]] | None:
         """Our names of a row's columns, each with what is its name among `given`; None where all of them are ours."""
