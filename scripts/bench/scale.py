@@ -51,6 +51,7 @@ from foley.data.shards import COLUMNS, INDEX_FILE, SAMPLES_FILE, Shard, ShardInd
 from foley.data.splits import ClipSource, MixtureSource, clip_splits, hold_out
 from foley.generation.clip_folder import FOLDER_CLIPS, ClipFolder, launch_processes
 from foley.generation.prompts import Clip
+from foley.metrics.distances import MOST_TOGETHER
 from foley.metrics.features import ClipFeatures
 from foley.metrics.scores import Comparison, Scores, frechet, inception, kad, kl
 from foley.reporting.pages import write_results
@@ -331,12 +332,13 @@ def _random_clips(size: int, name: str) -> ClipFeatures:
 class Row:
     """What is measured: `work`, whose result is what a run would keep, after `prepare` has made its files.
 
-    Sizes are divided by `fewer`, for what is done to a part of the clips, and end with `largest`.
+    Sizes are divided by `fewer`, for what is done to a part of the clips; they begin with `smallest` and end with `largest`.
     """
 
     prepare: Callable[[int, Path], None]
     work: Callable[[int, Path], Any]
     fewer: int = 1
+    smallest: int = 0
     largest: int | None = None
 
 
@@ -365,7 +367,7 @@ ROWS = {
     "test set: list all clips, write its pages": Row(clips_made, write_pages, fewer=100),
     "calibration: merge of batches of 8 prompts": Row(calibrations, merge_calibrations, fewer=40),
     "scores with intervals: Frechet, KL, inception": Row(nothing, scores(frechet, kl, inception), fewer=40),
-    "scores with intervals: KAD": Row(nothing, scores(kad), fewer=40),
+    "scores with intervals: KAD": Row(nothing, scores(kad), fewer=40, smallest=MOST_TOGETHER),
 }
 
 
@@ -413,7 +415,7 @@ def measure_row(name: str, row: Row, cfg: DictConfig, folder: Path) -> dict[str,
     """The costs of one row at every size, and the exponent of its growth."""
     costs: list[dict[str, Any]] = []
     for size in (whole // row.fewer for whole in cfg.sizes):
-        if row.largest is not None and size > row.largest:
+        if size < row.smallest or (row.largest is not None and size > row.largest):
             continue
         at = folder / f"{row.prepare.__name__}-{size}"
         if not at.exists():
