@@ -332,7 +332,7 @@ def _random_clips(size: int, name: str) -> ClipFeatures:
 class Row:
     """What is measured: `work`, whose result is what a run would keep, after `prepare` has made its files.
 
-    Sizes are divided by `fewer`, for what is done to a part of the clips; they begin with `smallest` and end with `largest`.
+    Sizes are divided by `fewer`, for what is done to a part of the clips; they lie between `smallest` and `largest`.
     """
 
     prepare: Callable[[int, Path], None]
