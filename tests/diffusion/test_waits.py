@@ -75,6 +75,14 @@ def test_no_solver_waits_inside_its_loop(prediction, name):
     torch.testing.assert_close(latent, run(solver, process))
 
 
+@pytest.mark.parametrize("prediction", ["v", "epsilon", "x0"])
+def test_fresh_noise_of_ddim_waits_for_nothing(prediction):
+    process, solver = make_process(prediction), Solver("ddim", 6, eta=1.0)
+    latent, waits = run_pretended(solver, process)
+    assert waits == []
+    torch.testing.assert_close(latent, run(solver, process))
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 def test_no_edit_waits_for_its_noise_levels(name):
     process = make_process("flow" if name.endswith("flow") else "v")

@@ -123,9 +123,10 @@ def test_a_papers_test_set(paper):
     cfg = config(f"eval_preset={paper}", *([] if model is None else [f"system={model}"]))
     found = [cfg.steps, cfg.guidance_scale, cfg.guidance_rescale, cfg.duration_seconds, cfg.captions]
     assert [*found, list(cfg.eval_preset.protocol)] == expected
+    assert cfg.eta == (1.0 if paper == "ezaudio" else 0.0)
     by_hand = config(f"eval_preset={paper}", "steps=7", "guidance=none", "solver=heun", "accel=none", "captions=first")
     assert (by_hand.steps, by_hand.guidance_scale, by_hand.solver.name) == (7, 1.0, "heun")
-    assert by_hand.captions == "first"
+    assert (by_hand.eta, by_hand.captions) == (0.0, "first")
     assert requested_settings(by_hand).accelerator.__class__.__name__ == "NoAcceleration"
 
 

@@ -7,6 +7,7 @@ coefficients as numbers, and adds up the tensors with them.
 """
 
 from collections.abc import Callable
+from math import hypot, sqrt
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from foley.core.devices import to_device
+from foley.diffusion.process import DiffusionProcess
 
 _ddpm: Any = DDPMScheduler
 _unipc: Any = UniPCMultistepScheduler
@@ -44,6 +46,62 @@ def draw_noise(like: Tensor, generators: list[torch.Generator] | None) -> Tensor
     """Standard normal, shaped and placed as `like [B, C, L]`; drawn on the CPU, each item by its own generator."""
     noise = randn_tensor(tuple(like.shape), generator=generators, device=torch.device("cpu"), dtype=like.dtype)
     return to_device(noise, like.device)
+
+
+class DDIMScheduler:
+    """DDIM (Song et al. 2021, equations 12 and 16) from each timestep's noise level to that of the next.
+
+    A step takes the signal level from alpha to alpha', the noise level from sigma to sigma', and adds fresh noise z:
+
+        latent' = alpha' clean + sqrt(sigma'^2 - s^2) noise + s z,    s = eta sigma' / sigma sqrt(1 - (alpha / alpha')^2)
+
+    The step from pure noise is all fresh noise at eta = 1: sigma'^2 - s^2 is 0, but rounds to less in float32. So the
+    root is taken of the same thing as a sum of squares, sigma'^2 ((1 - eta^2) + (eta alpha sigma' / (alpha' sigma))^2).
+
+    Args:
+        timesteps: `[num_steps]`, noisiest first; after the last one comes the clean latent.
+        eta: 0 is deterministic, 1 the ancestral sampling of DDPM.
+    """
+
+    order = 1
+
+    def __init__(self, process: DiffusionProcess, timesteps: Tensor, eta: float = 0.0) -> None:
+        self.process = process
+        self.timesteps = timesteps
+        self.eta = eta
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        """`clean` at the noise level of `timestep [B]`."""
+        return self.process.add_noise(clean, noise, timestep)
+
+    def step(
+        self,
+        prediction: Tensor,
+        timestep: Tensor,
+        latent: Tensor,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        """The latent `[B, C, L]` of the next timestep; `variance_noise` is z, without effect at eta = 0."""
+        now = timestep.expand(1)
+        alpha, sigma = self._levels(now)
+        next_alpha, next_sigma = self._levels(self.timesteps[self.timesteps < timestep][:1])
+        kept = next_sigma * hypot(sqrt(1 - self.eta**2), self.eta * alpha * next_sigma / (next_alpha * sigma))
+        fresh = self.eta * next_sigma / sigma * sqrt(1 - (alpha / next_alpha) ** 2)  # s
+
+        def move(noisy: Tensor, prediction: Tensor) -> Tensor:
+            clean = self.process.to_clean(noisy, prediction, now)
+            return next_alpha * clean + kept * self.process.to_noise(noisy, prediction, now)
+
+        moved = combine(move, latent, prediction)
+        return (moved if variance_noise is None else torch.add(moved, variance_noise, alpha=fresh),)
+
+    def _levels(self, timestep: Tensor) -> tuple[float, float]:
+        """Signal and noise level at `timestep [1]`; those of the clean latent at none, `[0]`."""
+        if not len(timestep):
+            return 1.0, 0.0
+        alpha, sigma = self.process.levels(timestep)
+        return float(alpha), float(sigma)
 
 
 class AncestralScheduler(DDPMScheduler):  # type: ignore[misc]
