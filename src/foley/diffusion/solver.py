@@ -26,8 +26,8 @@ from diffusers import (
 from foley.core.numbers import SHARE
 from foley.diffusion.context import RunContext
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.diffusion.process import DiffusionProcess
-from foley.diffusion.schedulers import AncestralScheduler, DDIMScheduler, UniPCScheduler
+from foley.diffusion.process import CosineProcess, DiffusionProcess
+from foley.diffusion.schedulers import AncestralScheduler, DDIMScheduler, ThirdOrderSDEScheduler, UniPCScheduler
 
 _SMALLEST_SIGNAL_POWER = 2.0**-24  # alpha^2, for solvers that divide by alpha
 _HEUN_LARGEST_SIGMA = 80.0  # sigma / alpha; Karras et al. 2022, table 1
@@ -61,8 +61,9 @@ _DIFFUSION_SOLVERS = {
         adds_noise=True,
     ),
     "dpmpp_3m_sde": _Entry(
-        DPMSolverMultistepScheduler,
-        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
+        ThirdOrderSDEScheduler,
+        # "heun" is k-diffusion's second order, which its second step takes.
+        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "timestep_spacing": "trailing"},
         adds_noise=True,
     ),
     "unipc": _Entry(UniPCScheduler, {"timestep_spacing": "trailing"}),
@@ -144,19 +145,36 @@ class Solver:
                 f"solver {self.name!r} cannot sample a model that predicts {process.prediction!r}; "
                 f"choose one of {', '.join(table)}"
             )
-        if self.num_steps > process.num_train_steps:
-            raise ValueError(
-                f"{self.num_steps} solver steps asked for, but the model was trained on {process.num_train_steps}"
-            )
         # The scheduler carries state from step to step, so every run builds its own.
-        entry = table[self.name]
-        scheduler = self._build_flow(entry, process) if process.is_flow else self._build_diffusion(entry, process)
-        scheduler.adds_noise = entry.adds_noise or self.eta > 0  # for `foley.diffusion.sampler`
+        scheduler = self._build(table[self.name], process)
+        scheduler.adds_noise = table[self.name].adds_noise or self.eta > 0  # for `foley.diffusion.sampler`
         return scheduler
 
     def run_context(self, scheduler: Any, guidance: ClassifierFreeGuidance, batch_size: int) -> RunContext:
         """What callbacks learn about a run with `scheduler`."""
         return RunContext(self.label, self.num_steps, scheduler.timesteps, guidance.scale, guidance.rescale, batch_size)
+
+    def _build(self, entry: _Entry, process: DiffusionProcess) -> Any:
+        if isinstance(process, CosineProcess):  # which knows all times
+            return self._build_cosine(entry, process)
+        if self.num_steps > process.num_train_steps:
+            raise ValueError(
+                f"{self.num_steps} solver steps asked for, but the model was trained on {process.num_train_steps}"
+            )
+        return self._build_flow(entry, process) if process.is_flow else self._build_diffusion(entry, process)
+
+    def _build_cosine(self, entry: _Entry, process: CosineProcess) -> Any:
+        """Steps of equal length in log(alpha / sigma), and a last one to the clean latent."""
+        sigmas = process.sigmas(self.num_steps)
+        if not entry.finite_sigma:
+            return DDIMScheduler(process, process.timesteps(sigmas), 1.0 if entry.adds_noise else self.eta)
+        if self.name == "heun":  # twice at each sigma but the first
+            sigmas = process.sigmas(self.num_steps, _HEUN_LARGEST_RATIO)
+            sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
+        scheduler = entry.scheduler(prediction_type="v_prediction", **entry.options)
+        scheduler.set_timesteps(1)  # which makes it ready; its grid is that of another schedule
+        scheduler.sigmas, scheduler.timesteps = torch.cat([sigmas, sigmas.new_zeros(1)]), process.timesteps(sigmas)
+        return scheduler
 
     def _build_diffusion(self, entry: _Entry, process: DiffusionProcess) -> Any:
         if self.name == "ddim":
