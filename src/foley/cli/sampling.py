@@ -144,9 +144,10 @@ def open_requested(
     Raises CheckpointError as `open_generator` does, and ValueError for what a pipeline of diffusers cannot do.
     """
     name = published_name(cfg.system)
-    if name is not None and isinstance(published_loader(name, cfg.system_overrides), PublishedPipeline):
+    loader = None if name is None else published_loader(name, cfg.system_overrides)
+    if isinstance(loader, PublishedPipeline):
         _check_pipeline(cfg)
-        check_pipeline_settings(settings)
+        check_pipeline_settings(settings, loader.takes_solvers)
     for option in ("edit", "init"):
         if cfg[option] is not None:
             read_recording(Path(cfg[option]), option)  # what cannot be read is refused before a model is loaded

@@ -194,8 +194,8 @@ class DiffusionProcess:
 class CosineProcess(DiffusionProcess):
     """v at continuous times t in [0, 1], `alpha = cos(pi t / 2)` and `sigma = sin(pi t / 2)`: Stable Audio's.
 
-    Evans et al. 2024; diffusers writes the same in the terms of Karras et al. 2022, whose sigma is `sigma / alpha` here,
-    the noise beside an unscaled signal of spread 1: c_in = alpha, c_skip = alpha^2, c_out = -sigma, c_noise = t.
+    Evans et al. 2024. diffusers writes the same in the terms of Karras et al. 2022, whose sigma is `sigma / alpha`
+    here, the noise beside a signal of spread 1: c_in = alpha, c_skip = alpha^2, c_out = -sigma, c_noise = t.
 
     Args:
         sigma_max, sigma_min: `sigma / alpha` at the first and at the last evaluation of a generation.

@@ -54,7 +54,8 @@ class DDIMScheduler:
 
     A step takes the signal level from alpha to alpha', the noise level from sigma to sigma', and adds fresh noise z:
 
-        latent' = alpha' clean + sqrt(sigma'^2 - s^2) noise + s z,    s = eta sigma' / sigma sqrt(1 - (alpha / alpha')^2)
+        latent' = alpha' clean + sqrt(sigma'^2 - s^2) noise + s z
+        s = eta sigma' / sigma sqrt(1 - (alpha / alpha')^2)
 
     The step from pure noise is all fresh noise at eta = 1: sigma'^2 - s^2 is 0, but rounds to less in float32. So the
     root is taken of the same thing as a sum of squares, sigma'^2 ((1 - eta^2) + (eta alpha sigma' / (alpha' sigma))^2).
