@@ -111,10 +111,33 @@ def test_processes_share_out_a_file_only():
 PAPERS = {
     "ezaudio": ("ezaudio_xl", 100, 5.0, 0.75, 10.0, "random", ["panns", "clap"]),
     "audiocache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "audiocache_47s": ("stable_audio_open", 100, 7.0, 0.0, 47.0, "all", ["stable_audio"]),
+    "audiocache_heun": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "audiocache_200": ("stable_audio_open", 200, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "audiocache_500": ("stable_audio_open", 500, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "smoothcache_030": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "smoothcache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "litefocus": ("audioldm2", 200, 3.5, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
     "audiolcm": (None, 2, 6.0, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
 }
+
+
+@pytest.mark.parametrize(
+    ("paper", "solver", "parameter", "value"),
+    [
+        ("audiocache", "dpmpp_3m_sde", "threshold", 0.3),
+        ("audiocache_heun", "heun", "threshold", 0.3),
+        ("audiocache_200", "dpmpp_3m_sde", "threshold", 0.4),
+        ("audiocache_500", "dpmpp_3m_sde", "threshold", 0.6),
+        ("smoothcache", "dpmpp_3m_sde", "alpha", 0.15),
+        ("smoothcache_030", "dpmpp_3m_sde", "alpha", 0.3),
+    ],
+)
+def test_tables_of_stable_audio_open_name_their_solver(paper, solver, parameter, value):
+    cfg = config("system=stable_audio_open", f"eval_preset={paper}")
+    assert (cfg.solver.name, cfg.accel[parameter]) == (solver, value)
+    published = config("system=stable_audio_open", f"eval_preset={paper}", "solver=published")
+    assert (published.solver.name, published.steps) == ("published", cfg.steps)
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -142,6 +142,9 @@ class ThirdOrderSDEScheduler(DPMSolverMultistepScheduler):  # type: ignore[misc]
     of the step, at a quarter of second order's.
     """
 
+    sigmas: Tensor  # sigma / alpha, on the CPU
+    step_index: int
+
     def multistep_dpm_solver_third_order_update(
         self, model_output_list: list[Tensor], *_: Any, sample: Tensor, noise: Tensor, **__: Any
     ) -> Tensor:

@@ -135,7 +135,8 @@ def test_an_interval_of_one_keeps_every_bit_and_costs_the_same(generator: Pipeli
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"solver": "heun"}, "solver=heun: a published pipeline keeps its own"),
+        ({"eta": 1.0}, "eta=1: the published solver of a pipeline has none"),
+        ({"solver": "consistency"}, "solver=consistency: a published pipeline keeps|samples students only"),
         ({"num_steps": 0}, "num_steps=0: give a whole number >= 1"),
         ({"guidance": ClassifierFreeGuidance(3.0, 0.5)}, r"no rescale, got 3\.0 and 0\.5"),
         ({"duration_seconds": 99.0}, "duration_seconds must be at most"),
@@ -145,6 +146,11 @@ def test_an_interval_of_one_keeps_every_bit_and_costs_the_same(generator: Pipeli
 def test_impossible_requests_are_refused(generator: PipelineToAudio, changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generator.generate(**{"prompts": ["rain"], "duration_seconds": 0.1, **changes})
+
+
+def test_a_pipeline_without_our_solvers_refuses_them_and_names_its_own(hub: Path) -> None:
+    with pytest.raises(ValueError, match="solver=heun: a published pipeline keeps its own, but for Stable Audio's"):
+        _open("audioldm2", hub).generate(["rain"], 0.1, solver="heun")
 
 
 def test_the_published_settings_and_layers(hub: Path) -> None:

@@ -159,7 +159,7 @@ class StableAudio:
         """
         text, silence, durations = self._conditions(prompts, negative_prompt, duration_seconds)
         scheduler = solver.build(self.process)
-        config = self.denoiser.config
+        config = self.pipeline.transformer.config
         shape = (len(seeds), config.in_channels, config.sample_size)
         first = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = draw_noise(torch.empty(shape, device=self.pipeline._execution_device), first)
@@ -191,7 +191,7 @@ class StableAudio:
 
     def _rotary(self) -> tuple[Tensor, ...]:
         """Cosines and sines of all frames, and of the token that durations and time are in."""
-        length = self.denoiser.config.sample_size + 1
+        length: int = self.pipeline.transformer.config.sample_size + 1
         angles = get_1d_rotary_pos_embed(
             self.pipeline.rotary_embed_dim, length, use_real=True, repeat_interleave_real=False
         )
