@@ -158,6 +158,8 @@ def test_a_papers_accelerator_comes_with_its_test_set():
     assert names == {
         "ezaudio": "NoAcceleration",
         "audiocache": "AudioCache",
+        **dict.fromkeys(("audiocache_47s", "audiocache_heun", "audiocache_200", "audiocache_500"), "AudioCache"),
+        "smoothcache_030": "SmoothCache",
         "smoothcache": "SmoothCache",
         "litefocus": "LiteFocus",
         "audiolcm": "NoAcceleration",

@@ -139,7 +139,7 @@ class ThirdOrderSDEScheduler(DPMSolverMultistepScheduler):  # type: ignore[misc]
 
     `DPMSolverMultistepScheduler` has the sign of that 1/2 wrong: D2 then weighs -1, however small the step. Integrated
     exactly it would weigh -2 phi_3, but all published codes take half of it; so the error still falls with the square
-    of the step, at a quarter of second order's.
+    of the step, as second order's does, which is larger.
     """
 
     sigmas: Tensor  # sigma / alpha, on the CPU

@@ -244,3 +244,19 @@ def test_calibrate_then_sample_from_the_command_line(hub: Path, tmp_path: Path) 
     assert (settings["model"], settings["guidance_scale"], settings["num_steps"]) == ("stable_audio_open", 7.0, 4)
     for file in ("index.html", "spectrograms.png"):
         assert (tmp_path / "out" / file).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_papers_table_of_another_sampler_from_the_command_line(hub: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("rain\na dog barks\n")
+    model = ["system=stable_audio_open", f"hub_dir={hub}", f"cache_dir={tmp_path}", "steps=4", "duration_seconds=0.3"]
+    _run("scripts/calibrate.py", *model, f"prompts={prompts}", "solver=heun")
+    calibration = tmp_path / "stable_audio_open" / "calibration" / "heun_4.json"
+    assert len(json.loads(calibration.read_text())["timesteps"]) == 7
+    table = ["eval_preset=audiocache_heun", f"prompts={prompts}", "accel.calibrate=never", "accel.threshold=0.02"]
+    _run("sample.py", *model, *table, f"output_dir={tmp_path / 'out'}")
+    (first, _) = sorted((tmp_path / "out").glob("*_*.json"))
+    settings = json.loads(first.read_text())["settings"]
+    assert (settings["solver"], settings["num_steps"], settings["guidance_scale"]) == ("heun", 4, 7.0)
+    assert settings["macs"] < settings["macs_uncached"]
