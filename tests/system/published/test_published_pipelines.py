@@ -254,7 +254,8 @@ def test_a_papers_table_of_another_sampler_from_the_command_line(hub: Path, tmp_
     _run("scripts/calibrate.py", *model, f"prompts={prompts}", "solver=heun")
     calibration = tmp_path / "stable_audio_open" / "calibration" / "heun_4.json"
     assert len(json.loads(calibration.read_text())["timesteps"]) == 7
-    table = ["eval_preset=audiocache_heun", f"prompts={prompts}", "accel.calibrate=never", "accel.threshold=0.02"]
+    table = ["eval_preset=audiocache_heun", f"prompts={prompts}", "accel=audiocache"]
+    table += ["accel.calibrate=never", "accel.threshold=0.02"]
     _run("sample.py", *model, *table, f"output_dir={tmp_path / 'out'}")
     (first, _) = sorted((tmp_path / "out").glob("*_*.json"))
     settings = json.loads(first.read_text())["settings"]
