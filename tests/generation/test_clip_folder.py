@@ -150,6 +150,7 @@ def test_a_papers_test_set(paper):
     by_hand = config(f"eval_preset={paper}", "steps=7", "guidance=none", "solver=heun", "accel=none", "captions=first")
     assert (by_hand.steps, by_hand.guidance_scale, by_hand.solver.name) == (7, 1.0, "heun")
     assert (by_hand.eta, by_hand.captions) == (0.0, "first")
+    assert requested_settings(config("solver=ddim", "eta=0.5")).eta == 0.5
     assert requested_settings(by_hand).accelerator.__class__.__name__ == "NoAcceleration"
 
 

@@ -6,7 +6,7 @@ A denoiser is a callable here, `(noisy [B, C, L], timestep [B]) -> prediction [B
 from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EmbeddedGuidance, KnownLatent
-from foley.diffusion.process import PREDICTIONS, CosineProcess, DiffusionProcess
+from foley.diffusion.process import PREDICTIONS, DiffusionProcess
 from foley.diffusion.sampler import Start, embed, generate_latents, sample
 from foley.diffusion.solver import SOLVERS, Solver, default_solver
 from foley.diffusion.windows import Windows
@@ -19,7 +19,6 @@ __all__ = [
     "Conditioning",
     "Consistency",
     "ConsistencySolver",
-    "CosineProcess",
     "DiffusionProcess",
     "EmbeddedGuidance",
     "KnownLatent",

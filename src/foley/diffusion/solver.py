@@ -7,6 +7,8 @@ every error of the model, so it starts at sigma 80 on the grid of Karras et al. 
 to r below it, that correction weighs the difference of two estimates of the clean latent by (s / r - 1) / 2. So where
 steps are few, the grid ends at a larger sigma, such that s / r stays below a bound; the last step, of first order, then
 removes the noise that is left.
+
+Stable Audio's process (`CosineProcess`) knows all times, and ends at sigma 500: there every solver takes its own grid.
 """
 
 from collections.abc import Mapping
