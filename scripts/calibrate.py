@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device) if cfg.trainer is None else processes.device
     generator = open_generator(cfg.system, device, **places)
     directory = Path(cfg.output_dir or calibration_directory(cfg.system, cfg.cache_dir))
-    named = ("duration_seconds", "steps", "guidance_scale", "guidance_rescale", "batch_size", "max_distance")
+    named = ("duration_seconds", "steps", "eta", "guidance_scale", "guidance_rescale", "batch_size", "max_distance")
     request = {name: cfg[name] for name in named}
     request |= {"model_hash": generator.model_hash, "solver": cfg.solver.name, "prompts": chosen}
     run = CalibrationRun(directory, as_clips(chosen), request)

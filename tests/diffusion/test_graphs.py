@@ -32,13 +32,13 @@ def make_denoiser(**options):
     return model.eval()
 
 
-def generate(recorder=None, accelerator=None, solver="ddim", num_steps=8, guidance=None, **options):
+def generate(recorder=None, accelerator=None, solver="ddim", num_steps=8, guidance=None, eta=0.0, **options):
     guidance = guidance or ClassifierFreeGuidance(3.0, 0.5)
     denoiser = make_denoiser(guidance_embedding=isinstance(guidance, EmbeddedGuidance))
     generator = torch.Generator().manual_seed(1)
     mask = torch.tensor([[1, 1, 0]]).bool()
     positive, negative = (Conditioning(torch.randn(1, 3, CONTEXT_DIM, generator=generator), mask) for _ in "ab")
-    process, prediction = DiffusionProcess("x0"), Solver(solver, num_steps)
+    process, prediction = DiffusionProcess("x0"), Solver(solver, num_steps, eta=eta)
     return generate_latents(
         denoiser,
         process,
@@ -84,6 +84,14 @@ def test_solvers_may_keep_predictions(solver):
     recorder = RecordedGraphs()
     torch.testing.assert_close(generate(recorder, solver=solver), generate(solver=solver), atol=1e-5, rtol=1e-5)
     assert recorder.count == 1
+
+
+@pytest.mark.parametrize("accelerator", [None, Fora(3)])
+def test_fresh_noise_is_drawn_outside_of_recordings(accelerator):
+    recorder = RecordedGraphs()
+    recorded = generate(recorder, accelerator, num_steps=10, eta=1.0)
+    torch.testing.assert_close(recorded, generate(None, accelerator, num_steps=10, eta=1.0), atol=1e-6, rtol=1e-6)
+    assert recorder.replays == (9 if accelerator is None else 8)
 
 
 CACHES = {

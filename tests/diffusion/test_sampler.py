@@ -167,6 +167,63 @@ def test_the_ends_of_a_start_are_plain_sampling_and_the_start_itself(name):
     assert torch.equal(run(process, solver, frames=30, start=Start(clean, 5)), clean.expand(2, -1, -1))
 
 
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("num_steps", [25, 30, 50, 100])
+def test_ddim_at_eta_1_is_ddpm_and_finite_in_float32(prediction, num_steps):
+    """With zero terminal SNR, where the library's own step at eta 1 takes the root of a negative number."""
+    process = DiffusionProcess(prediction)
+    out = run(process, Solver("ddim", num_steps, eta=1.0), frames=300)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out, run(process, Solver("ddpm", num_steps), frames=300), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_a_step_of_ddim_is_equation_12(eta):
+    """In float64, beside the clean end, in the middle and at pure noise."""
+    process = DiffusionProcess("v")
+    power = process.alphas_cumprod
+    clean, noise, fresh = (torch.randn(2, 4, 30, generator=torch_generator(name)) for name in ("x", "e", "z"))
+    for now, later in ((999, 499), (499, 249), (249, 99)):
+        scheduler = Solver("ddim", 10, eta=eta).build(process)
+        scheduler.timesteps = torch.tensor([now, later])
+        step = torch.tensor([now]).expand(2)
+        noisy = process.add_noise(clean, noise, step)
+        actual = scheduler.step(process.target(clean, noise, step), torch.tensor(now), noisy, fresh)[0]
+        before, after = power[now], power[later]
+        variance = eta**2 * (1 - after) / (1 - before) * (1 - before / after)  # equation 16
+        kept = (1 - after - variance).clamp(min=0).sqrt()
+        expected = after.sqrt() * clean + kept * noise + variance.sqrt() * fresh
+        torch.testing.assert_close(actual, expected.float(), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_ddim_with_fresh_noise_reaches_the_data_and_keeps_items_apart(eta):
+    process, solver = DiffusionProcess("v"), Solver("ddim", 40, eta=eta)
+    out = run(process, solver)
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert out.std().item() == pytest.approx(STD, rel=0.15)
+    torch.testing.assert_close(run(process, solver, seeds=(1,)), out[1:], atol=1e-6, rtol=0)
+    assert not torch.allclose(out, run(process, Solver("ddim", 40)), atol=0.1)
+
+
+def test_ddim_with_fresh_noise_edits_and_varies():
+    process, solver, clean = DiffusionProcess("v"), Solver("ddim", 8, eta=1.0), data(30)
+    hidden = torch.arange(30)[None] >= 10
+    edited = run(process, solver, frames=30, known=KnownLatent(clean, hidden))
+    assert torch.equal(edited[..., :10], clean[..., :10].expand(2, -1, -1))
+    assert torch.equal(run(process, solver, frames=30, start=Start(clean, 0)), run(process, solver, frames=30))
+    assert torch.equal(run(process, solver, frames=30, start=Start(clean, 8)), clean.expand(2, -1, -1))
+    recorder = Recorder()
+    run(process, solver, callbacks=[recorder], frames=30, start=Start(clean, 3))
+    assert (recorder.run.solver, recorder.evaluations) == ("ddim_eta1", list(range(3, 8)))
+
+
+@pytest.mark.parametrize(("name", "eta", "message"), [("ddim", 1.2, "eta=1.2: give"), ("heun", 0.5, "'ddim' alone")])
+def test_an_impossible_eta_is_refused(name, eta, message):
+    with pytest.raises(ValueError, match=message):
+        Solver(name, 10, eta=eta)
+
+
 def test_run_end_follows_an_error():
     def fails(noisy, timestep):
         raise RuntimeError("out of memory")

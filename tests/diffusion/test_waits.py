@@ -15,7 +15,7 @@ from foley.diffusion.guidance import (
     KnownLatent,
     extrapolate,
 )
-from foley.diffusion.process import PREDICTIONS, DiffusionProcess
+from foley.diffusion.process import PREDICTIONS, CosineProcess, DiffusionProcess
 from foley.diffusion.sampler import Start, sample
 from foley.diffusion.schedulers import AncestralScheduler, UniPCScheduler, combine
 from foley.diffusion.solver import SOLVERS, Solver
@@ -73,6 +73,21 @@ def test_no_solver_waits_inside_its_loop(prediction, name):
     latent, waits = run_pretended(solver, process)
     assert waits == []
     torch.testing.assert_close(latent, run(solver, process))
+
+
+@pytest.mark.parametrize("prediction", ["v", "epsilon", "x0"])
+def test_fresh_noise_of_ddim_waits_for_nothing(prediction):
+    process, solver = make_process(prediction), Solver("ddim", 6, eta=1.0)
+    latent, waits = run_pretended(solver, process)
+    assert waits == []
+    torch.testing.assert_close(latent, run(solver, process))
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVERS if not name.endswith("flow")])
+def test_nothing_waits_in_stable_audios_schedule(name):
+    latent, waits = run_pretended(Solver(name, 6), CosineProcess(), known=True, start=2)
+    assert waits == []
+    torch.testing.assert_close(latent, run(Solver(name, 6), CosineProcess(), known=True, start=2))
 
 
 @pytest.mark.parametrize("name", SOLVERS)

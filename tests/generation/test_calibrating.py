@@ -44,6 +44,17 @@ def test_missing_curves_are_made_and_kept_for_solver_steps_and_guidance(generato
     assert signature.model_hash == generator.model_hash
 
 
+def test_curves_of_ddim_with_fresh_noise_are_kept_apart(generator, tmp_path):
+    generate(generator, tmp_path)
+    generate(generator, tmp_path, eta=1.0)
+    assert kept(tmp_path) == ["ddim_4_w3.json", "ddim_eta1_4_w3.json"]
+    plain, fresh = (Calibration.load(tmp_path / f"{name}_4_w3") for name in ("ddim", "ddim_eta1"))
+    assert (fresh.signature.solver, fresh.timesteps) == ("ddim_eta1", plain.timesteps)
+    assert not torch.allclose(plain.mean, fresh.mean)
+    with pytest.raises(FileNotFoundError, match=r"solver=ddim eta=1 prompts=FILE steps=4"):
+        AudioCache(tmp_path).require_calibration("ddim_eta1", 4, 3.0)
+
+
 def test_kept_curves_are_read_and_not_made_again(generator, tmp_path):
     first = generate(generator, tmp_path)
     written = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}

@@ -111,10 +111,33 @@ def test_processes_share_out_a_file_only():
 PAPERS = {
     "ezaudio": ("ezaudio_xl", 100, 5.0, 0.75, 10.0, "random", ["panns", "clap"]),
     "audiocache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "audiocache_47s": ("stable_audio_open", 100, 7.0, 0.0, 47.0, "all", ["stable_audio"]),
+    "audiocache_heun": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "audiocache_200": ("stable_audio_open", 200, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "audiocache_500": ("stable_audio_open", 500, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
+    "smoothcache_030": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "smoothcache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "litefocus": ("audioldm2", 200, 3.5, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
     "audiolcm": (None, 2, 6.0, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
 }
+
+
+@pytest.mark.parametrize(
+    ("paper", "solver", "parameter", "value"),
+    [
+        ("audiocache", "dpmpp_3m_sde", "threshold", 0.3),
+        ("audiocache_heun", "heun", "threshold", 0.3),
+        ("audiocache_200", "dpmpp_3m_sde", "threshold", 0.4),
+        ("audiocache_500", "dpmpp_3m_sde", "threshold", 0.6),
+        ("smoothcache", "dpmpp_3m_sde", "alpha", 0.15),
+        ("smoothcache_030", "dpmpp_3m_sde", "alpha", 0.3),
+    ],
+)
+def test_tables_of_stable_audio_open_name_their_solver(paper, solver, parameter, value):
+    cfg = config("system=stable_audio_open", f"eval_preset={paper}")
+    assert (cfg.solver.name, cfg.accel[parameter]) == (solver, value)
+    published = config("system=stable_audio_open", f"eval_preset={paper}", "solver=published")
+    assert (published.solver.name, published.steps) == ("published", cfg.steps)
 
 
 @pytest.mark.parametrize("paper", PAPERS)
@@ -123,9 +146,11 @@ def test_a_papers_test_set(paper):
     cfg = config(f"eval_preset={paper}", *([] if model is None else [f"system={model}"]))
     found = [cfg.steps, cfg.guidance_scale, cfg.guidance_rescale, cfg.duration_seconds, cfg.captions]
     assert [*found, list(cfg.eval_preset.protocol)] == expected
+    assert cfg.eta == (1.0 if paper == "ezaudio" else 0.0)
     by_hand = config(f"eval_preset={paper}", "steps=7", "guidance=none", "solver=heun", "accel=none", "captions=first")
     assert (by_hand.steps, by_hand.guidance_scale, by_hand.solver.name) == (7, 1.0, "heun")
-    assert by_hand.captions == "first"
+    assert (by_hand.eta, by_hand.captions) == (0.0, "first")
+    assert requested_settings(config("solver=ddim", "eta=0.5")).eta == 0.5
     assert requested_settings(by_hand).accelerator.__class__.__name__ == "NoAcceleration"
 
 
@@ -134,6 +159,8 @@ def test_a_papers_accelerator_comes_with_its_test_set():
     assert names == {
         "ezaudio": "NoAcceleration",
         "audiocache": "AudioCache",
+        **dict.fromkeys(("audiocache_47s", "audiocache_heun", "audiocache_200", "audiocache_500"), "AudioCache"),
+        "smoothcache_030": "SmoothCache",
         "smoothcache": "SmoothCache",
         "litefocus": "LiteFocus",
         "audiolcm": "NoAcceleration",

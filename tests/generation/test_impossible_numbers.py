@@ -34,7 +34,7 @@ def test_settings_name_the_field(field, value):
         GenerationSettings(**{field: value})
 
 
-@pytest.mark.parametrize("field", ["batch_size", "overlap_seconds"])
+@pytest.mark.parametrize("field", ["batch_size", "overlap_seconds", "eta"])
 def test_what_no_system_decides_cannot_be_left_open(field):
     with pytest.raises(ValueError, match=f"^{field}=null: give a"):
         GenerationSettings(**{field: None})

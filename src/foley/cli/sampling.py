@@ -21,6 +21,7 @@ from foley.core.devices import resolve_device
 from foley.core.logs import get_logger, process_rank
 from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.diffusion.solver import solver_label
 from foley.generation.editing import Edit, EditMask, Variation, read_recording
 from foley.generation.pipeline_to_audio import (
     PUBLISHED_SOLVER,
@@ -92,7 +93,8 @@ def requested_settings(cfg: DictConfig) -> GenerationSettings:
     calibration.
     """
     accelerator, source = instantiate(cfg.accel), chosen_source(cfg)
-    solver = None if cfg.solver.name == PUBLISHED_SOLVER else cfg.solver.name
+    named = cfg.solver.name not in (None, PUBLISHED_SOLVER)
+    solver = solver_label(cfg.solver.name, cfg.eta) if named else None
     require_calibrations(accelerator, solver, cfg.steps, cfg.guidance_scale)
     return GenerationSettings(
         duration_seconds=cfg.duration_seconds if source is None else None,
@@ -131,7 +133,7 @@ def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:
     if cfg.guidance_scale is not None or cfg.guidance_rescale:
         scale = ClassifierFreeGuidance().scale if cfg.guidance_scale is None else cfg.guidance_scale
         guidance = instantiate(cfg.guidance, scale=scale, rescale=cfg.guidance_rescale)
-    return {"solver": cfg.solver.name, "num_steps": cfg.steps, "guidance": guidance}
+    return {"solver": cfg.solver.name, "eta": cfg.eta, "num_steps": cfg.steps, "guidance": guidance}
 
 
 def open_requested(
@@ -142,9 +144,10 @@ def open_requested(
     Raises CheckpointError as `open_generator` does, and ValueError for what a pipeline of diffusers cannot do.
     """
     name = published_name(cfg.system)
-    if name is not None and isinstance(published_loader(name, cfg.system_overrides), PublishedPipeline):
+    loader = None if name is None else published_loader(name, cfg.system_overrides)
+    if isinstance(loader, PublishedPipeline):
         _check_pipeline(cfg)
-        check_pipeline_settings(settings)
+        check_pipeline_settings(settings, loader.takes_solvers)
     for option in ("edit", "init"):
         if cfg[option] is not None:
             read_recording(Path(cfg[option]), option)  # what cannot be read is refused before a model is loaded

@@ -24,6 +24,7 @@ every noise level, epsilon is singular where the signal ends (alpha = 0) and x0 
 EzAudio (section II-A) predicts v on a schedule that ends in pure noise.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -188,3 +189,44 @@ class DiffusionProcess:
         """The factors a (of the noise) and b (of the clean latent) in the module's table, shaped like the levels."""
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
         return {"v": (alpha, -sigma), "epsilon": (one, zero), "x0": (zero, one), "flow": (one, -one)}[self.prediction]
+
+
+class CosineProcess(DiffusionProcess):
+    """v at continuous times t in [0, 1], `alpha = cos(pi t / 2)` and `sigma = sin(pi t / 2)`: Stable Audio's.
+
+    Evans et al. 2024. diffusers writes the same in the terms of Karras et al. 2022, whose sigma is `sigma / alpha`
+    here, the noise beside a signal of spread 1: c_in = alpha, c_skip = alpha^2, c_out = -sigma, c_noise = t.
+
+    Args:
+        sigma_max, sigma_min: `sigma / alpha` at the first and at the last evaluation of a generation.
+
+    >>> process = CosineProcess()
+    >>> process.timesteps(process.sigmas(4))
+    tensor([0.9987, 0.9849, 0.8280, 0.1855])
+    """
+
+    def __init__(self, sigma_max: float = 500.0, sigma_min: float = 0.3) -> None:
+        super().__init__("v", zero_terminal_snr=False)
+        self.sigma_max = sigma_max
+        self.sigma_min = sigma_min
+
+    def levels(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal level alpha and noise level sigma, each `[B]` float32, at `timestep` `[B]`."""
+        angle = timestep.float() * (math.pi / 2)
+        return angle.cos(), angle.sin()
+
+    def sigmas(self, num_steps: int, largest_ratio: float = math.inf) -> Tensor:
+        """`sigma / alpha` at which each step begins, `[num_steps]`: a geometric sequence from the largest on.
+
+        It ends earlier where neighbours would be farther apart than `largest_ratio`.
+        """
+        last = max(self.sigma_min, self.sigma_max * largest_ratio ** (1 - num_steps))
+        return torch.linspace(math.log(self.sigma_max), math.log(last), num_steps).exp()
+
+    def timesteps(self, sigmas: Tensor) -> Tensor:
+        """The times t of values of `sigma / alpha`."""
+        return sigmas.atan() * (2 / math.pi)
+
+    def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Times to train on, `[batch_size]`, uniform in [0, 1) on the generator's device."""
+        return torch.rand(batch_size, generator=generator, device=generator.device)

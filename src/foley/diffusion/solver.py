@@ -7,6 +7,8 @@ every error of the model, so it starts at sigma 80 on the grid of Karras et al. 
 to r below it, that correction weighs the difference of two estimates of the clean latent by (s / r - 1) / 2. So where
 steps are few, the grid ends at a larger sigma, such that s / r stays below a bound; the last step, of first order, then
 removes the noise that is left.
+
+Stable Audio's process (`CosineProcess`) knows all times, and ends at sigma 500: there every solver takes its own grid.
 """
 
 from collections.abc import Mapping
@@ -14,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import (
-    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -23,10 +25,11 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
+from foley.core.numbers import SHARE
 from foley.diffusion.context import RunContext
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.diffusion.process import DiffusionProcess
-from foley.diffusion.schedulers import AncestralScheduler, UniPCScheduler
+from foley.diffusion.process import CosineProcess, DiffusionProcess
+from foley.diffusion.schedulers import AncestralScheduler, DDIMScheduler, ThirdOrderSDEScheduler, UniPCScheduler
 
 _SMALLEST_SIGNAL_POWER = 2.0**-24  # alpha^2, for solvers that divide by alpha
 _HEUN_LARGEST_SIGMA = 80.0  # sigma / alpha; Karras et al. 2022, table 1
@@ -45,10 +48,11 @@ class _Entry:
 
 # Trailing spacing begins at the last training step, which alone is pure noise (Lin et al. 2024, section 3.3).
 # Latents are no pixels: nothing clips them to [-1, 1].
-_UNCLIPPED = {"clip_sample": False, "timestep_spacing": "trailing"}
 _DIFFUSION_SOLVERS = {
-    "ddim": _Entry(DDIMScheduler, _UNCLIPPED, finite_sigma=False),
-    "ddpm": _Entry(AncestralScheduler, _UNCLIPPED, finite_sigma=False, adds_noise=True),
+    "ddim": _Entry(DDIMScheduler, finite_sigma=False),
+    "ddpm": _Entry(
+        AncestralScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}, finite_sigma=False, adds_noise=True
+    ),
     "euler": _Entry(EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
     "heun": _Entry(HeunDiscreteScheduler, {"timestep_spacing": "trailing"}),
     "dpmpp_2m": _Entry(DPMSolverMultistepScheduler, {"solver_order": 2, "timestep_spacing": "trailing"}),
@@ -59,8 +63,9 @@ _DIFFUSION_SOLVERS = {
         adds_noise=True,
     ),
     "dpmpp_3m_sde": _Entry(
-        DPMSolverMultistepScheduler,
-        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "timestep_spacing": "trailing"},
+        ThirdOrderSDEScheduler,
+        # "heun" is k-diffusion's second order, which its second step takes.
+        {"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun", "timestep_spacing": "trailing"},
         adds_noise=True,
     ),
     "unipc": _Entry(UniPCScheduler, {"timestep_spacing": "trailing"}),
@@ -79,6 +84,15 @@ def default_solver(process: DiffusionProcess) -> str:
     return "euler_flow" if process.is_flow else "ddim"
 
 
+def solver_label(name: str, eta: float) -> str:
+    """The name under which calibrations are kept: with fresh noise at each step, layers change otherwise.
+
+    >>> solver_label("ddim", 0.0), solver_label("ddim", 0.5)
+    ('ddim', 'ddim_eta0.5')
+    """
+    return f"{name}_eta{eta:g}" if eta else name
+
+
 @dataclass(frozen=True)
 class Solver:
     """A solver's name and its number of steps; raises ValueError for an unknown name or fewer than one step.
@@ -88,6 +102,7 @@ class Solver:
     Args:
         name: one of `SOLVERS`; deterministic but for "ddpm" and those that end in "_sde".
         num_steps: steps from noise to the clean latent.
+        eta: of "ddim" alone, in [0, 1]: how much of the noise of each step is fresh; 1 is "ddpm".
 
     Example:
         >>> Solver("ddim", 5).build(DiffusionProcess("v")).timesteps  # trailing: begins at pure noise
@@ -100,12 +115,21 @@ class Solver:
 
     name: str = "ddim"
     num_steps: int = 50
+    eta: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.name not in (*SOLVERS, CONSISTENCY):
             raise ValueError(f"unknown solver {self.name!r}; choose one of {', '.join(SOLVERS)}, {CONSISTENCY}")
         if not isinstance(self.num_steps, int) or self.num_steps < 1:
             raise ValueError(f"the number of solver steps must be a whole number >= 1, got {self.num_steps!r}")
+        SHARE.check("eta", self.eta)
+        if self.eta and self.name != "ddim":
+            raise ValueError(f"eta={self.eta:g} is an option of solver 'ddim' alone, got {self.name!r}; leave it at 0")
+
+    @property
+    def label(self) -> str:
+        """What callbacks know it by, see `solver_label`."""
+        return solver_label(self.name, self.eta)
 
     def build(self, process: DiffusionProcess) -> Any:
         """A fresh `diffusers` scheduler with its timesteps set, noisiest first.
@@ -123,21 +147,40 @@ class Solver:
                 f"solver {self.name!r} cannot sample a model that predicts {process.prediction!r}; "
                 f"choose one of {', '.join(table)}"
             )
-        if self.num_steps > process.num_train_steps:
-            raise ValueError(
-                f"{self.num_steps} solver steps asked for, but the model was trained on {process.num_train_steps}"
-            )
         # The scheduler carries state from step to step, so every run builds its own.
-        entry = table[self.name]
-        scheduler = self._build_flow(entry, process) if process.is_flow else self._build_diffusion(entry, process)
-        scheduler.adds_noise = entry.adds_noise  # for `foley.diffusion.sampler`
+        scheduler = self._build(table[self.name], process)
+        scheduler.adds_noise = table[self.name].adds_noise or self.eta > 0  # for `foley.diffusion.sampler`
         return scheduler
 
     def run_context(self, scheduler: Any, guidance: ClassifierFreeGuidance, batch_size: int) -> RunContext:
         """What callbacks learn about a run with `scheduler`."""
-        return RunContext(self.name, self.num_steps, scheduler.timesteps, guidance.scale, guidance.rescale, batch_size)
+        return RunContext(self.label, self.num_steps, scheduler.timesteps, guidance.scale, guidance.rescale, batch_size)
+
+    def _build(self, entry: _Entry, process: DiffusionProcess) -> Any:
+        if isinstance(process, CosineProcess):  # which knows all times
+            return self._build_cosine(entry, process)
+        if self.num_steps > process.num_train_steps:
+            raise ValueError(
+                f"{self.num_steps} solver steps asked for, but the model was trained on {process.num_train_steps}"
+            )
+        return self._build_flow(entry, process) if process.is_flow else self._build_diffusion(entry, process)
+
+    def _build_cosine(self, entry: _Entry, process: CosineProcess) -> Any:
+        """Steps of equal length in log(alpha / sigma), and a last one to the clean latent."""
+        sigmas = process.sigmas(self.num_steps)
+        if not entry.finite_sigma:
+            return DDIMScheduler(process, process.timesteps(sigmas), 1.0 if entry.adds_noise else self.eta)
+        if self.name == "heun":  # twice at each sigma but the first
+            sigmas = process.sigmas(self.num_steps, _HEUN_LARGEST_RATIO)
+            sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
+        scheduler = entry.scheduler(prediction_type="v_prediction", **entry.options)
+        scheduler.set_timesteps(1)  # which makes it ready; its grid is that of another schedule
+        scheduler.sigmas, scheduler.timesteps = torch.cat([sigmas, sigmas.new_zeros(1)]), process.timesteps(sigmas)
+        return scheduler
 
     def _build_diffusion(self, entry: _Entry, process: DiffusionProcess) -> Any:
+        if self.name == "ddim":
+            return DDIMScheduler(process, torch.from_numpy(self._trailing(process.num_train_steps)), self.eta)
         signal_power = process.alphas_cumprod.numpy()
         if entry.finite_sigma:  # sigma / alpha is what these solvers step in, and it must not be infinite
             signal_power = signal_power.clip(min=_SMALLEST_SIGNAL_POWER)
@@ -152,14 +195,17 @@ class Solver:
         if self.name == "heun":
             scheduler.set_timesteps(timesteps=_karras_timesteps(signal_power, self.num_steps))
         else:
+            self._trailing(process.num_train_steps)
             scheduler.set_timesteps(self.num_steps)
-            self._check_trailing(scheduler)
         return scheduler
 
-    def _check_trailing(self, scheduler: Any) -> None:
-        # For a few step counts (463, for one) rounding in diffusers adds a step at timestep -1.
-        if len(scheduler.timesteps) != self.num_steps:
+    def _trailing(self, num_train_steps: int) -> np.ndarray:
+        """The timesteps of trailing spacing, as diffusers rounds them."""
+        timesteps = np.arange(num_train_steps, 0, -num_train_steps / self.num_steps).round().astype(np.int64) - 1
+        # For a few step counts (463, for one) rounding adds a step at timestep -1.
+        if len(timesteps) != self.num_steps:
             raise ValueError(f"no evenly spaced schedule of {self.num_steps} steps; take one step more or less")
+        return timesteps
 
     def _build_flow(self, entry: _Entry, process: DiffusionProcess) -> Any:
         scheduler = entry.scheduler(num_train_timesteps=process.num_train_steps)

@@ -6,19 +6,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from foley.core.numbers import COUNT, POSITIVE, NumberRange
+from foley.core.numbers import COUNT, POSITIVE, SHARE, NumberRange
 
 _AUDIBLE = NumberRange(least=1e-4)
 NUMBERS = {
     "duration_seconds": _AUDIBLE,
     "num_steps": NumberRange(least=1, most=100_000, whole=True),
+    "eta": SHARE,
     "batch_size": COUNT,
     "window_seconds": _AUDIBLE,
     "overlap_seconds": NumberRange(least=0),
     "decode_chunk_seconds": POSITIVE,
 }
 """What each number of `GenerationSettings` may be; those that a system or nothing may decide can be None too."""
-_NEVER_NONE = ("batch_size", "overlap_seconds")
+_NEVER_NONE = ("batch_size", "overlap_seconds", "eta")
 
 IDLE = {
     "negative_prompt": "at guidance scale 1",
@@ -36,7 +37,7 @@ MAX_CLIPS = 1_000_000
 def check_numbers(values: Mapping[str, Any]) -> None:
     """Raises ValueError, which names the field, for a number outside `NUMBERS`; takes all of them, by field.
 
-    >>> check_numbers(dict.fromkeys(NUMBERS) | {"batch_size": 8, "overlap_seconds": -1})
+    >>> check_numbers(dict.fromkeys(NUMBERS) | {"batch_size": 8, "eta": 0, "overlap_seconds": -1})
     Traceback (most recent call last):
     ...
     ValueError: overlap_seconds=-1: give a number >= 0

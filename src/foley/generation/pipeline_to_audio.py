@@ -19,35 +19,52 @@ from foley.core.devices import resolve_device
 from foley.core.hashing import hash_module
 from foley.core.locks import sole_user
 from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.diffusion.process import CosineProcess
+from foley.diffusion.solver import Solver
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
-from foley.system.published.audio_pipelines import AudioPipeline
+from foley.system.published.audio_pipelines import AudioPipeline, StableAudio
 from foley.system.system import System, load_published, load_system
 
 PUBLISHED_SOLVER = "published"
-"""The `solver` of a pipeline, which keeps the scheduler it was published with."""
+"""The `solver` of a pipeline that keeps the scheduler it was published with, as all do by default."""
 _DEFAULT_STEPS = 50
 _DEFAULT_SECONDS = 10.0  # the papers' clips
 
 
-def check_pipeline_settings(settings: GenerationSettings) -> None:
-    """Raises ValueError for what no published pipeline can do."""
+def chosen_solver(settings: GenerationSettings) -> Solver | None:
+    """The solver of ours that was asked for; None is the pipeline's own. Raises ValueError as `Solver` does."""
+    if settings.solver not in (None, PUBLISHED_SOLVER):
+        return Solver(settings.solver, settings.num_steps or _DEFAULT_STEPS, eta=settings.eta)
+    if settings.eta:
+        raise ValueError(f"eta={settings.eta:g}: the published solver of a pipeline has none; give solver=ddim too")
+    return None
+
+
+def check_pipeline_settings(settings: GenerationSettings, takes_solvers: bool) -> None:
+    """Raises ValueError for what no published pipeline can do, or none but those that take our solvers."""
     guidance = settings.guidance or ClassifierFreeGuidance()
     if settings.source is not None:
         raise ValueError("edit and init need a system of ours: the pipelines of diffusers only generate")
-    if settings.solver not in (None, PUBLISHED_SOLVER):
-        raise ValueError(f"solver={settings.solver}: a published pipeline keeps its own; leave it out")
+    solver = chosen_solver(settings)
+    if solver is not None and not takes_solvers:
+        raise ValueError(
+            f"solver={solver.name}: a published pipeline keeps its own, but for Stable Audio's; leave it out, or give "
+            f"solver={PUBLISHED_SOLVER}"
+        )
     if settings.window_seconds is not None:
         raise ValueError("window_seconds: a published pipeline generates a clip as a whole; leave it out")
     if settings.num_steps is not None and settings.num_steps < 1:
         raise ValueError(f"steps must be a whole number >= 1, got {settings.num_steps}")
-    if guidance.rescale or guidance.scale < 1:
+    if solver is not None:
+        solver.build(CosineProcess())  # whether it fits is known before anything is loaded
+    elif guidance.rescale or guidance.scale < 1:
         raise ValueError(
             "a published pipeline takes a guidance scale of at least 1 and no rescale, "
-            f"got {guidance.scale} and {guidance.rescale}"
+            f"got {guidance.scale} and {guidance.rescale}; of Stable Audio a solver of ours takes both, as solver=heun"
         )
 
 
@@ -90,7 +107,8 @@ class PipelineToAudio:
 
         Args:
             prompts, seeds, options: as for `TextToAudio.generate`. A seed is that of the CPU generator which the
-                pipeline would be given; the solver is "published". Denoising includes the encoding of the text.
+                pipeline would be given. The solver is "published", or, of Stable Audio, any of `SOLVERS` but those of
+                flows. Denoising includes the encoding of the text.
 
         Raises:
             ValueError: for a request that cannot be met; nothing has been computed then.
@@ -112,11 +130,11 @@ class PipelineToAudio:
             meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
             for first in range(0, len(clips), settings.batch_size):
                 batch = clips[first : first + settings.batch_size]
-                self._latents(batch, seconds, settings, guidance.scale, num_steps, meter)
+                self._latents(batch, seconds, settings, guidance, num_steps, meter)
 
     def _choose(self, settings: GenerationSettings) -> tuple[float, ClassifierFreeGuidance, int]:
         """Duration, guidance and steps; raises ValueError for what the pipeline cannot do."""
-        check_pipeline_settings(settings)
+        check_pipeline_settings(settings, isinstance(self.audio, StableAudio))
         seconds = settings.duration_seconds or min(_DEFAULT_SECONDS, self.max_duration_seconds)
         if seconds > self.max_duration_seconds:
             raise ValueError(f"duration_seconds must be at most {self.max_duration_seconds:g}, got {seconds}")
@@ -125,20 +143,24 @@ class PipelineToAudio:
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         seconds, guidance, num_steps = self._choose(settings)
         num_samples = max(1, round(seconds * self.sample_rate_hz))
-        run = (self.model_hash, type(self.audio.pipeline.scheduler).__name__, num_steps, guidance.scale)
-        uncached = GenerationSettings(guidance=guidance, batch_size=settings.batch_size)
+        solver = chosen_solver(settings)
+        name = type(self.audio.pipeline.scheduler).__name__ if solver is None else solver.name
+        run = (self.model_hash, name if solver is None else solver.label, num_steps, guidance.scale)
+        uncached = GenerationSettings(
+            guidance=guidance, batch_size=settings.batch_size, solver=settings.solver, eta=settings.eta
+        )
         calibrate_missing(settings.accelerator, run, calibration_prompts(()), uncached, self.denoise_clips)
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         timings, rows = Timings(), []
         for first in range(0, len(clips), settings.batch_size):
             batch = clips[first : first + settings.batch_size]
             with timings.measured("denoise_seconds", self.device):
-                latents = self._latents(batch, seconds, settings, guidance.scale, num_steps, meter)
+                latents = self._latents(batch, seconds, settings, guidance, num_steps, meter)
             with timings.measured("decode_seconds", self.device), torch.no_grad():
                 rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])  # [B, channels, T]
         description = {
             "duration_seconds": seconds,
-            **settings.describe(guidance, type(self.audio.pipeline.scheduler).__name__, num_steps),
+            **settings.describe(guidance, name, num_steps),
             **({} if meter is None else meter.describe()),
             "sample_rate_hz": self.sample_rate_hz,
             "precision": self.precision,
@@ -152,24 +174,27 @@ class PipelineToAudio:
         clips: Sequence[Clip],
         duration_seconds: float,
         settings: GenerationSettings,
-        scale: float,
+        guidance: ClassifierFreeGuidance,
         num_steps: int,
         meter: CostMeter | None,
     ) -> Tensor:
-        pipeline = self.audio.pipeline
-        pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
+        request = [clip.prompt for clip in clips], settings.negative_prompt or None, duration_seconds
+        seeds, solver = [clip.seed for clip in clips], chosen_solver(settings)
         half = computing_in(self.precision, self.device, autocast=True)
+        if solver is not None and isinstance(self.audio, StableAudio):
+            with half:
+                return self.audio.solve(*request, seeds, solver, guidance, meter, settings.progress)
+        pipeline, scale = self.audio.pipeline, guidance.scale
+        pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
         with (
             half,
             nullcontext() if meter is None else accelerated(self.audio.denoiser, pipeline.scheduler, scale, meter),
         ):
             return self.audio.latents(
-                [clip.prompt for clip in clips],
-                settings.negative_prompt or None,
-                duration_seconds,
+                *request,
                 num_inference_steps=num_steps,
                 guidance_scale=scale,
-                generator=[torch.Generator().manual_seed(clip.seed) for clip in clips],
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             )
 
 

@@ -30,6 +30,7 @@ class GenerationSettings:
         any_guidance_scale: let a student take scales that it was not distilled with.
         solver: a name out of `foley.diffusion.solver.SOLVERS`, by default "ddim" or, of flow models, "euler_flow";
             "consistency" for a student.
+        eta: of solver "ddim", in [0, 1]: how much of the noise of each step is fresh.
         num_steps: of the solver, by default 50, of a student 2; Heun's evaluate the denoiser nearly twice as often.
         accelerator: attached to the denoiser for the length of each run.
         negative_prompt: what guidance leads away from; without effect at w = 1.
@@ -54,6 +55,7 @@ class GenerationSettings:
     source: Edit | Variation | None = None
     guidance: ClassifierFreeGuidance | None = None
     solver: str | None = None
+    eta: float = 0.0
     num_steps: int | None = None
     accelerator: Accelerator | None = None
     negative_prompt: str = ""
@@ -92,7 +94,7 @@ class GenerationSettings:
                 f"solver {self.solver!r} cannot sample this system, a student of consistency distillation; "
                 f"leave the solver out, or take {CONSISTENCY!r}"
             )
-        given = {} if self.num_steps is None else {"num_steps": self.num_steps}
+        given: dict[str, Any] = {"eta": self.eta} | ({} if self.num_steps is None else {"num_steps": self.num_steps})
         solver: Solver
         if student is None:
             solver = Solver(self.solver or default_solver(process), **given)
@@ -137,6 +139,7 @@ class GenerationSettings:
             "guidance_scale": guidance.scale,
             "guidance_rescale": guidance.rescale,
             "solver": solver,
+            **({"eta": self.eta} if self.eta else {}),
             "num_steps": num_steps,
             "negative_prompt": self.negative_prompt,
         }

@@ -379,13 +379,9 @@ class TextToAudio:
         if settings.accelerator is None:
             return
         known = self.system.captions if self.text.prompt_field == "caption" else [clip.prompt for clip in clips]
-        uncached = GenerationSettings(
-            solver=solver.name,
-            guidance=guidance,
-            any_guidance_scale=settings.any_guidance_scale,
-            batch_size=settings.batch_size,
-        )
-        run = (hash_module(self.denoiser), solver.name, solver.num_steps, guidance.scale)
+        same: dict[str, Any] = {"any_guidance_scale": settings.any_guidance_scale, "batch_size": settings.batch_size}
+        uncached = GenerationSettings(solver=solver.name, eta=solver.eta, guidance=guidance, **same)
+        run = (hash_module(self.denoiser), solver.label, solver.num_steps, guidance.scale)
         calibrate_missing(settings.accelerator, run, calibration_prompts(known), uncached, self.denoise_clips)
 
     def _describe(self) -> dict[str, Any]:

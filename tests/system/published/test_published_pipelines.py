@@ -135,7 +135,8 @@ def test_an_interval_of_one_keeps_every_bit_and_costs_the_same(generator: Pipeli
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"solver": "heun"}, "solver=heun: a published pipeline keeps its own"),
+        ({"eta": 1.0}, "eta=1: the published solver of a pipeline has none"),
+        ({"solver": "consistency"}, "solver=consistency: a published pipeline keeps|samples students only"),
         ({"num_steps": 0}, "num_steps=0: give a whole number >= 1"),
         ({"guidance": ClassifierFreeGuidance(3.0, 0.5)}, r"no rescale, got 3\.0 and 0\.5"),
         ({"duration_seconds": 99.0}, "duration_seconds must be at most"),
@@ -145,6 +146,11 @@ def test_an_interval_of_one_keeps_every_bit_and_costs_the_same(generator: Pipeli
 def test_impossible_requests_are_refused(generator: PipelineToAudio, changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generator.generate(**{"prompts": ["rain"], "duration_seconds": 0.1, **changes})
+
+
+def test_a_pipeline_without_our_solvers_refuses_them_and_names_its_own(hub: Path) -> None:
+    with pytest.raises(ValueError, match="solver=heun: a published pipeline keeps its own, but for Stable Audio's"):
+        _open("audioldm2", hub).generate(["rain"], 0.1, solver="heun")
 
 
 def test_the_published_settings_and_layers(hub: Path) -> None:
@@ -238,3 +244,20 @@ def test_calibrate_then_sample_from_the_command_line(hub: Path, tmp_path: Path) 
     assert (settings["model"], settings["guidance_scale"], settings["num_steps"]) == ("stable_audio_open", 7.0, 4)
     for file in ("index.html", "spectrograms.png"):
         assert (tmp_path / "out" / file).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_papers_table_of_another_sampler_from_the_command_line(hub: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("rain\na dog barks\n")
+    model = ["system=stable_audio_open", f"hub_dir={hub}", f"cache_dir={tmp_path}", "steps=4", "duration_seconds=0.3"]
+    _run("scripts/calibrate.py", *model, f"prompts={prompts}", "solver=heun")
+    calibration = tmp_path / "stable_audio_open" / "calibration" / "heun_4.json"
+    assert len(json.loads(calibration.read_text())["timesteps"]) == 7
+    table = ["eval_preset=audiocache_heun", f"prompts={prompts}", "accel=audiocache"]
+    table += ["accel.calibrate=never", "accel.threshold=0.02"]
+    _run("sample.py", *model, *table, f"output_dir={tmp_path / 'out'}")
+    (first, _) = sorted((tmp_path / "out").glob("*_*.json"))
+    settings = json.loads(first.read_text())["settings"]
+    assert (settings["solver"], settings["num_steps"], settings["guidance_scale"]) == ("heun", 4, 7.0)
+    assert settings["macs"] < settings["macs_uncached"]

@@ -443,10 +443,11 @@ class CalibratedCache(LayerCache, ABC):
             return
         # The pipelines of diffusers keep their own solver.
         named = None if solver is None or solver.endswith("Scheduler") else solver
+        named, _, eta = (named or "").partition("_eta")  # as `foley.diffusion.solver.solver_label` joins them
         scale = None if guidance_scale is None else f"{guidance_scale:g}"
-        options = {"solver": named, "prompts": "FILE", "steps": steps, "guidance_scale": scale}  # those of the script
-        given = {**self._source, **options, "output_dir": self._directory}
-        command = shlex.join(f"{key}={value}" for key, value in given.items() if value is not None)
+        options = {"solver": named, "eta": eta, "prompts": "FILE", "steps": steps, "guidance_scale": scale}
+        given = {**self._source, **options, "output_dir": self._directory}  # those of the script
+        command = shlex.join(f"{key}={value}" for key, value in given.items() if value not in (None, ""))
         raise FileNotFoundError(
             f"{file} does not exist: this system is not calibrated for this solver and number of steps. "
             f"Make it with: python scripts/calibrate.py {command}"
