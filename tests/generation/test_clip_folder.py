@@ -109,7 +109,7 @@ def test_processes_share_out_a_file_only():
 
 
 PAPERS = {
-    "ezaudio": ("ezaudio_xl", 100, 5.0, 0.75, 10.0, "random", ["panns", "clap"]),
+    "ezaudio": ("ezaudio_xl", 100, 5.0, 0.75, 10.0, "random", ["panns", "clap_16khz"]),
     "audiocache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "smoothcache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "litefocus": ("audioldm2", 200, 3.5, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
