@@ -129,6 +129,15 @@ def test_a_papers_test_set(paper):
     assert requested_settings(by_hand).accelerator.__class__.__name__ == "NoAcceleration"
 
 
+@pytest.mark.parametrize(("name", "clap"), [("clotho", []), ("musiccaps", ["clap"])])
+def test_the_other_test_sets_of_audiolcm(name, clap):
+    ours, theirs = config(f"eval_preset={name}"), config("eval_preset=audiolcm")
+    assert list(ours.eval_preset.protocol) == ["vggish", "panns", *clap]
+    assert (ours.split, theirs.split) == ("test", None)
+    same = ("steps", "guidance_scale", "guidance_rescale", "duration_seconds", "captions", "accel")
+    assert [ours[key] for key in same] == [theirs[key] for key in same]
+
+
 def test_a_papers_accelerator_comes_with_its_test_set():
     names = {paper: type(instantiate(config(f"eval_preset={paper}").accel)).__name__ for paper in PAPERS}
     assert names == {
