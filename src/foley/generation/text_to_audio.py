@@ -14,7 +14,7 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
 from foley.core.config import shipped
-from foley.core.devices import resolve_device
+from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
 from foley.core.locks import sole_user
 from foley.core.logs import get_logger
@@ -319,7 +319,8 @@ class TextToAudio:
         cost = {} if meter is None else meter.describe()
         description = {**canvas.description, **chosen, **cost, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
-        return Generation(clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains)
+        made = clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains
+        return Generation(*made, machine_name(self.device), settings.batch_size)
 
     @torch.no_grad()
     def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:

@@ -217,8 +217,8 @@ def clap_16khz(name_or_path: str = EZAUDIO_CLAP, **options: Any) -> list[Evaluat
     Args:
         options: the others of `clap`.
     """
-    heard = {"name": "clap_16khz", "preprocessing": Clap16kHzPreprocessing()}
-    return [replace(part, **heard) for part in clap(name_or_path, **options)]
+    wide = clap(name_or_path, **options)
+    return [replace(part, name="clap_16khz", preprocessing=Clap16kHzPreprocessing()) for part in wide]
 
 
 _SINGLE: dict[str, Callable[[str | Path, str | None], list[EvaluationProtocol]]] = {
