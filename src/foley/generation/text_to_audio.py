@@ -315,9 +315,8 @@ class TextToAudio:
             with timings.measured("decode_seconds", self.device):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
                 rows.append(canvas.finish(audio.cpu()))  # [B, 1, T], [B]
-        chosen = settings.describe(guidance, solver.name, solver.num_steps)
-        cost = {} if meter is None else meter.describe()
-        description = {**canvas.description, **chosen, **cost, **self._describe(), **settings.facts}
+        chosen = settings.describe(guidance, solver.name, solver.num_steps) | (meter.describe() if meter else {})
+        description = {**canvas.description, **chosen, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
         made = clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains
         return Generation(*made, machine_name(self.device), settings.batch_size)
