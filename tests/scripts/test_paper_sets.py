@@ -60,7 +60,7 @@ def test_a_set_is_prepared_generated_and_scored(name, small_extractors, tmp_path
     run_command("sample", preset, f"prompts={manifest}", *small, f"output_dir={tmp_path}/made")
     made = [json.loads(file.read_text()) for file in sorted((tmp_path / "made").glob("*_seed*.json"))]
     assert len(made) == count  # those of the test split
-    given = [f"protocol.clap.name_or_path={save_clap(tmp_path / 'clap')}"] if "clap" in wanted else []
+    given = [f"eval_preset.protocol.clap.name_or_path={save_clap(tmp_path / 'clap')}"] if "clap" in wanted else []
     given += [f"samples={tmp_path}/made", f"reference={manifest}", f"audio_dir={tmp_path}", f"cache_dir={tmp_path}"]
     run_command("evaluate", preset, *given, "pairing=required", "resamples=0", f"output_dir={tmp_path}/scores")
     found = json.loads((tmp_path / "scores/evaluation.json").read_text())
