@@ -37,15 +37,19 @@ def main(cfg: DictConfig) -> None:
     if cfg.screen:
         ratings = ratings.only([name for name in ratings.listeners if name not in unsure])
     scores = score_systems(ratings, cfg.interval, cfg.seed)
+    levels = list(ratings.protocol.scale)
     rows = [(system, *(show(row[name]) for name in QUESTIONS), str(row["mos_q"].n)) for system, row in scores.items()]
-    facts = f"{len(ratings.listeners)} listeners, {len(ratings.items)} items, 95 % intervals by {cfg.interval}"
-    table = markdown_table(("system", *QUESTIONS.values(), "n"), rows)
+    asked = f"protocol {ratings.protocol.name} ({levels[0]} to {levels[-1]})"
+    people = f"{len(ratings.listeners)} listeners, {len(ratings.items)} items"
+    facts = f"{asked}, {people}, 95 % intervals by {cfg.interval}"
+    table = markdown_table(("system", *ratings.protocol.questions.values(), "n"), rows)
     directory = Path(cfg.output_dir)
     write_text(directory / "listening.md", f"{facts}\n\n{table}\n")
     plain = {system: {name: asdict(score) for name, score in row.items()} for system, row in scores.items()}
     setting = {"interval": cfg.interval, "listeners": ratings.listeners, "unreliable": unsure, "screened": cfg.screen}
-    write_json(directory / "listening.json", {**setting, "scores": plain})
-    plot_scores(scores, directory / "listening.png")
+    scale = {"protocol": ratings.protocol.name, "scale": levels}
+    write_json(directory / "listening.json", {**scale, **setting, "scores": plain})
+    plot_scores(scores, directory / "listening.png", ratings.protocol)
     log.info("%s\n%s\nwrote %s", facts, table, directory)
 
 

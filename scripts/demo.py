@@ -55,7 +55,8 @@ def main(cfg: DictConfig) -> None:
         log.info("%s", headings[name].replace("\n", ": "))
     peak_bytes = peak_memory_bytes(torch.device("cpu"))
     classes = len(judge.protocol.extractor.labels)
-    facts = f"{len(prompts)} sounds of {cfg.duration_seconds:g} s; seconds and speed-up are of all of them together; "
+    facts = f"{len(prompts)} sounds of {cfg.duration_seconds:g} s; seconds and speed-up are of all of them together "
+    facts += f"({next(iter(results.values())).rtf.where}); "
     facts += f"label accuracy is among all {classes} classes of the extractor"
     page = write_comparison(directory, "foley demo", facts, results, headings)
     memory = None if peak_bytes is None else peak_bytes / 1e9

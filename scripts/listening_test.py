@@ -14,7 +14,7 @@ from foley.data.audio import read_channels
 from foley.data.manifest import ManifestOptions
 from foley.metrics.features import ClipFile
 from foley.metrics.references import read_clips
-from foley.reporting.listening import KEY_FILE, REFERENCE, Stimulus, low_pass, write_test
+from foley.reporting.listening import KEY_FILE, REFERENCE, Stimulus, low_pass, mos_protocol, write_test
 
 
 def choose_items(folders: dict[str, dict[str, ClipFile]], num_items: int, seed: int) -> list[str]:
@@ -38,6 +38,7 @@ def read_stimulus(system: str, clip: ClipFile, caption: str, max_seconds: float)
 @command("script/listening_test")
 def main(cfg: DictConfig) -> None:
     """Write `listening_test.html` and `key.json`."""
+    protocol = mos_protocol(cfg.mos_protocol)
     clips = {name: read_clips(path) for name, path in cfg.systems.items()}
     clips[REFERENCE] = read_clips(cfg.reference, audio_dir=cfg.audio_dir, options=ManifestOptions.of(cfg))
     folders = {name: {clip.id: clip for clip in found} for name, found in clips.items()}
@@ -47,7 +48,7 @@ def main(cfg: DictConfig) -> None:
         of_item = [read_stimulus(name, clips[item], caption, cfg.max_seconds) for name, clips in folders.items()]
         stimuli += [*of_item, low_pass(of_item[-1], cfg.anchor_hz)]
     directory = Path(cfg.output_dir)
-    page = write_test(directory, cfg.title, stimuli, cfg.seed)
+    page = write_test(directory, cfg.title, stimuli, cfg.seed, protocol)
     size = page.stat().st_size / 2**20
     log = get_logger(__name__)
     log.info("%d sounds, %.1f MiB: send %s to listeners; keep %s", len(stimuli), size, page, directory / KEY_FILE)

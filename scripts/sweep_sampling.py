@@ -65,6 +65,7 @@ def main(cfg: DictConfig) -> tuple[float, float]:
         cfg.score: distance,
         "seconds_per_clip": seconds,
         "clips": len(made.clips),
+        **made.rtf.to_json(),
         "settings": made.settings,
         "provenance": provenance(),
     }

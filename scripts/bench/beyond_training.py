@@ -57,6 +57,7 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, way: str, durati
         "clips": len(prompts.captions),
         "denoise_seconds": result.timings.denoise_seconds,
         "total_seconds": result.timings.total_seconds,
+        **result.rtf.to_json(),
         "peak_memory_gigabytes": None if peak_bytes is None else peak_bytes / 1e9,
     }
     return facts | score_pieces(result, prompts.labels, cfg.piece_seconds, judge)

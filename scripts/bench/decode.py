@@ -16,7 +16,7 @@ from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.generation.decoding import LatentDecoder
-from foley.metrics.latency import measure_rounds
+from foley.metrics.latency import RealTimeFactor, measure_rounds
 from foley.models.codec.fast_decoder import FastDecoder
 from foley.nn.conv import folded_copy
 from foley.reporting.tables import provenance
@@ -84,6 +84,7 @@ def measure_codec(codec: Any, cfg: DictConfig) -> dict[str, Any]:
     times = compare({name: partial(decode, latent) for name, decode in ways.items()}, cfg.rounds)
     result = with_ratios(times, REFERENCE)
     for name, decode in ways.items():
+        result[name] |= RealTimeFactor.of(result[name]["seconds"], cfg.duration_seconds, latent.device).to_json()
         result[name]["largest_difference"] = (decode(latent) - expected).abs().max().item()
     return {
         "parameters": sum(parameter.numel() for parameter in codec.parameters()),

@@ -23,7 +23,7 @@ from foley.core.files import write_json
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
-from foley.metrics.latency import measure_latency, real_time_factor
+from foley.metrics.latency import RealTimeFactor, measure_latency
 from foley.models.dit.model import DiffusionTransformer
 from foley.reporting.tables import provenance
 from foley.training.callbacks.monitoring import activation_bytes
@@ -113,7 +113,7 @@ def matmul_peak_tflops(device: torch.device, dtype: torch.dtype, size: int, repe
     return 2 * size**3 / measure_latency(lambda: left @ right, repeats).minimum_seconds / 1e12
 
 
-def generation_seconds(denoiser: DiffusionTransformer, cfg: DictConfig, work: Workload) -> dict[str, float]:
+def generation_seconds(denoiser: DiffusionTransformer, cfg: DictConfig, work: Workload) -> dict[str, Any]:
     """Seconds to denoise one clip with guidance, and to decode it with a codec of the composed size."""
     device = work.noisy.device
     codec = instantiate(cfg.codec).eval().to(device)
@@ -129,7 +129,7 @@ def generation_seconds(denoiser: DiffusionTransformer, cfg: DictConfig, work: Wo
     with torch.inference_mode():
         seconds["decode"] = work.seconds(lambda: codec.decode(latent))
     audio_seconds = cfg.num_frames * codec.hop_samples / codec.sample_rate_hz
-    return {**seconds, "real_time_factor": real_time_factor(sum(seconds.values()), audio_seconds)}
+    return {**seconds, **RealTimeFactor.of(sum(seconds.values()), audio_seconds, device).to_json()}
 
 
 def measure(cfg: DictConfig) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""A student against its teacher: label accuracy, Frechet distance and wall seconds at every number of steps.
+"""A student against its teacher: label accuracy, Frechet distances and wall seconds at every number of steps.
 
-With `curves`, also students of different k over their training; with `guidance_sweep`, the student at other scales.
+With `curves`, also students of different k over their training (AudioLCM's Fig. 2(a)); with `guidance_sweep`, the
+student at other scales (Fig. 2(b)). Both report Frechet distances of audio: of the extractor that ships, and with
+`vggish_dir` the paper's FAD.
 Seconds are those of the whole list of prompts, by stage.
 """
 
@@ -21,12 +23,13 @@ from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.prompts import LabelledPrompts
 from foley.generation.result import Generation
 from foley.generation.text_to_audio import TextToAudio
-from foley.metrics.judge import Judge
+from foley.metrics.judge import FrechetAudioDistance, Judge
+from foley.metrics.latency import RealTimeFactor
 from foley.reporting.plots import plot_rows
 from foley.reporting.tables import provenance
 
 Row = dict[str, Any]
-_SCORES = {"label_accuracy": "label accuracy", "frechet_distance": "Frechet distance"}
+_SCORES = {"label_accuracy": "label accuracy", "frechet_distance": "Frechet distance", "fad": "FAD (VGGish)"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,15 @@ class Workload:
     batch_size: int
     repeats: int
     any_guidance_scale: bool
+    fad: FrechetAudioDistance | None = None
 
     @classmethod
     def build(cls, cfg: DictConfig) -> "Workload":
+        """Raises ValueError where Frechet distances are asked for without a set to measure them to."""
+        if cfg.reference is None and (cfg.curves or cfg.guidance_sweep or cfg.vggish_dir is not None):
+            raise ValueError(
+                "curves, guidance_sweep and vggish_dir report Frechet distances: give reference=FOLDER of audio"
+            )
         return cls(
             LabelledPrompts.read(Path(cfg.prompts), cfg.num_prompts),
             Judge.load(Path(cfg.extractor_dir), cfg.reference),
@@ -49,6 +58,7 @@ class Workload:
             cfg.batch_size,
             cfg.repeats,
             cfg.any_guidance_scale,
+            None if cfg.vggish_dir is None else FrechetAudioDistance.load(Path(cfg.vggish_dir), cfg.reference),
         )
 
     def measure(self, system: TextToAudio, num_steps: int, scale: float) -> Row:
@@ -56,8 +66,11 @@ class Workload:
         runs = [self.generate(system, num_steps, scale) for _ in range(self.repeats)]
         stages = {stage: median(asdict(run.timings)[stage] for run in runs) for stage in asdict(runs[0].timings)}
         total = median(run.timings.total_seconds for run in runs)
-        row = {"num_steps": num_steps, "guidance_scale": scale, **stages, "total_seconds": total}
-        return {**row, **self.judge.score(runs[-1].audio, runs[-1].sample_rate_hz, self.prompts.labels)}
+        rtf = RealTimeFactor.median([run.rtf for run in runs]).to_json()
+        row = {"num_steps": num_steps, "guidance_scale": scale, **stages, "total_seconds": total, **rtf}
+        audio, rate_hz = runs[-1].audio, runs[-1].sample_rate_hz
+        fad = {} if self.fad is None else {"fad": self.fad.score(audio, rate_hz)}
+        return {**row, **self.judge.score(audio, rate_hz, self.prompts.labels), **fad}
 
     def generate(self, system: TextToAudio, num_steps: int, scale: float) -> Generation:
         """The clips, once."""

@@ -28,7 +28,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import Solver
 from foley.generation.decoding import LatentDecoder
 from foley.generation.text_to_audio import TextToAudio
-from foley.metrics.latency import measure_latency, peak_memory_bytes, real_time_factor, reset_peak_memory
+from foley.metrics.latency import RealTimeFactor, measure_latency, peak_memory_bytes, reset_peak_memory
 from foley.reporting.tables import provenance
 from foley.system.system import untrained_system
 from foley.training.callbacks.cost import StepFlops, peak_flops
@@ -175,8 +175,8 @@ def decode(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
         decoder = LatentDecoder(codec, "bf16" if dtype == torch.bfloat16 else "float32")
         with float32_products(tf32):
             seconds = measure_latency(partial(decoder, latent), cfg.repeats).median_seconds
-        factor = real_time_factor(seconds, batch_size * audio_seconds)
-        yield {"batch_size": batch_size, "precision": precision, "seconds": seconds, "real_time_factor": factor}
+        rtf = RealTimeFactor.of(seconds, batch_size * audio_seconds, device, batch_size)
+        yield {"precision": precision, "seconds": seconds, **rtf.to_json()}
 
 
 def generation(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
@@ -193,8 +193,8 @@ def generation(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
                 runs.append(pipeline.generate([PROMPT], duration, accelerator=accelerator, **settings))
             stages = {key: median(asdict(run.timings)[key] for run in runs[1:]) for key in asdict(runs[0].timings)}
             total = median(run.timings.total_seconds for run in runs[1:])
-            factor = real_time_factor(total, duration)
-            yield {"way": way, "cache": name, **stages, "total_seconds": total, "real_time_factor": factor}
+            rtf = RealTimeFactor.median([run.rtf for run in runs[1:]])
+            yield {"way": way, "cache": name, **stages, "total_seconds": total, **rtf.to_json()}
 
 
 PARTS: Mapping[str, Callable[[DictConfig, torch.device], Iterator[Row]]] = {

@@ -34,6 +34,7 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, guidance: Classi
         "guidance_scale": guidance.scale,
         "rescale": guidance.rescale,
         "prompts": len(prompts.captions),
+        **result.rtf.to_json(),
         **scores,
     }
 

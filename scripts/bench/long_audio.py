@@ -27,6 +27,7 @@ from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.decoding import LatentDecoder
 from foley.generation.settings import GenerationSettings
+from foley.metrics.latency import RealTimeFactor
 from foley.reporting.tables import provenance
 
 Case = Mapping[str, Any]
@@ -72,7 +73,9 @@ def measure(case: Case) -> dict[str, Any]:
     row |= {"denoise_seconds": time.perf_counter() - start, "denoise_gigabytes": peak_gigabytes(device)}
     start = time.perf_counter()
     LatentDecoder(codec)(latent.to(device), settings.chunk_frames(frames_per_second)).cpu()
-    return row | {"decode_seconds": time.perf_counter() - start, "peak_gigabytes": peak_gigabytes(device)}
+    row |= {"decode_seconds": time.perf_counter() - start, "peak_gigabytes": peak_gigabytes(device)}
+    computing = row["denoise_seconds"] + row["decode_seconds"]
+    return row | RealTimeFactor.of(computing, case["duration_seconds"], device).to_json()
 
 
 def measure_apart(case: Case) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.generation.result import Generation
 from foley.generation.text_to_audio import TextToAudio
-from foley.metrics.latency import real_time_factor
+from foley.metrics.latency import RealTimeFactor
 from foley.reporting.tables import provenance
 from foley.system.system import load_system, untrained_system
 
@@ -29,7 +29,7 @@ def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> d
     return {
         **{key: round(seconds, 4) for key, seconds in stages.items()},
         "total_seconds": round(total, 4),
-        "real_time_factor": round(real_time_factor(total, runs[0].settings["duration_seconds"]), 4),
+        **RealTimeFactor.median([run.rtf for run in runs]).to_json(),
         "repeats": len(runs),
         "trained_weights": trained,
         "denoiser_parameters": sum(p.numel() for p in pipeline.denoiser.parameters()),

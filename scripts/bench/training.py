@@ -33,7 +33,7 @@ def score_checkpoint(path: Path, judge: Judge, cfg: DictConfig) -> Row:
     result = TextToAudio.load(path, resolve_device(cfg.device)).generate(
         prompts.captions, cfg.duration_seconds, num_steps=cfg.steps, batch_size=cfg.batch_size
     )
-    return judge.score(result.audio, result.sample_rate_hz, prompts.labels)
+    return {**judge.score(result.audio, result.sample_rate_hz, prompts.labels), **result.rtf.to_json()}
 
 
 def measure_run(name: str, folder: Path, first_step: int, judge: Judge, cfg: DictConfig) -> list[Row]:

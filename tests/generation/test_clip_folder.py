@@ -14,6 +14,7 @@ from small_system import CONFIGS
 
 from foley.cli.sampling import requested_settings
 from foley.core.config import PROJECT_ROOT
+from foley.core.devices import described_processor
 from foley.core.locks import FolderInUseError, only_writer
 from foley.core.reading import DamagedFileError
 from foley.generation import clip_folder
@@ -48,9 +49,11 @@ def contents(folder):
 
 
 def record(wave):
-    """What a clip's JSON says, but for costs, which are means over its batch, and how long that took."""
+    """What a clip's JSON says, but for costs, which are means over its batch, and how long that took on what."""
     facts = json.loads(wave.with_suffix(".json").read_text(encoding="utf-8"))
     assert facts.pop("real_time_factor") > 0
+    assert facts.pop("machine")
+    assert facts.pop("batch_size") >= 1
     facts["settings"] = {key: value for key, value in facts["settings"].items() if not key.startswith("mac")}
     return facts
 
@@ -109,7 +112,7 @@ def test_processes_share_out_a_file_only():
 
 
 PAPERS = {
-    "ezaudio": ("ezaudio_xl", 100, 5.0, 0.75, 10.0, "random", ["panns", "clap"]),
+    "ezaudio": ("ezaudio_xl", 100, 5.0, 0.75, 10.0, "random", ["panns", "clap_16khz"]),
     "audiocache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "audiocache_47s": ("stable_audio_open", 100, 7.0, 0.0, 47.0, "all", ["stable_audio"]),
     "audiocache_heun": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
@@ -152,6 +155,15 @@ def test_a_papers_test_set(paper):
     assert (by_hand.eta, by_hand.captions) == (0.0, "first")
     assert requested_settings(config("solver=ddim", "eta=0.5")).eta == 0.5
     assert requested_settings(by_hand).accelerator.__class__.__name__ == "NoAcceleration"
+
+
+@pytest.mark.parametrize(("name", "clap"), [("clotho", []), ("musiccaps", ["clap"])])
+def test_the_other_test_sets_of_audiolcm(name, clap):
+    ours, theirs = config(f"eval_preset={name}"), config("eval_preset=audiolcm")
+    assert list(ours.eval_preset.protocol) == ["vggish", "panns", *clap]
+    assert (ours.split, theirs.split) == ("test", None)
+    same = ("steps", "guidance_scale", "guidance_rescale", "duration_seconds", "captions", "accel")
+    assert [ours[key] for key in same] == [theirs[key] for key in same]
 
 
 def test_a_papers_accelerator_comes_with_its_test_set():
@@ -282,4 +294,7 @@ def test_json_and_log_give_the_real_time_factor(sampled, tmp_path, caplog):
     facts = json.loads((tmp_path / "000_rain_seed0.json").read_text(encoding="utf-8"))
     computing = sum(facts["timings_of_all_samples"].values())
     assert facts["real_time_factor"] == pytest.approx(computing / (2 * 0.2), abs=1e-4)
-    assert any(record.getMessage().startswith("RTF ") for record in caplog.records)
+    assert (facts["machine"], facts["batch_size"]) == (described_processor(), 2)
+    words = f"RTF {facts['real_time_factor']:.3g} ({facts['machine']}, batch 2)"
+    assert any(record.getMessage().startswith(words) for record in caplog.records)
+    assert f"<dt>RTF</dt><dd>{words.removeprefix('RTF ')}</dd>" in (tmp_path / "index.html").read_text(encoding="utf-8")

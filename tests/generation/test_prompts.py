@@ -98,3 +98,14 @@ def test_lists_of_captions_are_rows_of_one_recording(tmp_path):
     every = request_clips(None, str(file), 0, 1, columns)
     assert [(clip.prompt, clip.notes["id"]) for clip in every] == [("a bell", "a"), ("a gong", "a#2")]
     assert [clip.prompt for clip in request_clips(None, str(file), 0, 1, columns, "first")] == ["a bell"]
+
+
+def test_a_split_of_a_manifest_is_asked_for_by_any_of_its_names(tmp_path):
+    file = tmp_path / "clips.csv"
+    file.write_text("path,caption,split\na.wav,rain,train\nb.wav,wind,evaluation\nc.wav,surf,\n")
+    for split, captions in ((None, ["rain", "wind", "surf"]), ("test", ["wind"]), ("training", ["rain"])):
+        assert [clip.prompt for clip in request_clips(None, str(file), 0, 1, split=split)] == captions
+    with pytest.raises(ValueError, match=r"split=val: the file has none of it, only \['', 'evaluation', 'train'\]"):
+        request_clips(None, str(file), 0, 1, split="val")
+    with pytest.raises(ValueError, match="no column 'fold' .* set split_column=, or split=null"):
+        request_clips(None, str(file), 0, 1, PromptColumns(split="fold"), split="test")

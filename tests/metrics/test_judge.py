@@ -14,7 +14,7 @@ from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.data.procedural import ProceduralDataset
 from foley.generation.prompts import LabelledPrompts
-from foley.metrics.judge import Judge
+from foley.metrics.judge import FrechetAudioDistance, Judge
 from foley.metrics.latency import peak_memory_bytes, reset_peak_memory
 from foley.metrics.reconstruction import DescriptCodec, GriffinLim, mel_distance
 from foley.system.system import build_system, save_system
@@ -59,6 +59,17 @@ def test_real_clips_are_recognised_and_a_set_is_at_no_distance_from_itself(folde
     same = judge.score(audio[:4], RATE, [None] * 4)
     assert same["label_accuracy"] is None
     assert same["frechet_distance"] < 0.1 < scores["frechet_distance"]
+
+
+def test_fad_is_the_frechet_distance_of_its_protocols_features_at_any_rate(folder, clips):
+    """VGGish's weights are absent: under another protocol the way from clips to a number is the same."""
+    judge = Judge.load(EXTRACTOR, folder / "reference")
+    fad = FrechetAudioDistance.under(judge.protocol, folder / "reference")
+    audio = torch.stack([item.audio for item in clips[8:16]])[:, None]
+    assert fad.score(audio, RATE) == pytest.approx(judge.score(audio, RATE, [None] * 8)["frechet_distance"])
+    assert fad.score(audio[..., ::2], RATE // 2) > 0
+    with pytest.raises(CheckpointError, match="vggish"):
+        FrechetAudioDistance.load(folder, folder / "reference")
 
 
 def test_what_cannot_be_judged_is_none(clips):

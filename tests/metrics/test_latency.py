@@ -2,7 +2,7 @@
 
 import pytest
 
-from foley.metrics.latency import Latency, Rounds, measure_latency, measure_rounds, real_time_factor
+from foley.metrics.latency import Latency, RealTimeFactor, Rounds, measure_latency, measure_rounds, real_time_factor
 
 
 def test_warm_up_calls_are_made_and_not_timed() -> None:
@@ -41,3 +41,17 @@ def test_a_speedup_is_the_median_over_rounds_of_the_ratio_within_each() -> None:
     assert measured.speedup("fast", "slow") == 3
     assert measured.speedup("slow", "slow") == 1
     assert measured.median_seconds("slow") == 3
+
+
+def test_a_real_time_factor_says_what_it_is_of() -> None:
+    fast, slow = RealTimeFactor(0.01, "NVIDIA H200", 8), RealTimeFactor(0.03, "AMD EPYC, 1 thread", 2)
+    assert str(fast) == "RTF 0.01 (NVIDIA H200, batch 8)"
+    assert RealTimeFactor.of_json(fast.to_json()) == fast
+    mean = RealTimeFactor.mean([fast, None, slow])
+    assert mean == RealTimeFactor(pytest.approx(0.02), "AMD EPYC, 1 thread and NVIDIA H200", 8)
+
+
+def test_what_nobody_wrote_down_is_not_made_up() -> None:
+    assert str(RealTimeFactor.of_json({"real_time_factor": 0.25})) == "RTF 0.25"  # as clips of earlier versions say
+    assert [RealTimeFactor.of_json(facts) for facts in ({}, {"real_time_factor": "fast"})] == [None, None]
+    assert RealTimeFactor.mean([None]) is None

@@ -10,6 +10,7 @@ from foley.metrics.features import LabelledAudio, extract_audio
 from foley.metrics.preprocessing import (
     PEAK,
     RESAMPLERS,
+    Clap16kHzPreprocessing,
     ClapPreprocessing,
     EmbeddedPreprocessing,
     OpenL3Preprocessing,
@@ -27,6 +28,7 @@ ALL = [
     OpenL3Preprocessing,
     PasstPreprocessing,
     ClapPreprocessing,
+    Clap16kHzPreprocessing,
 ]
 
 
@@ -83,6 +85,23 @@ def test_passt_windows_begin_every_five_seconds() -> None:
     for seconds, windows in ((1, 1), (10, 1), (10.1, 2), (15, 2), (16, 3)):
         assert PasstPreprocessing()(tone(32000, seconds), 32000).shape == (windows, 320000)
     assert PasstPreprocessing()(torch.zeros(1, 32000), 32000).abs().max() == 0
+
+
+def share_above(audio: torch.Tensor, rate_hz: int, hertz: float) -> float:
+    power = torch.fft.rfft(audio.double() * torch.hann_window(len(audio))).abs().square()
+    return float(power[round(hertz * len(audio) / rate_hz) :].sum() / power.sum())
+
+
+@pytest.mark.parametrize("rate_hz", [24000, 44100, 48000])
+def test_clap_at_16_khz_hears_nothing_above_8_khz_and_all_below(rate_hz: int) -> None:
+    noise = 0.1 * torch.randn(1, 10 * rate_hz, generator=torch.Generator().manual_seed(0))
+    wide, narrow = (kind()(noise, rate_hz)[0] for kind in (ClapPreprocessing, Clap16kHzPreprocessing))
+    # White noise has as much energy above 8 kHz as there is bandwidth, less what resampling rolls off.
+    assert share_above(wide, 48000, 8000) == pytest.approx(1 - 8000 / (rate_hz / 2), abs=0.04)
+    assert share_above(narrow, 48000, 8000) < 1e-12
+    low, kept = (torch.fft.rfft(audio)[:70000] for audio in (wide, narrow))  # up to 7 kHz
+    assert (low - kept).norm() / low.norm() < 5e-3  # the clip's edges
+    assert Clap16kHzPreprocessing().describe() == {**ClapPreprocessing().describe(), "through_hz": 16000}
 
 
 @pytest.mark.parametrize("kind", [PannsPreprocessing, OpenL3Preprocessing])

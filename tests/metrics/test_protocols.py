@@ -8,7 +8,7 @@ from foley.core.components import CheckpointError, save_component
 from foley.core.config import PROJECT_ROOT
 from foley.metrics.embedded.network import EmbeddedExtractor
 from foley.metrics.features import LabelledAudio, extract_audio
-from foley.metrics.protocols import ProtocolError, clap, load_protocol, panns, stable_audio, vggish
+from foley.metrics.protocols import ProtocolError, clap, clap_16khz, load_protocol, panns, stable_audio, vggish
 
 CONFIG = {"labels": ["a", "b"], "label_groups": {}, "widths": [4, 4, 4, 4, 4], "feature_dim": 8}
 
@@ -71,6 +71,14 @@ def test_clap_that_cannot_tell_captions_apart_is_refused(tmp_path) -> None:
     features = extract_audio(clips, protocol)
     assert features.features.shape == (2, 12)
     assert features.logits.shape == (2, 0)
+
+
+def test_clap_at_16_khz_is_a_protocol_of_its_own(tmp_path) -> None:
+    weights = str(save_clap(tmp_path))
+    (wide,), (narrow,) = clap(weights), clap_16khz(weights)
+    assert (narrow.name, narrow.scores, narrow.extractor_hash) == ("clap_16khz", wide.scores, wide.extractor_hash)
+    assert (narrow.describe()["through_hz"], narrow.sample_rate_hz) == (16000, 48000)
+    assert narrow.identity != wide.identity  # so that no cached features of one are taken for the other's
 
 
 def test_the_shipped_extractor_tells_procedural_sounds_apart() -> None:

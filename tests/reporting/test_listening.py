@@ -11,8 +11,8 @@ from commands import run_command
 
 from foley.reporting.listening import (
     ANCHOR,
+    PROTOCOLS,
     REFERENCE,
-    SCALE,
     Stimulus,
     low_pass,
     plot_scores,
@@ -217,8 +217,35 @@ def test_results_that_do_not_fit_are_refused(tmp_path, line, message):
         read_ratings([*files, bad], key)
 
 
-def test_the_scale_is_the_papers():
-    assert list(SCALE) == [20, 40, 60, 80, 100]
+@pytest.mark.parametrize(
+    ("name", "levels", "titles"),
+    [
+        ("ezaudio", [1, 2, 3, 4, 5], ["OVL", "REL"]),
+        ("audiolcm", [20, 40, 60, 80, 100], ["MOS-Q", "MOS-F"]),
+        ("audiocache", [20, 40, 60, 80, 100], ["MOS-Q", "MOS-F"]),
+    ],
+)
+def test_the_scales_are_the_papers(name, levels, titles):
+    protocol = PROTOCOLS[name]
+    assert list(protocol.scale) == levels
+    assert [title.partition(",")[0] for title in protocol.questions.values()] == titles
+
+
+def test_each_protocol_has_its_own_page_key_and_ratings(stimuli, tmp_path):
+    page = write_test(tmp_path, "Which dog?", stimuli, seed=1, protocol=PROTOCOLS["ezaudio"])
+    scale = re.search(r'"scale": ({[^}]*})', page.read_text(encoding="utf-8"))[1]
+    assert json.loads(scale) == {"1": "Bad", "2": "Poor", "3": "Fair", "4": "Good", "5": "Excellent"}
+    key = json.loads((tmp_path / "key.json").read_text(encoding="utf-8"))
+    lines = ["test,listener,trial,stimulus,mos_q,mos_f"]
+    lines += [f"{key['test']},{name},1,{code},4,5" for name in ("ann", "bob") for code in key["stimuli"]]
+    (tmp_path / "rated.csv").write_text("\n".join(lines))
+    ratings = read_ratings([tmp_path / "rated.csv"], tmp_path / "key.json")
+    assert (ratings.protocol, ratings.only(["ann"]).protocol) == (PROTOCOLS["ezaudio"],) * 2
+    scores = score_systems(ratings)
+    assert {(row["mos_q"].mean, row["mos_f"].mean) for row in scores.values()} == {(4, 5)}
+    (tmp_path / "rated.csv").write_text("\n".join(lines).replace(",4,5", ",80,100"))
+    with pytest.raises(ValueError, match=r"must be of \[1, 2, 3, 4, 5\] \(ezaudio\)"):
+        read_ratings([tmp_path / "rated.csv"], tmp_path / "key.json")
 
 
 def test_from_folders_to_a_table(tmp_path):
@@ -236,6 +263,8 @@ def test_from_folders_to_a_table(tmp_path):
     assert {stimulus["system"] for stimulus in key["stimuli"].values()} == {"ours", "theirs", REFERENCE, ANCHOR}
     with pytest.raises(ValueError, match="only 4 ids in common"):
         run_command("script/listening_test", *test, "num_items=5")
+    with pytest.raises(ValueError, match="mos_protocol=likert must be one of ezaudio, audiolcm, audiocache"):
+        run_command("script/listening_test", *test, "mos_protocol=likert")
 
     (tmp_path / "results").mkdir()
     quality = {"ours": 80, "theirs": 60, REFERENCE: 100, ANCHOR: 20}
@@ -245,7 +274,9 @@ def test_from_folders_to_a_table(tmp_path):
         (tmp_path / f"results/{listener}.csv").write_text(text)
     given = [f"results={tmp_path / 'results'}", f"key={tmp_path / 'test/key.json'}", f"output_dir={tmp_path / 'out'}"]
     run_command("script/analyse_listening_test", *given)
-    scores = json.loads((tmp_path / "out/listening.json").read_text())["scores"]
+    written = json.loads((tmp_path / "out/listening.json").read_text())
+    assert (written["protocol"], written["scale"]) == ("audiocache", [20, 40, 60, 80, 100])
+    scores = written["scores"]
     assert [(name, row["mos_q"]["mean"]) for name, row in scores.items()] == [
         *((REFERENCE, 100), ("ours", 80), ("theirs", 60), (ANCHOR, 20))
     ]

@@ -7,6 +7,7 @@ import pytest
 from commands import run_command
 
 from foley.core.config import PROJECT_ROOT
+from foley.core.devices import described_processor
 from foley.reporting.pages import write_page
 
 
@@ -22,7 +23,9 @@ def test_the_benchmark_reports_steps_training_and_generation(tmp_path: Path) -> 
     assert training["float32_checkpointed"]["activation_mib"] < training["float32"]["activation_mib"]
     flops = [entry["model_tflops"] * entry["seconds"] for entry in training.values()]
     assert flops == pytest.approx([flops[0]] * 4)
-    assert set(result["generation_bfloat16_seconds"]) == {"denoise", "decode", "real_time_factor"}
+    generation = result["generation_bfloat16_seconds"]
+    assert set(generation) == {"denoise", "decode", "real_time_factor", "machine", "batch_size"}
+    assert (generation["machine"], generation["batch_size"]) == (described_processor(), 1)
     (tmp_path / "page").mkdir()
     (tmp_path / "result.json").rename(tmp_path / "page/gpu.json")
     write_page(PROJECT_ROOT / "docs/results/templates/denoiser.md", tmp_path / "page.md")

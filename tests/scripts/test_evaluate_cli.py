@@ -18,6 +18,7 @@ from foley.core.components import save_component
 from foley.core.config import PROJECT_ROOT
 from foley.metrics.embedded.network import EmbeddedExtractor
 from foley.metrics.evaluation import SilentAudioError
+from foley.metrics.latency import RealTimeFactor
 from foley.metrics.pairing import PairingError
 
 RATE_HZ = 24000
@@ -87,6 +88,19 @@ def test_labels_come_from_sidecars_and_from_known_captions(workspace: Path) -> N
     accuracy = run(workspace)["accuracy"]["all"]
     assert accuracy["n"] == 8
     assert {label: n for label, (_, n) in accuracy["per_class"].items()} == {"pure tone": 4, "white noise": 4}
+
+
+def test_a_report_says_how_fast_its_clips_were_made(workspace: Path) -> None:
+    assert run(workspace)["rtf"] is None
+    assert "- RTF: no clip says how fast it was made" in (workspace / "out" / "evaluation.md").read_text()
+    for index in range(4):
+        sidecar = workspace / "samples" / f"tone{index}.json"
+        made = RealTimeFactor(0.01 * (index + 1), "NVIDIA H200", 8 if index else 2).to_json()
+        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **made}))
+    stored = run(workspace)
+    assert stored["rtf"] == {"value": pytest.approx(0.025), "machine": "NVIDIA H200", "batch_size": 8}
+    report = (workspace / "out" / "evaluation.md").read_text()
+    assert "- RTF: 0.025 (NVIDIA H200, batch 8), mean of 4 of 8 clips" in report
 
 
 def test_reference_may_be_one_split_of_a_manifest(workspace: Path) -> None:

@@ -68,8 +68,9 @@ def requested_clips(cfg: DictConfig) -> list[Clip]:
         return _clips_of_features(cfg)
     if asks_for_nothing(cfg):
         return _demo_clips(cfg.seed, cfg.num)
-    columns = PromptColumns(cfg.caption_column, cfg.id_column, cfg.clip_column)
-    return request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num, columns, cfg.captions, cfg.caption_seed)
+    columns = PromptColumns(cfg.caption_column, cfg.id_column, cfg.clip_column, cfg.split_column)
+    chosen = cfg.captions, cfg.caption_seed, cfg.split
+    return request_clips(cfg.prompt, cfg.prompts, cfg.seed, cfg.num, columns, *chosen)
 
 
 def asks_for_nothing(cfg: DictConfig) -> bool:

@@ -87,7 +87,7 @@ EFFECT: dict[str, tuple[_Has, str]] = {
     "boundary_seconds": (lambda cfg: cfg.edit is not None, "without edit=FILE"),
     "trained_seconds": (lambda cfg: cfg.rotary_extension is not None, "without rotary_extension"),
     "caption_seed": (lambda cfg: cfg.captions == "random", "without captions=random"),
-    **dict.fromkeys(("caption_column", "id_column", "clip_column", "captions"), _PROMPTS),
+    **dict.fromkeys(("caption_column", "id_column", "clip_column", "split_column", "split", "captions"), _PROMPTS),
     **dict.fromkeys(("hub_dir", "system_overrides"), _PUBLISHED),
     "ddp_strategy": (lambda cfg: cfg.trainer is not None, "without trainer=ddp"),
     "accel.seed": (lambda cfg: cfg.accel.get("ratio") != 0, "with accel.ratio=0, which draws nothing"),

@@ -1,8 +1,11 @@
 """Devices by name: which of them there are, what they compute in, and how to wait for one."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,6 +44,28 @@ def _is_there(device: torch.device) -> bool:
     if device.type == "mps" and not torch.backends.mps.is_available():
         return False
     return device.type not in ("cpu", "mps") or not device.index  # there is one of each
+
+
+def machine_name(device: torch.device) -> str:
+    """What computes there, as a report names it beside every time that it gives: the GPU, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, MPS" if device.type == "mps" else described_processor()
+
+
+def described_processor() -> str:
+    """The processor, and how many of its threads compute."""
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+@cache
+def processor_name() -> str:
+    """As the system calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

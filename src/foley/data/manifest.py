@@ -17,9 +17,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from foley.data.entries import SPLIT_NAMES, Entries, Fields, ManifestEntry, chunked, joined_columns, transposed
+from foley.data.entries import Entries, Fields, ManifestEntry, chunked, joined_columns, transposed
 from foley.data.remembered import file_key, memory_file, remembered_columns
-from foley.data.tables import Row, TableError, captions_in, refuse_lines, table_rows, text_in
+from foley.data.tables import Row, TableError, captions_in, refuse_lines, split_name, table_rows, text_in
 
 _PATHS = ("path", "audio_path", "file")
 _CAPTIONS = ("caption", "captions")
@@ -27,12 +27,6 @@ _HINT = "path_column= and caption_column= take other names"
 _SHARED = ("path", "id", "duration_seconds", "split", "label", "speaker", "source", "license")  # by rows of one clip
 _WORTH_REMEMBERING_BYTES = 1 << 20  # a smaller manifest is parsed in no time
 _PLAIN_PATH = re.compile(r"[^/\\:\0][^\\:\0]*")  # nothing in it could lead out of a folder but `..`
-
-_SPLITS = {
-    **{name: "train" for name in ("train", "training")},
-    **{name: "val" for name in ("val", "valid", "validation", "validate", "dev")},
-    **{name: "test" for name in ("test", "testing", "eval", "evaluation")},
-}
 
 ManifestError = TableError
 """A manifest that must be mended; the message names the file, the lines and the values."""
@@ -329,18 +323,6 @@ def _fields(line: int, row: Mapping[str, Any] | str, options: ManifestOptions) -
         line,
         tuple(others),
     )
-
-
-def split_name(name: str) -> str:
-    """train, val or test, whatever it is called; the empty name stays empty; raises ValueError.
-
-    >>> [split_name(name) for name in ("Training", "valid", "dev", "eval")]
-    ['train', 'val', 'val', 'test']
-    """
-    known = _SPLITS.get(name) or _SPLITS.get(name.strip().lower(), name)
-    if known and known not in SPLIT_NAMES:
-        raise ValueError(f"split {name!r} is none of {', '.join(_SPLITS)}; rename it")
-    return known
 
 
 def known_splits(names: Iterable[str]) -> dict[str, str]:

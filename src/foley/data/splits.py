@@ -19,11 +19,12 @@ from foley.data.audio import check_samples, read_audio
 from foley.data.dataset import AudioItem, AudioSource, clip_name, durations_seconds, known_faults
 from foley.data.entries import SPLIT_NAMES, Entries, ManifestEntry, split_code
 from foley.data.importers.annotations import read_audiocaps
-from foley.data.manifest import OUR_COLUMNS, ManifestOptions, known_splits, of_split, read_manifest, split_name
+from foley.data.manifest import OUR_COLUMNS, ManifestOptions, known_splits, of_split, read_manifest
 from foley.data.preflight import preflight_of_ranks
 from foley.data.preparation import AudioFolder
 from foley.data.procedural import ProceduralDataset
 from foley.data.shards import ShardIndex, ShardSource
+from foley.data.tables import split_name
 
 _log = get_logger(__name__)
 

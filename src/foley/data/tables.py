@@ -25,6 +25,11 @@ Row = tuple[int, Mapping[str, Any] | str]
 Column = str | tuple[str, ...]
 """The name of a column, or the names that it may have."""
 
+_SPLITS = {
+    **{name: "train" for name in ("train", "training")},
+    **{name: "val" for name in ("val", "valid", "validation", "validate", "dev")},
+    **{name: "test" for name in ("test", "testing", "eval", "evaluation")},
+}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_ENDINGS = {".json", ".jsonl", ".ndjson"}
 _JSON_LINES = re.compile(r'\s*\{\s*["}]')
@@ -319,3 +324,15 @@ def _fault(text: str) -> str:
 
 def _is_undecoded(text: str) -> bool:
     return not text.isascii() and _UNDECODED.search(text) is not None
+
+
+def split_name(name: str) -> str:
+    """train, val or test, whatever it is called; the empty name stays empty; raises ValueError.
+
+    >>> [split_name(name) for name in ("Training", "valid", "dev", "eval")]
+    ['train', 'val', 'val', 'test']
+    """
+    known = _SPLITS.get(name) or _SPLITS.get(name.strip().lower(), name)
+    if known and known not in _SPLITS.values():
+        raise ValueError(f"split {name!r} is none of {', '.join(_SPLITS)}; rename it")
+    return known

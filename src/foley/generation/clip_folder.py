@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import soundfile
@@ -26,6 +25,7 @@ from foley.core.logs import first_few, get_logger
 from foley.core.reading import read_json, reading
 from foley.generation.prompts import Clip
 from foley.generation.result import Generation
+from foley.metrics.latency import RealTimeFactor
 from foley.reporting.samples import PAGE_FILE, SHEET_FILE, Card, count_sounds, draw_card, page_file, render_page
 
 RECORD_FILE = "test_set.json"
@@ -108,7 +108,7 @@ class ClipFolder:
         sidecar = self.directory / f"{stem}.json"
         if not sidecar.is_file():
             return False
-        return bool(_settings_of(sidecar).get("request") != self.request_hash)
+        return bool(_record_of(sidecar)["settings"].get("request") != self.request_hash)
 
     def fill(self, generate: Callable[[Sequence[Clip]], Generation], fabric: Fabric, batch_size: int) -> Path:
         """Make this process's share of the clips that are missing; returns the page, once all processes are done.
@@ -120,14 +120,14 @@ class ClipFolder:
         todo, flat = fabric.broadcast(begun)
         share = todo[fabric.global_rank :: fabric.world_size]
         start, of_all = time.perf_counter(), f"clips of process 1 of {fabric.world_size}"
-        factors: list[float] = []  # RTF of each batch
+        factors: list[RealTimeFactor] = []  # of each clip
         with _progress_bar(disable=not fabric.is_global_zero) as progress:
             task = progress.add_task("" if fabric.world_size == 1 else of_all, total=len(share), rate="")
             for first in range(0, len(share), batch_size):
                 indices = share[first : first + batch_size]
                 made = generate([self.clips[index] for index in indices])
                 made.warn_of_levels()
-                factors += [made.real_time_factor] * len(indices)
+                factors += [made.rtf] * len(indices)
                 for row, index in enumerate(indices):
                     made.write_clip(self.directory / self._subfolder(index), row, index)
                 rate = (first + len(indices)) / (time.perf_counter() - start)
@@ -135,8 +135,7 @@ class ClipFolder:
         fabric.barrier()
         seconds = time.perf_counter() - start
         _log.info("%d clips made in %.1f s, %d were there already", len(todo), seconds, len(self.clips) - len(todo))
-        if factors:
-            _log_factor(fmean(factors))
+        _log_factor(RealTimeFactor.mean(factors))
         for number in range(fabric.global_rank, len(self._pages), fabric.world_size):
             self._write_page(number, flat)
         fabric.barrier()
@@ -145,7 +144,7 @@ class ClipFolder:
     def write(self, made: Generation) -> Path:
         """Write all clips, which were made at once; returns the page."""
         page, _ = made.write(self.directory)
-        _log_factor(made.real_time_factor)
+        _log_factor(made.rtf)
         return page
 
     def stem(self, index: int) -> str:
@@ -189,8 +188,10 @@ class ClipFolder:
     def _write_page(self, number: int, flat: Set[int]) -> None:
         shown = self._pages[number]
         cards = [self._draw_card(index, "" if index in flat else self._subfolder(index)) for index in shown]
-        settings = _settings_of(self.directory / cards[-1].sidecar_file)
-        page = render_page(count_sounds(len(self.clips), shown), settings, cards, self._pages, number)
+        records = [_record_of(self.directory / card.sidecar_file) for card in cards]
+        rtf = RealTimeFactor.mean(map(RealTimeFactor.of_json, records))
+        title = count_sounds(len(self.clips), shown)
+        page = render_page(title, records[-1]["settings"], cards, self._pages, number, rtf)
         write_text(self.directory / page_file(number), page)
 
     def _draw_card(self, index: int, folder: str) -> Card:
@@ -201,16 +202,17 @@ class ClipFolder:
         return card.inside(folder) if folder else card
 
 
-def _log_factor(real_time_factor: float) -> None:
-    _log.info("RTF %.3g: seconds of computing for a second of audio", real_time_factor)
+def _log_factor(rtf: RealTimeFactor | None) -> None:
+    if rtf is not None:
+        _log.info("%s: seconds of computing for a second of audio", rtf)
 
 
-def _settings_of(sidecar: Path) -> dict[str, Any]:
+def _record_of(sidecar: Path) -> dict[str, Any]:
     """How a clip was made, by its JSON; raises DamagedFileError."""
     what, mend = "the JSON of a clip", "remove it, or give overwrite=true"
     made = read_json(sidecar, what, mend)
     with reading(sidecar, what, mend):
-        return dict(made["settings"])
+        return {**made, "settings": dict(made["settings"])}
 
 
 def _clip_files(directory: Path) -> list[Path]:

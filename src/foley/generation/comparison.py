@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -24,7 +25,7 @@ from foley.reporting.tables import format_rows
 
 _FFT_SAMPLES = 1024
 _FACTS = (
-    "{} sounds, each from the same seed in every column, timed once on this machine. Seconds, speed-up and RTF "
+    "{} sounds, each from the same seed in every column, timed once ({}). Seconds, speed-up and RTF "
     "(seconds of computing for a second of audio) are of all of them together. Spectral convergence is the distance "
     "of magnitude spectrograms from those of the first column, relative to these: 0 is the same sound, 1 another one."
 )
@@ -58,21 +59,21 @@ def _spectrogram(audio: Tensor) -> Tensor:
     return magnitude(torch.nn.functional.pad(audio.flatten(0, 1), (0, short)), window)
 
 
-def compare(results: Mapping[str, Generation]) -> dict[str, dict[str, float]]:
+def compare(results: Mapping[str, Generation]) -> dict[str, dict[str, Any]]:
     """Of each way: `seconds` of all its clips, `speedup` over the first way, RTF and distance from the first way."""
     reference = next(iter(results.values()))
     return {
         name: {
             "seconds": result.timings.total_seconds,
             "speedup": reference.timings.total_seconds / result.timings.total_seconds,
-            "real_time_factor": result.real_time_factor,
+            **result.rtf.to_json(),
             "spectral_convergence": spectral_convergence(result.audio, reference.audio),
         }
         for name, result in results.items()
     }
 
 
-def heading(name: str, row: Mapping[str, float], *facts: str) -> str:
+def heading(name: str, row: Mapping[str, Any], *facts: str) -> str:
     """Of a way's column: its name, and in a line below it what `compare` says, and what else is to be said."""
     said = [f"{row['seconds']:.1f} s", f"{row['speedup']:.1f}x", f"RTF {row['real_time_factor']:.3g}"]
     if row["spectral_convergence"]:
@@ -96,8 +97,9 @@ def compare_with_uncached(
     rows = compare(results)
     write_json(directory / "comparison.json", rows)
     _log.info("%s", format_rows([{"way": way, **row} for way, row in rows.items()], _COLUMNS))
+    where = next(iter(results.values())).rtf.where
     headings = {way: heading(way, row) for way, row in rows.items()}
-    return write_comparison(directory, f"With and without {name}", _FACTS.format(len(clips)), results, headings)
+    return write_comparison(directory, f"With and without {name}", _FACTS.format(len(clips), where), results, headings)
 
 
 def _name(accelerator: Accelerator | None) -> str:

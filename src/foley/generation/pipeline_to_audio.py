@@ -15,7 +15,7 @@ from foley.accel.cost import CostMeter
 from foley.accel.diffusers.pipelines import accelerated
 from foley.accel.precision import choose_precision, computing_in
 from foley.core.config import published_name
-from foley.core.devices import resolve_device
+from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
 from foley.core.locks import sole_user
 from foley.diffusion.guidance import ClassifierFreeGuidance
@@ -167,7 +167,8 @@ class PipelineToAudio:
             "model_hash": self.model_hash,
             **settings.facts,
         }
-        return Generation(clips, torch.cat(rows), self.sample_rate_hz, description, timings)
+        made = clips, torch.cat(rows), self.sample_rate_hz, description, timings
+        return Generation(*made, machine=machine_name(self.device), batch_size=settings.batch_size)
 
     def _latents(
         self,

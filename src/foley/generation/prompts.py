@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from foley.core.numbers import SEED, NumberRange
 from foley.core.seeding import derive_seed
 from foley.data.ordering import evenly_spaced
-from foley.data.tables import captions_in, refuse_lines, table_rows
+from foley.data.tables import captions_in, refuse_lines, split_name, table_rows
 from foley.generation.options import MAX_CLIPS, check_prompt_length
 
 COLUMN = "caption"
@@ -26,11 +26,13 @@ class PromptColumns:
         id: of the clip to generate, by which it is paired with its reference; None is `id`, AudioCaps' own, or the
             path of a manifest, which is its id.
         clip: what the captions of one recording share; None is a name that AudioCaps, Clotho or a manifest uses.
+        split: which part of a data set a row belongs to.
     """
 
     caption: str = COLUMN
     id: str | None = None
     clip: str | None = None
+    split: str = "split"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,26 @@ def _id_columns(columns: PromptColumns) -> Sequence[str]:
     return (columns.id,) if columns.id else _IDS
 
 
+def select_split(rows: Sequence[dict[str, Any]], split: str | None, column: str) -> list[dict[str, Any]]:
+    """The rows of a split, by any of its names; None takes all; raises ValueError where there are none.
+
+    >>> select_split([{"caption": "rain", "of": "train"}, {"caption": "wind", "of": "evaluation"}], "test", "of")
+    [{'caption': 'wind', 'of': 'evaluation'}]
+    """
+    if split is None:
+        return list(rows)
+    if absent := [row for row in rows if column not in row]:
+        raise ValueError(
+            f"split={split}: no column {column!r} tells of which split a prompt is; the file has {list(absent[0])}: "
+            "set split_column=, or split=null for all of it"
+        )
+    wanted = split_name(split)
+    found = [row for row in rows if split_name(str(row[column] or "")) == wanted]
+    if not found:
+        raise ValueError(f"split={split}: the file has none of it, only {sorted({str(row[column]) for row in rows})}")
+    return found
+
+
 def select_captions(
     rows: Sequence[dict[str, Any]], captions: str, clip_column: str | None, seed: int
 ) -> list[dict[str, Any]]:
@@ -161,11 +183,13 @@ def request_clips(
     columns: PromptColumns = PromptColumns(),
     captions: str = "all",
     caption_seed: int = 0,
+    split: str | None = None,
 ) -> list[Clip]:
     """Every clip asked for: `num` clips of each prompt, with seeds that count up from `first_seed`.
 
     Args:
         captions, caption_seed: which captions of each recording in `file`, as `select_captions` takes them.
+        split: of a manifest, as `select_split` takes it.
 
     Raises ValueError unless exactly one of `prompt` and `file` is given and `num` is at least 1.
     """
@@ -175,6 +199,8 @@ def request_clips(
         raise ValueError('give either prompt="a dog barks" or prompts=FILE')
     NumberRange(least=1, most=MAX_CLIPS, whole=True).check("num", num)
     rows = read_prompt_rows(Path(file), columns) if file is not None else [{COLUMN: str(prompt)}]
+    if file is not None:
+        rows = select_split(rows, split, columns.split)
     chosen = select_captions(rows, captions, columns.clip, caption_seed)
     if len(chosen) * num > MAX_CLIPS:
         raise ValueError(f"num={num} of {len(chosen)} prompts are {len(chosen) * num} clips; at most {MAX_CLIPS}")

@@ -17,6 +17,7 @@ from foley.core.logs import get_logger
 from foley.data.audio import PEAK_CEILING, write_wav
 from foley.data.dataset import gain_to_decibels
 from foley.generation.prompts import Clip
+from foley.metrics.latency import RealTimeFactor, real_time_factor
 from foley.reporting.plots import draw_sheet
 from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, SHEET_FILE, Card, count_sounds, draw_card, render_page
 
@@ -56,6 +57,8 @@ class Generation:
         peak_ceiling: as `foley.data.audio.write_wav` takes it.
         generated_gains: `[N]`, by which what was generated has been attenuated already, beside kept audio; None, and 1,
             where it has not.
+        machine: what computed it, see `foley.core.devices.machine_name`.
+        batch_size: the most clips that were denoised together.
 
     Clips beyond full scale are warned of as they are written. In memory they stay as they are; written, they are
     attenuated, and an edit, whose kept samples stay as they were, becomes a file of 32-bit floats.
@@ -68,6 +71,8 @@ class Generation:
     timings: Timings
     peak_ceiling: float = PEAK_CEILING
     generated_gains: Tensor | None = None
+    machine: str = ""
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if not bool(self.audio.isfinite().all()):
@@ -80,7 +85,14 @@ class Generation:
     @property
     def real_time_factor(self) -> float:
         """RTF: seconds of computing for a second of audio, all clips together; below 1 is faster than it sounds."""
-        return self.timings.total_seconds / (len(self.clips) * self.audio.shape[-1] / self.sample_rate_hz)
+        audio_seconds = len(self.clips) * self.audio.shape[-1] / self.sample_rate_hz
+        return real_time_factor(self.timings.total_seconds, audio_seconds)
+
+    @property
+    def rtf(self) -> RealTimeFactor:
+        """The same, with the machine and the batch that it is of."""
+        batch_size = None if self.batch_size is None else min(self.batch_size, len(self.clips))
+        return RealTimeFactor(self.real_time_factor, self.machine, batch_size)
 
     def write(self, directory: str | Path, title: str | None = None) -> tuple[Path, list[Card]]:
         """Write WAV, JSON and spectrogram of each clip, a sheet and the page; returns the page and the cards on it."""
@@ -95,7 +107,7 @@ class Generation:
         waves, prompts = [self._waveform(row) for row in shown], [self.clips[row].prompt for row in shown]
         draw_sheet(directory / SHEET_FILE, waves, prompts, self.sample_rate_hz)
         page = directory / PAGE_FILE
-        write_text(page, render_page(title or count_sounds(len(self.clips)), self.settings, cards))
+        write_text(page, render_page(title or count_sounds(len(self.clips)), self.settings, cards, rtf=self.rtf))
         return page, cards
 
     def write_clip(self, directory: Path, row: int, index: int, facts: Mapping[str, Any] | None = None) -> str:
@@ -112,8 +124,7 @@ class Generation:
         gain = write_wav(directory / f"{stem}.wav", self._waveform(row), self.sample_rate_hz, self.peak_ceiling)
         levels = {"gain_db": gain_to_decibels(gain), **self._levels(row)}
         described = {"prompt": clip.prompt, "seed": clip.seed, **levels, **clip.notes}
-        made = {"index": index, "real_time_factor": round(self.real_time_factor, 4), "settings": dict(self.settings)}
-        made |= facts or {}
+        made = {"index": index, **self.rtf.to_json(), "settings": dict(self.settings), **(facts or {})}
         write_json(directory / f"{stem}.json", {**described, **made})
         return stem
 

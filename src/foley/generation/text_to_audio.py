@@ -14,7 +14,7 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
 from foley.core.config import shipped
-from foley.core.devices import resolve_device
+from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
 from foley.core.locks import sole_user
 from foley.core.logs import get_logger
@@ -315,11 +315,11 @@ class TextToAudio:
             with timings.measured("decode_seconds", self.device):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
                 rows.append(canvas.finish(audio.cpu()))  # [B, 1, T], [B]
-        chosen = settings.describe(guidance, solver.name, solver.num_steps)
-        cost = {} if meter is None else meter.describe()
-        description = {**canvas.description, **chosen, **cost, **self._describe(), **settings.facts}
+        chosen = settings.describe(guidance, solver.name, solver.num_steps) | (meter.describe() if meter else {})
+        description = {**canvas.description, **chosen, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
-        return Generation(clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains)
+        made = clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains
+        return Generation(*made, machine_name(self.device), settings.batch_size)
 
     @torch.no_grad()
     def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:

@@ -23,6 +23,7 @@ from foley.metrics.features import (
     labels_by_caption,
     resolve_labels,
 )
+from foley.metrics.latency import RealTimeFactor
 from foley.metrics.pairing import Pairing, align_ids, check_pairing, describe_pairs, pair_clips
 from foley.metrics.protocols import EvaluationProtocol
 from foley.metrics.scores import SCORES, Comparison, Estimate, TooFewClipsError, label_accuracy
@@ -56,7 +57,8 @@ class Evaluation:
     """Scores of one set of generated clips under one part of a protocol, by name, and how often which class is met.
 
     `unmeasured` maps the scores that were refused to the reason; `seconds` holds the shortest, median and longest clip
-    of each set; `notes` are sentences on what the scores suffer from, or are made of.
+    of each set; `notes` are sentences on what the scores suffer from, or are made of; `rtf` is the mean of the
+    `n_timed` generated clips that say how fast they were made.
     """
 
     protocol: dict[str, Any]
@@ -70,6 +72,8 @@ class Evaluation:
     silent: list[str]
     seconds: dict[str, list[float]]
     notes: list[str]
+    rtf: RealTimeFactor | None = None
+    n_timed: int = 0
 
     def value(self, score: str) -> float:
         """A score that something is decided by; raises ValueError, which says why, where there is none."""
@@ -289,4 +293,6 @@ def evaluate_files(
     generated = extract_files(labelled, protocol, load, cache_directory, max_faulty_share)
     known_features = extract_files(reference, protocol, load, cache_directory, max_faulty_share)
     evaluation = evaluate_features(generated, known_features, protocol, pairing, resamples)
-    return replace(evaluation, pairing=evaluation.pairing.replace("by id", f"by {rule}"))
+    timed = [clip.rtf for clip in samples if clip.rtf is not None]
+    pairing_rule = evaluation.pairing.replace("by id", f"by {rule}")
+    return replace(evaluation, pairing=pairing_rule, rtf=RealTimeFactor.mean(timed), n_timed=len(timed))

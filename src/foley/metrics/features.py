@@ -26,6 +26,7 @@ from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.numbers import SHARE
 from foley.core.reading import DamagedFileError, read_json, reading
+from foley.metrics.latency import RealTimeFactor
 from foley.metrics.preprocessing import Preprocessing
 from foley.metrics.protocols import EvaluationProtocol
 
@@ -62,12 +63,13 @@ class LabelledAudio(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipFile:
-    """An audio file to be judged; `caption` is the prompt of a generated clip."""
+    """An audio file to be judged; `caption` is the prompt of a generated clip, `rtf` how fast it was made."""
 
     path: Path
     id: str
     label: str | None = None
     caption: str | None = None
+    rtf: RealTimeFactor | None = None
 
 
 def scan_directory(directory: Path) -> list[ClipFile]:
@@ -106,7 +108,7 @@ def _read_clip(path: Path) -> ClipFile:
     id, label, prompt = (_text(fields, name, sidecar) for name in ("id", "label", "prompt"))
     if id == "":
         raise DamagedFileError(f"{sidecar}: `id` is empty; give one, or leave it out for the file's name")
-    return ClipFile(path, path.stem if id is None else id, label, prompt)
+    return ClipFile(path, path.stem if id is None else id, label, prompt, RealTimeFactor.of_json(fields))
 
 
 def _text(fields: Mapping[str, Any], name: str, sidecar: Path) -> str | None:

@@ -14,6 +14,29 @@ from foley.metrics.protocols import EvaluationProtocol, load_protocol
 
 
 @dataclass(frozen=True)
+class FrechetAudioDistance:
+    """FAD of clips in memory to a folder, as AudioLCM's Fig. 2 has it: Kilgour et al. 2019, of VGGish."""
+
+    protocol: EvaluationProtocol
+    reference: ClipFeatures
+
+    @classmethod
+    def load(cls, weights_dir: Path, reference: str | Path) -> "FrechetAudioDistance":
+        """With VGGish's weights in `weights_dir`; raises CheckpointError where they are absent."""
+        return cls.under(load_protocol("vggish", weights_dir), reference)
+
+    @classmethod
+    def under(cls, protocol: EvaluationProtocol, reference: str | Path) -> "FrechetAudioDistance":
+        """Under any protocol; raises FileNotFoundError where `reference` holds no audio."""
+        return cls(protocol, extract_files(scan_directory(Path(reference)), protocol, read_channels, None))
+
+    def score(self, audio: Tensor, sample_rate_hz: int) -> float:
+        """Of `audio [N, channels, T]` at any rate."""
+        found = extract_audio([LabelledAudio(clip) for clip in audio], self.protocol, sample_rate_hz)
+        return frechet_distance(self.reference.features, found.features)
+
+
+@dataclass(frozen=True)
 class Judge:
     """Label accuracy among all labels that the extractor knows, and Frechet distance to a reference where there is one.
 
@@ -37,7 +60,7 @@ class Judge:
         protocol = load_protocol("embedded", extractor_dir)
         if reference is None:
             return cls(protocol)
-        return cls(protocol, extract_files(scan_directory(Path(reference)), protocol, read_channels, None))
+        return cls(protocol, FrechetAudioDistance.under(protocol, reference).reference)
 
     def score(self, audio: Tensor, sample_rate_hz: int, labels: Sequence[str | None]) -> dict[str, float | None]:
         """Scores of `audio [N, 1, T]`; None for what cannot be had: another rate, no known label, no reference."""

@@ -5,14 +5,14 @@ Rivals are timed in turns (`measure_rounds`), so that what else the machine does
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from foley.core.devices import resolve_device, synchronise
+from foley.core.devices import machine_name, resolve_device, synchronise
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -27,6 +27,77 @@ def real_time_factor(computing_seconds: float, audio_seconds: float) -> float:
     0.25
     """
     return computing_seconds / audio_seconds
+
+
+@dataclass(frozen=True)
+class RealTimeFactor:
+    """RTF (AudioLCM, section 4.1), with what it is of: without these two it says nothing.
+
+    Args:
+        value: see `real_time_factor`.
+        machine: what computed, as `foley.core.devices.machine_name` has it; empty where nobody wrote it down.
+        batch_size: clips computed together; None where nobody wrote it down.
+
+    >>> print(RealTimeFactor(0.012345, "NVIDIA H200", 8))
+    RTF 0.0123 (NVIDIA H200, batch 8)
+    """
+
+    value: float
+    machine: str = ""
+    batch_size: int | None = None
+
+    def __str__(self) -> str:
+        return f"RTF {self.in_words()}"
+
+    def in_words(self) -> str:
+        """The number, and in brackets what it is of."""
+        return f"{self.value:.3g}{f' ({self.where})' if self.where else ''}"
+
+    @property
+    def where(self) -> str:
+        """What it is of, as far as that is known."""
+        return ", ".join(filter(None, (self.machine, f"batch {self.batch_size}" if self.batch_size else "")))
+
+    def to_json(self) -> dict[str, Any]:
+        """What the JSON of a clip, or the row of a benchmark, says of it."""
+        return {
+            "real_time_factor": float(f"{self.value:.8g}"),
+            "machine": self.machine,
+            "batch_size": self.batch_size,
+        }
+
+    @classmethod
+    def of(
+        cls, computing_seconds: float, audio_seconds: float, device: torch.device, batch_size: int = 1
+    ) -> "RealTimeFactor":
+        """Of what was timed on `device`; both are sums over the batch."""
+        return cls(real_time_factor(computing_seconds, audio_seconds), machine_name(device), batch_size)
+
+    @classmethod
+    def of_json(cls, facts: Mapping[str, Any]) -> "RealTimeFactor | None":
+        """Out of what `to_json` wrote into it; None where there is nothing of it."""
+        value, machine, batch_size = (facts.get(name) for name in ("real_time_factor", "machine", "batch_size"))
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        return cls(float(value), str(machine or ""), batch_size if isinstance(batch_size, int) else None)
+
+    @classmethod
+    def mean(cls, clips: Iterable["RealTimeFactor | None"]) -> "RealTimeFactor | None":
+        """Of a set of clips: all machines, and the largest batch, for the last one of a set is what is left over.
+
+        None where no clip has one.
+        """
+        known = [clip for clip in clips if clip is not None]
+        if not known:
+            return None
+        machines = sorted({clip.machine for clip in known if clip.machine})
+        batch_size = max(clip.batch_size or 0 for clip in known) or None
+        return cls(statistics.fmean(clip.value for clip in known), " and ".join(machines), batch_size)
+
+    @classmethod
+    def median(cls, runs: Sequence["RealTimeFactor"]) -> "RealTimeFactor":
+        """Of runs of the same work on the same machine."""
+        return replace(runs[0], value=statistics.median(run.value for run in runs))
 
 
 @dataclass(frozen=True)

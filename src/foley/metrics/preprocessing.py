@@ -62,6 +62,8 @@ class Preprocessing:
     """
 
     sample_rate_hz: ClassVar[int]
+    through_hz: ClassVar[int | None] = None
+    """A rate to which audio is brought first, so that the extractor hears nothing above half of it."""
     channels: ClassVar[int] = 1
     channel_rule: ClassVar[str] = "mean of all"
     level: ClassVar[str] = "as stored"
@@ -70,10 +72,11 @@ class Preprocessing:
 
     def __call__(self, audio: Tensor, from_hz: int) -> Tensor:
         """The input for one clip; `audio [channels, T]`, not empty and finite."""
-        mixed = self.normalise(self.mix(audio))
-        converted = mixed if from_hz == self.sample_rate_hz else RESAMPLERS[self.resampler](
-            mixed, from_hz, self.sample_rate_hz
-        )  # fmt: skip
+        converted = self.normalise(self.mix(audio))
+        for to_hz in filter(None, (self.through_hz, self.sample_rate_hz)):
+            if from_hz != to_hz:
+                converted = RESAMPLERS[self.resampler](converted, from_hz, to_hz)
+            from_hz = to_hz
         return self.frame(converted)
 
     def mix(self, audio: Tensor) -> Tensor:
@@ -92,6 +95,8 @@ class Preprocessing:
         """What a report states."""
         return {
             "sample_rate_hz": self.sample_rate_hz,
+            # Absent where there is none: features that were cached before there was one stay valid.
+            **({} if self.through_hz is None else {"through_hz": self.through_hz}),
             "channels": self.channels,
             "channel_rule": self.channel_rule,
             "level": self.level,
@@ -193,6 +198,12 @@ class ClapPreprocessing(Preprocessing):
 
     def frame(self, audio: Tensor) -> Tensor:
         return split_windows(audio[0], 10 * self.sample_rate_hz)
+
+
+class Clap16kHzPreprocessing(ClapPreprocessing):
+    """The same of audio that was brought to 16 kHz first (EzAudio, section III-A): CLAP hears nothing above 8 kHz."""
+
+    through_hz = 16000
 
 
 class PeakClapPreprocessing(ClapPreprocessing):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from foley.metrics.extractors import vggish as vggish_extractor
 from foley.metrics.extractors.openl3 import OpenL3, openl3_weights
 from foley.metrics.extractors.published import PublishedWeights
 from foley.metrics.preprocessing import (
+    Clap16kHzPreprocessing,
     ClapPreprocessing,
     EmbeddedPreprocessing,
     OpenL3Preprocessing,
@@ -35,6 +36,9 @@ from foley.metrics.preprocessing import (
 
 FUSED_CLAP = "laion/clap-htsat-fused"
 """The weights of stable-audio-metrics, 630k-audioset-fusion-best.pt, in transformers' layout."""
+
+EZAUDIO_CLAP = "laion/larger_clap_general"
+"""The weights of EzAudio's tables (Hai et al. 2024, footnote 5)."""
 
 _UNRELATED = ("a dog barks", "rain falls on a metal roof", "an opera singer practises scales")
 HIGHEST_SIMILARITY = 0.9
@@ -205,6 +209,16 @@ def clap(
     """
     loaded = _load_clap(name_or_path, download, checkpoint)
     return [EvaluationProtocol("clap", 1, ClapPreprocessing(), *loaded, ("clap", "kad"))]
+
+
+def clap_16khz(name_or_path: str = EZAUDIO_CLAP, **options: Any) -> list[EvaluationProtocol]:
+    """The same of audio that was brought to 16 kHz first, as EzAudio's section III-A does with all clips.
+
+    Args:
+        options: the others of `clap`.
+    """
+    wide = clap(name_or_path, **options)
+    return [replace(part, name="clap_16khz", preprocessing=Clap16kHzPreprocessing()) for part in wide]
 
 
 _SINGLE: dict[str, Callable[[str | Path, str | None], list[EvaluationProtocol]]] = {

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,46 @@ from foley.core.seeding import derive_seed, numpy_generator
 from foley.reporting.pages import read_asset
 from foley.reporting.plots import save_figure
 
-SCALE = {20: "Bad", 40: "Poor", 60: "Fair", 80: "Good", 100: "Excellent"}
-"""The five levels of AudioCache's questionnaire (Shi et al. 2025, section IV-A)."""
-QUESTIONS = {"mos_q": "MOS-Q, audio quality", "mos_f": "MOS-F, text fidelity"}
+_WORDS = ("Bad", "Poor", "Fair", "Good", "Excellent")
+
+
+@dataclass(frozen=True)
+class MosProtocol:
+    """How a paper asks its listeners: means of one protocol are no others', though all have five levels.
+
+    Args:
+        step: of the scale, whose levels are 1 to 5 times this.
+        titles: of the questions after the quality and after the match with the text.
+    """
+
+    name: str
+    step: int
+    titles: tuple[str, str]
+
+    @property
+    def scale(self) -> dict[int, str]:
+        """Level to word, the worst first."""
+        return {self.step * place: word for place, word in enumerate(_WORDS, start=1)}
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """Column of a listener's file to the question's title."""
+        return dict(zip(QUESTIONS, self.titles, strict=True))
+
+
+QUESTIONS = ("mos_q", "mos_f")
+_AUDIOCACHE = MosProtocol("audiocache", 20, ("MOS-Q, audio quality", "MOS-F, text fidelity"))
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        # Hai et al. 2024, section III-E: 30 prompts, 12 listeners.
+        MosProtocol("ezaudio", 1, ("OVL, overall quality", "REL, relevance to the text")),
+        # Liu et al. 2024, section 4.1 and appendix C.2.
+        MosProtocol("audiolcm", 20, ("MOS-Q, audio quality", "MOS-F, text-audio alignment faithfulness")),
+        # Shi et al. 2025, section IV-A: a Likert scale of five levels from 20 to 100, 20 listeners.
+        _AUDIOCACHE,
+    )
+}
 CONFIDENCE = 0.95
 REFERENCE, ANCHOR = "reference", "low_pass_anchor"
 PAGE_FILE, KEY_FILE = "listening_test.html", "key.json"
@@ -62,7 +99,20 @@ def low_pass(reference: Stimulus, cutoff_hz: float) -> Stimulus:
     return Stimulus(ANCHOR, reference.item, reference.caption, samples, reference.sample_rate_hz)
 
 
-def write_test(directory: Path, title: str, stimuli: Sequence[Stimulus], seed: int) -> Path:
+def mos_protocol(name: str) -> MosProtocol:
+    """The protocol of that name; raises ValueError for another.
+
+    >>> list(mos_protocol("ezaudio").scale), list(mos_protocol("audiocache").scale)
+    ([1, 2, 3, 4, 5], [20, 40, 60, 80, 100])
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"mos_protocol={name} must be one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def write_test(
+    directory: Path, title: str, stimuli: Sequence[Stimulus], seed: int, protocol: MosProtocol = _AUDIOCACHE
+) -> Path:
     """Write the page for the listeners and `key.json`, which tells the codes apart, for the experimenter alone.
 
     The page refers to nothing outside itself. Returns it; raises ValueError unless every item has every system.
@@ -73,11 +123,17 @@ def write_test(directory: Path, title: str, stimuli: Sequence[Stimulus], seed: i
     name = hashlib.sha256(json.dumps([title, seed, key], sort_keys=True).encode()).hexdigest()[:8]
     trials = [_trial(code, stimulus) for code, stimulus in zip(codes, stimuli, strict=True)]
     # Their order would tell the systems; the page shuffles anew for every listener.
-    test = {"name": name, "title": title, "scale": SCALE, "trials": sorted(trials, key=lambda trial: trial["code"])}
+    test = {
+        "name": name,
+        "title": title,
+        "scale": protocol.scale,
+        "trials": sorted(trials, key=lambda trial: trial["code"]),
+    }
     template = read_asset("listening.html").replace("{{style}}", read_asset("page.css"))
     # "<" could end the script that holds the data.
     write_text(directory / PAGE_FILE, template.replace("{{test}}", json.dumps(test).replace("<", "\\u003c")))
-    write_json(directory / KEY_FILE, {"test": name, "title": title, "seed": seed, "stimuli": key})
+    facts = {"test": name, "title": title, "protocol": protocol.name, "seed": seed}
+    write_json(directory / KEY_FILE, {**facts, "stimuli": key})
     return directory / PAGE_FILE
 
 
@@ -107,11 +163,12 @@ class Ratings:
     items: list[str]
     systems: list[str]
     values: dict[str, np.ndarray]
+    protocol: MosProtocol = _AUDIOCACHE
 
     def only(self, listeners: Sequence[str]) -> "Ratings":
         """Of some of the listeners."""
         rows = [self.listeners.index(listener) for listener in listeners]
-        return Ratings(list(listeners), self.items, self.systems, {name: v[rows] for name, v in self.values.items()})
+        return replace(self, listeners=list(listeners), values={name: v[rows] for name, v in self.values.items()})
 
 
 @dataclass(frozen=True)
@@ -137,17 +194,18 @@ def read_ratings(results: Sequence[Path], key_file: Path) -> Ratings:
     key = read_json(key_file, "the key of a listening test", "take the one that was written with the page")
     with reading(key_file, "the key of a listening test", "take the one that was written with the page"):
         stimuli, test = dict(key["stimuli"]), key["test"]
+        protocol = mos_protocol(key.get("protocol", _AUDIOCACHE.name))  # that of keys which name none
     found: dict[tuple[str, str], Mapping[str, Any]] = {}
     for place, row in chain.from_iterable(map(_read_rows, results)):
         cell = (row["listener"], row["stimulus"])
         if row["test"] != test or row["stimulus"] not in stimuli:
             raise ValueError(f"{place}: not of the test {test} that {key_file} describes: {row}")
-        if any(row[question] not in map(str, SCALE) for question in QUESTIONS):
-            raise ValueError(f"{place}: ratings must be of {list(SCALE)}, got {row}")
+        if any(row[question] not in map(str, protocol.scale) for question in QUESTIONS):
+            raise ValueError(f"{place}: ratings must be of {list(protocol.scale)} ({protocol.name}), got {row}")
         if cell in found:
             raise ValueError(f"{place}: {cell[0]} has rated {cell[1]} before; give each file once")
         found[cell] = row
-    return _arrange(found, stimuli)
+    return replace(_arrange(found, stimuli), protocol=protocol)
 
 
 def _read_rows(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -223,16 +281,19 @@ def score_systems(ratings: Ratings, interval: str = "bootstrap", seed: int = 0) 
     return dict(sorted(rows.items(), key=lambda row: -row[1]["mos_q"].mean))
 
 
-def plot_scores(scores: Mapping[str, Mapping[str, Score]], path: Path) -> None:
+def plot_scores(scores: Mapping[str, Mapping[str, Score]], path: Path, protocol: MosProtocol = _AUDIOCACHE) -> None:
     """A panel per question: means with their intervals on the whole scale."""
+    levels, margin = list(protocol.scale), protocol.step / 10
     figure = Figure(figsize=(9, 1.2 + 0.4 * len(scores)), layout="constrained")
     systems = list(scores)[::-1]
-    for axes, (name, title) in zip(figure.subplots(1, len(QUESTIONS), sharey=True), QUESTIONS.items(), strict=True):
+    for axes, (name, title) in zip(
+        figure.subplots(1, len(QUESTIONS), sharey=True), protocol.questions.items(), strict=True
+    ):
         chosen = [scores[system][name] for system in systems]
         means = np.array([score.mean for score in chosen])
         spread = np.abs(np.array([[score.low, score.high] for score in chosen]).T - means)
         axes.errorbar(means, systems, xerr=spread, fmt="o", capsize=3)
-        axes.set(title=title, xticks=list(SCALE), xlim=(min(SCALE) - 2, max(SCALE) + 2))
+        axes.set(title=title, xticks=levels, xlim=(levels[0] - margin, levels[-1] + margin))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)

@@ -12,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from foley.core.files import write_json, write_text
 from foley.core.reading import read_json
+from foley.metrics.latency import RealTimeFactor
 from foley.reporting.plots import plot_rows
-from foley.reporting.tables import Row, format_rows
+from foley.reporting.tables import Row, format_cell, format_rows
 
 NOT_MEASURED = "Not measured yet."
 
@@ -52,6 +53,15 @@ class Results:
         rows = [{"name": key, **row} for key, row in found.items()] if isinstance(found, dict) else found
         return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
+    def rtf(self, rows: Sequence[Row]) -> str:
+        """A sentence on what the RTF of the rows is of, the machine and the batch; nothing where none was measured."""
+        mean = RealTimeFactor.mean(map(RealTimeFactor.of_json, rows))
+        return "" if mean is None else f"RTF is seconds of computing over seconds of audio ({mean.where})."
+
+    def measured(self, rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
+        """Those of the columns of a table of which any row has something: what not every machine can measure."""
+        return {name: form for name, form in columns.items() if any(format_cell(form, row) for row in rows)}
+
     def plot(
         self, name: str, rows: Sequence[Row], x: str, measures: Mapping[str, str], line: str, **options: Any
     ) -> str:
@@ -87,7 +97,7 @@ def write_page(template: Path, page: Path, folder: Path | None = None, **facts: 
         keep_trailing_newline=True,
     )
     results = Results(folder or page.with_suffix(""))
-    names = ("read", "table", "rows", "plot", "picture", "origin")
+    names = ("read", "table", "rows", "rtf", "measured", "plot", "picture", "origin")
     tools = {name: getattr(results, name) for name in names}
     text = environment.get_template(template.name).render(**tools, **facts)
     write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines

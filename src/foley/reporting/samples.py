@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from foley.core.files import one_line
+from foley.metrics.latency import RealTimeFactor
 from foley.reporting.pages import read_asset
 from foley.reporting.plots import draw_spectrogram, waveform_outline
 from foley.reporting.words import Fact, describe_settings
@@ -72,11 +73,13 @@ def render_page(
     cards: Sequence[Card],
     pages: Sequence[range] = (),
     number: int = 0,
+    rtf: RealTimeFactor | None = None,
 ) -> str:
     """A page of clips under their `settings` in words; many clips are split into parts that load as they are seen.
 
     Args:
         pages: of a set that has several pages, which clips each of them shows, to link them; this one is `number`.
+        rtf: of the clips on the page.
     """
     first = pages[number].start if pages else 0
     chunks = [cards[start : start + _CLIPS_A_PART] for start in range(0, len(cards), _CLIPS_A_PART)]
@@ -87,7 +90,8 @@ def render_page(
     body = f"<nav>{''.join(others)}</nav>\n" if others else ""
     body += f"<nav>{''.join(links)}</nav>\n" if len(parts) > 1 else ""
     sections = [f'<section id="{shown.start + 1}">{_grid(map(_render_card, part))}</section>' for shown, part in parts]
-    return _document(title, _fact_list(describe_settings(settings)), body + "\n".join(sections))
+    speed = [] if rtf is None else [Fact("RTF", rtf.in_words())]
+    return _document(title, _fact_list([*speed, *describe_settings(settings)]), body + "\n".join(sections))
 
 
 def _span(shown: range) -> str:

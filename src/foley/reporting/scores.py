@@ -79,7 +79,7 @@ def _chapter(evaluation: Evaluation) -> str:
     facts = [f"- {key}: {value}" for key, value in evaluation.protocol.items()]
     parts = [
         f"# Evaluation, protocol `{evaluation.protocol['protocol']}`",
-        "\n".join([*facts, f"- pairing: {evaluation.pairing}", f"- clips without label: {evaluation.n_unlabelled}"]),
+        "\n".join([*facts, *(f"- {fact}" for fact in _set_facts(evaluation))]),
         markdown_table(_HEADER, score_rows(evaluation)),
     ]
     if found := remarks(evaluation):
@@ -94,6 +94,25 @@ def _chapter(evaluation: Evaluation) -> str:
     return "\n\n".join(parts)
 
 
+def _set_facts(evaluation: Evaluation) -> list[str]:
+    """What is to be said of the generated clips as a set."""
+    return [
+        f"pairing: {evaluation.pairing}",
+        f"clips without label: {evaluation.n_unlabelled}",
+        describe_speed(evaluation),
+    ]
+
+
+def describe_speed(evaluation: Evaluation) -> str:
+    """How fast the clips were made, as far as they say.
+
+    Not of scoring them: AudioLCM's RTF is of synthesis (section 4.1).
+    """
+    if evaluation.rtf is None:
+        return "RTF: no clip says how fast it was made"
+    return f"RTF: {evaluation.rtf.in_words()}, mean of {evaluation.n_timed} of {evaluation.n_generated} clips"
+
+
 def show(evaluation: Evaluation, console: Console | None = None) -> None:
     """Draw the scores on the console."""
     facts = evaluation.protocol
@@ -103,6 +122,7 @@ def show(evaluation: Evaluation, console: Console | None = None) -> None:
         table.add_row(*row)
     console = console or Console()
     console.print(table)
+    console.print(describe_speed(evaluation), markup=False, highlight=False)
     for remark in remarks(evaluation):
         console.print(f"* {remark}", markup=False, highlight=False)
 

@@ -6,13 +6,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import torch
 
 from foley.core.config import PROJECT_ROOT
+from foley.core.devices import described_processor
 
 Row = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ def provenance() -> dict[str, str]:
         "command": shlex.join(["python", *sys.argv]).replace(f"{PROJECT_ROOT}/", ""),
         "commit": _commit(),
         "date": datetime.date.today().isoformat(),
-        "processor": f"{_processor()}, {torch.get_num_threads()} threads",
+        "processor": described_processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -79,10 +79,3 @@ def _commit() -> str:
     describe = ["git", "describe", "--always", "--dirty"]
     result = subprocess.run(describe, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
     return result.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
