@@ -69,7 +69,7 @@ def plot_schedule(schedule: CacheSchedule, path: Path) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     settings = {
-        key: f"{value:g}" if isinstance(value, int | float) else value for key, value in schedule.policy.items()
+        key: f"{value:g}" if isinstance(value, float) else value for key, value in schedule.policy.items()
     }
     policy = ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in settings.items())
     axes.set(
