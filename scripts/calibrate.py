@@ -41,8 +41,8 @@ def main(cfg: DictConfig) -> None:
     device = resolve_device(cfg.device) if cfg.trainer is None else processes.device
     generator = open_generator(cfg.system, device, **places)
     directory = Path(cfg.output_dir or calibration_directory(cfg.system, cfg.cache_dir))
-    named = ("duration_seconds", "steps", "guidance_scale", "guidance_rescale", "batch_size", "max_distance", "whole_batch")
-    request = {name: cfg[name] for name in named}
+    named = ("duration_seconds", "steps", "guidance_scale", "guidance_rescale", "batch_size", "max_distance")
+    request = {name: cfg[name] for name in (*named, "whole_batch")}
     request |= {"model_hash": generator.model_hash, "solver": cfg.solver.name, "prompts": chosen}
     run = CalibrationRun(directory, as_clips(chosen), request)
 

@@ -12,11 +12,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from foley.accel.cost import count_macs, tmacs
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.generation.decoding import LatentDecoder
-from foley.metrics.latency import measure_rounds
+from foley.metrics.latency import measure_rounds, real_time_factor
 from foley.models.codec.fast_decoder import FastDecoder
 from foley.nn.conv import folded_copy
 from foley.reporting.tables import provenance
@@ -84,7 +85,11 @@ def measure_codec(codec: Any, cfg: DictConfig) -> dict[str, Any]:
     times = compare({name: partial(decode, latent) for name, decode in ways.items()}, cfg.rounds)
     result = with_ratios(times, REFERENCE)
     for name, decode in ways.items():
-        result[name]["largest_difference"] = (decode(latent) - expected).abs().max().item()
+        result[name] |= {
+            "tmacs": tmacs(count_macs(partial(decode, latent))),
+            "real_time_factor": real_time_factor(result[name]["seconds"], cfg.duration_seconds),
+            "largest_difference": (decode(latent) - expected).abs().max().item(),
+        }
     return {
         "parameters": sum(parameter.numel() for parameter in codec.parameters()),
         "num_frames": num_frames,

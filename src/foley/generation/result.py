@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foley.accel.cost import tmacs
 from foley.core.devices import synchronise
 from foley.core.files import sample_stem, write_json, write_text
 from foley.core.logs import get_logger
@@ -81,6 +82,12 @@ class Generation:
     def real_time_factor(self) -> float:
         """RTF: seconds of computing for a second of audio, all clips together; below 1 is faster than it sounds."""
         return self.timings.total_seconds / (len(self.clips) * self.audio.shape[-1] / self.sample_rate_hz)
+
+    @property
+    def tmacs(self) -> float | None:
+        """Of the denoising of all clips together; None where nothing was counted, as without any accelerator."""
+        macs = self.settings.get("macs")  # of one clip
+        return None if macs is None else tmacs(len(self.clips) * macs)
 
     def write(self, directory: str | Path, title: str | None = None) -> tuple[Path, list[Card]]:
         """Write WAV, JSON and spectrogram of each clip, a sheet and the page; returns the page and the cards on it."""

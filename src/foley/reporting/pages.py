@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from foley.core.files import write_json, write_text
 from foley.core.reading import read_json
 from foley.reporting.plots import plot_rows
-from foley.reporting.tables import Row, format_rows
+from foley.reporting.tables import COST_COLUMNS, Row, format_rows
 
 NOT_MEASURED = "Not measured yet."
 
@@ -74,7 +74,7 @@ class Results:
 
 
 def write_page(template: Path, page: Path, folder: Path | None = None, **facts: Any) -> None:
-    """Fill in `template`, which may use `facts` too.
+    """Fill in `template`, which may use `facts` too, and of acceleration the columns `cost`.
 
     The results and pictures lie in `folder`; by default in the one beside `page` that has its name.
 
@@ -89,7 +89,7 @@ def write_page(template: Path, page: Path, folder: Path | None = None, **facts: 
     results = Results(folder or page.with_suffix(""))
     names = ("read", "table", "rows", "plot", "picture", "origin")
     tools = {name: getattr(results, name) for name in names}
-    text = environment.get_template(template.name).render(**tools, **facts)
+    text = environment.get_template(template.name).render(cost=COST_COLUMNS, **tools, **facts)
     write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines
 
 

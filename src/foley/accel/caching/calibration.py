@@ -282,8 +282,8 @@ class CalibrationRecorder:
         self._totals = self._totals.to(output.device)  # stays there for the run: to read it would wait for the device
         history = self._history.setdefault((self._context.branch, index), deque(maxlen=self._max_distance))
         for distance, previous in enumerate(reversed(history)):  # the newest first: distance 1 is index 0
-            branches = relative_change(output, previous, self._whole_batch).reshape(-1, batch_size)  # a joint batch: [branches, B]
-            self._totals[index, distance, evaluation] += branches.sum(dim=0)
+            change = relative_change(output, previous, self._whole_batch)  # of a joint batch, [branches * B]
+            self._totals[index, distance, evaluation] += change.reshape(-1, batch_size).sum(dim=0)
         self._counts[index, evaluation] += output.shape[0] // batch_size  # 1, or 2 of a joint batch
         history.append(output)  # beyond `max_distance`, the oldest falls out
 
