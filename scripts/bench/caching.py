@@ -146,8 +146,8 @@ def measure(
                 **workload.score(latent, judge),
             }
         )
-    times, cost = measured.row(None, None, workload.audio_seconds), tmacs(macs.total * workload.num_evaluations)
-    return rows, {"tmacs": cost, **times, **workload.score(reference, judge)}
+    times, total = measured.row(None, None, workload.audio_seconds), macs.total * workload.num_evaluations
+    return rows, {"tmacs": tmacs(total), **times, **workload.score(reference, judge)}
 
 
 def policy_name(row: Mapping[str, Any]) -> str:
