@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     generator = open_generator(cfg.system, device, **places)
     directory = Path(cfg.output_dir or calibration_directory(cfg.system, cfg.cache_dir))
     named = ("duration_seconds", "steps", "eta", "guidance_scale", "guidance_rescale", "batch_size", "max_distance")
-    request = {name: cfg[name] for name in named}
+    request = {name: cfg[name] for name in (*named, "whole_batch")}
     request |= {"model_hash": generator.model_hash, "solver": cfg.solver.name, "prompts": chosen}
     run = CalibrationRun(directory, as_clips(chosen), request)
 
@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
         count, path = calibration.num_prompts, info_path(stem)
         get_logger(__name__).info("%d prompts: wrote %s, .safetensors and .png", count, path)
 
-    run.record(generator.denoise_clips, settings, processes, cfg.max_distance, keep)
+    run.record(generator.denoise_clips, settings, processes, cfg.max_distance, keep, cfg.whole_batch)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.progress import track
 
+from foley.accel.combined import NoAcceleration
 from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.logs import get_logger
@@ -29,7 +30,7 @@ def generate(cfg: DictConfig, name: str, prompts: list[str]) -> Generation:
     return TextToAudio.load(cfg.variants[name].system).generate(
         prompts,
         cfg.duration_seconds,
-        accelerator=instantiate(cfg.variants[name].accel),
+        accelerator=instantiate(cfg.variants[name].accel) or NoAcceleration(),  # which is counted too
         batch_size=cfg.batch_size,
         progress=partial(track, description=f"{len(prompts)} sounds, {name}"),
     )
@@ -55,8 +56,8 @@ def main(cfg: DictConfig) -> None:
         log.info("%s", headings[name].replace("\n", ": "))
     peak_bytes = peak_memory_bytes(torch.device("cpu"))
     classes = len(judge.protocol.extractor.labels)
-    facts = f"{len(prompts)} sounds of {cfg.duration_seconds:g} s; seconds and speed-up are of all of them together "
-    facts += f"({next(iter(results.values())).rtf.where}); "
+    facts = f"{len(prompts)} sounds of {cfg.duration_seconds:g} s; TMACs (of denoising), seconds and speed-up are "
+    facts += f"of all of them together ({next(iter(results.values())).rtf.where}); "
     facts += f"label accuracy is among all {classes} classes of the extractor"
     page = write_comparison(directory, "foley demo", facts, results, headings)
     memory = None if peak_bytes is None else peak_bytes / 1e9

@@ -1,6 +1,7 @@
 """How many times faster sparse attention is than dense: alone, and in a denoising step of an untrained AudioLDM2 U-Net.
 
-Speed-ups are against dense attention in the same round of the same run, so that a busy machine is busy for both.
+Speed-ups are against dense attention in the same round of the same run, so that a busy machine is busy for both. TMACs
+are counted in a call of their own.
 """
 
 import json
@@ -19,12 +20,13 @@ from torch.nn import functional as F
 from foley.accel.attention.litefocus import compensation_indices, sparse_attention
 from foley.accel.attention.local_global import local_global_attention
 from foley.accel.combined import NoAcceleration
+from foley.accel.cost import count_macs, tmacs
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator, RunContext, StepContext
-from foley.metrics.latency import measure_rounds
+from foley.metrics.latency import measure_rounds, real_time_factor
 from foley.reporting.tables import provenance
 
 Calls = Mapping[str, Callable[[], Tensor]]
@@ -53,10 +55,15 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, num_frequencies: int, indi
 
 
 def compare(calls: Calls, rounds: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each call, and its median speed-up over "dense", each against that of its own round."""
+    """TMACs and median seconds of each call, and its median speed-up over "dense", each against its own round's."""
     measured = measure_rounds(calls, rounds)
     return {
-        name: {"seconds": measured.median_seconds(name), "speedup": measured.speedup(name, "dense")} for name in calls
+        name: {
+            "tmacs": tmacs(count_macs(call)),
+            "seconds": measured.median_seconds(name),
+            "speedup": measured.speedup(name, "dense"),
+        }
+        for name, call in calls.items()
     }
 
 
@@ -109,7 +116,7 @@ def one_evaluation(
 
 
 def measure_step(cfg: DictConfig, unet: nn.Module, duration_seconds: float, like: Tensor) -> dict[str, Any]:
-    """One denoising step of a clip of that length: seconds, and speed-up over the U-Net as it is."""
+    """One denoising step of a clip of that length: TMACs, seconds, their RTF, and speed-up over the U-Net as it is."""
     settings, batch_size = cfg.step, cfg.step.batch_size
     frames = round(duration_seconds * settings.frames_per_second)
     noisy = torch.randn(batch_size, cfg.unet.in_channels, frames, settings.num_frequencies).to(like)
@@ -126,7 +133,10 @@ def measure_step(cfg: DictConfig, unet: nn.Module, duration_seconds: float, like
     calls = {
         name: partial(one_evaluation, unet, accelerator, run, evaluate) for name, accelerator in accelerators.items()
     }
-    return {"duration_seconds": duration_seconds, **compare(calls, settings.rounds)}
+    ways = compare(calls, settings.rounds)
+    for way in ways.values():
+        way["real_time_factor"] = real_time_factor(way["seconds"], duration_seconds)  # the batch is one clip's guidance
+    return {"duration_seconds": duration_seconds, **ways}
 
 
 @torch.inference_mode()

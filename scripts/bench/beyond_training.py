@@ -1,4 +1,4 @@
-"""Clips longer than those of training: seconds, memory, and whether they still sound as asked for, all along the clip.
+"""Clips longer than those of training: TMACs, seconds, memory, and whether they sound as asked for, all along the clip.
 
 A clip's label accuracy is that of its pieces of `piece_seconds`, each judged by itself.
 """
@@ -38,7 +38,7 @@ def score_pieces(result: Generation, labels: list[str | None], piece_seconds: fl
 
 
 def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, way: str, duration_seconds: float) -> Row:
-    """One way of generating one length: the seconds of all clips, the peak memory, and the accuracies."""
+    """One way of generating one length: TMACs, seconds and RTF of all clips, the peak memory, and the accuracies."""
     prompts = LabelledPrompts.read(Path(cfg.prompts), cfg.num_prompts)
     reset_peak_memory(system.device)
     result = system.generate(
@@ -55,6 +55,7 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, way: str, durati
         "way": way,
         "duration_seconds": duration_seconds,
         "clips": len(prompts.captions),
+        "tmacs": result.tmacs,
         "denoise_seconds": result.timings.denoise_seconds,
         "total_seconds": result.timings.total_seconds,
         **result.rtf.to_json(),

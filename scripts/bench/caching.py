@@ -1,4 +1,4 @@
-"""Caching policies: wall-clock and MAC speed-up of the denoising, the error of the latent, and label accuracy.
+"""Caching policies: TMACs, seconds, RTF and speed-ups of the denoising, the error of the latent, label accuracy.
 
 Errors are relative L2 distances to the uncached latent from the same noise. They say how far caching moves a sample,
 not whether it sounds worse: that is what the label accuracy and the Frechet distance are for.
@@ -21,7 +21,7 @@ from torch import Tensor
 from foley.accel.caching.budget import budget_schedule, schedule_error
 from foley.accel.caching.calibration import Calibration, calibration_stem
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
-from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost
+from foley.accel.cost import EvaluationMacs, count_evaluation_macs, run_cost, tmacs
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
@@ -60,6 +60,7 @@ class Workload:
     positive: Conditioning
     negative: Conditioning
     num_frames: int
+    audio_seconds: float  # of all clips
 
     @classmethod
     def build(cls, cfg: DictConfig) -> "Workload":
@@ -70,7 +71,8 @@ class Workload:
         _, num_frames = clip_size(cfg.duration_seconds, pipeline.sample_rate_hz, pipeline.codec.hop_samples)
         guidance = instantiate(cfg.guidance, scale=cfg.guidance_scale)
         solver = Solver(cfg.solver.name, cfg.steps)
-        return cls(pipeline, solver, guidance, prompts.labels, positive, negative, num_frames)
+        audio_seconds = cfg.duration_seconds * len(prompts.captions)
+        return cls(pipeline, solver, guidance, prompts.labels, positive, negative, num_frames, audio_seconds)
 
     def run(self, accelerator: Accelerator | None = None) -> Tensor:
         """The latent `[B, C, L]`."""
@@ -87,6 +89,10 @@ class Workload:
             self.pipeline.device,
         )
         return latent.cpu()
+
+    @property
+    def num_evaluations(self) -> int:
+        return len(self.solver.build(self.pipeline.process).timesteps)
 
     def macs(self) -> EvaluationMacs:
         batch_size, device = len(self.positive.mask), self.pipeline.device
@@ -118,28 +124,30 @@ def make_variants(cfg: DictConfig) -> dict[Variant, Any]:
 
 def measure(
     workload: Workload, variants: Mapping[Variant, Any], judge: Judge, repeats: int
-) -> tuple[list[dict[str, Any]], Tensor]:
-    """One row per variant, and the uncached latent. Speed-ups are medians over rounds."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row per variant, and what the uncached denoising cost and scores. Times are medians over rounds."""
     macs = workload.macs()  # one evaluation: it warms up
     runs = {variant: partial(workload.run, accelerator) for variant, accelerator in variants.items()}
     measured = measure_rounds({None: workload.run, **runs}, repeats, warmup=0)
     reference = measured.results[None]
     rows = []
     for variant, accelerator in variants.items():
-        latent, wall = measured.results[variant], measured.speedup(variant, None)
-        mac = run_cost(accelerator.schedule, macs).speedup
+        latent, times = measured.results[variant], measured.row(variant, None, workload.audio_seconds)
+        cost = run_cost(accelerator.schedule, macs)
         rows.append(
             {
                 **vars(variant),
-                "wall_speedup": wall,
-                "mac_speedup": mac,
-                "wall_over_mac": wall / mac,
+                "tmacs": tmacs(cost.macs_cached),
+                **times,
+                "mac_speedup": cost.speedup,
+                "wall_over_mac": times["wall_speedup"] / cost.speedup,
                 "computed_fraction": accelerator.schedule.computed_fraction,
                 "latent_error": ((latent - reference).norm() / reference.norm()).item(),
                 **workload.score(latent, judge),
             }
         )
-    return rows, reference
+    times, total = measured.row(None, None, workload.audio_seconds), macs.total * workload.num_evaluations
+    return rows, {"tmacs": tmacs(total), **times, **workload.score(reference, judge)}
 
 
 def policy_name(row: Mapping[str, Any]) -> str:
@@ -177,7 +185,7 @@ def main(cfg: DictConfig) -> None:
         "duration_seconds": cfg.duration_seconds,
         "frames": workload.num_frames,
         "prompts": len(workload.positive.mask),
-        **{f"{name}_uncached": score for name, score in workload.score(uncached, judge).items()},
+        **{f"{name}_uncached": value for name, value in uncached.items()},
         "denoiser_width": workload.pipeline.system.configs["denoiser"]["width"],
         "trained_weights": cfg.system is not None,
         "model_hash": workload.pipeline.model_hash,

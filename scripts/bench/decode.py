@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from foley.accel.cost import count_macs, tmacs
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
@@ -85,7 +86,10 @@ def measure_codec(codec: Any, cfg: DictConfig) -> dict[str, Any]:
     result = with_ratios(times, REFERENCE)
     for name, decode in ways.items():
         result[name] |= RealTimeFactor.of(result[name]["seconds"], cfg.duration_seconds, latent.device).to_json()
-        result[name]["largest_difference"] = (decode(latent) - expected).abs().max().item()
+        result[name] |= {
+            "tmacs": tmacs(count_macs(partial(decode, latent))),
+            "largest_difference": (decode(latent) - expected).abs().max().item(),
+        }
     return {
         "parameters": sum(parameter.numel() for parameter in codec.parameters()),
         "num_frames": num_frames,

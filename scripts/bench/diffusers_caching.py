@@ -31,7 +31,7 @@ from torch import Tensor
 import foley.accel
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_stem
 from foley.accel.caching.layer_cache import LayerCache
-from foley.accel.cost import EvaluationMacs, run_cost
+from foley.accel.cost import EvaluationMacs, count_macs, run_cost, tmacs
 from foley.accel.diffusers.pipelines import accelerated
 from foley.cli.command import command
 from foley.core.devices import resolve_device
@@ -43,6 +43,7 @@ from foley.metrics.latency import measure_rounds
 from foley.reporting.tables import provenance
 
 Row = dict[str, Any]
+LATENT_FRAMES_PER_SECOND = 44100 / 2048  # Stable Audio Open's
 
 
 class CacheableStableAudio(StableAudioDiTModel, CacheMixin):  # type: ignore[misc]
@@ -117,6 +118,12 @@ class Setting:
     run: Callable[[], Tensor]
     cache: LayerCache | None = None
 
+    def macs(self, evaluation: EvaluationMacs) -> int:
+        """Of a run: from our schedule, once it is known; of diffusers' caches, which have none, in a run of its own."""
+        if self.cache is None or self.cache.schedule is None:
+            return count_macs(self.run)
+        return run_cost(self.cache.schedule, evaluation).macs_cached
+
 
 def our_settings(workload: Workload, cfg: DictConfig, calibration_dir: Path) -> Iterator[Setting]:
     """Every policy with every kind of reuse."""
@@ -177,6 +184,11 @@ def _options(name: str, values: Mapping[str, Any], timestep: list[float]) -> Row
     return {}
 
 
+def audio_seconds(model: Any) -> float:
+    """Of the clip that a latent of this model decodes to."""
+    return float(model.config.sample_size / LATENT_FRAMES_PER_SECOND)
+
+
 def build_model(cfg: DictConfig) -> Any:
     """Random, or as published; diffusers is told what its hooks want to know of the block."""
     TransformerBlockRegistry.register(StableAudioDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
@@ -186,23 +198,26 @@ def build_model(cfg: DictConfig) -> Any:
     return model.eval().to(resolve_device(cfg.device))
 
 
-def measure(workload: Workload, settings: list[Setting], macs: EvaluationMacs, repeats: int) -> list[Row]:
-    """One row per setting, the speed-up a median over rounds; nobody knows the MACs of diffusers' caches."""
+def measure(
+    workload: Workload, settings: list[Setting], macs: EvaluationMacs, repeats: int, clip_seconds: float
+) -> tuple[list[Row], Row]:
+    """One row per setting, and what the uncached denoising cost; times are medians over rounds."""
     runs = {index: setting.run for index, setting in enumerate(settings)}
     measured = measure_rounds({None: workload.run, **runs}, repeats, warmup=0)
-    reference, rows = measured.results[None], []
+    reference, uncached, rows = measured.results[None], count_macs(workload.run), []
     for index, setting in enumerate(settings):
-        schedule = None if setting.cache is None else setting.cache.schedule
         error = (measured.results[index] - reference).norm() / reference.norm()
-        row = {"wall_speedup": measured.speedup(index, None), "latent_error": error.item()}
+        cost = setting.macs(macs)
         rows.append(
             {
                 **setting.description,
-                **row,
-                "mac_speedup": None if schedule is None else run_cost(schedule, macs).speedup,
+                "tmacs": tmacs(cost),
+                **measured.row(index, None, clip_seconds),
+                "mac_speedup": uncached / cost,
+                "latent_error": error.item(),
             }
         )
-    return rows
+    return rows, {"tmacs": tmacs(uncached), **measured.row(None, None, clip_seconds)}
 
 
 def speedup_at(error: float, rows: Sequence[Row]) -> float | None:
@@ -266,7 +281,7 @@ def main(cfg: DictConfig) -> None:
     with TemporaryDirectory() as calibration_dir:
         calibration.save(calibration_stem(Path(calibration_dir), calibration.signature.solver, cfg.steps))
         settings = [*our_settings(workload, cfg, Path(calibration_dir)), *their_settings(hooked, cfg)]
-        rows = measure(workload, settings, calibration.macs, cfg.repeats)
+        rows, uncached = measure(workload, settings, calibration.macs, cfg.repeats, audio_seconds(workload.model))
     facts = {
         "weights": cfg.weights or "random: the errors say little of a trained model's",
         "model": OmegaConf.to_container(cfg.model) if cfg.weights is None else dict(workload.model.config),
@@ -275,6 +290,7 @@ def main(cfg: DictConfig) -> None:
         "guidance_scale": cfg.guidance_scale,
         "diffusers": diffusers.__version__,
         "device": str(workload.device),
+        **{f"{name}_uncached": value for name, value in uncached.items()},
     }
     result = {"settings": facts, "provenance": provenance(), "rows": rows, "matched": match(rows)}
     write_json(directory / "diffusers_caching.json", result)

@@ -1,9 +1,9 @@
-"""A student against its teacher: label accuracy, Frechet distances and wall seconds at every number of steps.
+"""A student against its teacher: label accuracy, Frechet distances, TMACs and wall seconds at every number of steps.
 
 With `curves`, also students of different k over their training (AudioLCM's Fig. 2(a)); with `guidance_sweep`, the
 student at other scales (Fig. 2(b)). Both report Frechet distances of audio: of the extractor that ships, and with
 `vggish_dir` the paper's FAD.
-Seconds are those of the whole list of prompts, by stage.
+TMACs and seconds are those of the whole list of prompts; seconds by stage.
 """
 
 import json
@@ -16,6 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from foley.accel.combined import NoAcceleration
+from foley.accel.cost import tmacs
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
@@ -62,26 +64,31 @@ class Workload:
         )
 
     def measure(self, system: TextToAudio, num_steps: int, scale: float) -> Row:
-        """One row: seconds by stage, medians over the repeats, and scores."""
+        """One row: TMACs, seconds by stage, medians over the repeats, their RTF, and scores."""
+        macs = self.generate(system, num_steps, scale, clips=1, accelerator=NoAcceleration()).settings["macs"]
         runs = [self.generate(system, num_steps, scale) for _ in range(self.repeats)]
         stages = {stage: median(asdict(run.timings)[stage] for run in runs) for stage in asdict(runs[0].timings)}
         total = median(run.timings.total_seconds for run in runs)
         rtf = RealTimeFactor.median([run.rtf for run in runs]).to_json()
-        row = {"num_steps": num_steps, "guidance_scale": scale, **stages, "total_seconds": total, **rtf}
+        cost = {"tmacs": tmacs(len(self.prompts.captions) * macs), **stages, "total_seconds": total, **rtf}
+        row = {"num_steps": num_steps, "guidance_scale": scale, **cost}
         audio, rate_hz = runs[-1].audio, runs[-1].sample_rate_hz
         fad = {} if self.fad is None else {"fad": self.fad.score(audio, rate_hz)}
         return {**row, **self.judge.score(audio, rate_hz, self.prompts.labels), **fad}
 
-    def generate(self, system: TextToAudio, num_steps: int, scale: float) -> Generation:
-        """The clips, once."""
+    def generate(
+        self, system: TextToAudio, num_steps: int, scale: float, clips: int | None = None, **options: Any
+    ) -> Generation:
+        """The clips, or the first few of them, once."""
         system.forget_prompts()  # so that the text counts in every row
         return system.generate(
-            self.prompts.captions,
+            self.prompts.captions[:clips],
             self.duration_seconds,
             guidance=ClassifierFreeGuidance(scale),
             num_steps=num_steps,
             batch_size=self.batch_size,
             any_guidance_scale=self.any_guidance_scale,
+            **options,
         )
 
 

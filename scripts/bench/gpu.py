@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from foley.accel.combined import NoAcceleration
 from foley.accel.precision import compile_blocks, set_precision
 from foley.cli.command import command
 from foley.core.devices import float32_products, resolve_device
@@ -187,14 +188,14 @@ def generation(cfg: DictConfig, device: torch.device) -> Iterator[Row]:
     for way, options in cfg.ways.items():
         pipeline.optimise(**options)
         for name, accelerator in {"none": None, **instantiate(cfg.accelerators)}.items():
-            runs = []
-            for _ in range(cfg.repeats + 1):
-                settings = {"guidance": ClassifierFreeGuidance(cfg.guidance.scale), "num_steps": cfg.steps}
-                runs.append(pipeline.generate([PROMPT], duration, accelerator=accelerator, **settings))
-            stages = {key: median(asdict(run.timings)[key] for run in runs[1:]) for key in asdict(runs[0].timings)}
-            total = median(run.timings.total_seconds for run in runs[1:])
-            rtf = RealTimeFactor.median([run.rtf for run in runs[1:]])
-            yield {"way": way, "cache": name, **stages, "total_seconds": total, **rtf.to_json()}
+            settings = {"guidance": ClassifierFreeGuidance(cfg.guidance.scale), "num_steps": cfg.steps}
+            once = partial(pipeline.generate, [PROMPT], duration, **settings)
+            counted = once(accelerator=accelerator or NoAcceleration())  # and warm
+            runs = [once(accelerator=accelerator) for _ in range(cfg.repeats)]
+            stages = {key: median(asdict(run.timings)[key] for run in runs) for key in asdict(counted.timings)}
+            total = median(run.timings.total_seconds for run in runs)
+            rtf = RealTimeFactor.median([run.rtf for run in runs]).to_json()
+            yield {"way": way, "cache": name, "tmacs": counted.tmacs, **stages, "total_seconds": total, **rtf}
 
 
 PARTS: Mapping[str, Callable[[DictConfig, torch.device], Iterator[Row]]] = {

@@ -1,4 +1,4 @@
-"""Peak memory and seconds of long clips: in one piece, in windows, and with sparse attention; of untrained parts.
+"""Peak memory, TMACs and seconds of long clips: in one piece, in windows, with sparse attention; of untrained parts.
 
 Each case runs in a process of its own, whose peak is then that of this case alone. Peaks are of resident memory on a
 CPU, and of allocated memory on a GPU.
@@ -18,6 +18,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from foley.accel.cost import CostMeter, tmacs
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
@@ -56,6 +57,7 @@ def measure(case: Case) -> dict[str, Any]:
     tokens = torch.randn(1, case["num_tokens"], case["model"]["context_dim"], device=device)
     text = Conditioning(tokens, torch.ones(1, case["num_tokens"], dtype=torch.bool, device=device))
     row = {"way": way["name"], "duration_seconds": case["duration_seconds"], "parts_gigabytes": peak_gigabytes(device)}
+    meter = CostMeter(instantiate(way["accelerator"]))
     start = time.perf_counter()
     latent = generate_latents(
         denoiser,
@@ -66,15 +68,17 @@ def measure(case: Case) -> dict[str, Any]:
         num_frames,
         instantiate(case["guidance"]),
         Solver("ddim", case["steps"]),
-        instantiate(way["accelerator"]),
+        meter,
         device,
         windows=settings.windows(num_frames, frames_per_second),
     ).cpu()
     row |= {"denoise_seconds": time.perf_counter() - start, "denoise_gigabytes": peak_gigabytes(device)}
+    cost = meter.cost_per_item()
     start = time.perf_counter()
     LatentDecoder(codec)(latent.to(device), settings.chunk_frames(frames_per_second)).cpu()
     row |= {"decode_seconds": time.perf_counter() - start, "peak_gigabytes": peak_gigabytes(device)}
     computing = row["denoise_seconds"] + row["decode_seconds"]
+    row |= {"tmacs": None if cost is None else tmacs(cost.macs_cached)}
     return row | RealTimeFactor.of(computing, case["duration_seconds"], device).to_json()
 
 

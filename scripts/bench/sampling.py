@@ -1,4 +1,4 @@
-"""Seconds to generate one clip on this machine, split into text, denoising and decoding."""
+"""TMACs and seconds to generate one clip on this machine, split into text, denoising and decoding."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from foley.accel.combined import NoAcceleration
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
@@ -23,12 +24,14 @@ PROMPT = "a dog barks while rain falls on a tin roof"
 
 
 def summarise(runs: list[Generation], pipeline: TextToAudio, trained: bool) -> dict[str, Any]:
-    """Medians over the runs, and the real-time factor of the median run."""
+    """Medians over the runs but the first, which warms up and is counted, and the RTF of the median run."""
+    counted, *runs = runs
     stages = {key: median(asdict(run.timings)[key] for run in runs) for key in asdict(runs[0].timings)}
     total = median(run.timings.total_seconds for run in runs)
     return {
         **{key: round(seconds, 4) for key, seconds in stages.items()},
         "total_seconds": round(total, 4),
+        "tmacs": counted.tmacs,
         **RealTimeFactor.median([run.rtf for run in runs]).to_json(),
         "repeats": len(runs),
         "trained_weights": trained,
@@ -46,10 +49,10 @@ def main(cfg: DictConfig) -> None:
     pipeline = TextToAudio(system, resolve_device(cfg.device))
     settings = {"guidance": instantiate(cfg.guidance), "solver": cfg.solver.name, "num_steps": cfg.steps}
     runs = []
-    for _ in range(cfg.repeats + 1):
+    for accelerator in (NoAcceleration(), *[None] * cfg.repeats):
         pipeline.forget_prompts()  # so that the text counts in every run
-        runs.append(pipeline.generate([PROMPT], cfg.duration_seconds, **settings))
-    result = summarise(runs[1:], pipeline, trained)
+        runs.append(pipeline.generate([PROMPT], cfg.duration_seconds, accelerator=accelerator, **settings))
+    result = summarise(runs, pipeline, trained)
     write_json(Path(cfg.results_file), result)
     sys.stdout.write(json.dumps(result) + "\n")
 

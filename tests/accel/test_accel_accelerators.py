@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from foley.accel.caching.audiocache import AudioCache
+from foley.accel.caching.audiocache import AudioCache, audiocache_schedule
 from foley.accel.caching.budget import Budget
-from foley.accel.caching.calibration import CalibrationRecorder, calibration_directory, calibration_stem
+from foley.accel.caching.calibration import Calibration, CalibrationRecorder, calibration_directory, calibration_stem
 from foley.accel.caching.fora import Fora
 from foley.accel.caching.schedule import SignatureMismatchError
 from foley.accel.caching.smoothcache import SmoothCache
@@ -50,6 +50,19 @@ def test_larger_thresholds_compute_less(denoiser: Any, generate: Any, calibratio
             fractions.append(accelerator.schedule.computed_fraction)
         assert fractions[0] == 1.0 > fractions[-1]
         assert fractions == sorted(fractions, reverse=True)
+
+
+@pytest.mark.parametrize("include_refresh", [True, False])
+def test_the_accelerator_sums_as_it_is_told(
+    denoiser: Any, generate: Any, calibration_dir: Path, include_refresh: bool
+) -> None:
+    accelerator = AudioCache(calibration_dir, 0.3, include_refresh=include_refresh)
+    _accelerated(accelerator, denoiser, generate)
+    schedule, changes = accelerator.schedule, Calibration.load(calibration_stem(calibration_dir, "ddim", 6)).changes()
+    assert schedule is not None
+    assert schedule.policy["include_refresh"] == include_refresh
+    rows = dict(zip(schedule.layer_names, schedule.compute.T.tolist(), strict=True))
+    assert rows == audiocache_schedule(changes, 0.3, include_refresh)
 
 
 def test_initial_noise_per_item_ignores_batch_and_accelerator(

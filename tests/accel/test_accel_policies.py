@@ -4,27 +4,50 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from foley.accel.caching.audiocache import audiocache_schedule
 from foley.accel.caching.fora import fora_schedule
 from foley.accel.caching.smoothcache import smoothcache_schedule
 
 
-def test_audiocache_recomputes_when_the_sum_reaches_delta() -> None:
+def test_audiocache_is_equation_2_to_the_letter(shared: Path) -> None:
+    cases = json.loads((shared / "golden" / "audiocache_schedules.json").read_text())["cases"]
+    assert len(cases) == 40
+    for case in cases:
+        rows = {layer: [bool(bit) for bit in bits] for layer, bits in case["compute"].items()}
+        assert audiocache_schedule(case["changes"], case["threshold"]) == rows
+
+
+def test_audiocache_recomputes_when_the_sum_exceeds_delta() -> None:
     changes = {"a": [9.0, 0.25, 0.25, 0.25, 0.75, 0.125], "b": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]}
-    assert audiocache_schedule(changes, delta=0.5) == {
+    assert audiocache_schedule(changes, delta=0.49) == {
+        "a": [True, False, True, True, True, True],  # each sum begins with the change at the one before
+        "b": [True, False, False, False, False, False],
+    }
+    assert audiocache_schedule(changes, delta=0.49, include_refresh=False) == {
         "a": [True, False, True, False, True, False],
         "b": [True, False, False, False, False, False],
     }
+    assert audiocache_schedule({"a": [9.0, 0.25, 0.25, 0.25]}, delta=0.5)["a"] == [True, False, False, True]
 
 
-def test_audiocache_sums_only_changes_after_the_last_computation() -> None:
-    assert audiocache_schedule({"a": [0.0, 0.375, 0.375, 0.375, 0.375]}, 0.5)["a"] == [True, False, True, False, True]
+def test_audiocache_without_the_refresh_sums_only_changes_after_the_last_computation() -> None:
+    rows = audiocache_schedule({"a": [0.0, 0.375, 0.375, 0.375, 0.375]}, 0.5, include_refresh=False)
+    assert rows["a"] == [True, False, True, False, True]
 
 
 @pytest.mark.parametrize("curve", [[0.0] * 5, [0.0, 0.1, 0.2, 0.0, 5.0]])
-def test_audiocache_with_delta_zero_computes_always(curve: list[float]) -> None:
-    assert all(audiocache_schedule({"a": curve}, delta=0.0)["a"])
+@pytest.mark.parametrize("include_refresh", [True, False])
+def test_audiocache_with_delta_zero_computes_always(curve: list[float], include_refresh: bool) -> None:
+    assert all(audiocache_schedule({"a": curve}, 0.0, include_refresh)["a"])
+
+
+@given(curve=st.lists(st.floats(0, 1), min_size=1, max_size=20), delta=st.floats(0, 2))
+def test_audiocache_never_reuses_more_by_the_letter_than_without_the_refresh(curve: list[float], delta: float) -> None:
+    letter, variant = (audiocache_schedule({"a": curve}, delta, refresh)["a"] for refresh in (True, False))
+    assert sum(letter) >= sum(variant)
 
 
 def test_smoothcache_matches_every_published_schedule(shared: Path) -> None:

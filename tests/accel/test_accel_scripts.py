@@ -157,13 +157,18 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     arguments = (f"system={system_dir}", f"prompts={prompts}", "sweeps.audiocache.values=[0.0,9.0]", "repeats=1")
     narrow = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "sweeps.budget.values=[1.2]")
     run_command("bench/caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
-    rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
+    result = json.loads((tmp_path / "caching.json").read_text())
+    rows, settings = result["rows"], result["settings"]
+    for row in rows:
+        assert row["tmacs"] * row["mac_speedup"] == pytest.approx(settings["tmacs_uncached"])
+        assert row["real_time_factor"] == pytest.approx(row["seconds"] / (2 * 0.5))  # two clips of 0.5 s
+        assert row["wall_speedup"] == pytest.approx(settings["seconds_uncached"] / row["seconds"])
     policies = ["audiocache"] * 4 + [name for name in ("smoothcache", "fora", "budget", "budget_greedy") for _ in "12"]
     assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(policies, ["hold", "taylor"] * 6, strict=True))
     assert (rows[0]["latent_error"], rows[0]["mac_speedup"], rows[0]["computed_fraction"]) == (0.0, 1.0, 1.0)
     assert all(row["mac_speedup"] > 1 and row["latent_error"] > 0 for row in rows[2:])
     assert rows[-1]["mac_speedup"] >= 1.2
-    (methods,) = json.loads((tmp_path / "caching.json").read_text())["budget_methods"]
+    (methods,) = result["budget_methods"]
     assert min(methods["dynamic"], methods["greedy"]) > 0
     assert {row["label_accuracy"] for row in rows} == {None}  # this system's rate is not the extractor's
     assert (tmp_path / "caching.png").stat().st_size > 0

@@ -29,6 +29,31 @@ def test_relative_change_is_l1_over_the_current_output_per_item() -> None:
     assert relative_change(current, previous).tolist() == [0.75, 0.0]
 
 
+def test_of_a_whole_batch_there_is_one_ratio_of_its_norms() -> None:
+    current = torch.tensor([[[1.0, -1.0], [2.0, 0.0]], [[0.0, 0.0], [0.0, 4.0]]])
+    previous = torch.tensor([[[0.0, -1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 4.0]]])
+    assert relative_change(current, previous, whole_batch=True).tolist() == [3 / 8, 3 / 8]
+    assert relative_change(current, previous).mean() == pytest.approx(3 / 4 / 2)  # a quiet item counts as a loud one
+    assert torch.equal(relative_change(current[:1], previous[:1], whole_batch=True), torch.tensor([0.75]))
+
+
+def test_the_recorder_as_published_has_one_ratio_for_the_batch_and_both_branches(denoiser: Any, generate: Any) -> None:
+    outputs: list[torch.Tensor] = []
+    recorder = CalibrationRecorder(whole_batch=True)
+    hook = denoiser.get_submodule(LAYER).register_forward_hook(lambda module, args, output: outputs.append(output))
+    with recorder.attach(denoiser):
+        generate(denoiser, [recorder], seeds=(0, 1, 2))
+    hook.remove()
+    calibration = recorder.calibration()
+    curve = calibration.changes()[LAYER]
+    for evaluation in range(1, 6):
+        now, before = outputs[evaluation], outputs[evaluation - 1]  # [2 branches * 3 items, N, D]
+        assert curve[evaluation] == pytest.approx(((now - before).norm(p=1) / now.norm(p=1)).item(), rel=1e-5)
+    assert calibration.num_prompts == 3
+    assert calibration.std.abs().max() < 1e-6  # within a batch nothing differs
+    assert curve != _record(denoiser, generate, {"seeds": (0, 1, 2)}).changes()[LAYER]
+
+
 def test_recording_changes_nothing_and_matches_outputs_seen_from_outside(denoiser: Any, generate: Any) -> None:
     outputs: list[torch.Tensor] = []
     hook = denoiser.get_submodule(LAYER).register_forward_hook(lambda module, args, output: outputs.append(output))

@@ -30,6 +30,7 @@ def test_one_page_shows_both_ways_beside_each_other(generator, tmp_path, caplog)
     assert rows["no acceleration"]["speedup"] == 1
     assert rows["no acceleration"]["spectral_convergence"] == 0
     assert rows["Fora"]["real_time_factor"] == pytest.approx(rows["Fora"]["seconds"] / 1.0)  # two clips of 0.5 s
+    assert 0 < rows["Fora"]["tmacs"] < rows["no acceleration"]["tmacs"]
     html = page.read_text(encoding="utf-8")
     for folder in ("no-acceleration", "fora"):
         names = sorted(file.name for file in (tmp_path / folder).glob("*.wav"))
@@ -64,3 +65,11 @@ def test_headings_say_seconds_speedup_and_factor(generator):
     result = generator.generate(["rain"], **STEPS)
     row = compare({"plain": result})["plain"] | {"seconds": 2.0, "speedup": 1.5, "real_time_factor": 0.25}
     assert heading("plain", row, "label accuracy 90%") == "plain\n2.0 s, 1.5x, RTF 0.25, label accuracy 90%"
+    assert heading("plain", row | {"tmacs": 0.5}) == "plain\n0.5 TMACs, 2.0 s, 1.5x, RTF 0.25"
+
+
+def test_the_clips_of_a_generation_cost_what_one_costs_each(generator):
+    assert generator.generate(["rain"], **STEPS).tmacs is None  # nobody looked on
+    one, two = (generator.generate(names, **STEPS, accelerator=Fora(4)) for names in (["rain"], ["rain", "rain"]))
+    assert one.tmacs == one.settings["macs"] / 1e12
+    assert two.tmacs == pytest.approx(2 * one.tmacs)

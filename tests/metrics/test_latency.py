@@ -41,6 +41,9 @@ def test_a_speedup_is_the_median_over_rounds_of_the_ratio_within_each() -> None:
     assert measured.speedup("fast", "slow") == 3
     assert measured.speedup("slow", "slow") == 1
     assert measured.median_seconds("slow") == 3
+    assert measured.row("fast", "slow", audio_seconds=4.0) == {
+        "seconds": 1.0, "real_time_factor": 0.25, "wall_speedup": 3.0,
+    }  # fmt: skip
 
 
 def test_a_real_time_factor_says_what_it_is_of() -> None:

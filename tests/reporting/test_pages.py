@@ -40,6 +40,11 @@ def test_a_column_that_nothing_fills_is_an_error() -> None:
         format_rows(ROWS, {"a": "{acuracy}"})
 
 
+def test_a_column_that_may_be_empty_is_left_out_and_loses_its_mark() -> None:
+    table = format_rows(ROWS, {"system": "{system}", "a?": "{acuracy}", "steps?": "{steps}"})
+    assert table.splitlines()[0] == "| system | steps |"
+
+
 def test_a_plot_needs_a_measure_that_all_rows_have(tmp_path: Path) -> None:
     assert not plot_rows(ROWS, "steps", {"accuracy": "accuracy"}, "{system}", tmp_path / "none.png")
     assert not plot_rows([], "steps", {"steps": "steps"}, "{system}", tmp_path / "none.png")

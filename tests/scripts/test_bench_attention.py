@@ -52,6 +52,19 @@ def test_every_variant_is_timed_against_dense(result: dict[str, Any]) -> None:
     assert result["settings"]["accelerators"]["litefocus"]["ratio"] == result["settings"]["attention"]["ratio"] == 0.1
 
 
+def test_the_products_are_those_of_the_closed_form(result: dict[str, Any]) -> None:
+    attention = result["settings"]["attention"]
+    for row in result["attention"]:
+        tokens, width = row["num_tokens"], attention["num_heads"] * attention["head_dim"]
+        assert row["dense"]["tmacs"] == pytest.approx(2 * tokens**2 * width / 1e12)
+        same_frequency, shared = tokens // attention["num_frequencies"], round(attention["ratio"] * tokens)
+        keys = row["litefocus_double_count"]["tmacs"] * 1e12 / (2 * tokens * width)
+        assert keys == pytest.approx(same_frequency + shared, abs=1)
+    (step,) = result["denoising_step"]
+    assert step["litefocus"]["tmacs"] < step["dense"]["tmacs"]
+    assert step["dense"]["real_time_factor"] == step["dense"]["seconds"] / 1
+
+
 def test_each_way_to_compute_the_same_gives_the_same(result: dict[str, Any]) -> None:
     for row in result["attention"]:
         assert len(row["largest_difference"]) == 2

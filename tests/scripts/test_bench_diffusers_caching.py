@@ -20,6 +20,10 @@ MORE_SIZES = {
 TINY = (
     *(f"model.{name}={value}" for name, value in SIZES.items()),
     *(f"+model.{name}={value}" for name, value in MORE_SIZES.items()),
+    "theirs.FirstBlockCache.threshold=[0.1]",
+    "theirs.PyramidAttentionBroadcast.spatial_attention_block_skip_range=[3]",
+    "theirs.FasterCache.spatial_attention_block_skip_range=[3]",
+    "theirs.TaylorSeerCache.cache_interval=[3]",
     "text_tokens=3",
     "steps=8",
     "repeats=1",
@@ -35,6 +39,11 @@ def test_every_cache_is_measured_and_matched(tmp_path: Path) -> None:
     rows = result["rows"]
     assert {row["cache"] for row in rows} == {*cfg.ours, *cfg.theirs}
     assert all(row["wall_speedup"] > 0 for row in rows)
+    uncached = result["settings"]["tmacs_uncached"]
+    assert all(row["tmacs"] * row["mac_speedup"] == pytest.approx(uncached) for row in rows)
+    assert all(row["real_time_factor"] == pytest.approx(row["seconds"] * 44100 / (16 * 2048)) for row in rows)
+    for cache in ("PyramidAttentionBroadcast", "FasterCache", "TaylorSeerCache"):  # theirs are counted as they run
+        assert min(row["tmacs"] for row in rows if row["cache"] == cache) < uncached
     fora = [row for row in rows if row["cache"] == "Fora" and row["reuse"] == "hold"]
     assert all(row["latent_error"] > 0 and row["mac_speedup"] > 1 for row in fora)
     for cache in ("PyramidAttentionBroadcast", "FasterCache", "TaylorSeerCache"):

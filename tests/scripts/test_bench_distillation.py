@@ -53,6 +53,11 @@ def test_rows_sweep_and_curves(folder, tmp_path):
         ("teacher", 4), ("teacher", 2), ("student", 1), ("student", 2),
     ]  # fmt: skip
     assert results["rows"][0]["total_speedup"] == 1
+    teacher, half, student, more = (row["tmacs"] for row in results["rows"])
+    assert (teacher, more) == (pytest.approx(2 * half), pytest.approx(2 * student))  # by the number of steps
+    assert student < half / 2  # one evaluation a step, where guidance takes two
+    for row in results["rows"]:
+        assert row["real_time_factor"] == pytest.approx(row["total_seconds"] / (2 * 0.2))
     assert all(row["denoise_seconds"] > 0 and row["denoise_speedup"] > 0 for row in results["rows"])
     for part in ("rows", "guidance_sweep", "curves"):
         for row in results[part]:

@@ -35,7 +35,8 @@ def test_every_way_reports_peaks_and_seconds(way: str, bench: dict[str, Any], tm
     row = bench["measure"]({**settings, "duration_seconds": 1.0, "way": {"name": way, **settings["ways"][way]}})
     assert (row["way"], row["duration_seconds"]) == (way, 1.0)
     assert 0 < row["parts_gigabytes"] <= row["denoise_gigabytes"] <= row["peak_gigabytes"]
-    assert min(row["denoise_seconds"], row["decode_seconds"]) > 0
+    assert min(row["denoise_seconds"], row["decode_seconds"], row["tmacs"]) > 0
+    assert row["real_time_factor"] == pytest.approx(row["denoise_seconds"] + row["decode_seconds"])  # of 1 s
 
 
 @pytest.mark.slow

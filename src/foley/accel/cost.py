@@ -1,7 +1,8 @@
 """Multiply-accumulates (MACs) of a run, with and without its accelerator: counted, computed from a schedule, metered.
 
-`MacCounter` counts what runs. `run_cost` computes from one uncached evaluation and a schedule what a cached run costs.
-`CostMeter` does both while a generation runs, which it leaves as it is to the last bit.
+Everything that states MACs, or TMACs as the papers' tables do, has them from here. `MacCounter` counts what runs.
+`run_cost` computes from one uncached evaluation and a schedule what a cached run costs. `CostMeter` does both while a
+generation runs, which it leaves as it is to the last bit.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -22,6 +23,15 @@ from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.diffusion.context import Accelerator, RunContext, StepContext
 
 _FLOPS_PER_MAC = 2  # a multiplication and an addition, which PyTorch counts as two
+
+
+def tmacs(macs: int) -> float:
+    """In units of 10^12, as the tables of SmoothCache state them.
+
+    >>> tmacs(2_500_000_000_000)
+    2.5
+    """
+    return macs / 1e12
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,14 @@ class MacCounter:
         self.is_running = False
         self._running.close()
 
+    def count(self, call: Callable[[], object]) -> None:
+        """What `call()` computes."""
+        self.start()
+        try:
+            call()
+        finally:
+            self.stop()
+
     def evaluation(self, names: Sequence[str]) -> EvaluationMacs:
         """What was counted, of layers of these names."""
         return EvaluationMacs(self.total, {name: self.layers[index] for index, name in enumerate(names)})
@@ -130,24 +148,27 @@ def count_evaluation_macs(denoiser: nn.Module, evaluate: Callable[[], object]) -
     """Count while `evaluate()` calls `denoiser` once; of its own forwards, where nothing is attached."""
     layers, counter = find_cacheable_layers(denoiser), MacCounter()
     with torch.no_grad(), counter.watching(layers):
-        counter.start()
-        try:
-            evaluate()
-        finally:
-            counter.stop()
+        counter.count(evaluate)
     return counter.evaluation([layer.name for layer in layers])
+
+
+def count_macs(call: Callable[[], object]) -> int:
+    """Of everything that `call()` computes.
+
+    >>> left, right = torch.randn(2, 3), torch.randn(3, 4)
+    >>> count_macs(lambda: left @ right)
+    24
+    """
+    counter = MacCounter()
+    with torch.inference_mode(False), torch.no_grad():  # inference mode cannot dispatch weight norm to a counter
+        counter.count(call)
+    return counter.total
 
 
 def count_call_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """Of one call with these arguments, from shapes alone: nothing is computed and no memory is taken."""
-    counter = MacCounter()
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):  # weights and arguments are real tensors
-        counter.start()
-        try:
-            denoiser(*args, **kwargs)
-        finally:
-            counter.stop()
-    return counter.total
+    with FakeTensorMode(allow_non_fake_inputs=True):  # weights and arguments are real tensors
+        return count_macs(partial(denoiser, *args, **kwargs))
 
 
 def run_cost(schedule: CacheSchedule, macs: EvaluationMacs, first_evaluation: int = 0) -> RunCost:

@@ -100,10 +100,12 @@ class CalibrationRun:
         fabric: Fabric,
         max_distance: int,
         keep: Callable[[Calibration], object] = lambda calibration: None,
+        whole_batch: bool = False,
     ) -> Calibration:
         """The curves of all clips, in every process; raises FolderInUseError where another run makes the same ones.
 
         Args:
+            max_distance, whole_batch: as `CalibrationRecorder` takes them.
             keep: called with them in one process, before those of the batches are removed.
         """
         folder = self.directory / f"parts_{hash_json(dict(self.request))[:16]}"
@@ -113,7 +115,7 @@ class CalibrationRun:
             own = batches[fabric.global_rank :: fabric.world_size]
             for first in track(own, description="calibrating", disable=not fabric.is_global_zero):
                 if not info_path(stem := folder / f"{first:07d}").is_file():
-                    recorder = CalibrationRecorder(max_distance)
+                    recorder = CalibrationRecorder(max_distance, whole_batch)
                     clips = self.clips[first : first + settings.batch_size]
                     denoise(clips, replace(settings, accelerator=recorder))
                     recorder.calibration(torch.float64).save(stem)

@@ -10,6 +10,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from foley.accel.combined import NoAcceleration
 from foley.core.files import slug, write_json, write_text
 from foley.core.logs import get_logger
 from foley.diffusion.context import Accelerator
@@ -21,19 +22,19 @@ from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.losses.spectral import magnitude
 from foley.reporting.samples import PAGE_FILE, render_comparison
-from foley.reporting.tables import format_rows
+from foley.reporting.tables import COST_COLUMNS, format_cell, format_rows
 
 _FFT_SAMPLES = 1024
 _FACTS = (
-    "{} sounds, each from the same seed in every column, timed once ({}). Seconds, speed-up and RTF "
-    "(seconds of computing for a second of audio) are of all of them together. Spectral convergence is the distance "
+    "{} sounds, each from the same seed in every column, timed once ({}). TMACs (10^12 multiply-accumulates "
+    "of the denoising), seconds, speed-up and RTF (seconds of computing for a second of audio) are of all of them "
+    "together. Spectral convergence is the distance "
     "of magnitude spectrograms from those of the first column, relative to these: 0 is the same sound, 1 another one."
 )
 _COLUMNS = {
     "": "{way}",
-    "seconds": "{seconds:.2f}",
+    **COST_COLUMNS,
     "speed-up": "{speedup:.2f}x",
-    "RTF": "{real_time_factor:.3g}",
     "spectral convergence": "{spectral_convergence:.3f}",
 }
 _log = get_logger(__name__)
@@ -60,10 +61,11 @@ def _spectrogram(audio: Tensor) -> Tensor:
 
 
 def compare(results: Mapping[str, Generation]) -> dict[str, dict[str, Any]]:
-    """Of each way: `seconds` of all its clips, `speedup` over the first way, RTF and distance from the first way."""
+    """Of each way: TMACs, seconds and RTF of all its clips, `speedup` over the first way, and distance from it."""
     reference = next(iter(results.values()))
     return {
         name: {
+            "tmacs": result.tmacs,
             "seconds": result.timings.total_seconds,
             "speedup": reference.timings.total_seconds / result.timings.total_seconds,
             **result.rtf.to_json(),
@@ -75,7 +77,8 @@ def compare(results: Mapping[str, Generation]) -> dict[str, dict[str, Any]]:
 
 def heading(name: str, row: Mapping[str, Any], *facts: str) -> str:
     """Of a way's column: its name, and in a line below it what `compare` says, and what else is to be said."""
-    said = [f"{row['seconds']:.1f} s", f"{row['speedup']:.1f}x", f"RTF {row['real_time_factor']:.3g}"]
+    counted = [cell] if (cell := format_cell("{tmacs:.3g} TMACs", row)) else []
+    said = [*counted, f"{row['seconds']:.1f} s", f"{row['speedup']:.1f}x", f"RTF {row['real_time_factor']:.3g}"]
     if row["spectral_convergence"]:
         said.append(f"spectral convergence {row['spectral_convergence']:.2f}")
     return f"{name}\n{', '.join([*said, *facts])}"
@@ -91,7 +94,7 @@ def compare_with_uncached(
     name = _name(settings.accelerator)
     generator.generate_clips(clips[:1], replace(settings, progress=iter))
     results = {}
-    for way, accelerator in {"no acceleration": None, name: settings.accelerator}.items():
+    for way, accelerator in {"no acceleration": NoAcceleration(), name: settings.accelerator}.items():
         bar = partial(track, description=way)
         results[way] = generator.generate_clips(clips, replace(settings, accelerator=accelerator, progress=bar))
     rows = compare(results)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foley.accel.cost import tmacs
 from foley.core.devices import synchronise
 from foley.core.files import sample_stem, write_json, write_text
 from foley.core.logs import get_logger
@@ -93,6 +94,12 @@ class Generation:
         """The same, with the machine and the batch that it is of."""
         batch_size = None if self.batch_size is None else min(self.batch_size, len(self.clips))
         return RealTimeFactor(self.real_time_factor, self.machine, batch_size)
+
+    @property
+    def tmacs(self) -> float | None:
+        """Of the denoising of all clips together; None where nothing was counted, as without any accelerator."""
+        macs = self.settings.get("macs")  # of one clip
+        return None if macs is None else tmacs(len(self.clips) * macs)
 
     def write(self, directory: str | Path, title: str | None = None) -> tuple[Path, list[Card]]:
         """Write WAV, JSON and spectrogram of each clip, a sheet and the page; returns the page and the cards on it."""

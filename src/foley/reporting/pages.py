@@ -14,7 +14,7 @@ from foley.core.files import write_json, write_text
 from foley.core.reading import read_json
 from foley.metrics.latency import RealTimeFactor
 from foley.reporting.plots import plot_rows
-from foley.reporting.tables import Row, format_cell, format_rows
+from foley.reporting.tables import COST_COLUMNS, Row, format_rows
 
 NOT_MEASURED = "Not measured yet."
 
@@ -58,10 +58,6 @@ class Results:
         mean = RealTimeFactor.mean(map(RealTimeFactor.of_json, rows))
         return "" if mean is None else f"RTF is seconds of computing over seconds of audio ({mean.where})."
 
-    def measured(self, rows: Sequence[Row], columns: Mapping[str, str]) -> dict[str, str]:
-        """Those of the columns of a table of which any row has something: what not every machine can measure."""
-        return {name: form for name, form in columns.items() if any(format_cell(form, row) for row in rows)}
-
     def plot(
         self, name: str, rows: Sequence[Row], x: str, measures: Mapping[str, str], line: str, **options: Any
     ) -> str:
@@ -84,7 +80,7 @@ class Results:
 
 
 def write_page(template: Path, page: Path, folder: Path | None = None, **facts: Any) -> None:
-    """Fill in `template`, which may use `facts` too.
+    """Fill in `template`, which may use `facts` too, and of acceleration the columns `cost`.
 
     The results and pictures lie in `folder`; by default in the one beside `page` that has its name.
 
@@ -97,9 +93,9 @@ def write_page(template: Path, page: Path, folder: Path | None = None, **facts: 
         keep_trailing_newline=True,
     )
     results = Results(folder or page.with_suffix(""))
-    names = ("read", "table", "rows", "rtf", "measured", "plot", "picture", "origin")
+    names = ("read", "table", "rows", "rtf", "plot", "picture", "origin")
     tools = {name: getattr(results, name) for name in names}
-    text = environment.get_template(template.name).render(**tools, **facts)
+    text = environment.get_template(template.name).render(cost=COST_COLUMNS, **tools, **facts)
     write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines
 
 

@@ -16,6 +16,9 @@ from foley.core.devices import described_processor
 
 Row = Mapping[str, Any]
 
+COST_COLUMNS = {"TMACs?": "{tmacs:.3g}", "seconds?": "{seconds:.3g}", "RTF?": "{real_time_factor:.3g}"}
+"""What a table of acceleration says beside its ratios, as those of the papers do; of all clips of the row together."""
+
 
 def markdown_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A Markdown table, its first column to the left and the others to the right."""
@@ -28,14 +31,24 @@ def format_rows(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 
     Args:
         columns: each heading, and the format of its cells in terms of a row: `{"dense": "{dense[seconds]:.2f} s"}`.
+            Where the heading ends in "?" the column is left out if it would be empty, as results of an earlier
+            benchmark may have it.
 
-    Raises ValueError where a column would be empty: no row has what its format asks for.
+    Raises ValueError where another column would be empty: no row has what its format asks for.
+
+    >>> print(format_rows([{"way": "dense", "seconds": 2.0}], {"": "{way}", **COST_COLUMNS}))
+    |  | seconds |
+    | --- | ---: |
+    | dense | 2 |
     """
-    cells = [[format_cell(form, row) for form in columns.values()] for row in rows]
-    for column, (heading, form) in zip(zip(*cells, strict=True), columns.items(), strict=False):
-        if not any(column):
-            raise ValueError(f"column {heading!r}: none of the {len(rows)} rows has what {form!r} asks for")
-    return markdown_table(tuple(columns), [tuple(row) for row in cells])
+    filled = {heading: [format_cell(form, row) for row in rows] for heading, form in columns.items()}
+    filled = {heading: cells for heading, cells in filled.items() if any(cells) or not heading.endswith("?")}
+    for heading, cells in filled.items():
+        if not any(cells):
+            raise ValueError(f"column {heading!r}: none of the {len(rows)} rows has what {columns[heading]!r} asks for")
+    return markdown_table(
+        tuple(heading.removesuffix("?") for heading in filled), list(zip(*filled.values(), strict=True))
+    )
 
 
 def format_cell(form: str, row: Row) -> str:

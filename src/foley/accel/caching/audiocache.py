@@ -11,8 +11,9 @@ added up, and the layer is computed again where the sum reaches delta (Algorithm
 
     E_sum(t, i) = sum of E(tau, i) for tau from t_1 to t                        (2)
 
-Here the sum begins with the step after t_1: the change that led to the present output is no reason to replace it. It is
-to reach delta, as the text has it, where Algorithm 1 says exceed; so delta = 0 computes always.
+To the letter, the sum includes the change at t_1 itself, which led to the present output; so what changes much is
+computed again soon. The first step has no step before it, and no change of its own. The text has the sum reach delta,
+where Algorithm 1 has it exceed delta: so it does here, but that delta = 0 computes always.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,42 +23,52 @@ from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibr
 from foley.core.numbers import NumberRange
 
 
-def audiocache_schedule(changes: Mapping[str, Sequence[float]], delta: float) -> dict[str, list[bool]]:
-    """Per layer, compute when the changes since the last computation reach `delta` (AudioCache, Algorithm 1, eq. 2).
+def audiocache_schedule(
+    changes: Mapping[str, Sequence[float]], delta: float, include_refresh: bool = True
+) -> dict[str, list[bool]]:
+    """Per layer, compute when the changes since the last computation exceed `delta` (AudioCache, Algorithm 1, eq. 2).
 
     Args:
         changes: for each layer, its relative-L1 change at each evaluation since the one before (eq. 1); evaluation 0
             has no predecessor, always computes, and its value is ignored.
         delta: 0 computes always.
+        include_refresh: sum from the evaluation last computed, its own change included, as equation (2) has it; False
+            sums from the one after, which reuses more at the same delta.
 
     Raises:
         ValueError: delta is negative.
 
     Example:
-        >>> audiocache_schedule({"0.feed_forward": [0.0, 0.25, 0.25, 0.0, 0.75]}, delta=0.5)
-        {'0.feed_forward': [True, False, True, False, True]}
+        After the computation at evaluation 2 its change of 0.4 counts towards the next one.
+
+        >>> curves = {"0.feed_forward": [0.0, 0.2, 0.4, 0.2, 0.2]}
+        >>> audiocache_schedule(curves, delta=0.5)
+        {'0.feed_forward': [True, False, True, True, False]}
+        >>> audiocache_schedule(curves, delta=0.5, include_refresh=False)
+        {'0.feed_forward': [True, False, True, False, False]}
     """
     if delta < 0:
         raise ValueError(f"AudioCache's threshold must be at least 0 (0 computes always), got {delta}")
-    return {layer: _accumulate(curve, delta) for layer, curve in changes.items()}  # no layer knows of another
+    return {layer: _accumulate(curve, delta, include_refresh) for layer, curve in changes.items()}
 
 
-def _accumulate(curve: Sequence[float], delta: float) -> list[bool]:
+def _accumulate(curve: Sequence[float], delta: float, include_refresh: bool) -> list[bool]:
     decisions, accumulated = [True], 0.0  # the first evaluation has nothing to reuse
     for change in curve[1:]:  # curve[0] has no evaluation before it
         accumulated += change  # eq. 2
-        decisions.append(accumulated >= delta)  # Algorithm 1
+        decisions.append(accumulated > delta or delta == 0)  # Algorithm 1
         if decisions[-1]:
-            accumulated = 0.0  # t_1 is this step now
+            accumulated = change if include_refresh else 0.0  # t_1 is this step now
     return decisions
 
 
 class AudioCache(CalibratedCache):
-    """Each layer is recomputed when its calibrated changes add up to `threshold`; 0 computes always.
+    """Each layer is recomputed when its calibrated changes add up to more than `threshold`; 0 computes always.
 
     Args:
         calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
         threshold: the paper's delta, 0.2 to 0.4 there; it grows with the number of steps (Table V).
+        include_refresh: equation (2) to the letter, see `audiocache_schedule`; False reuses more at the same threshold.
 
     Example:
         Record the curves of a small transformer, which has random weights, then generate with them.
@@ -99,12 +110,14 @@ class AudioCache(CalibratedCache):
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
         calibrate: str = "never",
+        include_refresh: bool = True,
     ) -> None:
-        policy = {"name": "audiocache", "threshold": threshold}
+        policy = {"name": "audiocache", "threshold": threshold, "include_refresh": include_refresh}
         super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
         NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
+        self._include_refresh = include_refresh
 
     def decide(self, calibration: Calibration) -> dict[str, list[bool]]:
         """Each layer by itself, see `audiocache_schedule`."""
-        return audiocache_schedule(calibration.changes(), self._threshold)
+        return audiocache_schedule(calibration.changes(), self._threshold, self._include_refresh)

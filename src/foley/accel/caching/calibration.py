@@ -209,15 +209,17 @@ class Calibration:
             )
 
 
-def relative_change(current: Tensor, previous: Tensor) -> Tensor:
+def relative_change(current: Tensor, previous: Tensor, whole_batch: bool = False) -> Tensor:
     """`|current - previous|_1 / |current|_1` of each item of a batch, `[B]` (AudioCache, eq. 1).
 
-    0 where both are silent, as the output of a layer that starts at zero is.
+    0 where both are silent, as the output of a layer that starts at zero is. With `whole_batch` the norms are over the
+    batch, and all items have its one ratio.
     """
-    # [B, N, D] to [B]; summed in float32, since half precision would lose the small terms of a long sum.
-    difference = (current - previous).flatten(1).abs().sum(dim=1, dtype=torch.float32)
-    size = current.flatten(1).abs().sum(dim=1, dtype=torch.float32)
-    return difference / size.clamp_min(torch.finfo(torch.float32).tiny)
+    kept = 0 if whole_batch else 1
+    # [B, N, D] to [B] or []; summed in float32, since half precision would lose the small terms of a long sum.
+    difference = (current - previous).flatten(kept).abs().sum(dim=-1, dtype=torch.float32)
+    size = current.flatten(kept).abs().sum(dim=-1, dtype=torch.float32)
+    return (difference / size.clamp_min(torch.finfo(torch.float32).tiny)).expand(len(current))
 
 
 class CalibrationRecorder:
@@ -227,11 +229,17 @@ class CalibrationRecorder:
     is one prompt, over whose guidance branches the change is averaged. A run that breaks off is left out. The
     multiply-accumulates are those of the last run's first evaluation.
 
+    Args:
+        max_distance: how many outputs are kept, which is the largest lookahead of SmoothCache.
+        whole_batch: record one ratio for the batch that a layer sees, guidance branches included, as published code
+            does; a loud item then weighs more than a quiet one, and the curves depend on what shares a batch.
+
     Example: see `foley.accel.caching.audiocache.AudioCache`.
     """
 
-    def __init__(self, max_distance: int = 3) -> None:
+    def __init__(self, max_distance: int = 3, whole_batch: bool = False) -> None:
         self._max_distance = max_distance
+        self._whole_batch = whole_batch
         self._layers: list[CacheableLayer] = []
         self._denoiser: nn.Module | None = None
         self._signature: RunSignature | None = None
@@ -274,8 +282,8 @@ class CalibrationRecorder:
         self._totals = self._totals.to(output.device)  # stays there for the run: to read it would wait for the device
         history = self._history.setdefault((self._context.branch, index), deque(maxlen=self._max_distance))
         for distance, previous in enumerate(reversed(history)):  # the newest first: distance 1 is index 0
-            branches = relative_change(output, previous).view(-1, batch_size)  # a joint batch: [branches, B]
-            self._totals[index, distance, evaluation] += branches.sum(dim=0)
+            change = relative_change(output, previous, self._whole_batch)  # of a joint batch, [branches * B]
+            self._totals[index, distance, evaluation] += change.reshape(-1, batch_size).sum(dim=0)
         self._counts[index, evaluation] += output.shape[0] // batch_size  # 1, or 2 of a joint batch
         history.append(output)  # beyond `max_distance`, the oldest falls out
 

@@ -68,9 +68,7 @@ def plot_schedule(schedule: CacheSchedule, path: Path) -> None:
     axes.invert_yaxis()  # the first layer on top
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    settings = {
-        key: f"{value:g}" if isinstance(value, int | float) else value for key, value in schedule.policy.items()
-    }
+    settings = {key: f"{value:g}" if isinstance(value, float) else value for key, value in schedule.policy.items()}
     policy = ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in settings.items())
     axes.set(
         xlabel="evaluation (noisiest first)",
