@@ -100,7 +100,8 @@ def test_student_and_target_are_told_omega_of_a_jump_guided_by_w(monkeypatch: py
     module, told = distillation(tiny_teacher(), consistency=Consistency(50, embeds="omega")), []
     draws = module.draw(torch.Size([2, CHANNELS, FRAMES]), torch_generator("draws"))
     for network in (module.denoiser, module.target):
-        monkeypatch.setattr(network.guidance_embedding, "forward", lambda scale: told.append(scale) or scale[:, None] * 0)
+        embedding = network.guidance_embedding
+        monkeypatch.setattr(embedding, "forward", lambda scale: told.append(scale) or 0 * scale[:, None])
     module.consistency_loss(torch.randn(2, CHANNELS, FRAMES), embed(module.text, ["a", "b"]), draws)
     assert [scale.tolist() for scale in told] == [(draws.scale - 1).tolist()] * 2
 
