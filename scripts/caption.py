@@ -15,7 +15,7 @@ from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.data.annotating import AnnotationError, ManifestRow, annotate, pending_rows
 from foley.data.captioning.answers import write_captioned_manifest
-from foley.data.captioning.endpoint import ChatCaptioner
+from foley.data.captioning.chat import ChatCaptioner
 from foley.data.manifest import ManifestOptions
 
 _log = get_logger(__name__)

@@ -6,29 +6,17 @@ is ever shown.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from threading import Lock
-from typing import Any, ClassVar
+from typing import Any
 
 import requests
-import torch
 from requests.auth import AuthBase
 
 from foley.core.logs import get_logger
 from foley.core.seeding import numpy_generator
-from foley.data.annotating import Fault, ManifestRow
-from foley.data.captioning.answers import (
-    Answer,
-    AnswerError,
-    EndpointError,
-    TemporaryError,
-    identity,
-    read_answer,
-    retry_after,
-)
+from foley.data.captioning.answers import Answer, AnswerError, EndpointError, TemporaryError, read_answer, retry_after
 
 _REFUSED_REQUEST = (400, 413, 422)
 _TEMPORARY = (408, 409, 425, 429)
@@ -37,7 +25,6 @@ _SHOWN_CHARACTERS = 200
 _CHARACTERS_PER_TOKEN = 4.0  # of English, roughly: an estimate of cost needs no tokenizer
 _TOKENS_PER_MESSAGE = 4
 _PER_MILLION = 1e6
-_COUNTED = ("prompt_tokens", "completion_tokens")
 
 _log = get_logger(__name__)
 
@@ -227,69 +214,3 @@ def estimate_cost(system: str, users: Iterable[str], completion_tokens: float, p
         prompt_tokens += (len(system) + len(user)) / _CHARACTERS_PER_TOKEN + 2 * _TOKENS_PER_MESSAGE
     answers = requests * completion_tokens
     return CostEstimate(requests, round(prompt_tokens), round(answers), prices.cost_usd(prompt_tokens, answers))
-
-
-class ChatCaptioner:
-    """An annotator that asks an endpoint once for each of a row's prompts.
-
-    A subclass has a `source`, `prompts` and `result`.
-
-    Args:
-        instruction: what the model is told once for all.
-        concurrency: rows at a time.
-        prices: of the endpoint.
-        expected_answer_tokens: for the estimate.
-    """
-
-    key_fields = ("id",)
-    source: ClassVar[str]
-
-    def __init__(
-        self,
-        endpoint: ChatEndpoint,
-        instruction: str,
-        prices: Prices,
-        concurrency: int = 8,
-        expected_answer_tokens: float = 40.0,
-    ) -> None:
-        self.endpoint = endpoint
-        self.instruction = instruction
-        self.prices = prices
-        self.expected_answer_tokens = expected_answer_tokens
-        self.identity = identity(self.source, endpoint.model, f"{instruction}\n{endpoint.options}")
-        self._threads = ThreadPoolExecutor(concurrency)
-
-    def start(self, world_size: int, device: torch.device) -> None:
-        """Take the key from the environment; raises EndpointError."""
-        self.endpoint.start(world_size)
-
-    def annotate(self, rows: Sequence[ManifestRow]) -> list[dict[str, Any] | Fault]:
-        """One result a row; answers that were paid for are kept where the endpoint fails in between."""
-        return list(self._threads.map(self._caption, rows))
-
-    def estimate(self, rows: Iterable[ManifestRow]) -> CostEstimate:
-        """What `rows` will cost; those without prompts cost nothing."""
-        asked = (prompts for prompts in map(self.prompts, rows) if not isinstance(prompts, Fault))
-        return estimate_cost(self.instruction, chain.from_iterable(asked), self.expected_answer_tokens, self.prices)
-
-    def prompts(self, row: ManifestRow) -> Sequence[str] | Fault:
-        """What the model is told of a row, in one request each; or why it cannot be asked."""
-        raise NotImplementedError
-
-    def result(self, row: ManifestRow, prompts: Sequence[str], answers: Sequence[Answer]) -> dict[str, Any] | Fault:
-        """What is made of the answers, one for each prompt."""
-        raise NotImplementedError
-
-    def _caption(self, row: ManifestRow) -> dict[str, Any] | Fault:
-        prompts = self.prompts(row)
-        if isinstance(prompts, Fault):
-            return prompts
-        try:
-            answers = [self.endpoint.ask(self.instruction, prompt) for prompt in prompts]
-        except AnswerError as error:
-            return Fault(str(error), of_service=True)
-        except EndpointError as error:
-            return Fault(str(error), ends_run=True)
-        tokens = {name: sum(getattr(answer, name) for answer in answers) for name in _COUNTED}
-        result = self.result(row, prompts, answers)
-        return result if isinstance(result, Fault) else result | tokens

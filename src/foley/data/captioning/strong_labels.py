@@ -5,7 +5,7 @@ from typing import Any
 
 from foley.data.annotating import Fault, ManifestRow
 from foley.data.captioning.answers import Answer, captioned
-from foley.data.captioning.endpoint import ChatCaptioner
+from foley.data.captioning.chat import ChatCaptioner
 from foley.data.events import Event, describe_events
 
 _QUOTES = "\"'“”"
