@@ -151,7 +151,9 @@ def _published(cfg: DictConfig) -> Iterator[Lack]:
 def _text_weights(cfg: DictConfig) -> Iterator[Lack]:
     """The files of a frozen text encoder that this stage trains with; stored embeddings need none."""
     text = None if _selected(cfg, "data.text_dir") else _selected(cfg, "task.text")
-    for option, name in _absent_encoders(text) if text is not None and "name_or_path" in text else ():
+    if text is None or "name_or_path" not in text:
+        return
+    for option, name in _absent_encoders(text):
         size = f"{_DOWNLOAD_GIGABYTES[name]:g} GB" if name in _DOWNLOAD_GIGABYTES else "the files"
         if not text.download:
             yield (

@@ -129,7 +129,7 @@ class ClapT5Conditioner(FrozenEncoder):
         named = {"name_or_path": name_or_path, "bert": bert, "weights": weights, "revision": revision}
         lengths = {"dim": dim, "max_length": max_length, "pad_to_max_length": pad_to_max_length}
         load = partial(load_pretrained, error_type=TextModelError, mend=MEND)
-        sources = (
+        sources: tuple[dict[str, Any], dict[str, Any]] = (
             {"name_or_path": bert, "options": {"local_files_only": not download}},
             {"name_or_path": name_or_path, "options": {"local_files_only": not download, "revision": revision}},
         )

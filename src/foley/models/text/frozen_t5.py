@@ -120,7 +120,7 @@ class FrozenEncoder(TextConditioner):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FrozenEncoder":
         if self.dtype == "auto" and not self._exact and self._weight.dtype == torch.float32:
             dtype = fast_dtype(fn(torch.empty(0)).device)
-            self.encoder._apply(lambda weight: weight.to(dtype))  # before they move, so that half as much does
+            self.encoder.to(dtype)  # before they move, so that half as much does; positions stay whole numbers
         self.encoder._apply(fn, recurse)  # which is no sub-module
         super()._apply(fn, recurse)
         self.cache.become({**self._identity, "dtype": self._computes_in})
