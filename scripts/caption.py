@@ -1,4 +1,4 @@
-"""Caption the clips of a manifest: Qwen2-Audio, a chat endpoint and AudioSet's strong labels, or Auto-ACD.
+"""Caption the clips of a manifest: Qwen2-Audio, a chat endpoint, or Auto-ACD; or structure the captions they have.
 
 python scripts/caption.py captioner=qwen2_audio manifest=FILE audio_dir=FOLDER out=FOLDER trainer=gpu
 """
@@ -15,13 +15,13 @@ from foley.cli.command import command
 from foley.core.logs import get_logger
 from foley.data.annotating import AnnotationError, ManifestRow, annotate, pending_rows
 from foley.data.captioning.answers import write_captioned_manifest
-from foley.data.captioning.strong_labels import StrongLabelCaptioner
+from foley.data.captioning.chat import ChatCaptioner
 from foley.data.manifest import ManifestOptions
 
 _log = get_logger(__name__)
 
 
-def check_cost(captioner: StrongLabelCaptioner, cfg: DictConfig) -> None:
+def check_cost(captioner: ChatCaptioner, cfg: DictConfig) -> None:
     """Say what the run will cost; raises AnnotationError where it is more than `max_cost_usd`."""
 
     def rows() -> Iterator[ManifestRow]:
@@ -47,7 +47,7 @@ def finish(cfg: DictConfig) -> None:
 def main(cfg: DictConfig) -> None:
     """Compose, estimate, caption, merge."""
     captioner: Any = instantiate(cfg.captioner, _convert_="all")
-    if isinstance(captioner, StrongLabelCaptioner):
+    if isinstance(captioner, ChatCaptioner):
         check_cost(captioner, cfg)
     if cfg.dry_run:
         return

@@ -177,6 +177,21 @@ def test_windows_starts_and_known_frames_work_as_with_every_solver():
     )
 
 
+def test_a_student_is_told_omega_as_the_published_sampler_does(golden):
+    """Scale 5 is w = 5, of which 4 is embedded: the least omega of the published distillation."""
+    consistency = Consistency(guidance_range=(5, 13), embeds="omega")
+    denoiser, text = Recorder(), Conditioning(torch.ones(2, 3, 2), torch.ones(2, 3, dtype=torch.bool))
+    guidance = consistency.guidance(ClassifierFreeGuidance(5.0))
+    generate_latents(denoiser, process_of("epsilon"), text, None, (0, 1), 20, guidance, ConsistencySolver(2))
+    assert [call[2] for call in denoiser.calls] == [[4.0], [4.0]]
+    assert guidance.scale == 5.0
+    omega = golden["omega"]
+    assert torch.equal(consistency.embedded(1 + omega), 1 + omega - 1)
+    assert torch.equal(Consistency().embedded(1 + omega), 1 + omega)  # a student that does not say is told w
+    with pytest.raises(ValueError, match="omega or scale"):
+        Consistency(embeds="w")
+
+
 def test_scales_outside_the_trained_range_need_leave():
     consistency = Consistency(guidance_range=(5, 13))
     assert consistency.guidance(ClassifierFreeGuidance(5.0)).scale == 5.0

@@ -121,7 +121,7 @@ PAPERS = {
     "smoothcache_030": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "smoothcache": ("stable_audio_open", 100, 7.0, 0.0, 10.0, "all", ["stable_audio"]),
     "litefocus": ("audioldm2", 200, 3.5, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
-    "audiolcm": (None, 2, 6.0, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
+    "audiolcm": (None, 2, 5.0, 0.0, 10.0, "all", ["vggish", "panns", "clap"]),
 }
 
 

@@ -54,6 +54,7 @@ def test_adversarial_losses_closed_forms() -> None:
     assert HingeLoss().generator(fake).item() == pytest.approx(0.5)
     assert LeastSquaresLoss().discriminator(real, fake).item() == pytest.approx(0.5625 + 0.25)
     assert LeastSquaresLoss().generator(fake).item() == pytest.approx(2.25)
+    assert LeastSquaresLoss(linear_generator=True).generator(fake).item() == pytest.approx(0.5)
     assert feature_matching(real, fake).item() == pytest.approx(1.0)
 
 

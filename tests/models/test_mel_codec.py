@@ -47,6 +47,17 @@ def test_encoding_is_the_mean_or_a_repeatable_draw(codec: MelCodec) -> None:
     assert not torch.equal(first, posterior.mean)
 
 
+@torch.no_grad()
+def test_two_convolutions_of_one_frame_lie_around_the_latent(codec: MelCodec) -> None:
+    mel_vae, mel, latent = codec.mel_vae, torch.randn(1, 80, 8), torch.randn(1, 20, 4)
+    raw, plain = mel_vae.encoder(mel), mel_vae.decoder(latent)
+    for conv, gain in ((mel_vae.quantisation, 2.0), (mel_vae.dequantisation, -1.0)):
+        conv.weight.copy_(gain * torch.eye(conv.out_channels)[..., None])
+        conv.bias.zero_()
+    torch.testing.assert_close(torch.cat(mel_vae.encode_moments(mel), 1), 2 * raw)
+    torch.testing.assert_close(mel_vae.decode(-latent), plain)
+
+
 @pytest.mark.parametrize("shape", [(1, 2, 1024), (1, 1024), (1, 1, 0)])
 def test_audio_that_is_not_mono_is_refused(codec: MelCodec, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="mono"):

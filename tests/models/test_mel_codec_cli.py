@@ -100,10 +100,20 @@ def test_published_numbers(experiment: str, steps: int, samples: int) -> None:
     assert round(cfg.data.duration_seconds * cfg.data.sample_rate_hz) == samples
 
 
+def test_the_mel_vae_is_trained_as_published() -> None:
+    task = config("experiment=audiolcm_mel_vae").task
+    options = (task.adaptive_weight_limit, task.r1_weight, task.adversarial.linear_generator, task.weights.adversarial)
+    assert options == (0.2, 3.0, True, 1.0)
+
+
 @pytest.mark.parametrize("name", ["mel_16khz", "mel_16khz_tiny"])
 def test_the_configs_build_codecs_whose_parts_hear_the_same(name: str) -> None:
-    decimal = "codec.vocoder.spectrogram.decimal_log=true"
+    natural = "codec.vocoder.spectrogram.decimal_log=false"
     with torch.device("meta"):
-        codec = instantiate(config("experiment=bigvgan", f"codec={name}", decimal).codec, _convert_="all")
-    assert codec.mel_vae.spectrogram.decimal_log
+        codec = instantiate(config("experiment=bigvgan", f"codec={name}").codec, _convert_="all")
+        other = instantiate(config("experiment=bigvgan", f"codec={name}", natural).codec, _convert_="all")
+    assert codec.mel_vae.spectrogram.decimal_log  # as published
+    assert not other.mel_vae.spectrogram.decimal_log
+    if name == "mel_16khz":  # the published autoencoder's, its two convolutions around the latent among them
+        assert sum(parameter.numel() for parameter in codec.mel_vae.parameters()) == 212_958_212
     assert (codec.latent_channels, codec.hop_samples, codec.sample_rate_hz) == (20, 512, 16000)

@@ -96,6 +96,16 @@ def test_draws_cover_grid_and_scales() -> None:
     assert 12.9 < draws.scale.max() <= 13
 
 
+def test_student_and_target_are_told_omega_of_a_jump_guided_by_w(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, told = distillation(tiny_teacher(), consistency=Consistency(50, embeds="omega")), []
+    draws = module.draw(torch.Size([2, CHANNELS, FRAMES]), torch_generator("draws"))
+    for network in (module.denoiser, module.target):
+        embedding = network.guidance_embedding
+        monkeypatch.setattr(embedding, "forward", lambda scale: told.append(scale) or 0 * scale[:, None])
+    module.consistency_loss(torch.randn(2, CHANNELS, FRAMES), embed(module.text, ["a", "b"]), draws)
+    assert [scale.tolist() for scale in told] == [(draws.scale - 1).tolist()] * 2
+
+
 @pytest.mark.parametrize("frames", ["hidden", "valid"])
 def test_hidden_and_valid_frames_alone_count(frames: str) -> None:
     counted = torch.arange(FRAMES).expand(2, FRAMES) < FRAMES - 4

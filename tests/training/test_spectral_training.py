@@ -96,6 +96,42 @@ def test_the_part_loads_from_the_checkpoint(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "sounds" / "step_000004" / "00_reconstruction.wav").is_file() == (kind != "mel_vae")
 
 
+@pytest.mark.parametrize("limit", [1e9, 1e-3])
+def test_an_adaptive_weight_lets_the_discriminator_pull_as_hard_as_the_terms(limit: float) -> None:
+    module = build("mel_vae", 0, adaptive_weight_limit=limit)
+    module.log = lambda *_, **__: None
+    pair = module.render({"audio": torch.randn(2, 1, SAMPLES)}, None)  # type: ignore[typeddict-item]
+    values, judged = module._reconstruction_terms(pair), module._adversarial_terms(pair)
+    balance = module._balance(values, judged)
+    rebuilt, adversarial = (
+        torch.autograd.grad(loss, module.last_weight, retain_graph=True)[0].norm()
+        for loss in (module.weights["mel"] * values["mel"], judged["adversarial"])
+    )
+    assert not balance.requires_grad
+    assert balance.item() == pytest.approx(min(limit, (rebuilt / (adversarial + 1e-4)).item()))
+    total = module._weighted_sum(values | judged, balance).item()
+    fixed = module._weighted_sum(values).item()
+    assert total == pytest.approx(fixed + 0.1 * balance.item() * judged["adversarial"].item())
+
+
+def test_the_published_training_of_the_mel_vae(tmp_path: Path) -> None:
+    options = {"adaptive_weight_limit": 0.2, "r1_weight": 3.0}
+    trainer = fit_on_noise(build("mel_vae", 1, **options), tmp_path, SAMPLES)
+    assert 0 < trainer.callback_metrics["train/adaptive_weight"] <= 0.2
+    with pytest.raises(ValueError, match=r"adaptive_weight_limit=0\.2: SpectralVAE names no last layer"):
+        build("codec", 1, **options).configure_optimizers()
+
+
+def test_the_gradient_penalty_is_added_to_the_discriminators_loss(tmp_path: Path) -> None:
+    losses = [
+        fit_on_noise(build("mel_vae", 0, r1_weight=weight), tmp_path, SAMPLES, steps=1).callback_metrics
+        for weight in (0.0, 3.0, 6.0)
+    ]
+    plain, once, twice = (float(metrics["train/discriminator"]) for metrics in losses)
+    assert once > plain
+    assert twice - plain == pytest.approx(2 * (once - plain), rel=1e-3)
+
+
 def test_one_clip_is_learned(tmp_path: Path) -> None:
     """Both sines of a clip: the mel VAE's reconstruction comes much closer than it starts."""
     module = build("mel_vae")

@@ -11,11 +11,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from latent_parts import latent_cache_writer
 from omegaconf import DictConfig
+from tiny_clap_t5 import save_clap_t5
 from tiny_t5 import DIM, save_t5
 from torch import nn
 from torch.utils.data import DataLoader
 
 from foley.core.columns import Texts
+from foley.core.components import build_component
 from foley.core.config import PROJECT_ROOT
 from foley.core.embeddings import EmbeddingStore, TextStoreError
 from foley.core.seeding import torch_generator
@@ -122,6 +124,26 @@ def test_a_run_on_stored_embeddings_is_the_run_with_the_encoder(t5, cache, store
     described = read_training_checkpoint(tmp_path / "stored/checkpoints/last.ckpt")["foley"]["components"]["text"]
     assert (described["_target_"], described["name_or_path"]) == ("foley.models.text.FrozenT5Conditioner", str(t5))
     train(config(t5, cache, tmp_path / "stored", "ckpt_path=auto", "trainer.max_steps=5"))
+
+
+@pytest.mark.slow
+def test_audiolcms_conditioning_trains_from_a_store_as_online(cache, tmp_path: Path) -> None:
+    encoders = [f"text.{name}={value}" for name, value in save_clap_t5(tmp_path / "encoders").items()]
+    small = [option for option in SMALL if not option.startswith(("experiment", "text"))]
+
+    def teacher(name: str, *more: str) -> DictConfig:
+        places = [f"data.cache_dir={cache}", f"paths.output_dir={tmp_path / name}", "trainer.precision=32-true"]
+        with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
+            recipe = ["experiment=tiny_audiolcm_teacher", "text=clap_t5", *small]
+            return compose("train", [*recipe, *encoders, *places, *more])
+
+    options = teacher("x").text
+    encode_texts(build_component(options), options, read_captions(str(cache)), str(tmp_path / "text"))
+    train(teacher("online"))
+    train(teacher("stored", f"data.text_dir={tmp_path / 'text'}"))
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "online"), rel=2e-3)
+    described = read_training_checkpoint(tmp_path / "stored/checkpoints/last.ckpt")["foley"]["components"]["text"]
+    assert (described["max_length"], described["pad_to_max_length"]) == (40, True)
 
 
 @pytest.mark.usefixtures("no_t5")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from foley.core.captions import plain_caption
 from foley.core.channels import check_downmix
 from foley.core.files import json_lines, write_json
 from foley.data.annotating import Fault, ManifestRow, read_results
@@ -69,7 +70,7 @@ class ClapScorer:
 
     def _scores(self, rows: Sequence[ManifestRow], clips: Sequence[FloatArray]) -> list[float]:
         sounds = self._embedder.audio(clips)
-        captions = self._embedder.text([row["caption"] for row in rows])
+        captions = self._embedder.text([plain_caption(row["caption"]) for row in rows])
         cosines: list[float] = (sounds * captions).sum(dim=-1).tolist()
         return cosines
 

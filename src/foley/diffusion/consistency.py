@@ -21,11 +21,16 @@ the negated prediction for v. The noise that a prediction implies there is the p
 first jump leads from the noise towards the guided mean of the data. Nothing is divided by the signal level, 0 there;
 only epsilon would need that, and `DiffusionProcess` refuses it on such a schedule. Without zero terminal SNR the
 noisiest point of training holds a little signal, and sampling starts, like every solver here, at noise without any.
+
+**Scales of students.** Every option and file says w, in the convention of `ClassifierFreeGuidance`. AudioLCM trains
+on omega in [4, 12], which is w in [5, 13], embeds omega, and samples with a "scale" that is w: its "scale 5" is w = 5,
+of which it embeds w - 1 = 4. `Consistency.embedded` is the one place where w becomes what a student is told.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -43,16 +48,25 @@ def ddim_jump(process: DiffusionProcess, noisy: Tensor, prediction: Tensor, star
     return process.add_noise(clean, noise, end)  # alpha_end x0 + sigma_end epsilon
 
 
+Embedded = Literal["omega", "scale"]
+"""What a student is told of the guidance: AudioLCM's omega = w - 1, or the scale w itself."""
+
+
+_Scale = TypeVar("_Scale", float, Tensor)
+
+
 class Consistency:
     """What makes a denoiser a student: its boundary condition, the grid it was distilled on, the scales it has seen.
 
     Args:
         jump_steps: k, the training timesteps in one jump of the solver; the grid has `num_train_steps / k` points.
-        guidance_range: the guidance scales w of distillation. AudioLCM's omega is w - 1.
+        guidance_range: the guidance scales w of distillation.
         sigma_data: standard deviation of the latents, as the boundary condition has it.
         timestep_scaling: how fast the boundary condition gives way to the denoiser.
+        embeds: what the denoiser is told, see `embedded`. New students are told omega, as AudioLCM's; those of a config
+            that does not say it, such as the one that ships, the scale.
 
-    Raises ValueError for a k below 1 and for a range that is none.
+    Raises ValueError for a k below 1, for a range that is none and for another `embeds`.
 
     Example:
         >>> process, consistency = DiffusionProcess("v"), Consistency(jump_steps=20)
@@ -74,12 +88,16 @@ class Consistency:
         guidance_range: Sequence[float] = (5.0, 13.0),
         sigma_data: float = 0.5,
         timestep_scaling: float = 10.0,
+        embeds: Embedded = "scale",
     ) -> None:
         if jump_steps < 1:
             raise ValueError(f"consistency.jump_steps must be at least 1, got {jump_steps}")
         self.lowest_scale, self.highest_scale = guidance_range
         if not 0 <= self.lowest_scale <= self.highest_scale:
             raise ValueError(f"consistency.guidance_range must be 0 <= low <= high, got {list(guidance_range)}")
+        if embeds not in get_args(Embedded):
+            raise ValueError(f"consistency.embeds must be omega or scale, got {embeds!r}")
+        self.embeds = embeds
         self.jump_steps = jump_steps
         self.sigma_data = sigma_data
         self.timestep_scaling = timestep_scaling
@@ -129,7 +147,15 @@ class Consistency:
                 f"guidance scale {guidance.scale} lies outside [{self.lowest_scale}, {self.highest_scale}], the "
                 "scales that this student was distilled with; any_guidance_scale=true takes it all the same"
             )
-        return EmbeddedGuidance(guidance.scale)
+        return EmbeddedGuidance(guidance.scale, self.embedded(guidance.scale))
+
+    def embedded(self, scale: _Scale) -> _Scale:
+        """What the denoiser is told of guidance scales w.
+
+        >>> Consistency(embeds="omega").embedded(5.0), Consistency(embeds="scale").embedded(5.0)
+        (4.0, 5.0)
+        """
+        return scale - 1 if self.embeds == "omega" else scale
 
     def nearest_scale(self, scale: float) -> float:
         """The scale nearest to `scale` that distillation has seen."""

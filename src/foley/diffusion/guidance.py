@@ -162,14 +162,14 @@ class ClassifierFreeGuidance:
 class EmbeddedGuidance(ClassifierFreeGuidance):
     """Guidance that a distilled student computes itself: it is given the scale w, and evaluated once.
 
-    AudioLCM (Liu et al. 2024, equation 12) embeds omega = w - 1; here w itself is the denoiser's input.
-
     Args:
         scale: w, in the convention of `ClassifierFreeGuidance`.
+        embedded: what the denoiser is told of it, see `Consistency.embedded`; None is w itself.
     """
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: float, embedded: float | None = None) -> None:
         super().__init__(scale)
+        self.embedded = scale if embedded is None else embedded
 
     @property
     def needs_negative(self) -> bool:
@@ -185,7 +185,7 @@ class EmbeddedGuidance(ClassifierFreeGuidance):
         grid: EvaluationGrid | None = None,
     ) -> Denoise:
         """As for `ClassifierFreeGuidance`; the denoiser takes `guidance_scale [1]` too. `negative` is not used."""
-        scale = torch.full((1,), float(self.scale), device=positive.context.device)  # for all items and evaluations
+        scale = torch.full((1,), float(self.embedded), device=positive.context.device)  # for all items and evaluations
         return bind(denoiser, positive, known, grid, {"guidance_scale": scale})
 
 

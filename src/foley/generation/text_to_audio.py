@@ -34,7 +34,7 @@ from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
-from foley.models.text import TEXT_MULTIPLE, CachedText, FrozenT5Conditioner
+from foley.models.text import TEXT_MULTIPLE, CachedText, FrozenEncoder
 from foley.nn.rotary import RotaryExtension
 from foley.system.system import System, load_system, save_system
 
@@ -170,7 +170,7 @@ class TextToAudio:
 
     def keep_text_embeddings(self, directory: str | Path) -> None:
         """Keep embeddings of a frozen text encoder in `directory` between runs; ValueError for any other encoder."""
-        if not isinstance(self.text, FrozenT5Conditioner):
+        if not isinstance(self.text, FrozenEncoder):
             raise ValueError(
                 f"text_cache_dir={directory}: {type(self.text).__name__} is not a frozen encoder whose embeddings "
                 "could be kept; leave it out, prompts are encoded once all the same"

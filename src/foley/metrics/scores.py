@@ -17,6 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from foley.core.captions import plain_caption
 from foley.core.logs import get_logger
 from foley.core.numbers import NumberRange
 from foley.core.seeding import numpy_generator, torch_generator
@@ -351,6 +352,7 @@ def clap(sets: Comparison) -> Scores:
         )
     if not isinstance(sets.extractor, CaptionExtractor):
         raise CaptionError(f"CLAP score: {type(sets.extractor).__name__} takes no captions; use protocol=clap")
+    captions = [plain_caption(caption) for caption in captions]  # a structured form is for the generator
     known = list(dict.fromkeys(captions))
     place = {caption: number for number, caption in enumerate(known)}
     texts = torch.cat([sets.extractor.text(known[start : start + 64]) for start in range(0, len(known), 64)])

@@ -3,6 +3,9 @@
     model:          sum_i weight_i term_i(generated, original)
     discriminator:  hinge or least squares of original and generated (see `foley.losses.adversarial`)
 
+With `adaptive_weight_limit` the weight of "adversarial" is multiplied, at each step, by how much harder the terms pull
+at the last layer of the decoder than the discriminator does.
+
 The signal is whatever the subclass says: audio, a mel spectrogram, log magnitudes. `VariationalTraining` adds what
 trainers of VAEs share: a draw of the posterior, its divergence as a term, and the spread of its means.
 """
@@ -18,7 +21,7 @@ from torch.optim import Optimizer
 
 from foley.core.seeding import torch_generator
 from foley.data.dataset import AudioBatch
-from foley.losses.adversarial import FeatureMaps, feature_matching
+from foley.losses.adversarial import FeatureMaps, adaptive_weight, feature_matching, gradient_penalty
 from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
 from foley.models.codec.base import GaussianPosterior
 from foley.training.base import FoleyModule
@@ -63,12 +66,16 @@ class AdversarialTraining(FoleyModule):
         discriminator_optimizer: partial; the schedule is the model's, counted from the discriminator's first step.
         adversarial: the kind of adversarial loss.
         adversarial_start_step: model updates before the discriminator joins.
+        adaptive_weight_limit: the most by which the weight "adversarial" is multiplied, see `adaptive_weight`; None
+            leaves it fixed.
+        r1_weight: of the discriminator's gradient penalty at originals, see `gradient_penalty`; 0 does without.
         gradient_clip_norm: largest gradient norm, for each of the two; None does not clip.
         num_examples: pairs (original, generated) of each validation kept in `examples`, where they are heard.
         seed: of the noise.
 
     Raises:
-        ValueError: where terms and weights do not name the same losses.
+        ValueError: where terms and weights do not name the same losses; when training starts, for an adaptive weight of
+            a model without a `last_weight`.
     """
 
     own_terms: ClassVar[frozenset[str]] = frozenset()
@@ -84,6 +91,8 @@ class AdversarialTraining(FoleyModule):
         discriminator_optimizer: Callable[..., Optimizer] | None = None,
         adversarial: AdversarialLoss | None = None,
         adversarial_start_step: int = 0,
+        adaptive_weight_limit: float | None = None,
+        r1_weight: float = 0.0,
         gradient_clip_norm: float | None = None,
         num_examples: int = 4,
         seed: int = 0,
@@ -100,6 +109,8 @@ class AdversarialTraining(FoleyModule):
         self.make_discriminator_optimizer = discriminator_optimizer or optimizer
         self.adversarial = adversarial
         self.adversarial_start_step = adversarial_start_step
+        self.adaptive_weight_limit = adaptive_weight_limit
+        self.r1_weight = r1_weight
         self.num_examples = num_examples
         self.seed = seed
         self.examples: list[tuple[Tensor, Tensor]] = []  # (original, generated), each [1, T]
@@ -114,6 +125,14 @@ class AdversarialTraining(FoleyModule):
         """Of what is heard of pairs; None where that is nothing."""
         raise NotImplementedError
 
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the decoder's last layer; raises ValueError where the model has none that stands for itself."""
+        raise ValueError(
+            f"task.adaptive_weight_limit={self.adaptive_weight_limit}: {type(self.model).__name__} names no last layer "
+            "to balance gradients at; leave it null, which keeps the weight fixed"
+        )
+
     def heard(self, batch: AudioBatch, pair: Pair) -> tuple[Tensor, Tensor]:
         """Original and generated audio `[B, 1, T]` of a pair, at `sample_rate_hz`."""
         return pair.original, pair.generated
@@ -123,6 +142,8 @@ class AdversarialTraining(FoleyModule):
         raise NotImplementedError
 
     def configure_optimizers(self) -> Any:
+        if self.adaptive_weight_limit is not None:
+            _ = self.last_weight  # refused now, not when the discriminator joins
         # The model's first, then the discriminator's: each is found by its place.
         makers: list[tuple[nn.Module, Callable[..., Optimizer]]] = [(self.model, self.make_optimizer)]
         if self.discriminator is not None:
@@ -140,12 +161,14 @@ class AdversarialTraining(FoleyModule):
         values = self._reconstruction_terms(pair)
         # The step counts updates of the model alone, see `_update_discriminator`.
         adversarial = self.discriminator is not None and self.global_step >= self.adversarial_start_step
+        balance: Tensor | float = 1.0
         if adversarial:
             self._update_discriminator(pair.original, pair.generated.detach())  # the model does not learn from this
             # The model's loss goes through the discriminator, which must not gather gradients from it.
             self.discriminator.requires_grad_(False)  # type: ignore[union-attr]
-            values |= self._adversarial_terms(pair)
-        loss = self._weighted_sum(values)
+            balance = self._balance(values, judged := self._adversarial_terms(pair))
+            values |= judged
+        loss = self._weighted_sum(values, balance)
         self._update_model(loss)
         if adversarial:
             self.discriminator.requires_grad_(True)  # type: ignore[union-attr]
@@ -183,9 +206,20 @@ class AdversarialTraining(FoleyModule):
                 values["feature_matching"] = feature_matching(real, generated)
         return values
 
-    def _weighted_sum(self, values: Mapping[str, Tensor]) -> Tensor:
+    def _balance(self, values: Mapping[str, Tensor], judged: Mapping[str, Tensor]) -> Tensor | float:
+        """What the weight "adversarial" is multiplied by: 1 where it is fixed."""
+        if self.adaptive_weight_limit is None:
+            return 1.0
+        # What is rebuilt, without the divergence: it does not reach the decoder.
+        reconstruction = self._weighted_sum({name: values[name] for name in self.terms})
+        balance = adaptive_weight(reconstruction, judged["adversarial"], self.last_weight, self.adaptive_weight_limit)
+        self.log("train/adaptive_weight", balance)
+        return balance
+
+    def _weighted_sum(self, values: Mapping[str, Tensor], balance: Tensor | float = 1.0) -> Tensor:
         # sum_i weight_i term_i.
-        return torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
+        weights = {name: weight * (balance if name == "adversarial" else 1.0) for name, weight in self.weights.items()}
+        return torch.stack([weights[name] * value for name, value in values.items()]).sum()
 
     def _update_model(self, loss: Tensor) -> None:
         optimizers, schedules = _listed(self.optimizers()), _listed(self.lr_schedulers())
@@ -200,8 +234,12 @@ class AdversarialTraining(FoleyModule):
         # The bare optimizer: Lightning would count its step as a global one, and steps here are the model's.
         optimizer = cast(list[Optimizer], self.optimizers(use_pl_optimizer=False))[1]
         schedules = _listed(self.lr_schedulers())
+        penalised = original.detach().requires_grad_(self.r1_weight > 0)
         with parametrize.cached():  # until the weights change
-            loss = adversarial.discriminator(discriminator(original), discriminator(generated))
+            real = discriminator(penalised)
+            loss = adversarial.discriminator(real, discriminator(generated))
+        if self.r1_weight:
+            loss = loss + self.r1_weight * gradient_penalty(real, penalised)
         optimizer.zero_grad()
         self.manual_backward(loss)
         norm = gradient_norm(optimizer)

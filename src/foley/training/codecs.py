@@ -85,6 +85,10 @@ class MelVAETraining(VariationalTraining):
     def sample_rate_hz(self) -> None:
         return None  # a mel spectrogram is not heard
 
+    @property
+    def last_weight(self) -> Tensor:
+        return self.mel_vae.decoder[-1].weight  # type: ignore[return-value]
+
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
         """The reconstruction of the audio's mel spectrogram from a draw of the posterior, or from its mean."""
         audio = batch["audio"]

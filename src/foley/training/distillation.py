@@ -9,7 +9,8 @@ consistency function of `foley.diffusion.consistency`, and t_{n+k}, t_n two poin
     line 7   d(f_theta(z_{t_{n+k}}), f_theta-(z_{t_n}))        equation (14): two points of one solution, one clean end
     line 9   theta- <- mu theta- + (1 - mu) theta              `update_target`
 
-Guidance scales w are 1 + omega throughout. `Teacher` is the system that a student is made from.
+Scales are w throughout, 1 + omega, see `foley.diffusion.consistency`. `Teacher` is the system that a student is made
+from.
 """
 
 from collections.abc import Callable, Mapping
@@ -254,7 +255,7 @@ class ConsistencyDistillation(LatentTraining):
         start, end = (to_device(times, clean.device)[draws.point] for times in (self.grid, self.jump_ends))
         known = None if hidden is None else KnownLatent(clean, hidden)
         padding = {} if valid is None else {"frame_mask": valid}
-        given = {"guidance_scale": draws.scale, **padding}
+        given = {"guidance_scale": self.consistency.embedded(draws.scale), **padding}
         noisy = self.process.add_noise(clean, draws.noise, start)  # line 5
         estimate = self._estimate(self.denoiser, noisy, start, text, known, given)  # f_theta
         with torch.no_grad(), self._target_precision():

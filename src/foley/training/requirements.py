@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ _CODECS = {
 
 _DOWNLOAD_GIGABYTES = {
     **{"google/flan-t5-xl": 11.4, "google/flan-t5-large": 3.1, "google-t5/t5-base": 0.9},
+    **{"google/t5-v1_1-large": 3.1, "microsoft/msclap": 2.3},
     **{"ezaudio_xl": 3.5, "ezaudio_l": 2.4},  # by the parameters of their denoisers, in float32
 }
 
@@ -149,18 +151,32 @@ def _published(cfg: DictConfig) -> Iterator[Lack]:
 def _text_weights(cfg: DictConfig) -> Iterator[Lack]:
     """The files of a frozen text encoder that this stage trains with; stored embeddings need none."""
     text = None if _selected(cfg, "data.text_dir") else _selected(cfg, "task.text")
-    if text is None or not str(text.get("_target_")).endswith("FrozenT5Conditioner"):
+    if text is None or "name_or_path" not in text:
         return
-    name = text.name_or_path
-    if Path(name).expanduser().is_dir() or _in_hub_cache(name, text.revision):
-        return
-    size = f"{_DOWNLOAD_GIGABYTES[name]:g} GB" if name in _DOWNLOAD_GIGABYTES else "it"
-    if not text.download:
-        yield "text.download=true", f"fetches {size} of {name}, which is not on this machine; or: hf download {name}"
-    elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        yield f"text.name_or_path={name}", f"is not on this machine, and HF_HUB_OFFLINE forbids to fetch {size}"
-    else:
-        _log.warning("%s is not on this machine: %s will be fetched", name, size)
+    for option, name in _absent_encoders(text):
+        size = f"{_DOWNLOAD_GIGABYTES[name]:g} GB" if name in _DOWNLOAD_GIGABYTES else "the files"
+        if not text.download:
+            yield (
+                "text.download=true",
+                f"fetches {size} of {name}, which is not on this machine; or: hf download {name}",
+            )
+        elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+            yield f"text.{option}={name}", f"is not on this machine, and HF_HUB_OFFLINE forbids to fetch {size}"
+        else:
+            _log.warning("%s is not on this machine: %s will be fetched", name, size)
+
+
+def _absent_encoders(text: DictConfig) -> Iterator[Lack]:
+    """Options of a frozen encoder that name what is neither a path nor in the cache of the hub."""
+    cached: dict[str, Callable[[str], bool]] = {"name_or_path": lambda name: _in_hub_cache(name, text.revision)}
+    if "weights" in text:
+        from foley.models.text.clap_t5 import CLAP_FILE  # with PyTorch, which few commands with a lack would load
+
+        files = {"bert": "config.json", "weights": CLAP_FILE}
+        cached |= {option: partial(_cached, file=file, revision="main") for option, file in files.items()}
+    for option, is_cached in cached.items():
+        if not Path(text[option]).expanduser().exists() and not is_cached(text[option]):
+            yield option, text[option]
 
 
 def _in_hub_cache(name: str, revision: str) -> bool:

@@ -102,7 +102,9 @@ def write_captioned_manifest(
             if isinstance(row, str) or row["id"] not in captions:
                 continue
             made = {**captions[row["id"]]}
-            rest = {name: cell for name, cell in row.items() if name != "captions"}
-            write({**rest, "caption": made.pop("caption"), "captioning": made})
+            rest = {name: cell for name, cell in row.items() if name not in ("caption", "captions")}
+            caption, several = made.pop("caption"), made.pop("captions", None)
+            texts = {"caption": caption} if several is None else {"captions": several}
+            write({**rest, **texts, "captioning": made})
             written += 1
     return path, written

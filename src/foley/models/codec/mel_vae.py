@@ -2,6 +2,7 @@
 
 Mel bands are channels, not a second axis: a sound moved up by an octave is another sound, so nothing is shared across
 bands, and the length is free (Huang et al. 2023, Make-An-Audio 2). F mel frames, L = F / prod(strides) latent frames.
+Around the latent lie two convolutions of one frame each, which latent diffusion calls those of its quantisation.
 """
 
 from collections.abc import Sequence
@@ -293,7 +294,9 @@ class MelVAE(nn.Module):
         mel_bands, widths = spectrogram.mel_bands, [channels * multiplier for multiplier in multipliers]
         self.encoder = MelEncoder(mel_bands, widths, strides, num_blocks, 2 * latent_channels, kernel, norm_groups)
         self.decoder = MelDecoder(latent_channels, mel_bands, widths, strides, num_blocks, kernel, norm_groups)
-        nn.init.constant_(self.encoder[-1].bias[latent_channels:], INITIAL_SCALE)  # type: ignore[index]
+        self.quantisation = _same(2 * latent_channels, 2 * latent_channels, 1)  # of the raw moments
+        self.dequantisation = _same(latent_channels, latent_channels, 1)  # of the latent
+        nn.init.constant_(self.quantisation.bias[latent_channels:], INITIAL_SCALE)  # type: ignore[index]
 
     @property
     def hop_samples(self) -> int:
@@ -302,7 +305,7 @@ class MelVAE(nn.Module):
 
     def encode_moments(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, mel_bands, F]`, F a multiple of `frames_per_latent`, to the raw (mean, scale), each `[B, C, L]`."""
-        mean, scale = self.encoder(mel).float().chunk(2, dim=1)  # [B, 2 C, L]
+        mean, scale = self.quantisation(self.encoder(mel)).float().chunk(2, dim=1)  # [B, 2 C, L]
         return mean, scale
 
     def posterior(self, mel: Tensor) -> GaussianPosterior:
@@ -311,4 +314,4 @@ class MelVAE(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to `[B, mel_bands, L * frames_per_latent]`."""
-        return self.decoder(latent)
+        return self.decoder(self.dequantisation(latent))

@@ -294,8 +294,8 @@ class LatentTransformer(Hoistable):
             frame_mask: `[B, L]`, true = valid; padded frames are not attended to.
             visible: latent `[B, C, L]` of known frames, for masked training and for editing.
             hidden_mask: `[B, L]`, true where the visible latent is hidden and must be generated.
-            guidance_scale: w `[B]`, or `[1]` for all items; needed (ValueError) by a model that embeds it, and by no
-                other.
+            guidance_scale: what a student embeds, `[B]`, or `[1]` for all items; needed (ValueError) by a model that
+                embeds it, and by no other.
             run: what `prepare` made of all of these; they are then not looked at.
         """
         if run is None:

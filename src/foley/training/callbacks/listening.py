@@ -17,7 +17,7 @@ from foley.core.rates import clip_size
 from foley.data.audio import write_wav
 from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.context import Accelerator
-from foley.diffusion.guidance import ClassifierFreeGuidance, EmbeddedGuidance
+from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver, default_solver
 from foley.models.text import StoredText
@@ -162,7 +162,8 @@ class AudioSamples(pl.Callback):
         student: Consistency | None = getattr(module, "consistency", None)
         if student is None:
             return self.guidance, Solver(default_solver(module.process), self.num_steps)
-        return EmbeddedGuidance(student.nearest_scale(self.guidance.scale)), ConsistencySolver(consistency=student)
+        nearest = ClassifierFreeGuidance(student.nearest_scale(self.guidance.scale))
+        return student.guidance(nearest), ConsistencySolver(consistency=student)
 
     def _write(self, folder: Path, index: int, clip: Tensor) -> Path:
         path = folder / f"{sample_stem(self.prompts[index], index, self.seeds[index])}.wav"
