@@ -42,6 +42,7 @@ class DACCodec(AudioVAE):
         latent: the space of the latents, out of `LATENTS`.
         quantised: round latents to the codebooks before they are decoded.
         latent_channels: C, for configs that refer to it; it follows from the others.
+        quantizer_dropout: share of a training's clips that take the first few codebooks alone.
 
     Raises:
         ValueError: for another space, or channels that are not its own.
@@ -68,6 +69,7 @@ class DACCodec(AudioVAE):
         latent: str = "encoder",
         quantised: bool = False,
         latent_channels: int | None = None,
+        quantizer_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         from dac import DAC  # slow to import, and of no use to other codecs
@@ -83,6 +85,7 @@ class DACCodec(AudioVAE):
             n_codebooks,
             codebook_size,
             _plain(codebook_dim),
+            quantizer_dropout,
             sample_rate=sample_rate_hz,
         )
         self._codebook_dims = list(self.published.quantizer.codebook_dim)
@@ -131,6 +134,15 @@ class DACCodec(AudioVAE):
         """
         audio: Tensor = self.published.decoder(self._decoded(latent))
         return pad(audio, (0, latent.shape[-1] * self.hop_samples - audio.shape[-1]))
+
+    def train_through(self, audio: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Audio `[B, 1, T]` through encoder, quantiser and decoder, and the two terms that the quantiser adds."""
+        rounded, _, _, commitment, codebook = self.published.quantizer(
+            self.published.encoder(self._whole_frames(audio))
+        )
+        restored: Tensor = self.published.decoder(rounded)
+        whole = pad(restored, (0, max(audio.shape[-1] - restored.shape[-1], 0)))  # see `decode`
+        return whole[..., : audio.shape[-1]], {"commitment": commitment, "codebook": codebook}
 
     def _decoded(self, latent: Tensor) -> Tensor:
         """What the decoder takes, `[B, D, L]`."""
