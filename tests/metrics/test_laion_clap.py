@@ -72,6 +72,7 @@ def test_models_that_fuse_embed_alike_too(tmp_path):
 def test_protocol_and_filter_score_by_the_package(files, tmp_path):
     path, tokenizer = files
     (protocol,) = clap(str(tokenizer), checkpoint=str(path), backend="laion_clap")
+    assert protocol.describe()["extractor"] == "LaionClapExtractor"
     soundfile.write(tmp_path / "a.wav", noise(3).numpy(), 48000, subtype="FLOAT")
     window = protocol.preprocessing(noise(3)[None], 48000)
     cosine = protocol.extractor(window[None]).features @ protocol.extractor.text(["a dog barks"]).T

@@ -126,7 +126,7 @@ def _load_published(
 
 def _load_clap(backend: str, **options: Any) -> tuple[clap_extractor.ClapExtractor, str]:
     embedder = clap_extractor.load_embedder(backend, **options)
-    extractor = clap_extractor.ClapExtractor(embedder)
+    extractor = embedder.extractor()
     require_distinct_captions(extractor)
     return extractor, hash_module(embedder.model)
 

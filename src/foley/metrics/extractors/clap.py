@@ -143,6 +143,10 @@ class ClapEmbedder:
         embedded = self._embed_tokens({name: tokens[name].to(device) for name in ("input_ids", "attention_mask")})
         return nn.functional.normalize(embedded.cpu(), dim=-1)
 
+    def extractor(self) -> "ClapExtractor":
+        """This in the form of a protocol's extractor, whose class is its name in reports."""
+        return ClapExtractor(self)
+
     def _embed_tokens(self, tokens: dict[str, Tensor]) -> Tensor:
         embedded: Tensor = self.model.get_text_features(**tokens).pooler_output
         return embedded

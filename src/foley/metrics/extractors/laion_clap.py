@@ -23,6 +23,7 @@ from foley.core.components import CheckpointError, load_state
 from foley.metrics.extractors.clap import (
     REPOSITORY,
     ClapEmbedder,
+    ClapExtractor,
     ClapSpectrogram,
     load_tokenizer,
     read_laion_clap,
@@ -99,12 +100,20 @@ class LaionClapEmbedder(ClapEmbedder):
         embedded: Tensor = self.model.get_audio_embedding([{name: clip, "longer": _NOT_LONGER} for clip in heard])
         return embedded.cpu()
 
+    def extractor(self) -> "LaionClapExtractor":
+        """See `ClapEmbedder.extractor`."""
+        return LaionClapExtractor(self)
+
     def _views(self, audio: Tensor) -> Tensor:
         return self._spectrogram(audio).unsqueeze(1).expand(-1, 4, -1, -1)
 
     def _embed_tokens(self, tokens: dict[str, Tensor]) -> Tensor:
         embedded: Tensor = self.model.get_text_embedding(tokens)
         return embedded
+
+
+class LaionClapExtractor(ClapExtractor):
+    """`ClapExtractor` by the package."""
 
 
 _NOT_LONGER = torch.tensor([False])
