@@ -86,9 +86,10 @@ def test_a_file_is_a_codec_by_its_path_and_converted_by_its_own_metadata(publish
     direct = load_trained(path, "codec")
     assert hash_module(direct) == hash_module(DACCodec.from_file(path))
     assert trained_config(path, "codec")["sample_rate_hz"] == model.sample_rate
-    converted = convert_checkpoint("dac", path, {"latent": "projected"}, tmp_path / "out")
+    small = ["codec=dac_tiny", "codec.latent=projected", "codec.latent_channels=24"]
+    run_command("script/convert_checkpoint", "source=dac", f"ckpt={path}", *small, f"out={tmp_path / 'out'}")
     loaded = load_component(tmp_path / "out")
-    assert (loaded.latent, loaded.latent_channels) == (converted.latent, 24)
+    assert (loaded.latent, loaded.latent_channels) == ("projected", 24)
     assert hash_module(loaded) == hash_module(direct)
 
 
