@@ -25,7 +25,8 @@ RECIPES = sorted(
     str(file.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
     for file in (CONFIG_DIR / "experiment").rglob("*.yaml")
 )
-SMALL_CODECS = {"waveform_24khz": "tiny_waveform", "mel_16khz": "mel_16khz_tiny"}
+SMALL_CODECS = {"waveform_24khz": "tiny_waveform", "mel_16khz": "mel_16khz_tiny", "dac_44khz": "dac_tiny"}
+SLOW = {"dac": pytest.mark.slow}  # its discriminator is as wide as published
 SMALL = {"width": 32, "depth": 2, "num_heads": 2, "rank": 2}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on what a run of two steps lacks
@@ -103,7 +104,7 @@ def state_after_two_steps(cfg: DictConfig, folder: Path) -> dict[str, torch.Tens
     return checkpoint["state_dict"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=SLOW.get(name, ())) for name in RECIPES])
 def test_a_recipe_takes_two_steps_as_on_a_gpu(recipe: str, tmp_path: Path) -> None:
     cfg = on_the_cpu(in_small(recipe), tmp_path)
     assert cfg.trainer.precision == "bf16-mixed"

@@ -11,6 +11,7 @@ from torch import Tensor
 from foley.core.captions import plain_caption
 from foley.core.channels import check_downmix
 from foley.core.files import json_lines, write_json
+from foley.core.hashing import hash_file
 from foley.data.annotating import Fault, ManifestRow, read_results
 from foley.data.audio import AudioError, FloatArray, read_audio
 from foley.data.manifest import OUR_COLUMNS, ManifestOptions, checked_rows
@@ -37,6 +38,7 @@ class ClapScorer:
         name: of the model; scores of two models never mix in one folder.
         max_duration_seconds: of a longer clip only the beginning is heard.
         downmix: as `foley.data.audio.read_audio` takes it; ValueError for one that it does not know.
+        backend, checkpoint: what else the model is loaded by, a part of its name; of the file, its content counts.
     """
 
     key_fields = ("id", "caption")
@@ -48,10 +50,17 @@ class ClapScorer:
         name: str,
         max_duration_seconds: float = 30.0,
         downmix: str = "mean",
+        backend: str = "transformers",
+        checkpoint: str | None = None,
     ) -> None:
         self.identity = {"source": "clap", "model": name, "max_duration_seconds": str(max_duration_seconds)}
-        if check_downmix(downmix) != "mean":  # scores of the mean, which earlier folders hold, do not say so
+        # Earlier folders do not say what was the only way then.
+        if check_downmix(downmix) != "mean":
             self.identity["downmix"] = downmix
+        if backend != "transformers":
+            self.identity["backend"] = backend
+        if checkpoint is not None:
+            self.identity["checkpoint"] = hash_file(Path(checkpoint))
         self._downmix = downmix
         self._load = load
         self._audio_dir = Path(audio_dir)

@@ -128,9 +128,9 @@ def _load_published(
     return weights.load(build(), path), hash_file(path)
 
 
-def _load_clap(name_or_path: str, download: bool, checkpoint: str | None) -> tuple[clap_extractor.ClapExtractor, str]:
-    embedder = clap_extractor.ClapEmbedder.from_pretrained(name_or_path, download=download, checkpoint=checkpoint)
-    extractor = clap_extractor.ClapExtractor(embedder)
+def _load_clap(backend: str, **options: Any) -> tuple[clap_extractor.ClapExtractor, str]:
+    embedder = clap_extractor.load_embedder(backend, **options)
+    extractor = embedder.extractor()
     require_distinct_captions(extractor)
     return extractor, hash_module(embedder.model)
 
@@ -180,16 +180,17 @@ def stable_audio(
     clap_checkpoint: str | None = None,
     openl3_sha256: str | None = None,
     passt_sha256: str | None = None,
+    clap_backend: str = "transformers",
 ) -> list[EvaluationProtocol]:
     """AudioCache, SmoothCache and Stable Audio Open: three extractors, each with its own preprocessing.
 
     Args:
         openl3_content: what OpenL3 was trained on: "env" for sounds, "music" for music.
-        clap, download, clap_checkpoint: as of `clap`.
+        clap, download, clap_checkpoint, clap_backend: as of `clap`.
     """
     openl3 = _load_published(openl3_weights(openl3_content), OpenL3, directory, openl3_sha256)
     tagged = _load_published(passt.WEIGHTS, passt.Passt, directory, passt_sha256)
-    embedder = _load_clap(clap, download, clap_checkpoint)
+    embedder = _load_clap(clap_backend, name_or_path=clap, download=download, checkpoint=clap_checkpoint)
     return [
         EvaluationProtocol("stable_audio/openl3", 1, OpenL3Preprocessing(), *openl3, ("frechet",)),
         EvaluationProtocol("stable_audio/passt", 1, PasstPreprocessing(), *tagged, ("kl",), direction=_GENERATED_FIRST),
@@ -198,7 +199,10 @@ def stable_audio(
 
 
 def clap(
-    name_or_path: str = clap_extractor.REPOSITORY, download: bool = False, checkpoint: str | None = None
+    name_or_path: str = clap_extractor.REPOSITORY,
+    download: bool = False,
+    checkpoint: str | None = None,
+    backend: str = "transformers",
 ) -> list[EvaluationProtocol]:
     """Cosine of LAION-CLAP's embeddings of sound and caption.
 
@@ -206,8 +210,9 @@ def clap(
         name_or_path: repository in the Hugging Face cache, or a folder.
         download: let missing files be fetched.
         checkpoint: a file of the laion_clap package, whose weights take the place of the repository's.
+        backend: as of `foley.metrics.extractors.clap.load_embedder`; "laion_clap" wants the checkpoint.
     """
-    loaded = _load_clap(name_or_path, download, checkpoint)
+    loaded = _load_clap(backend, name_or_path=name_or_path, download=download, checkpoint=checkpoint)
     return [EvaluationProtocol("clap", 1, ClapPreprocessing(), *loaded, ("clap", "kad"))]
 
 

@@ -5,7 +5,6 @@ Every distance gives one value an item, `[B]`; a baseline has a codec's `sample_
 
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,6 @@ from torch.nn import functional as F
 from torchaudio.functional import melscale_fbanks
 from torchaudio.transforms import GriffinLim as PhaseSearch
 from torchaudio.transforms import MelSpectrogram
-
-from foley.core.components import CheckpointError
 
 _TINY_POWER = 1e-8
 _MEL_FLOOR = 1e-5
@@ -100,25 +97,3 @@ class GriffinLim(nn.Module):
         restored = self.phases((mel @ self.inverse).clamp(min=0).mT)
         length = audio.shape[-1]
         return F.pad(restored, (0, max(0, length - restored.shape[-1])))[:, None, :length]
-
-
-class DescriptCodec(nn.Module):
-    """The Descript Audio Codec (Kumar et al. 2023) with its published weights, `weights_24khz.pth` of its releases.
-
-    Raises CheckpointError where the file is missing.
-    """
-
-    def __init__(self, weights: str | None) -> None:
-        super().__init__()
-        from dac import DAC  # imports much: only where it is used
-
-        if weights is None or not Path(weights).is_file():
-            raise CheckpointError(f"dac_weights={weights}: no such file; it is one of descript-audio-codec's releases")
-        self.codec = DAC.load(weights).eval()
-        self.sample_rate_hz = int(self.codec.sample_rate)
-
-    def reconstruct(self, audio: Tensor) -> Tensor:
-        """`[B, 1, T]` to the same shape."""
-        padded = self.codec.preprocess(audio, self.sample_rate_hz)
-        restored: Tensor = self.codec(padded, self.sample_rate_hz)["audio"]
-        return restored[..., : audio.shape[-1]]

@@ -1,7 +1,8 @@
 """Weights by any name that an option takes, and training checkpoints: what Lightning wrote of a run.
 
 `ckpt=`, `system=`, `codec_path=` and the like take the same: a training checkpoint (.ckpt), the folder of a run, of a
-system, or of a component (a converted published file is one), or the name of a published system.
+system, or of a component (a converted published file is one), or the name of a published system. A codec may be a
+published file of the Descript Audio Codec, too, which says itself what it holds.
 """
 
 import os
@@ -27,6 +28,8 @@ from foley.core.components import (
 from foley.core.config import PROJECT_ROOT, default_cache_dir, locate, published_config, published_name
 from foley.core.hub import Hub
 from foley.core.reading import read_json, reading
+from foley.system.convert.conversion import converted_folder
+from foley.system.convert.dac import is_dac_file
 
 FOLEY_KEY = "foley"
 """Entry of a training checkpoint that says how to build the components whose weights it holds."""
@@ -52,6 +55,8 @@ def find_weights(source: str | Path, component: str | None = None, option: str =
     """
     path = Path(source).expanduser()
     path = path.parent if path.name == WEIGHTS_FILE else path
+    if component == "codec" and is_dac_file(path):
+        return converted_folder("dac", path, {}, Path(default_cache_dir()).expanduser())
     if path.is_file():
         return path
     if (path / SYSTEM_FILE).is_file():

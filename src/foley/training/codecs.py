@@ -1,4 +1,4 @@
-"""The Lightning modules that train codecs: waveform VAE, spectral VAE, mel VAE, vocoder.
+"""The Lightning modules that train codecs: waveform VAE, spectral VAE, mel VAE, vocoder, DAC.
 
 Each says what the signal is and how its model renders it; `foley.training.adversarial` does the rest.
 """
@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from foley.data.dataset import AudioBatch
 from foley.models.codec.base import AudioVAE
+from foley.models.codec.dac import DACCodec
 from foley.models.codec.mel_vae import MelVAE
 from foley.models.codec.spectral_vae import SpectralVAE
 from foley.models.codec.vocoder import BigVGAN
@@ -122,3 +123,33 @@ class VocoderTraining(AdversarialTraining):
         audio = batch["audio"]
         # In single precision, as the losses want it; [B, 1, T] without the padding of the last hop.
         return Pair(audio, self.vocoder(self.vocoder.spectrogram(audio))[..., : audio.shape[-1]].float())
+
+
+class DACTraining(AdversarialTraining):
+    """The Descript Audio Codec, with terms of (reconstruction, original), both `[B, 1, T]`, and its quantiser's two.
+
+    These are "commitment", which draws the encoder to its codebooks, and "codebook", which draws those to it.
+
+    Args:
+        codec: the model.
+        objective, options: see `AdversarialTraining`.
+    """
+
+    own_terms = frozenset({"commitment", "codebook"})
+
+    def __init__(self, codec: DACCodec, *objective: Any, **options: Any) -> None:
+        super().__init__(*objective, **options)
+        self.codec = codec
+
+    @property
+    def model(self) -> DACCodec:
+        return self.codec
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.codec.sample_rate_hz
+
+    def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
+        """The reconstruction through the codebooks, as the published codec always decodes."""
+        generated, terms = self.codec.train_through(batch["audio"])
+        return Pair(batch["audio"], generated.float(), terms)

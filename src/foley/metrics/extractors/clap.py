@@ -2,11 +2,11 @@
 
 Weights are the published ones of transformers, or a checkpoint of the laion_clap package such as
 `630k-audioset-fusion-best.pt`, renamed. `transformers` takes seconds to import, so only what loads a model does.
+`foley.metrics.extractors.laion_clap` has the same by the model of that package, and `load_embedder` loads either.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import ClapModel, PreTrainedTokenizerBase
 
 REPOSITORY = "laion/clap-htsat-unfused"
+BACKENDS = ("transformers", "laion_clap")
 _WINDOW_SECONDS = 10
 _FFT_SAMPLES, _HOP_SAMPLES, _MEL_BANDS = 1024, 480, 64
 _LOWEST_HZ, _HIGHEST_HZ = 50.0, 14000.0
@@ -98,31 +99,22 @@ class ClapEmbedder:
             checkpoint: a file of the laion_clap package, whose weights take the place of the published ones.
         Raises CheckpointError where files are missing or the tokenizer is not whole.
         """
-        from transformers import AutoTokenizer, ClapModel
+        from transformers import ClapModel
 
-        load = partial(
-            load_pretrained,
-            name_or_path=name_or_path,
-            options={"local_files_only": not download},
-            error_type=CheckpointError,
-            mend="give the path of a folder that holds them",
-            repository=REPOSITORY,
-        )
-        model = load(ClapModel.from_pretrained)
+        model = _load(ClapModel.from_pretrained, name_or_path, download)
         if checkpoint is not None:
             load_laion_clap(model, Path(checkpoint))
-        tokenizer = load(AutoTokenizer.from_pretrained)
-        if len(tokenizer) < _SMALLEST_VOCABULARY_SHARE * model.config.text_config.vocab_size:
-            raise CheckpointError(
-                f"{name_or_path}: the tokenizer knows {len(tokenizer)} tokens but the model has "
-                f"{model.config.text_config.vocab_size}; its tokenizer files are incomplete: fetch them again"
-            )
-        return cls(model, tokenizer, device)
+        return cls(model, load_tokenizer(name_or_path, model.config.text_config.vocab_size, download), device)
 
     @property
     def dim(self) -> int:
         """D, the width of the embeddings."""
         return int(self.model.config.projection_dim)
+
+    @property
+    def longest_text(self) -> int:
+        """Of a caption, so many tokens are heard."""
+        return int(self.model.config.text_config.max_position_embeddings) - 2
 
     @torch.inference_mode()
     def audio(self, clips: Sequence[Clip]) -> Tensor:
@@ -144,11 +136,62 @@ class ClapEmbedder:
 
     @torch.inference_mode()
     def text(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings `[B, D]` of captions; what lies beyond the model's longest text is dropped. On the CPU."""
-        longest = self.model.config.text_config.max_position_embeddings - 2
-        tokens = self.tokenizer(list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-        inputs = {name: tokens[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        return nn.functional.normalize(self.model.get_text_features(**inputs).pooler_output.cpu(), dim=-1)
+        """Embeddings `[B, D]` of captions; what lies beyond `longest_text` is dropped. On the CPU."""
+        options = {"padding": True, "truncation": True, "max_length": self.longest_text, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(captions), **options)
+        device = next(self.model.parameters()).device
+        embedded = self._embed_tokens({name: tokens[name].to(device) for name in ("input_ids", "attention_mask")})
+        return nn.functional.normalize(embedded.cpu(), dim=-1)
+
+    def extractor(self) -> "ClapExtractor":
+        """This in the form of a protocol's extractor, whose class is its name in reports."""
+        return ClapExtractor(self)
+
+    def _embed_tokens(self, tokens: dict[str, Tensor]) -> Tensor:
+        embedded: Tensor = self.model.get_text_features(**tokens).pooler_output
+        return embedded
+
+
+def load_embedder(backend: str = "transformers", **options: Any) -> ClapEmbedder:
+    """CLAP by `backend`: "transformers", the port, or "laion_clap", the package that its authors train it with.
+
+    Args:
+        options: `name_or_path`, `device`, `download` and `checkpoint`, as of `ClapEmbedder.from_pretrained`.
+
+    Raises ValueError for another backend, and CheckpointError as that does.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend}: CLAP is loaded by one of {', '.join(BACKENDS)}")
+    if backend == "transformers":
+        return ClapEmbedder.from_pretrained(**options)
+    # Here, for it imports the one below and its package much else.
+    from foley.metrics.extractors.laion_clap import LaionClapEmbedder
+
+    return LaionClapEmbedder.from_pretrained(**options)
+
+
+def load_tokenizer(name_or_path: str | Path, vocabulary: int, download: bool) -> "PreTrainedTokenizerBase":
+    """The tokenizer there, of a model that has `vocabulary` tokens; raises CheckpointError where it is not whole."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, name_or_path, download)
+    if len(tokenizer) < _SMALLEST_VOCABULARY_SHARE * vocabulary:
+        raise CheckpointError(
+            f"{name_or_path}: the tokenizer knows {len(tokenizer)} tokens but the model has {vocabulary}; "
+            "its tokenizer files are incomplete: fetch them again"
+        )
+    return tokenizer
+
+
+def _load(from_pretrained: Callable[..., Any], name_or_path: str | Path, download: bool) -> Any:
+    return load_pretrained(
+        from_pretrained,
+        name_or_path,
+        options={"local_files_only": not download},
+        error_type=CheckpointError,
+        mend="give the path of a folder that holds them",
+        repository=REPOSITORY,
+    )
 
 
 class ClapExtractor:
@@ -199,14 +242,19 @@ _NUMBER = np._core.multiarray.scalar  # type: ignore[attr-defined]
 _HARMLESS = [(_NUMBER, "numpy.core.multiarray.scalar"), _NUMBER, np.dtype, type(np.dtype(np.float64))]
 
 
-def load_laion_clap(model: "ClapModel", path: Path) -> None:
-    """Give `model` the weights at `path`; raises CheckpointError that lists keys and shapes that disagree."""
+def read_laion_clap(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint of the laion_clap package, as its model names them; raises CheckpointError."""
     with torch.serialization.safe_globals(_HARMLESS):
         content = read_pickle(path, mmap=True)
     published = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    state = {name.removeprefix("module."): value for name, value in require_tensors(published, path).items()}
+    return {name.removeprefix("module."): value for name, value in require_tensors(published, path).items()}
+
+
+def load_laion_clap(model: "ClapModel", path: Path) -> None:
+    """Give `model` the weights at `path`; raises CheckpointError that lists keys and shapes that disagree."""
+    state = _split_attention(_NAMES.renamed(read_laion_clap(path)))
     kept = {name: value for name, value in model.state_dict().items() if re.match(_NAMES.derived or "", name)}
-    load_state(model, kept | _split_attention(_NAMES.renamed(state)), str(path))
+    load_state(model, kept | state, str(path))
 
 
 def _split_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -125,14 +125,19 @@ class Decoder(nn.Module):
 
     @property
     def context_frames(self) -> int:
-        """How many latent frames before a frame, and after it, its audio hears: the receptive field of the layers."""
-        # Backwards from the samples of frame 0, which are 0 to hop - 1, to the frames that they depend on.
-        layers = [layer for layer in self.modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)]
-        hop = prod(layer.stride[0] for layer in layers)  # samples for each frame; plain convolutions have a stride of 1
-        first, last = 0, hop - 1
-        for layer in reversed(layers):
-            first, last = _heard(layer, first, last)
-        return max(-first, last)  # the farther of the two ends
+        """How many latent frames before a frame, and after it, its audio hears."""
+        return heard_frames(self)
+
+
+def heard_frames(decoder: nn.Module) -> int:
+    """The receptive field of a decoder's layers, which follow each other as it holds them: frames on either side."""
+    # Backwards from the samples of frame 0, which are 0 to hop - 1, to the frames that they depend on.
+    layers = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)]
+    hop = prod(layer.stride[0] for layer in layers)  # samples for each frame; plain convolutions have a stride of 1
+    first, last = 0, hop - 1
+    for layer in reversed(layers):
+        first, last = _heard(layer, first, last)
+    return max(-first, last)  # the farther of the two ends
 
 
 def _heard(layer: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tuple[int, int]:

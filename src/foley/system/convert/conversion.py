@@ -16,6 +16,7 @@ from foley.core.files import write_text
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.system.convert.bigvgan import bigvgan, vocoder_config
+from foley.system.convert.dac import dac_codec, dac_config, file_config
 from foley.system.convert.ezaudio import denoiser_config, ezaudio_denoiser
 from foley.system.convert.files import build_around, read_weights
 from foley.system.convert.waveform_vae import codec_config, waveform_vae
@@ -30,13 +31,14 @@ class Source:
     """A kind of published checkpoint: what it holds, its terms of use, and how it becomes ours.
 
     `component_config` takes the published config or one of ours; `build` takes the state dict, such a config, and
-    the name of the file for its errors.
+    the name of the file for its errors. `file_config` reads what the file itself says of its model, where it does.
     """
 
     title: str
     terms_url: str
     component_config: Callable[[Mapping[str, Any], str], dict[str, Any]]
     build: Callable[[Mapping[str, Any], Mapping[str, Any], str], nn.Module]
+    file_config: Callable[[Path], Mapping[str, Any]] | None = None
 
 
 _EZAUDIO_URL = "https://huggingface.co/OpenSound/EzAudio"
@@ -44,6 +46,13 @@ SOURCES: Mapping[str, Source] = {
     "ezaudio": Source("EzAudio denoiser", _EZAUDIO_URL, denoiser_config, ezaudio_denoiser),
     "waveform_vae": Source("EzAudio waveform VAE", _EZAUDIO_URL, codec_config, waveform_vae),
     "bigvgan": Source("BigVGAN vocoder", "https://github.com/NVIDIA/BigVGAN", vocoder_config, bigvgan),
+    "dac": Source(
+        "Descript Audio Codec",
+        "https://github.com/descriptinc/descript-audio-codec",
+        dac_config,
+        dac_codec,
+        file_config,
+    ),
 }
 
 _CARD = """# {title}
@@ -71,14 +80,16 @@ def convert_checkpoint(source: str, ckpt: Path, config: Mapping[str, Any], direc
 
     Args:
         source: a name out of `SOURCES`.
-        config: the published model section, or a plain config of ours with `_target_`.
+        config: the published model section, or a plain config of ours with `_target_`; may be empty where the file
+            says what it holds.
 
     Raises ValueError or CheckpointError where file, config and source do not belong together.
     """
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
     kind = SOURCES[source]
-    own_config = kind.component_config(config, f"{ckpt} as source={source}")
+    said = {} if kind.file_config is None else {"file": kind.file_config(ckpt)}
+    own_config = kind.component_config({**config, **said}, f"{ckpt} as source={source}")
     module = kind.build(read_weights(ckpt), own_config, str(ckpt))
     card = _CARD.format(
         title=kind.title,
@@ -94,18 +105,24 @@ def convert_checkpoint(source: str, ckpt: Path, config: Mapping[str, Any], direc
 
 
 def load_converted(source: str, ckpt: Path, config: Mapping[str, Any], cache_dir: Path) -> nn.Module:
-    """The component in `ckpt`, converted into `cache_dir` unless this very content is there with this config.
+    """The component in `ckpt`, by way of `converted_folder`.
 
     Weights are mapped from the cache, not copied. Takes and raises what `convert_checkpoint` does.
     """
-    identity = json.dumps([_CACHE_FORMAT, source, hash_file(ckpt), config], sort_keys=True)
-    directory = cache_dir / f"{source}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    if not (directory / CONFIG_FILE).is_file():  # written last
-        logger.info("converting %s into %s, once", ckpt, directory)
-        convert_checkpoint(source, ckpt, config, directory)
+    directory = converted_folder(source, ckpt, config, cache_dir)
     try:
         state = load_file(directory / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{directory} cannot be read ({error}); delete it, and it is written anew") from error
     module: nn.Module = build_around(read_config(directory), state, str(directory))
     return module
+
+
+def converted_folder(source: str, ckpt: Path, config: Mapping[str, Any], cache_dir: Path) -> Path:
+    """Where `ckpt` lies converted in `cache_dir`: it is, unless this very content is there with this config."""
+    identity = json.dumps([_CACHE_FORMAT, source, hash_file(ckpt), config], sort_keys=True)
+    directory = cache_dir / f"{source}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    if not (directory / CONFIG_FILE).is_file():  # written last
+        logger.info("converting %s into %s, once", ckpt, directory)
+        convert_checkpoint(source, ckpt, config, directory)
+    return directory
