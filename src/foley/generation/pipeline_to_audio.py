@@ -37,7 +37,7 @@ def check_pipeline_settings(settings: GenerationSettings) -> None:
     """Raises ValueError for what no published pipeline can do."""
     guidance = settings.guidance or ClassifierFreeGuidance()
     if settings.source is not None:
-        raise ValueError("edit and init need a system of ours: the pipelines of diffusers only generate")
+        raise ValueError("edit, init and control need a system of ours: the pipelines of diffusers only generate")
     if settings.solver not in (None, PUBLISHED_SOLVER):
         raise ValueError(f"solver={settings.solver}: a published pipeline keeps its own; leave it out")
     if settings.window_seconds is not None:
