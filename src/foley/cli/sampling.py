@@ -21,8 +21,7 @@ from foley.core.devices import resolve_device
 from foley.core.logs import get_logger, process_rank
 from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.generation.control import Control
-from foley.generation.editing import Edit, EditMask, Variation, read_recording
+from foley.generation.editing import Control, Edit, EditMask, Variation, read_recording
 from foley.generation.pipeline_to_audio import (
     PUBLISHED_SOLVER,
     PipelineToAudio,

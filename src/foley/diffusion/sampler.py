@@ -173,21 +173,18 @@ def generate_latents(
         more: further inputs of the denoiser, one row for all items, on `device`; without windows.
 
     Threads may share a denoiser: they take turns, a whole generation each.
-
     Raises ValueError where the solver does not fit the process.
     """
-    scheduler = solver.build(process)
+    scheduler, shape = solver.build(process), (denoiser.latent_channels, num_frames)
     # One generator an item and purpose: an item is the same whatever batch it is in.
-    shape = (denoiser.latent_channels, num_frames)
     noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
     generators = [torch_generator("solver noise", seed) for seed in seeds]  # which only stochastic solvers use
     run = solver.run_context(scheduler, guidance, len(seeds))
     # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
     rows = {name: row.expand(len(seeds), *row.shape[1:]) for name, row in more.items()}
-    denoise = guidance.wrap(denoiser, positive, negative, known, grid, rows)
-    denoise, run = recorded(denoise, run, recorder, accelerator)
-    attached = nullcontext() if accelerator is None else accelerator.attach(denoiser)
-    with sole_user(denoiser), attached:
+    guided = guidance.wrap(denoiser, positive, negative, known, grid, rows)
+    denoise, run = recorded(guided, run, recorder, accelerator)
+    with sole_user(denoiser), nullcontext() if accelerator is None else accelerator.attach(denoiser):
         callbacks = [] if accelerator is None else [accelerator]
         return sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start, known)

@@ -10,10 +10,9 @@ comes back at the level of the recording. Kept samples are never attenuated; wha
 would exceed both -1 dBFS and the loudest kept sample of the window (`paste_fitted`).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +24,6 @@ from foley.core.logs import get_logger
 from foley.core.numbers import SHARE, NumberRange
 from foley.core.rates import FloatArray, resample
 from foley.data.audio import PEAK_CEILING, AudioError, read_channels
-from foley.diffusion.guidance import KnownLatent
-from foley.diffusion.sampler import Start
 
 CROSS_FADE_SECONDS = 0.02
 _log = get_logger(__name__)
@@ -94,7 +91,7 @@ class EditMask:
     boundary_seconds: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in (own.name for own in fields(self)):
+        for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             if value not in NumberRange(least=0):
                 raise ValueError(f"{name} must be a number of seconds, 0 or more, for an edit; got {value!r}")
@@ -102,7 +99,7 @@ class EditMask:
     def window(self, recording: Recording) -> "EditWindow":
         """Raises ValueError where the mask begins after the recording's end or holds no sample."""
         rate, kept = recording.sample_rate_hz, len(recording.samples)
-        start, length, boundary = (round(getattr(self, own.name) * rate) for own in fields(self))
+        start, length, boundary = (round(getattr(self, field.name) * rate) for field in fields(self))
         if start > kept:
             raise ValueError(
                 f"mask_start_seconds={self.mask_start_seconds} lies outside {recording.file}, which lasts "
@@ -176,27 +173,19 @@ class Variation:
 
 
 @dataclass(frozen=True)
-class Canvas:
-    """What clips are generated onto.
+class Control:
+    """What to follow: the loudness of the recording in `file`, by a system with a ControlNet. Clips have its length.
 
-    Args:
-        num_frames: L.
-        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, and the gain `[B]` of what was generated in
-            it, on the CPU.
-        description: what the JSON of each clip says of it.
-        known: latent frames that are given.
-        start: a latent to begin at instead of pure noise.
-        more: further inputs of the denoiser, one row each.
-        peak_ceiling: as `foley.data.audio.write_wav` takes it.
+    `scale` is how far: 0 not at all, 1 as in training. ValueError below 0.
     """
 
-    num_frames: int
-    finish: Callable[[Tensor], tuple[Tensor, Tensor]]
-    description: Mapping[str, Any]
-    known: KnownLatent | None = None
-    start: Start | None = None
-    more: Mapping[str, Tensor] = field(default_factory=dict)
-    peak_ceiling: float = PEAK_CEILING
+    file: str | Path
+    scale: float = 1.0
+    downmix: str = "mean"  # as of an `Edit`
+
+    def __post_init__(self) -> None:
+        check_downmix(self.downmix)
+        NumberRange(least=0).check("control_scale", self.scale)
 
 
 @dataclass(frozen=True)
@@ -266,8 +255,3 @@ def paste_fitted(recording: Tensor, generated: Tensor, window: EditWindow) -> tu
 def _fade_out(length: int) -> Tensor:
     """Half a raised cosine `[length]` from 1 to 0, both excluded."""
     return torch.cos(torch.pi / 2 * (torch.arange(length) + 0.5) / max(1, length)).square()
-
-
-def crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`[B, 1, T]` cut to `num_samples`, at `gain`, which brings back a recording's level and attenuates nothing."""
-    return gain * audio[..., :num_samples], torch.ones(len(audio))

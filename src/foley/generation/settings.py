@@ -12,8 +12,7 @@ from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Progress
 from foley.diffusion.solver import CONSISTENCY, Solver, default_solver
 from foley.diffusion.windows import Windows
-from foley.generation.control import Control
-from foley.generation.editing import Edit, Variation
+from foley.generation.editing import Control, Edit, Variation
 from foley.generation.options import IDLE, check_numbers, check_prompt_length
 
 _log = get_logger(__name__)

@@ -28,18 +28,9 @@ from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
-from foley.generation.control import Control, control_canvas
+from foley.generation.canvas import Canvas, control_canvas, crop
 from foley.generation.decoding import LatentDecoder
-from foley.generation.editing import (
-    CROSS_FADE_SECONDS,
-    Canvas,
-    Edit,
-    EditMask,
-    Recording,
-    Variation,
-    crop,
-    paste_fitted,
-)
+from foley.generation.editing import CROSS_FADE_SECONDS, Control, Edit, EditMask, Recording, Variation, paste_fitted
 from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings

@@ -1,34 +1,49 @@
-"""Following the loudness of a recording, by a system with a ControlNet (`foley.models.dit.controlnet`)."""
+"""What clips are generated onto: their length, what is given of them, and what becomes of the decoded audio."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
-from foley.core.channels import check_downmix
-from foley.core.numbers import NumberRange
 from foley.core.rates import clip_size
-from foley.generation.editing import Canvas, Recording, crop
+from foley.data.audio import PEAK_CEILING
+from foley.diffusion.guidance import KnownLatent
+from foley.diffusion.sampler import Start
+from foley.generation.editing import Recording
 from foley.models.dit.controlnet import ControlledTransformer
 
 
 @dataclass(frozen=True)
-class Control:
-    """What to follow: the loudness of the recording in `file`. Clips have its length.
+class Canvas:
+    """What clips are generated onto.
 
-    `scale` is how far: 0 not at all, 1 as in training. `downmix` is as of an `Edit`. ValueError for a scale below 0.
+    Args:
+        num_frames: L.
+        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, and the gain `[B]` of what was generated in
+            it, on the CPU.
+        description: what the JSON of each clip says of it.
+        known: latent frames that are given.
+        start: a latent to begin at instead of pure noise.
+        more: further inputs of the denoiser, one row each.
+        peak_ceiling: as `foley.data.audio.write_wav` takes it.
     """
 
-    file: str | Path
-    scale: float = 1.0
-    downmix: str = "mean"
+    num_frames: int
+    finish: Callable[[Tensor], tuple[Tensor, Tensor]]
+    description: Mapping[str, Any]
+    known: KnownLatent | None = None
+    start: Start | None = None
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    peak_ceiling: float = PEAK_CEILING
 
-    def __post_init__(self) -> None:
-        check_downmix(self.downmix)
-        NumberRange(least=0).check("control_scale", self.scale)
+
+def crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`[B, 1, T]` cut to `num_samples`, at `gain`, which brings back a recording's level and attenuates nothing."""
+    return gain * audio[..., :num_samples], torch.ones(len(audio))
 
 
 def control_canvas(
