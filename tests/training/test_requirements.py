@@ -114,6 +114,13 @@ def test_published_weights_to_begin_with_are_named_until_they_are_there(
     )
 
 
+def test_a_controlnet_wants_the_codec_that_its_system_does_not_bring(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").touch()
+    wanted = "codec_path=...  the codec that made the latents: that of the system"
+    assert wanted in lacks("experiment=tiny_controlnet", f"system={tmp_path}/last.ckpt", "data.cache_dir=none")
+    assert wanted not in lacks("experiment=tiny_controlnet", "data.cache_dir=none")
+
+
 def put_into_hub(folder: Path, files: list[str]) -> None:
     """Empty files, as the hub's cache keeps them."""
     (folder / "refs").mkdir(parents=True)

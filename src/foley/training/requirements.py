@@ -63,7 +63,7 @@ def refuse_missing(cfg: DictConfig) -> None:
     """
     if is_synthetic(cfg):
         return
-    lacks = [*_unset(cfg), *_absent(cfg), *_published(cfg), *_text_weights(cfg), *_gpu(cfg)]
+    lacks = [*_unset(cfg), *_absent(cfg), *_decoder(cfg), *_published(cfg), *_text_weights(cfg), *_gpu(cfg)]
     if not lacks:
         return
     lines = [f"  {option}  {words}" for option, words in [*lacks, *_codec(cfg)]]
@@ -127,6 +127,12 @@ def _codec(cfg: DictConfig) -> Iterator[Lack]:
         target = str(_selected(cfg, "codec._target_"))
         made_by = next((words for name, words in _CODECS.items() if target.endswith(name)), "the teacher's own")
         yield "codec_path=...", f"{_MADE_BY['codec_path']}, {made_by}; without it there are no samples to hear"
+
+
+def _decoder(cfg: DictConfig) -> Iterator[Lack]:
+    """The codec that decodes latents in training, where the system does not bring it."""
+    if _selected(cfg, "task.codec.name") == "codec" and not cfg.codec_path:
+        yield "codec_path=...", f"{_MADE_BY['codec_path']}: that of the system"
 
 
 def _published(cfg: DictConfig) -> Iterator[Lack]:
