@@ -26,6 +26,4 @@ def test_the_benchmark_reports_steps_training_and_generation(tmp_path: Path) -> 
     (tmp_path / "page").mkdir()
     (tmp_path / "result.json").rename(tmp_path / "page/gpu.json")
     write_page(PROJECT_ROOT / "docs/results/templates/denoiser.md", tmp_path / "page.md")
-    assert (
-        "| sampling step, hoisted | not measured |" in (tmp_path / "page.md").read_text()
-    )  # compiled steps alone are its row
+    assert "| sampling step, hoisted | not measured |" in (tmp_path / "page.md").read_text()  # compiled steps alone are its row

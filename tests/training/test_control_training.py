@@ -32,6 +32,11 @@ STEPS += ["callbacks.checkpoint.every_n_train_steps=2", "callbacks.progress=null
 
 @pytest.fixture(scope="module")
 def system() -> System:
+    return random_system()
+
+
+def random_system() -> System:
+    """With no layer at zero, which would hide the others."""
     torch.manual_seed(0)
     built = build_system(CONFIGS)
     with torch.no_grad():
@@ -150,3 +155,38 @@ def test_a_run_ends_as_a_system_that_follows_a_recording(system: System, tmp_pat
     assert followed.audio.shape == (1, 1, 700)
     assert followed.settings["control"]["scale"] == 1.0
     assert generator.generate(["a dog barks"], 0.35, num_steps=2).audio.shape == (1, 1, 700)
+
+
+def enveloped(size: int, key: object) -> LatentBatch:
+    """Latents of one shape over the channels, whose size changes from fifth to fifth: the decoder makes it loudness."""
+    drawn = torch.rand(size, 1, FRAMES // 5 + 1, generator=torch_generator(key))
+    envelope = drawn.repeat_interleave(5, dim=2)[..., :FRAMES] * 4 - 2
+    return {**batch(size), "latent": envelope * torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]}
+
+
+def loss_under(module: ControlTraining, given: LatentBatch, curve: torch.Tensor, key: object) -> torch.Tensor:
+    generator, clean, process = torch_generator(key), given["latent"], module.process
+    noise = torch.randn(clean.shape, generator=generator)
+    time = torch.randint(300, 1000, (len(clean),), generator=generator)
+    text, noisy = module.condition(given), process.add_noise(clean, noise, time)
+    more = {"context": text.embeddings, "context_mask": text.mask, "control": curve}
+    return (module.denoiser(noisy, time, **more) - process.target(clean, noise, time)).square().mean()
+
+
+@pytest.mark.slow
+def test_it_learns_to_follow() -> None:
+    """What it predicts with the curve of an item is better than with that of another."""
+    module = ControlTraining(
+        Teacher(random := random_system(), set()), random.modules["codec"], partial(torch.optim.AdamW, lr=5e-3)
+    )
+    optimizer = module.configure_optimizers()
+    for step in range(300):
+        given = enveloped(8, ("b", step))
+        optimizer.zero_grad()
+        loss_under(module, given, module.curves(given), ("n", step)).backward()
+        optimizer.step()
+    unseen = enveloped(32, "test")
+    curve = module.curves(unseen)
+    with torch.no_grad():
+        right, wrong = (loss_under(module, unseen, given, "n") for given in (curve, curve.roll(1, dims=0)))
+    assert right < 0.95 * wrong
