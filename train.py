@@ -9,7 +9,7 @@ from foley.training.requirements import refuse_missing
 from foley.training.values import require_values
 
 
-@command("train")
+@command("train", synonyms={"teacher": "system"})
 def main(cfg: DictConfig) -> float | None:
     """Compose the config, train, and hand a sweep its metric."""
     require_values(cfg)

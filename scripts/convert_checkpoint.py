@@ -1,6 +1,6 @@
 """Turn a published checkpoint into a component directory that foley loads.
 
-python scripts/convert_checkpoint.py source=ezaudio|waveform_vae|bigvgan ckpt=FILE.pt config=FILE.yml out=DIRECTORY
+python scripts/convert_checkpoint.py source=NAME ckpt=FILE.pt config=FILE.yml out=DIRECTORY
 python scripts/convert_checkpoint.py source=dac ckpt=FILE.pth codec=dac_44khz_projected out=DIRECTORY
 """
 

@@ -133,6 +133,7 @@ def test_an_accelerator_of_typed_steps_calibrates_by_itself(system_dir, tmp_path
     ("options", "message"),
     [
         ({"edit": "a.wav", "init": "b.wav"}, "exclude each other"),
+        ({"init": "a.wav", "control": "b.wav"}, r"init=a\.wav and control=b\.wav exclude each other"),
         ({"mask_start_seconds": 1}, "give edit=FILE too"),
         (
             {"edit": "a.wav", "mask_length_seconds": 1},
@@ -147,7 +148,7 @@ def test_options_that_do_not_go_together_are_refused_before_anything_is_loaded(o
         chosen_source(OmegaConf.merge(defaults, options))
 
 
-@pytest.mark.parametrize("option", ["edit", "init"])
+@pytest.mark.parametrize("option", ["edit", "init", "control"])
 def test_recordings_that_cannot_be_read_are_refused_before_a_model_is_opened(tmp_path, option):
     cfg = compose_command("sample", "device=cpu", f"system={tmp_path / 'no system'}")
     cfg[option] = str(tmp_path / "absent.wav")
@@ -192,6 +193,7 @@ def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_di
     [
         (["edit=a.wav", "mask_start_seconds=0", "mask_length_seconds=1"], ValueError, "only generate"),
         (["init=a.wav"], ValueError, "only generate"),
+        (["control=a.wav"], ValueError, "only generate"),
         (["decoder_precision=bf16"], ValueError, "only generate"),
         (["compile=true"], ValueError, "only generate"),
         (["rotary_extension=ntk"], ValueError, "only generate"),

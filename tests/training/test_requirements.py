@@ -97,6 +97,30 @@ def test_the_files_of_a_published_teacher_are_named_until_they_are_there(tmp_pat
     assert "hf download" not in lacks(*given)
 
 
+def test_published_weights_to_begin_with_are_named_until_they_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["experiment=ezaudio_xl", "stage=finetune", "ckpt=ezaudio_xl", "data.cache_dir=none"]
+    told = lacks(*given)
+    assert "ckpt=ezaudio_xl  3.5 GB or more that are not on this machine, fetched by: hf download OpenSound" in told
+    assert "codec_path=..." not in told  # it is theirs
+    for file in ("ckpts/s3/ezaudio_s3_xl.pt", "ckpts/vae/1m.pt"):
+        (tmp_path / "folder/OpenSound/EzAudio" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder/OpenSound/EzAudio" / file).touch()
+    monkeypatch.setenv("FOLEY_HUB_DIR", str(tmp_path / "folder"))
+    assert "ckpt=" not in lacks(*given)
+    assert f"ckpt={tmp_path}/gone  does not exist; the weights to start from" in lacks(
+        *given[:2], f"ckpt={tmp_path}/gone"
+    )
+
+
+def test_a_controlnet_wants_the_codec_that_its_system_does_not_bring(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").touch()
+    wanted = "codec_path=...  the codec that made the latents: that of the system"
+    assert wanted in lacks("experiment=tiny_controlnet", f"system={tmp_path}/last.ckpt", "data.cache_dir=none")
+    assert wanted not in lacks("experiment=tiny_controlnet", "data.cache_dir=none")
+
+
 def put_into_hub(folder: Path, files: list[str]) -> None:
     """Empty files, as the hub's cache keeps them."""
     (folder / "refs").mkdir(parents=True)

@@ -161,7 +161,7 @@ def test_the_codec_must_have_made_the_latents(cache: Path, tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StaleCacheError, match="encoded by the codec hash, but the codec in use is"):
         train(small(cache, tmp_path / "run", "tiny stage=pretrain", "codec_path=codec"))
-    monkeypatch.setattr("foley.training.run.hash_module", lambda module: "hash")
+    monkeypatch.setattr("foley.system.system.hash_module", lambda module: "hash")
     train(small(cache, tmp_path / "run", "tiny stage=pretrain", "codec_path=codec", "trainer.max_steps=2"))
     stored = read_training_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["foley"]["codec_dir"]
     assert not Path(stored).is_absolute()

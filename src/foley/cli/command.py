@@ -4,8 +4,9 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -22,12 +23,14 @@ Task = Callable[[DictConfig], Any]
 def command(
     config_name: str,
     check: Callable[[Sequence[str]], object] = lambda arguments: None,
+    synonyms: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Task], Callable[..., Any]]:
     """Make `main(cfg)` a command: called without a config it composes one from the command line.
 
     Args:
         config_name: the primary config in configs/, which is also the help page (see `foley.cli.help`).
         check: looks at the arguments before Hydra does, and raises SystemExit with what is to be typed instead.
+        synonyms: other names of options, each with the one that the config knows.
 
     >>> @command("sample")
     ... def main(cfg):
@@ -45,6 +48,7 @@ def command(
                 if asks_for_help(sys.argv[1:]):
                     page = help_page(chosen_config(sys.argv[1:], config_name), within_checkout(sys.argv[0]))
                     return sys.stdout.write(page)
+                sys.argv[1:] = [_named(argument, synonyms) for argument in sys.argv[1:]]
                 check(sys.argv[1:])
                 refuse_incomplete(config_name, sys.argv)
                 return run_with_hydra(task, config_name, quote_overrides(sys.argv))
@@ -52,6 +56,16 @@ def command(
         return main
 
     return decorate
+
+
+def _named(argument: str, synonyms: Mapping[str, str]) -> str:
+    """`argument` by the name that the config knows.
+
+    >>> _named("teacher=ezaudio_xl", {"teacher": "system"})
+    'system=ezaudio_xl'
+    """
+    option, equals, value = argument.partition("=")
+    return f"{synonyms[option]}{equals}{value}" if equals and option in synonyms else argument
 
 
 def refuse_incomplete(config_name: str, arguments: Sequence[str]) -> None:

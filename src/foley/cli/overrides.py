@@ -25,7 +25,7 @@ _ENDINGS = (
     r"(?:.*[._])?(?:path|dirpath|dir|folder|directory|file|manifest|ckpt|checkpoint|url|column|out|output|reference)"
 )
 # ... and by their whole names.
-_PATHS = "prompts|edit|init|features|system|teacher|samples|latents|share_with|key|results|run|page|template"
+_PATHS = "prompts|edit|init|control|features|system|teacher|samples|latents|share_with|key|results|run|page|template"
 _PATHS += "|mel_vae|vocoder|config|dac_weights"
 _IS_CAPTION = re.compile(_CAPTIONS)
 _IS_PATH = re.compile(rf"(?:.*[._])?(?:{_ENDINGS})|{_PATHS}")

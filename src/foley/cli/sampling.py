@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from foley.accel.caching.calibration import require_calibrations
-from foley.cli.sampling_checks import check_numbers, check_source, typed_options, warn_without_effect
+from foley.cli.sampling_checks import RECORDINGS, check_numbers, check_source, typed_options, warn_without_effect
 from foley.core.components import CheckpointError
 from foley.core.config import published_name, shipped
 from foley.core.devices import resolve_device
@@ -22,7 +22,7 @@ from foley.core.logs import get_logger, process_rank
 from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import solver_label
-from foley.generation.editing import Edit, EditMask, Variation, read_recording
+from foley.generation.editing import Control, Edit, EditMask, Variation, read_recording
 from foley.generation.pipeline_to_audio import (
     PUBLISHED_SOLVER,
     PipelineToAudio,
@@ -75,8 +75,8 @@ def requested_clips(cfg: DictConfig) -> list[Clip]:
 
 def asks_for_nothing(cfg: DictConfig) -> bool:
     """No prompt, no recording, and the system that ships, whose world the demo's prompts are of."""
-    named = (cfg.prompt, cfg.prompts, cfg.edit, cfg.init, cfg.features)
-    return named == (None,) * len(named) and Path(str(cfg.system)).resolve().is_relative_to(shipped("demo").resolve())
+    named = {cfg.prompt, cfg.prompts, cfg.features, *(cfg[option] for option in RECORDINGS)}
+    return named == {None} and Path(str(cfg.system)).resolve().is_relative_to(shipped("demo").resolve())
 
 
 def _demo_clips(first_seed: int, num: int) -> list[Clip]:
@@ -119,12 +119,14 @@ def of_request(settings: GenerationSettings, request_hash: str) -> GenerationSet
     return replace(settings, facts={**settings.facts, "request": request_hash})
 
 
-def chosen_source(cfg: DictConfig) -> Edit | Variation | None:
+def chosen_source(cfg: DictConfig) -> Edit | Variation | Control | None:
     """The recording to start from; raises ValueError for options that do not go together."""
     check_source(cfg)
     if cfg.edit is not None:
         mask = EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds)
         return Edit(cfg.edit, mask, cfg.downmix)
+    if cfg.control is not None:
+        return Control(cfg.control, cfg.control_scale, cfg.downmix)
     return None if cfg.init is None else Variation(cfg.init, cfg.strength, cfg.downmix)
 
 
@@ -149,7 +151,7 @@ def open_requested(
     if isinstance(loader, PublishedPipeline):
         _check_pipeline(cfg)
         check_pipeline_settings(settings, loader.takes_solvers)
-    for option in ("edit", "init"):
+    for option in RECORDINGS:
         if cfg[option] is not None:
             read_recording(Path(cfg[option]), option)  # what cannot be read is refused before a model is loaded
     device, places = device or resolve_device(cfg.device), (cfg.hub_dir, cfg.cache_dir, cfg.system_overrides)

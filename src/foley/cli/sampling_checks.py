@@ -23,9 +23,12 @@ OPTION_NUMBERS = {
     "guidance_scale": NumberRange(least=0),
     "guidance_rescale": SHARE,
     "strength": SHARE,
+    "control_scale": NumberRange(least=0),
     **dict.fromkeys(("mask_start_seconds", "mask_length_seconds", "boundary_seconds"), NumberRange(least=0)),
 }
 """What each numeric option may be."""
+RECORDINGS = ("edit", "init", "control")
+"""Options that name a recording to start from."""
 # What the system decides, or does without, where it is null.
 _OPTIONAL = {"duration_seconds", "window_seconds", "decode_chunk_seconds", "trained_seconds", "steps"}
 _OPTIONAL |= {"guidance_scale", "mask_start_seconds", "mask_length_seconds"}
@@ -44,8 +47,9 @@ def check_numbers(cfg: DictConfig) -> None:
 
 def check_source(cfg: DictConfig) -> None:
     """Raise ValueError for options of a recording to start from that do not go together, or lack one."""
-    if cfg.edit is not None and cfg.init is not None:
-        raise ValueError(f"edit={cfg.edit} and init={cfg.init} exclude each other; give one of them")
+    given = [f"{option}={cfg[option]}" for option in RECORDINGS if cfg[option] is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
     if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
         raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
     if cfg.edit is not None and None in (cfg.mask_start_seconds, cfg.mask_length_seconds):
@@ -56,7 +60,7 @@ def check_source(cfg: DictConfig) -> None:
 
 
 def _recording(cfg: DictConfig) -> bool:
-    return (cfg.edit, cfg.init) != (None, None)
+    return any(cfg[option] is not None for option in RECORDINGS)
 
 
 def _guided(cfg: DictConfig) -> bool:
@@ -83,7 +87,8 @@ EFFECT: dict[str, tuple[_Has, str]] = {
     "overlap_seconds": (lambda cfg: cfg.window_seconds is not None, IDLE["overlap_seconds"]),
     "window_seconds": (_longer_than_a_window, "on clips that are no longer than a window"),
     "strength": (lambda cfg: cfg.init is not None, "without init=FILE"),
-    "downmix": (_recording, "without edit=FILE or init=FILE"),
+    "control_scale": (lambda cfg: cfg.control is not None, "without control=FILE"),
+    "downmix": (_recording, "without edit=FILE, init=FILE or control=FILE"),
     "boundary_seconds": (lambda cfg: cfg.edit is not None, "without edit=FILE"),
     "trained_seconds": (lambda cfg: cfg.rotary_extension is not None, "without rotary_extension"),
     "caption_seed": (lambda cfg: cfg.captions == "random", "without captions=random"),

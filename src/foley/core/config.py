@@ -45,6 +45,12 @@ def default_cache_dir() -> str:
     return os.environ.get("FOLEY_CACHE", "~/.cache/foley")
 
 
+def default_hub_dir() -> Path | None:
+    """A folder laid out as the hub is, in its place: the variable FOLEY_HUB_DIR; None is the hub itself."""
+    folder = os.environ.get("FOLEY_HUB_DIR")
+    return Path(folder).expanduser() if folder else None
+
+
 def published_name(system: str | Path | None) -> str | None:
     """`system` where it names a published one, `configs/published/<name>.yaml`; None for any path.
 
@@ -90,6 +96,17 @@ def published_default(key: str, otherwise: Any, _root_: DictConfig) -> Any:
     if name is None:
         return otherwise
     return published_config(name, _root_.get("system_overrides")).sampling.get(key, otherwise)
+
+
+def published_codec(_root_: DictConfig) -> str | None:
+    """The codec of a run that begins with published weights (`ckpt`) or distils them (`system`): what came with them.
+
+    Of a system's folder, too; None where they bring none.
+    """
+    for source in (OmegaConf.select(_root_, option, default=None) for option in ("system", "ckpt")):
+        if source and (published_name(source) or (Path(source).expanduser() / "system.json").is_file()):
+            return str(source)
+    return None
 
 
 def relative_to_checkout(value: Any) -> Any:
@@ -182,6 +199,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_id", run_id, replace=True)
     OmegaConf.register_new_resolver("default_cache_dir", default_cache_dir, replace=True)
     OmegaConf.register_new_resolver("published", published_default, replace=True)
+    OmegaConf.register_new_resolver("published_codec", published_codec, replace=True)
 
 
 class GroupsForAll(SearchPathPlugin):

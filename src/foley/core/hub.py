@@ -1,7 +1,7 @@
 """Where published files come from: the Hugging Face hub, its cache on this machine, or a folder laid out like it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from foley.core.components import CheckpointError
+from foley.core.config import default_hub_dir
 
 
 def load_pretrained(
@@ -29,7 +30,7 @@ def load_pretrained(
         error_type: files are missing or do not fit; it says where to fetch them.
     """
     try:
-        return from_pretrained(name_or_path, **options)
+        return from_pretrained(_in_hub_folder(name_or_path), **options)
     except (OSError, ValueError, ImportError) as error:
         source = repository or name_or_path
         revision = f" (revision {options['revision']!r})" if "revision" in options else ""
@@ -41,6 +42,13 @@ def load_pretrained(
         ) from error
 
 
+def _in_hub_folder(name_or_path: str | Path) -> str | Path:
+    """The model's folder in FOLEY_HUB_DIR, where it is there."""
+    folder = default_hub_dir()
+    here = name_or_path if folder is None else folder / name_or_path
+    return here if Path(here).is_dir() else name_or_path
+
+
 _ANSWER_SECONDS = 3.0
 
 
@@ -49,11 +57,11 @@ class Hub:
     """The Hugging Face Hub behind its cache on this machine, or a local folder laid out like it.
 
     Args:
-        directory: holds `<owner>/<repository>/<file>`, and nothing is looked for elsewhere; None asks the cache, then
-            the network.
+        directory: holds `<owner>/<repository>/<file>`, and nothing is looked for elsewhere; by default FOLEY_HUB_DIR.
+            None asks the cache, then the network.
     """
 
-    directory: Path | None = None
+    directory: Path | None = field(default_factory=default_hub_dir)
 
     def file(self, repository: str, name: str) -> Path:
         """File `name` of `repository`, downloaded where necessary; raises CheckpointError where it cannot be had."""
@@ -61,7 +69,7 @@ class Hub:
             path = self.directory / repository / name
             if not path.is_file():
                 raise CheckpointError(
-                    f"{path} does not exist: hub_dir={self.directory} must hold {name} of "
+                    f"{path} does not exist: hub_dir={self.directory}, or FOLEY_HUB_DIR, must hold {name} of "
                     f"https://huggingface.co/{repository} there"
                 )
             return path
@@ -90,5 +98,6 @@ def _unavailable(repository: str, wanted: str, cause: Exception) -> CheckpointEr
     return CheckpointError(
         f"{wanted} of {repository} is not on this machine and cannot be fetched ({reason}). "
         f"Source: https://huggingface.co/{repository}. Fetch it where there is a network "
-        f"(`hf download {repository} {wanted}`), or put it at DIR/{repository}/{wanted} and give hub_dir=DIR"
+        f"(`hf download {repository} {wanted}`), or put it at DIR/{repository}/{wanted} and give hub_dir=DIR, "
+        "or the variable FOLEY_HUB_DIR=DIR"
     )

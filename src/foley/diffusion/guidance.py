@@ -142,6 +142,7 @@ class ClassifierFreeGuidance:
         negative: Conditioning | None = None,
         known: KnownLatent | None = None,
         grid: EvaluationGrid | None = None,
+        more: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Denoise:
         """A guided callable over `denoiser(noisy, timestep, context=..., context_mask=...)`.
 
@@ -149,12 +150,13 @@ class ClassifierFreeGuidance:
         the scale is 1. The two branches run as one joint batch, positive rows first. `known`, with one row per item
         or one in all, reaches both branches, as `visible` and `hidden_mask`; without it neither is passed.
         With a `grid`, a denoiser that has `prepare` does there, once, all that every evaluation of the run repeats.
+        `more` inputs of the denoiser have one row per item, and reach both branches.
         """
         if not self.needs_negative:  # half the work
-            return bind(denoiser, positive, known, grid)
+            return bind(denoiser, positive, known, grid, more)
         if negative is None:
             raise ValueError(f"guidance scale {self.scale} needs the conditioning of the negative (empty) prompt")
-        predict = branches(denoiser, positive, negative, known, grid)
+        predict = branches(denoiser, positive, negative, known, grid, more)
         hidden_mask = None if known is None else known.hidden_mask
         return lambda noisy, timestep: self.combine(*predict(noisy, timestep), hidden_mask)
 
@@ -183,10 +185,11 @@ class EmbeddedGuidance(ClassifierFreeGuidance):
         negative: Conditioning | None = None,
         known: KnownLatent | None = None,
         grid: EvaluationGrid | None = None,
+        more: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Denoise:
         """As for `ClassifierFreeGuidance`; the denoiser takes `guidance_scale [1]` too. `negative` is not used."""
         scale = torch.full((1,), float(self.embedded), device=positive.context.device)  # for all items and evaluations
-        return bind(denoiser, positive, known, grid, {"guidance_scale": scale})
+        return bind(denoiser, positive, known, grid, {**more, "guidance_scale": scale})
 
 
 def _spread(prediction: Tensor, hidden_mask: Tensor | None) -> Tensor:

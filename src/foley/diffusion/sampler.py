@@ -15,9 +15,10 @@ True
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -155,6 +156,7 @@ def generate_latents(
     start: Start | None = None,
     windows: Windows | None = None,
     recorder: Recorder | None = None,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """Latents `[B, C, num_frames]`, one per seed and row of `positive`; an item ignores the rest of its batch.
 
@@ -168,22 +170,21 @@ def generate_latents(
         start: a latent to begin at instead of pure noise, on `device`.
         windows: cuts a latent longer than the denoiser knows into such as it does.
         recorder: records evaluations as graphs, in runs of enough of them; None runs each as it is.
+        more: further inputs of the denoiser, one row for all items, on `device`; without windows.
 
     Threads may share a denoiser: they take turns, a whole generation each.
-
     Raises ValueError where the solver does not fit the process.
     """
-    scheduler = solver.build(process)
+    scheduler, shape = solver.build(process), (denoiser.latent_channels, num_frames)
     # One generator an item and purpose: an item is the same whatever batch it is in.
-    shape = (denoiser.latent_channels, num_frames)
     noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
     generators = [torch_generator("solver noise", seed) for seed in seeds]  # which only stochastic solvers use
     run = solver.run_context(scheduler, guidance, len(seeds))
     # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
-    denoise = guidance.wrap(denoiser, positive, negative, known, grid)
-    denoise, run = recorded(denoise, run, recorder, accelerator)
-    attached = nullcontext() if accelerator is None else accelerator.attach(denoiser)
-    with sole_user(denoiser), attached:
+    rows = {name: row.expand(len(seeds), *row.shape[1:]) for name, row in more.items()}
+    guided = guidance.wrap(denoiser, positive, negative, known, grid, rows)
+    denoise, run = recorded(guided, run, recorder, accelerator)
+    with sole_user(denoiser), nullcontext() if accelerator is None else accelerator.attach(denoiser):
         callbacks = [] if accelerator is None else [accelerator]
         return sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start, known)

@@ -173,6 +173,22 @@ class Variation:
 
 
 @dataclass(frozen=True)
+class Control:
+    """What to follow: the loudness of the recording in `file`, by a system with a ControlNet. Clips have its length.
+
+    `scale` is how far: 0 not at all, 1 as in training. ValueError below 0.
+    """
+
+    file: str | Path
+    scale: float = 1.0
+    downmix: str = "mean"  # as of an `Edit`
+
+    def __post_init__(self) -> None:
+        check_downmix(self.downmix)
+        NumberRange(least=0).check("control_scale", self.scale)
+
+
+@dataclass(frozen=True)
 class EditWindow:
     """An edit in samples of the result: mask `[mask_start, mask_end)` in window `[start, end)` in `[0, total)`."""
 

@@ -48,7 +48,7 @@ def check_pipeline_settings(settings: GenerationSettings, takes_solvers: bool) -
     """Raises ValueError for what no published pipeline can do, or none but those that take our solvers."""
     guidance = settings.guidance or ClassifierFreeGuidance()
     if settings.source is not None:
-        raise ValueError("edit and init need a system of ours: the pipelines of diffusers only generate")
+        raise ValueError("edit, init and control need a system of ours: the pipelines of diffusers only generate")
     solver = chosen_solver(settings)
     if solver is not None and not takes_solvers:
         raise ValueError(

@@ -12,7 +12,7 @@ from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Progress
 from foley.diffusion.solver import CONSISTENCY, Solver, default_solver
 from foley.diffusion.windows import Windows
-from foley.generation.editing import Edit, Variation
+from foley.generation.editing import Control, Edit, Variation
 from foley.generation.options import IDLE, check_numbers, check_prompt_length
 
 _log = get_logger(__name__)
@@ -25,7 +25,7 @@ class GenerationSettings:
     Args:
         duration_seconds: of each clip, by default as in the system's training, or 5 where it does not say; an edit or a
             variation has the length of its recording.
-        source: the recording to start from, by an `Edit` or a `Variation`; None starts from noise alone.
+        source: the recording to start from, by an `Edit`, a `Variation` or a `Control`; None starts from noise alone.
         guidance: by default w = 3 without rescale; of a student, the scale nearest to it that it knows.
         any_guidance_scale: let a student take scales that it was not distilled with.
         solver: a name out of `foley.diffusion.solver.SOLVERS`, by default "ddim" or, of flow models, "euler_flow";
@@ -52,7 +52,7 @@ class GenerationSettings:
     """
 
     duration_seconds: float | None = None
-    source: Edit | Variation | None = None
+    source: Edit | Variation | Control | None = None
     guidance: ClassifierFreeGuidance | None = None
     solver: str | None = None
     eta: float = 0.0
@@ -70,6 +70,8 @@ class GenerationSettings:
     def __post_init__(self) -> None:
         check_numbers(vars(self))
         check_prompt_length(self.negative_prompt)
+        if isinstance(self.source, Control) and self.window_seconds is not None:
+            raise ValueError("window_seconds and control exclude each other: a recording is followed in one piece")
 
     def warn_without_effect(self) -> None:
         """Name each option that differs from its default and yet changes nothing in this request."""

@@ -1,8 +1,8 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -28,8 +28,9 @@ from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
+from foley.generation.canvas import Canvas, control_canvas, crop
 from foley.generation.decoding import LatentDecoder
-from foley.generation.editing import CROSS_FADE_SECONDS, Edit, EditMask, Recording, Variation, paste_fitted
+from foley.generation.editing import CROSS_FADE_SECONDS, Control, Edit, EditMask, Recording, Variation, paste_fitted
 from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
@@ -41,28 +42,6 @@ from foley.system.system import System, load_system, save_system
 _DEFAULT_SECONDS = 5.0
 _LARGEST_SPREAD = 3.0  # standard deviation of normalised latents; guidance makes it 1.5 at most
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Canvas:
-    """What clips are generated onto.
-
-    Args:
-        num_frames: L.
-        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, and the gain `[B]` of what was generated in
-            it, on the CPU.
-        description: what the JSON of each clip says of it.
-        known: latent frames that are given.
-        start: a latent to begin at instead of pure noise.
-        peak_ceiling: as `foley.data.audio.write_wav` takes it.
-    """
-
-    num_frames: int
-    finish: Callable[[Tensor], tuple[Tensor, Tensor]]
-    description: Mapping[str, Any]
-    known: KnownLatent | None = None
-    start: Start | None = None
-    peak_ceiling: float = PEAK_CEILING
 
 
 class TextToAudio:
@@ -277,6 +256,22 @@ class TextToAudio:
         settings = GenerationSettings(source=Variation(file, strength, downmix), **options)
         return self._generate(prompts, seeds, settings)
 
+    def follow(
+        self,
+        prompts: Sequence[str | Clip],
+        file: str | Path,
+        scale: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        downmix: str = "mean",
+        **options: Any,
+    ) -> Generation:
+        """Sounds of the prompts that rise and fall as the recording in `file` does, of a system with a ControlNet.
+
+        Other args and raises as for `edit`.
+        """
+        settings = GenerationSettings(source=Control(file, scale, downmix), **options)
+        return self._generate(prompts, seeds, settings)
+
     def _generate(
         self, prompts: Sequence[str | Clip], seeds: Sequence[int] | None, settings: GenerationSettings
     ) -> Generation:
@@ -355,6 +350,7 @@ class TextToAudio:
             progress=settings.progress,
             known=canvas.known,
             start=canvas.start,
+            more=canvas.more,
             windows=settings.windows(canvas.num_frames, self.frames_per_second),
         )
         with timings.measured("text_seconds", self.device):
@@ -400,12 +396,18 @@ class TextToAudio:
                 first_step = variation.first_step(num_steps)
                 self._warn_once(variation.rounding(num_steps))
                 return self._variation_canvas(recording, strength, first_step, timings)
+            case Control(file, scale, downmix):
+                recording = Recording.read(Path(file), self.sample_rate_hz, "control", downmix)
+                self._check_duration(f"control={file}", recording.duration_seconds)
+                self._warn_beyond_training(recording.duration_seconds)
+                length = self.codec.hop_samples, self.system.trained_seconds
+                return control_canvas(recording, scale, self.denoiser, *length, self.device)
             case _:
                 seconds = settings.duration_seconds or self.default_duration_seconds
                 self._check_duration("duration_seconds", seconds)
                 self._warn_beyond_training(settings.window_seconds or seconds)
                 num_samples, num_frames = clip_size(seconds, self.sample_rate_hz, self.codec.hop_samples)
-                return Canvas(num_frames, partial(_crop, num_samples=num_samples), {"duration_seconds": seconds})
+                return Canvas(num_frames, partial(crop, num_samples=num_samples), {"duration_seconds": seconds})
 
     def _edit_canvas(self, recording: Recording, mask: EditMask, timings: Timings) -> Canvas:
         window = mask.window(recording)
@@ -440,7 +442,7 @@ class TextToAudio:
             "level_gain_db": gain_to_decibels(gain),
             "init": {**recording.describe(), "strength": strength, "first_step": first_step},
         }
-        finish = partial(_crop, num_samples=len(recording.samples), gain=1 / gain)
+        finish = partial(crop, num_samples=len(recording.samples), gain=1 / gain)
         return Canvas(start.clean.shape[-1], finish, description, start=start)
 
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
@@ -489,8 +491,3 @@ class TextToAudio:
                 "than %d steps, another solver, or a lower guidance scale than %g",
                 *(solver.name, count, len(latent), float(spread.max()), solver.num_steps, scale),
             )
-
-
-def _crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`[B, 1, T]` cut to `num_samples`, at `gain`, which brings back a recording's level and attenuates nothing."""
-    return gain * audio[..., :num_samples], torch.ones(len(audio))

@@ -11,6 +11,7 @@ from foley.models.codec.normaliser import LatentNormaliser
 from foley.models.codec.spectral_vae import SpectralVAE
 from foley.models.codec.vocoder import BigVGAN
 from foley.models.codec.waveform_vae import WaveformVAE
+from foley.models.dit.controlnet import ControlledTransformer
 from foley.models.dit.llama import LlamaTransformer
 from foley.models.dit.masking import SpanMask
 from foley.models.dit.model import DiffusionTransformer
@@ -21,6 +22,7 @@ __all__ = [
     "AdaptedDenoiser",
     "AudioVAE",
     "BigVGAN",
+    "ControlledTransformer",
     "DiffusionTransformer",
     "FastDecoder",
     "FeatureConditioner",

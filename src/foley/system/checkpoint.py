@@ -170,13 +170,11 @@ def load_trained(source: str | Path, name: str) -> Any:
 
 
 def _published_component(published: str, name: str) -> Any:
-    loader, hub, cache = published_loader(published), Hub(), Path(default_cache_dir()).expanduser()
-    if name == "codec" and hasattr(loader, "load_codec"):
-        return loader.load_codec(hub, cache)
-    modules = getattr(loader.load(hub, cache), "modules", {})
-    if name not in modules:
-        raise CheckpointError(f"{published} holds no component {name!r} of ours, only {sorted(modules)}")
-    return modules[name]
+    loader, cache = published_loader(published), Path(default_cache_dir()).expanduser()
+    known = sorted(getattr(loader, "configs", {}))
+    if name not in known or name not in COMPONENTS:
+        raise CheckpointError(f"{published} holds no component {name!r} of ours, only {known}")
+    return loader.load_component(name, Hub(), cache)
 
 
 def trained_config(source: str | Path, name: str) -> dict[str, Any]:

@@ -94,10 +94,7 @@ def untrained_system(composed: DictConfig) -> System:
     """A system with fresh weights out of the Hydra groups model, text, codec and process."""
     nodes = {"denoiser": composed.model, "text": composed.text, "codec": composed.codec, "process": composed.process}
     configs: dict[str, Any] = {name: OmegaConf.to_container(node, resolve=True) for name, node in nodes.items()}
-    configs["normaliser"] = {
-        "_target_": "foley.models.codec.normaliser.LatentNormaliser",
-        "channels": composed.codec.latent_channels,
-    }
+    configs["normaliser"] = identity_normaliser(composed.codec.latent_channels)
     return build_system(configs)
 
 
@@ -146,13 +143,13 @@ def load_published(
     """What is published under a name in `configs/published`: a `System`, or an `AudioPipeline` of diffusers.
 
     Args:
-        hub_dir: a folder laid out as the hub is, instead of the network.
+        hub_dir: a folder laid out as the hub is, instead of the network; None is FOLEY_HUB_DIR, or else the network.
         cache_dir: where converted weights are kept; None is `default_cache_dir`.
         overrides: as for `published_config`.
 
     Raises CheckpointError at once where a file is neither here nor to be had.
     """
-    hub = Hub(Path(hub_dir).expanduser() if hub_dir else None)
+    hub = Hub(Path(hub_dir).expanduser()) if hub_dir else Hub()
     loaded = published_loader(name, overrides).load(hub, Path(cache_dir or default_cache_dir()).expanduser())
     if not isinstance(loaded, System):
         return loaded
@@ -172,10 +169,19 @@ def codec_hashes(source: str | Path) -> set[str]:
     return {describe_training_checkpoint(path)[FOLEY_KEY].get("codec_hash")} - {None}
 
 
+def hashes_of_codec(codec_path: str | Path) -> set[str]:
+    """Of the codec at `codec_path`, and of the one that it is a rounded copy of, in a system's folder."""
+    trained = _trained_hash(codec_path)
+    return {hash_module(load_trained(codec_path, "codec")), *([] if trained is None else [trained])}
+
+
 def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec_hash: str | None) -> dict[str, Any]:
     """What `ckpt=` starts a run from, in the form of a training checkpoint: `state_dict`, and what `FOLEY_KEY` says.
 
     Of a training checkpoint the tensors have no values yet: `filled` reads them from its `path`, which is else None.
+
+    A denoiser comes with its normaliser, without which its weights mean nothing: that of its system, or the identity
+    that published weights were trained with. Of what is published, only what trains is read.
 
     Args:
         source: anything that `find_weights` takes, or a published name.
@@ -184,24 +190,52 @@ def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec
 
     Raises CheckpointError as `load_system` does, and where the run has no such component.
     """
-    if published_source(source) is None:
-        path = find_weights(source, option="ckpt=")
-        if not path.is_dir():
-            return {**describe_training_checkpoint(path), "path": path}
-        if not (path / SYSTEM_FILE).is_file():
-            name, config = _own_name(path, own)
-            return _as_checkpoint({name: load_component(path)}, {name: config})
-    system, hashes = load_system(source, with_codec=False), codec_hashes(source)
+    if (name := published_source(source)) is not None:
+        modules = {part: load_trained(source, part) for part in ("denoiser", "normaliser")}
+        return _as_checkpoint(modules, published_loader(name).configs, codec_hash, codec_hashes(source))
+    path = find_weights(source, option="ckpt=")
+    if not path.is_dir():
+        return {**describe_training_checkpoint(path), "path": path}
+    if not (path / SYSTEM_FILE).is_file():
+        return _read_component(path, own, codec_hash)
+    system = load_system(source, with_codec=False)
     kept = [name for name in COMPONENTS if name != "codec" and getattr(system.modules[name], "trainable", True)]
     modules = {name: system.modules[name] for name in kept}
-    checkpoint = _as_checkpoint(modules, system.configs)
-    checkpoint[FOLEY_KEY]["codec_hash"] = codec_hash if codec_hash in hashes else min(hashes)
-    return checkpoint
+    return _as_checkpoint(modules, system.configs, codec_hash, codec_hashes(source))
 
 
-def _as_checkpoint(modules: Mapping[str, nn.Module], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _read_component(path: Path, own: Mapping[str, Mapping[str, Any]], codec_hash: str | None) -> dict[str, Any]:
+    """A lone component, and of a denoiser the normaliser that belongs to it."""
+    name, config = _own_name(path, own)
+    modules, configs = {name: load_component(path)}, {name: config}
+    if name != "denoiser":
+        return _as_checkpoint(modules, configs, None, set())
+    if (path.parent / SYSTEM_FILE).is_file():
+        beside = system_parts(path.parent)["normaliser"]
+        modules["normaliser"], configs["normaliser"] = load_component(beside), read_config(beside)
+        return _as_checkpoint(modules, configs, codec_hash, codec_hashes(path.parent))
+    _log.warning("%s is a denoiser alone: latents stay as the codec gives them, as in published training", path)
+    configs["normaliser"] = identity_normaliser(config["latent_channels"])
+    modules["normaliser"] = build_component(configs["normaliser"])
+    return _as_checkpoint(modules, configs, codec_hash, {codec_hash})  # nothing says that it is of another codec
+
+
+def identity_normaliser(channels: int) -> dict[str, Any]:
+    """The config of a normaliser that leaves latents as they are, until it is set."""
+    return {"_target_": "foley.models.codec.normaliser.LatentNormaliser", "channels": channels}
+
+
+def _as_checkpoint(
+    modules: Mapping[str, nn.Module],
+    configs: Mapping[str, Mapping[str, Any]],
+    codec_hash: str | None,
+    known_hashes: Set[str | None],
+) -> dict[str, Any]:
+    """Modules in the form of a training checkpoint, of the codec `codec_hash` where that is one of the known ones."""
     state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    described = {"components": {name: dict(config) for name, config in configs.items()}}
+    described: dict[str, Any] = {"components": {name: dict(config) for name, config in configs.items()}}
+    if known_hashes:
+        described["codec_hash"] = codec_hash if codec_hash in known_hashes else min(map(str, known_hashes))
     return {"state_dict": state, FOLEY_KEY: described, "path": None}
 
 

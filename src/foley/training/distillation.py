@@ -66,14 +66,19 @@ class Teacher:
         return cls(system, codec_hashes(source))
 
     @property
-    def student_configs(self) -> dict[str, dict[str, Any]]:
-        """How to build each component of a student, and the process; files in the checkout are named relative to it."""
-        configs: dict[str, Mapping[str, Any]] = dict(self.system.configs)
-        configs["denoiser"] = {**configs["denoiser"], "guidance_embedding": True}  # it is told w
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """How to build all components but the codec, and the process; files in the checkout are named from there."""
+        configs: Mapping[str, Mapping[str, Any]] = self.system.configs
         return {
             name: {key: relative_to_checkout(value) for key, value in configs[name].items()}
             for name in ("denoiser", "text", "normaliser", "process")
         }
+
+    @property
+    def student_configs(self) -> dict[str, dict[str, Any]]:
+        """The same of a student, which is told w."""
+        configs = self.configs
+        return {**configs, "denoiser": {**configs["denoiser"], "guidance_embedding": True}}
 
     def make_student(self) -> nn.Module:
         """A denoiser with the teacher's weights and a guidance embedding that starts at zero."""

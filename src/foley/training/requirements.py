@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from foley.core.config import published_config, published_name
+from foley.core.config import default_hub_dir, published_config, published_name
 
 _log = logging.getLogger(__name__)
 
@@ -25,16 +25,17 @@ _MADE_BY = {
     "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
     "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",
     "data.splits.url": "a folder or URL of shards, made by: foley shards manifest=FILE output=FOLDER",
-    "system": "the teacher: a system's folder, a .ckpt, or the name of a published system",
+    "system": "the teacher, or the model to control: a system's folder, a .ckpt, or the name of a published system",
     "text.directory": "a folder of precomputed features, <clip id>.safetensors",
     "callbacks.evaluation.reference": "real clips to compare with: a folder or a manifest",
     "codec_path": "the codec that made the latents",
-    "ckpt": "the weights to start from: a .ckpt file, or the folder of its run",
+    "ckpt": "the weights to start from: a .ckpt file, a folder (of a run, a system, a component), or a published name",
 }
 """What stands for `???` or for a path in a recipe, and the command that makes it."""
 
 _INDEXED = {"data.cache_dir": "latents", "data.text_dir": "embeddings"}
-_PATHS = (*_INDEXED, "data.splits.manifest", "data.splits.url", "system", "text.directory", "codec_path")
+_NAMED = ("system", "ckpt", "codec_path")  # by a path, or a published name
+_PATHS = (*_INDEXED, "data.splits.manifest", "data.splits.url", "text.directory", *_NAMED)
 
 _CODECS = {
     "waveform_vae.WaveformVAE": "made by: foley train experiment=waveform_vae data=manifest data.splits.manifest=FILE, "
@@ -65,7 +66,7 @@ def refuse_missing(cfg: DictConfig) -> None:
     """
     if is_synthetic(cfg):
         return
-    lacks = [*_unset(cfg), *_absent(cfg), *_published(cfg), *_text_weights(cfg), *_gpu(cfg)]
+    lacks = [*_unset(cfg), *_absent(cfg), *_decoder(cfg), *_published(cfg), *_text_weights(cfg), *_gpu(cfg)]
     if not lacks:
         return
     lines = [f"  {option}  {words}" for option, words in [*lacks, *_codec(cfg)]]
@@ -109,7 +110,7 @@ def _absent(cfg: DictConfig) -> Iterator[Lack]:
     """Files and folders that are named but do not exist."""
     for key in _PATHS:
         path = _selected(cfg, key)
-        known = path is None or "://" in str(path) or (key == "system" and published_name(path) is not None)
+        known = path is None or "://" in str(path) or (key in _NAMED and published_name(path) is not None)
         wanted = _INDEXED.get(key)
         file = Path(str(path)).expanduser() / ("index.json" if wanted else "")
         optional = key == "data.splits.manifest" and _selected(cfg, "data.splits.optional")
@@ -131,22 +132,33 @@ def _codec(cfg: DictConfig) -> Iterator[Lack]:
         yield "codec_path=...", f"{_MADE_BY['codec_path']}, {made_by}; without it there are no samples to hear"
 
 
+def _decoder(cfg: DictConfig) -> Iterator[Lack]:
+    """The codec that decodes latents in training, where the system does not bring it."""
+    if _selected(cfg, "task.codec.name") == "codec" and not cfg.codec_path:
+        yield "codec_path=...", f"{_MADE_BY['codec_path']}: that of the system"
+
+
 def _published(cfg: DictConfig) -> Iterator[Lack]:
-    """The files of a published teacher that are not in the cache of the hub."""
-    name = published_name(_selected(cfg, "system"))
-    if name is None:
-        return
-    published, revision = published_config(name).published, "main"
-    files = [published[key] for key in ("denoiser_file", "codec_file") if key in published] or ["model_index.json"]
-    lacking = [file for file in files if not _cached(published.repository, file, revision)]
-    if lacking:
+    """The files of published weights, to distil or to begin with, that are not on this machine."""
+    named = {published_name(_selected(cfg, option)): option for option in reversed(_NAMED)}
+    for name, option in named.items():
+        if name is not None:
+            yield from _published_files(name, option)
+    teacher = published_name(_selected(cfg, "system"))
+    text = teacher and _selected(published_config(teacher).published, "configs.text.name_or_path")
+    if text and not _selected(cfg, "data.text_dir") and not _in_hub_cache(text, "main"):
+        size = f"{_DOWNLOAD_GIGABYTES[text]:g} GB" if text in _DOWNLOAD_GIGABYTES else "weights"
+        yield f"system={teacher}", f"its text encoder, {size} that are not on this machine, by: hf download {text}"
+
+
+def _published_files(name: str, option: str) -> Iterator[Lack]:
+    published = published_config(name).published
+    keys = ("codec_file",) if option == "codec_path" else ("denoiser_file", "codec_file", "controlnet_file")
+    files = [published[key] for key in keys if key in published] or ["model_index.json"]
+    if lacking := [file for file in files if not _cached(published.repository, file, "main")]:
         size = f"{_DOWNLOAD_GIGABYTES[name]:g} GB or more" if name in _DOWNLOAD_GIGABYTES else "weights"
         what = " ".join([published.repository, *(lacking if "denoiser_file" in published else ())])
-        yield f"system={name}", f"{size} that are not on this machine, fetched by: hf download {what}"
-    text = _selected(published, "configs.text.name_or_path")
-    if text is not None and not _selected(cfg, "data.text_dir") and not _in_hub_cache(text, revision):
-        size = f"{_DOWNLOAD_GIGABYTES[text]:g} GB" if text in _DOWNLOAD_GIGABYTES else "weights"
-        yield f"system={name}", f"its text encoder, {size} that are not on this machine, by: hf download {text}"
+        yield f"{option}={name}", f"{size} that are not on this machine, fetched by: hf download {what}"
 
 
 def _text_weights(cfg: DictConfig) -> Iterator[Lack]:
@@ -188,6 +200,8 @@ def _in_hub_cache(name: str, revision: str) -> bool:
 def _cached(name: str, file: str, revision: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
+    if (folder := default_hub_dir()) is not None:
+        return (folder / name / file).is_file()
     return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
 
 

@@ -85,7 +85,8 @@ NEUTRAL = ("device", "download", "cache_dir", "directory", "dtype", *_OF_BATCHES
 """Options of components that say where or how they compute, not what."""
 
 _ABSENT = "(absent)"
-_OF_TRAINING = ("logit_normal",)  # options that change how often a timestep is trained on, not what it means
+# How often a timestep is trained on, and what weights begin with: options that do not change what they mean.
+_OF_TRAINING = ("logit_normal", "xavier_output")
 _PARTS = ("denoiser.context_dim", "denoiser.guidance_embedding")  # options that add a part, which begins at zero
 
 

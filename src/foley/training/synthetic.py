@@ -118,7 +118,7 @@ def stand_ins(cfg: DictConfig) -> DictConfig:
         cfg.text, cfg.codec_path = _random_text(cfg.get("text")), None
         if "adversarial_start_step" in cfg.task:
             cfg.task.adversarial_start_step = 0
-        codec = _stand_in_teacher(cfg) if "teacher" in cfg.task else _on_meta(cfg.codec)
+        codec = _stand_in_teacher(cfg) if _distils_or_controls(cfg) else _on_meta(cfg.codec)
         _measure(cfg)
         cfg.data = _data(cfg, codec)
     return cfg
@@ -143,8 +143,11 @@ def _stand_in_teacher(cfg: DictConfig) -> Any:
     """Put in a teacher: the one named, or an untrained one of an experiment's shapes. Returns a codec of its shapes."""
     system = None if OmegaConf.is_missing(cfg, "system") else str(cfg.pop("system"))
     cfg.pop("system", None)
+    role = "teacher" if "teacher" in cfg.task else "base"
     if system is not None and Path(system).exists():
-        cfg.task.teacher = {"_target_": f"{__name__}.stored_teacher", "path": system}
+        cfg.task[role] = {"_target_": f"{__name__}.stored_teacher", "path": system}
+        if "codec" in cfg.task:
+            cfg.task.codec.source = system
         return load_system(Path(system)).modules["codec"]
     experiment = system or cfg.data.teacher
     if not (CONFIG_DIR / f"experiment/{experiment}.yaml").is_file():
@@ -152,8 +155,15 @@ def _stand_in_teacher(cfg: DictConfig) -> Any:
             f"system={system} does not exist, nor does experiment={experiment}, whose shapes it could have"
         )
     _log.info("the teacher has random weights, in the shapes of experiment=%s", experiment)
-    cfg.task.teacher = {"_target_": f"{__name__}.random_teacher", "experiment": experiment}
-    return _on_meta(compose_aside("train", [f"experiment={experiment}"]).codec)
+    cfg.task[role] = {"_target_": f"{__name__}.random_teacher", "experiment": experiment}
+    codec = compose_aside("train", [f"experiment={experiment}"]).codec
+    if "codec" in cfg.task:
+        cfg.task.codec = OmegaConf.to_container(codec, resolve=True)
+    return _on_meta(codec)
+
+
+def _distils_or_controls(cfg: DictConfig) -> bool:
+    return "teacher" in cfg.task or "base" in cfg.task
 
 
 def _on_meta(codec: DictConfig) -> Any:
@@ -189,7 +199,7 @@ def _measure(cfg: DictConfig) -> None:
 def _data(cfg: DictConfig, codec: Any) -> dict[str, Any]:
     shared = {key: cfg.data[key] for key in ("duration_seconds", "batch_size", "seed")}
     shared["sample_rate_hz"] = codec.sample_rate_hz
-    if "denoiser" not in cfg.task and "teacher" not in cfg.task:
+    if "denoiser" not in cfg.task and not _distils_or_controls(cfg):
         return {"_target_": f"{__name__}.SyntheticClips", **shared}
     sizes = {"channels": codec.latent_channels, "hop_samples": codec.hop_samples}
     return {"_target_": f"{__name__}.SyntheticLatents", **sizes, **shared}

@@ -114,6 +114,7 @@ class Hoistable(nn.Module):
         visible: Tensor | None = None,
         hidden_mask: Tensor | None = None,
         guidance_scale: Tensor | None = None,
+        **more: Tensor | None,
     ) -> RunConditions:
         """Everything that the evaluations at `timesteps [E]` of one generation share, for `forward(..., run=...)`.
 
@@ -124,7 +125,8 @@ class Hoistable(nn.Module):
         num_scales = 1 if guidance_scale is None else len(guidance_scale)  # R
         scales = None if guidance_scale is None else guidance_scale.repeat(len(timesteps))
         times = timesteps.repeat_interleave(num_scales)  # [E R]
-        plain = self.condition(times, num_frames, context, context_mask, frame_mask, visible, hidden_mask, scales)
+        inputs = context, context_mask, frame_mask, visible, hidden_mask, scales
+        plain = self.condition(times, num_frames, *inputs, **more)
         # Modulations of every timestep, and keys and values of the text, which are the same at all of them.
         hoisted = [block.hoist(inputs) for block, inputs in zip(self.blocks(), plain.blocks, strict=True)]
         return RunConditions(timesteps, replace(plain, blocks=hoisted))

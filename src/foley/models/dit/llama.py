@@ -71,7 +71,7 @@ class LlamaTransformer(LatentTransformer):
         """All blocks, in order of execution."""
         return cast(list[TransformerBlock], list(self.stack))
 
-    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs]) -> Tensor:
+    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs], additions: Sequence[Tensor] = ()) -> Tensor:
         for block, own in zip(self.stack, inputs, strict=True):
             x = self._run(block, x, own)
         return x

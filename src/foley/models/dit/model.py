@@ -268,9 +268,13 @@ class LatentTransformer(Hoistable):
         """All blocks, in order of execution."""
         raise NotImplementedError
 
-    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs]) -> Tensor:
-        """Tokens `[B, N, D]` through all blocks, each with its own inputs."""
+    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs], additions: Sequence[Tensor] = ()) -> Tensor:
+        """Tokens `[B, N, D]` through all blocks, each with its own inputs; `additions` are those of `_additions`."""
         raise NotImplementedError
+
+    def _additions(self, noisy: Tensor, conditions: Conditions) -> Sequence[Tensor]:
+        """What is added to the long skips, `[B, N, D]` for each in-block: nothing, but under a ControlNet."""
+        return ()
 
     def forward(
         self,
@@ -283,6 +287,7 @@ class LatentTransformer(Hoistable):
         hidden_mask: Tensor | None = None,
         guidance_scale: Tensor | None = None,
         run: RunConditions | None = None,
+        **more: Tensor | None,
     ) -> Tensor:
         """The prediction `[B, C, L]` for a noisy latent `[B, C, L]` at `timestep [B]`.
 
@@ -297,17 +302,17 @@ class LatentTransformer(Hoistable):
             guidance_scale: what a student embeds, `[B]`, or `[1]` for all items; needed (ValueError) by a model that
                 embeds it, and by no other.
             run: what `prepare` made of all of these; they are then not looked at.
+            more: what else the `condition` of a subclass takes.
         """
         if run is None:
-            conditions = self.condition(
-                timestep, noisy.shape[-1], context, context_mask, frame_mask, visible, hidden_mask, guidance_scale
-            )
+            inputs = context, context_mask, frame_mask, visible, hidden_mask, guidance_scale
+            conditions = self.condition(timestep, noisy.shape[-1], *inputs, **more)
         else:
             conditions = run.at(timestep)
         x = self._project_noisy(noisy) + conditions.static_input  # [B, L, D]
         if self.prepends_time_token:
             x = torch.cat([conditions.time.unsqueeze(1).expand(len(x), -1, -1), x], dim=1)  # [B, L + 1, D]
-        x = self._run_blocks(x, conditions.blocks)  # [B, N, D]
+        x = self._run_blocks(x, conditions.blocks, self._additions(noisy, conditions))  # [B, N, D]
         # The time token has done its work: only frames become a latent.
         x = x[:, 1:] if self.prepends_time_token else x
         return self.output_layer(x, conditions.output_modulation).to(noisy.dtype)
@@ -479,7 +484,7 @@ class DiffusionTransformer(LatentTransformer):
         """All blocks, in order of execution."""
         return cast(list[TransformerBlock], [*self.in_blocks, self.mid_block, *self.out_blocks])
 
-    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs]) -> Tensor:
+    def _run_blocks(self, x: Tensor, inputs: Sequence[BlockInputs], additions: Sequence[Tensor] = ()) -> Tensor:
         each = iter(inputs)
         skips: list[Tensor] = []  # spelt so that the whole can be compiled as one graph
         for block in self.in_blocks:
@@ -487,5 +492,7 @@ class DiffusionTransformer(LatentTransformer):
             skips.append(x)  # [B, N, D], in order
         x = self._run(self.mid_block, x, next(each))
         for block in self.out_blocks:
-            x = self._run(block, x, next(each), skips.pop())  # the innermost pair first, as in a U-Net
+            skip = skips.pop()  # the innermost pair first, as in a U-Net
+            skip = skip + additions[len(skips)] if additions else skip
+            x = self._run(block, x, next(each), skip)
         return x

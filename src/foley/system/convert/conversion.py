@@ -17,7 +17,12 @@ from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.system.convert.bigvgan import bigvgan, vocoder_config
 from foley.system.convert.dac import dac_codec, dac_config, file_config
-from foley.system.convert.ezaudio import denoiser_config, ezaudio_denoiser
+from foley.system.convert.ezaudio import (
+    controlnet_config,
+    denoiser_config,
+    ezaudio_controlnet,
+    ezaudio_denoiser,
+)
 from foley.system.convert.files import build_around, read_weights
 from foley.system.convert.waveform_vae import codec_config, waveform_vae
 
@@ -44,6 +49,7 @@ class Source:
 _EZAUDIO_URL = "https://huggingface.co/OpenSound/EzAudio"
 SOURCES: Mapping[str, Source] = {
     "ezaudio": Source("EzAudio denoiser", _EZAUDIO_URL, denoiser_config, ezaudio_denoiser),
+    "ezaudio_controlnet": Source("EzAudio ControlNet", _EZAUDIO_URL, controlnet_config, ezaudio_controlnet),
     "waveform_vae": Source("EzAudio waveform VAE", _EZAUDIO_URL, codec_config, waveform_vae),
     "bigvgan": Source("BigVGAN vocoder", "https://github.com/NVIDIA/BigVGAN", vocoder_config, bigvgan),
     "dac": Source(

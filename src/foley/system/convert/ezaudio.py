@@ -1,4 +1,4 @@
-"""The published EzAudio denoisers as `DiffusionTransformer`."""
+"""The published EzAudio denoisers as `DiffusionTransformer`, and the ControlNet published beside them."""
 
 import re
 from collections.abc import Mapping
@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foley.models.dit.controlnet import ControlNet
 from foley.models.dit.model import DiffusionTransformer
 from foley.nn.rotary import inverse_frequencies
-from foley.system.convert.files import build_around, check_options
+from foley.system.convert.files import build_around, check_options, flat_options
 
 _SOURCE = "published EzAudio weights"
 _ROTARY_BUFFER = "rotary.inv_freq"
+_PUBLISHED_AXES = {"patch_embed.proj.weight": -1, "x_pe.abs_pe": 0}  # of length 1, which ours do without
 _NEEDED = (
     *("out_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "context_dim", "img_size"),
     *("skip", "skip_norm", "ada_sola_rank", "ada_sola_alpha"),
@@ -41,6 +43,11 @@ _RENAMES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"^mask_embed$", "masked_input.mask_embedding"),
+        (r"^controlnet_pre\.mask_embed$", "embedding.mask_embedding"),
+        (r"^controlnet_pre\.conv_in\.", "embedding.input."),
+        (r"^controlnet_pre\.conv_out\.", "embedding.output."),
+        (r"^controlnet_pre\.blocks\.", "embedding.stages."),
+        (r"^controlnet_zero_blocks\.", "projections."),
         (r"^model\.", ""),
         (r"^patch_embed\.proj\.", "input_projection."),
         (r"^x_pe\.abs_pe$", "positions.table"),
@@ -113,10 +120,57 @@ def rename(published_key: str) -> str:
     return published_key
 
 
+# The way back for a ControlNet, applied in order too.
+_BACK = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^embedding\.mask_embedding$", "controlnet_pre.mask_embed"),
+        (r"^embedding\.input\.", "controlnet_pre.conv_in."),
+        (r"^embedding\.output\.", "controlnet_pre.conv_out."),
+        (r"^embedding\.stages\.", "controlnet_pre.blocks."),
+        (r"^projections\.", "controlnet_zero_blocks."),
+        (r"^input_projection\.", "patch_embed.proj."),
+        (r"^positions\.table$", "x_pe.abs_pe"),
+        (r"^time_embedding\.", "time_embed."),
+        (r"^shared_modulation\.", "time_ada."),
+        (r"^context_embedding\.", "context_embed."),
+        (r"\.modulation\.projection\.", ".adaln.time_ada."),
+        (r"\.modulation\.down\.", ".adaln.lora_a."),
+        (r"\.modulation\.up\.", ".adaln.lora_b."),
+        (r"\.modulation\.table$", ".adaln.scale_shift_table"),
+        (r"\.self_attention\.norm\.", ".norm1."),
+        (r"\.cross_attention\.norm\.", ".norm2."),
+        (r"\.cross_attention\.norm_context\.", ".norm_context."),
+        (r"\.feed_forward\.norm\.", ".norm3."),
+        (r"\.attention\.output\.", ".attention.proj."),
+        (r"\.self_attention\.attention\.", ".attn."),
+        (r"\.cross_attention\.attention\.", ".cross_attn."),
+        (r"\.feed_forward\.layer\.input\.", ".mlp.net.0.proj."),
+        (r"\.feed_forward\.layer\.output\.", ".mlp.net.2."),
+    )
+)
+
+
+def published_controlnet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a `ControlNet` of ours as the published code names and shapes them.
+
+    That code also has rotary frequencies in its files, which are not learned: it makes them anew with `strict=False`.
+    """
+    published = {}
+    for name, value in state_dict.items():
+        for pattern, replacement in _BACK:
+            name = pattern.sub(replacement, name)
+        published[name] = value
+    for name, axis in _PUBLISHED_AXES.items():
+        if name in published:
+            published[name] = published[name].unsqueeze(axis)
+    return published
+
+
 def denoiser_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights under our names and shapes, without the rotary frequencies, which are not learned."""
     state = {rename(key): value for key, value in state_dict.items() if not key.endswith(_ROTARY_BUFFER)}
-    for name, axis in (("input_projection.weight", -1), ("positions.table", 0)):
+    for name, axis in ((rename(published), axis) for published, axis in _PUBLISHED_AXES.items()):
         if name in state:
             state[name] = state[name].squeeze(axis)
     return state
@@ -153,3 +207,47 @@ def ezaudio_denoiser(
     _check_rotary(state_dict, config["width"] // config["num_heads"], source)
     denoiser: DiffusionTransformer = build_around(config, denoiser_state(state_dict), source)
     return denoiser
+
+
+# ---------------------------------------------------------------- the ControlNet
+
+_CONTROL_NEEDED = ("controlnet.cond_in", "controlnet.cond_blocks")
+_CONTROL_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "controlnet.cond_mask": (True,),
+    "conditioner.condition_type": ("energy",),
+    "conditioner.hop_size": (240,),
+    "conditioner.window_size": (1920,),
+    "conditioner.padding": ("reflect",),
+    "conditioner.min_db": (-60,),
+    "conditioner.norm": (True,),
+}
+
+
+def controlnet_config(published: Mapping[str, Any], source: str = _SOURCE) -> dict[str, Any]:
+    """Our component config for the published config of a ControlNet; one of ours is returned as it is.
+
+    Raises ValueError for options that are missing or that we do not build.
+    """
+    if "_target_" in published:
+        return dict(published)
+    check_options(flat_options(published), _CONTROL_NEEDED, _CONTROL_SUPPORTED, source)
+    return {
+        "_target_": "foley.models.dit.controlnet.ControlNet",
+        "model": denoiser_config(published, source),
+        "channels": published["controlnet"]["cond_in"],
+        "widths": list(published["controlnet"]["cond_blocks"]),
+    }
+
+
+def ezaudio_controlnet(
+    state_dict: Mapping[str, Tensor], model_config: Mapping[str, Any], source: str = _SOURCE
+) -> ControlNet:
+    """The published ControlNet in eval mode, around the tensors given; args and raises as for `ezaudio_denoiser`.
+
+    Args:
+        model_config: `ckpts/controlnet/energy_l.yml`, its `model` section at the top, or a plain config of ours.
+    """
+    config = controlnet_config(model_config, source)
+    _check_rotary(state_dict, config["model"]["width"] // config["model"]["num_heads"], source)
+    control: ControlNet = build_around(config, denoiser_state(state_dict), source)
+    return control

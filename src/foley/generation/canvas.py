@@ -1,0 +1,72 @@
+"""What clips are generated onto: their length, what is given of them, and what becomes of the decoded audio."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from foley.core.rates import clip_size
+from foley.data.audio import PEAK_CEILING
+from foley.diffusion.guidance import KnownLatent
+from foley.diffusion.sampler import Start
+from foley.generation.editing import Recording
+from foley.models.dit.controlnet import ControlledTransformer
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What clips are generated onto.
+
+    Args:
+        num_frames: L.
+        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, and the gain `[B]` of what was generated in
+            it, on the CPU.
+        description: what the JSON of each clip says of it.
+        known: latent frames that are given.
+        start: a latent to begin at instead of pure noise.
+        more: further inputs of the denoiser, one row each.
+        peak_ceiling: as `foley.data.audio.write_wav` takes it.
+    """
+
+    num_frames: int
+    finish: Callable[[Tensor], tuple[Tensor, Tensor]]
+    description: Mapping[str, Any]
+    known: KnownLatent | None = None
+    start: Start | None = None
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    peak_ceiling: float = PEAK_CEILING
+
+
+def crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`[B, 1, T]` cut to `num_samples`, at `gain`, which brings back a recording's level and attenuates nothing."""
+    return gain * audio[..., :num_samples], torch.ones(len(audio))
+
+
+def control_canvas(
+    recording: Recording,
+    scale: float,
+    denoiser: Any,
+    hop_samples: int,
+    trained_seconds: float | None,
+    device: torch.device,
+) -> Canvas:
+    """What follows `recording`: as published, silence follows a short one up to the length of the training, and is cut.
+
+    Raises ValueError for a denoiser without a ControlNet.
+    """
+    if not isinstance(denoiser, ControlledTransformer):
+        raise ValueError(
+            f"control={recording.file}: this system has no ControlNet; give system=ezaudio_l_energy, or one trained "
+            "by experiment=controlnet"
+        )
+    seconds, num_samples = recording.duration_seconds, len(recording.samples)
+    _, num_frames = clip_size(max(seconds, trained_seconds or 0), recording.sample_rate_hz, hop_samples)
+    audio = pad(recording.samples, (0, num_frames * hop_samples - num_samples))
+    curve = denoiser.curve(audio[None], hop_samples)
+    more = {"control": curve.to(device), "control_scale": torch.full((1,), float(scale), device=device)}
+    description = {"duration_seconds": seconds, "control": {**recording.describe(), "scale": scale}}
+    return Canvas(num_frames, partial(crop, num_samples=num_samples), description, more=more)
