@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy
-from pytorch_lightning.strategies import Strategy
+from distillation_parts import distillation, tiny_teacher
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from training_parts import CHANNELS, BatchLog, TinyData, TinyText, build_module, build_trainer
 
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.models.dit.model import DiffusionTransformer
 from foley.nn.adaln import AdaLNSola
+from foley.training.base import FoleyModule
 from foley.training.callbacks.listening import AudioSamples
 from foley.training.callbacks.monitoring import state_bytes
 from foley.training.diffusion import DiffusionTraining
@@ -41,7 +42,9 @@ def transformer_module(recompute: bool = False) -> DiffusionTraining:
         nn.init.normal_(parameter, std=0.1)
     scheme = {"_target_": "foley.nn.adaln.AdaLNSola", "rank": 4, "alpha": 4.0}
     module.component_configs["denoiser"] = {
-        "_target_": "foley.models.dit.model.DiffusionTransformer", **SHAPE, "modulation": scheme,
+        "_target_": "foley.models.dit.model.DiffusionTransformer",
+        **SHAPE,
+        "modulation": scheme,
     }
     return module
 
@@ -56,29 +59,36 @@ class State(pl.Callback):
 
 
 def fit(
-    folder: Path, strategy: Strategy, ckpt_path: Path | None = None, accumulate: int = 1, recompute: bool = False
+    folder: Path,
+    strategy: Strategy,
+    module: FoleyModule | None = None,
+    ckpt_path: Path | None = None,
+    accumulate: int = 1,
 ) -> dict[str, object]:
-    """Train on two processes, and tell the losses of this one, what it held and whether the samples are finite."""
-    samples = AudioSamples("codec", str(folder / "samples"), ["rain", "wind", "a dog"], 0.12, ClassifierFreeGuidance(2.0), 3)
+    """Train on two processes, and tell the losses of this one and what it held."""
+    samples = AudioSamples(
+        "codec", str(folder / "samples"), ["rain", "wind", "a dog"], 0.12, ClassifierFreeGuidance(2.0), 3
+    )
     samples._codec = TinyCodec()
     log, state = BatchLog(), State()
     options = {"devices": 2, "strategy": strategy, "accumulate_grad_batches": accumulate}
     trainer = build_trainer(folder, STEPS, [samples, log, state], **options)
-    data = TinyData()
-    module = transformer_module(recompute)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(module or transformer_module(), datamodule=TinyData(), ckpt_path=ckpt_path, weights_only=True)
     return {"losses": log.losses, "held": state.held, "rank": trainer.global_rank, "size": trainer.world_size}
 
 
 def main(folder: Path) -> None:
+    """Train in every way, each in a folder of its own, and write what this process saw."""
     start = folder / f"sharded/checkpoints/step_{HALF:06d}.ckpt"
     found = {
         "ddp": fit(folder / "ddp", DDPStrategy()),
         "sharded": fit(folder / "sharded", ShardedStrategy()),
-        "resumed": fit(folder / "resumed", ShardedStrategy(), start),
-        "resumed_ddp": fit(folder / "resumed_ddp", DDPStrategy(), start),
-        "ddp_accumulated": fit(folder / "ddp_accumulated", DDPStrategy(), accumulate=2),
-        "sharded_accumulated": fit(folder / "sharded_accumulated", ShardedStrategy(), accumulate=2, recompute=True),
+        "resumed": fit(folder / "resumed", ShardedStrategy(), ckpt_path=start),
+        "resumed_ddp": fit(folder / "resumed_ddp", DDPStrategy(), ckpt_path=start),
+        "accumulated_ddp": fit(folder / "accumulated_ddp", DDPStrategy(), accumulate=2),
+        "accumulated": fit(folder / "accumulated", ShardedStrategy(), transformer_module(recompute=True), accumulate=2),
+        "distilled_ddp": fit(folder / "distilled_ddp", DDPStrategy(), distillation(tiny_teacher())),
+        "distilled": fit(folder / "distilled", ShardedStrategy(), distillation(tiny_teacher())),
     }
     (folder / f"rank_{found['ddp']['rank']}.json").write_text(json.dumps(found))
 

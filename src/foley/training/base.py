@@ -14,6 +14,9 @@ from foley.training.optim import reapply_options
 from foley.training.settings import FILES_KEY, NEUTRAL
 from foley.training.sharding import ShardedStrategy
 
+ACCUMULATED_KEY = "accumulated_batches"
+"""Entry of a training checkpoint: how many batches made a step, by which its loops have counted."""
+
 LATER_KEYS = ("data_hash", FILES_KEY)
 """Entries of a description that checkpoints of version 0.1 lack."""
 
@@ -58,6 +61,8 @@ class FoleyModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write `checkpoint["foley"]` and drop the weights that are found elsewhere."""
         checkpoint[FOLEY_KEY] = self.description()
+        if self._trainer is not None:
+            checkpoint[ACCUMULATED_KEY] = self.trainer.accumulate_grad_batches
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = self.saved_state(checkpoint["state_dict"])
 
@@ -77,6 +82,8 @@ class FoleyModule(pl.LightningModule):
                 + "\n  ".join(complaints)
                 + "\nResume with the config the run began with, or start a new run from its weights with `ckpt=`."
             )
+        if self._trainer is not None:
+            _count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
 
     def configure_model(self) -> None:
         """Shard `sharded_components` where the trainer does so; raises ValueError where there are none."""
@@ -104,6 +111,17 @@ class FoleyModule(pl.LightningModule):
     def description(self) -> dict[str, Any]:
         """What `checkpoint["foley"]` says: how to build the components, and the entries of `checkpoint_metadata`."""
         return {"components": self.component_configs, **self.checkpoint_metadata}
+
+
+def _count_batches_anew(checkpoint: Mapping[str, Any], accumulated: int) -> None:
+    """Let the loops of `checkpoint` have counted batches as where `accumulated` of them make a step."""
+    before = checkpoint.get(ACCUMULATED_KEY, accumulated)
+    if before == accumulated:
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        more = counts["ready"] * accumulated // before - counts["ready"]
+        counts.update({name: count + more for name, count in counts.items()})  # one may be behind, and stays so
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
