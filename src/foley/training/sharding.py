@@ -5,8 +5,8 @@ the processes. Optimizers, clipping and averages work on the parts. Checkpoints 
 in one file, which a run on another number of processes, or on one, goes on from.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
@@ -81,7 +81,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, block_dtype: torch.dtype | None =
     # Let go after every use, the outermost too: what validation gathered would be used after averages are swapped out.
     policy = MixedPrecisionPolicy(param_dtype=block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     around = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in module.blocks() if isinstance(module, Hoistable) else ():
+    blocks = cast(Sequence[nn.Module], module.blocks() if isinstance(module, Hoistable) else ())
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         register_fsdp_forward_method(block, "hoist")
     fully_shard(module, mesh=mesh, mp_policy=around, reshard_after_forward=True)
@@ -95,7 +96,7 @@ def whole(state: Any) -> Any:
     None in their place on other processes than the first: one tensor at a time is held twice.
     """
     if isinstance(state, DTensor):
-        gathered = state.detach().full_tensor()
+        gathered = state.full_tensor().detach()
         return gathered.cpu() if torch.distributed.get_rank() == 0 else None
     if isinstance(state, Mapping):
         return {key: whole(value) for key, value in state.items()}
