@@ -243,6 +243,11 @@ def test_the_mend_of_a_batch_that_does_not_divide_keeps_the_sum(batch_size, devi
     assert even_share(batch_size, offered.get("devices", devices), offered["accumulate_grad_batches"])
 
 
+def test_a_task_that_does_not_accumulate_is_offered_devices_alone():
+    with pytest.raises(ValueError, match=r"keep the sum by trainer\.devices=2, with 64 at a time"):
+        even_share(128, 3, accumulates=False)
+
+
 def test_evaluation_order_is_fixed_and_complete():
     module = _KeyModule(0)
     loader = module.val_dataloader()

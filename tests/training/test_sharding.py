@@ -24,6 +24,7 @@ from training_parts import CHANNELS, FRAMES, build_module
 from foley.diffusion.process import DiffusionProcess
 from foley.system.checkpoint import load_trained, read_training_checkpoint
 from foley.training.base import FoleyModule
+from foley.training.callbacks.monitoring import activation_bytes
 from foley.training.gradients import clip_gradients, gradient_norm
 from foley.training.sharding import ShardedStrategy, held_like, local, shard, whole
 
@@ -93,6 +94,13 @@ def test_a_sharded_network_computes_clips_and_samples_as_a_whole_one(mesh: Devic
             for denoiser, run in zip((plain, sharded), runs, strict=True)
         )
     torch.testing.assert_close(prediction, expected)
+
+
+def test_gathered_weights_are_no_activations(mesh: DeviceMesh) -> None:
+    plain, sharded = (rank_parts.transformer_module().denoiser for _ in range(2))
+    shard(sharded, mesh)
+    kept = [activation_bytes(denoiser, lambda one=denoiser: one(**inputs()).sum()) for denoiser in (plain, sharded)]
+    assert kept[0] == kept[1] > 0
 
 
 def test_whole_and_held_like_undo_each_other(mesh: DeviceMesh) -> None:

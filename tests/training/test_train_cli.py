@@ -258,7 +258,7 @@ def test_two_nodes_that_torchrun_starts_train_one_run_and_one_process_goes_on(ca
     ]
     words = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], words
-    assert "a step trains on data.batch_size=8 clips: 2 devices x 1 batches x 4" in words[0]
+    assert "a step trains on data.batch_size=8 clips: 4 at a time (devices: 2, trainer.acc" in words[0]
     assert "a step trains on" not in words[1]
     steps = [int(row["step"]) for row in csv.DictReader((run / "metrics.csv").open()) if row["train/loss"]]
     assert steps == [0, 1, 2, 3]

@@ -162,10 +162,11 @@ class LengthBuckets:
         return generator.permutation(sorted_order.reshape(-1, unit)).reshape(-1)
 
 
-def even_share(batch_size: int, devices: int, accumulated: int = 1) -> int:
+def even_share(batch_size: int, devices: int, accumulated: int = 1, accumulates: bool = True) -> int:
     """Samples on a device at a time, where a step of `batch_size` is shared out, and taken in `accumulated` batches.
 
-    Raises ValueError where that does not come out even, with the settings that keep the sum.
+    Raises ValueError where that does not come out even, with the settings that keep the sum; among them accumulation
+    where the task `accumulates`.
 
     >>> even_share(128, devices=8), even_share(128, devices=2, accumulated=4)
     (16, 16)
@@ -176,13 +177,16 @@ def even_share(batch_size: int, devices: int, accumulated: int = 1) -> int:
     fewer = next(count for count in range(min(devices, batch_size), 0, -1) if batch_size % count == 0)
     own = batch_size // fewer
     # No more at a time than was asked for.
-    batches = next(n for n in range(1, own + 1) if own % n == 0 and own // n <= max(share, 1))
-    on = f"trainer.devices={fewer} " if fewer < devices else ""
+    enough = (n for n in range(1, own + 1) if own % n == 0 and own // n <= max(share, 1))
+    batches = next(enough) if accumulates else 1
+    keeps = [f"trainer.devices={fewer}"] * (fewer < devices) + [
+        f"trainer.accumulate_grad_batches={batches}"
+    ] * accumulates
     parts = f" in {accumulated} batches each" if accumulated > 1 else ""
     raise ValueError(
         f"data.batch_size={batch_size} is the sum over devices and does not divide among {devices} of them{parts}: set "
-        f"a multiple, such as data.batch_size={(share + 1) * devices * accumulated}, or keep the sum by {on}"
-        f"trainer.accumulate_grad_batches={batches}, with {own // batches} at a time on each of {fewer} devices in all"
+        f"a multiple, such as data.batch_size={(share + 1) * devices * accumulated}, or keep the sum by "
+        f"{' '.join(keeps)}, with {own // batches} at a time on each of {fewer} devices in all"
     )
 
 

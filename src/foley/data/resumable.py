@@ -71,12 +71,14 @@ class ResumableDataModule(pl.LightningDataModule):
         if size is not None and size < self.batch_size:
             raise ValueError(few_samples(size, self.batch_size))
 
-    def say_share(self, trainer: pl.Trainer) -> None:
-        """Log how a step's samples are shared out; raises ValueError as `even_share` does."""
+    def say_share(self, trainer: pl.Trainer, accumulates: bool = True) -> None:
+        """Log how a step's samples are shared out; arguments and ValueError are those of `even_share`."""
         devices, batches = trainer.world_size, trainer.accumulate_grad_batches
-        share = even_share(self.batch_size, devices, batches)
-        parts = f"{devices} devices x {batches} batches x {share}"
-        _log.info("a step trains on data.batch_size=%d clips: %s", self.batch_size, parts)
+        share = even_share(self.batch_size, devices, batches, accumulates)
+        _log.info(
+            "a step trains on data.batch_size=%d clips: %d at a time (devices: %d, %s: %d)",
+            *(self.batch_size, share, devices, "trainer.accumulate_grad_batches", batches),
+        )
 
     def require_a_clip_each(self, trainer: pl.Trainer) -> None:
         """Raise ValueError where validation or test has less clips than there are processes: one would wait for ever.

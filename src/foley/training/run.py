@@ -122,7 +122,7 @@ def _fit(
     """Train; whatever ends that, every logger is told."""
     if isinstance(datamodule, ResumableDataModule):
         datamodule.require_a_clip_each(trainer)
-        datamodule.say_share(trainer)
+        datamodule.say_share(trainer, module.automatic_optimization)
     _rewind(trainer, resume_from)
     try:
         for logger in trainer.loggers:
