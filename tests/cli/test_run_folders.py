@@ -72,6 +72,19 @@ def test_the_ranks_of_torchrun_share_their_folder(monkeypatch):
     assert run_folder("samples") == run_folder("samples") == f"{PROJECT_ROOT}/outputs/samples/launchabc-0"
 
 
+def test_a_launch_of_torchrun_without_a_name_has_a_folder_of_its_own_on_one_node_alone(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # what torchrun writes there by default
+    folders = []
+    for launch, rank in (("x1", 0), ("x1", 1), ("y2", 0)):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/torchelastic_q/none_{launch}/attempt_0/{rank}/error.json")
+        folders.append(run_folder("samples"))
+    assert folders[0] == folders[1] == f"{PROJECT_ROOT}/outputs/samples/launchx1-0"
+    assert folders[2] != folders[0]
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"--rdzv-id=NAME, or hydra\.run\.dir=FOLDER"):
+        run_folder("samples")
+
+
 def test_clips_of_one_command_have_their_own_folder_in_a_sweep():
     assert compose_command("sample").output_dir != compose_command("sample").output_dir
 

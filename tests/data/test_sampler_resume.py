@@ -1,12 +1,14 @@
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from foley.data.dataset import SampleKey
-from foley.data.ordering import ResumableSampler, evenly_spaced
+from foley.data.ordering import ResumableSampler, even_share, evenly_spaced
 from foley.data.resumable import ResumableDataModule
 
 
@@ -158,14 +160,15 @@ def test_trainer_resumes_at_the_next_batch(num_workers, options, tmp_path):
             assert resumed == straight[step:], checkpoint.name
 
 
-def _on(rank, devices, batch_size=6):
+def _on(rank, devices, batch_size=6, accumulated=1):
     """The data module of a rank, as a trainer has it before the first batch."""
     module = _KeyModule(0)
     module.batch_size = batch_size
     loop = SimpleNamespace(
         epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(processed=0)))
     )
-    module.trainer = SimpleNamespace(global_rank=rank, world_size=devices, limit_train_batches=1.0, fit_loop=loop)
+    shares = {"global_rank": rank, "world_size": devices, "accumulate_grad_batches": accumulated}
+    module.trainer = SimpleNamespace(**shares, limit_train_batches=1.0, fit_loop=loop)
     return module
 
 
@@ -182,6 +185,25 @@ def test_a_batch_is_shared_out_over_devices_and_stays_the_same():
         assert sorted(index for indices in evaluated for index in indices) == list(range(15))
 
 
+@pytest.mark.parametrize(("devices", "accumulated"), [(1, 2), (1, 3), (1, 6), (3, 2), (2, 3)])
+@pytest.mark.parametrize("bucket_batches", [None, 2])
+def test_a_step_has_the_same_samples_on_any_devices_in_any_number_of_batches(devices, accumulated, bucket_batches):
+    def steps(devices, accumulated):
+        """The samples of each step, over ranks and accumulated batches."""
+        modules = [_on(rank, devices, accumulated=accumulated) for rank in range(devices)]
+        for module in modules:
+            module.bucket_batches = bucket_batches
+            module.datasets["train"].lengths = lambda epoch: np.arange(15) * 7 % 5
+        ranks = [[batch[:, 0].tolist() for batch in module.train_dataloader()] for module in modules]
+        assert {len(batch) for batches in ranks for batch in batches} == {6 // devices // accumulated}
+        batches = [[index for share in shares for index in share] for shares in zip(*ranks, strict=True)]
+        starts = range(0, len(batches), accumulated)
+        return [sorted(index for batch in batches[start : start + accumulated] for index in batch) for start in starts]
+
+    assert steps(devices, accumulated) == steps(1, 1)
+    assert len(steps(1, 1)) == 2  # of 15 samples: three are left for another epoch
+
+
 def test_a_run_goes_on_with_the_same_samples_on_another_number_of_devices():
     state = {"epoch": 2, "consumed": 6, "size": 15, "batches": 0}
     alone, half = _on(0, 1), _on(1, 2)
@@ -194,6 +216,36 @@ def test_a_run_goes_on_with_the_same_samples_on_another_number_of_devices():
 def test_a_batch_that_does_not_divide_is_refused_with_the_mend():
     with pytest.raises(ValueError, match=r"data\.batch_size=6 .* among 4 of them: .*data\.batch_size=8, or .*devices"):
         _on(0, 4).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "devices", "accumulated", "mend"),
+    [
+        (
+            128,
+            3,
+            1,
+            "data.batch_size=129, or keep the sum by trainer.devices=2 trainer.accumulate_grad_batches=2, with 32",
+        ),
+        (128, 8, 3, "data.batch_size=144, or keep the sum by trainer.accumulate_grad_batches=4, with 4"),
+        (
+            8,
+            16,
+            1,
+            "data.batch_size=16, or keep the sum by trainer.devices=8 trainer.accumulate_grad_batches=1, with 1",
+        ),
+    ],
+)
+def test_the_mend_of_a_batch_that_does_not_divide_keeps_the_sum(batch_size, devices, accumulated, mend):
+    with pytest.raises(ValueError, match=re.escape(mend)):
+        even_share(batch_size, devices, accumulated)
+    offered = {name: int(value) for name, value in re.findall(r"trainer\.(\w+)=(\d+)", mend)}
+    assert even_share(batch_size, offered.get("devices", devices), offered["accumulate_grad_batches"])
+
+
+def test_a_task_that_does_not_accumulate_is_offered_devices_alone():
+    with pytest.raises(ValueError, match=r"keep the sum by trainer\.devices=2, with 64 at a time"):
+        even_share(128, 3, accumulates=False)
 
 
 def test_evaluation_order_is_fixed_and_complete():

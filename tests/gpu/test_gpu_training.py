@@ -113,7 +113,6 @@ def test_a_codec_takes_steps_against_its_discriminator(tmp_path: Path, record_pr
 
 
 @pytest.mark.gpu(proof=12)
-@pytest.mark.skipif(not ON_CUDA, reason="Lightning shards parameters on GPUs alone")
 def test_sharded_training_takes_steps(tmp_path: Path, on_latents: list[str], record_property) -> None:
     """trainer=fsdp with one process takes 5 steps and saves; buffers and the denoiser's inputs stay in float32."""
     watch = trained(tmp_path / "run", *ALIGN, *on_latents, *trainer("fsdp"))

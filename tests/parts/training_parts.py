@@ -2,7 +2,6 @@
 
 import csv
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from foley.data.resumable import ResumableDataModule
 from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
 from foley.models.dit.masking import SpanMask
-from foley.models.text.base import TextConditioner
+from foley.models.text.base import TextConditioner, TextEmbedding
 from foley.training.callbacks.checkpointing import BestCheckpoint, PeriodicCheckpoint
 from foley.training.callbacks.ema import ExponentialMovingAverage
 from foley.training.callbacks.monitoring import AppendingCSVLogger
@@ -52,12 +51,6 @@ class TinyDenoiser(nn.Module):
         return self.outer(state.tanh()).mT
 
 
-@dataclass
-class Embedding:
-    embeddings: Tensor
-    mask: Tensor
-
-
 class TinyText(TextConditioner):
     """A table over caption lengths."""
 
@@ -68,9 +61,9 @@ class TinyText(TextConditioner):
         self.trainable = trainable
         self.table = nn.Embedding(16, self.dim)
 
-    def forward(self, prompts: list[str]) -> Embedding:
+    def forward(self, prompts: list[str]) -> TextEmbedding:
         index = torch.tensor([[len(prompt) % 16] for prompt in prompts])
-        return Embedding(self.table(index), torch.ones_like(index, dtype=torch.bool))
+        return TextEmbedding(self.table(index), torch.ones_like(index, dtype=torch.bool))
 
 
 class LatentSamples(torch.utils.data.Dataset):

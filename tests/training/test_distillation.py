@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distillation_parts import distillation, process_of, teacher_of, tiny_teacher
 from torch import Tensor, nn
 from training_parts import CHANNELS, FRAMES, TinyData, TinyText, build_trainer
 
-from foley.core.components import CheckpointError, build_component
+from foley.core.components import CheckpointError
 from foley.core.seeding import torch_generator
 from foley.data.latents import StaleCacheError
 from foley.diffusion.consistency import Consistency, ddim_jump
@@ -17,7 +18,6 @@ from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import embed
 from foley.losses.regression import pseudo_huber
-from foley.models.codec.normaliser import LatentNormaliser
 from foley.system.checkpoint import read_training_checkpoint
 from foley.system.system import System
 from foley.training.callbacks import listening
@@ -26,36 +26,6 @@ from foley.training.distillation import ConsistencyDistillation, Draws, Teacher
 
 MEAN, STD = 0.7, 0.5
 PREDICTIONS = ["v", "epsilon", "flow"]
-DENOISER = {
-    "_target_": "foley.models.dit.model.DiffusionTransformer",
-    **{"latent_channels": CHANNELS, "width": 16, "depth": 2, "num_heads": 2, "context_dim": TinyText.dim},
-    "modulation": {"_target_": "foley.nn.adaln.AdaLN"},
-}
-
-
-def process_of(prediction: str, num_train_steps: int = 1000) -> DiffusionProcess:
-    return DiffusionProcess(prediction, num_train_steps, zero_terminal_snr=prediction != "epsilon")
-
-
-def teacher_of(denoiser: nn.Module, prediction: str = "v", text: nn.Module | None = None, **more) -> Teacher:
-    modules = {"denoiser": denoiser, "text": text or TinyText(), "normaliser": LatentNormaliser(CHANNELS)}
-    configs = {name: {"_target_": "unknown"} for name in ("text", "normaliser", "process")} | {"denoiser": DENOISER}
-    return Teacher(System(modules, more.pop("process", process_of(prediction)), configs), set())
-
-
-def tiny_teacher(prediction: str = "v", text: nn.Module | None = None) -> Teacher:
-    torch.manual_seed(0)
-    denoiser = build_component(DENOISER)
-    with torch.no_grad():  # zero-initialised layers would hide the text and the time
-        for parameter in denoiser.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return teacher_of(denoiser, prediction, text)
-
-
-def distillation(teacher: Teacher, lr: float = 1e-3, **options) -> ConsistencyDistillation:
-    optimizer = partial(torch.optim.AdamW, lr=lr)
-    options = {"consistency": Consistency(50), "loss": pseudo_huber} | options
-    return ConsistencyDistillation(teacher, optimizer=optimizer, **options)
 
 
 def run(folder: Path, max_steps: int, module: ConsistencyDistillation, ckpt_path: Path | None = None):

@@ -2,13 +2,15 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from training_parts import run
 
-from foley.training.callbacks.monitoring import activation_bytes
+from foley.training.callbacks.monitoring import TrainingMemory, activation_bytes, state_bytes
 
 FLOAT = 4
 
@@ -31,6 +33,15 @@ def test_nothing_is_kept_without_gradients() -> None:
     model = nn.Linear(10, 20)
     with torch.no_grad():
         assert activation_bytes(model, lambda: model(torch.ones(3, 10)).sum()) == 0
+
+
+def test_what_a_process_holds_is_weights_moments_and_averages(tmp_path: Path) -> None:
+    trainer, module, _ = run(tmp_path, 2, callbacks=[TrainingMemory()])
+    parameters, buffers = list(module.parameters()), list(module.buffers())
+    numbers = sum(parameter.numel() for parameter in parameters)
+    steps = len(parameters)  # AdamW counts them for each parameter
+    assert state_bytes(trainer) == FLOAT * (4 * numbers + steps) + sum(buffer.nbytes for buffer in buffers)
+    assert trainer.callback_metrics["memory/state_mib"] == pytest.approx(state_bytes(trainer) / 2**20)
 
 
 def test_counting_leaves_no_graph_behind() -> None:

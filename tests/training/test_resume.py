@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def test_accumulated_gradients_resume_exactly(tmp_path: Path) -> None:
     assert resumed.ids == whole.ids[-len(resumed.ids) :]
     ends = [training_state(tmp_path / name / "checkpoints/step_000008.ckpt") for name in ("whole", "resumed")]
     assert_same(*ends)
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (4, 1)])
+def test_a_run_goes_on_with_the_same_steps_in_other_batches(tmp_path: Path, before: int, now: int) -> None:
+    """Five steps an epoch: the third is inside the first one, and the run ends in the second."""
+    _, _, whole = run(tmp_path / "whole", 8, accumulate_grad_batches=before, every=3)
+    start = tmp_path / "whole/checkpoints/step_000003.ckpt"
+    trainer, _, resumed = run(tmp_path / "resumed", 8, start, accumulate_grad_batches=now, every=3)
+    assert len(resumed.ids) == 5 * now
+    taken, expected = (
+        [sorted(chain(*ids[at : at + batches])) for at in range(first * batches, len(ids), batches)]
+        for ids, batches, first in ((resumed.ids, now, 0), (whole.ids, before, 3))
+    )
+    assert taken == expected
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 8 * now
+    last = training_state(tmp_path / "resumed/checkpoints/step_000008.ckpt")["TinyData"]
+    assert last == {"epoch": 1, "consumed": 12, "size": 20, "batches": 8 * now, "accumulated": now}
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:

@@ -86,9 +86,15 @@ def test_every_setting_of_a_recipe_is_applied_or_refused(
         (applied if error is None else refused).add(key)
     assert {"seed", "task.seed", "data.seed", "data.batch_size", "data.duration_seconds", "ckpt", "stage"} <= refused
     assert {"model.width", "process.prediction", "text.dim", "task.caption_dropout", "codec.latent_channels"} <= refused
-    assert {"optimizer._target_", "trainer.accumulate_grad_batches", "lr_schedule"} & applied == set()
+    assert {"optimizer._target_", "trainer.limit_train_batches", "lr_schedule"} & applied == set()
     assert {"optimizer.lr", "optimizer.weight_decay", "optimizer.betas", "lr_schedule.warmup_steps"} <= applied
-    assert {"trainer.max_steps", "trainer.precision", "trainer.devices", "trainer.log_every_n_steps"} <= applied
+    assert {
+        "trainer.accumulate_grad_batches",
+        "trainer.max_steps",
+        "trainer.precision",
+        "trainer.devices",
+        "trainer.log_every_n_steps",
+    } <= applied
     assert {"callbacks.ema.decay", "callbacks.checkpoint.every_n_train_steps", "data.num_workers"} <= applied
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from foley.system.checkpoint import load_trained, read_training_checkpoint
 from foley.system.system import load_system
 from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.distillation import Teacher
-from foley.training.run import find_checkpoint, optimized_metric, train
+from foley.training.run import _validation_interval, find_checkpoint, optimized_metric, train
 
 QUICK = [
     "trainer.max_time=null",
@@ -85,9 +86,17 @@ def test_published_numbers() -> None:
 def test_groups_compose(group: str) -> None:
     cfg = config("experiment=tiny", "stage=pretrain", "data.cache_dir=x", group)
     assert cfg.trainer._target_ == "pytorch_lightning.Trainer"
-    for whole_tensors_only in (cfg.callbacks.ema, cfg.callbacks.non_finite):
-        assert (whole_tensors_only is None) == (group == "trainer=fsdp")
+    assert None not in (cfg.callbacks.ema, cfg.callbacks.non_finite)
     assert (cfg.trainer.precision == "bf16-mixed") or "trainer" not in group
+
+
+def test_validation_is_counted_in_steps_whatever_a_device_accumulates() -> None:
+    intervals = [
+        _validation_interval(config("experiment=tiny", "data.cache_dir=x", *options).trainer)
+        for options in ([], ["trainer.accumulate_grad_batches=4"], ["trainer.val_check_interval=0.5"])
+    ]
+    assert intervals[1] == 4 * intervals[0]
+    assert intervals[2] == 0.5
 
 
 @pytest.mark.parametrize("logger", [None, "tensorboard", "wandb", "many"])
@@ -216,6 +225,50 @@ def test_two_processes_share_the_samples(cache: Path, tmp_path: Path) -> None:
     assert checkpoint["global_step"] == 4
     # 20 clips are 2 steps of 2 x 4 different clips: 4 steps are 2 epochs.
     assert checkpoint["LatentDataModule"]["epoch"] == 2
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_nodes_that_torchrun_starts_train_one_run_and_one_process_goes_on(cache: Path, tmp_path: Path) -> None:
+    """Two agents of one process each stand for two nodes; then the whole batch is one process's, in two halves."""
+    run = tmp_path / "run"
+    recipe = [
+        "experiment=tiny_ddp_smoke",
+        f"hydra.run.dir={run}",
+        f"data.cache_dir={cache}",
+        *SMALL,
+        "data.batch_size=8",
+    ]
+    nodes = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    program = [str(PROJECT_ROOT / "train.py"), *recipe, "trainer.num_nodes=2", "trainer.devices=1"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *nodes, f"--node-rank={rank}", *program],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    words = [process.communicate(timeout=400)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], words
+    assert "a step trains on data.batch_size=8 clips: 4 at a time (devices: 2, trainer.acc" in words[0]
+    assert "a step trains on" not in words[1]
+    steps = [int(row["step"]) for row in csv.DictReader((run / "metrics.csv").open()) if row["train/loss"]]
+    assert steps == [0, 1, 2, 3]
+    state = read_training_checkpoint(run / "checkpoints/last.ckpt")["LatentDataModule"]
+    assert state == {"epoch": 2, "consumed": 0, "size": 20, "batches": 4, "accumulated": 1}
+    alone = ["trainer=cpu", "trainer.max_steps=6", "trainer.accumulate_grad_batches=2", "ckpt_path=auto"]
+    result = command(*recipe, *alone)
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = read_training_checkpoint(run / "checkpoints/last.ckpt")["LatentDataModule"]
+    assert state == {"epoch": 3, "consumed": 0, "size": 20, "batches": 12, "accumulated": 2}
 
 
 @pytest.mark.slow

@@ -153,9 +153,24 @@ def _run_stamp() -> tuple[str, ...]:
         start = float(os.environ.get("SLURM_JOB_START_TIME", "0"))  # of the job: processes read their clocks apart
         restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
         return (*((_readable(datetime.fromtimestamp(start)),) if start else ()), f"job{job}-{step}-{restarts}")
-    if (launch := os.environ.get("TORCHELASTIC_RUN_ID", "none")) != "none":
-        return (f"launch{launch}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",)
+    if (launch := os.environ.get("TORCHELASTIC_RUN_ID")) is not None:
+        return (f"launch{_own_name(launch)}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}",)
     return _readable(datetime.now()), secrets.token_hex(4)
+
+
+def _own_name(launch: str) -> str:
+    """The name of a launch of torchrun, by which its processes know each other; of one node it may have none.
+
+    Raises ValueError where several nodes were given none.
+    """
+    if launch != "none":
+        return launch
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "processes of several nodes need one folder: give torchrun --rdzv-id=NAME, or hydra.run.dir=FOLDER"
+        )
+    # torchrun keeps a folder for each launch, in which processes report errors: FOLDER/attempt_0/RANK/error.json.
+    return Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[2].name.removeprefix("none_")
 
 
 def _readable(time: datetime) -> str:

@@ -19,7 +19,7 @@ _log = get_logger(__name__)
 
 
 Arrangement = Callable[[np.ndarray, int, int], np.ndarray]
-"""`(order [N], epoch, samples in a batch of all ranks) -> order [N]`."""
+"""`(order [N], epoch, samples in a step of all ranks) -> order [N]`."""
 
 
 class Position(NamedTuple):
@@ -48,11 +48,13 @@ class ResumableSampler(Sampler[SampleKey]):
     Args:
         size: number of samples in the data set.
         batch_size: samples in one batch of one rank.
+        accumulated: batches of each rank whose gradients make one step; an epoch has whole steps, and those batches are
+            the same samples however many ranks share them and however many batches they are taken in.
         shuffle: without it the order is the same in every epoch; mixed, so that the first batches stand for all.
         drop_last: leave out the remainder, so that every rank gets whole batches; without it ranks may differ by one.
         max_batches: an epoch ends after this many batches of each rank.
         progress: number of batches that were trained on since the start, or since the loaded state.
-        arrange: rearranges the order of an epoch, given (order, epoch, samples in a batch of all ranks).
+        arrange: rearranges the order of an epoch, given (order, epoch, samples in a step of all ranks).
     """
 
     def __init__(
@@ -67,16 +69,18 @@ class ResumableSampler(Sampler[SampleKey]):
         max_batches: int | None = None,
         progress: Callable[[], int] | None = None,
         arrange: Arrangement | None = None,
+        accumulated: int = 1,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         self.size, self.seed, self.shuffle = size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self._unit = batch_size * world_size
-        whole_batches = size // self._unit
+        self._step = self._unit * accumulated
+        whole_batches = size // self._step * accumulated
         self.samples_per_epoch = whole_batches * self._unit if drop_last else size
         if self.samples_per_epoch == 0:
-            raise ValueError(few_samples(size, self._unit))
+            raise ValueError(few_samples(size, self._step))
         self.batches_per_epoch = max(1, whole_batches if max_batches is None else min(whole_batches, max_batches))
         self._progress = progress
         self._arrange = arrange
@@ -120,7 +124,7 @@ class ResumableSampler(Sampler[SampleKey]):
 
     def _order(self, epoch: int) -> np.ndarray:
         order = numpy_generator("order", self.seed, epoch if self.shuffle else 0).permutation(self.size)
-        return order if self._arrange is None else self._arrange(order, epoch, self._unit)
+        return order if self._arrange is None else self._arrange(order, epoch, self._step)
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,34 @@ class LengthBuckets:
     ) -> NDArray[np.int64]:
         sorted_order = order[np.argsort(lengths[order], kind="stable")]
         return generator.permutation(sorted_order.reshape(-1, unit)).reshape(-1)
+
+
+def even_share(batch_size: int, devices: int, accumulated: int = 1, accumulates: bool = True) -> int:
+    """Samples on a device at a time, where a step of `batch_size` is shared out, and taken in `accumulated` batches.
+
+    Raises ValueError where that does not come out even, with the settings that keep the sum; among them accumulation
+    where the task `accumulates`.
+
+    >>> even_share(128, devices=8), even_share(128, devices=2, accumulated=4)
+    (16, 16)
+    """
+    share, rest = divmod(batch_size, devices * accumulated)
+    if not rest:
+        return share
+    fewer = next(count for count in range(min(devices, batch_size), 0, -1) if batch_size % count == 0)
+    own = batch_size // fewer
+    # No more at a time than was asked for.
+    enough = (n for n in range(1, own + 1) if own % n == 0 and own // n <= max(share, 1))
+    batches = next(enough) if accumulates else 1
+    keeps = [f"trainer.devices={fewer}"] * (fewer < devices) + [
+        f"trainer.accumulate_grad_batches={batches}"
+    ] * accumulates
+    parts = f" in {accumulated} batches each" if accumulated > 1 else ""
+    raise ValueError(
+        f"data.batch_size={batch_size} is the sum over devices and does not divide among {devices} of them{parts}: set "
+        f"a multiple, such as data.batch_size={(share + 1) * devices * accumulated}, or keep the sum by "
+        f"{' '.join(keeps)}, with {own // batches} at a time on each of {fewer} devices in all"
+    )
 
 
 def few_samples(size: int, batch_size: int) -> str:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foley.core.logs import get_logger
 from foley.core.numbers import COUNT, NumberRange
-from foley.data.ordering import Arrangement, LengthBuckets, ResumableSampler, SamplerState, few_samples
+from foley.data.ordering import Arrangement, LengthBuckets, ResumableSampler, SamplerState, even_share, few_samples
 
 _log = get_logger(__name__)
 
@@ -20,11 +20,12 @@ class ResumableDataModule(pl.LightningDataModule):
 
     The position follows from the number of batches that the trainer has processed: neither what loaders have drawn
     ahead nor the trainer's count of epochs (which a restart at the end of an epoch may advance twice) matters.
-    Training has a new order in every epoch; validation and test keep theirs. A batch holds the same samples however
-    many processes share it, so that the order goes on exactly on another number of devices too.
+    Training has a new order in every epoch; validation and test keep theirs. A step trains on the same samples however
+    many processes share them, and in however many batches, so that the order goes on exactly on other devices too.
 
     Args:
-        batch_size: samples in one batch of all processes together; ValueError where it does not divide among them.
+        batch_size: samples of one optimizer step: of all processes, and of all batches that a step accumulates.
+            ValueError where it does not divide among them.
         num_workers: loader processes; they persist between epochs, each two batches ahead. 0 loads in the training
             process. ValueError, as for a batch, where it is no whole number.
         pin_memory: batches lie where a GPU copies from while it computes.
@@ -70,6 +71,15 @@ class ResumableDataModule(pl.LightningDataModule):
         if size is not None and size < self.batch_size:
             raise ValueError(few_samples(size, self.batch_size))
 
+    def say_share(self, trainer: pl.Trainer, accumulates: bool = True) -> None:
+        """Log how a step's samples are shared out; arguments and ValueError are those of `even_share`."""
+        devices, batches = trainer.world_size, trainer.accumulate_grad_batches
+        share = even_share(self.batch_size, devices, batches, accumulates)
+        _log.info(
+            "a step trains on data.batch_size=%d clips: %d at a time (devices: %d, %s: %d)",
+            *(self.batch_size, share, devices, "trainer.accumulate_grad_batches", batches),
+        )
+
     def require_a_clip_each(self, trainer: pl.Trainer) -> None:
         """Raise ValueError where validation or test has less clips than there are processes: one would wait for ever.
 
@@ -103,11 +113,13 @@ class ResumableDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the order of samples after the batches that training has processed."""
-        return {**self.train_sampler.state_dict(), "batches": self._batches_processed()}
+        counts = {"batches": self._batches_processed(), "accumulated": self._accumulated()}
+        return {**self.train_sampler.state_dict(), **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train_sampler.load_state_dict(cast(SamplerState, state_dict))
-        self._batches_before = state_dict["batches"]
+        now = self._accumulated()
+        self._batches_before = state_dict["batches"] * now // state_dict.get("accumulated", now)
 
     def _batches_processed(self) -> int:
         """By this rank, since training began, in earlier runs too."""
@@ -124,6 +136,7 @@ class ResumableDataModule(pl.LightningDataModule):
         training = split == "train"
         size = len(self.datasets[split])  # type: ignore[arg-type]
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        accumulated = self._accumulated()
         return ResumableSampler(
             size,
             self.seed,
@@ -132,21 +145,18 @@ class ResumableDataModule(pl.LightningDataModule):
             drop_last=training,
             rank=rank,
             world_size=world_size,
-            max_batches=self._max_batches(size // self.batch_size) if training else None,
+            max_batches=self._max_batches(size // self.batch_size * accumulated) if training else None,
             progress=self._batches_since if training else _always_at_the_start,
             arrange=self._arrangement(split),
+            accumulated=accumulated if training else 1,
         )
 
+    def _accumulated(self) -> int:
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
+
     def _share(self) -> int:
-        """Samples of a batch on this process; ValueError where they do not come out even."""
-        devices = self.trainer.world_size if self.trainer else 1
-        if self.batch_size % devices == 0:
-            return self.batch_size // devices
-        above = -(-self.batch_size // devices) * devices
-        raise ValueError(
-            f"data.batch_size={self.batch_size} is the sum over devices and does not divide among {devices} of them: "
-            f"set a multiple, such as data.batch_size={above}, or another trainer.devices"
-        )
+        """Samples of a batch on this process; raises ValueError as `even_share` does."""
+        return even_share(self.batch_size, self.trainer.world_size if self.trainer else 1, self._accumulated())
 
     def _arrangement(self, split: str) -> Arrangement | None:
         if self.bucket_batches is None:

@@ -1,12 +1,10 @@
 """The LightningModule that every trainer of this package builds on: checkpoints that describe themselves."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from foley.core.components import CheckpointError, compare_states, current_config, written_out
@@ -14,6 +12,10 @@ from foley.system.checkpoint import FOLEY_KEY
 from foley.training.gradients import clip_gradients
 from foley.training.optim import reapply_options
 from foley.training.settings import FILES_KEY, NEUTRAL
+from foley.training.sharding import ShardedStrategy
+
+ACCUMULATED_KEY = "accumulated_batches"
+"""Entry of a training checkpoint: how many batches made a step, by which its loops have counted."""
 
 LATER_KEYS = ("data_hash", FILES_KEY)
 """Entries of a description that checkpoints of version 0.1 lack."""
@@ -28,6 +30,7 @@ class FoleyModule(pl.LightningModule):
         checkpoint_metadata: further plain entries of `checkpoint["foley"]`, such as `codec_hash`.
         unsaved_components: prefixes that checkpoints leave out, such as a frozen text encoder.
         gradient_clip_norm: largest norm of the gradients of a step; None does not clip.
+        sharded_components: what processes hold parts of under trainer=fsdp; all that trains is among them.
         gradient_norm: of this step, before clipping, where a callback has measured it.
     """
 
@@ -39,6 +42,7 @@ class FoleyModule(pl.LightningModule):
         self.component_configs: dict[str, dict[str, Any]] = {}
         self.checkpoint_metadata: dict[str, Any] = {}
         self.unsaved_components: tuple[str, ...] = ()
+        self.sharded_components: tuple[str, ...] = ()
 
     @property
     def strict_loading(self) -> bool:
@@ -57,6 +61,8 @@ class FoleyModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write `checkpoint["foley"]` and drop the weights that are found elsewhere."""
         checkpoint[FOLEY_KEY] = self.description()
+        if self._trainer is not None:
+            checkpoint[ACCUMULATED_KEY] = self.trainer.accumulate_grad_batches
         if "state_dict" in checkpoint:
             checkpoint["state_dict"] = self.saved_state(checkpoint["state_dict"])
 
@@ -69,14 +75,25 @@ class FoleyModule(pl.LightningModule):
         for key in set(LATER_KEYS) - set(saved):  # older checkpoints do not say
             own.pop(key, None)
         complaints = _differences(_comparable(saved), _comparable(own))
-        if "state_dict" in checkpoint:  # FSDP keeps and compares the weights itself
-            complaints += compare_states(checkpoint["state_dict"], self.saved_state(self.state_dict())).complaints
+        complaints += compare_states(checkpoint["state_dict"], self.saved_state(self.state_dict())).complaints
         if complaints:
             raise CheckpointError(
                 f"the checkpoint does not fit {type(self).__name__}:\n  "
                 + "\n  ".join(complaints)
                 + "\nResume with the config the run began with, or start a new run from its weights with `ckpt=`."
             )
+        if self._trainer is not None:
+            _count_batches_anew(checkpoint, self.trainer.accumulate_grad_batches)
+
+    def configure_model(self) -> None:
+        """Shard `sharded_components` where the trainer does so; raises ValueError where there are none."""
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            if not self.sharded_components:
+                raise ValueError(
+                    f"trainer=fsdp shards denoisers, and {type(self).__name__} has none: trainer=ddp trains it"
+                )
+            for name in self.sharded_components:
+                self.trainer.strategy.shard(self.get_submodule(name))
 
     def on_train_start(self) -> None:
         """Go on with the rates, decays and schedules of this run, where loading has brought the checkpoint's back."""
@@ -86,18 +103,25 @@ class FoleyModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradients, which callbacks have seen by now as they were.
 
-        Lightning's own clipping refuses fused optimizers, measures the norm once more, and knows none of FSDP's.
+        Lightning's own clipping refuses fused optimizers, and measures the norm once more.
         """
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            if self.gradient_clip_norm is not None:  # each rank has a part of the gradients, and the norm is of all
-                cast(FullyShardedDataParallel, self.trainer.strategy.model).clip_grad_norm_(self.gradient_clip_norm)
-            return
         norm, self.gradient_norm = self.gradient_norm, None
         clip_gradients(optimizer, self.gradient_clip_norm, norm)
 
     def description(self) -> dict[str, Any]:
         """What `checkpoint["foley"]` says: how to build the components, and the entries of `checkpoint_metadata`."""
         return {"components": self.component_configs, **self.checkpoint_metadata}
+
+
+def _count_batches_anew(checkpoint: Mapping[str, Any], accumulated: int) -> None:
+    """Let the loops of `checkpoint` have counted batches as where `accumulated` of them make a step."""
+    before = checkpoint.get(ACCUMULATED_KEY, accumulated)
+    if before == accumulated:
+        return
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        more = counts["ready"] * accumulated // before - counts["ready"]
+        counts.update({name: count + more for name, count in counts.items()})  # one may be behind, and stays so
 
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:

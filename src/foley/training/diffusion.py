@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +28,7 @@ from foley.models.codec.normaliser import LatentNormaliser
 from foley.models.text import TextEmbedding
 from foley.training.base import FoleyModule
 from foley.training.optim import parameter_groups
+from foley.training.sharding import ShardedStrategy
 
 SpanMasking = Callable[[int, int, torch.Generator, Tensor | None], Tensor]
 """`(B, L, generator) -> hidden [B, L]`, true where the latent must be generated."""
@@ -87,9 +87,11 @@ class LatentTraining(FoleyModule):
         self.mask_padding = mask_padding
         self._backend = "inductor" if compile is True else compile  # of torch.compile
         self._compiled: dict[nn.Module, Callable[..., Tensor]] = {}  # no submodules: names of weights stay as they are
-        self._parameter_groups: list[dict[str, Any]] = []  # made in `setup`
         self._unconditional: TextEmbedding | None = None
-        if text is not None and not text.trainable:
+        self.sharded_components = ("denoiser",)
+        if text is not None and text.trainable:
+            self.sharded_components = ("denoiser", "text")
+        elif text is not None:
             text.requires_grad_(False)
             self.unsaved_components = ("text",)
 
@@ -161,21 +163,16 @@ class LatentTraining(FoleyModule):
         host = torch_generator(*parts)
         return host, host if self.device.type == "cpu" else torch_generator(*parts, device=self.device)
 
-    def setup(self, stage: str) -> None:
-        """Group the parameters while they have their shapes: FSDP leaves flat shards of them."""
-        if self._backend and isinstance(self.trainer.strategy, FSDPStrategy):
+    def configure_model(self) -> None:
+        """Shard as the parent does; raises ValueError where the denoiser is to be one graph."""
+        if self._backend and isinstance(self.trainer.strategy, ShardedStrategy):
             raise ValueError(
                 "compile=true is not for trainer=fsdp, which swaps weights within the graph: trainer=ddp is"
             )
-        self._parameter_groups = parameter_groups(self)
-
-    def on_fit_start(self) -> None:
-        """Bring a frozen text encoder here, which FSDP leaves where it was."""
-        if self.text is not None and not self.text.trainable:
-            self.text.to(self.device)
+        super().configure_model()
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self._parameter_groups or parameter_groups(self))
+        optimizer = self.make_optimizer(parameter_groups(self))
         if self.make_lr_schedule is None:
             return optimizer
         return {

@@ -22,7 +22,6 @@ from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -40,6 +39,7 @@ from foley.models.text import TextEmbedding
 from foley.system.checkpoint import published_source
 from foley.system.system import System, codec_hashes, load_system
 from foley.training.diffusion import LatentTraining, SpanMasking
+from foley.training.sharding import ShardedStrategy
 
 Loss = Callable[..., Tensor]
 """`(estimate [B, C, L], target [B, C, L], mask=[B, L] or None) -> []`."""
@@ -166,6 +166,7 @@ class ConsistencyDistillation(LatentTraining):
         self.target = deepcopy(student, frozen).requires_grad_(False)  # line 2
         self.text.requires_grad_(False)
         self.unsaved_components = (*self.unsaved_components, "teacher")
+        self.sharded_components = ("denoiser", "target", "teacher")
         self.component_configs = configs
         self.checkpoint_metadata["teacher_hash"] = hash_module(self.teacher)
         self.consistency = consistency
@@ -176,13 +177,15 @@ class ConsistencyDistillation(LatentTraining):
         self.grid = consistency.grid(self.process)  # t_1 to t_N, cleanest first
         self.jump_ends = consistency.jump_ends(self.grid)  # for each point, the one before it
 
-    def setup(self, stage: str) -> None:
-        """Refuse FSDP, which shards student and target network each in its own way."""
-        super().setup(stage)
-        if isinstance(self.trainer.strategy, FSDPStrategy):
+    def configure_model(self) -> None:
+        """Shard teacher, student and target alike; ValueError where student and target share frozen tensors."""
+        shared = any(not parameter.requires_grad for parameter in self.denoiser.parameters())
+        if shared and isinstance(self.trainer.strategy, ShardedStrategy):
             raise ValueError(
-                "trainer=fsdp cannot distil, for the target network must follow the student: trainer=ddp can"
+                "task.lora with trainer=fsdp: what adapters leave frozen is one tensor in student and "
+                "target network, and has one part on a process; trainer=ddp distils with adapters"
             )
+        super().configure_model()
 
     def train(self, mode: bool = True) -> Self:
         """The student alone: what is frozen stays in eval mode."""

@@ -1,13 +1,22 @@
 """Between the backward pass and the optimizer: one norm of the gradients, by which they are clipped, or dropped."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:
     """The norm `[]` of all gradients that a step of `optimizer` would use, on their device."""
-    return nn.utils.get_total_norm([weight.grad for weight in _parameters(optimizer) if weight.grad is not None])
+    return total_norm(_parameters(optimizer))
+
+
+def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The norm `[]` of all gradients of `parameters`, of all processes' parts where they are sharded."""
+    norm = nn.utils.get_total_norm([weight.grad for weight in parameters if weight.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def clip_gradients(optimizer: Optimizer, limit: float | None, norm: Tensor | None = None) -> None:

@@ -121,6 +121,7 @@ def _fit(
     """Train; whatever ends that, every logger is told."""
     if isinstance(datamodule, ResumableDataModule):
         datamodule.require_a_clip_each(trainer)
+        datamodule.say_share(trainer, module.automatic_optimization)
     _rewind(trainer, resume_from)
     try:
         for logger in trainer.loggers:
@@ -248,9 +249,20 @@ def _build_trainer(cfg: DictConfig) -> pl.Trainer:
     # A logger that uploads every checkpoint at once must find it.
     saving = AtomicCheckpointIO(background=all(getattr(logger, "_log_model", False) != "all" for logger in loggers))
     trainer: pl.Trainer = instantiate(
-        cfg.trainer, callbacks=callbacks, logger=loggers, plugins=[saving], _convert_="all"
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[saving],
+        val_check_interval=_validation_interval(cfg.trainer),
+        _convert_="all",
     )
     return trainer
+
+
+def _validation_interval(trainer: DictConfig) -> int | float | None:
+    """In batches, as Lightning counts them, where the config counts steps; a share of an epoch is one of either."""
+    interval: int | float | None = trainer.get("val_check_interval")
+    return interval * trainer.get("accumulate_grad_batches", 1) if isinstance(interval, int) else interval
 
 
 @rank_zero_only

@@ -41,8 +41,7 @@ RULES: tuple[tuple[str, bool], ...] = (
     ("task.gradient_clip_norm", True),
     ("task.discriminator_optimizer._target_", False),
     ("task.discriminator_optimizer.*", True),
-    # Steps are counted in whole batches of the data.
-    ("trainer.accumulate_grad_batches", False),
+    # How many batches of an epoch count; how many make a step does not, for data.batch_size is that of a step.
     ("trainer.limit_train_batches", False),
     ("trainer.overfit_batches", False),
     ("trainer.*", True),

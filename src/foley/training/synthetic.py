@@ -127,7 +127,15 @@ def stand_ins(cfg: DictConfig) -> DictConfig:
 def _keep_to_the_device(cfg: DictConfig) -> None:
     if cfg.trainer.accelerator in ("gpu", "cuda") and gpu_memory_gib() is None:
         _log.warning("there is no GPU here: measured on the CPU, with one clip in a batch, in single precision")
-        cfg.trainer.update({"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true"})
+        cfg.trainer.update(
+            {
+                "accelerator": "cpu",
+                "devices": 1,
+                "strategy": "auto",
+                "precision": "32-true",
+                "accumulate_grad_batches": 1,
+            }
+        )
         cfg.data.batch_size = 1
 
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from torch.nn.functional import pad
 
 from foley.core.devices import to_device
@@ -38,6 +39,9 @@ class TextEmbedding:
         own, other, rows = self.padded(length), other.padded(length), to_device(rows, self.mask.device)[:, None]
         embeddings = torch.where(rows[..., None], other.embeddings.to(own.embeddings), own.embeddings)
         return TextEmbedding(embeddings, torch.where(rows, other.mask, own.mask))
+
+
+register_dataclass(TextEmbedding)  # so that sharded training finds the tensors in what an encoder returns
 
 
 class TextConditioner(nn.Module):

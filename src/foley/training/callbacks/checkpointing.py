@@ -131,7 +131,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
         Saved here, inside the loops as periodic checkpoints are: where Lightning ends a run by SIGTERM, epochs are
         counted already that a resumed run would count again.
         """
-        if trainer.global_step == trainer.max_steps:
+        if trainer.global_step == trainer.max_steps or trainer.fit_loop._should_accumulate():
             return
         asked = self._interrupt_asked or trainer.received_sigterm
         if trainer.strategy.reduce_boolean_decision(asked, all=False):
@@ -157,7 +157,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
 
     def _requeue_if_asked(self, trainer: pl.Trainer) -> None:
         """All ranks together, whichever was signalled first: saving is a joint act."""
-        if self._requeue is None:
+        if self._requeue is None or trainer.fit_loop._should_accumulate():
             return
         if trainer.strategy.reduce_boolean_decision(self._requeue_asked, all=False):
             self._requeue_asked = False

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+
+from foley.training.sharding import held_like, whole
 
 CURRENT_WEIGHTS = "current_weights"
 
@@ -14,7 +14,8 @@ CURRENT_WEIGHTS = "current_weights"
 class ExponentialMovingAverage(pl.Callback):
     """Averages trainable parameters only: frozen encoders are neither copied nor touched.
 
-    `state_dict` of a checkpoint holds the averages; the weights under training go to `current_weights`.
+    `state_dict` of a checkpoint holds the averages; the weights under training go to `current_weights`. Of sharded
+    weights each process averages its part.
     The decay is `min(decay, (1 + n) / (10 + n))` after n updates, so that a short run is not all initialisation.
 
     Args:
@@ -30,10 +31,13 @@ class ExponentialMovingAverage(pl.Callback):
         self._swapped = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy):
-            raise MisconfigurationException("weight averaging needs whole parameters; set callbacks.ema=null for FSDP")
         source = self._average or _trained(pl_module)
         self._average = {name: source[name].detach().clone().to(p) for name, p in _trained(pl_module).items()}
+
+    @property
+    def averages(self) -> list[Tensor]:
+        """What this process holds."""
+        return list(self._average.values())
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -68,7 +72,7 @@ class ExponentialMovingAverage(pl.Callback):
         if self._average:
             state = checkpoint["state_dict"]
             checkpoint[CURRENT_WEIGHTS] = {name: state[name] for name in self._average}
-            checkpoint["state_dict"] = {**state, **self._average}
+            checkpoint["state_dict"] = {**state, **whole(self._average)}
 
     @torch.no_grad()
     def on_load_checkpoint(
@@ -78,8 +82,8 @@ class ExponentialMovingAverage(pl.Callback):
         if CURRENT_WEIGHTS not in checkpoint:
             return
         for name, parameter in _trained(pl_module).items():
-            self._average[name] = checkpoint["state_dict"][name].clone()
-            parameter.copy_(checkpoint[CURRENT_WEIGHTS][name])
+            self._average[name] = held_like(parameter, checkpoint["state_dict"][name]).clone()
+            parameter.copy_(held_like(parameter, checkpoint[CURRENT_WEIGHTS][name]))
 
     @torch.no_grad()
     def _swap(self, pl_module: pl.LightningModule) -> None:

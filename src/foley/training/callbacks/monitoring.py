@@ -19,6 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from foley.core.files import replacing
 from foley.core.logs import get_logger
 from foley.core.reading import reading
+from foley.training.callbacks.ema import ExponentialMovingAverage
+from foley.training.sharding import local
 
 _log = get_logger(__name__)
 
@@ -32,14 +34,13 @@ class ActivationCounter:
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         self._ignored = {_storage(parameter) for parameter in parameters}
-        self._bytes: dict[int, int] = {}
         # Storages are told apart by address, so none may be freed and its address given away while they are counted.
-        self._alive: list[Tensor] = []
+        self._alive: dict[int, Tensor] = {}
 
     @property
     def total_bytes(self) -> int:
-        """Saved so far."""
-        return sum(self._bytes.values())
+        """Saved so far, without sharded weights, whose memory has been let go and will be gathered again."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._alive.values())
 
     def hooks(self) -> saved_tensors_hooks:
         """A context in which to run a forward pass."""
@@ -47,9 +48,8 @@ class ActivationCounter:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         key = _storage(tensor)
-        if key not in self._ignored and key not in self._bytes:
-            self._bytes[key] = tensor.untyped_storage().nbytes()
-            self._alive.append(tensor.detach())
+        if key not in self._ignored:
+            self._alive.setdefault(key, tensor.detach())
         # A saved output that is packed as itself would keep its own graph alive.
         return tensor.detach()
 
@@ -108,10 +108,31 @@ class AppendingCSVLogger(CSVLogger):
             writer.writerows(kept)
 
 
-class TrainingMemory(pl.Callback):
-    """Logs `memory/activation_mib`, what the first step saves for its backward pass, and on a GPU `memory/peak_mib`.
+def state_bytes(trainer: pl.Trainer) -> int:
+    """Bytes of weights, buffers, moments and averages that this process holds; memory that is shared counts once."""
+    module = trainer.lightning_module
+    states = [
+        value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()
+    ]
+    averages = [
+        average
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, ExponentialMovingAverage)
+        for average in callback.averages
+    ]
+    held = [
+        local(value)
+        for value in (*module.parameters(), *module.buffers(), *states, *averages)
+        if torch.is_tensor(value)
+    ]
+    return sum({_storage(tensor): tensor.untyped_storage().nbytes() for tensor in held}.values())
 
-    A module with several backward passes a step is measured up to the first of them.
+
+class TrainingMemory(pl.Callback):
+    """Logs what the first step saves for its backward pass, what a process holds all the time, and a GPU's peak.
+
+    `memory/activation_mib`, `memory/state_mib` as `state_bytes` counts it, and `memory/peak_mib`. A module with several
+    backward passes a step is measured up to the first of them.
 
     Args:
         every_n_steps: how often the peak is logged.
@@ -121,9 +142,11 @@ class TrainingMemory(pl.Callback):
         self.every_n_steps = every_n_steps
         self._measuring = ExitStack()
         self._counter: ActivationCounter | None = None
+        self._state_due = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._counter = ActivationCounter(pl_module.parameters())
+        self._state_due = True
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -144,6 +167,9 @@ class TrainingMemory(pl.Callback):
         if self._counter is not None:
             pl_module.log("memory/activation_mib", self._counter.total_bytes / 2**20)
             self._counter = None
+        if self._state_due and trainer.global_step:  # there are moments
+            pl_module.log("memory/state_mib", state_bytes(trainer) / 2**20)
+            self._state_due = False
         # Seldom: to log a number copies it to the device, and waits.
         if pl_module.device.type == "cuda" and batch_idx % self.every_n_steps == 0:
             pl_module.log("memory/peak_mib", torch.cuda.max_memory_allocated(pl_module.device) / 2**20)

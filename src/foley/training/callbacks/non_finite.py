@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from foley.core.logs import get_logger
 from foley.training.base import FoleyModule
-from foley.training.gradients import OnItsWay, decides_on_device, drop_unless_finite, gradient_norm
+from foley.training.gradients import OnItsWay, decides_on_device, drop_unless_finite, gradient_norm, total_norm
 
 _log = get_logger(__name__)
 
@@ -44,7 +44,7 @@ class NonFiniteGuard(pl.Callback):
     the gradients; where it cannot tell, the last batches of all ranks.
 
     A skipped step moves neither weights nor moments (`drop_unless_finite`), and averages stay clean. Gradients are
-    equal on all ranks by then, so all ranks decide alike; sharded gradients are not, so FSDP runs without this guard.
+    equal on all ranks by then, or parts whose norm is taken over all ranks, so all ranks decide alike.
     A fused optimizer skips by itself, and so that its device need not be waited for, the guard counts and names that
     step when the next one is under way, or the run validates, saves or ends.
 
@@ -76,8 +76,7 @@ class NonFiniteGuard(pl.Callback):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.accumulate_grad_batches > 1:
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._batches[-1].norm = torch.nn.utils.get_total_norm(gradients)
+            self._batches[-1].norm = total_norm(list(pl_module.parameters()))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
