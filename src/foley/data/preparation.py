@@ -1,5 +1,6 @@
 """The audio files of a folder, found by the names that published data sets give them."""
 
+import heapq
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,9 @@ import numpy as np
 from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, json_lines, write_json
 from foley.core.logs import get_logger
+from foley.core.reading import parse_json
+from foley.core.seeding import derive_seed
+from foley.core.sharding import ALL, Shard
 from foley.data.audio import AudioError, open_audio, read_audio
 from foley.data.dataset import SILENCE_PEAK
 from foley.data.importers.annotations import AnnotationFile
@@ -159,32 +163,84 @@ def prepare_manifest(
         ManifestError: a whole annotation file cannot be read, or no row can be kept (the ledger says why).
     """
     folder = AudioFolder(audio_dir)
-    counted = _Summary(duration_seconds)
+    rows = (row for _, row in _checked(files, folder, decode, ALL))
+    summary = _write(rows, str(audio_dir), len(folder), output_dir, duration_seconds)
+    lossy_mixes.report()
+    return summary
+
+
+def prepare_shard(
+    files: Iterable[AnnotationFile], audio_dir: Path, output_dir: Path, shard: Shard, decode: bool = False
+) -> None:
+    """Check the rows of a shard, for `merge_shards`: those whose id has its hash, so that it meets all of an id."""
+    folder = AudioFolder(audio_dir)
+    with json_lines(_shard_file(output_dir, shard)) as write:
+        write({"audio_files": len(folder)})
+        for place, row in _checked(files, folder, decode, shard):
+            write({"place": place, "row": row})
+    lossy_mixes.report()
+
+
+def merge_shards(
+    audio_dir: Path | str, output_dir: Path, count: int, duration_seconds: float | None = None
+) -> dict[str, Any]:
+    """What `prepare_manifest` writes and gives, of the rows that all shards have checked, in their order."""
+    files = [_shard_file(output_dir, Shard(number, count)) for number in range(count)]
+    parts = [_shard_rows(file) for file in files]
+    heads = [next(part) for part in parts]
+    rows = (found["row"] for found in heapq.merge(*parts, key=lambda found: found["place"]))
+    summary = _write(rows, str(audio_dir), heads[0]["audio_files"], output_dir, duration_seconds)
+    for file in files:
+        file.unlink()
+    return summary
+
+
+def _shard_file(output_dir: Path, shard: Shard) -> Path:
+    return output_dir / f"checked-{shard.number:05d}-of-{shard.count:05d}.jsonl"
+
+
+def _shard_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            yield parse_json(line, f"{file}, line {number}", mend="remove the file, and give the command again")
+
+
+def _write(
+    rows: Iterable[Mapping[str, Any]], audio_dir: str, audio_files: int, output_dir: Path, seconds: float | None
+) -> dict[str, Any]:
+    """The manifest, the ledger and the summary of checked rows."""
+    counted = _Summary(seconds)
     with json_lines(output_dir / MANIFEST_FILE) as keep, json_lines(output_dir / LEDGER_FILE) as leave_out:
-        for row in _checked(files, folder, decode):
+        for row in rows:
             note, write = (counted.leave_out, leave_out) if "kind" in row else (counted.keep, keep)
             note(row)
             write(row)
     counted.say()
-    lossy_mixes.report()
-    summary = {"audio_dir": str(audio_dir), **counted.counts(), "audio_files": len(folder)}
+    summary = {"audio_dir": audio_dir, **counted.counts(), "audio_files": audio_files}
     write_json(output_dir / SUMMARY_FILE, summary)
     if not summary["kept"]:
         raise ManifestError(f"none of {summary['rows']} rows can be used: {output_dir / LEDGER_FILE} says why")
     return summary
 
 
-def _checked(files: Iterable[AnnotationFile], folder: AudioFolder, decode: bool) -> Iterator[dict[str, Any]]:
-    """Rows of the manifest, and of the ledger, which have a `kind`."""
+def _checked(
+    files: Iterable[AnnotationFile], folder: AudioFolder, decode: bool, shard: Shard
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Places among all rows, and rows of the manifest, or of the ledger, which have a `kind`; of a shard."""
     first_seen: dict[str, str] = {}
-    for file in files:
-        for line, fields in file.rows:
-            try:
-                yield _manifest_row(line, fields, folder, decode, first_seen, file.path.name)
-            except _LeftOutError as fault:
-                known = {} if isinstance(fields, str) else {"id": fields["id"]}
-                where = {"annotations": file.path.name, "line": line}
-                yield {**where, **known, "kind": fault.kind, "reason": str(fault)}
+    rows = ((file.path.name, line, fields) for file in files for line, fields in file.rows)
+    for place, (name, line, fields) in enumerate(rows):
+        if (place if isinstance(fields, str) else _id_hash(fields["id"])) % shard.count != shard.number:
+            continue
+        try:
+            yield place, _manifest_row(line, fields, folder, decode, first_seen, name)
+        except _LeftOutError as fault:
+            known = {} if isinstance(fields, str) else {"id": fields["id"]}
+            yield place, {"annotations": name, "line": line, **known, "kind": fault.kind, "reason": str(fault)}
+
+
+def _id_hash(id: str) -> int:
+    return derive_seed("row", id.encode(errors="replace").decode())
 
 
 def _manifest_row(

@@ -342,6 +342,31 @@ def extract_files(
     than `max_faulty_share` of all, and ValueError for a share that is none.
     """
     SHARE.check("max_faulty_share", max_faulty_share)
+    hashes, rows, reasons = _extracted(clips, protocol, load, cache_directory)
+    faulty = {clip.id: reasons[key] for clip, key in zip(clips, hashes, strict=True) if key in reasons}
+    _check_faulty(faulty, len(clips), max_faulty_share)
+    kept = [(clip, rows[key]) for clip, key in zip(clips, hashes, strict=True) if key in rows]
+    return _pack(
+        (row for _, row in kept),
+        [clip.id for clip, _ in kept],
+        [clip.label for clip, _ in kept],
+        [clip.caption for clip, _ in kept],
+        (clip.path for clip, _ in kept),
+        faulty,
+    )
+
+
+def keep_features(
+    clips: Sequence[ClipFile], protocol: EvaluationProtocol, load: AudioLoader, cache_directory: Path
+) -> None:
+    """Put the features of audio files that lack them into the cache; whoever takes them from it counts faults."""
+    _extracted(clips, protocol, load, cache_directory)
+
+
+def _extracted(
+    clips: Sequence[ClipFile], protocol: EvaluationProtocol, load: AudioLoader, cache_directory: Path | None
+) -> tuple[list[str], dict[str, Row], dict[str, str]]:
+    """The hash of each file, and by it the row, or why there is none."""
     cache = FeatureCache(cache_directory, protocol)
     hashes = [hash_file(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
@@ -366,17 +391,7 @@ def extract_files(
     for saved in saving:
         saved.result()
     lossy_mixes.report()
-    faulty = {clip.id: reasons[key] for clip, key in zip(clips, hashes, strict=True) if key in reasons}
-    _check_faulty(faulty, len(clips), max_faulty_share)
-    kept = [(clip, rows[key]) for clip, key in zip(clips, hashes, strict=True) if key in rows]
-    return _pack(
-        (row for _, row in kept),
-        [clip.id for clip, _ in kept],
-        [clip.label for clip, _ in kept],
-        [clip.caption for clip, _ in kept],
-        (clip.path for clip, _ in kept),
-        faulty,
-    )
+    return hashes, rows, reasons
 
 
 def _prepare_file(path: Path, load: AudioLoader, protocol: EvaluationProtocol) -> _Input | str:
