@@ -41,19 +41,21 @@ def generate(cfg: DictConfig, shard: "Shard") -> None:
                 compare_with_uncached(generator, clips, settings, directory)
             else:
                 folder.write(generator.generate_clips(clips, settings))
+    if shard.count == 1:
+        get_logger(__name__).info("%d clips: open %s/index.html", len(clips), cfg.output_dir)
 
 
 def show(cfg: DictConfig) -> None:
-    """Say where the clips are; of those that shards have made, write the pages first."""
+    """Write the pages of what shards have made."""
     from foley.cli import sampling
     from foley.core.remote import local_folder
     from foley.generation.clip_folder import ClipFolder, launch_processes
 
-    clips = sampling.requested_clips(cfg)
     if cfg.shards > 1:
+        clips = sampling.requested_clips(cfg)
         with local_folder(cfg.output_dir) as directory:
             ClipFolder(directory, clips, {}).write_pages(launch_processes(None))
-    get_logger(__name__).info("%d clips: open %s/index.html", len(clips), cfg.output_dir)
+        get_logger(__name__).info("%d clips: open %s/index.html", len(clips), cfg.output_dir)
 
 
 @command("sample", check=renamed(**_OLD_NAMES))

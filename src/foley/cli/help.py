@@ -172,8 +172,9 @@ def _shared(defaults: yaml.Node) -> Iterator[Option]:
         group, _, package = key.value.partition("@")
         if group == "/options":
             prefix = "" if package == "_global_" else f"{package}."
-            for option in read_page(f"options/{value.value}").options:
-                yield replace(option, name=prefix + option.name)
+            for file in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                for option in read_page(f"options/{file.value}").options:
+                    yield replace(option, name=prefix + option.name)
 
 
 def choices_of(group: str, beside: Path = CONFIG_DIR) -> tuple[str, ...]:

@@ -100,9 +100,7 @@ def _refuse(cfg: DictConfig, launched: bool) -> None:
         )
     devices = 1 if cfg.get("trainer") is None else cfg.trainer.get("devices", 1)
     if devices not in (1, "1") and (launched or cfg.shard is None):
-        raise ValueError(
-            f"a shard is one process, and trainer.devices is {devices}: give trainer.devices=1, more shards="
-        )
+        raise ValueError(f"trainer.devices={devices}: a shard is one process; give trainer.devices=1, and more shards=")
 
 
 def _request(cfg: DictConfig) -> Any:

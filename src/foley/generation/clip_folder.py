@@ -229,6 +229,11 @@ def _settings_of(sidecar: Path) -> dict[str, Any]:
         return dict(made["settings"])
 
 
+def tells_of_clips(name: str) -> bool:
+    """Whether a file says which clips are there, and of which request: the record, and the JSON of a clip."""
+    return name.endswith(".json")
+
+
 def _clip_files(directory: Path) -> list[Path]:
     """What `Generation.write_clip` and the page have written of clips, by their names."""
     folders = [directory, *_subfolders(directory)]
