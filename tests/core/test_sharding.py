@@ -6,9 +6,15 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import soundfile
 
 from foley.core.remote import find_files, hash_of, local_file, local_folder, read_bytes, url_of
 from foley.core.sharding import Shard, ShardNotes
+from foley.data.audio import AudioError, read_audio
+from foley.data.manifest import read_manifest
+from foley.data.preparation import AudioFolder
+from foley.metrics.features import scan_directory
+from foley.metrics.references import read_clips
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -85,3 +91,19 @@ def test_inputs_are_fetched_as_they_are_now(tmp_path, monkeypatch):
     assert hash_of(path) == hash_of(local_file(path))
     assert not local_file(Path(url) / "absent").is_file()
     assert local_file(f"file://{tmp_path}/x") == tmp_path / "x"
+
+
+def test_recordings_and_their_table_may_lie_at_a_url(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOLEY_CACHE", str(tmp_path / "cache"))
+    files, url = fsspec.filesystem("memory"), f"memory://sounds{tmp_path}"
+    soundfile.write(tmp_path / "a.wav", np.linspace(-0.5, 0.5, 800), 8000)
+    (tmp_path / "rows.jsonl").write_text('{"path": "a.wav", "caption": "a"}\n{"path": "b.wav", "caption": "b"}\n')
+    for name in ("a.wav", "rows.jsonl"):
+        files.pipe(f"/sounds{tmp_path}/{name}", (tmp_path / name).read_bytes())
+    first, second = read_manifest(f"{url}/rows.jsonl")
+    assert np.array_equal(read_audio(first.path, 8000), read_audio(tmp_path / "a.wav", 8000))
+    with pytest.raises(AudioError, match=r"b\.wav: the file does not exist"):
+        read_audio(second.path, 8000)
+    (clip,) = scan_directory(Path(url))
+    assert (clip.id, read_clips(url)[0].path) == ("a", first.path)
+    assert AudioFolder(Path(url)).find(["a"]) == "a.wav"

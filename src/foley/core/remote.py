@@ -117,8 +117,9 @@ def local_folder(output: str, wanted: Callable[[str], bool] = lambda name: True)
     Args:
         wanted: which of the files at the URL the block looks at, by their names from the folder on.
     """
-    if url_of(output) is None:
-        yield Path(output)
+    filesystem, root = filesystem_of(url_of(output) or output, os.getpid())
+    if isinstance(filesystem, LocalFileSystem):
+        yield Path(output if url_of(output) is None else root)
         return
     with TemporaryDirectory() as name:
         mirror, ended = _Mirror(output, Path(name)), Event()

@@ -13,6 +13,7 @@ from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, json_lines, write_json
 from foley.core.logs import get_logger
 from foley.core.reading import parse_json
+from foley.core.remote import find_files, url_of
 from foley.core.seeding import derive_seed
 from foley.core.sharding import ALL, Shard
 from foley.data.audio import AudioError, open_audio, read_audio
@@ -31,17 +32,13 @@ class AudioFolder:
     """An index of everything that can be read as audio under `root`; it keeps file names only."""
 
     def __init__(self, root: Path) -> None:
-        if not root.is_dir():
+        if url_of(root) is None and not root.is_dir():
             raise NotADirectoryError(f"{root} is no folder: give the folder of the audio as audio_dir")
         self.root = root
         self._by_stem: defaultdict[str, list[str]] = defaultdict(list)
-        for folder, folders, files in os.walk(root, followlinks=True):
-            folders.sort()
-            relative = Path(folder).relative_to(root)
-            for file in sorted(files):
-                path = PurePosixPath(relative, file)
-                if path.suffix.lower() in AUDIO_SUFFIXES:
-                    self._by_stem[path.stem].append(str(path))
+        for path in _names_below(root):
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                self._by_stem[path.stem].append(str(path))
 
     def __len__(self) -> int:
         return sum(map(len, self._by_stem.values()))
@@ -67,6 +64,16 @@ class AudioFolder:
             if found:
                 return found[0]
         raise AudioFolderError(f"no audio file is named {' or '.join(map(repr, names))}")
+
+
+def _names_below(root: Path) -> Iterator[PurePosixPath]:
+    """Every file below `root`, relative to it; links to folders are followed, as people keep audio on other disks."""
+    if url_of(root) is not None:
+        yield from (PurePosixPath(path.relative_to(root)) for path in sorted(find_files(root)))
+        return
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        yield from (PurePosixPath(Path(folder).relative_to(root), file) for file in sorted(files))
 
 
 def _lies_in(path: str, folders: list[str]) -> bool:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, write_tensors
-from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.numbers import SHARE
 from foley.core.reading import DamagedFileError, read_json, reading
+from foley.core.remote import find_files, hash_of, is_file, local_file
 from foley.metrics.preprocessing import Preprocessing
 from foley.metrics.protocols import EvaluationProtocol
 
@@ -78,9 +78,7 @@ def scan_directory(directory: Path) -> list[ClipFile]:
 
     Raises FileNotFoundError where there is no folder, or no audio in it, and ValueError for a sidecar that is none.
     """
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} {'is a file, not a folder' if directory.exists() else 'does not exist'}")
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in find_files(directory) if not path.name.startswith("."))
     paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | _OTHER_SOUND]
     if not paths:
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
@@ -98,9 +96,9 @@ def _count_suffixes(paths: Iterable[Path]) -> Counter[str]:
 
 def _read_clip(path: Path) -> ClipFile:
     sidecar = path.with_suffix(".json")
-    if not sidecar.is_file():
+    if not is_file(sidecar):
         return ClipFile(path, path.stem)
-    fields = read_json(sidecar, "the sidecar of a clip", "repair or remove it")
+    fields = read_json(local_file(sidecar), "the sidecar of a clip", "repair or remove it")
     if not isinstance(fields, dict):
         raise DamagedFileError(f"{sidecar} is not the sidecar of a clip: it holds no object; repair or remove it")
     id, label, prompt = (_text(fields, name, sidecar) for name in ("id", "label", "prompt"))
@@ -368,7 +366,7 @@ def _extracted(
 ) -> tuple[list[str], dict[str, Row], dict[str, str]]:
     """The hash of each file, and by it the row, or why there is none."""
     cache = FeatureCache(cache_directory, protocol)
-    hashes = [hash_file(clip.path) for clip in clips]
+    hashes = [hash_of(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
     missing = {key: clip.path for key, clip in zip(hashes, clips, strict=True) if key not in rows}
     first = f" ({clips[0].path}, ...)" if clips else ""  # tells samples and reference apart
