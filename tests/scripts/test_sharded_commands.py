@@ -46,7 +46,7 @@ def sounds(tmp_path_factory):
 
 def of_filter(sounds):
     given = [f"manifest={sounds}/clips.jsonl", f"audio_dir={sounds}", f"scorer.name={sounds}/clap", "threshold=-1"]
-    return "script/filter_clap", [*given, "+trainer.enable_progress_bar=false"], "out"
+    return "script/filter_clap", [*given, f"paths.output_dir={sounds}", "+trainer.enable_progress_bar=false"], "out"
 
 
 def of_encode(sounds):
@@ -59,11 +59,9 @@ def of_encode_text(sounds):
     return "script/encode_text", [f"captions={sounds}/clips.jsonl", *text], "output_dir"
 
 
-
-
 def of_caption(sounds):
     given = [f"manifest={sounds}/clips.jsonl", f"annotations_dir={sounds}", "captioner=autoacd"]
-    return "script/caption", [*given, "+trainer.enable_progress_bar=false"], "out"
+    return "script/caption", [*given, f"paths.output_dir={sounds}", "+trainer.enable_progress_bar=false"], "out"
 
 
 def of_sample(sounds):
@@ -104,7 +102,9 @@ def assert_same(name, one, other):
             np.testing.assert_allclose(*audio, rtol=0, atol=4 / 2**15)
         assert (Path(other) / "index.html").is_file()
     elif name == "evaluate":
-        first, second = (json.loads((Path(folder) / "evaluation.json").read_text())[0] for folder in (one, other))
+        first, second = (
+            json.loads((Path(folder) / "evaluation.json").read_text())["embedded"] for folder in (one, other)
+        )
         assert first["n_generated"] == second["n_generated"] == len(CAPTIONS)
         values = [{key: score["value"] for key, score in found["scores"].items()} for found in (first, second)]
         assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3)  # of features that are rounded otherwise
@@ -175,14 +175,14 @@ def test_a_shard_that_fails_is_named_and_done_again_alone(sounds, tmp_path):
     given = [word for word in given if not word.startswith("manifest=")] + [f"manifest={broken}"]
     out = tmp_path / "out"
     out.mkdir()
-    (out / "results-rank0001.jsonl").mkdir()  # nothing can be appended to it: as if its disk had failed
+    (out / "faults-rank0001.jsonl").mkdir()  # which is no file to begin anew: as if its disk had failed
     words = command_line(name, given, f"out={out}", "launcher=local", "shards=2")
     failed = run(words)
     assert failed.returncode == 1
     assert "1 of 2 shards failed, 1; what they made so far is kept" in failed.stderr
     assert "shards=2" in failed.stderr.splitlines()[-2] + failed.stderr.splitlines()[-1]
     assert not (out / "manifest.jsonl").exists()
-    (out / "results-rank0001.jsonl").rmdir()
+    (out / "faults-rank0001.jsonl").rmdir()
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 shards are done already; 1 to do" in done.stdout + done.stderr
