@@ -294,7 +294,9 @@ def write_pages(size: int, folder: Path) -> Any:
     def never(clips: Any) -> Any:
         raise RuntimeError(f"{len(clips)} clips are not there")
 
-    return _test_set(size, folder).fill(never, launch_processes(None), 8)
+    clips, processes = _test_set(size, folder), launch_processes(None)
+    clips.fill(never, processes, 8)
+    return clips.write_pages(processes)
 
 
 def merge_calibrations(size: int, folder: Path) -> Any:

@@ -102,7 +102,7 @@ def test_ranks_that_a_task_starts_repeat_what_was_typed(run):
     [
         ("pagee=x", "pagee=: there is no such option; did you mean page=?"),
         ("quite_another=1", "quite_another=: there is no such option; --help lists the options"),
-        ("+launcher=nope", "launcher=nope: there is no such choice; there are local, slurm"),
+        ("+launcher=nope", "launcher=nope: there is no such choice; there are local, none, slurm"),
         ("a dog barks", "a dog barks: options are key=value"),
         ("hydra.job.num=1,2", "hydra.job.num=1,2: add -m to sweep over these values, or give a list"),
         ("--config-name=nope", "--config-name=nope: there is no such choice"),

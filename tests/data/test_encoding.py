@@ -24,6 +24,7 @@ from torch import nn
 from foley.core.config import PROJECT_ROOT
 from foley.core.locks import FolderInUseError
 from foley.core.seeding import torch_generator
+from foley.core.sharding import Shard
 from foley.data import latent_folder
 from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, AudioItem, DataFaultError, clip_name
@@ -178,11 +179,11 @@ def test_a_fault_while_files_are_written_loses_nothing_that_was_finished(tmp_pat
 
 def test_parts_of_any_number_complete_one_cache_and_the_last_of_them_merges(tmp_path, undisturbed):
     cache = tmp_path / "cache"
-    assert [encode(cache, options=replace(SMALL, part=part, parts=3)) for part in (2, 0)] == [False, False]
+    assert [encode(cache, options=replace(SMALL, share=Shard(part, 3))) for part in (2, 0)] == [False, False]
     assert not (cache / "index.json").exists()
     codec = Codec()
-    assert not encode(cache, options=replace(SMALL, part=0, parts=2), codec=codec)
-    assert encode(cache, options=replace(SMALL, part=1, parts=2), codec=codec)
+    assert not encode(cache, options=replace(SMALL, share=Shard(0, 2)), codec=codec)
+    assert encode(cache, options=replace(SMALL, share=Shard(1, 2)), codec=codec)
     assert codec.seen.total() == 11
     assert_same(cache, undisturbed)
     ranks = {path.name.split("-")[1] for path in cache.glob("latents-*")}
@@ -232,7 +233,7 @@ def test_what_clips_are_is_said_of_all_processes(tmp_path, caplog):
 
 def test_processes_share_what_is_left_evenly(tmp_path, undisturbed):
     cache, codecs, said = tmp_path / "cache", [Codec(), Codec()], [None, None]
-    encode(cache, options=replace(SMALL, part=0, parts=3))
+    encode(cache, options=replace(SMALL, share=Shard(0, 3)))
     ranks = Ranks(2)
 
     def run(rank):
@@ -255,11 +256,11 @@ def test_loader_processes_change_nothing(tmp_path, undisturbed):
 
 def test_a_clip_that_two_ranks_have_encoded_is_in_once(tmp_path, undisturbed):
     cache, other = tmp_path / "cache", tmp_path / "other"
-    encode(cache, options=replace(SMALL, part=0, parts=2))
+    encode(cache, options=replace(SMALL, share=Shard(0, 2)))
     encode(other, options=replace(SMALL, batch_size=3, shard_megabytes=1))
     (shard,) = other.glob("latents-*")
     (cache / "latents-00007-00000.safetensors").write_bytes(shard.read_bytes())
-    assert encode(cache, options=replace(SMALL, part=1, parts=2))
+    assert encode(cache, options=replace(SMALL, share=Shard(1, 2)))
     assert_same(cache, undisturbed)
 
 
@@ -309,9 +310,9 @@ def test_too_many_clips_of_no_use_end_it_and_what_was_encoded_stays(tmp_path):
 
 def test_each_part_may_lose_few_and_all_of_them_too_many(tmp_path):
     clips = Clips(names(30), {name: AudioError(name, "is faulty") for name in names(16, 14)})
-    assert not encode(tmp_path / "cache", clips, replace(SMALL, part=0, parts=2))
+    assert not encode(tmp_path / "cache", clips, replace(SMALL, share=Shard(0, 2)))
     with pytest.raises(DataFaultError, match="16 of 30 clips"):
-        encode(tmp_path / "cache", clips, replace(SMALL, part=1, parts=2))
+        encode(tmp_path / "cache", clips, replace(SMALL, share=Shard(1, 2)))
     assert not (tmp_path / "cache/index.json").exists()
 
 
@@ -400,8 +401,8 @@ def test_a_second_process_of_the_same_part_is_refused(tmp_path):
 
 def test_any_url_takes_a_cache(undisturbed):
     url = "memory://encoding/cache"
-    assert not encode(url, options=replace(SMALL, part=0, parts=2))
-    assert encode(url, options=replace(SMALL, part=1, parts=2))
+    assert not encode(url, options=replace(SMALL, share=Shard(0, 2)))
+    assert encode(url, options=replace(SMALL, share=Shard(1, 2)))
     assert_same(url, undisturbed)
     files = {Path(path).name for path in fsspec.filesystem("memory").ls("/encoding/cache", detail=False)}
     assert {"request.json", "index.json", "clips.safetensors", "left_out.jsonl"} < files
@@ -464,10 +465,8 @@ def test_the_codec_runs_in_the_precision_asked_for(tmp_path, precision, seen):
         ({"windows": "some"}, "windows=some: give first or all"),
         ({"store": "std"}, "store=std: give mean_std or mean or sample"),
         ({"precision": "int8"}, "precision=int8"),
-        ({"part": 3, "parts": 3}, "part=3: give a whole number >= 0 and <= 2"),
-        ({"parts": 0}, "parts=0"),
         ({"shard_minutes": 0}, "shard_minutes=0"),
-        ({"overwrite": True, "parts": 2}, "overwrite=true with parts>1"),
+        ({"overwrite": True, "share": Shard(0, 2)}, "overwrite=true with shards>1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

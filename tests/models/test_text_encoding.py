@@ -8,6 +8,7 @@ from tiny_t5 import DIM, save_t5
 
 from foley.core.columns import Texts
 from foley.core.embeddings import EmbeddingStore, TextStoreError, is_finished, shard_names
+from foley.core.sharding import Shard
 from foley.models.text import FrozenT5Conditioner, SmallTextEncoder, StoredText, TextEmbedding, encoder_identity, kept
 from foley.models.text.encoding import encode_texts
 
@@ -54,9 +55,9 @@ def test_ranks_share_the_captions_and_the_last_one_writes_the_index(text, config
     original = text.encode
     monkeypatch.setattr(text, "encode", lambda prompts: counts.append(len(prompts)) or original(prompts))
     for rank in (2, 0):
-        assert encode_texts(text, config, CAPTIONS, str(tmp_path), rank=rank, world_size=3) is None
+        assert encode_texts(text, config, CAPTIONS, str(tmp_path), share=Shard(rank, 3)) is None
         assert not is_finished(tmp_path)
-    store = encode_texts(text, config, CAPTIONS, str(tmp_path), rank=1, world_size=3)
+    store = encode_texts(text, config, CAPTIONS, str(tmp_path), share=Shard(1, 3))
     assert sum(counts) == len(store) == 6
 
 
@@ -77,7 +78,7 @@ def test_a_run_that_was_killed_goes_on_with_what_is_missing(text, config, tmp_pa
     done = len(shard_names(str(tmp_path)))
     assert done >= 2  # the shard that was being written may be lost, or not
     monkeypatch.setattr(text, "encode", lambda prompts: calls.append(prompts) or original(prompts))
-    store = encode_texts(text, config, CAPTIONS, str(tmp_path), batch_size=1, rank=0, world_size=1)
+    store = encode_texts(text, config, CAPTIONS, str(tmp_path), batch_size=1)
     assert len(store) == 6
     assert len(calls) == 3 + 6 - done
 

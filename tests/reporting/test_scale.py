@@ -2,7 +2,7 @@
 
 import pytest
 
-from foley.reporting.scale import TrainingPlan, grows_too_fast, growth_exponent
+from foley.reporting.scale import DataStage, TrainingPlan, grows_too_fast, growth_exponent
 
 PLAN = TrainingPlan(
     clips=1000,
@@ -49,3 +49,11 @@ def test_hours_and_rates_follow_from_the_share_of_the_peak():
     assert PLAN.clips_per_second(0.5) == pytest.approx(10 / seconds)
     assert PLAN.read_bytes_per_second(0.5, 1) == pytest.approx(10 / seconds * (128_000 + 102_400))
     assert PLAN.step_seconds(0.25) == pytest.approx(2 * seconds)
+
+
+def test_a_stage_of_data_takes_as_long_as_the_slower_of_its_two_sides():
+    stage = DataStage("latents", "encode", flops=4e11, processor_seconds=0.12, clip_bytes=256_000)
+    assert stage.limit(cores=12, flops_per_second=1e13) == "GPUs"
+    assert stage.hours(900_000, 8, 12, 1e13) == pytest.approx(900_000 * 0.04 / 8 / 3600)
+    assert stage.limit(cores=2, flops_per_second=1e13) == "processors"
+    assert stage.hours(900_000, 8, 2, 1e13) == pytest.approx(900_000 * 0.06 / 8 / 3600)

@@ -64,3 +64,17 @@ def test_memory_is_what_is_kept_and_what_was_needed(scale, tmp_path) -> None:
     cost = scale.apart(60.0, scale.measure, work, 64 << 20, tmp_path)
     assert 62 < cost["private_mib"] < 72
     assert cost["peak_mib"] > 240
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_data_set_follows_from_what_was_measured(tmp_path: Path) -> None:
+    results = PROJECT_ROOT / "docs" / "results"
+    shutil.copytree(results / "templates", tmp_path / "templates")
+    shutil.copytree(results / "scale", tmp_path / "scale")
+    run_command("bench/data_plan", "clips=1000000", "readings=1", f"page={tmp_path / 'scale.md'}")
+    stages = {row["command"]: row for row in json.loads((tmp_path / "scale/data_plan.json").read_text())["stages"]}
+    assert stages["encode"]["gigabytes"] == 256.0  # 2 * 128 channels * 500 frames, two bytes each
+    assert stages["caption"]["flops"] == 2 * 8.2e9 * 290
+    assert stages["encode-text"]["flops"] == 2 * 24 * (4 * 2048**2 + 3 * 2048 * 5120) * 25
+    assert stages["encode"]["gpu_hours"] == pytest.approx(stages["encode"]["flops"] * 1e6 / (0.15 * 312e12) / 3600)
+    assert "latents, mean and deviation" in (tmp_path / "scale.md").read_text()

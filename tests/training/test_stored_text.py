@@ -269,7 +269,7 @@ def test_the_command_encodes_the_captions_of_a_cache(cache, t5, tmp_path: Path) 
     places = [f"captions={cache}", f"text.name_or_path={t5}", f"output_dir={tmp_path}", "prompts=[thunder]"]
     for part in (1, 0):
         run_command(
-            "script/encode_text", "text=t5_base", "text.dim=16", *places, "device=cpu", "parts=2", f"part={part}"
+            "script/encode_text", "text=t5_base", "text.dim=16", *places, "device=cpu", "shards=2", f"shard={part}"
         )
     store = EmbeddingStore.open(tmp_path)
     assert len(store) == len(CAPTIONS) + CLIPS + 2  # and the empty one

@@ -160,7 +160,7 @@ def _groups(source: _Source, defaults: yaml.Node, folder: Path) -> Iterator[Opti
     """The entries of a defaults list that carry words; a group without a slash may lie beside the config."""
     for key, value in (pair for entry in defaults.value for pair in _pairs(entry)):
         if words := source.words(key, value):
-            named = key.value.removeprefix("optional ")
+            named = key.value.removeprefix("optional ").removeprefix("override ")
             name = named.lstrip("/")
             beside = CONFIG_DIR if named != name else folder
             yield Option(name, words, source.default(value), choices_of(name.partition("@")[0], beside))
@@ -172,8 +172,9 @@ def _shared(defaults: yaml.Node) -> Iterator[Option]:
         group, _, package = key.value.partition("@")
         if group == "/options":
             prefix = "" if package == "_global_" else f"{package}."
-            for option in read_page(f"options/{value.value}").options:
-                yield replace(option, name=prefix + option.name)
+            for file in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                for option in read_page(f"options/{file.value}").options:
+                    yield replace(option, name=prefix + option.name)
 
 
 def choices_of(group: str, beside: Path = CONFIG_DIR) -> tuple[str, ...]:

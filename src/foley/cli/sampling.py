@@ -42,6 +42,7 @@ _log = get_logger(__name__)
 
 # What may differ between two runs that make the clips of one folder: it changes no clip.
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
+_INCIDENTAL |= {"shards", "shard", "merge", "gpus_per_job"}
 _INCIDENTAL |= {"cuda_graphs", "overwrite", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
@@ -64,6 +65,8 @@ def requested_clips(cfg: DictConfig) -> list[Clip]:
     warn_without_effect(cfg, typed_options())
     if cfg.trainer is not None and cfg.prompts is None:
         raise ValueError("trainer= shares out the prompts of a file: give prompts=FILE, or leave it out")
+    if cfg.shards != 1 and cfg.prompts is None:
+        raise ValueError(f"shards={cfg.shards} shares out the prompts of a file: give prompts=FILE, or leave it out")
     if cfg.features is not None:
         return _clips_of_features(cfg)
     if asks_for_nothing(cfg):

@@ -147,6 +147,15 @@ def run_folder(kind: str) -> str:
     return str(PROJECT_ROOT / "outputs" / kind / "_".join(_run_stamp()))
 
 
+def log_folder(output: str, kind: str) -> str:
+    """Where the log of a command lies: in its output folder, or in one of a new run where that is a URL.
+
+    >>> log_folder("data/qwen", "caption")
+    'data/qwen'
+    """
+    return run_folder(kind) if "://" in str(output) else str(output)
+
+
 def _run_stamp() -> tuple[str, ...]:
     job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     if job and step and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
@@ -208,6 +217,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("cpu_precision", cpu_precision, replace=True)
     # Cached: a config names one folder, wherever it says so.
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("log_folder", log_folder, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("fused_optimizer", fused_optimizer, replace=True)
     OmegaConf.register_new_resolver("on_gpu", on_gpu, replace=True)
     OmegaConf.register_new_resolver("loader_workers", loader_workers, replace=True)

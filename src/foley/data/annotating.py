@@ -1,4 +1,4 @@
-"""A result for every row of a manifest (a caption, a score), shared out over ranks by Lightning.
+"""A result for every row of a manifest (a caption, a score), shared out over shards and ranks.
 
 Each rank appends what it finds to a journal of its own, JSON lines that outlive a killed run; the next run continues at
 the clip where it ended.
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from foley.core.files import write_json
 from foley.core.reading import DamagedFileError, parse_json, read_json, reading
+from foley.core.sharding import ALL, Shard
 from foley.data.manifest import OUR_COLUMNS, ManifestOptions, checked_rows
 
 
@@ -136,8 +137,9 @@ def annotate(
     trainer: pl.Trainer,
     batch_size: int,
     options: ManifestOptions = OUR_COLUMNS,
+    shard: Shard = ALL,
 ) -> None:
-    """Let `annotator` go over every row of `manifest` that has no result in `output_dir` yet.
+    """Let `annotator` go over every row of a shard of `manifest` that has no result in `output_dir` yet.
 
     Results are appended to `results-rank*.jsonl`; rows without one are in `faults-rank*.jsonl`, with line and reason.
 
@@ -145,7 +147,7 @@ def annotate(
         ManifestError: the manifest is absent, or has a byte-order mark.
         AnnotationError: `output_dir` holds results of another identity, or a service is of no use.
     """
-    module = AnnotationModule(annotator, manifest, output_dir, batch_size, options=options)
+    module = AnnotationModule(annotator, manifest, output_dir, batch_size, options=options, shard=shard)
     trainer.predict(module, return_predictions=False)
 
 
@@ -158,16 +160,15 @@ def pending_rows(
     manifest: Path,
     output_dir: Path,
     key_fields: Sequence[str],
-    rank: int = 0,
-    world_size: int = 1,
+    shard: Shard = ALL,
     options: ManifestOptions = OUR_COLUMNS,
 ) -> Iterator[NumberedRow]:
-    """The rows without a result among those of `rank`, which are every `world_size`-th of the whole manifest.
+    """The rows without a result among those of a shard of the whole manifest.
 
-    Shares do not depend on what is finished, so ranks that start at different times share out the same rows.
+    Shards do not depend on what is finished, so those that start at different times share out the same rows.
     """
     finished = {_key(result, key_fields) for result in read_results(output_dir, key_fields)}
-    for line, row in islice(checked_rows(manifest, options), rank, None, world_size):
+    for line, row in islice(checked_rows(manifest, options), shard.number, None, shard.count):
         if isinstance(row, str):
             yield line, row
         elif _key(row, key_fields) not in finished:
@@ -189,32 +190,37 @@ class AnnotationModule(pl.LightningModule):
         batch_size: int,
         max_faults_in_a_row: int = 20,
         options: ManifestOptions = OUR_COLUMNS,
+        shard: Shard = ALL,
     ) -> None:
         super().__init__()
         self.annotator = annotator
         self.manifest, self.output_dir = manifest, output_dir
         self.batch_size = batch_size
         self.max_faults_in_a_row = max_faults_in_a_row
-        self.options = options
+        self.options, self._shard = options, shard
         self._faults_in_a_row = 0
         self._results: Journal | None = None
         self._faults: Journal | None = None
 
     def predict_dataloader(self) -> DataLoader[NumberedRow]:
         """The rows of this rank."""
-        share = (self.trainer.global_rank, self.trainer.world_size)
-        rows = _Rows(self.manifest, self.output_dir, self.annotator.key_fields, *share, self.options)
+        rows = _Rows(self.manifest, self.output_dir, self.annotator.key_fields, self.share, self.options)
         return DataLoader(rows, self.batch_size, collate_fn=list)
+
+    @property
+    def share(self) -> Shard:
+        """What this rank does."""
+        return self._shard.split(self.trainer.global_rank, self.trainer.world_size)
 
     def on_predict_start(self) -> None:
         """Refuse a folder of another identity; open this rank's files."""
         self._check_identity()
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        number, count = self.share.number, self.share.count
         for path in self.output_dir.glob(f"{FAULTS}-rank*.jsonl"):
-            if int(path.stem[-4:]) % world_size == rank:
+            if int(path.stem.rpartition("rank")[2]) % count == number:
                 path.unlink()
-        self._results, self._faults = (Journal(self.output_dir, name, rank) for name in (RESULTS, FAULTS))
-        self.annotator.start(world_size, self.device)
+        self._results, self._faults = (Journal(self.output_dir, name, number) for name in (RESULTS, FAULTS))
+        self.annotator.start(count, self.device)
 
     def predict_step(self, batch: list[NumberedRow], batch_idx: int) -> int:
         """Annotate the rows of one batch, and write before anything else happens; returns the number of results."""
@@ -274,11 +280,10 @@ class _Rows(IterableDataset[NumberedRow]):
         manifest: Path,
         output_dir: Path,
         key_fields: Sequence[str],
-        rank: int,
-        world_size: int,
+        shard: Shard,
         options: ManifestOptions,
     ) -> None:
-        self._arguments = (manifest, output_dir, key_fields, rank, world_size, options)
+        self._arguments = (manifest, output_dir, key_fields, shard, options)
 
     def __iter__(self) -> Iterator[NumberedRow]:
         return pending_rows(*self._arguments)

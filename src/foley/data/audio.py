@@ -9,6 +9,7 @@ are read in blocks until they end.
 import math
 import re
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from foley.core.channels import check_downmix, lossy_mixes, mix_down
 from foley.core.files import atomic_write
 from foley.core.rates import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, FloatArray, is_sample_rate, resample
+from foley.core.remote import read_bytes, url_of
 
 MAX_ABS_SAMPLE = 16.0
 PEAK_CEILING = 10 ** (-1 / 20)
@@ -116,20 +118,15 @@ def _blocks(file: soundfile.SoundFile, frames: int) -> Iterator[FloatArray]:
 
 def open_audio(path: Path, expected_seconds: float | None = None) -> soundfile.SoundFile:
     """The file, opened, with its header checked; raises AudioError as `read_channels` does."""
-    if not path.is_file():
-        raise AudioError(path, "the file does not exist")
-    try:
-        path.open("rb").close()  # libsndfile would only say "System error."
-    except OSError as error:
-        raise AudioError(path, f"cannot be opened ({error.strerror})") from error
-    if path.stat().st_size == 0:
+    source, num_bytes = _source(path)
+    if num_bytes == 0:
         raise AudioError(path, "is empty")
     try:
-        file = soundfile.SoundFile(path)
+        file = soundfile.SoundFile(source)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a .raw file, whose rate nothing says
         raise AudioError(path, f"cannot be decoded ({error})") from error
     try:
-        _check_header(path, file)
+        _check_header(path, file, num_bytes)
         here = file.frames / file.samplerate
         _refuse_truncated(path, here, max(expected_seconds or 0.0, here * _missing_factor(file)))
     except AudioError:
@@ -138,7 +135,23 @@ def open_audio(path: Path, expected_seconds: float | None = None) -> soundfile.S
     return file
 
 
-def _check_header(path: Path, file: soundfile.SoundFile) -> None:
+def _source(path: Path) -> tuple[Path | BytesIO, int]:
+    """What libsndfile opens, and its size in bytes: the file, or what is at the URL that the path stands for."""
+    try:
+        if url_of(path) is not None:
+            content = read_bytes(path)
+            return BytesIO(content), len(content)
+        if not path.is_file():
+            raise FileNotFoundError
+        path.open("rb").close()  # libsndfile would only say "System error."
+        return path, path.stat().st_size
+    except FileNotFoundError as error:
+        raise AudioError(path, "the file does not exist") from error
+    except OSError as error:
+        raise AudioError(path, f"cannot be opened ({error.strerror or error})") from error
+
+
+def _check_header(path: Path, file: soundfile.SoundFile, num_bytes: int) -> None:
     if file.frames == 0:
         raise AudioError(path, "holds no samples")
     if not is_sample_rate(file.samplerate):
@@ -147,7 +160,6 @@ def _check_header(path: Path, file: soundfile.SoundFile) -> None:
             f"declares a rate of {file.samplerate} Hz; recordings have between {LOWEST_RATE_HZ} and "
             f"{HIGHEST_RATE_HZ} Hz, so its header is damaged",
         )
-    num_bytes = path.stat().st_size
     if file.frames > num_bytes * _MOST_FRAMES_PER_BYTE:
         raise AudioError(path, f"declares {file.frames} samples in {num_bytes} bytes, so its header is damaged")
 

@@ -24,6 +24,7 @@ from foley.core.locks import FolderInUseError
 from foley.core.logs import first_few, get_logger
 from foley.core.numbers import COUNT, NumberRange
 from foley.core.seeding import torch_generator
+from foley.core.sharding import ALL, Shard
 from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, AudioItem, clip_name
 from foley.data.latent_folder import LatentFolder, LatentWriter, LeftOut, clip_key
@@ -77,7 +78,7 @@ class EncodingOptions:
         precision: of the codec: "float32"; on CUDA "tf32"; "bf16" by autocast.
         num_workers: loader processes that read and decode; 0 does it between batches.
         shard_megabytes, shard_minutes: a shard is written when it holds so much, or after so long.
-        part, parts: this job encodes every `parts`-th clip, from clip `part` on; jobs share nothing but the folder.
+        share: which of the clips this job encodes; jobs share nothing but the folder.
         overwrite: remove the latents that are there, and begin anew.
 
     Raises ValueError for what it cannot be.
@@ -91,8 +92,7 @@ class EncodingOptions:
     num_workers: int = 0
     shard_megabytes: float = 64.0
     shard_minutes: float = 5.0
-    part: int = 0
-    parts: int = 1
+    share: Shard = ALL
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -100,13 +100,11 @@ class EncodingOptions:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)}: give {' or '.join(known)}")
         COUNT.check("batch_size", self.batch_size)
-        COUNT.check("parts", self.parts)
-        NumberRange(least=0, most=self.parts - 1, whole=True).check("part", self.part)
         NumberRange(least=0, whole=True).check("num_workers", self.num_workers)
         for name in ("shard_megabytes", "shard_minutes"):
             NumberRange(above=0).check(name, getattr(self, name))
-        if self.overwrite and self.parts > 1:
-            raise ValueError("overwrite=true with parts>1 would remove what other jobs write: remove the folder first")
+        if self.overwrite and self.share.count > 1:
+            raise ValueError("overwrite=true with shards>1 would remove what other jobs write: remove the folder first")
 
 
 def encode_latents(
@@ -132,7 +130,7 @@ def encode_latents(
         ValueError: the clips' sample rate is not the codec's.
         DataFaultError: too many clips cannot be used; fewer are left out and counted. What was encoded stays.
         LatentCacheError: `output` holds something else, or the latents of another request.
-        FolderInUseError: another process encodes this part of `output`.
+        FolderInUseError: another process encodes this share of `output`.
     """
     _check(codec, datasets)
     folder, keys = LatentFolder(str(output)), clip_keys(datasets)
@@ -144,8 +142,8 @@ def encode_latents(
     _wait(processes)  # until all of them have looked at the same shards
     if len(todo):
         encoder = _Encoder(codec, datasets, options, torch.device(device))
-        number = rank * options.parts + options.part
-        with folder.writer(number, encoder.layout, options.shard_megabytes, options.shard_minutes) as writer:
+        share = options.share.split(rank, world_size)
+        with folder.writer(share.number, encoder.layout, options.shard_megabytes, options.shard_minutes) as writer:
             encoder.encode(todo[rank::world_size], writer, _Bar(total, total - len(todo), world_size, rank > 0))
         _report(_gathered(encoder.notes, processes))
     _wait(processes)
@@ -204,7 +202,7 @@ def _share(folder: LatentFolder, keys: NDArray[np.int64], options: EncodingOptio
     if len(encoded) and not np.isin(encoded, keys).any():
         raise LatentCacheError(f"{folder.url} holds latents of other clips; give another output_dir, or overwrite=true")
     places = np.sort(np.unique(keys, return_index=True)[1])  # a mixture may hold a clip in several
-    mine = places[options.part :: options.parts]
+    mine = options.share.of(places)
     settled = encoded
     if folder.is_merged:
         settled = np.union1d(encoded, [row.key for row in folder.left_out()])
@@ -217,7 +215,9 @@ def _complete(folder: LatentFolder, datasets: Mapping[str, AudioDataset], keys: 
     absent = set(np.setdiff1d(keys, encoded).tolist())
     left_out = [row for row in folder.left_out() if row.key in absent]
     if remaining := len(absent) - len(left_out):
-        _log.info("%d clips are still to be encoded into %s: by other parts, or again by theirs", remaining, folder.url)
+        _log.info(
+            "%d clips are still to be encoded into %s: by other shards, or by theirs", remaining, folder.url
+        )
         return False
     for split, dataset in datasets.items():
         reasons = [row.reason for row in left_out if row.split == split]
@@ -226,7 +226,7 @@ def _complete(folder: LatentFolder, datasets: Mapping[str, AudioDataset], keys: 
         try:
             folder.merge(keys)
         except FolderInUseError:
-            _log.info("the job of another part completes %s", folder.url)
+            _log.info("the job of another shard completes %s", folder.url)
             return False
     _log.info(
         "latents of %d clips are in %s, %d were left out: train with data.cache_dir=%s",

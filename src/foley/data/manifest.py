@@ -17,6 +17,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from foley.core.remote import local_file
 from foley.data.entries import Entries, Fields, ManifestEntry, chunked, joined_columns, transposed
 from foley.data.remembered import file_key, memory_file, remembered_columns
 from foley.data.tables import Row, TableError, captions_in, refuse_lines, split_name, table_rows, text_in
@@ -109,8 +110,7 @@ def read_manifest(path: Path | str, root: Path | str | None = None, options: Man
         ManifestError: whatever `table_rows` refuses, a missing column, an empty caption, a duplicate id, an unknown
             split, a path that leaves the folder; every wrong line is named (the first 20).
     """
-    path = Path(path)
-    root = Path(root) if root else path.parent
+    root, path = Path(root) if root else Path(path).parent, local_file(path)
 
     def parse() -> Entries:
         return build_entries(options.rows(path), path, root, options)

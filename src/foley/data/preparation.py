@@ -1,5 +1,6 @@
 """The audio files of a folder, found by the names that published data sets give them."""
 
+import heapq
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,10 @@ import numpy as np
 from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, json_lines, write_json
 from foley.core.logs import get_logger
+from foley.core.reading import parse_json
+from foley.core.remote import find_files, url_of
+from foley.core.seeding import derive_seed
+from foley.core.sharding import ALL, Shard
 from foley.data.audio import AudioError, open_audio, read_audio
 from foley.data.dataset import SILENCE_PEAK
 from foley.data.importers.annotations import AnnotationFile
@@ -27,17 +32,13 @@ class AudioFolder:
     """An index of everything that can be read as audio under `root`; it keeps file names only."""
 
     def __init__(self, root: Path) -> None:
-        if not root.is_dir():
+        if url_of(root) is None and not root.is_dir():
             raise NotADirectoryError(f"{root} is no folder: give the folder of the audio as audio_dir")
         self.root = root
         self._by_stem: defaultdict[str, list[str]] = defaultdict(list)
-        for folder, folders, files in os.walk(root, followlinks=True):
-            folders.sort()
-            relative = Path(folder).relative_to(root)
-            for file in sorted(files):
-                path = PurePosixPath(relative, file)
-                if path.suffix.lower() in AUDIO_SUFFIXES:
-                    self._by_stem[path.stem].append(str(path))
+        for path in _names_below(root):
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                self._by_stem[path.stem].append(str(path))
 
     def __len__(self) -> int:
         return sum(map(len, self._by_stem.values()))
@@ -63,6 +64,16 @@ class AudioFolder:
             if found:
                 return found[0]
         raise AudioFolderError(f"no audio file is named {' or '.join(map(repr, names))}")
+
+
+def _names_below(root: Path) -> Iterator[PurePosixPath]:
+    """Every file below `root`, relative to it; links to folders are followed, as people keep audio on other disks."""
+    if url_of(root) is not None:
+        yield from (PurePosixPath(path.relative_to(root)) for path in sorted(find_files(root)))
+        return
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        yield from (PurePosixPath(Path(folder).relative_to(root), file) for file in sorted(files))
 
 
 def _lies_in(path: str, folders: list[str]) -> bool:
@@ -159,32 +170,84 @@ def prepare_manifest(
         ManifestError: a whole annotation file cannot be read, or no row can be kept (the ledger says why).
     """
     folder = AudioFolder(audio_dir)
-    counted = _Summary(duration_seconds)
+    rows = (row for _, row in _checked(files, folder, decode, ALL))
+    summary = _write(rows, str(audio_dir), len(folder), output_dir, duration_seconds)
+    lossy_mixes.report()
+    return summary
+
+
+def prepare_shard(
+    files: Iterable[AnnotationFile], audio_dir: Path, output_dir: Path, shard: Shard, decode: bool = False
+) -> None:
+    """Check the rows of a shard, for `merge_shards`: those whose id has its hash, so that it meets all of an id."""
+    folder = AudioFolder(audio_dir)
+    with json_lines(_shard_file(output_dir, shard)) as write:
+        write({"audio_files": len(folder)})
+        for place, row in _checked(files, folder, decode, shard):
+            write({"place": place, "row": row})
+    lossy_mixes.report()
+
+
+def merge_shards(
+    audio_dir: Path | str, output_dir: Path, count: int, duration_seconds: float | None = None
+) -> dict[str, Any]:
+    """What `prepare_manifest` writes and gives, of the rows that all shards have checked, in their order."""
+    files = [_shard_file(output_dir, Shard(number, count)) for number in range(count)]
+    parts = [_shard_rows(file) for file in files]
+    heads = [next(part) for part in parts]
+    rows = (found["row"] for found in heapq.merge(*parts, key=lambda found: found["place"]))
+    summary = _write(rows, str(audio_dir), heads[0]["audio_files"], output_dir, duration_seconds)
+    for file in files:
+        file.unlink()
+    return summary
+
+
+def _shard_file(output_dir: Path, shard: Shard) -> Path:
+    return output_dir / f"checked-{shard.number:05d}-of-{shard.count:05d}.jsonl"
+
+
+def _shard_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            yield parse_json(line, f"{file}, line {number}", mend="remove the file, and give the command again")
+
+
+def _write(
+    rows: Iterable[Mapping[str, Any]], audio_dir: str, audio_files: int, output_dir: Path, seconds: float | None
+) -> dict[str, Any]:
+    """The manifest, the ledger and the summary of checked rows."""
+    counted = _Summary(seconds)
     with json_lines(output_dir / MANIFEST_FILE) as keep, json_lines(output_dir / LEDGER_FILE) as leave_out:
-        for row in _checked(files, folder, decode):
+        for row in rows:
             note, write = (counted.leave_out, leave_out) if "kind" in row else (counted.keep, keep)
             note(row)
             write(row)
     counted.say()
-    lossy_mixes.report()
-    summary = {"audio_dir": str(audio_dir), **counted.counts(), "audio_files": len(folder)}
+    summary = {"audio_dir": audio_dir, **counted.counts(), "audio_files": audio_files}
     write_json(output_dir / SUMMARY_FILE, summary)
     if not summary["kept"]:
         raise ManifestError(f"none of {summary['rows']} rows can be used: {output_dir / LEDGER_FILE} says why")
     return summary
 
 
-def _checked(files: Iterable[AnnotationFile], folder: AudioFolder, decode: bool) -> Iterator[dict[str, Any]]:
-    """Rows of the manifest, and of the ledger, which have a `kind`."""
+def _checked(
+    files: Iterable[AnnotationFile], folder: AudioFolder, decode: bool, shard: Shard
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Places among all rows, and rows of the manifest, or of the ledger, which have a `kind`; of a shard."""
     first_seen: dict[str, str] = {}
-    for file in files:
-        for line, fields in file.rows:
-            try:
-                yield _manifest_row(line, fields, folder, decode, first_seen, file.path.name)
-            except _LeftOutError as fault:
-                known = {} if isinstance(fields, str) else {"id": fields["id"]}
-                where = {"annotations": file.path.name, "line": line}
-                yield {**where, **known, "kind": fault.kind, "reason": str(fault)}
+    rows = ((file.path.name, line, fields) for file in files for line, fields in file.rows)
+    for place, (name, line, fields) in enumerate(rows):
+        if (place if isinstance(fields, str) else _id_hash(fields["id"])) % shard.count != shard.number:
+            continue
+        try:
+            yield place, _manifest_row(line, fields, folder, decode, first_seen, name)
+        except _LeftOutError as fault:
+            known = {} if isinstance(fields, str) else {"id": fields["id"]}
+            yield place, {"annotations": name, "line": line, **known, "kind": fault.kind, "reason": str(fault)}
+
+
+def _id_hash(id: str) -> int:
+    return derive_seed("row", id.encode(errors="replace").decode())
 
 
 def _manifest_row(

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import orjson
 
 from foley.core.reading import DamagedFileError, parse_json, whole_number
+from foley.core.remote import local_file
 
 Row = tuple[int, Mapping[str, Any] | str]
 """The line on which a row starts, with either its cells by column or what is wrong with it."""
@@ -71,6 +72,7 @@ def table_rows(
         TableError: no such file, one that cannot be decoded, another kind of file, a header that lacks a column or
             has one twice, a line that no row can be.
     """
+    path = local_file(path)
     encoding = _encoding(path, read_mark)
     suffix, head = path.suffix.lower(), _head(path, encoding)
     if _JSON_ARRAY.match(head) or (suffix == ".json" and head.lstrip().startswith("[")):

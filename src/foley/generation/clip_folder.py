@@ -23,6 +23,7 @@ from foley.core.files import sample_stem, write_json, write_text
 from foley.core.locks import only_writer
 from foley.core.logs import first_few, get_logger
 from foley.core.reading import read_json, reading
+from foley.core.sharding import ALL, NOTES_FOLDER, Shard
 from foley.generation.prompts import Clip
 from foley.generation.result import Generation
 from foley.metrics.latency import RealTimeFactor
@@ -72,15 +73,17 @@ class ClipFolder:
     request: Mapping[str, Any]
 
     @contextmanager
-    def claimed(self, fabric: Fabric, overwrite: bool) -> Iterator[None]:
+    def claimed(self, fabric: Fabric, overwrite: bool, shard: Shard = ALL) -> Iterator[None]:
         """Hold the folder as its only writer: no clips of another request are in it, or will be added to it.
 
         Args:
             overwrite: remove all clips that are there, and begin anew.
+            shard: which others write beside, each held by its own writer.
 
         Raises ValueError where it holds clips of another request, FolderInUseError where another process writes to it.
         """
-        with only_writer(self.directory, "clips") if fabric.is_global_zero else nullcontext():
+        held = self.directory / NOTES_FOLDER / f"writer-{shard.number:05d}" if shard.count > 1 else self.directory
+        with only_writer(held, "clips") if fabric.is_global_zero else nullcontext():
             if fabric.is_global_zero and overwrite:
                 remove_clips(self.directory)
             elif fabric.is_global_zero:
@@ -110,14 +113,20 @@ class ClipFolder:
             return False
         return bool(_record_of(sidecar)["settings"].get("request") != self.request_hash)
 
-    def fill(self, generate: Callable[[Sequence[Clip]], Generation], fabric: Fabric, batch_size: int) -> Path:
-        """Make this process's share of the clips that are missing; returns the page, once all processes are done.
+    def fill(
+        self,
+        generate: Callable[[Sequence[Clip]], Generation],
+        fabric: Fabric,
+        batch_size: int,
+        shard: Shard = ALL,
+    ) -> None:
+        """Make this process's share of the clips of a shard that are missing; returns once all processes are done.
 
         Raises ValueError where the folder holds clips of another request.
         """
         # One process decides for all: a look at the folder while another writes would share the clips out differently.
-        begun = self._begin() if fabric.is_global_zero else ([], set())
-        todo, flat = fabric.broadcast(begun)
+        begun = self._begin() if fabric.is_global_zero else []
+        todo = [index for index in fabric.broadcast(begun) if index % shard.count == shard.number]
         share = todo[fabric.global_rank :: fabric.world_size]
         start, of_all = time.perf_counter(), f"clips of process 1 of {fabric.world_size}"
         factors: list[RealTimeFactor] = []  # of each clip
@@ -134,8 +143,13 @@ class ClipFolder:
                 progress.update(task, advance=len(indices), rate=f"{rate:.3g} clips/s")
         fabric.barrier()
         seconds = time.perf_counter() - start
-        _log.info("%d clips made in %.1f s, %d were there already", len(todo), seconds, len(self.clips) - len(todo))
+        asked = len(shard.of(self.clips))
+        _log.info("%d clips made in %.1f s, %d were there already", len(todo), seconds, asked - len(todo))
         _log_factor(RealTimeFactor.mean(factors))
+
+    def write_pages(self, fabric: Fabric) -> Path:
+        """Show all clips, which are there; returns the first page, once all processes are done."""
+        _, flat = self._there()
         for number in range(fabric.global_rank, len(self._pages), fabric.world_size):
             self._write_page(number, flat)
         fabric.barrier()
@@ -155,11 +169,8 @@ class ClipFolder:
         """Where a clip is written; empty for the folder itself."""
         return f"{index // FOLDER_CLIPS:04d}" if len(self.clips) > FOLDER_CLIPS else ""
 
-    def _begin(self) -> tuple[list[int], set[int]]:
-        """Write the record of a new folder, or compare with that of an old one.
-
-        Returns the clips that it lacks, and those of a large set that lie in the folder itself.
-        """
+    def _begin(self) -> list[int]:
+        """Write the record of a new folder, or compare with that of an old one; returns the clips that it lacks."""
         record = self.directory / RECORD_FILE
         if record.is_file():
             begun = read_json(record, "the record of a folder of clips", "give another output_dir, or overwrite=true")
@@ -172,6 +183,11 @@ class ClipFolder:
                 )
         else:
             write_json(record, dict(self.request))
+        lacking, _ = self._there()
+        return lacking
+
+    def _there(self) -> tuple[list[int], set[int]]:
+        """The clips that the folder lacks, and those of a large set that lie in the folder itself."""
         # Every folder is listed once: to ask for each clip takes a round over the network each.
         there = {file.relative_to(self.directory) for file in _clip_files(self.directory) if file.suffix == ".json"}
         sidecars = [Path(f"{self.stem(index)}.json") for index in range(len(self.clips))]
@@ -213,6 +229,11 @@ def _record_of(sidecar: Path) -> dict[str, Any]:
     made = read_json(sidecar, what, mend)
     with reading(sidecar, what, mend):
         return {**made, "settings": dict(made["settings"])}
+
+
+def tells_of_clips(name: str) -> bool:
+    """Whether a file says which clips are there, and of which request: the record, and the JSON of a clip."""
+    return name.endswith(".json")
 
 
 def _clip_files(directory: Path) -> list[Path]:

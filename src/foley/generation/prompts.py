@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from foley.core.numbers import SEED, NumberRange
+from foley.core.remote import is_file
 from foley.core.seeding import derive_seed
 from foley.data.ordering import evenly_spaced
 from foley.data.tables import captions_in, refuse_lines, split_name, table_rows
@@ -85,7 +86,7 @@ def read_prompt_rows(path: Path, columns: PromptColumns = PromptColumns()) -> li
     A list of captions is a row for each. Raises ValueError as a manifest is refused: every wrong line is named, an id
     on two lines too; a byte-order mark is read.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"prompts={path}: there is no such file")
     prompts: list[dict[str, Any]] = []
     problems: list[str] = []

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, write_tensors
-from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.numbers import SHARE
 from foley.core.reading import DamagedFileError, read_json, reading
+from foley.core.remote import find_files, hash_of, is_file, local_file
 from foley.metrics.latency import RealTimeFactor
 from foley.metrics.preprocessing import Preprocessing
 from foley.metrics.protocols import EvaluationProtocol
@@ -80,9 +80,7 @@ def scan_directory(directory: Path) -> list[ClipFile]:
 
     Raises FileNotFoundError where there is no folder, or no audio in it, and ValueError for a sidecar that is none.
     """
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} {'is a file, not a folder' if directory.exists() else 'does not exist'}")
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in find_files(directory) if not path.name.startswith("."))
     paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | _OTHER_SOUND]
     if not paths:
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
@@ -100,9 +98,9 @@ def _count_suffixes(paths: Iterable[Path]) -> Counter[str]:
 
 def _read_clip(path: Path) -> ClipFile:
     sidecar = path.with_suffix(".json")
-    if not sidecar.is_file():
+    if not is_file(sidecar):
         return ClipFile(path, path.stem)
-    fields = read_json(sidecar, "the sidecar of a clip", "repair or remove it")
+    fields = read_json(local_file(sidecar), "the sidecar of a clip", "repair or remove it")
     if not isinstance(fields, dict):
         raise DamagedFileError(f"{sidecar} is not the sidecar of a clip: it holds no object; repair or remove it")
     id, label, prompt = (_text(fields, name, sidecar) for name in ("id", "label", "prompt"))
@@ -344,8 +342,33 @@ def extract_files(
     than `max_faulty_share` of all, and ValueError for a share that is none.
     """
     SHARE.check("max_faulty_share", max_faulty_share)
+    hashes, rows, reasons = _extracted(clips, protocol, load, cache_directory)
+    faulty = {clip.id: reasons[key] for clip, key in zip(clips, hashes, strict=True) if key in reasons}
+    _check_faulty(faulty, len(clips), max_faulty_share)
+    kept = [(clip, rows[key]) for clip, key in zip(clips, hashes, strict=True) if key in rows]
+    return _pack(
+        (row for _, row in kept),
+        [clip.id for clip, _ in kept],
+        [clip.label for clip, _ in kept],
+        [clip.caption for clip, _ in kept],
+        (clip.path for clip, _ in kept),
+        faulty,
+    )
+
+
+def keep_features(
+    clips: Sequence[ClipFile], protocol: EvaluationProtocol, load: AudioLoader, cache_directory: Path
+) -> None:
+    """Put the features of audio files that lack them into the cache; whoever takes them from it counts faults."""
+    _extracted(clips, protocol, load, cache_directory)
+
+
+def _extracted(
+    clips: Sequence[ClipFile], protocol: EvaluationProtocol, load: AudioLoader, cache_directory: Path | None
+) -> tuple[list[str], dict[str, Row], dict[str, str]]:
+    """The hash of each file, and by it the row, or why there is none."""
     cache = FeatureCache(cache_directory, protocol)
-    hashes = [hash_file(clip.path) for clip in clips]
+    hashes = [hash_of(clip.path) for clip in clips]
     rows = {key: row for key in set(hashes) if (row := cache.load(key)) is not None}
     missing = {key: clip.path for key, clip in zip(hashes, clips, strict=True) if key not in rows}
     first = f" ({clips[0].path}, ...)" if clips else ""  # tells samples and reference apart
@@ -368,17 +391,7 @@ def extract_files(
     for saved in saving:
         saved.result()
     lossy_mixes.report()
-    faulty = {clip.id: reasons[key] for clip, key in zip(clips, hashes, strict=True) if key in reasons}
-    _check_faulty(faulty, len(clips), max_faulty_share)
-    kept = [(clip, rows[key]) for clip, key in zip(clips, hashes, strict=True) if key in rows]
-    return _pack(
-        (row for _, row in kept),
-        [clip.id for clip, _ in kept],
-        [clip.label for clip, _ in kept],
-        [clip.caption for clip, _ in kept],
-        (clip.path for clip, _ in kept),
-        faulty,
-    )
+    return hashes, rows, reasons
 
 
 def _prepare_file(path: Path, load: AudioLoader, protocol: EvaluationProtocol) -> _Input | str:

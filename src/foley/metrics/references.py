@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from foley.core.remote import is_file, url_of
 from foley.data.audio import AudioError, open_audio
 from foley.data.manifest import OUR_COLUMNS, ManifestOptions
 from foley.data.splits import entries_of_split
@@ -27,11 +28,11 @@ def read_clips(
     Raises what `scan_directory` and `read_manifest` raise, FileNotFoundError where clips are not there, and ValueError
     where the split has none.
     """
-    if Path(path).is_dir():
+    if Path(path).is_dir() or (url_of(path) is not None and not is_file(Path(path))):
         return scan_directory(Path(path))
     entries = entries_of_split(path, split, audio_dir, options, val_fraction)
     clips = [ClipFile(entry.path, entry.id, entry.label or None, entry.caption) for entry in entries]
-    if absent := [str(clip.path) for clip in clips if not clip.path.is_file()]:
+    if absent := [str(clip.path) for clip in clips if not is_file(clip.path)]:
         raise FileNotFoundError(f"{len(absent)} of {len(clips)} clips do not exist ({absent[0]}, ...); give audio_dir=")
     return clips
 

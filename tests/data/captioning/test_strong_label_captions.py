@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from pytorch_lightning import Trainer
 
 from foley.core.config import PROJECT_ROOT
+from foley.core.sharding import Shard
 from foley.data.annotating import AnnotationError, annotate, pending_rows, read_results
 from foley.data.captioning.answers import write_captioned_manifest
 from foley.data.captioning.endpoint import ChatEndpoint, Prices, estimate_cost
@@ -110,7 +111,7 @@ def test_a_service_that_fails_at_every_row_ends_the_run(captioner, strong_manife
 def test_ranks_share_out_every_row_once_whatever_is_finished(strong_manifest, tmp_path):
     manifest = strong_manifest(7)
     (tmp_path / "results-rank0004.jsonl").write_text('{"id": "clip3"}\n')
-    shares = [[row["id"] for _, row in pending_rows(manifest, tmp_path, ("id",), rank, 3)] for rank in range(3)]
+    shares = [[row["id"] for _, row in pending_rows(manifest, tmp_path, ("id",), Shard(rank, 3))] for rank in range(3)]
     assert shares == [["clip0", "clip6"], ["clip1", "clip4"], ["clip2", "clip5"]]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from foley.core.remote import local_file
 from foley.data.entries import Entries
 from foley.data.manifest import ManifestOptions, build_entries, build_entry
 from foley.data.tables import Row, csv_rows
@@ -24,7 +25,7 @@ class AnnotationFile:
 def split_files(annotations: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
     """Split and path of each file given as `{split: path}`; a split may end in digits, so that it has several."""
     for split, path in annotations.items():
-        yield split.rstrip("0123456789"), Path(path)
+        yield split.rstrip("0123456789"), local_file(path)
 
 
 def absent(path: Path) -> AnnotationFile:
@@ -51,7 +52,7 @@ def own_table(table: str, license: str = "", **options: Any) -> Iterator[Annotat
         license: of rows that name none.
         options: of `ManifestOptions`.
     """
-    path, columns = Path(table), ManifestOptions(**options)
+    path, columns = local_file(table), ManifestOptions(**options)
 
     def build(line: int, row: Mapping[str, Any]) -> dict[str, Any]:
         entry, name = build_entry(line, row, path.parent, columns), PurePosixPath(str(row["path"]).strip())

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from foley.core.reading import DamagedFileError, read_json
+from foley.core.remote import local_file
 from foley.data.importers.annotations import AnnotationFile, absent, read_rows, single_spaced, split_files
 from foley.data.tables import Row, TableError, csv_rows
 
@@ -52,6 +53,7 @@ def _clotho_rows(
 
 def _clotho_metadata(path: Path) -> dict[str, dict[str, str]]:
     """By file name; a row that cannot be read leaves its clip without metadata, never without captions."""
+    path = local_file(path)
     if not path.is_file():
         return {}
     columns = ("file_name", "sound_link", "manufacturer", "license")
@@ -146,6 +148,7 @@ def song_describer(
 
 def read_licenses(path: Path) -> dict[str, tuple[str, str]]:
     """Title with author, and licence, by track; blocks of three lines (path, title, licence) between empty ones."""
+    path = local_file(path)
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")

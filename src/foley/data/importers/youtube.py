@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from foley.core.remote import local_file
 from foley.data.events import Event, describe_events
 from foley.data.importers.annotations import (
     AnnotationFile,
@@ -139,7 +140,7 @@ def audioset(
     Raises:
         TableError: none of `class_names` exists.
     """
-    display = _display_names([Path(path) for path in class_names])
+    display = _display_names([local_file(path) for path in class_names])
 
     def about(split: str, clip: dict[str, Any]) -> dict[str, Any]:
         return {"split": split, "source": f"AudioSet, https://youtu.be/{clip['youtube_id']}", "license": license}

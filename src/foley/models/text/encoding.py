@@ -21,6 +21,7 @@ from foley.core.embeddings import (
     write_shard,
 )
 from foley.core.logs import get_logger
+from foley.core.sharding import ALL, Shard
 from foley.models.text.base import TextConditioner
 from foley.models.text.kept import encoder_identity, require_encoder
 
@@ -36,8 +37,7 @@ def encode_texts(
     texts: Texts,
     url: str,
     batch_size: int = 64,
-    rank: int = 0,
-    world_size: int = 1,
+    share: Shard = ALL,
     shard_bytes: int = SHARD_BYTES,
 ) -> EmbeddingStore | None:
     """Encode what the store at `url` lacks of `texts` and of the empty prompt, as bfloat16.
@@ -50,7 +50,7 @@ def encode_texts(
         config: its plain config, by which training knows the store.
         texts: captions, in any order, as often as they occur.
         batch_size: texts of similar length that are encoded together.
-        rank, world_size: encodes the texts whose hash is `rank` modulo `world_size`.
+        share: which of the texts this process encodes, by their hash.
         shard_bytes: of embeddings in a file.
 
     Returns the finished store, or None where other ranks still have texts to encode.
@@ -67,7 +67,7 @@ def encode_texts(
     keys, texts = _distinct(Texts.join([texts, Texts.of([""])]))
     found = EmbeddingStore.scan(url, identity)
     absent = found.find(keys) < 0
-    own = np.flatnonzero(absent & (keys[:, 0] % world_size == rank))
+    own = np.flatnonzero(absent & (keys[:, 0] % share.count == share.number))
     _log.info("%d distinct captions; %d embeddings are in %s; %d are made here", len(keys), len(found), url, len(own))
     _encode(text, texts.take(own), keys[own], url, identity, batch_size, shard_bytes)
     if absent.any() or store is None:
