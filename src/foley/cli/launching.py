@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
@@ -129,7 +129,7 @@ class ShardJob:
         """None, or in words why it failed; the traceback is in the job's log."""
         os.environ.update(self.environment)
         setup_globals()
-        HydraConfig.instance().cfg = self.hydra
+        HydraConfig.instance().cfg = cast(Any, self.hydra)
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
         try:
             runpy.run_path(self.script)["main"](self.cfg)

@@ -215,9 +215,7 @@ def _complete(folder: LatentFolder, datasets: Mapping[str, AudioDataset], keys: 
     absent = set(np.setdiff1d(keys, encoded).tolist())
     left_out = [row for row in folder.left_out() if row.key in absent]
     if remaining := len(absent) - len(left_out):
-        _log.info(
-            "%d clips are still to be encoded into %s: by other shards, or by theirs", remaining, folder.url
-        )
+        _log.info("%d clips are still to be encoded into %s: by other shards, or by theirs", remaining, folder.url)
         return False
     for split, dataset in datasets.items():
         reasons = [row.reason for row in left_out if row.split == split]

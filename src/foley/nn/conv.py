@@ -54,8 +54,9 @@ def up_conv(in_channels: int, out_channels: int, stride: int) -> nn.ConvTranspos
     """The transposed counterpart of `down_conv`: multiplies the length by `stride`."""
     check_stride(stride)
     # Of an odd stride the padding cuts off one sample too many, which `output_padding` gives back.
-    options = {"padding": _half(stride), "output_padding": stride % 2}
-    conv = nn.ConvTranspose1d(in_channels, out_channels, 2 * stride, stride, **options)
+    conv = nn.ConvTranspose1d(
+        in_channels, out_channels, 2 * stride, stride, padding=_half(stride), output_padding=stride % 2
+    )
     return _initialise(conv, fan_in=in_channels * 2)  # each output hears two taps of each channel
 
 
