@@ -257,7 +257,7 @@ def test_a_papers_table_of_another_sampler_from_the_command_line(hub: Path, tmp_
     table = ["eval_preset=audiocache_heun", f"prompts={prompts}", "accel=audiocache"]
     table += ["accel.calibrate=never", "accel.threshold=0.02"]
     _run("sample.py", *model, *table, f"output_dir={tmp_path / 'out'}")
-    (first, _) = sorted((tmp_path / "out").glob("*_*.json"))
-    settings = json.loads(first.read_text())["settings"]
+    first, _ = sorted((tmp_path / "out").glob("*.wav"))
+    settings = json.loads(first.with_suffix(".json").read_text())["settings"]
     assert (settings["solver"], settings["num_steps"], settings["guidance_scale"]) == ("heun", 4, 7.0)
     assert settings["macs"] < settings["macs_uncached"]
