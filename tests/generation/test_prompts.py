@@ -107,5 +107,5 @@ def test_a_split_of_a_manifest_is_asked_for_by_any_of_its_names(tmp_path):
         assert [clip.prompt for clip in request_clips(None, str(file), 0, 1, split=split)] == captions
     with pytest.raises(ValueError, match=r"split=val: the file has none of it, only \['', 'evaluation', 'train'\]"):
         request_clips(None, str(file), 0, 1, split="val")
-    with pytest.raises(ValueError, match="no column 'fold' .* set split_column=, or split=null"):
+    with pytest.raises(ValueError, match=r"no column 'fold' .* set split_column=, or split=null"):
         request_clips(None, str(file), 0, 1, PromptColumns(split="fold"), split="test")
