@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foley.core import devices
-from foley.core.devices import MPS_FALLBACK, resolve_device, synchronise
+from foley.core.devices import MPS_FALLBACK, machine_name, processor_name, resolve_device, synchronise
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import generate_latents
@@ -125,3 +125,13 @@ def test_generation_takes_no_float64_to_the_device(solver):
         )
     assert latent.shape == (1, 4, 20)
     assert latent.dtype == torch.float32
+
+
+def test_a_machine_is_named_by_what_computes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H200 at {device}")
+    assert machine_name(torch.device("cuda:1")) == "NVIDIA H200 at cuda:1"
+    assert machine_name(torch.device("mps")) == f"{processor_name()}, MPS"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert machine_name(torch.device("cpu")) == f"{processor_name()}, 1 thread"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert machine_name(torch.device("cpu")).endswith(", 4 threads")
