@@ -90,7 +90,8 @@ def test_a_file_is_a_codec_by_its_path_and_converted_by_its_own_metadata(publish
     run_command("script/convert_checkpoint", "source=dac", f"ckpt={path}", *small, f"out={tmp_path / 'out'}")
     loaded = load_component(tmp_path / "out")
     assert (loaded.latent, loaded.latent_channels) == ("projected", 24)
-    assert hash_module(loaded) == hash_module(direct)
+    assert hash_module(loaded) == hash_module(DACCodec.from_file(path, latent="projected"))
+    assert hash_module(loaded) != hash_module(direct)  # whose latents it must not take for its own
 
 
 def test_the_configs_have_the_published_sizes_and_refuse_another_model(published, tmp_path):

@@ -55,6 +55,8 @@ class DACCodec(AudioVAE):
         (torch.Size([1, 16, 100]), torch.Size([1, 1, 800]))
     """
 
+    space: Tensor  # among what is hashed: latents of one space are refused by a codec of the other
+
     def __init__(
         self,
         encoder_dim: int = 64,
@@ -74,8 +76,7 @@ class DACCodec(AudioVAE):
         super().__init__()
         from dac import DAC  # slow to import, and of no use to other codecs
 
-        if latent not in LATENTS:
-            raise ValueError(f"latent={latent} is no space of DAC's latents: {' or '.join(LATENTS)}")
+        self.register_buffer("space", space_index(latent))
         self.published = DAC(
             encoder_dim,
             _plain(encoder_rates),
@@ -154,6 +155,13 @@ class DACCodec(AudioVAE):
         # Each codebook gives back its share of z; rounding apart, they sum to it.
         parts = zip(quantiser.quantizers, latent.split(self._codebook_dims, dim=1), strict=True)
         return torch.stack([book.out_proj(part) for book, part in parts]).sum(0)
+
+
+def space_index(latent: str) -> Tensor:
+    """Where a space is in `LATENTS`, as a codec keeps it beside its weights; raises ValueError for another."""
+    if latent not in LATENTS:
+        raise ValueError(f"latent={latent} is no space of DAC's latents: {' or '.join(LATENTS)}")
+    return torch.tensor(LATENTS.index(latent))
 
 
 def is_published(path: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from foley.core.components import CheckpointError, written_out
-from foley.models.codec.dac import DACCodec, architecture, is_published
+from foley.models.codec.dac import LATENTS, DACCodec, architecture, is_published, space_index
 from foley.system.convert.files import build_around
 
 _SOURCE = "published DAC weights"
@@ -39,7 +39,8 @@ def dac_config(options: Mapping[str, Any], source: str = _SOURCE) -> dict[str, A
 def dac_codec(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], source: str = _SOURCE) -> DACCodec:
     """The published codec in eval mode, around the tensors given; raises CheckpointError where they do not fit."""
     state = {f"published.{name}": value for name, value in state_dict.items()}
-    codec: DACCodec = build_around(config, state, source)
+    space = {"space": space_index(config.get("latent", LATENTS[0]))}
+    codec: DACCodec = build_around(config, state | space, source)
     return codec
 
 
