@@ -1,4 +1,4 @@
-"""What it takes to prepare AudioSet, on paper: hours, GPUs and bytes of each stage from measured rates; writes the page.
+"""What it takes to prepare AudioSet, on paper: hours, GPUs and bytes of each stage, from measured rates.
 
 Operations of networks are counted for one clip, reading one is timed here, and what a row of a table costs is what
 `scripts/bench/scale.py` has measured.

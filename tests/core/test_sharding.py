@@ -1,6 +1,7 @@
 """Shards of a work and the notes of them; folders and files at URLs."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
@@ -67,16 +68,11 @@ def test_a_folder_at_a_url_is_kept_in_step(tmp_path):
         (folder / ".part").write_text("half")
     root = f"/step{tmp_path}"
     assert sorted(files.find(root)) == [f"{root}/b.txt", f"{root}/deep/a.txt"]
-
-    def fail() -> None:
-        with local_folder(url, lambda name: name == "b.txt") as folder:
-            assert [path.name for path in folder.iterdir()] == ["b.txt"]
-            (folder / "b.txt").unlink()
-            (folder / "c.txt").write_text("three")
-            raise RuntimeError("stop")  # what was written is there all the same
-
-    with pytest.raises(RuntimeError, match="stop"):
-        fail()
+    with suppress(RuntimeError), local_folder(url, lambda name: name == "b.txt") as folder:
+        assert [path.name for path in folder.iterdir()] == ["b.txt"]
+        (folder / "b.txt").unlink()
+        (folder / "c.txt").write_text("three")
+        raise RuntimeError("what was written is there all the same")
     assert sorted(files.find(root)) == [f"{root}/c.txt", f"{root}/deep/a.txt"]
     with local_folder(str(tmp_path / "plain")) as folder:
         assert folder == tmp_path / "plain"
