@@ -202,7 +202,7 @@ class CosineProcess(DiffusionProcess):
 
     >>> process = CosineProcess()
     >>> process.timesteps(process.sigmas(4))
-    tensor([0.9987, 0.9849, 0.8280, 0.1855])
+    tensor([0.9987, 0.9849, 0.8255, 0.1855])
     """
 
     def __init__(self, sigma_max: float = 500.0, sigma_min: float = 0.3) -> None:

@@ -46,7 +46,7 @@ class GenerationSettings:
 
     >>> settings = GenerationSettings(duration_seconds=2.0, num_steps=25)
     >>> settings.choose_solver(DiffusionProcess())
-    Solver(name='ddim', num_steps=25)
+    Solver(name='ddim', num_steps=25, eta=0.0)
     >>> settings.choose_guidance().scale
     3.0
     """

@@ -45,8 +45,8 @@ def latents(generator: PipelineToAudio, seeds: list[int], **options: Any) -> tor
     """Of one prompt a seed, by `_latents`, which both ways of sampling go through."""
     settings = GenerationSettings(**{"duration_seconds": SECONDS, "guidance": SCALE, "num_steps": 5, **options})
     clips = as_clips([f"rain falls {seed}" for seed in seeds], seeds)
-    made: torch.Tensor = generator._latents(clips, SECONDS, settings, settings.guidance, settings.num_steps, None)
-    return made
+    seconds, guidance, num_steps = generator._choose(settings)
+    return generator._latents(clips, seconds, settings, guidance, num_steps, None)
 
 
 @pytest.mark.parametrize(
