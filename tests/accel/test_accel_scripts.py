@@ -182,6 +182,12 @@ def test_the_benchmark_spends_the_budget_in_two_ways() -> None:
     assert (sweeps.budget.accel.method, sweeps.budget_greedy.accel.method) == ("dynamic", "greedy")
 
 
+def test_the_demo_takes_the_threshold_that_was_measured() -> None:
+    demo = compose_command("script/demo")
+    assert demo.variants.AudioCache.accel.threshold == 0.4
+    assert compose_command("sample", "accel=audiocache").accel.threshold == 0.3  # the paper's
+
+
 def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path) -> None:
     arguments = (f"system={system_dir}", f"prompts={system_dir}/prompts.txt", "reuses=[hold]", "repeats=1")
     narrow = (
