@@ -122,7 +122,7 @@ class ShardJob:
 
     script: str
     cfg: DictConfig
-    hydra: DictConfig
+    hydra: Any
     environment: Mapping[str, str]
 
     def __call__(self) -> str | None:
@@ -221,7 +221,7 @@ def _launch(waiting: Sequence[int], launcher: _Launcher, cfg: DictConfig, script
         raise ShardsFailedError(describe_failures(failed, notes.count))
 
 
-def _hydra_of_jobs() -> DictConfig:
+def _hydra_of_jobs() -> Any:
     """What Hydra knows of this command, but for the launcher: a job launches no more."""
     hydra: Any = copy.deepcopy(HydraConfig.instance().cfg)
     OmegaConf.set_readonly(hydra.hydra, False)
