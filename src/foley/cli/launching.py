@@ -21,6 +21,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from foley.cli.command import within_checkout
@@ -84,8 +85,8 @@ def run_shards(cfg: DictConfig, work: Work, merge: Merge = lambda cfg: None, out
 
 
 def _launcher_settings() -> DictConfig | None:
-    """Those of `launcher=local` and `launcher=slurm`; None for this process."""
-    if not HydraConfig.initialized():
+    """Those of `launcher=local` and `launcher=slurm`; None for this process, and in a job of a sweep (-m)."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
         return None
     settings = HydraConfig.get()
     chosen = settings.runtime.choices.get("launcher")
