@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import setup_globals
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from foley.cli.command import within_checkout
@@ -84,8 +85,8 @@ def run_shards(cfg: DictConfig, work: Work, merge: Merge = lambda cfg: None, out
 
 
 def _launcher_settings() -> DictConfig | None:
-    """Those of `launcher=local` and `launcher=slurm`; None for this process."""
-    if not HydraConfig.initialized():
+    """Those of `launcher=local` and `launcher=slurm`; None for this process, and in a job of a sweep (-m)."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode == RunMode.MULTIRUN:
         return None
     settings = HydraConfig.get()
     chosen = settings.runtime.choices.get("launcher")
@@ -122,7 +123,7 @@ class ShardJob:
 
     script: str
     cfg: DictConfig
-    hydra: DictConfig
+    hydra: Any
     environment: Mapping[str, str]
 
     def __call__(self) -> str | None:
@@ -221,7 +222,7 @@ def _launch(waiting: Sequence[int], launcher: _Launcher, cfg: DictConfig, script
         raise ShardsFailedError(describe_failures(failed, notes.count))
 
 
-def _hydra_of_jobs() -> DictConfig:
+def _hydra_of_jobs() -> Any:
     """What Hydra knows of this command, but for the launcher: a job launches no more."""
     hydra: Any = copy.deepcopy(HydraConfig.instance().cfg)
     OmegaConf.set_readonly(hydra.hydra, False)
