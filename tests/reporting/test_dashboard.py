@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from foley.core.config import PROJECT_ROOT
+from foley.metrics.latency import RealTimeFactor
 from foley.reporting.dashboard import LAYOUT, MEDIA, build_workspace, read_metrics, write_dashboard
 from foley.reporting.sweeps import TRIAL_FILE, pareto_front, write_pareto_report
 
@@ -28,10 +29,13 @@ def test_the_front_holds_what_nothing_beats():
 def test_a_sweep_is_reported(tmp_path):
     for one in TRIALS:
         (tmp_path / str(one["number"])).mkdir()
-        (tmp_path / str(one["number"]) / TRIAL_FILE).write_text(json.dumps(one))
+        (tmp_path / str(one["number"]) / TRIAL_FILE).write_text(
+            json.dumps({**one, **RealTimeFactor(0.5, "AMD EPYC", 8).to_json()})
+        )
     write_pareto_report(tmp_path, "seconds_per_clip")
     table = (tmp_path / "pareto.md").read_text()
     assert "| 1 | 5.0000 | 2.0000 | 1 |" in table
+    assert "| 0.5 (AMD EPYC, batch 8) |" in table
     assert "| 2 |" not in table
     assert "ddim" not in table
     assert (tmp_path / "pareto.png").stat().st_size > 5_000

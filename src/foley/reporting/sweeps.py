@@ -74,14 +74,21 @@ def _table(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: st
     """The front, with those of the settings that differ between trials."""
     everything = dict.fromkeys(name for trial in trials for name in trial["overrides"])
     names = [name for name in everything if len({trial["overrides"].get(name) for trial in trials}) > 1]
-    header = ("trial", score, cost, "RTF", *names)
-    rows = [(*_measured(t, score, cost), *(str(t["overrides"].get(name, "")) for name in names)) for t in front]
+    header = ("trial", score, cost, *names, "RTF")
+    rows = [
+        (
+            *(str(t["number"]), f"{t[score]:.4f}", f"{t[cost]:.4f}"),
+            *(str(t["overrides"].get(name, "")) for name in names),
+            _speed(t),
+        )
+        for t in front
+    ]
     return f"Pareto front of {len(trials)} trials\n\n{markdown_table(header, rows)}\n"
 
 
-def _measured(trial: Trial, score: str, cost: str) -> tuple[str, ...]:
+def _speed(trial: Trial) -> str:
     rtf = RealTimeFactor.of_json(trial)
-    return str(trial["number"]), f"{trial[score]:.4f}", f"{trial[cost]:.4f}", "" if rtf is None else rtf.in_words()
+    return "" if rtf is None else rtf.in_words()
 
 
 def _plot(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: str, path: Path) -> None:
