@@ -26,7 +26,7 @@ from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import Accelerator, RunContext, StepContext
-from foley.metrics.latency import measure_rounds, real_time_factor
+from foley.metrics.latency import RealTimeFactor, measure_rounds
 from foley.reporting.tables import provenance
 
 Calls = Mapping[str, Callable[[], Tensor]]
@@ -135,7 +135,7 @@ def measure_step(cfg: DictConfig, unet: nn.Module, duration_seconds: float, like
     }
     ways = compare(calls, settings.rounds)
     for way in ways.values():
-        way["real_time_factor"] = real_time_factor(way["seconds"], duration_seconds)  # the batch is one clip's guidance
+        way.update(RealTimeFactor.of(way["seconds"], duration_seconds, like.device).to_json())  # one clip, its guidance
     return {"duration_seconds": duration_seconds, **ways}
 
 

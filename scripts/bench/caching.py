@@ -33,7 +33,7 @@ from foley.diffusion.solver import Solver
 from foley.generation.prompts import LabelledPrompts
 from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.judge import Judge
-from foley.metrics.latency import measure_rounds
+from foley.metrics.latency import Rounds, measure_rounds
 from foley.reporting.tables import provenance
 from foley.system.system import load_system, untrained_system
 
@@ -90,6 +90,10 @@ class Workload:
         )
         return latent.cpu()
 
+    def times(self, measured: Rounds[Variant | None, Tensor], variant: Variant | None) -> dict[str, Any]:
+        """Seconds, RTF and speed-up of a variant; None is the uncached denoising."""
+        return measured.row(variant, None, self.audio_seconds, self.pipeline.device, len(self.positive.mask))
+
     @property
     def num_evaluations(self) -> int:
         return len(self.solver.build(self.pipeline.process).timesteps)
@@ -128,11 +132,11 @@ def measure(
     """One row per variant, and what the uncached denoising cost and scores. Times are medians over rounds."""
     macs = workload.macs()  # one evaluation: it warms up
     runs = {variant: partial(workload.run, accelerator) for variant, accelerator in variants.items()}
-    measured = measure_rounds({None: workload.run, **runs}, repeats, warmup=0)
+    measured: Rounds[Variant | None, Tensor] = measure_rounds({None: workload.run, **runs}, repeats, warmup=0)
     reference = measured.results[None]
     rows = []
     for variant, accelerator in variants.items():
-        latent, times = measured.results[variant], measured.row(variant, None, workload.audio_seconds)
+        latent, times = measured.results[variant], workload.times(measured, variant)
         cost = run_cost(accelerator.schedule, macs)
         rows.append(
             {
@@ -146,7 +150,7 @@ def measure(
                 **workload.score(latent, judge),
             }
         )
-    times, total = measured.row(None, None, workload.audio_seconds), macs.total * workload.num_evaluations
+    times, total = workload.times(measured, None), macs.total * workload.num_evaluations
     return rows, {"tmacs": tmacs(total), **times, **workload.score(reference, judge)}
 
 

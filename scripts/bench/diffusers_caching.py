@@ -212,12 +212,12 @@ def measure(
             {
                 **setting.description,
                 "tmacs": tmacs(cost),
-                **measured.row(index, None, clip_seconds),
+                **measured.row(index, None, clip_seconds, workload.device),
                 "mac_speedup": uncached / cost,
                 "latent_error": error.item(),
             }
         )
-    return rows, {"tmacs": tmacs(uncached), **measured.row(None, None, clip_seconds)}
+    return rows, {"tmacs": tmacs(uncached), **measured.row(None, None, clip_seconds, workload.device)}
 
 
 def speedup_at(error: float, rows: Sequence[Row]) -> float | None:

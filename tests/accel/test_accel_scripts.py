@@ -14,6 +14,7 @@ from foley.accel.caching.audiocache import AudioCache
 from foley.accel.caching.calibration import require_calibrations
 from foley.accel.combined import NoAcceleration
 from foley.core.config import PROJECT_ROOT
+from foley.core.devices import described_processor
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import build_system, save_system
 
@@ -162,6 +163,7 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     for row in rows:
         assert row["tmacs"] * row["mac_speedup"] == pytest.approx(settings["tmacs_uncached"])
         assert row["real_time_factor"] == pytest.approx(row["seconds"] / (2 * 0.5))  # two clips of 0.5 s
+        assert (row["machine"], row["batch_size"]) == (described_processor(), 2)
         assert row["wall_speedup"] == pytest.approx(settings["seconds_uncached"] / row["seconds"])
     policies = ["audiocache"] * 4 + [name for name in ("smoothcache", "fora", "budget", "budget_greedy") for _ in "12"]
     assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(policies, ["hold", "taylor"] * 6, strict=True))

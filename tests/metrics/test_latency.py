@@ -1,7 +1,9 @@
 """Latency: how often the callable runs, and the arithmetic."""
 
 import pytest
+import torch
 
+from foley.core.devices import described_processor
 from foley.metrics.latency import Latency, RealTimeFactor, Rounds, measure_latency, measure_rounds, real_time_factor
 
 
@@ -41,8 +43,8 @@ def test_a_speedup_is_the_median_over_rounds_of_the_ratio_within_each() -> None:
     assert measured.speedup("fast", "slow") == 3
     assert measured.speedup("slow", "slow") == 1
     assert measured.median_seconds("slow") == 3
-    assert measured.row("fast", "slow", audio_seconds=4.0) == {
-        "seconds": 1.0, "real_time_factor": 0.25, "wall_speedup": 3.0,
+    assert measured.row("fast", "slow", 4.0, torch.device("cpu"), batch_size=2) == {
+        "seconds": 1.0, **RealTimeFactor(0.25, described_processor(), 2).to_json(), "wall_speedup": 3.0,
     }  # fmt: skip
 
 

@@ -115,3 +115,11 @@ def test_a_measurement_names_its_command_without_places() -> None:
 def test_templates_do_without_results(template: Path, tmp_path: Path) -> None:
     write_page(template, tmp_path / "page.md")
     assert (tmp_path / "page.md").stat().st_size > 0
+
+
+def test_a_page_says_what_its_rtf_is_of_as_far_as_it_is_known(tmp_path: Path) -> None:
+    rows = [{"real_time_factor": 0.5, "machine": "AMD EPYC, 1 thread", "batch_size": 8}, {"seconds": 2.0}]
+    results = Results(tmp_path)
+    assert results.rtf(rows) == "RTF is seconds of computing over seconds of audio (AMD EPYC, 1 thread, batch 8)."
+    assert results.rtf([{"real_time_factor": 0.5}]) == "RTF is seconds of computing over seconds of audio."
+    assert not results.rtf([{"seconds": 2.0}])

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from foley.accel.diffusers.audioldm2 import find_self_attention
+from foley.core.devices import described_processor
 
 SMALL_UNET = (
     "unet.in_channels=4",
@@ -62,7 +63,8 @@ def test_the_products_are_those_of_the_closed_form(result: dict[str, Any]) -> No
         assert keys == pytest.approx(same_frequency + shared, abs=1)
     (step,) = result["denoising_step"]
     assert step["litefocus"]["tmacs"] < step["dense"]["tmacs"]
-    assert step["dense"]["real_time_factor"] == step["dense"]["seconds"] / 1
+    assert step["dense"]["real_time_factor"] == pytest.approx(step["dense"]["seconds"] / 1)
+    assert (step["dense"]["machine"], step["dense"]["batch_size"]) == (described_processor(), 1)
 
 
 def test_each_way_to_compute_the_same_gives_the_same(result: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from commands import compose_command, load_command
 
+from foley.core.devices import described_processor
+
 SIZES = {"num_layers": 3, "num_attention_heads": 2, "num_key_value_attention_heads": 1, "sample_size": 16}
 MORE_SIZES = {
     "attention_head_dim": 8,
@@ -42,6 +44,7 @@ def test_every_cache_is_measured_and_matched(tmp_path: Path) -> None:
     uncached = result["settings"]["tmacs_uncached"]
     assert all(row["tmacs"] * row["mac_speedup"] == pytest.approx(uncached) for row in rows)
     assert all(row["real_time_factor"] == pytest.approx(row["seconds"] * 44100 / (16 * 2048)) for row in rows)
+    assert {(row["machine"], row["batch_size"]) for row in rows} == {(described_processor(), 1)}
     for cache in ("PyramidAttentionBroadcast", "FasterCache", "TaylorSeerCache"):  # theirs are counted as they run
         assert min(row["tmacs"] for row in rows if row["cache"] == cache) < uncached
     fora = [row for row in rows if row["cache"] == "Fora" and row["reuse"] == "hold"]

@@ -133,11 +133,17 @@ class Rounds(Generic[Name, Result]):
         pairs = zip(self.seconds[reference], self.seconds[name], strict=True)
         return statistics.median(base / seconds for base, seconds in pairs)
 
-    def row(self, name: Name, reference: Name, audio_seconds: float) -> dict[str, float]:
-        """What a table says of this one: median `seconds`, their RTF, and `wall_speedup` over the reference."""
+    def row(
+        self, name: Name, reference: Name, audio_seconds: float, device: torch.device, batch_size: int = 1
+    ) -> dict[str, Any]:
+        """What a table says of this one: median `seconds`, their RTF, and `wall_speedup` over the reference.
+
+        Args:
+            audio_seconds, device, batch_size: as `RealTimeFactor.of` takes them.
+        """
         seconds = self.median_seconds(name)
-        factor = real_time_factor(seconds, audio_seconds)
-        return {"seconds": seconds, "real_time_factor": factor, "wall_speedup": self.speedup(name, reference)}
+        rtf = RealTimeFactor.of(seconds, audio_seconds, device, batch_size).to_json()
+        return {"seconds": seconds, **rtf, "wall_speedup": self.speedup(name, reference)}
 
 
 def _timed(call: Callable[[], Result]) -> tuple[Result, float, float]:

@@ -56,7 +56,8 @@ class Results:
     def rtf(self, rows: Sequence[Row]) -> str:
         """A sentence on what the RTF of the rows is of, the machine and the batch; nothing where none was measured."""
         mean = RealTimeFactor.mean(map(RealTimeFactor.of_json, rows))
-        return "" if mean is None else f"RTF is seconds of computing over seconds of audio ({mean.where})."
+        where = f" ({mean.where})" if mean and mean.where else ""
+        return "" if mean is None else f"RTF is seconds of computing over seconds of audio{where}."
 
     def plot(
         self, name: str, rows: Sequence[Row], x: str, measures: Mapping[str, str], line: str, **options: Any
