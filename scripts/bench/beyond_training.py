@@ -45,6 +45,7 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, way: str, durati
         prompts.captions,
         duration_seconds,
         solver=cfg.solver.name,
+        eta=cfg.solver.eta,
         num_steps=cfg.steps,
         batch_size=cfg.batch_size,
         accelerator=instantiate(cfg.ways[way].accelerator),

@@ -70,7 +70,7 @@ class Workload:
         positive, negative = embed(pipeline.text, prompts.captions), embed(pipeline.text, [""])
         _, num_frames = clip_size(cfg.duration_seconds, pipeline.sample_rate_hz, pipeline.codec.hop_samples)
         guidance = instantiate(cfg.guidance, scale=cfg.guidance_scale)
-        solver = Solver(cfg.solver.name, cfg.steps)
+        solver = Solver(cfg.solver.name, cfg.steps, eta=cfg.solver.eta)
         audio_seconds = cfg.duration_seconds * len(prompts.captions)
         return cls(pipeline, solver, guidance, prompts.labels, positive, negative, num_frames, audio_seconds)
 
@@ -160,10 +160,10 @@ def policy_name(row: Mapping[str, Any]) -> str:
     return row["policy"] if steps is None else f"{row['policy']} from {steps}"
 
 
-def compare_budget_methods(cfg: DictConfig) -> list[dict[str, float]]:
+def compare_budget_methods(cfg: DictConfig, solver: Solver) -> list[dict[str, float]]:
     """The summed error of the budget policy's schedules, by dynamic programming and greedily, at each speed-up."""
     directory = instantiate(cfg.sweeps.budget.accel.calibration_dir)
-    calibration = Calibration.load(calibration_stem(directory, cfg.solver.name, cfg.steps))
+    calibration = Calibration.load(calibration_stem(directory, solver.label, cfg.steps))
     changes, macs = calibration.changes(), calibration.macs
     return [
         {"target_speedup": speedup}
@@ -183,7 +183,7 @@ def main(cfg: DictConfig) -> None:
     variants = make_variants(cfg)
     rows, uncached = measure(workload, variants, judge, cfg.repeats)
     settings = {
-        "solver": cfg.solver.name,
+        "solver": workload.solver.label,
         "num_steps": cfg.steps,
         "guidance_scale": workload.guidance.scale,
         "duration_seconds": cfg.duration_seconds,
@@ -196,7 +196,7 @@ def main(cfg: DictConfig) -> None:
         "device": str(workload.pipeline.device),
     }
     output_dir = Path(cfg.output_dir)
-    methods = {"budget_methods": compare_budget_methods(cfg)} if "budget" in cfg.policies else {}
+    methods = {"budget_methods": compare_budget_methods(cfg, workload.solver)} if "budget" in cfg.policies else {}
     write_json(output_dir / "caching.json", {"settings": settings, "provenance": provenance(), "rows": rows, **methods})
     plot_tradeoff([{**row, "policy": policy_name(row)} for row in rows], output_dir / "caching.png")
     for variant, accelerator in variants.items():

@@ -118,7 +118,7 @@ def generation_seconds(denoiser: DiffusionTransformer, cfg: DictConfig, work: Wo
     device = work.noisy.device
     codec = instantiate(cfg.codec).eval().to(device)
     text = Conditioning(work.context[:1], torch.ones(1, cfg.num_tokens, dtype=torch.bool, device=device))
-    solver = Solver(cfg.solver.name, cfg.steps)
+    solver = Solver(cfg.solver.name, cfg.steps, eta=cfg.solver.eta)
     guidance, process = instantiate(cfg.guidance), instantiate(cfg.process)
 
     def denoise() -> Tensor:

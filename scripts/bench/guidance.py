@@ -12,6 +12,7 @@ from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.diffusion.solver import solver_label
 from foley.generation.prompts import LabelledPrompts
 from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.judge import Judge
@@ -26,6 +27,7 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, guidance: Classi
         cfg.duration_seconds,
         guidance=guidance,
         solver=cfg.solver.name,
+        eta=cfg.solver.eta,
         num_steps=cfg.steps,
         batch_size=cfg.batch_size,
     )
@@ -47,7 +49,8 @@ def main(cfg: DictConfig) -> None:
     for rescale, scale in product(cfg.rescales, cfg.scales):
         rows.append(measure(system, judge, cfg, ClassifierFreeGuidance(scale, rescale)))
         sys.stdout.write(f"{json.dumps(rows[-1])}\n")
-    settings = {"solver": cfg.solver.name, "num_steps": cfg.steps, "duration_seconds": cfg.duration_seconds}
+    settings = {"solver": solver_label(cfg.solver.name, cfg.solver.eta), "num_steps": cfg.steps}
+    settings |= {"duration_seconds": cfg.duration_seconds}
     write_json(Path(cfg.output_dir) / "guidance.json", {"settings": settings, "rows": rows, "provenance": provenance()})
 
 

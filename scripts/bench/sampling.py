@@ -47,7 +47,8 @@ def main(cfg: DictConfig) -> None:
     trained = Path(cfg.system).exists()
     system = load_system(Path(cfg.system)) if trained else untrained_system(cfg)
     pipeline = TextToAudio(system, resolve_device(cfg.device))
-    settings = {"guidance": instantiate(cfg.guidance), "solver": cfg.solver.name, "num_steps": cfg.steps}
+    solver = {"solver": cfg.solver.name, "eta": cfg.solver.eta, "num_steps": cfg.steps}
+    settings = {"guidance": instantiate(cfg.guidance), **solver}
     runs = []
     for accelerator in (NoAcceleration(), *[None] * cfg.repeats):
         pipeline.forget_prompts()  # so that the text counts in every run

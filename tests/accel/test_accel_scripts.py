@@ -204,3 +204,10 @@ def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path
         ("audiocache", 4), ("smoothcache", 4), ("fora", None),
     ]  # fmt: skip
     assert (tmp_path / "schedules" / "smoothcache_from_4_9.png").is_file()
+
+
+def test_the_benchmark_samples_with_the_eta_that_it_was_given(system_dir: Path, tmp_path: Path) -> None:
+    arguments = (f"system={system_dir}", f"prompts={system_dir}/prompts.txt", "policies=[fora]", "reuses=[hold]")
+    short = ("steps=2", "sweeps.fora.values=[2]", "duration_seconds=0.5", "device=cpu", "repeats=1")
+    run_command("bench/caching", *arguments, *short, "solver.eta=0.5", f"output_dir={tmp_path}")
+    assert json.loads((tmp_path / "caching.json").read_text())["settings"]["solver"] == "ddim_eta0.5"
