@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from commands import compose_command
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from tiny_clap import save_clap
 
 from foley.core.components import CheckpointError, save_component
@@ -79,6 +82,15 @@ def test_clap_at_16_khz_is_a_protocol_of_its_own(tmp_path) -> None:
     assert (narrow.name, narrow.scores, narrow.extractor_hash) == ("clap_16khz", wide.scores, wide.extractor_hash)
     assert (narrow.describe()["through_hz"], narrow.sample_rate_hz) == (16000, 48000)
     assert narrow.identity != wide.identity  # so that no cached features of one are taken for the other's
+
+
+@pytest.mark.parametrize("name", ["clap", "clap_16khz"])
+def test_each_clap_protocol_takes_the_package_of_its_authors(name: str) -> None:
+    option = f"eval_preset.protocol.{name}" if name == "clap_16khz" else f"protocol.{name}"
+    chosen = "eval_preset=ezaudio" if name == "clap_16khz" else f"protocol={name}"
+    cfg = compose_command("evaluate", "samples=x", "reference=y", chosen, f"{option}.backend=laion_clap")
+    with pytest.raises(InstantiationException, match="backend=laion_clap takes its weights from a file"):
+        instantiate(cfg.protocol[name])
 
 
 def test_the_shipped_extractor_tells_procedural_sounds_apart() -> None:

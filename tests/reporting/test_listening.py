@@ -248,6 +248,13 @@ def test_each_protocol_has_its_own_page_key_and_ratings(stimuli, tmp_path):
         read_ratings([tmp_path / "rated.csv"], tmp_path / "key.json")
 
 
+def test_a_listener_begins_anew_under_another_protocol(stimuli, tmp_path):
+    for name in PROTOCOLS:  # what a browser keeps of a test goes by the test's name
+        write_test(tmp_path / name, "Which dog?", stimuli, seed=1, protocol=PROTOCOLS[name])
+    names = {json.loads((tmp_path / name / "key.json").read_text(encoding="utf-8"))["test"] for name in PROTOCOLS}
+    assert len(names) == len(PROTOCOLS)
+
+
 def test_from_folders_to_a_table(tmp_path):
     for folder in ("ours", "theirs", "real"):
         (tmp_path / folder).mkdir()

@@ -120,7 +120,7 @@ def write_test(
     _check_complete(stimuli)
     codes = [stimulus.code(seed) for stimulus in stimuli]
     key = {code: {"system": s.system, "item": s.item} for code, s in zip(codes, stimuli, strict=True)}
-    name = hashlib.sha256(json.dumps([title, seed, key], sort_keys=True).encode()).hexdigest()[:8]
+    name = hashlib.sha256(json.dumps([title, seed, protocol.name, key], sort_keys=True).encode()).hexdigest()[:8]
     trials = [_trial(code, stimulus) for code, stimulus in zip(codes, stimuli, strict=True)]
     # Their order would tell the systems; the page shuffles anew for every listener.
     test = {

@@ -7,13 +7,13 @@ all of them little at the end (Fig. 3). So each layer has a schedule of its own.
 
 where t falls from T to 0, so that t + 1 is the step before. It is the same for every prompt, near enough, and is
 recorded once (`foley.accel.caching.calibration`). While sampling, the changes since the last computation at t_1 are
-added up, and the layer is computed again where the sum reaches delta (Algorithm 1):
+added up, and the layer is computed again where the sum exceeds delta (Algorithm 1):
 
     E_sum(t, i) = sum of E(tau, i) for tau from t_1 to t                        (2)
 
 To the letter, the sum includes the change at t_1 itself, which led to the present output; so what changes much is
-computed again soon. The first step has no step before it, and no change of its own. The text has the sum reach delta,
-where Algorithm 1 has it exceed delta: so it does here, but that delta = 0 computes always.
+computed again soon. The first step has no step before it, and no change of its own. The text has the sum reach delta;
+here it exceeds delta, as in Algorithm 1, but that delta = 0 computes always.
 """
 
 from collections.abc import Mapping, Sequence
