@@ -121,5 +121,7 @@ def test_a_page_says_what_its_rtf_is_of_as_far_as_it_is_known(tmp_path: Path) ->
     rows = [{"real_time_factor": 0.5, "machine": "AMD EPYC, 1 thread", "batch_size": 8}, {"seconds": 2.0}]
     results = Results(tmp_path)
     assert results.rtf(rows) == "RTF is seconds of computing over seconds of audio (AMD EPYC, 1 thread, batch 8)."
+    both = results.rtf([*rows, {"real_time_factor": 0.25, "machine": "NVIDIA H200", "batch_size": 1}])
+    assert "(AMD EPYC, 1 thread, batch 8; NVIDIA H200, batch 1)" in both
     assert results.rtf([{"real_time_factor": 0.5}]) == "RTF is seconds of computing over seconds of audio."
     assert not results.rtf([{"seconds": 2.0}])

@@ -54,10 +54,11 @@ class Results:
         return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
     def rtf(self, rows: Sequence[Row]) -> str:
-        """A sentence on what the RTF of the rows is of, the machine and the batch; nothing where none was measured."""
-        mean = RealTimeFactor.mean(map(RealTimeFactor.of_json, rows))
-        where = f" ({mean.where})" if mean and mean.where else ""
-        return "" if mean is None else f"RTF is seconds of computing over seconds of audio{where}."
+        """A sentence on what the RTF of the rows is of, machines and batches; nothing where none was measured."""
+        known = [rtf for rtf in map(RealTimeFactor.of_json, rows) if rtf is not None]
+        places = "; ".join(dict.fromkeys(rtf.where for rtf in known if rtf.where))
+        where = f" ({places})" if places else ""
+        return f"RTF is seconds of computing over seconds of audio{where}." if known else ""
 
     def plot(
         self, name: str, rows: Sequence[Row], x: str, measures: Mapping[str, str], line: str, **options: Any
