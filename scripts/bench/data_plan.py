@@ -5,6 +5,7 @@ Operations of networks are counted for one clip, reading one is timed here, and 
 """
 
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,9 +15,9 @@ import soundfile
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import ClapConfig, ClapModel
 
+from foley.accel.cost import count_macs
 from foley.cli.command import command
 from foley.core.config import compose_aside
 from foley.core.reading import read_json
@@ -38,21 +39,14 @@ def read_seconds(cfg: DictConfig) -> float:
         return (time.process_time() - start) / cfg.readings
 
 
-def counted_flops(model: Any, *inputs: Any, **named: Any) -> float:
-    """Of one call, two for each multiplication with its addition; on `meta` nothing is computed."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs, **named)
-    return float(counter.get_total_flops())
-
-
 def network_flops(cfg: DictConfig) -> dict[str, float]:
-    """Of the networks of each stage, for one clip."""
-    with torch.device("meta"):
+    """Of the networks of each stage, for one clip: two for each multiplication with its addition."""
+    with torch.device("meta"):  # where nothing is computed
         codec, clap = instantiate(compose_aside("train", [f"codec={cfg.codec}"]).codec), ClapModel(ClapConfig())
         samples = torch.empty(1, 1, round(cfg.clip_seconds * codec.sample_rate_hz))
         mel, longer = torch.empty(1, 1, *cfg.clap_input), torch.empty(1, 1, dtype=torch.bool)
-        encode = counted_flops(codec.posterior, samples)
-        score = counted_flops(clap.audio_model, mel, is_longer=longer)
+        encode = 2.0 * count_macs(partial(codec.posterior, samples))
+        score = 2.0 * count_macs(partial(clap.audio_model, mel, is_longer=longer))
     depth, width, inner = cfg.text_encoder
     text = depth * (4 * width**2 + 3 * width * inner)  # projections of attention, and a gated feed-forward network
     caption = 2.0 * cfg.caption_parameters * cfg.caption_tokens
