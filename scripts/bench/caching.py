@@ -6,7 +6,7 @@ not whether it sounds worse: that is what the label accuracy and the Frechet dis
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -131,8 +131,9 @@ def measure(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One row per variant, and what the uncached denoising cost and scores. Times are medians over rounds."""
     macs = workload.macs()  # one evaluation: it warms up
-    runs = {variant: partial(workload.run, accelerator) for variant, accelerator in variants.items()}
-    measured: Rounds[Variant | None, Tensor] = measure_rounds({None: workload.run, **runs}, repeats, warmup=0)
+    runs: dict[Variant | None, Callable[[], Tensor]] = {None: workload.run}
+    runs |= {variant: partial(workload.run, accelerator) for variant, accelerator in variants.items()}
+    measured = measure_rounds(runs, repeats, warmup=0)
     reference = measured.results[None]
     rows = []
     for variant, accelerator in variants.items():
