@@ -37,7 +37,7 @@ def test_a_shard_that_there_is_not_is_refused(given, message):
         Shard(*given)
 
 
-@pytest.mark.parametrize("where", ["{}/out", "file://{}/out", "memory://notes{}"])
+@pytest.mark.parametrize("where", ["{}/out", "{}/run[1]", "file://{}/out", "memory://notes{}"])
 def test_notes_are_of_one_request(tmp_path, where):
     url = where.format(tmp_path)
     notes = ShardNotes(url, {"seed": 0}, 2)
