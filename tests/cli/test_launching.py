@@ -297,15 +297,14 @@ def test_a_data_set_is_prepared_in_shards_as_in_one_piece(audiocaps, tmp_path):
 
 
 def test_a_data_set_whose_checked_rows_are_gone_is_checked_again(audiocaps, tmp_path):
+    shards = [*audiocaps, f"out={tmp_path / 'out'}", "shards=2"]
     for number in (0, 1):
-        run_command(
-            "script/prepare", *audiocaps, f"out={tmp_path / 'out'}", "shards=2", f"shard={number}", "merge=false"
-        )
+        run_command("script/prepare", *shards, f"shard={number}", "merge=false")
     (tmp_path / "out/checked-00001-of-00002.jsonl").unlink()
     (tmp_path / "out/checked-00002-of-00003.jsonl").touch()  # of another number of shards
     with pytest.raises(ManifestError, match=r"lacks checked-00001-of-00002\.jsonl: the same command checks"):
-        run_command("script/prepare", *audiocaps, f"out={tmp_path / 'out'}", "shards=2")
-    run_command("script/prepare", *audiocaps, f"out={tmp_path / 'out'}", "shards=2")
+        run_command("script/prepare", *shards)
+    run_command("script/prepare", *shards)
     assert (tmp_path / "out/manifest.jsonl").is_file()
     assert not list((tmp_path / "out").glob("checked-*"))
 

@@ -12,6 +12,7 @@ import soundfile
 from foley.core.remote import find_files, hash_of, local_file, local_folder, read_bytes, url_of
 from foley.core.sharding import Shard, ShardNotes
 from foley.data.audio import AudioError, read_audio
+from foley.data.latents import read_captions
 from foley.data.manifest import read_manifest
 from foley.data.preparation import AudioFolder
 from foley.metrics.features import scan_directory
@@ -102,6 +103,7 @@ def test_recordings_and_their_table_may_lie_at_a_url(tmp_path, monkeypatch):
     for name in ("a.wav", "rows.jsonl"):
         files.pipe(f"/sounds{tmp_path}/{name}", (tmp_path / name).read_bytes())
     first, second = read_manifest(f"{url}/rows.jsonl")
+    assert list(read_captions(f"{url}/rows.jsonl")) == ["a", "b"]
     assert np.array_equal(read_audio(first.path, 8000), read_audio(tmp_path / "a.wav", 8000))
     with pytest.raises(AudioError, match=r"b\.wav: the file does not exist"):
         read_audio(second.path, 8000)
