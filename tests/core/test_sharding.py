@@ -1,6 +1,7 @@
 """Shards of a work and the notes of them; folders and files at URLs."""
 
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from foley.core import remote
 from foley.core.remote import find_files, hash_of, local_file, local_folder, read_bytes, url_of
 from foley.core.sharding import Shard, ShardNotes
 from foley.data.audio import AudioError, read_audio
@@ -77,6 +79,26 @@ def test_a_folder_at_a_url_is_kept_in_step(tmp_path):
     assert sorted(files.find(root)) == [f"{root}/c.txt", f"{root}/deep/a.txt"]
     with local_folder(str(tmp_path / "plain")) as folder:
         assert folder == tmp_path / "plain"
+
+
+def test_a_url_that_is_away_for_a_while_is_tried_again(tmp_path, monkeypatch):
+    publish, tries = remote._Mirror.publish, []
+
+    def fail_first(mirror):
+        tries.append(1)
+        if len(tries) == 1:
+            raise ConnectionError("no route")
+        publish(mirror)
+
+    monkeypatch.setattr(remote, "_PUBLISH_SECONDS", 0.01)
+    monkeypatch.setattr(remote._Mirror, "publish", fail_first)
+    url, files = f"memory://away{tmp_path}", fsspec.filesystem("memory")
+    with local_folder(url) as folder:
+        (folder / "a.txt").write_text("one")
+        patience = time.monotonic() + 10
+        while not files.exists(f"/away{tmp_path}/a.txt") and time.monotonic() < patience:
+            time.sleep(0.01)
+        assert files.exists(f"/away{tmp_path}/a.txt")
 
 
 def test_inputs_are_fetched_as_they_are_now(tmp_path, monkeypatch):
