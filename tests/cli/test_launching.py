@@ -87,9 +87,10 @@ def test_notes_of_another_request_count_for_nothing(command, tmp_path):
 def test_notes_of_a_file_that_changed_count_for_nothing(command, tmp_path):
     manifest = tmp_path / "clips.jsonl"
     manifest.write_text("one\n")
-    command.run(config(tmp_path, shards=2, shard=0, manifest=str(manifest)))
+    data = {"splits": {"manifest": str(manifest)}}
+    command.run(config(tmp_path, shards=2, shard=0, data=data))
     manifest.write_text("one\ntwo\n")
-    command.run(config(tmp_path, shards=2, manifest=str(manifest)))
+    command.run(config(tmp_path, shards=2, data=data))
     assert [shard.number for shard in command.worked] == [0, 0, 1]
 
 

@@ -123,8 +123,17 @@ def _request(cfg: DictConfig) -> Any:
     """
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     asked = {name: value for name, value in plain.items() if name not in _OURS}
-    files = {text: os.stat(text) for text in asked.values() if isinstance(text, str) and os.path.isfile(text)}
+    files = {text: os.stat(text) for text in _texts(asked) if os.path.isfile(text)}
     return [asked, {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}]
+
+
+def _texts(plain: Any) -> Iterator[str]:
+    """All that plain data holds."""
+    if isinstance(plain, str):
+        yield plain
+    elif isinstance(plain, dict | list):
+        for part in plain.values() if isinstance(plain, dict) else plain:
+            yield from _texts(part)
 
 
 @dataclass
