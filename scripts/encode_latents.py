@@ -31,11 +31,19 @@ def encode(cfg: DictConfig, shard: "Shard") -> None:
     )
 
 
+def require_index(cfg: DictConfig) -> None:
+    """Raise where shards left the index to one another."""
+    from foley.cli.launching import require_index_of_shards
+    from foley.data.latent_folder import LatentFolder
+
+    require_index_of_shards(cfg, lambda: LatentFolder(str(cfg.output_dir)).is_merged)
+
+
 @command("script/encode_latents", check=renamed(codec_ckpt="codec_path", part="shard", parts="shards"))
 def main(cfg: DictConfig) -> None:
     from foley.cli.launching import run_shards
 
-    run_shards(cfg, encode)
+    run_shards(cfg, encode, require_index)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,19 @@ def encode(cfg: DictConfig, shard: "Shard") -> None:
         processes.barrier()  # the command ends when all of them have ended
 
 
+def require_index(cfg: DictConfig) -> None:
+    """Raise where shards left the index to one another."""
+    from foley.cli.launching import require_index_of_shards
+    from foley.core.embeddings import is_finished
+
+    require_index_of_shards(cfg, lambda: is_finished(str(cfg.output_dir)))
+
+
 @command("script/encode_text", check=renamed(part="shard", parts="shards"))
 def main(cfg: DictConfig) -> None:
     from foley.cli.launching import run_shards
 
-    run_shards(cfg, encode)
+    run_shards(cfg, encode, require_index)
 
 
 if __name__ == "__main__":

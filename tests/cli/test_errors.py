@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -119,6 +119,11 @@ def test_a_group_that_is_given_true_or_a_number_names_its_choices(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "debug=true"])
     error = ValueError("Config group override must be a string or a list. Got bool")
     assert describe(error, "train") == "debug=true: there is no such choice; there are fdr, overfit, profiler"
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_package():
+    error = MissingConfigException("", "hydra/launcher/submitit_slurm", ["basic"])
+    assert describe(error, "train") == "launcher=slurm wants pip install 'foley[cluster]'"
 
 
 def test_what_a_config_lacks_is_named(run):

@@ -1,6 +1,8 @@
 """Commands in shards: who does what, what failed and how it goes on, and that the results are those of one piece."""
 
 import json
+import os
+import runpy
 import sys
 from types import SimpleNamespace
 
@@ -14,8 +16,9 @@ from omegaconf import OmegaConf
 
 from foley.cli import launching
 from foley.cli.launching import ShardsFailedError, describe_failures, run_shards, watch
-from foley.core.config import CONFIG_DIR
-from foley.core.sharding import Shard
+from foley.core.config import CONFIG_DIR, PROJECT_ROOT
+from foley.core.sharding import Shard, ShardNotes
+from foley.data.manifest import ManifestError
 
 
 def config(tmp_path, **options):
@@ -79,6 +82,46 @@ def test_notes_of_another_request_count_for_nothing(command, tmp_path):
     assert command.merged == 0
     command.run(config(tmp_path, shards=2, seed=1))
     assert (len(command.worked), command.merged) == (3, 1)
+
+
+def test_notes_of_a_file_that_changed_count_for_nothing(command, tmp_path):
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("one\n")
+    data = {"splits": {"manifest": str(manifest)}}
+    command.run(config(tmp_path, shards=2, shard=0, data=data))
+    manifest.write_text("one\ntwo\n")
+    command.run(config(tmp_path, shards=2, data=data))
+    assert [shard.number for shard in command.worked] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(("error", "worked"), [(ValueError, 4), (OSError, 2)])
+def test_results_that_cannot_be_merged_are_looked_for_anew_but_a_full_disk_waits(command, tmp_path, error, worked):
+    def refuse(cfg):
+        raise error("none of the clips can be used")
+
+    with pytest.raises(error):
+        run_shards(config(tmp_path, shards=2), command.work, refuse)
+    command.run(config(tmp_path, shards=2))
+    assert (len(command.worked), command.merged) == (worked, 1)
+
+
+@pytest.mark.parametrize("script", ["encode_latents", "encode_text"])
+def test_a_cache_that_every_shard_left_to_another_is_no_success(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "_NOTES_SECONDS", 0.0)
+    require_index = runpy.run_path(str(PROJECT_ROOT / f"scripts/{script}.py"))["require_index"]
+    require_index(config(tmp_path))  # one piece says by itself what it lacks
+    with pytest.raises(ShardsFailedError, match=r"out holds no index .* the same command"):
+        require_index(config(tmp_path, shards=2))
+
+
+def test_jobs_whose_notes_are_not_seen_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "_NOTES_SECONDS", 0.0)
+    monkeypatch.setattr(launching, "_POLL_SECONDS", 0.0)
+    notes = ShardNotes(str(tmp_path / "out"), {}, 3)
+    notes.add(1)
+    launching._require_notes([1], notes, "out")
+    with pytest.raises(ShardsFailedError, match=r"2 shards ended well, 0, 2, but .*give as out= a folder"):
+        launching._require_notes([0, 1, 2], notes, "out")
 
 
 @pytest.mark.parametrize(
@@ -151,11 +194,13 @@ def test_jobs_that_run_are_cancelled_with_their_command(monkeypatch):
 
 def test_failed_shards_are_named_with_the_command_that_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/caption.py", "out=a b", "launcher=slurm", "shards=64"])
-    message = describe_failures({17: "no such file", 3: "out of memory"}, 64)
+    message = describe_failures({17: "no such file", 3: "out of memory"}, 64, "out=a b")
     assert message.startswith("2 of 64 shards failed, 3, 17;")
     assert "  shard 3: out of memory\n  shard 17: no such file\n" in message
     assert message.endswith("python scripts/caption.py 'out=a b' launcher=slurm shards=64")
     assert isinstance(ShardsFailedError(message), RuntimeError)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "prompts=P", "shards=2"])  # into a folder that is named by the time
+    assert describe_failures({1: "ill"}, 2, "output_dir=samples/now").endswith(" shards=2 output_dir=samples/now")
 
 
 def composed(name, *overrides):
@@ -185,21 +230,30 @@ def test_every_command_takes_the_same_options_and_slurm_gets_them(name):
     launcher = launching._Launcher.of(cfg.hydra.launcher, cfg.gpus_per_job)
     wanted = {"slurm_partition": "gpu", "timeout_min": 240, "mem_gb": 32, "cpus_per_task": 8, "tasks_per_node": 1}
     assert wanted.items() <= launcher.parameters.items()
-    assert launcher.parameters["gpus_per_node"] == cfg.gpus_per_job
+    assert launcher.parameters.get("gpus_per_node") == (cfg.gpus_per_job or None)
     assert (launcher.cluster, launcher.retries, launcher.environment(3)) == ("slurm", 10, {})
 
 
 def test_processes_of_this_machine_share_its_gpus(monkeypatch):
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     settings = composed("script/encode_latents", "codec_path=CODEC", "launcher=local").hydra.launcher
-    monkeypatch.setattr(launching, "_visible_gpus", lambda: 8)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     two_each = launching._Launcher.of(settings, 2)
     assert (two_each.cluster, two_each.at_once) == ("local", 4)
     assert [two_each.environment(place)["CUDA_VISIBLE_DEVICES"] for place in (0, 3)] == ["0,1", "6,7"]
-    monkeypatch.setattr(launching, "_visible_gpus", lambda: 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # the others are someone else's
+    theirs = launching._Launcher.of(settings, 1)
+    assert [theirs.environment(place) for place in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": name} for name in "57"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     without = launching._Launcher.of(settings, 1)
-    assert without.environment(0) == {"OMP_NUM_THREADS": "1"}
+    assert (without.environment(0), without.threads) == ({"CUDA_VISIBLE_DEVICES": ""}, {"OMP_NUM_THREADS": "1"})
     assert without.at_once >= 1
+    with launching._variables({"OMP_NUM_THREADS": "3", "FOLEY_TEST": "1"}):
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["FOLEY_TEST"]) == ("3", "1")
+    assert os.environ.get("OMP_NUM_THREADS") != "3"
+    assert "FOLEY_TEST" not in os.environ
 
 
 def test_a_script_of_slurm_asks_for_what_was_given(tmp_path, monkeypatch):
@@ -241,6 +295,19 @@ def test_a_data_set_is_prepared_in_shards_as_in_one_piece(audiocaps, tmp_path):
         *("manifest.jsonl", "ledger.jsonl", "summary.json")
     }
     assert json.loads((tmp_path / "one/summary.json").read_text())["left_out"].keys() >= {"bad_row", "duplicate_id"}
+
+
+def test_a_data_set_whose_checked_rows_are_gone_is_checked_again(audiocaps, tmp_path):
+    shards = [*audiocaps, f"out={tmp_path / 'out'}", "shards=2"]
+    for number in (0, 1):
+        run_command("script/prepare", *shards, f"shard={number}", "merge=false")
+    (tmp_path / "out/checked-00001-of-00002.jsonl").unlink()
+    (tmp_path / "out/checked-00002-of-00003.jsonl").touch()  # of another number of shards
+    with pytest.raises(ManifestError, match=r"lacks checked-00001-of-00002\.jsonl: the same command checks"):
+        run_command("script/prepare", *shards)
+    run_command("script/prepare", *shards)
+    assert (tmp_path / "out/manifest.jsonl").is_file()
+    assert not list((tmp_path / "out").glob("checked-*"))
 
 
 def test_results_go_to_a_url(audiocaps, tmp_path):

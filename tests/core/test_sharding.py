@@ -1,6 +1,7 @@
 """Shards of a work and the notes of them; folders and files at URLs."""
 
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from foley.core import remote
 from foley.core.remote import find_files, hash_of, local_file, local_folder, read_bytes, url_of
 from foley.core.sharding import Shard, ShardNotes
 from foley.data.audio import AudioError, read_audio
+from foley.data.latents import read_captions
 from foley.data.manifest import read_manifest
 from foley.data.preparation import AudioFolder
 from foley.metrics.features import scan_directory
@@ -37,7 +40,7 @@ def test_a_shard_that_there_is_not_is_refused(given, message):
         Shard(*given)
 
 
-@pytest.mark.parametrize("where", ["{}/out", "file://{}/out", "memory://notes{}"])
+@pytest.mark.parametrize("where", ["{}/out", "{}/run[1]", "file://{}/out", "memory://notes{}"])
 def test_notes_are_of_one_request(tmp_path, where):
     url = where.format(tmp_path)
     notes = ShardNotes(url, {"seed": 0}, 2)
@@ -78,6 +81,26 @@ def test_a_folder_at_a_url_is_kept_in_step(tmp_path):
         assert folder == tmp_path / "plain"
 
 
+def test_a_url_that_is_away_for_a_while_is_tried_again(tmp_path, monkeypatch):
+    publish, tries = remote._Mirror.publish, []
+
+    def fail_first(mirror):
+        tries.append(1)
+        if len(tries) == 1:
+            raise ConnectionError("no route")
+        publish(mirror)
+
+    monkeypatch.setattr(remote, "_PUBLISH_SECONDS", 0.01)
+    monkeypatch.setattr(remote._Mirror, "publish", fail_first)
+    url, files = f"memory://away{tmp_path}", fsspec.filesystem("memory")
+    with local_folder(url) as folder:
+        (folder / "a.txt").write_text("one")
+        patience = time.monotonic() + 10
+        while not files.exists(f"/away{tmp_path}/a.txt") and time.monotonic() < patience:
+            time.sleep(0.01)
+        assert files.exists(f"/away{tmp_path}/a.txt")
+
+
 def test_inputs_are_fetched_as_they_are_now(tmp_path, monkeypatch):
     monkeypatch.setenv("FOLEY_CACHE", str(tmp_path / "cache"))
     files, url = fsspec.filesystem("memory"), f"memory://inputs{tmp_path}"
@@ -102,6 +125,7 @@ def test_recordings_and_their_table_may_lie_at_a_url(tmp_path, monkeypatch):
     for name in ("a.wav", "rows.jsonl"):
         files.pipe(f"/sounds{tmp_path}/{name}", (tmp_path / name).read_bytes())
     first, second = read_manifest(f"{url}/rows.jsonl")
+    assert list(read_captions(f"{url}/rows.jsonl")) == ["a", "b"]
     assert np.array_equal(read_audio(first.path, 8000), read_audio(tmp_path / "a.wav", 8000))
     with pytest.raises(AudioError, match=r"b\.wav: the file does not exist"):
         read_audio(second.path, 8000)

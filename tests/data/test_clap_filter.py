@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from foley.data.annotating import Fault
+from foley.core.locks import FolderInUseError, only_writer
+from foley.core.sharding import Shard
+from foley.data.annotating import Fault, annotate
 from foley.data.clap_filter import ClapScorer, keep_by_threshold
 
 
@@ -52,6 +55,18 @@ def test_a_down_mix_other_than_the_mean_is_part_of_the_scores_identity(tmp_path)
         scorer.start(1, torch.device("cpu"))
         scores.append(scorer.annotate([{"path": "a.wav", "caption": "x" * 7}])[0]["clap_score"])
     assert scores == pytest.approx([np.cos(0.7 - 0.25), np.cos(0.7 - 0.5)])
+
+
+def test_a_second_process_does_not_write_the_results_of_the_same_share(tmp_path, write_jsonl):
+    scorer = ClapScorer(lambda device: Plane(), str(tmp_path), "plane")
+    ran = []
+    trainer = SimpleNamespace(global_rank=0, world_size=1, predict=lambda *_, **__: ran.append(1))
+    given = scorer, tmp_path / "clips.jsonl", tmp_path / "out", trainer, 1
+    with only_writer(Shard(1, 2).writer_folder(tmp_path / "out"), "results"):
+        with pytest.raises(FolderInUseError, match="another process is writing results"):
+            annotate(*given, shard=Shard(1, 2))
+        annotate(*given, shard=Shard(0, 2))
+    assert ran == [1]
 
 
 def test_the_threshold_is_kept_and_counts_are_exact(tmp_path, write_jsonl):

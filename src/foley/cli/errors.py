@@ -103,6 +103,8 @@ def describe(error: BaseException, config_name: str | None = None) -> str:
             return _of_instantiation(error, config_name)
         case MissingConfigException() if error.missing_cfg_file:
             group, _, choice = error.missing_cfg_file.rpartition("/")
+            if choice.startswith("submitit_"):
+                return f"launcher={choice.removeprefix('submitit_')} wants pip install 'foley[cluster]'"
             what = f"{group}={choice}" if group else f"--config-name={choice}"
             return f"{what}: there is no such choice" + (f"; there are {', '.join(error.options or ())}" * bool(group))
         case OverrideParseException():

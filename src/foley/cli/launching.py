@@ -13,8 +13,8 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -41,6 +41,7 @@ _OF_ANY_CLUSTER = (
 )
 """Parameters of submitit that every cluster has; those of SLURM alone get its name in front."""
 _POLL_SECONDS = 0.5
+_NOTES_SECONDS = 90.0  # folders of a network show what another machine wrote after a minute at most
 _NAMED = 20  # shards that failed
 _LAST_LINES = 3  # of the log of a job that ended without a word
 
@@ -74,14 +75,25 @@ def run_shards(cfg: DictConfig, work: Work, merge: Merge = lambda cfg: None, out
     if done:
         _log.info("%d of %d shards are done already; %d to do", len(done), cfg.shards, len(waiting))
     if settings is not None and waiting:
-        _launch(waiting, _Launcher.of(settings, cfg.gpus_per_job), cfg, work.__code__.co_filename, notes)
+        _launch(waiting, _Launcher.of(settings, cfg.gpus_per_job), cfg, work.__code__.co_filename, notes, output)
     else:
         for number in waiting:
             work(cfg, Shard(number, cfg.shards))
             notes.add(number)
     if cfg.merge and notes.are_complete:
+        _merge(cfg, merge, notes)
+
+
+def _merge(cfg: DictConfig, merge: Merge, notes: ShardNotes) -> None:
+    """Merge, and forget the notes: also where results cannot be used, which the same command then looks for anew."""
+    try:
         merge(cfg)
+    except OSError:  # of the disk: what shards made may do, once there is room
+        raise
+    except Exception:
         notes.clear()
+        raise
+    notes.clear()
 
 
 def _launcher_settings() -> DictConfig | None:
@@ -105,9 +117,23 @@ def _refuse(cfg: DictConfig, launched: bool) -> None:
 
 
 def _request(cfg: DictConfig) -> Any:
-    """All that shards depend on; what one of another request has done counts for nothing."""
+    """All that shards depend on; what one of another request has done counts for nothing.
+
+    Files that options name count by their state, too: rows that a manifest gained meanwhile would belong to nobody.
+    """
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    return {name: value for name, value in plain.items() if name not in _OURS}
+    asked = {name: value for name, value in plain.items() if name not in _OURS}
+    files = {text: os.stat(text) for text in _texts(asked) if os.path.isfile(text)}
+    return [asked, {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}]
+
+
+def _texts(plain: Any) -> Iterator[str]:
+    """All that plain data holds."""
+    if isinstance(plain, str):
+        yield plain
+    elif isinstance(plain, dict | list):
+        for part in plain.values() if isinstance(plain, dict) else plain:
+            yield from _texts(part)
 
 
 @dataclass
@@ -118,7 +144,7 @@ class ShardJob:
         script: the file of the command.
         cfg: of the command, with its shard; not resolved, for the other machine may have other devices.
         hydra: what Hydra knows of the command.
-        environment: variables that are set before anything is loaded.
+        environment: variables of its place, see `_Launcher.environment`.
     """
 
     script: str
@@ -128,7 +154,7 @@ class ShardJob:
 
     def __call__(self) -> str | None:
         """None, or in words why it failed; the traceback is in the job's log."""
-        os.environ.update(self.environment)
+        os.environ.update(self.environment)  # before anything asks for a GPU
         setup_globals()
         HydraConfig.instance().cfg = cast(Any, self.hydra)
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
@@ -154,41 +180,45 @@ class _Launcher:
         cluster: "slurm", or "local" for processes of this machine.
         parameters: of each job, by submitit's names.
         at_once: jobs that run at a time; of SLURM, which has a queue of its own, all are submitted.
-        gpus: of this machine, shared out over its processes.
+        gpus: of this machine, by the names that CUDA knows, shared out over its processes.
     """
 
     cluster: str
     parameters: Mapping[str, Any]
     retries: int
     at_once: int
-    gpus: int
+    gpus: Sequence[str]
 
     @classmethod
     def of(cls, settings: DictConfig, gpus: int) -> "_Launcher":
         """From Hydra's settings of a launcher, which sweeps use too; each job gets so many `gpus`."""
-        known: dict[str, Any] = {str(name): value for name, value in settings.items() if value is not None}
+        plain: Any = OmegaConf.to_container(settings, resolve=True)
+        known = {name: value for name, value in plain.items() if value is not None}
         cluster = "slurm" if str(known.pop("_target_")).endswith("SlurmLauncher") else "local"
         retries = int(known.pop("max_num_timeout", 0))
         known |= {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": gpus}
         parameters = {
             name if name in _OF_ANY_CLUSTER else f"{cluster}_{name}": value
             for name, value in known.items()
-            if name != "submitit_folder"
+            if name != "submitit_folder" and (gpus or name != "gpus_per_node")  # a queue without GPUs may know no word
         }
         if cluster == "slurm":
-            return cls(cluster, parameters, retries, sys.maxsize, 0)
-        visible, cpus = _visible_gpus() if gpus else 0, int(known.get("cpus_per_task", 1))
-        places = visible // gpus if visible else len(os.sched_getaffinity(0)) // cpus
+            return cls(cluster, parameters, retries, sys.maxsize, ())
+        visible, cpus = _visible_gpus() if gpus else [], int(known.get("cpus_per_task", 1))
+        places = len(visible) // gpus if visible else _processors() // cpus
         return cls(cluster, parameters, retries, max(1, places), visible)
+
+    @property
+    def threads(self) -> dict[str, str]:
+        """Variables of all jobs: libraries read it as they are loaded, so that it must be there before."""
+        return {} if self.cluster == "slurm" else {"OMP_NUM_THREADS": str(self.parameters.get("cpus_per_task", 1))}
 
     def environment(self, place: int) -> dict[str, str]:
         """Of the process that has this place of those that run at once."""
         if self.cluster == "slurm":
             return {}
-        threads = str(self.parameters.get("cpus_per_task", 1))
         each = int(self.parameters.get("gpus_per_node", 0))
-        devices = ",".join(map(str, range(place * each, (place + 1) * each))) if self.gpus else ""
-        return {"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": devices} if self.gpus else {})
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus[place * each : (place + 1) * each])}
 
     def executor(self, folder: Path) -> Any:
         """Of submitit, whose files and logs go into `folder`."""
@@ -200,13 +230,39 @@ class _Launcher:
         return executor
 
 
-def _visible_gpus() -> int:
+def _visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them: who set it means those, not the first ones of the machine."""
     import torch
 
-    return torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return named[:count] if len(named) >= count and all(named) else [str(number) for number in range(count)]
 
 
-def _launch(waiting: Sequence[int], launcher: _Launcher, cfg: DictConfig, script: str, notes: ShardNotes) -> None:
+def _processors() -> int:
+    """Of this process."""
+    # Not on macOS.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """A block whose processes get these variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _launch(
+    waiting: Sequence[int], launcher: _Launcher, cfg: DictConfig, script: str, notes: ShardNotes, output: str
+) -> None:
     """Have jobs do the shards that are `waiting`; raises ShardsFailedError once all have ended."""
     folder, hydra = Path(HydraConfig.get().runtime.output_dir) / "jobs", _hydra_of_jobs()
     executor = launcher.executor(folder)
@@ -218,8 +274,38 @@ def _launch(waiting: Sequence[int], launcher: _Launcher, cfg: DictConfig, script
         return executor.submit(ShardJob(script, job_cfg, hydra, launcher.environment(place)))
 
     _log.info("%d shards as jobs of %s; their logs are in %s", len(waiting), launcher.cluster, folder)
-    if failed := watch(waiting, submit, min(launcher.at_once, len(waiting)), executor.batch):
-        raise ShardsFailedError(describe_failures(failed, notes.count))
+    with _variables(launcher.threads):
+        failed = watch(waiting, submit, min(launcher.at_once, len(waiting)), executor.batch)
+    if failed:
+        raise ShardsFailedError(describe_failures(failed, notes.count, f"{output}={cfg[output]}"))
+    _require_notes(waiting, notes, output)
+
+
+def _require_notes(numbers: Sequence[int], notes: ShardNotes, output: str) -> None:
+    """Wait for the notes of jobs that ended well; raises ShardsFailedError where this machine never sees them."""
+    if not _is_seen(lambda: notes.done() >= set(numbers)):
+        unseen = sorted(map(str, set(numbers) - notes.done()))
+        raise ShardsFailedError(
+            f"{len(unseen)} shards ended well, {first_few(unseen, _NAMED)}, but {notes.url} holds no note of them: "
+            f"give as {output}= a folder that all machines see, or a URL, and leave its inputs as they are meanwhile"
+        )
+
+
+def require_index_of_shards(cfg: DictConfig, is_there: Callable[[], bool]) -> None:
+    """As `merge` of what its last shard completes: raises ShardsFailedError where each has left it to another one.
+
+    Two that end at once on two machines may not see each other's last file.
+    """
+    if cfg.shards > 1 and not _is_seen(is_there):
+        raise ShardsFailedError(f"{cfg.output_dir} holds no index of all that it holds: the same command writes it")
+
+
+def _is_seen(is_there: Callable[[], bool]) -> bool:
+    """Whether it is there, at the latest when folders of a network show what other machines wrote."""
+    patience = time.monotonic() + _NOTES_SECONDS
+    while not (seen := is_there()) and time.monotonic() < patience:
+        time.sleep(_POLL_SECONDS)
+    return seen
 
 
 def _hydra_of_jobs() -> Any:
@@ -275,11 +361,17 @@ def _reason(job: Any) -> str | None:
     return " / ".join([f"it ended without a result ({job.paths.stderr})", *said])
 
 
-def describe_failures(failed: Mapping[int, str], count: int) -> str:
-    """Which shards failed and why, and the command that goes on: the one that was typed."""
+def describe_failures(failed: Mapping[int, str], count: int, output: str) -> str:
+    """Which shards failed and why, and the command that goes on: the one that was typed, into the same `output`.
+
+    Args:
+        output: the option of it; a folder that nobody named would be another one the next time.
+    """
     named = [f"  shard {number}: {reason}" for number, reason in sorted(failed.items())[:_NAMED]]
     more = [f"  and {len(failed) - _NAMED} more"] if len(failed) > _NAMED else []
-    again = shlex.join(["python", within_checkout(sys.argv[0]), *sys.argv[1:]])
+    named_by_user = any(word.lstrip("+").startswith(f"{output.partition('=')[0]}=") for word in sys.argv[1:])
+    own = [] if named_by_user else [output]
+    again = shlex.join(["python", within_checkout(sys.argv[0]), *sys.argv[1:], *own])
     numbers = first_few([str(number) for number in sorted(failed)], _NAMED)
     head = f"{len(failed)} of {count} shards failed, {numbers}; what they made so far is kept, the others are done:"
-    return "\n".join([head, *named, *more, "The same command goes on with them alone:", f"  {again}"])
+    return "\n".join([head, *named, *more, "This goes on with them alone:", f"  {again}"])

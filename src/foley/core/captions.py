@@ -12,6 +12,7 @@ import re
 TIMES = ("all", "start", "mid", "end")
 _PAIR = rf"<[^<>&@]+&\s*(?:{'|'.join(TIMES)})\s*>"
 _PAIRS = re.compile(rf"{_PAIR}(?:\s*@\s*{_PAIR})*", re.IGNORECASE)
+_AT_END = re.compile(rf"{_PAIRS.pattern}\s*\Z", re.IGNORECASE)  # what stands before it may hold any mark
 _PARTS = re.compile(r"<([^<>&@]+)&([^<>]+)>")
 
 
@@ -38,10 +39,11 @@ def split_caption(text: str) -> tuple[str, str]:
     >>> split_caption("<rain& all>@<thunder& end>"), split_caption("")
     (('rain, thunder', '<rain& all>@<thunder& end>'), ('', ''))
     """
-    caption, bracket, rest = text.partition("<")
-    structured = read_structured(bracket + rest)
-    if structured is None:
+    found = _AT_END.search(text)
+    structured = read_structured(found[0]) if found else None
+    if found is None or structured is None:
         return text, f"<{text}& all>" if text.strip() else ""
+    caption = text[: found.start()]
     sounds = ", ".join(sound for sound, _ in _PARTS.findall(structured))
     return caption.strip() or sounds, structured
 
@@ -56,9 +58,12 @@ def plain_caption(text: str) -> str:
 
 
 def with_structured(caption: str, structured: str) -> str:
-    """Both as one text, in the place of whatever structured form `caption` had.
+    """Both as one text, in the place of whatever structured form `caption` had; the caption where that cannot be read.
 
     >>> with_structured("rain <drops& end>", "<rain& all>")
     'rain <rain& all>'
+    >>> with_structured("rock & roll", "<rock & roll& all>")  # which `split_caption` says of the caption alone, too
+    'rock & roll'
     """
-    return f"{plain_caption(caption)} {structured}"
+    plain = plain_caption(caption)
+    return plain if read_structured(structured) is None else f"{plain} {structured}"

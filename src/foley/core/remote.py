@@ -19,7 +19,10 @@ from fsspec.implementations.local import LocalFileSystem
 from foley.core.config import default_cache_dir
 from foley.core.files import replacing
 from foley.core.hashing import hash_file
+from foley.core.logs import get_logger
 from foley.core.ranges import filesystem_of
+
+_log = get_logger(__name__)
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)", re.DOTALL)  # two characters at least: `c:/` is a disk
 _OF_THIS_MACHINE = ("file", "local", "memory")
@@ -127,7 +130,10 @@ def local_folder(output: str, wanted: Callable[[str], bool] = lambda name: True)
 
         def publish() -> None:
             while not ended.wait(_PUBLISH_SECONDS):
-                mirror.publish()
+                try:
+                    mirror.publish()
+                except OSError as error:  # a network that is away for a while ends no work of hours
+                    _log.warning("%s is behind, and tried again in %g s: %s", output, _PUBLISH_SECONDS, error)
 
         thread = Thread(target=publish, daemon=True)
         thread.start()

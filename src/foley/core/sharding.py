@@ -51,6 +51,10 @@ class Shard:
         """The part of it that one of `ranks` processes does."""
         return Shard(self.number + rank * self.count, self.count * ranks)
 
+    def writer_folder(self, directory: Path) -> Path:
+        """Whose lock its writer holds, while others write beside it into `directory`."""
+        return directory if self.count == 1 else directory / NOTES_FOLDER / f"writer-{self.number:05d}"
+
 
 ALL = Shard()
 """The only shard of a work that is not shared out."""
@@ -83,7 +87,8 @@ class ShardNotes:
         """The shards that are."""
         filesystem, root = filesystem_of(self.url, os.getpid())
         filesystem.invalidate_cache()  # others write there too
-        return {int(Path(str(name)).stem) for name in filesystem.glob(f"{root}/?????.json")}
+        files = [Path(str(name)) for name in filesystem.find(root)]  # no glob: a folder may be called [a]
+        return {int(file.stem) for file in files if file.suffix == ".json" and file.stem.isdigit()}
 
     @property
     def are_complete(self) -> bool:

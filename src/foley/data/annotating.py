@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from foley.core.files import write_json
+from foley.core.locks import only_writer
 from foley.core.reading import DamagedFileError, parse_json, read_json, reading
 from foley.core.sharding import ALL, Shard
 from foley.data.manifest import OUR_COLUMNS, ManifestOptions, checked_rows
@@ -146,9 +147,12 @@ def annotate(
     Raises:
         ManifestError: the manifest is absent, or has a byte-order mark.
         AnnotationError: `output_dir` holds results of another identity, or a service is of no use.
+        FolderInUseError: another process writes the results of this share.
     """
     module = AnnotationModule(annotator, manifest, output_dir, batch_size, options=options, shard=shard)
-    trainer.predict(module, return_predictions=False)
+    share = shard.split(trainer.global_rank, trainer.world_size)
+    with only_writer(share.writer_folder(output_dir), "results"):
+        trainer.predict(module, return_predictions=False)
 
 
 def read_results(output_dir: Path, fields: Sequence[str] = ()) -> Iterator[dict[str, Any]]:

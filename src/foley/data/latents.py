@@ -26,6 +26,7 @@ from foley.core.logs import get_logger
 from foley.core.numbers import NumberRange
 from foley.core.ranges import Range, RangeReader, filesystem_of, local_copy
 from foley.core.reading import DamagedFileError, parse_json, reading
+from foley.core.remote import is_file, url_of
 from foley.core.seeding import numpy_generator, torch_generator
 from foley.data.dataset import LatentBatch, SampleKey, crop_start, draw_caption, sample_key
 from foley.data.latent_format import (
@@ -437,7 +438,7 @@ def read_captions(source: str, caption_column: str | Sequence[str] | None = None
     Raises LatentCacheError and TableError.
     """
     path = Path(source).expanduser()
-    if "://" in source or path.is_dir():
+    if path.is_dir() or (url_of(source) is not None and not is_file(Path(source))):
         return captions(LatentCacheIndex.read(source))
     columns, found, problems = ManifestOptions(caption_column=caption_column).caption_columns, [], []
     for line, row in table_rows(path, [columns], text_column=columns[0]):

@@ -11,7 +11,7 @@ import numpy as np
 
 from foley.core.channels import lossy_mixes
 from foley.core.files import AUDIO_SUFFIXES, json_lines, write_json
-from foley.core.logs import get_logger
+from foley.core.logs import first_few, get_logger
 from foley.core.reading import parse_json
 from foley.core.remote import find_files, url_of
 from foley.core.seeding import derive_seed
@@ -191,14 +191,19 @@ def prepare_shard(
 def merge_shards(
     audio_dir: Path | str, output_dir: Path, count: int, duration_seconds: float | None = None
 ) -> dict[str, Any]:
-    """What `prepare_manifest` writes and gives, of the rows that all shards have checked, in their order."""
+    """What `prepare_manifest` writes and gives, of the rows that all shards have checked, in their order.
+
+    Raises ManifestError as that does, and where the rows of a shard are not there.
+    """
     files = [_shard_file(output_dir, Shard(number, count)) for number in range(count)]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ManifestError(f"{output_dir} lacks {first_few(absent, 3)}: the same command checks all shards again")
     parts = [_shard_rows(file) for file in files]
     heads = [next(part) for part in parts]
     rows = (found["row"] for found in heapq.merge(*parts, key=lambda found: found["place"]))
     summary = _write(rows, str(audio_dir), heads[0]["audio_files"], output_dir, duration_seconds)
-    for file in files:
-        file.unlink()
+    for file in output_dir.glob("checked-*-of-*.jsonl"):  # of another number of shards, too
+        file.unlink(missing_ok=True)
     return summary
 
 

@@ -23,7 +23,7 @@ from foley.core.files import sample_stem, write_json, write_text
 from foley.core.locks import only_writer
 from foley.core.logs import first_few, get_logger
 from foley.core.reading import read_json, reading
-from foley.core.sharding import ALL, NOTES_FOLDER, Shard
+from foley.core.sharding import ALL, Shard
 from foley.generation.prompts import Clip
 from foley.generation.result import Generation
 from foley.metrics.latency import RealTimeFactor
@@ -82,7 +82,7 @@ class ClipFolder:
 
         Raises ValueError where it holds clips of another request, FolderInUseError where another process writes to it.
         """
-        held = self.directory / NOTES_FOLDER / f"writer-{shard.number:05d}" if shard.count > 1 else self.directory
+        held = shard.writer_folder(self.directory)
         with only_writer(held, "clips") if fabric.is_global_zero else nullcontext():
             if fabric.is_global_zero and overwrite:
                 remove_clips(self.directory)

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from pytorch_lightning import Trainer
 
-from foley.core.captions import plain_caption, split_caption
+from foley.core.captions import plain_caption, split_caption, with_structured
 from foley.core.config import PROJECT_ROOT
 from foley.data.annotating import annotate, read_results
 from foley.data.captioning.answers import write_captioned_manifest
@@ -53,6 +53,15 @@ def test_each_caption_of_a_clip_has_its_structure_behind_it(server, tmp_path: Pa
     assert counted == {"one": 1, "two": 1}  # of the second row one answer was none
     paid = {result["id"]: result["completion_tokens"] for result in read_results(tmp_path / "out")}
     assert paid == {"one": 9, "two": 18}
+
+
+@pytest.mark.parametrize("caption", ["rock & roll", "a <b> c", "me@home < you"])
+def test_captions_may_hold_the_marks_of_structure(caption: str) -> None:
+    both = with_structured(caption, "<music& all>@<steps& end>")
+    assert split_caption(both) == (caption, "<music& all>@<steps& end>")
+    assert with_structured(both, "<wind& mid>") == f"{caption} <wind& mid>"
+    without = with_structured(caption, split_caption(caption)[1])  # as for an answer of another form
+    assert split_caption(without) == split_caption(caption) == (caption, f"<{caption}& all>")
 
 
 def test_the_recipe_asks_for_the_published_form(monkeypatch: pytest.MonkeyPatch) -> None:
