@@ -43,6 +43,14 @@ def test_ranks_share_the_samples(drop_last):
         assert {len(keys) for keys in ranks} == {6}
 
 
+@pytest.mark.parametrize("size", range(3, 20))
+def test_ranks_have_equally_many_batches_to_validate(size):
+    """Where weights are sharded, a rank with a batch more than the others would wait for them for ever."""
+    ranks = [list(ResumableSampler(size, 0, 2, False, False, rank, 3)) for rank in range(3)]
+    assert len({-(-len(keys) // 2) for keys in ranks}) == 1
+    assert size - sum(map(len, ranks)) in ((size % 6,) if size > 6 and size % 6 < 3 else (0,))
+
+
 @pytest.mark.parametrize("consumed", [0, 4, 8, 12])
 def test_a_loaded_state_goes_on_where_it_stopped_and_later_epochs_are_whole(consumed):
     def sampler():
