@@ -23,7 +23,7 @@ from foley.data.latent_format import (
     write_index,
     write_shard,
 )
-from foley.data.manifest import SPLIT_NAMES
+from foley.data.entries import SPLIT_NAMES
 
 
 def write_cache(folder: Path, latent: Tensor, clips: LatentClips, layout: LatentLayout) -> LatentShard:
