@@ -254,6 +254,9 @@ def test_the_mend_of_a_batch_that_does_not_divide_keeps_the_sum(batch_size, devi
 def test_a_task_that_does_not_accumulate_is_offered_devices_alone():
     with pytest.raises(ValueError, match=r"keep the sum by trainer\.devices=2, with 64 at a time"):
         even_share(128, 3, accumulates=False)
+    data = _on(0, 1, accumulated=2)
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches=2: .* set it to 1"):
+        data.say_share(data.trainer, accumulates=False)
 
 
 def test_evaluation_order_is_fixed_and_complete():
