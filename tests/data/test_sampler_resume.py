@@ -43,6 +43,14 @@ def test_ranks_share_the_samples(drop_last):
         assert {len(keys) for keys in ranks} == {6}
 
 
+@pytest.mark.parametrize("size", range(3, 20))
+def test_ranks_have_equally_many_batches_to_validate(size):
+    """Where weights are sharded, a rank with a batch more than the others would wait for them for ever."""
+    ranks = [list(ResumableSampler(size, 0, 2, False, False, rank, 3)) for rank in range(3)]
+    assert len({-(-len(keys) // 2) for keys in ranks}) == 1
+    assert size - sum(map(len, ranks)) in ((size % 6,) if size > 6 and size % 6 < 3 else (0,))
+
+
 @pytest.mark.parametrize("consumed", [0, 4, 8, 12])
 def test_a_loaded_state_goes_on_where_it_stopped_and_later_epochs_are_whole(consumed):
     def sampler():
@@ -246,6 +254,9 @@ def test_the_mend_of_a_batch_that_does_not_divide_keeps_the_sum(batch_size, devi
 def test_a_task_that_does_not_accumulate_is_offered_devices_alone():
     with pytest.raises(ValueError, match=r"keep the sum by trainer\.devices=2, with 64 at a time"):
         even_share(128, 3, accumulates=False)
+    data = _on(0, 1, accumulated=2)
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches=2: .* set it to 1"):
+        data.say_share(data.trainer, accumulates=False)
 
 
 def test_evaluation_order_is_fixed_and_complete():

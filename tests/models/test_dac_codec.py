@@ -1,6 +1,7 @@
 """DAC as a codec: latents before the quantiser in two spaces, by the package's own model and from its own files."""
 
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -18,6 +19,7 @@ from foley.generation.decoding import LatentDecoder
 from foley.models.codec.dac import DACCodec, architecture, baseline
 from foley.system.checkpoint import load_trained, trained_config
 from foley.system.convert.conversion import convert_checkpoint
+from foley.training.codecs import DACTraining
 from foley.training.run import train
 
 HOPS = {24000: 320, 44100: 512}
@@ -190,3 +192,22 @@ def test_a_denoiser_is_trained_on_its_latents_and_heard(published, tmp_path, mon
     (sample,) = out.glob("*.wav")
     audio, rate = soundfile.read(sample)
     assert (len(audio), rate) == (24000, 24000)
+
+
+def test_codebooks_are_dropped_by_the_seed_of_the_step():
+    """Not by a generator that a resumed run has elsewhere, and that is the same on all processes."""
+    sizes = {"encoder_dim": 4, "decoder_dim": 16, "n_codebooks": 8, "codebook_size": 8}
+    codec = DACCodec(**sizes, encoder_rates=(2, 4), decoder_rates=(4, 2), quantizer_dropout=1.0)
+    training = SimpleNamespace(codec=codec)
+
+    def generated(seed):
+        noise = torch.Generator().manual_seed(seed)
+        return DACTraining.render(training, {"audio": audio}, noise).generated
+
+    audio = torch.randn(8, 1, 160, generator=torch.Generator().manual_seed(0))
+    before = torch.random.get_rng_state()
+    first = generated(1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(1)
+    assert torch.equal(generated(1), first)
+    assert not torch.equal(generated(2), first)

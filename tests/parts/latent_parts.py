@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foley.core.columns import TextLists, Texts
 from foley.core.hashing import hash_tensors
+from foley.data.entries import SPLIT_NAMES
 from foley.data.latent_folder import LatentFolder, LatentWriter, clip_key
 from foley.data.latent_format import (
     FORMAT,
@@ -23,7 +24,6 @@ from foley.data.latent_format import (
     write_index,
     write_shard,
 )
-from foley.data.manifest import SPLIT_NAMES
 
 
 def write_cache(folder: Path, latent: Tensor, clips: LatentClips, layout: LatentLayout) -> LatentShard:

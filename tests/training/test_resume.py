@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -108,6 +109,35 @@ def test_a_run_goes_on_with_the_same_steps_in_other_batches(tmp_path: Path, befo
     assert trainer.fit_loop.epoch_loop.batch_progress.total.completed == 8 * now
     last = training_state(tmp_path / "resumed/checkpoints/step_000008.ckpt")["TinyData"]
     assert last == {"epoch": 1, "consumed": 12, "size": 20, "batches": 8 * now, "accumulated": now}
+
+
+class EndWithinAStep(pl.Callback):
+    """At the first of the batches of a step, by a signal or by the clock."""
+
+    def __init__(self, step: int, by_signal: bool) -> None:
+        self.step, self.by_signal = step, by_signal
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if trainer.global_step == self.step and self.by_signal:
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        within = trainer.global_step == self.step and trainer.fit_loop._should_accumulate()
+        trainer.should_stop = within and not self.by_signal
+
+
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_a_run_ends_with_whole_steps_of_accumulated_batches(tmp_path: Path, by_signal: bool) -> None:
+    """And what it leaves is not written anew within the first step of the run that goes on."""
+    options = {"accumulate_grad_batches": 2, "every": 4}
+    run(tmp_path / "whole", 8, **options)
+    with pytest.raises(SIGTERMException) if by_signal else nullcontext():
+        run(tmp_path / "part", 8, callbacks=[EndWithinAStep(3, by_signal)], **options)
+    last = tmp_path / "part/checkpoints/step_000004.ckpt"
+    left = last.read_bytes()
+    run(tmp_path / "part", 8, last, **options)
+    assert last.read_bytes() == left
+    assert_same(*(training_state(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "part")))
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:

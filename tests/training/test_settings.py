@@ -17,6 +17,7 @@ from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT, shipped
 from foley.training import run as training
 from foley.training import settings
+from foley.training.base import _differences
 from foley.training.optim import constant_schedule, cosine_schedule
 from foley.training.run import plain, train, warm_start
 from foley.training.settings import (
@@ -96,6 +97,15 @@ def test_every_setting_of_a_recipe_is_applied_or_refused(
         "trainer.log_every_n_steps",
     } <= applied
     assert {"callbacks.ema.decay", "callbacks.checkpoint.every_n_train_steps", "data.num_workers"} <= applied
+
+
+def test_where_things_lie_may_change() -> None:
+    """Of a student and of a ControlNet."""
+    moved = ["system", "codec_path", "data.cache_dir", "task.teacher.path", "task.base.path", "task.codec.source"]
+    assert all(map(is_applied, moved))
+    assert not is_applied("task.codec.width")
+    saved, own = ({"components": {"teacher": {"path": place}, "codec": {"source": place}}} for place in "ab")
+    assert _differences(saved, own) == []
 
 
 @pytest.mark.parametrize(

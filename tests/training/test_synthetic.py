@@ -102,7 +102,8 @@ def test_without_a_gpu_a_recipe_for_gpus_is_measured_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(synthetic, "gpu_memory_gib", lambda: None)
-    cfg = stand_ins(config("experiment=ezaudio_xl", "data=synthetic", "paths.output_dir=x"))
+    cfg = stand_ins(config("experiment=ezaudio_xl", "data=synthetic", "paths.output_dir=x", "ckpt=ezaudio_xl"))
+    assert cfg.ckpt is cfg.codec_path is None  # not read, nor fetched
     assert (cfg.trainer.accelerator, cfg.trainer.devices, cfg.data.batch_size) == ("cpu", 1, 1)
     assert "there is no GPU here: measured on the CPU" in caplog.text
 

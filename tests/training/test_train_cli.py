@@ -21,7 +21,7 @@ from foley.system.checkpoint import load_trained, read_training_checkpoint
 from foley.system.system import load_system
 from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.distillation import Teacher
-from foley.training.run import _validation_interval, find_checkpoint, optimized_metric, train
+from foley.training.run import _batch_counts, find_checkpoint, optimized_metric, train
 
 QUICK = [
     "trainer.max_time=null",
@@ -91,12 +91,14 @@ def test_groups_compose(group: str) -> None:
 
 
 def test_validation_is_counted_in_steps_whatever_a_device_accumulates() -> None:
-    intervals = [
-        _validation_interval(config("experiment=tiny", "data.cache_dir=x", *options).trainer)
+    """The clips of an epoch and of a validation stay too."""
+    plain, accumulated, share = (
+        _batch_counts(config("experiment=tiny", "data.cache_dir=x", *options).trainer)
         for options in ([], ["trainer.accumulate_grad_batches=4"], ["trainer.val_check_interval=0.5"])
-    ]
-    assert intervals[1] == 4 * intervals[0]
-    assert intervals[2] == 0.5
+    )
+    assert set(plain) == {"val_check_interval", "limit_val_batches"}
+    assert accumulated == {name: 4 * count for name, count in plain.items()}
+    assert "val_check_interval" not in share
 
 
 @pytest.mark.parametrize("logger", [None, "tensorboard", "wandb", "many"])

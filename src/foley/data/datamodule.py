@@ -27,7 +27,7 @@ class AudioDataModule(ResumableDataModule):
         splits: a source by split name; "train" is needed, "val" and "test" are optional.
         sample_rate_hz: of every source.
         duration_seconds: length of every batch item; longer clips are cropped, at random in training.
-        batch_size: the sum over devices (see `ResumableDataModule`).
+        batch_size: of a step (see `ResumableDataModule`).
         level: see `AudioDataset`, as are `drop_silent` and `max_fault_fraction`.
         augmentation: in training only.
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
@@ -102,7 +102,7 @@ class LatentDataModule(ResumableDataModule):
     Args:
         cache_dir: what `scripts/encode_latents.py` wrote, a folder or an fsspec URL.
         duration_seconds: length of every batch item; longer latents are cropped, at random in training.
-        batch_size: the sum over devices (see `ResumableDataModule`).
+        batch_size: of a step (see `ResumableDataModule`).
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
         repeats: weights of sources in training: by the beginning of a clip's id, how often it occurs in an epoch.
         text_dir: the captions' embeddings, which `scripts/encode_text.py` wrote, a folder or an fsspec URL.

@@ -51,7 +51,8 @@ class ResumableSampler(Sampler[SampleKey]):
         accumulated: batches of each rank whose gradients make one step; an epoch has whole steps, and those batches are
             the same samples however many ranks share them and however many batches they are taken in.
         shuffle: without it the order is the same in every epoch; mixed, so that the first batches stand for all.
-        drop_last: leave out the remainder, so that every rank gets whole batches; without it ranks may differ by one.
+        drop_last: leave out the remainder, so that every rank gets whole batches; without it one that has not a sample
+            for each rank alone, so that all have equally many batches, as sharded weights want it.
         max_batches: an epoch ends after this many batches of each rank.
         progress: number of batches that were trained on since the start, or since the loaded state.
         arrange: rearranges the order of an epoch, given (order, epoch, samples in a step of all ranks).
@@ -78,7 +79,8 @@ class ResumableSampler(Sampler[SampleKey]):
         self._unit = batch_size * world_size
         self._step = self._unit * accumulated
         whole_batches = size // self._step * accumulated
-        self.samples_per_epoch = whole_batches * self._unit if drop_last else size
+        whole_only = drop_last or (whole_batches > 0 and size % self._unit < world_size)
+        self.samples_per_epoch = whole_batches * self._unit if whole_only else size
         if self.samples_per_epoch == 0:
             raise ValueError(few_samples(size, self._step))
         self.batches_per_epoch = max(1, whole_batches if max_batches is None else min(whole_batches, max_batches))

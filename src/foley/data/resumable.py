@@ -72,8 +72,16 @@ class ResumableDataModule(pl.LightningDataModule):
             raise ValueError(few_samples(size, self.batch_size))
 
     def say_share(self, trainer: pl.Trainer, accumulates: bool = True) -> None:
-        """Log how a step's samples are shared out; arguments and ValueError are those of `even_share`."""
+        """Log how a step's samples are shared out; arguments and ValueError are those of `even_share`.
+
+        ValueError for accumulated batches, too, of a task that does not accumulate.
+        """
         devices, batches = trainer.world_size, trainer.accumulate_grad_batches
+        if batches > 1 and not accumulates:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches={batches}: a task of a model and a discriminator updates both by "
+                "every batch; set it to 1, and take more trainer.devices or a smaller data.batch_size"
+            )
         share = even_share(self.batch_size, devices, batches, accumulates)
         _log.info(
             "a step trains on data.batch_size=%d clips: %d at a time (devices: %d, %s: %d)",

@@ -151,5 +151,8 @@ class DACTraining(AdversarialTraining):
 
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:
         """The reconstruction through the codebooks, as the published codec always decodes."""
-        generated, terms = self.codec.train_through(batch["audio"])
+        with torch.random.fork_rng(devices=[]):  # the package draws its dropout of codebooks from the global generator
+            if noise is not None:
+                torch.default_generator.manual_seed(noise.initial_seed())
+            generated, terms = self.codec.train_through(batch["audio"])
         return Pair(batch["audio"], generated.float(), terms)

@@ -44,6 +44,9 @@ from foley.training.values import require_values
 
 _log = get_logger(__name__)
 
+_COUNTED_IN_STEPS = ("val_check_interval", "limit_train_batches", "limit_val_batches", "overfit_batches")
+"""Options of the trainer that count batches of `data.batch_size` clips."""
+
 _TELLS_NOTHING = (
     ".*your dataloader is not resumable.*",  # Lightning looks for state on the loader; ours is on the data module
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of PyTorch
@@ -253,16 +256,17 @@ def _build_trainer(cfg: DictConfig) -> pl.Trainer:
         callbacks=callbacks,
         logger=loggers,
         plugins=[saving],
-        val_check_interval=_validation_interval(cfg.trainer),
+        **_batch_counts(cfg.trainer),
         _convert_="all",
     )
     return trainer
 
 
-def _validation_interval(trainer: DictConfig) -> int | float | None:
-    """In batches, as Lightning counts them, where the config counts steps; a share of an epoch is one of either."""
-    interval: int | float | None = trainer.get("val_check_interval")
-    return interval * trainer.get("accumulate_grad_batches", 1) if isinstance(interval, int) else interval
+def _batch_counts(trainer: DictConfig) -> dict[str, int]:
+    """In batches, as Lightning counts them, what the config counts in steps; a share of an epoch is one of either."""
+    counts = {name: trainer.get(name) for name in _COUNTED_IN_STEPS}
+    batches = trainer.get("accumulate_grad_batches", 1)
+    return {name: count * batches for name, count in counts.items() if isinstance(count, int)}
 
 
 @rank_zero_only

@@ -69,6 +69,9 @@ RULES: tuple[tuple[str, bool], ...] = (
     ("data.cache_dir", True),
     ("data.text_dir", True),  # embeddings are the same, made now or before
     ("task.teacher.text_dir", True),
+    ("task.base.path", True),
+    ("task.base.text_dir", True),
+    ("task.codec.source", True),
     ("data.num_workers", True),
     ("data.pin_memory", True),
     ("*.gradient_checkpointing", True),
@@ -80,7 +83,8 @@ RULES: tuple[tuple[str, bool], ...] = (
 )
 """Pattern of dotted keys to whether a resumed run applies a change of them; the first that fits, others refuse."""
 
-NEUTRAL = ("device", "download", "cache_dir", "directory", "dtype", *_OF_BATCHES, "gradient_checkpointing")
+_PLACES = ("cache_dir", "directory", "path", "source", "text_dir")
+NEUTRAL = ("device", "download", *_PLACES, "dtype", *_OF_BATCHES, "gradient_checkpointing")
 """Options of components that say where or how they compute, not what."""
 
 _ABSENT = "(absent)"

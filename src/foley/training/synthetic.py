@@ -115,7 +115,7 @@ def stand_ins(cfg: DictConfig) -> DictConfig:
     cfg = cfg.copy()
     with open_dict(cfg):
         _keep_to_the_device(cfg)
-        cfg.text, cfg.codec_path = _random_text(cfg.get("text")), None
+        cfg.text, cfg.codec_path, cfg.ckpt = _random_text(cfg.get("text")), None, None
         if "adversarial_start_step" in cfg.task:
             cfg.task.adversarial_start_step = 0
         codec = _stand_in_teacher(cfg) if _distils_or_controls(cfg) else _on_meta(cfg.codec)

@@ -142,7 +142,7 @@ class BigVGAN(nn.Module):
         final_tanh: bound the audio by a tanh, or else by clipping.
 
     Raises:
-        ValueError: where the strides do not multiply to the hop, or one is odd.
+        ValueError: where the strides do not multiply to the hop, or one is below 2.
 
     Example:
         >>> mel = MelSpectrogram(sample_rate_hz=16000, mel_bands=16, window_samples=256, hop_samples=64)

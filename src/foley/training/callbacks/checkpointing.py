@@ -50,6 +50,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self._requeue_asked = False
         self._interrupt: Any = None  # the handler of Ctrl-C outside of training
         self._interrupt_asked = False
+        self._stop_put_off = self._sigterm_put_off = False
         self.interrupted = False
         """Whether Ctrl-C ends the run."""
 
@@ -79,6 +80,10 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save as the parent does; and at the last step of all, while the loops still stand inside their epoch."""
+        if trainer.fit_loop._should_accumulate():
+            self._put_off_end(trainer)
+            return
+        self._end_if_put_off(trainer)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.should_stop or trainer.global_step == trainer.max_steps:
             self._save_now(trainer)
@@ -125,13 +130,24 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self._interrupt_asked = True
         _log.warning("interrupted: the run ends after this step, with a checkpoint; Ctrl-C again ends it at once")
 
+    def _put_off_end(self, trainer: pl.Trainer) -> None:
+        """Until the step is whole: no checkpoint has the gradients that its batches have left so far."""
+        self._stop_put_off |= trainer.should_stop
+        self._sigterm_put_off |= trainer.received_sigterm
+        trainer.should_stop = trainer._signal_connector.received_sigterm = False
+
+    def _end_if_put_off(self, trainer: pl.Trainer) -> None:
+        trainer.should_stop |= self._stop_put_off
+        trainer._signal_connector.received_sigterm |= self._sigterm_put_off
+        self._stop_put_off = self._sigterm_put_off = False
+
     def _end_if_asked(self, trainer: pl.Trainer) -> None:
         """Save and end the run, all ranks together as for a requeue.
 
         Saved here, inside the loops as periodic checkpoints are: where Lightning ends a run by SIGTERM, epochs are
         counted already that a resumed run would count again.
         """
-        if trainer.global_step == trainer.max_steps or trainer.fit_loop._should_accumulate():
+        if trainer.global_step == trainer.max_steps:
             return
         asked = self._interrupt_asked or trainer.received_sigterm
         if trainer.strategy.reduce_boolean_decision(asked, all=False):
@@ -157,7 +173,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
 
     def _requeue_if_asked(self, trainer: pl.Trainer) -> None:
         """All ranks together, whichever was signalled first: saving is a joint act."""
-        if self._requeue is None or trainer.fit_loop._should_accumulate():
+        if self._requeue is None:
             return
         if trainer.strategy.reduce_boolean_decision(self._requeue_asked, all=False):
             self._requeue_asked = False
