@@ -191,6 +191,7 @@ def test_a_foreign_scheduler_is_refused(pipeline: Any) -> None:
         _generate(pipeline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accelerator", [Fora(2), LiteFocus(blocks=["down_blocks.1"]), CalibrationRecorder()])
 def test_audioldm2_takes_them_too(accelerator: Any) -> None:
     """The U-Net alone: the whole pipeline is tested with its published index."""

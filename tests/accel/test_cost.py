@@ -120,6 +120,7 @@ def test_a_call_is_counted_from_shapes_alone() -> None:
     assert count_call_macs(model, (), inputs) == counter.total > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 def test_sparse_attention_is_compared_with_dense(cached: bool) -> None:
     unet, attention = audioldm2().unet.eval(), LiteFocus(ratio=0.1, blocks=["down_blocks.1"])

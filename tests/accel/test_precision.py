@@ -94,6 +94,7 @@ ACCELERATORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACCELERATORS)
 def test_accelerators_on_compiled_blocks_cost_graphs_neither_for_each_block_nor_for_each_step(
     denoiser, backend, name

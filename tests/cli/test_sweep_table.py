@@ -81,6 +81,7 @@ def test_a_run_that_fails_is_in_the_table_and_the_grid_goes_on(multirun: Multiru
     assert 'raise ValueError("seed 1 is bad luck")' in (folder / "0/error.txt").read_text()
 
 
+@pytest.mark.slow
 def test_bad_trials_do_not_end_a_search(multirun: Multirun) -> None:
     """One raises, one diverges; the best of the others is found."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
@@ -99,6 +100,7 @@ def test_bad_trials_do_not_end_a_search(multirun: Multirun) -> None:
     assert [run["number"] for run in read_runs(folder)] == [3, 4, 0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_training_shows_the_last_of_its_metrics(multirun: Multirun) -> None:
     def task(cfg: DictConfig) -> None:
         rows = ["step,train/loss,val/loss", "0,3.0,", "1,2.5,", f"1,,{cfg.seed}"]

@@ -140,6 +140,7 @@ def test_one_that_waits_too_long_parses_itself(parses, write_jsonl, monkeypatch,
     assert "nothing is remembered" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_are_arrays_and_join_and_split_as_rows_do(tmp_path):
     """Captions of one clip lie far apart, chunks that are read at once between them."""
     path = tmp_path / "clips.jsonl"

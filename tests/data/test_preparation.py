@@ -297,6 +297,7 @@ def prepare_generated(folder: Path, count: int) -> dict:
     return prepare_manifest([AnnotationFile(folder / "generated.csv", generated_rows(count))], folder, folder / "out")
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_of_which_every_twentieth_is_faulty(tmp_path, write_clip):
     write_clip("clip.wav")
     (tmp_path / "empty.wav").touch()
@@ -307,6 +308,7 @@ def test_ten_thousand_rows_of_which_every_twentieth_is_faulty(tmp_path, write_cl
     assert len(lines(tmp_path / "out" / "ledger.jsonl")) == 500
 
 
+@pytest.mark.slow
 def test_memory_grows_by_the_ids_alone(tmp_path, write_clip):
     write_clip("clip.wav")
     (tmp_path / "empty.wav").touch()

@@ -63,6 +63,7 @@ def config(*overrides: str):
         return compose("sample", overrides=["prompt=rain", *overrides])
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_clips_of_one_and_go_on_where_they_stopped(system_dir, audiocaps, tmp_path):
     given = [f"prompts={audiocaps}", f"system={system_dir}", "device=cpu", "seed=7"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"

@@ -68,6 +68,7 @@ def warnings(caplog, typed, others):
     return [record.getMessage() for record in caplog.records]
 
 
+@pytest.mark.slow
 def test_typed_options_that_change_nothing_are_named(caplog):
     names = [typed.lstrip("+").partition("=")[0] for typed in IDLE]
     assert [option for option in EFFECT if not any(f"{name}.".startswith(f"{option}.") for name in names)] == []

@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_features_becomes_a_folder_of_clips(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["steps=2", "duration_seconds=0.3", "num=2", f"output_dir={out}", "device=cpu"]

@@ -72,6 +72,7 @@ def test_a_system_without_student_says_so(folder):
         student_of(student_of(folder))
 
 
+@pytest.mark.slow
 def test_sample_takes_the_student(folder, tmp_path):
     done = run_sample(
         "prompt=rain", "duration_seconds=0.2", f"system={folder}", "student=true", f"output_dir={tmp_path}/x"

@@ -129,6 +129,7 @@ def test_a_training_checkpoint_is_known_as_a_student_by_its_components(system, s
     assert torch.equal(loaded.generate(["rain"], **HALF_SECOND).audio, student.generate(["rain"], **HALF_SECOND).audio)
 
 
+@pytest.mark.slow
 def test_sample_picks_consistency_sampling_by_itself(student_dir, tmp_path):
     done = run_sample("prompt=rain", "duration_seconds=0.3", f"system={student_dir}", f"output_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -136,6 +137,7 @@ def test_sample_picks_consistency_sampling_by_itself(student_dir, tmp_path):
     assert (settings["solver"], settings["num_steps"], settings["guidance_scale"]) == (CONSISTENCY, 2, 5.0)
 
 
+@pytest.mark.slow
 def test_sample_refuses_a_scale_unless_told(student_dir, tmp_path):
     arguments = ["prompt=rain", "duration_seconds=0.3", "guidance_scale=3", "steps=1", f"system={student_dir}"]
     refused = run_sample(*arguments, f"output_dir={tmp_path}")

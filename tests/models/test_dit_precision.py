@@ -178,6 +178,7 @@ def test_a_mask_that_leaves_nothing_out_is_none_and_any_other_is_aligned_and_as_
     assert torch.equal(added, boolean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "checkpointing"),
     [

@@ -57,6 +57,7 @@ def join(monkeypatch: pytest.MonkeyPatch, folder: Path, **paths: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_trained_parts_join_and_encode(
     trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_scores_have_the_intervals_of_the_textbook(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_the_bootstrap_covers_the_truth(tmp_path):
     """Listeners and items both vary: 95 % intervals hold the true mean in most of many tests."""
     draw, covered, trials = np.random.default_rng(0), 0, 40

@@ -48,6 +48,7 @@ def test_the_script_compares_the_denoisers_of_the_ablations(name, millions):
     assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, 1) == millions
 
 
+@pytest.mark.slow
 def test_the_script_writes_sizes_and_memory(tmp_path):
     script, results = str(PROJECT_ROOT / "scripts" / "compare_parameters.py"), tmp_path / "parameters.json"
     command = [sys.executable, script, "size=tiny", "codec=tiny", "device=cpu", "autocast=false", "num_frames=50"]

@@ -33,6 +33,7 @@ TINY = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Should have:UserWarning")
 def test_every_cache_is_measured_and_matched(tmp_path: Path) -> None:
     cfg = compose_command("bench/diffusers_caching", *TINY, f"output_dir={tmp_path}")

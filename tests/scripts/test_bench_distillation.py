@@ -40,6 +40,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_rows_sweep_and_curves(folder, tmp_path):
     overrides = [
         *(f"teacher={folder}/teacher", f"student={folder}/student", f"prompts={folder}/prompts.jsonl"),

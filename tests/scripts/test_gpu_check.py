@@ -107,6 +107,7 @@ def test_without_a_gpu_it_says_how_to_try(script, check):
         script["main"].__wrapped__(check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [["size=full"], ["size=quick", "device=cpu"]])
 def test_every_stage_names_a_command_and_has_a_limit(overrides):
     cfg = compose_command("script/gpu_check", *overrides)

@@ -123,6 +123,7 @@ def compose_first_job(script: Path, arguments: list[str]) -> None:
     config(name, *(["name=test"] if name == "train" else []), *firsts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [("train_demo", []), ("results", []), ("results", ["effort=quick", "dac_weights=w.pth"])],

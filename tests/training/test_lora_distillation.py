@@ -54,6 +54,7 @@ def test_the_target_follows_the_adapters_and_shares_the_rest() -> None:
         torch.testing.assert_close(target, before[name] + (0.1 if trained else 0.0))
 
 
+@pytest.mark.slow
 def test_training_resumes_exactly_and_the_folded_student_is_an_ordinary_one(tmp_path: Path) -> None:
     whole, part = (LoraModule(tiny_teacher()) for _ in range(2))
     run(tmp_path / "whole", 6, whole)

@@ -59,6 +59,7 @@ def test_a_short_run_is_measured_in_its_own_steps(tmp_path: Path, caplog: pytest
     assert "denoiser (DiffusionTransformer)" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_codec_is_measured_with_its_discriminator(tmp_path: Path) -> None:
     cost = measured(tmp_path, "experiment=tiny_vae", *SMALL_CODEC, "data.batch_size=2", "data.duration_seconds=0.3")
     alone = measured(
@@ -69,6 +70,7 @@ def test_a_codec_is_measured_with_its_discriminator(tmp_path: Path) -> None:
     assert cost["clips_per_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_student_is_measured_with_a_teacher_of_an_experiments_shapes(tmp_path: Path) -> None:
     cost = measured(
         tmp_path, "experiment=audiolcm", "data.teacher=tiny", "data.batch_size=1", "data.duration_seconds=0.5"

@@ -56,6 +56,7 @@ def test_configs_are_found_however_they_are_wrapped(weights_and_config, tmp_path
     assert {key: found[key] for key in config} == config
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_component_and_its_card(weights_and_config, tmp_path):
     weights, config = weights_and_config
     ckpt, out = tmp_path / "tiny.pt", tmp_path / "out"

@@ -131,6 +131,7 @@ def run_sample(*overrides, **environment):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, env=environment)
 
 
+@pytest.mark.slow
 def test_sample_py_takes_the_folder(hub_dir, tiny, tmp_path):
     done = run_sample(
         "system=ezaudio_l", f"hub_dir={hub_dir}", "prompt=a dog barks", "steps=2", "duration_seconds=0.1",
@@ -144,6 +145,7 @@ def test_sample_py_takes_the_folder(hub_dir, tiny, tmp_path):
     assert len(list((tmp_path / "cache").glob("*/README.md"))) == 2
 
 
+@pytest.mark.slow
 def test_sample_py_without_network_or_cache_says_what_to_put_where(tmp_path):
     done = run_sample(
         "system=ezaudio_xl", "prompt=rain", f"output_dir={tmp_path}", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)
