@@ -10,8 +10,9 @@ PUBLIC = {
         LocalGlobal NoAcceleration SmoothCache TokenMerging
     """,
     "foley.models": """
-        AdaptedDenoiser AudioVAE BigVGAN DiffusionTransformer FastDecoder FeatureConditioner FrozenT5Conditioner
-        GaussianPosterior LatentNormaliser LlamaTransformer MelCodec MelSpectrogram MelVAE SmallTextEncoder SpanMask
+        AdaptedDenoiser AudioVAE BigVGAN ControlledTransformer DiffusionTransformer FastDecoder FeatureConditioner
+        FrozenT5Conditioner GaussianPosterior LatentNormaliser LlamaTransformer MelCodec MelSpectrogram
+        MelVAE SmallTextEncoder SpanMask
         SpectralVAE TextConditioner TextEmbedding WaveformVAE
     """,
     "foley.diffusion": """

@@ -81,7 +81,10 @@ def test_scripts_are_named_as_seen_from_the_checkout(monkeypatch):
     [
         (["sa"], ["sample"]),
         (["bench", "cach"], ["caching"]),
-        (["caption", "captioner="], ["captioner=autoacd", "captioner=qwen2_audio", "captioner=strong_labels"]),
+        (
+            ["caption", "captioner="],
+            [f"captioner={name}" for name in ("autoacd", "qwen2_audio", "strong_labels", "structured")],
+        ),
         (["export", "out"], ["output_dir="]),
         (["bench", "caching", "sol"], ["solver="]),
         (["shards", "writer.num"], ["writer.num_workers="]),

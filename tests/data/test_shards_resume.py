@@ -27,7 +27,9 @@ def _module(url: str, rank: int, world_size: int, num_workers: int = 2, epoch: i
     data = build_data(url, num_workers, world_size)
     progress = SimpleNamespace(total=SimpleNamespace(processed=0))
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress))
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, limit_train_batches=1.0, fit_loop=loop)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=world_size, limit_train_batches=1.0, accumulate_grad_batches=1, fit_loop=loop
+    )
     data.load_state_dict({"epoch": epoch, "consumed": consumed, "size": TRAIN, "batches": 0})
     return data
 

@@ -36,7 +36,7 @@ def config(*overrides: str) -> DictConfig:
 )
 def test_nothing_typed_is_the_first_training(typed: list[str], added: list[str], monkeypatch: Any) -> None:
     seen: list[str] = []
-    monkeypatch.setattr("foley.cli.command.command", lambda name: lambda task: lambda: seen.extend(sys.argv[1:]))
+    monkeypatch.setattr("foley.cli.command.command", lambda name, **_: lambda task: lambda: seen.extend(sys.argv[1:]))
     monkeypatch.setattr(sys, "argv", ["train.py", *typed])
     runpy.run_path(str(PROJECT_ROOT / "train.py"), run_name="__main__")
     assert seen == [*typed, *added]

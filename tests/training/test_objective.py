@@ -62,7 +62,7 @@ def test_a_run_that_ends_inside_its_warm_up_is_told_so(
 ) -> None:
     training(lambda cfg: {})
     objective(config(tmp_path, "experiment=ezaudio_l", "trainer.max_steps=40"))
-    assert "trainer.max_steps=40 and lr_schedule.warmup_steps=1000 the learning rate reaches 4%" in caplog.text
+    assert "trainer.max_steps=40 and lr_schedule.warmup_steps=5000 the learning rate reaches 1%" in caplog.text
     caplog.clear()
     objective(config(tmp_path, "experiment=ezaudio_l", "trainer.max_steps=40", "lr_schedule.warmup_steps=4"))
     assert "warm-up" not in caplog.text

@@ -84,7 +84,7 @@ def on_the_cpu(cfg: DictConfig, folder: Path) -> DictConfig:
         cfg.paths.output_dir, cfg.ckpt_path = str(folder), None
         cfg.data.batch_size, cfg.data.duration_seconds = 2, min(cfg.data.duration_seconds, 0.256)
         checkpoint, cost = cfg.callbacks.checkpoint, None
-        if "teacher" in cfg.task:
+        if {"teacher", "base"} & set(cfg.task):
             cfg.system = str(folder / "teacher")
             torch.manual_seed(0)  # the same teacher for every run
             save_system(build_system(CONFIGS), folder / "teacher")

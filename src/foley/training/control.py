@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from foley.core.components import rebuild_component
+from foley.core.components import CheckpointError, rebuild_component
 from foley.core.devices import to_device
 from foley.core.seeding import torch_generator
 from foley.data.dataset import LatentBatch
 from foley.models.dit.controlnet import ControlledTransformer, controlled_config
+from foley.models.dit.model import DiffusionTransformer
 from foley.training.diffusion import DiffusionTraining, LatentTraining
 from foley.training.distillation import Teacher
 
@@ -130,6 +131,9 @@ def controlled_denoiser(model: nn.Module, config: dict[str, Any]) -> ControlledT
     """The trained `model` with a ControlNet that copies it; one that has a ControlNet is returned as it is."""
     if isinstance(model, ControlledTransformer):
         return model
+    if not isinstance(model, DiffusionTransformer):
+        kind = type(model).__name__
+        raise CheckpointError(f"a ControlNet copies a denoiser with long skips, as EzAudio's; this system has a {kind}")
     controlled: ControlledTransformer = rebuild_component(config, "the model to control")
     own = controlled.state_dict()
     controlled.load_state_dict({**own, **model.state_dict()})

@@ -157,7 +157,7 @@ def _stand_in_teacher(cfg: DictConfig) -> Any:
         if "codec" in cfg.task:
             cfg.task.codec.source = system
         return load_system(Path(system)).modules["codec"]
-    experiment = system or cfg.data.teacher
+    experiment = system or cfg.data[role]
     if not (CONFIG_DIR / f"experiment/{experiment}.yaml").is_file():
         raise ValueError(
             f"system={system} does not exist, nor does experiment={experiment}, whose shapes it could have"
