@@ -51,6 +51,7 @@ def test_the_default_folder_of_a_sweep_is_known_before_its_first_job(name: str) 
         assert "/outputs/" in cfg.hydra.sweep.dir
 
 
+@pytest.mark.slow
 def test_a_grid_at_its_default_folder_ends_with_a_table(
     multirun: Multirun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

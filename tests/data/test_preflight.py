@@ -121,6 +121,7 @@ def test_other_words_for_check_files_are_refused():
         preflight_of_ranks(clips(1), "always")
 
 
+@pytest.mark.slow
 def test_faults_are_counted_and_not_summed():
     dataset = AudioDataset(ClipSource(clips(100_000), 8000), 80)
     for place in (5, 7, 5):

@@ -78,6 +78,7 @@ def test_typed_options_that_change_nothing_are_named(caplog):
         assert message.startswith(f"{named} has no effect ")
 
 
+@pytest.mark.slow
 def test_options_with_an_effect_pass_without_a_word(caplog):
     for typed, others in EFFECTIVE.items():
         assert warnings(caplog, typed, others) == []

@@ -76,6 +76,7 @@ def test_an_edited_file_keeps_every_sample_outside_the_mask(system_dir, recordin
     assert (settings["edit"]["mask_start_seconds"], settings["edit"]["boundary_seconds"]) == (0.4, 0.2)
 
 
+@pytest.mark.slow
 def test_a_variation_has_the_length_of_its_file(system_dir, recording, tmp_path):
     done = run_sample(
         f"init={recording}", "strength=0.34", "prompt=rain", "negative_prompt=a dog, barking", "steps=3",

@@ -107,6 +107,7 @@ def test_the_mel_vae_is_trained_as_published() -> None:
     assert options == (0.2, 3.0, True, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mel_16khz", "mel_16khz_tiny"])
 def test_the_configs_build_codecs_whose_parts_hear_the_same(name: str) -> None:
     natural = "codec.vocoder.spectrogram.decimal_log=false"

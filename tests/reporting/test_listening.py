@@ -73,6 +73,7 @@ def listen(browser, page_file, listener: str, directory, stop_after: int | None 
     return order, file
 
 
+@pytest.mark.slow
 def test_listeners_go_through_the_page(browser, stimuli, tmp_path):
     page = write_test(tmp_path, "Which dog?", stimuli, seed=1)
     key = json.loads((tmp_path / "key.json").read_text(encoding="utf-8"))

@@ -40,6 +40,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_every_variant_is_timed_against_dense(result: dict[str, Any]) -> None:
     assert [row["num_tokens"] for row in result["attention"]] == [64, 128]
     assert [row["num_tokens"] for row in result["window"]] == [300]

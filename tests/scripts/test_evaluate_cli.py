@@ -138,6 +138,7 @@ def test_missing_pairs_silence_and_unknown_protocols_are_refused(workspace: Path
     assert not (workspace / "out").exists()
 
 
+@pytest.mark.slow
 def test_several_protocols_in_one_report_and_one_log(workspace: Path) -> None:
     save_clap(workspace / "clap")
     for clip in range(4):

@@ -39,6 +39,7 @@ def test_a_compiled_run_is_the_run(recipe: str, overrides: list[str], tmp_path: 
         torch.testing.assert_close(compiled[name], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_forward_pass_is_one_graph_at_every_step(autocast: bool) -> None:
     torch._dynamo.reset()

@@ -79,6 +79,7 @@ def test_a_student_is_measured_with_a_teacher_of_an_experiments_shapes(tmp_path:
     assert cost["parameters"] > 3 * sum(parameter.numel() for parameter in teacher.parameters())  # student and target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experiment", "data"),
     [

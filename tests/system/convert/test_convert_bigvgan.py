@@ -130,6 +130,7 @@ def test_it_computes_what_the_published_layers_do(resblock: str, activation: str
     torch.testing.assert_close(audio, published_forward(state, config, mel), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "million_parameters"), [(BASE_22KHZ_80BAND, 14), (AUDIOSET_16KHZ_80BAND, 112)])
 def test_covers_the_published_generators(config: dict[str, Any], million_parameters: int) -> None:
     with torch.device("meta"):
