@@ -188,7 +188,7 @@ TEXTS = [
     "é",
 ]
 NUMBERS = [None, 3, 2**64, True, 2.5, -1.0, 1e300, math.inf, math.nan, "2.5"]
-CELLS = st.sampled_from([*TEXTS, *NUMBERS, ["rain", "a shower"], ["rain"], [], {"path": 1}])
+CELLS = st.sampled_from([*TEXTS, *NUMBERS, ["rain", "a shower"], ["rain"], [2**64], [], {"path": 1}])
 NAMES = st.sampled_from(["path", "file", "caption", "captions", "id", "duration_seconds", "split", "label", "other"])
 RIGHT = st.just({"path": "a.wav", "caption": "rain"})
 ROWS = st.lists(st.one_of(RIGHT, st.dictionaries(NAMES, CELLS, max_size=5)), min_size=1, max_size=4)

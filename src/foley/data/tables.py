@@ -239,8 +239,9 @@ def _plain_rows(lines: Sequence[str]) -> list[dict[str, Any]]:
     # has names, and none has spread over lines.
     if set(map(type, rows)) != {dict} or [line.count(":") for line in lines] != list(map(len, rows)):
         return []
-    floats = [abs(cell) for row in rows for cell in row.values() if type(cell) is float]
-    return [] if max(floats, default=0) >= _EXACT else rows
+    cells = [cell for row in rows for cell in row.values() if type(cell) is float or type(cell) is list]
+    numbers = (number for cell in cells for number in (cell if type(cell) is list else [cell]) if type(number) is float)
+    return [] if max(map(abs, numbers), default=0) >= _EXACT else rows
 
 
 def _json_row(text: str) -> Mapping[str, Any] | str:
