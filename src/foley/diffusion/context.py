@@ -4,7 +4,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
+
+AXES = ("timestep", "log_snr", "angle")
+"""Along which what a denoiser computes is a function of time, see `RunContext.axis`."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,34 @@ class RunContext:
     guidance_rescale: float  # phi
     batch_size: int  # items; guidance branches do not count
     is_recorded: bool = False  # evaluations are replayed as graphs: what is kept between them must stay in its place
+    log_snr: Tensor | None = None  # log(alpha^2 / sigma^2) of each evaluation, [num_evaluations], -inf of pure noise
 
     @property
     def num_evaluations(self) -> int:
         """NFE of one branch; a joint batch of two counts once."""
         return len(self.timesteps)
+
+    def axis(self, name: str) -> list[float]:
+        """Where each evaluation lies: by its timestep, its log-SNR, or the angle arctan(sigma / alpha).
+
+        The angle is finite at pure noise, and v is the derivative of the noisy latent by it. Where the noise levels are
+        not known (a pipeline's own scheduler may hide them), all three are the timestep.
+
+        Raises ValueError for another name.
+
+        >>> log_snr = torch.tensor([-torch.inf, 0.0, 2.0])
+        >>> run = RunContext("ddim", 3, torch.tensor([999, 666, 333]), 1.0, 0.0, batch_size=1, log_snr=log_snr)
+        >>> [round(angle, 3) for angle in run.axis("angle")]  # from pi / 2
+        [1.571, 0.785, 0.353]
+        """
+        if name not in AXES:
+            raise ValueError(f"the axis must be one of {', '.join(AXES)}, got {name!r}")
+        if name == "timestep" or self.log_snr is None:
+            places: list[float] = self.timesteps.double().tolist()
+            return places
+        log_snr = self.log_snr.double()
+        places = (log_snr if name == "log_snr" else torch.exp(-log_snr / 2).arctan()).tolist()
+        return places
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def generate_latents(
     # One generator an item and purpose: an item is the same whatever batch it is in.
     noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
     generators = [torch_generator("solver noise", seed) for seed in seeds]  # which only stochastic solvers use
-    run = solver.run_context(scheduler, guidance, len(seeds))
+    run = solver.run_context(scheduler, guidance, len(seeds), process)
     # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
     rows = {name: row.expand(len(seeds), *row.shape[1:]) for name, row in more.items()}

@@ -24,6 +24,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
 )
+from torch import Tensor
 
 from foley.core.numbers import SHARE
 from foley.diffusion.context import RunContext
@@ -152,9 +153,17 @@ class Solver:
         scheduler.adds_noise = table[self.name].adds_noise or self.eta > 0  # for `foley.diffusion.sampler`
         return scheduler
 
-    def run_context(self, scheduler: Any, guidance: ClassifierFreeGuidance, batch_size: int) -> RunContext:
-        """What callbacks learn about a run with `scheduler`."""
-        return RunContext(self.label, self.num_steps, scheduler.timesteps, guidance.scale, guidance.rescale, batch_size)
+    def run_context(
+        self,
+        scheduler: Any,
+        guidance: ClassifierFreeGuidance,
+        batch_size: int,
+        process: DiffusionProcess | None = None,
+    ) -> RunContext:
+        """What callbacks learn about a run with `scheduler`; of the noise levels, where they know the process."""
+        log_snr = None if process is None else _log_snr(process, scheduler.timesteps.cpu())
+        known = self.label, self.num_steps, scheduler.timesteps, guidance.scale, guidance.rescale, batch_size
+        return RunContext(*known, log_snr=log_snr)
 
     def _build(self, entry: _Entry, process: DiffusionProcess) -> Any:
         if isinstance(process, CosineProcess):  # which knows all times
@@ -214,6 +223,14 @@ class Solver:
         else:
             scheduler.set_timesteps(self.num_steps)
         return scheduler
+
+
+def _log_snr(process: DiffusionProcess, timesteps: Tensor) -> Tensor:
+    """`[E]`; between two steps of the training, where solvers in sigma space evaluate, on the line through both."""
+    if process.is_flow or isinstance(process, CosineProcess):
+        return process.snr(timesteps).double().log()
+    known = process.snr(torch.arange(process.num_train_steps)).double().log().numpy()
+    return torch.from_numpy(np.interp(timesteps.double().numpy(), np.arange(len(known)), known))
 
 
 def _karras_timesteps(signal_power: np.ndarray, num_steps: int) -> list[float]:

@@ -164,7 +164,7 @@ class StableAudio:
         first = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = draw_noise(torch.empty(shape, device=self.pipeline._execution_device), first)
         denoise = guidance.wrap(partial(self._predict, durations, self._rotary()), text, silence)
-        run = solver.run_context(scheduler, guidance, len(seeds))
+        run = solver.run_context(scheduler, guidance, len(seeds), self.process)
         generators = [torch_generator("solver noise", seed) for seed in seeds]
         callbacks = [] if accelerator is None else [accelerator]
         with nullcontext() if accelerator is None else accelerator.attach(self.denoiser):
