@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+from foley.accel.caching.calibration import CalibratedCache, CalibratedOptions, Calibration
+from foley.accel.caching.reuse import ReuseChoice
 from foley.core.numbers import NumberRange
 
 Curves = Mapping[str, Sequence[float]]
@@ -185,7 +187,7 @@ class Budget(CalibratedCache):
     """The schedule of least summed change whose multiply-accumulates are those of `target_speedup`.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
+        calibration_dir, reuse, options: as `CalibratedCache` takes them.
         target_speedup: uncached multiply-accumulates over those of the run; 1 computes always.
         method: "dynamic" or "greedy", see `budget_schedule`.
 
@@ -204,13 +206,11 @@ class Budget(CalibratedCache):
         calibration_dir: str | Path,
         target_speedup: float,
         method: str = "dynamic",
-        reuse: str = "hold",
-        calibrated_steps: int | None = None,
-        source: Source = SOME_SYSTEM,
-        calibrate: str = "never",
+        reuse: ReuseChoice = "hold",
+        **options: Unpack[CalibratedOptions],
     ) -> None:
         policy = {"name": "budget", "target_speedup": target_speedup, "method": method}
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
+        super().__init__(calibration_dir, policy, reuse, **options)
         NumberRange(least=1).check("target_speedup", target_speedup)
         self._target_speedup = target_speedup
         self._method = method
