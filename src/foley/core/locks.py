@@ -1,9 +1,11 @@
-"""One at a time: a folder refuses the second process that writes to it, and a model lets the second thread wait."""
+"""One at a time: a folder refuses the second process that writes to it, a model lets the second thread wait, and what
+belongs to one run refuses the threads of others.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock, RLock
+from threading import Lock, RLock, get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -66,3 +68,39 @@ def sole_user(model: object) -> Iterator[None]:
         lock = _model_locks.setdefault(model, RLock())
     with lock:
         yield
+
+
+class RunThread:
+    """The thread of a run: what keeps state between the evaluations of one refuses calls from another's.
+
+    >>> thread = RunThread()
+    >>> thread.begin()
+    >>> thread.is_own()
+    True
+    """
+
+    def __init__(self) -> None:
+        self._owner: int | None = None  # None between runs
+
+    def begin(self) -> None:
+        """A run of this thread begins; raises RuntimeError while that of another goes on."""
+        with _adding:
+            self.check()
+            self._owner = get_ident()
+
+    def is_own(self) -> bool:
+        """Whether no run of another thread goes on."""
+        return self._owner in (None, get_ident())
+
+    def check(self) -> None:
+        """Raises RuntimeError while a run of another thread goes on."""
+        if not self.is_own():
+            raise RuntimeError(
+                "another thread is generating with this model or accelerator: `generate_latents` and `TextToAudio` let "
+                "threads take turns; give each thread a model and an accelerator of its own, or hold "
+                "`foley.core.locks.sole_user(denoiser)` around each generation"
+            )
+
+    def end(self) -> None:
+        """The run has ended."""
+        self._owner = None

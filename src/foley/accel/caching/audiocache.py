@@ -18,13 +18,19 @@ here it exceeds delta, as in Algorithm 1, but that delta = 0 computes always.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Unpack
 
-from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+from foley.accel.caching.calibration import CalibratedCache, CalibratedOptions, Calibration
+from foley.accel.caching.reuse import ReuseChoice
+from foley.accel.caching.schedule import UNCONSTRAINED, Constraints
 from foley.core.numbers import NumberRange
 
 
 def audiocache_schedule(
-    changes: Mapping[str, Sequence[float]], delta: float, include_refresh: bool = True
+    changes: Mapping[str, Sequence[float]],
+    delta: float,
+    include_refresh: bool = True,
+    constraints: Constraints = UNCONSTRAINED,
 ) -> dict[str, list[bool]]:
     """Per layer, compute when the changes since the last computation exceed `delta` (AudioCache, Algorithm 1, eq. 2).
 
@@ -34,6 +40,7 @@ def audiocache_schedule(
         delta: 0 computes always.
         include_refresh: sum from the evaluation last computed, its own change included, as equation (2) has it; False
             sums from the one after, which reuses more at the same delta.
+        constraints: what else computes; the sum goes on from there.
 
     Raises:
         ValueError: delta is negative.
@@ -49,16 +56,18 @@ def audiocache_schedule(
     """
     if delta < 0:
         raise ValueError(f"AudioCache's threshold must be at least 0 (0 computes always), got {delta}")
-    return {layer: _accumulate(curve, delta, include_refresh) for layer, curve in changes.items()}
+    return {layer: _accumulate(curve, delta, include_refresh, constraints) for layer, curve in changes.items()}
 
 
-def _accumulate(curve: Sequence[float], delta: float, include_refresh: bool) -> list[bool]:
+def _accumulate(curve: Sequence[float], delta: float, include_refresh: bool, constraints: Constraints) -> list[bool]:
     decisions, accumulated = [True], 0.0  # the first evaluation has nothing to reuse
-    for change in curve[1:]:  # curve[0] has no evaluation before it
+    due = constraints.next_due(0, len(curve))
+    for evaluation, change in enumerate(curve[1:], start=1):  # curve[0] has no evaluation before it
         accumulated += change  # eq. 2
-        decisions.append(accumulated > delta or delta == 0)  # Algorithm 1
+        decisions.append(accumulated > delta or delta == 0 or evaluation == due)  # Algorithm 1
         if decisions[-1]:
             accumulated = change if include_refresh else 0.0  # t_1 is this step now
+            due = constraints.next_due(evaluation, len(curve))
     return decisions
 
 
@@ -66,7 +75,7 @@ class AudioCache(CalibratedCache):
     """Each layer is recomputed when its calibrated changes add up to more than `threshold`; 0 computes always.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
+        calibration_dir, reuse, options: as `CalibratedCache` takes them.
         threshold: the paper's delta, 0.2 to 0.4 there; it grows with the number of steps (Table V).
         include_refresh: equation (2) to the letter, see `audiocache_schedule`; False reuses more at the same threshold.
 
@@ -106,18 +115,16 @@ class AudioCache(CalibratedCache):
         self,
         calibration_dir: str | Path,
         threshold: float = 0.3,
-        reuse: str = "hold",
-        calibrated_steps: int | None = None,
-        source: Source = SOME_SYSTEM,
-        calibrate: str = "never",
+        reuse: ReuseChoice = "hold",
         include_refresh: bool = True,
+        **options: Unpack[CalibratedOptions],
     ) -> None:
         policy = {"name": "audiocache", "threshold": threshold, "include_refresh": include_refresh}
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
+        super().__init__(calibration_dir, policy, reuse, **options)
         NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
         self._include_refresh = include_refresh
 
     def decide(self, calibration: Calibration) -> dict[str, list[bool]]:
         """Each layer by itself, see `audiocache_schedule`."""
-        return audiocache_schedule(calibration.changes(), self._threshold, self._include_refresh)
+        return audiocache_schedule(calibration.changes(), self._threshold, self._include_refresh, self.constraints)

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+from foley.accel.caching.calibration import CalibratedCache, CalibratedOptions, Calibration
+from foley.accel.caching.knapsack import least_error
+from foley.accel.caching.reuse import ReuseChoice
+from foley.accel.caching.schedule import UNCONSTRAINED, Constraints
 from foley.core.numbers import NumberRange
 
 Curves = Mapping[str, Sequence[float]]
@@ -22,9 +26,17 @@ Curves = Mapping[str, Sequence[float]]
 Rows = dict[str, list[bool]]
 """For each layer, true at the evaluations where it computes."""
 
+Intervals = Mapping[str, NDArray[np.float64]]
+"""For each layer at `[c, e]`, `[E, E + 1]`, the error of computing at c and reusing until it computes again at e."""
+
 
 def budget_schedule(
-    changes: Curves, layer_macs: Mapping[str, int], total_macs: int, target_speedup: float, method: str = "dynamic"
+    changes: Curves,
+    layer_macs: Mapping[str, int],
+    total_macs: int,
+    target_speedup: float,
+    method: str = "dynamic",
+    constraints: Constraints = UNCONSTRAINED,
 ) -> Rows:
     """Decisions for each layer, true where it computes, whose MACs are at most `1 / target_speedup` of the uncached.
 
@@ -33,12 +45,13 @@ def budget_schedule(
         layer_macs: of one call of each layer.
         total_macs: of one uncached evaluation of the whole denoiser.
         target_speedup: uncached MACs over MACs; 1 computes always.
-        method: "dynamic" finds each layer's best schedule for every number of computations by dynamic programming,
-            and spends the budget where it removes most error for its MACs; "greedy" starts from computing always, and
+        method: "dynamic" finds the best schedule there is: of each layer for every number of computations by dynamic
+            programming, and the numbers by `foley.accel.caching.knapsack`; "greedy" starts from computing always, and
             drops whichever computation costs least error for its MACs, one by one.
+        constraints: what computes in any case, within the same budget.
 
     Raises ValueError for an unknown method, and for a speed-up out of reach: what is not cacheable always computes, and
-    each layer computes once.
+    each layer computes once, or as often as the constraints have it.
 
     Example:
         Half of the four evaluations of the only layer; the large change at the end is worth a computation.
@@ -46,18 +59,48 @@ def budget_schedule(
         >>> budget_schedule({"0.feed_forward": [0.0, 0.1, 0.1, 0.9]}, {"0.feed_forward": 100}, 100, target_speedup=2)
         {'0.feed_forward': [True, False, False, True]}
     """
+    intervals = {layer: _interval_errors(curve) for layer, curve in changes.items()}
+    return spend_budget(intervals, layer_macs, total_macs, target_speedup, method, constraints)
+
+
+def spend_budget(
+    intervals: Intervals,
+    layer_macs: Mapping[str, int],
+    total_macs: int,
+    target_speedup: float,
+    method: str = "dynamic",
+    constraints: Constraints = UNCONSTRAINED,
+) -> Rows:
+    """As `budget_schedule`, of any errors of reuse that sum up over layers and intervals."""
     methods = {"dynamic": _dynamic, "greedy": _greedy}
     if method not in methods:
         raise ValueError(f"accel.method must be one of {', '.join(methods)}, got {method!r}")
-    num_evaluations = len(next(iter(changes.values())))
-    layers_once = sum(layer_macs[layer] for layer in changes)
+    num_evaluations, fewest = len(next(iter(intervals.values()))), _fewest(constraints, intervals)
+    layers = sum(layer_macs[layer] for layer in intervals)
     # MACs that the layers may take in all: those of the whole run, less what no schedule can save.
-    budget = num_evaluations * (total_macs / target_speedup - (total_macs - layers_once))
-    if target_speedup < 1 or budget < layers_once:
+    budget = num_evaluations * (total_macs / target_speedup - (total_macs - layers))
+    if target_speedup < 1 or budget < fewest * layers * (1 - 1e-12):
         uncached = num_evaluations * total_macs  # everything computed always
-        largest = uncached / (uncached - (num_evaluations - 1) * layers_once)  # every layer computed once
+        largest = uncached / (uncached - (num_evaluations - fewest) * layers)
         raise ValueError(f"accel.target_speedup must lie between 1 and {largest:.3g} here, got {target_speedup:g}")
-    return methods[method](changes, layer_macs, budget)
+    allowed = {layer: _constrained(errors, constraints) for layer, errors in intervals.items()}
+    return methods[method](allowed, layer_macs, budget)
+
+
+def _fewest(constraints: Constraints, intervals: Intervals) -> int:
+    """Computations of each layer that the constraints leave."""
+    size, last, count = len(next(iter(intervals.values()))), 0, 1
+    while (last := constraints.next_due(last, size)) < size:
+        count += 1
+    return count
+
+
+def _constrained(errors: NDArray[np.float64], constraints: Constraints) -> NDArray[np.float64]:
+    """With the intervals that hold what must be computed infinitely dear."""
+    errors = errors.copy()
+    for start, row in enumerate(errors):
+        row[constraints.next_due(start, len(errors)) + 1 :] = np.inf
+    return errors
 
 
 def schedule_error(changes: Curves, rows: Mapping[str, Sequence[bool]]) -> float:
@@ -78,41 +121,19 @@ def _interval_errors(curve: Sequence[float]) -> NDArray[np.float64]:
     return np.concatenate([np.zeros((len(position), 1)), np.cumsum(drift, axis=1)], axis=1)
 
 
-def _dynamic(changes: Curves, layer_macs: Mapping[str, int], budget: float) -> Rows:
-    """Begin with one computation a layer; then buy, while the budget lasts, what removes most error for its MACs.
-
-    A layer's error falls with its number of computations, but not always by less each time. So a step may buy several
-    computations at once, to the next corner of the curve's convex hull: this makes the greedy choice a good one.
-    """
-    plans = {layer: _best_for_every_count(curve) for layer, curve in changes.items()}
-    counts = dict.fromkeys(changes, 1)
-    spare = budget - sum(layer_macs[layer] for layer in changes)
-    # Error removed for each MAC (negative, since a heap pops the least), layer, count of computations.
-    queue: list[tuple[float, str, int]] = []
-
-    def offer(layer: str) -> None:
-        if step := _next_step(plans[layer][0], counts[layer], int(spare // layer_macs[layer])):
-            gain, count = step
-            heappush(queue, (-gain / layer_macs[layer], layer, count))
-
-    for layer in changes:
-        offer(layer)
-    while queue:
-        _, layer, count = heappop(queue)
-        cost = (count - counts[layer]) * layer_macs[layer]
-        if cost <= spare:
-            spare, counts[layer] = spare - cost, count
-        offer(layer)  # its next step, or, where the budget has shrunk since, a smaller one
+def _dynamic(intervals: Intervals, layer_macs: Mapping[str, int], budget: float) -> Rows:
+    """Each layer's best schedule for every number of computations; then the best numbers, `least_error`."""
+    plans = {layer: _best_for_every_count(errors) for layer, errors in intervals.items()}
+    counts = least_error({layer: errors for layer, (errors, _) in plans.items()}, layer_macs, budget)
     return {layer: _backtrack(plans[layer][1], count) for layer, count in counts.items()}
 
 
-def _best_for_every_count(curve: Sequence[float]) -> tuple[NDArray[np.float64], list[NDArray[np.int64]]]:
+def _best_for_every_count(intervals: NDArray[np.float64]) -> tuple[NDArray[np.float64], list[NDArray[np.int64]]]:
     """For n = 1..E computations: the least error, and for each end the last computation that attains it.
 
     By dynamic programming: the best schedule of n + 1 computations until e is, for some c, the best of n until c and
     then a computation at c, whose output is reused until e.
     """
-    intervals = _interval_errors(curve)
     size = len(intervals)
     # [E, E + 1]: an interval ends after it begins.
     allowed = np.where(np.arange(size)[:, None] < np.arange(size + 1)[None, :], intervals, np.inf)
@@ -126,19 +147,6 @@ def _best_for_every_count(curve: Sequence[float]) -> tuple[NDArray[np.float64], 
     return np.asarray(least), choices
 
 
-def _next_step(errors: NDArray[np.float64], count: int, affordable: int) -> tuple[float, int] | None:
-    """The larger count that removes most error for each computation, and that gain: a step along the convex hull.
-
-    At most `affordable` computations more; None where none of them removes any error.
-    """
-    # errors[n - 1] is that of n computations.
-    more = np.arange(count + 1, min(count + affordable, len(errors)) + 1)
-    gains = (errors[count - 1] - errors[more - 1]) / (more - count)
-    if not len(gains) or gains.max() <= 0:
-        return None
-    return float(gains.max()), int(more[gains.argmax()])
-
-
 def _backtrack(choices: list[NDArray[np.int64]], count: int) -> list[bool]:
     """The schedule of `count` computations: its last one, from the end of the run, then the one before, and so on."""
     row, end = [False] * (len(choices[0]) - 1), len(choices[0]) - 1
@@ -148,23 +156,22 @@ def _backtrack(choices: list[NDArray[np.int64]], count: int) -> list[bool]:
     return row
 
 
-def _greedy(changes: Curves, layer_macs: Mapping[str, int], budget: float) -> Rows:
+def _greedy(intervals: Intervals, layer_macs: Mapping[str, int], budget: float) -> Rows:
     """Begin with everything computed; drop what costs least error for the MACs it saves, until the budget is met."""
-    errors = {layer: _interval_errors(curve) for layer, curve in changes.items()}
-    size = len(next(iter(errors.values())))
-    rows = {layer: [True] * size for layer in changes}
-    spent = float(sum(layer_macs[layer] * size for layer in changes))  # MACs of all layer calls
+    size = len(next(iter(intervals.values())))
+    rows = {layer: [True] * size for layer in intervals}
+    spent = float(sum(layer_macs[layer] * size for layer in intervals))  # MACs of all layer calls
 
     def price(layer: str, evaluation: int) -> tuple[float, str, int]:
         previous, following = _neighbours(rows[layer], evaluation)
-        table = errors[layer]
+        table = intervals[layer]
         # One long interval in the place of two short ones.
         added = table[previous, following] - table[previous, evaluation] - table[evaluation, following]
         return float(added) / layer_macs[layer], layer, evaluation
 
-    queue = [price(layer, evaluation) for layer in changes for evaluation in range(1, size)]
+    queue = [price(layer, evaluation) for layer in intervals for evaluation in range(1, size)]
     heapify(queue)
-    while spent > budget:
+    while spent > budget * (1 + 1e-12):  # what was computed in other orders may differ by rounding
         offered, layer, evaluation = heappop(queue)
         current = price(layer, evaluation)
         if current[0] > offered:  # a neighbour was dropped since, which makes this one dearer, never cheaper
@@ -185,7 +192,7 @@ class Budget(CalibratedCache):
     """The schedule of least summed change whose multiply-accumulates are those of `target_speedup`.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
+        calibration_dir, reuse, options: as `CalibratedCache` takes them.
         target_speedup: uncached multiply-accumulates over those of the run; 1 computes always.
         method: "dynamic" or "greedy", see `budget_schedule`.
 
@@ -204,13 +211,11 @@ class Budget(CalibratedCache):
         calibration_dir: str | Path,
         target_speedup: float,
         method: str = "dynamic",
-        reuse: str = "hold",
-        calibrated_steps: int | None = None,
-        source: Source = SOME_SYSTEM,
-        calibrate: str = "never",
+        reuse: ReuseChoice = "hold",
+        **options: Unpack[CalibratedOptions],
     ) -> None:
         policy = {"name": "budget", "target_speedup": target_speedup, "method": method}
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
+        super().__init__(calibration_dir, policy, reuse, **options)
         NumberRange(least=1).check("target_speedup", target_speedup)
         self._target_speedup = target_speedup
         self._method = method
@@ -218,4 +223,5 @@ class Budget(CalibratedCache):
     def decide(self, calibration: Calibration) -> dict[str, list[bool]]:
         """All layers together, see `budget_schedule`."""
         changes, macs = calibration.changes(), calibration.macs
-        return budget_schedule(changes, macs.layers, macs.total, self._target_speedup, self._method)
+        options = self._target_speedup, self._method, self.constraints
+        return budget_schedule(changes, macs.layers, macs.total, *options)

@@ -14,18 +14,20 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foley.accel.caching.layer_cache import LayerCache, replaced_forwards, reuse_by_name
+from foley.accel.caching.layer_cache import CacheOptions, LayerCache, replaced_forwards
+from foley.accel.caching.reuse import ReuseChoice, reuse_name
 from foley.accel.caching.schedule import CacheSchedule, RunSignature
 from foley.accel.cost import EvaluationMacs, MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.config import default_cache_dir, published_name
 from foley.core.files import info_path, load_record, save_record
+from foley.core.locks import RunThread
 from foley.core.logs import get_logger
 from foley.core.numbers import COUNT
 from foley.core.reading import reading
@@ -132,6 +134,12 @@ class Calibration:
         mean = sums / total
         std = (squares / total - mean**2).clamp_min(0).sqrt()
         return replace(last, mean=mean.float(), std=std.float(), num_prompts=total)
+
+    def joint(self) -> "Calibration":
+        """That of all layers as one, with the mean of their curves and the sum of their multiply-accumulates."""
+        macs = EvaluationMacs(self.macs.total, {ALL_LAYERS: sum(self.macs.layers[name] for name in self.layer_names)})
+        mean, std = (curves.mean(dim=0, keepdim=True) for curves in (self.mean, self.std))
+        return replace(self, mean=mean, std=std, layer_names=(ALL_LAYERS,), layer_kinds=(ALL_LAYERS,), macs=macs)
 
     def changes(self) -> dict[str, list[float]]:
         """Per layer, the mean change since the previous evaluation (AudioCache, eq. 1)."""
@@ -248,6 +256,7 @@ class CalibrationRecorder:
         self._num_prompts = 0  # of the finished runs, and the sums of their curves and of the squares of these
         self._sums, self._squares = torch.zeros(2, 0, dtype=torch.float64)
         self._context: StepContext | None = None
+        self._thread = RunThread()
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -266,9 +275,11 @@ class CalibrationRecorder:
             finally:
                 self._denoiser = None
                 self._forget_run()
+                self._thread.end()
 
     def _recording_forward(self, index: int, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self._thread.check()
             output = self._macs.call(index, original, *args, **kwargs)
             self._record(index, output.detach())
             return output
@@ -291,6 +302,7 @@ class CalibrationRecorder:
         """Raises RuntimeError if nothing is attached, SignatureMismatchError if runs of two kinds would be mixed."""
         if self._denoiser is None:
             raise RuntimeError("CalibrationRecorder has no denoiser: generate inside its `attach(denoiser)` context")
+        self._thread.begin()
         signature = RunSignature.of(run, self._denoiser)
         if self._signature is not None:
             self._signature.require(signature, "the calibration recorded so far")
@@ -311,6 +323,8 @@ class CalibrationRecorder:
         self._macs.stop()
 
     def on_run_end(self) -> None:
+        if not self._thread.is_own():
+            return  # that of another thread goes on; this one was refused
         self._macs.stop()
         # Every layer has computed at every evaluation, or else the run broke off.
         if self._counts.numel() and (self._counts > 0).all():
@@ -322,6 +336,7 @@ class CalibrationRecorder:
             self._num_prompts += curves.shape[-1]
         self._context = None
         self._forget_run()
+        self._thread.end()
 
     def calibration(self, dtype: torch.dtype = torch.float32) -> Calibration:
         """The curves over all prompts of the finished runs; raises RuntimeError if there is none."""
@@ -341,29 +356,42 @@ class CalibrationRecorder:
         )
 
 
+ALL_LAYERS = "all"
+"""The one layer of `Calibration.joint`."""
+
+
+class CalibratedOptions(CacheOptions, total=False):
+    """What every policy takes beside its own options, `reuse` and where its curves lie, see `CalibratedCache`."""
+
+    calibrated_steps: int | None
+    source: Source
+    calibrate: str
+
+
 class CalibratedCache(LayerCache, ABC):
     """A cache whose schedule follows from a calibration: a policy says in `decide` what is computed.
 
     Args:
         calibration_dir: holds `<solver>_<steps>.json` and `.safetensors`, as scripts/calibrate.py writes them.
-        reuse: "hold" or "taylor", see `foley.accel.caching.layer_cache`.
+        policy: name and parameters, as the schedule records them.
+        reuse, options: as `LayerCache` takes them; where layers are `shared`, one schedule is made of their mean curve.
         calibrated_steps: take the calibration of that many steps, and read its cumulative curves at this run's steps.
         source: of the model, for the message where there is no calibration.
         calibrate: "auto" lets whoever generates make the curves that are missing (`foley.generation.calibrating`);
             "never" refuses to run without them.
-        policy: name and parameters, as the schedule records them.
     """
 
     def __init__(
         self,
         calibration_dir: str | Path,
-        reuse: str = "hold",
+        policy: Mapping[str, Any],
+        reuse: ReuseChoice = "hold",
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
         calibrate: str = "never",
-        **policy: Any,
+        **options: Unpack[CacheOptions],
     ) -> None:
-        super().__init__(reuse=reuse_by_name(reuse))
+        super().__init__(reuse=reuse, **options)
         if calibrated_steps is not None:
             COUNT.check("calibrated_steps", calibrated_steps)
         if calibrate not in CALIBRATE:
@@ -373,7 +401,7 @@ class CalibratedCache(LayerCache, ABC):
         self._calibrated_steps = calibrated_steps
         self._source = source
         self._adopted: Calibration | None = None
-        self._policy = {**policy, "reuse": reuse}
+        self._policy = {**policy, "reuse": reuse_name(reuse), **self.constraints.changed()}
 
     @abstractmethod
     def decide(self, calibration: Calibration) -> Mapping[str, Sequence[bool]]:
@@ -391,7 +419,11 @@ class CalibratedCache(LayerCache, ABC):
         """
         signature = RunSignature.of(run, denoiser)
         calibration = self._calibration_for(run, signature)
-        return CacheSchedule.from_rows(self.decide(calibration), calibration.kinds, signature, self._policy)
+        if self.constraints.shared:
+            rows = dict.fromkeys(calibration.layer_names, self.decide(calibration.joint())[ALL_LAYERS])
+        else:
+            rows = dict(self.decide(calibration))
+        return CacheSchedule.from_rows(rows, calibration.kinds, signature, self._policy)
 
     def wanted(self, model_hash: str, solver: str, num_steps: int, guidance_scale: float) -> WantedCurves:
         """The curves that this cache reads in such a run."""

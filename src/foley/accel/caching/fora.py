@@ -3,17 +3,22 @@
 The static schedule that the calibrated ones are compared with. It knows nothing of the model, and needs no calibration.
 """
 
+from typing import Unpack
+
 from torch import nn
 
-from foley.accel.caching.layer_cache import LayerCache, reuse_by_name
-from foley.accel.caching.schedule import CacheSchedule, RunSignature
+from foley.accel.caching.layer_cache import CacheOptions, LayerCache
+from foley.accel.caching.reuse import ReuseChoice, reuse_name
+from foley.accel.caching.schedule import UNCONSTRAINED, CacheSchedule, Constraints, RunSignature
 from foley.accel.layers import find_cacheable_layers
 from foley.core.numbers import COUNT
 from foley.diffusion.context import RunContext
 
 
-def fora_schedule(num_steps: int, interval: int) -> list[bool]:
+def fora_schedule(num_steps: int, interval: int, constraints: Constraints = UNCONSTRAINED) -> list[bool]:
     """Compute every `interval`-th step, whatever the layer; 1 computes always.
+
+    Where `constraints` have more computed, the interval begins there anew.
 
     Raises:
         ValueError: the interval is less than 1.
@@ -21,10 +26,16 @@ def fora_schedule(num_steps: int, interval: int) -> list[bool]:
     Example:
         >>> fora_schedule(num_steps=5, interval=2)
         [True, False, True, False, True]
+        >>> fora_schedule(num_steps=6, interval=3, constraints=Constraints(warmup=2))
+        [True, True, False, False, True, False]
     """
     if interval < 1:
         raise ValueError(f"FORA's interval must be at least 1 (1 computes always), got {interval}")
-    return [step % interval == 0 for step in range(num_steps)]  # 0, n, 2 n, ...
+    decisions, step = [False] * num_steps, 0
+    while step < num_steps:
+        decisions[step] = True
+        step = min(step + interval, constraints.next_due(step, num_steps))  # 0, n, 2 n, ...
+    return decisions
 
 
 class Fora(LayerCache):
@@ -32,7 +43,7 @@ class Fora(LayerCache):
 
     Args:
         interval: n; 1 computes always.
-        reuse: "hold" or "taylor", see `foley.accel.caching.layer_cache`.
+        reuse, options: as `LayerCache` takes them.
 
     Example:
         >>> import torch
@@ -53,14 +64,14 @@ class Fora(LayerCache):
         tensor([ True, False, False,  True, False, False])
     """
 
-    def __init__(self, interval: int, reuse: str = "hold") -> None:
-        super().__init__(reuse=reuse_by_name(reuse))
+    def __init__(self, interval: int, reuse: ReuseChoice = "hold", **options: Unpack[CacheOptions]) -> None:
+        super().__init__(reuse=reuse, **options)
         COUNT.check("interval", interval)
         self._interval = interval
+        self._policy = {"name": "fora", "interval": interval, "reuse": reuse_name(reuse), **self.constraints.changed()}
 
     def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
-        """The same row for all layers; raises ValueError for an interval under 1."""
+        """The same row for all layers."""
         kinds = {layer.name: layer.kind for layer in find_cacheable_layers(denoiser)}
-        rows = dict.fromkeys(kinds, fora_schedule(run.num_evaluations, self._interval))
-        policy = {"name": "fora", "interval": self._interval}
-        return CacheSchedule.from_rows(rows, kinds, RunSignature.of(run, denoiser), policy)
+        rows = dict.fromkeys(kinds, fora_schedule(run.num_evaluations, self._interval, self.constraints))
+        return CacheSchedule.from_rows(rows, kinds, RunSignature.of(run, denoiser), self._policy)

@@ -10,81 +10,45 @@ recalls. `on_evaluation_end` closes the row, so that a call outside of an evalua
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any, TypedDict, Unpack
 
+import torch
 from torch import Tensor, nn
 
-from foley.accel.caching.schedule import CacheSchedule, SignatureMismatchError
+from foley.accel.caching.reuse import Hold, HoldInPlace, Reuse, ReuseChoice, make_reuse
+from foley.accel.caching.schedule import CacheSchedule, Constraints, SignatureMismatchError
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
-from foley.diffusion.context import RunContext, StepContext
+from foley.core.locks import RunThread
+from foley.diffusion.context import AXES, RunContext, StepContext
+
+_attaching = RLock()
+"""Held while forwards are replaced: two threads that look first and then replace would both find nothing."""
 
 
-class Reuse(Protocol):
-    """The memory of one layer and guidance branch during a run."""
+class ConstraintOptions(TypedDict, total=False):
+    """Those of `Constraints`."""
 
-    def store(self, evaluation: int, output: Any) -> None:
-        """Remember what the layer computed at `evaluation`."""
-
-    def recall(self, evaluation: int) -> Any:
-        """What to use at a later evaluation; something has been stored."""
-
-
-@dataclass
-class Hold:
-    """The last output, as AudioCache and SmoothCache reuse it."""
-
-    output: Any = None  # of the layer, [B, N, D]
-
-    def store(self, evaluation: int, output: Any) -> None:
-        self.output = output
-
-    def recall(self, evaluation: int) -> Any:
-        return self.output
+    shared: bool
+    max_reuses: int | None
+    warmup: int
+    cooldown: int
+    always_compute: Sequence[int]
 
 
-class HoldInPlace(Hold):
-    """The same in memory that stays where it is, as recordings of evaluations want it (`foley.diffusion.graphs`)."""
+class CacheOptions(ConstraintOptions, total=False):
+    """What every layer cache takes beside its policy's options and `reuse`, see `LayerCache`."""
 
-    def store(self, evaluation: int, output: Tensor) -> None:
-        if self.output is None:
-            self.output = output.clone()
-        else:
-            self.output.copy_(output)
+    axis: str
 
 
 @dataclass
-class Taylor:
-    """The line through the last two computed outputs; the last output until there are two.
+class _Branch:
+    """What a guidance branch has of its own: branches that run one after the other see other inputs."""
 
-    The first-order forecast of TaylorSeer (Liu et al. 2025), `F(e) = F(e1) + (e - e1) (F(e1) - F(e0)) / (e1 - e0)`; its
-    variable is the evaluation here. Keeps two outputs where `Hold` keeps one.
-    """
-
-    evaluation: int = 0  # e1
-    output: Any = None  # F(e1)
-    slope: Any = None  # (F(e1) - F(e0)) / (e1 - e0)
-
-    def store(self, evaluation: int, output: Any) -> None:
-        # F(e1) is still the one before: it is about to become F(e0).
-        if self.output is not None:
-            self.slope = (output - self.output) / (evaluation - self.evaluation)
-        self.evaluation, self.output = evaluation, output
-
-    def recall(self, evaluation: int) -> Any:
-        if self.slope is None:
-            return self.output  # one output so far: hold it
-        return self.output + (evaluation - self.evaluation) * self.slope  # F(e)
-
-
-_REUSES: dict[str, type[Reuse]] = {"hold": Hold, "taylor": Taylor}
-
-
-def reuse_by_name(name: str) -> type[Reuse]:
-    """ "hold" or "taylor"; raises ValueError for any other name."""
-    if name not in _REUSES:
-        raise ValueError(f"accel.reuse must be one of {', '.join(_REUSES)}, got {name!r}")
-    return _REUSES[name]
+    memories: dict[int, Reuse] = field(default_factory=dict)  # by the layer's index
+    overdue: set[int] = field(default_factory=set)  # layers that were due at an evaluation that was skipped
 
 
 class LayerCache:
@@ -92,11 +56,16 @@ class LayerCache:
 
     Outputs are kept per (branch, layer) for one run. The evaluation comes from the sampler's context; calls are never
     counted. A run that begins in the middle of the schedule computes each layer at its first call, whatever the row
-    says. Policies are sub-classes that make their schedule in `schedule_for`, once the run is known.
+    says. Where whole evaluations are skipped by another accelerator, a layer that was due there is due at the next one.
+    Policies are sub-classes that make their schedule in `schedule_for`, once the run is known. After a run `schedule`
+    says what was computed.
 
     Args:
         schedule: what is computed in the one kind of run it was made for; policies give none.
-        reuse: makes what stands in for a layer that is not computed.
+        reuse: what stands in for a layer that is not computed, see `foley.accel.caching.reuse`: "hold", "taylor" or
+            "taylor2", or another `Reuse`.
+        axis: what extrapolations are polynomials in, see `RunContext.axis`.
+        constraints: see `Constraints`; a schedule that does not meet them computes more.
 
     Example:
         Every layer of a small transformer computes at evaluations 0 and 1 of four, and is reused at the other two.
@@ -131,21 +100,35 @@ class LayerCache:
         [0, 1]
     """
 
-    def __init__(self, schedule: CacheSchedule | None = None, reuse: Callable[[], Reuse] = Hold) -> None:
+    def __init__(
+        self,
+        schedule: CacheSchedule | None = None,
+        reuse: ReuseChoice = Hold,
+        axis: str = "timestep",
+        **constraints: Unpack[ConstraintOptions],
+    ) -> None:
+        if axis not in AXES:
+            raise ValueError(f"accel.axis must be one of {', '.join(AXES)}, got {axis!r}")
         self.schedule = schedule
-        self._make_reuse = reuse
+        self.constraints = Constraints(**constraints)
+        self._given = schedule
+        self._axis = axis
+        self._make_reuse = make_reuse(reuse)
         self._denoiser: nn.Module | None = None  # while attached
         self._layer_names: tuple[str, ...] = ()
+        self._thread = RunThread()
         self._reset()
 
     def _reset(self) -> None:
         self._reuse = self._make_reuse  # of this run
+        self._places: list[float] = []  # of the evaluations, along the axis
         self._table: list[list[bool]] = []  # [evaluations][layers]
-        self._row: Sequence[bool] | None = None  # of the present evaluation; None outside of one
-        self._evaluation = 0
-        # Branches that run one after the other see other inputs: each has memories of its own, by the layer's index.
-        self._branches: dict[str, dict[int, Reuse]] = {}
-        self._memories: dict[int, Reuse] = {}  # of the present branch
+        self._executed: list[list[bool]] = []  # the same, with what was computed indeed where an evaluation has run
+        self._row: list[bool] | None = None  # of the present evaluation; None outside of one
+        self._place = 0.0
+        self._is_evaluated = False  # whether the denoiser was called, or a recording of it replayed
+        self._branches: dict[str, _Branch] = {}
+        self._branch = _Branch()  # the present one
 
     def schedule_for(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
         """What is computed in this run: the given schedule, once it has been checked. Policies override this.
@@ -154,10 +137,10 @@ class LayerCache:
             ValueError: there is no schedule.
             SignatureMismatchError: it was made for another run.
         """
-        if self.schedule is None:
+        if self._given is None:
             raise ValueError(f"{type(self).__name__} has no schedule: give it one, or take a policy such as AudioCache")
-        self.schedule.check(run, denoiser)
-        return self.schedule
+        self._given.check(run, denoiser)
+        return self._given
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
@@ -167,37 +150,43 @@ class LayerCache:
             ValueError: the denoiser has no cacheable layer.
             RuntimeError: an accelerator is attached to it already, or this one to another denoiser.
         """
-        if self._denoiser is not None and self._denoiser is not denoiser:
-            raise RuntimeError("this accelerator is attached to another denoiser; give each of them its own")
-        layers = find_cacheable_layers(denoiser)
-        self._layer_names = tuple(layer.name for layer in layers)
-        with replaced_forwards(denoiser, layers, self._caching_forward, self._skipping_norm):
-            self._denoiser = denoiser
-            try:
-                yield
-            finally:
-                self._denoiser = None
-                self._reset()
+        with ExitStack() as stack:
+            with _attaching:
+                if self._denoiser is not None and self._denoiser is not denoiser:
+                    raise RuntimeError("this accelerator is attached to another denoiser; give each of them its own")
+                layers = find_cacheable_layers(denoiser)
+                forwards = replaced_forwards(denoiser, layers, self._caching_forward, self._skipping_norm)
+                stack.enter_context(forwards)
+                self._denoiser, self._layer_names = denoiser, tuple(layer.name for layer in layers)
+            stack.callback(self._detach)
+            yield
+
+    def _detach(self) -> None:
+        self._denoiser = None
+        self._reset()
+        self._thread.end()
 
     def _caching_forward(self, index: int, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self._thread.check()
             if self._row is None:
                 raise RuntimeError("a LayerCache is attached, but the sampler does not call it: pass it as a callback")
-            memory = self._memories.get(index)
-            # A layer without memory computes, whatever the row says: the run began in the middle of the schedule.
-            if memory is not None and not self._row[index]:
-                return memory.recall(self._evaluation)
+            self._is_evaluated = True
+            memories = self._branch.memories
+            if not self._row[index]:
+                return memories[index].recall(self._place)
             output = original(*args, **kwargs)
-            if memory is None:
-                memory = self._memories[index] = self._reuse()  # one for each layer and branch
-            memory.store(self._evaluation, output)
+            if index not in memories:
+                memories[index] = self._reuse()  # one for each layer and branch
+            memories[index].store(self._place, output)
             return output
 
         return forward
 
     def _skipping_norm(self, index: int, original: Forward) -> Forward:
         def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._row is not None and index in self._memories and not self._row[index]:
+            self._thread.check()
+            if self._row is not None and not self._row[index]:
                 return x  # of no use to the layer, which is reused
             return original(x, *args, **kwargs)
 
@@ -207,13 +196,16 @@ class LayerCache:
         """Clear the cache and decide on the schedule.
 
         Raises:
-            RuntimeError: nothing is attached.
+            RuntimeError: nothing is attached, or another thread generates.
+            ValueError: a constraint names an evaluation that this run does not have.
             SignatureMismatchError: the schedule was made for another model or other layers of it, another solver or
                 number of steps.
         """
         if self._denoiser is None:
             raise RuntimeError("LayerCache has no denoiser: generate inside its `attach(denoiser)` context")
+        self._thread.begin()
         self._reset()
+        self.constraints.check(run.num_evaluations)
         self.schedule = self.schedule_for(run, self._denoiser)
         # The table's columns are found by position, so order counts as well.
         if self.schedule.layer_names != self._layer_names:
@@ -221,27 +213,47 @@ class LayerCache:
                 f"the schedule was made for the layers {', '.join(self.schedule.layer_names)}, but those that can be "
                 f"cached here are {', '.join(self._layer_names)}. Run scripts/calibrate.py with the layers of this run."
             )
+        self.schedule = self.schedule.having(self.constraints.enforced(self.schedule.compute))
         self._table = self.schedule.compute.tolist()  # once: to read a tensor entry by entry is slow
-
+        self._executed = list(self._table)
+        self._places = run.axis(self._axis)
         if run.is_recorded and self._make_reuse is Hold:
             self._reuse = HoldInPlace
 
     def graph_pattern(self) -> tuple[bool, ...] | None:
-        """Which layers compute at the present evaluation; None where what is reused depends on its number."""
-        if self._row is None or self._make_reuse is not Hold:
-            return None
-        return tuple(computes or index not in self._memories for index, computes in enumerate(self._row))
+        """Which layers compute at the present evaluation; None where what is reused depends on its place."""
+        # Who asks runs or replays the evaluation; layers are not called by a replay.
+        self._is_evaluated = True
+        return None if self._row is None or self._make_reuse is not Hold else tuple(self._row)
 
     def on_evaluation_start(self, context: StepContext) -> None:
-        self._evaluation = context.evaluation
-        self._row = self._table[context.evaluation]
-        self._memories = self._branches.setdefault(context.branch, {})
+        self._thread.check()
+        self._place = self._places[context.evaluation]
+        self._branch = branch = self._branches.setdefault(context.branch, _Branch())
+        # A layer without memory computes, whatever the schedule says: the run began in the middle.
+        self._row = [
+            computes or index in branch.overdue or index not in branch.memories
+            for index, computes in enumerate(self._table[context.evaluation])
+        ]
+        self._is_evaluated = False
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
+        if not self._thread.is_own() or self._row is None:
+            return
+        due = {index for index, computes in enumerate(self._row) if computes}
+        # Another accelerator may skip an evaluation as a whole: what was due there is due at the next one.
+        self._branch.overdue = set() if self._is_evaluated else due
+        self._executed[context.evaluation] = self._row if self._is_evaluated else [False] * len(self._row)
         self._row = None
 
     def on_run_end(self) -> None:
+        """`schedule` is what was computed, from now on."""
+        if not self._thread.is_own():
+            return  # that of another thread goes on; this one was refused
+        if self._executed and self.schedule is not None:
+            self.schedule = self.schedule.having(torch.tensor(self._executed))
         self._reset()
+        self._thread.end()
 
 
 @contextmanager
@@ -264,19 +276,24 @@ def replaced_forwards(
         norms = ((layer.name, index, layer.norm) for index, layer in enumerate(layers))
         # Norms have the index of their layer, whose row decides for both.
         replaced += [(f"the norm of {name}", index, norm, wrap_norm) for name, index, norm in norms if norm is not None]
+    with ExitStack() as stack:
+        with _attaching:
+            _require_free([(name, module) for name, _, module, _ in replaced])
+            stack.enter_context(_uncompiled_around(denoiser, layers))
+            for _, index, module, make in replaced:
+                stack.callback(vars(module).pop, "forward", None)  # that of the class shows again
+                module.forward = make(index, getattr(module, "compiled_forward", module.forward))
+        yield
+
+
+def _require_free(modules: Sequence[tuple[str, nn.Module]]) -> None:
     # A forward of its class does not show among the module's own attributes; a replaced one does.
-    taken = [name for name, _, module, _ in replaced if "forward" in vars(module)]
+    taken = [name for name, module in modules if "forward" in vars(module)]
     if taken:
         raise RuntimeError(
-            f"the forward of {taken[0]!r} ({len(taken)} of {len(replaced)} modules) is replaced already: "
+            f"the forward of {taken[0]!r} ({len(taken)} of {len(modules)} modules) is replaced already: "
             "an accelerator is attached to this denoiser; leave its `attach` context first"
         )
-    with ExitStack() as stack:
-        stack.enter_context(_uncompiled_around(denoiser, layers))
-        for _, index, module, make in replaced:
-            stack.callback(vars(module).pop, "forward", None)  # that of the class shows again
-            module.forward = make(index, getattr(module, "compiled_forward", module.forward))
-        yield
 
 
 @contextmanager

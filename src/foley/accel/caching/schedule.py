@@ -1,7 +1,7 @@
 """Which layer is computed at which evaluation of a run, and for which run that holds."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from foley.core.files import load_record, save_record
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
+from foley.core.numbers import COUNT, NumberRange
 from foley.diffusion.context import RunContext
 
 _logger = get_logger(__name__)
+
+_NUMBER = NumberRange(least=0, whole=True)
 
 # What must agree; of another guidance scale a warning is enough.
 _DECISIVE_FIELDS = ("model_hash", "solver", "num_steps", "num_evaluations")
@@ -122,6 +125,10 @@ class CacheSchedule:
         """The share of layer calls that compute, 1 without caching."""
         return self.compute.double().mean().item()  # of calls: layers count alike, whatever their MACs
 
+    def having(self, compute: Tensor) -> "CacheSchedule":
+        """The same with another table."""
+        return replace(self, compute=compute)
+
     def check(self, run: RunContext, denoiser: nn.Module) -> None:
         """Raises SignatureMismatchError if this run has another model, solver or number of steps."""
         self.signature.require(RunSignature.of(run, denoiser), "this cache schedule")
@@ -147,3 +154,74 @@ class CacheSchedule:
             signature=RunSignature(**info["signature"]),
             policy=info["policy"],
         )
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What holds of a schedule whatever the policy decides; by default nothing, as in the papers.
+
+    Policies take them into account, so that they go on from a computation that is asked for here; `enforced` makes any
+    other table meet them. They count evaluations, of which Heun's solvers have two a step.
+
+    Args:
+        shared: all layers compute at the same evaluations; layers reused at different moments disturb each other.
+        max_reuses: the most reuses of one output in a row; None is no limit.
+        warmup: this many evaluations at the beginning compute.
+        cooldown: this many at the end.
+        always_compute: and these, by their numbers: the mask of steps.
+
+    Example:
+        >>> Constraints(max_reuses=2, cooldown=1).next_due(0, num_evaluations=8)
+        3
+        >>> Constraints(warmup=2, always_compute=(5,)).next_due(1, num_evaluations=8)
+        5
+    """
+
+    shared: bool = False
+    max_reuses: int | None = None
+    warmup: int = 1
+    cooldown: int = 0
+    always_compute: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        COUNT.check("accel.warmup", self.warmup)
+        _NUMBER.check("accel.cooldown", self.cooldown)
+        if self.max_reuses is not None:
+            _NUMBER.check("accel.max_reuses", self.max_reuses)
+        object.__setattr__(self, "always_compute", tuple(self.always_compute))  # a config brings a list of its own
+        for evaluation in self.always_compute:
+            _NUMBER.check("accel.always_compute", evaluation)
+
+    def check(self, num_evaluations: int) -> None:
+        """Raises ValueError where the run has no such evaluation."""
+        beyond = [evaluation for evaluation in self.always_compute if evaluation >= num_evaluations]
+        if beyond:
+            raise ValueError(
+                f"accel.always_compute names evaluation {beyond[0]}, but this run has {num_evaluations}, counted from 0"
+            )
+
+    def next_due(self, last: int, num_evaluations: int) -> int:
+        """The latest evaluation at which a layer that computed at `last` computes again; their number for none."""
+        due = [evaluation for evaluation in self.always_compute if evaluation > last]
+        due += [last + 1] * (last + 1 < self.warmup) + [num_evaluations]
+        due += [max(last + 1, num_evaluations - self.cooldown)]
+        due += [] if self.max_reuses is None else [last + 1 + self.max_reuses]
+        return min(min(due), num_evaluations)
+
+    def enforced(self, compute: Tensor) -> Tensor:
+        """The table `[evaluations, layers]` with the computations added that are missing."""
+        compute = compute.any(dim=1, keepdim=True).expand_as(compute).clone() if self.shared else compute.clone()
+        for column in compute.T:  # views: written to in place
+            last = 0
+            for evaluation in range(1, len(compute)):
+                if column[evaluation] or evaluation == self.next_due(last, len(compute)):
+                    column[evaluation], last = True, evaluation
+        return compute
+
+    def changed(self) -> dict[str, Any]:
+        """Those that are not as in the papers, for records."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {name: value for name, value in values.items() if value != getattr(UNCONSTRAINED, name)}
+
+
+UNCONSTRAINED = Constraints()

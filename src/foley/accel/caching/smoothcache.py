@@ -11,14 +11,20 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from typing import Unpack
 
-from foley.accel.caching.calibration import SOME_SYSTEM, CalibratedCache, Calibration, Source
+from foley.accel.caching.calibration import CalibratedCache, CalibratedOptions, Calibration
+from foley.accel.caching.reuse import ReuseChoice
+from foley.accel.caching.schedule import UNCONSTRAINED, Constraints
 from foley.accel.layers import layer_kind
 from foley.core.numbers import COUNT, NumberRange
 
 
 def smoothcache_schedule(
-    errors: Mapping[str, Sequence[Sequence[float]]], alpha: float, num_steps: int
+    errors: Mapping[str, Sequence[Sequence[float]]],
+    alpha: float,
+    num_steps: int,
+    constraints: Constraints = UNCONSTRAINED,
 ) -> dict[str, list[bool]]:
     """One schedule per kind of layer, from errors averaged over its blocks (SmoothCache, section 2).
 
@@ -26,6 +32,7 @@ def smoothcache_schedule(
         errors: for each layer, at `[k - 1][i]`, its relative-L1 change from step i to step i + k; the number of
             distances is the largest lookahead.
         alpha: the largest mean error that is let pass.
+        constraints: what else computes; no lookahead goes beyond it.
 
     Raises:
         ValueError: alpha is negative.
@@ -41,7 +48,7 @@ def smoothcache_schedule(
         raise ValueError(f"SmoothCache's alpha must be at least 0, got {alpha}")
     by_kind = groupby(sorted(errors, key=layer_kind), key=layer_kind)  # groupby joins neighbours alone, hence sorted
     return {
-        kind: _look_ahead(_mean_errors([errors[layer] for layer in layers]), alpha, num_steps)
+        kind: _look_ahead(_mean_errors([errors[layer] for layer in layers]), alpha, num_steps, constraints)
         for kind, layers in by_kind
     }
 
@@ -52,13 +59,16 @@ def _mean_errors(blocks: Sequence[Sequence[Sequence[float]]]) -> list[list[float
     return [[fmean(step) for step in zip(*distance, strict=True)] for distance in zip(*blocks, strict=True)]
 
 
-def _look_ahead(errors: Sequence[Sequence[float]], alpha: float, num_steps: int) -> list[bool]:
+def _look_ahead(
+    errors: Sequence[Sequence[float]], alpha: float, num_steps: int, constraints: Constraints
+) -> list[bool]:
     decisions, step = [False] * num_steps, 0  # reuse, where nothing else is decided
     while step < num_steps:
         decisions[step] = True
         # Near the end there are fewer distances: no curve of distance k tells of step i with i + k beyond the last.
         passing = [k for k, curve in enumerate(errors, start=1) if step < len(curve) and curve[step] <= alpha]
-        step += max(passing, default=0) + 1  # the largest, even where a smaller k in between does not pass
+        ahead = step + max(passing, default=0) + 1  # the largest, even where a smaller k in between does not pass
+        step = min(ahead, constraints.next_due(step, num_steps))
     decisions[-1] = True  # the last step computes, wherever the lookahead led
     return decisions
 
@@ -67,7 +77,7 @@ class SmoothCache(CalibratedCache):
     """All layers of a kind share one schedule, which looks ahead while the mean error is at most `alpha`.
 
     Args:
-        calibration_dir, reuse, calibrated_steps, source, calibrate: as `CalibratedCache` takes them.
+        calibration_dir, reuse, options: as `CalibratedCache` takes them.
         alpha: the largest mean error that is let pass; 0 computes always.
         max_lookahead: the largest number of evaluations in a row that reuse one output.
 
@@ -86,13 +96,11 @@ class SmoothCache(CalibratedCache):
         calibration_dir: str | Path,
         alpha: float,
         max_lookahead: int = 3,
-        reuse: str = "hold",
-        calibrated_steps: int | None = None,
-        source: Source = SOME_SYSTEM,
-        calibrate: str = "never",
+        reuse: ReuseChoice = "hold",
+        **options: Unpack[CalibratedOptions],
     ) -> None:
         policy = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead}
-        super().__init__(calibration_dir, reuse, calibrated_steps, source, calibrate, **policy)
+        super().__init__(calibration_dir, policy, reuse, **options)
         NumberRange(least=0).check("alpha", alpha)
         COUNT.check("max_lookahead", max_lookahead)
         self._alpha = alpha
@@ -101,5 +109,6 @@ class SmoothCache(CalibratedCache):
     def decide(self, calibration: Calibration) -> dict[str, list[bool]]:
         """Each kind by itself, see `smoothcache_schedule`; raises ValueError for a lookahead that was not recorded."""
         errors, num_evaluations = calibration.errors(self._max_lookahead), calibration.signature.num_evaluations
-        by_kind = smoothcache_schedule(errors, self._alpha, num_evaluations)  # "self_attention" and so on, to decisions
+        by_kind = smoothcache_schedule(errors, self._alpha, num_evaluations, self.constraints)
+        # "self_attention" and so on, to decisions
         return {name: by_kind[layer_kind(name)] for name in calibration.layer_names}
