@@ -13,6 +13,7 @@ from foley.accel.caching.budget import Budget
 from foley.accel.caching.calibration import Calibration, CalibrationRecorder
 from foley.accel.caching.fora import Fora
 from foley.accel.caching.layer_cache import LayerCache
+from foley.accel.caching.prediction import PredictionReuse
 from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.caching.smoothcache import SmoothCache
 from foley.accel.combined import Combined, NoAcceleration
@@ -31,6 +32,7 @@ __all__ = [
     "LiteFocus",
     "LocalGlobal",
     "NoAcceleration",
+    "PredictionReuse",
     "SmoothCache",
     "TokenMerging",
 ]

@@ -70,6 +70,11 @@ class Combined:
         for accelerator in self.accelerators:
             accelerator.on_evaluation_start(context)
 
+    def forecast(self, context: StepContext, noisy: Tensor) -> Tensor | None:
+        """That of the one that reuses predictions, if there is one and it does so here."""
+        forecasts = [part.forecast for part in self.accelerators if hasattr(part, "forecast")]
+        return next((guess for forecast in forecasts if (guess := forecast(context, noisy)) is not None), None)
+
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         for accelerator in self.accelerators:
             accelerator.on_evaluation_end(context, prediction)

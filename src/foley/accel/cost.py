@@ -171,14 +171,40 @@ def count_call_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[st
         return count_macs(partial(denoiser, *args, **kwargs))
 
 
-def run_cost(schedule: CacheSchedule, macs: EvaluationMacs, first_evaluation: int = 0) -> RunCost:
-    """What a run that follows `schedule` costs, from the cost of one evaluation; it computes all where it begins."""
+def run_cost(
+    schedule: CacheSchedule,
+    macs: EvaluationMacs,
+    first_evaluation: int = 0,
+    computed_evaluations: Sequence[bool] | None = None,
+) -> RunCost:
+    """What a run that follows `schedule` costs, from the cost of one evaluation; it computes all where it begins.
+
+    An evaluation that `computed_evaluations` leaves out costs nothing, whatever its row says; None is all of them.
+    """
     compute = schedule.compute[first_evaluation:]  # [evaluations left, layers]
+    uncached = macs.total * len(compute)  # each evaluation costs the same
+    if computed_evaluations is not None:
+        compute = compute[torch.tensor(computed_evaluations[first_evaluation:])]
     reused = (~compute[1:]).sum(dim=0).tolist()  # how often, of each layer
     # A reused layer costs nothing. What lies outside of layers runs at every evaluation.
     saved = sum(count * macs.layers[name] for name, count in zip(schedule.layer_names, reused, strict=True))
-    uncached = macs.total * len(compute)  # each evaluation costs the same
-    return RunCost(uncached, uncached - saved)
+    return RunCost(uncached, macs.total * len(compute) - saved)
+
+
+def last_run_cost(
+    accelerator: Accelerator, macs: EvaluationMacs, num_evaluations: int, first_evaluation: int = 0
+) -> RunCost:
+    """What the last run under `accelerator` cost, from the cost of one evaluation.
+
+    Its parts tell: a layer cache by its `schedule`, one that skips whole evaluations by its `computed_evaluations`.
+    """
+    parts = _parts(accelerator)
+    computed = next((part.computed_evaluations for part in parts if hasattr(part, "computed_evaluations")), None)
+    cache = next((part for part in parts if isinstance(part, LayerCache)), None)
+    if cache is not None and cache.schedule is not None:
+        return run_cost(cache.schedule, macs, first_evaluation, computed)
+    count = num_evaluations - first_evaluation
+    return RunCost(macs.total * count, macs.total * (count if computed is None else sum(computed)))
 
 
 class CostMeter:
@@ -200,7 +226,7 @@ class CostMeter:
         self._cache = next((part for part in parts if isinstance(part, LayerCache)), None)
         # Then what is counted is not the plain evaluation.
         self._changes_layers = any(_changes_cost(part) for part in parts)
-        self._is_known = all(isinstance(part, LayerCache | NoAcceleration) or _changes_cost(part) for part in parts)
+        self._is_known = all(_is_counted(part) or _changes_cost(part) for part in parts)
         self._layers: list[CacheableLayer] = []
         self._counter: MacCounter | None = None
         self._context: StepContext | None = None  # that of the counted evaluation
@@ -237,6 +263,11 @@ class CostMeter:
             self._counter.start()
             self._context = context
 
+    def forecast(self, context: StepContext, noisy: Tensor) -> Tensor | None:
+        """The accelerator's, which makes none at the first evaluation."""
+        forecast = getattr(self._accelerator, "forecast", None)
+        return None if forecast is None else forecast(context, noisy)
+
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         if self._counter is not None:
             self._counter.stop()
@@ -258,30 +289,38 @@ class CostMeter:
         return RunCost(cost.macs_uncached // run.batch_size, cost.macs_cached // run.batch_size)  # items cost alike
 
     def _cost(self, macs: EvaluationMacs, run: RunContext, first: int) -> RunCost:
-        plain = macs.total * (run.num_evaluations - first)  # all evaluations as the counted one
-        schedule = None if self._cache is None else self._cache.schedule
-        accelerated = plain if schedule is None else run_cost(schedule, macs, first).macs_cached
+        cost = last_run_cost(self._accelerator, macs, run.num_evaluations, first)
         if not self._changes_layers:
-            return RunCost(plain, accelerated)
+            return cost
         assert self._denoiser is not None
         # The same call once more, with the denoiser as it is when nothing is attached.
-        return RunCost(count_call_macs(self._denoiser, *self._call[0]) * (run.num_evaluations - first), accelerated)
+        plain = count_call_macs(self._denoiser, *self._call[0]) * (run.num_evaluations - first)
+        return RunCost(plain, cost.macs_cached)
 
-    def describe(self) -> dict[str, float]:
+    def describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of it.
 
-        `macs` of one clip, `macs_uncached` without the accelerator, and `mac_speedup`, how many times fewer they are.
+        `macs` of one clip, `macs_uncached` without the accelerator, and `mac_speedup`, how many times fewer they are;
+        and what the accelerator itself has to say of the last run.
         """
+        facts: dict[str, Any] = {}
+        for part in _parts(self._accelerator):
+            facts |= getattr(part, "describe", dict)()
         cost = self.cost_per_item()
         if cost is None:
-            return {}
-        return {"macs": cost.macs_cached, "macs_uncached": cost.macs_uncached, "mac_speedup": cost.speedup}
+            return facts
+        return {**facts, "macs": cost.macs_cached, "macs_uncached": cost.macs_uncached, "mac_speedup": cost.speedup}
 
 
 def _parts(accelerator: Accelerator) -> list[Accelerator]:
     if isinstance(accelerator, Combined):
         return [part for inner in accelerator.accelerators for part in _parts(inner)]
     return [accelerator]
+
+
+def _is_counted(accelerator: Accelerator) -> bool:
+    """Whether `last_run_cost` knows what it saves."""
+    return isinstance(accelerator, LayerCache | NoAcceleration) or hasattr(accelerator, "computed_evaluations")
 
 
 def _changes_cost(accelerator: Accelerator) -> bool:

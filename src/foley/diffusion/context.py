@@ -26,6 +26,10 @@ class RunContext:
     batch_size: int  # items; guidance branches do not count
     is_recorded: bool = False  # evaluations are replayed as graphs: what is kept between them must stay in its place
     log_snr: Tensor | None = None  # log(alpha^2 / sigma^2) of each evaluation, [num_evaluations], -inf of pure noise
+    # What the solver does with predictions: the clean latent is the first times the noisy one and the second times the
+    # prediction, [num_evaluations, 2]; None where the process is not known.
+    clean_weights: Tensor | None = None
+    adds_noise: bool = False  # at each step, so that the noisy latent jumps from one evaluation to the next
 
     @property
     def num_evaluations(self) -> int:

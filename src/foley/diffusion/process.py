@@ -148,6 +148,20 @@ class DiffusionProcess:
         of_noise, of_clean = self._mixture(alpha, sigma)
         return (alpha * prediction - of_clean * noisy) / (alpha * of_noise - sigma * of_clean)  # (4)
 
+    def clean_weights(self, log_snr: Tensor) -> Tensor:
+        """Equation (3) as two numbers for each `log_snr [E]`: what multiplies noisy and prediction, `[E, 2]` float64.
+
+        >>> DiffusionProcess("v").clean_weights(torch.tensor([-torch.inf, 0.0]))
+        tensor([[ 0.0000, -1.0000],
+                [ 0.7071, -0.7071]], dtype=torch.float64)
+        """
+        ratio = torch.exp(-log_snr.double() / 2)  # sigma / alpha
+        power = (1 + ratio) if self.is_flow else (1 + ratio.square()).sqrt()
+        alpha = 1 / power
+        sigma = torch.where(alpha > 0, ratio * alpha, 1.0)  # of pure noise, infinity times 0
+        of_noise, of_clean = self._mixture(alpha, sigma)
+        return torch.stack([of_noise, -sigma], dim=1) / (alpha * of_noise - sigma * of_clean)[:, None]
+
     def min_snr_weight(self, timestep: Tensor, gamma: float = 5.0) -> Tensor:
         """Loss weight `[B]`: `min(SNR, gamma)` on the clean latent, restated for this prediction's squared error.
 

@@ -92,12 +92,21 @@ def sample(
                 callback.on_evaluation_start(context)
             if known is not None:  # [B, C, L], given frames replaced by themselves at this noise level
                 latent = known.fill(latent, _noised(known.visible, noise, scheduler, evaluation))
-            prediction = denoise(scale_input(latent, timestep), timesteps[evaluation].expand(len(noise)))
+            noisy = scale_input(latent, timestep)
+            prediction = _forecast(callbacks, context, noisy)
+            if prediction is None:
+                prediction = denoise(noisy, timesteps[evaluation].expand(len(noise)))
             for callback in callbacks:
                 callback.on_evaluation_end(context, prediction)
             extras = _noise_source(scheduler, latent, generators)
             latent = scheduler.step(prediction, timestep, latent, return_dict=False, **extras)[0]
     return latent if known is None else known.fill(latent, known.visible)
+
+
+def _forecast(callbacks: Sequence[SamplerCallback], context: StepContext, noisy: Tensor) -> Tensor | None:
+    """What a callback expects of the denoiser here `[B, C, L]`, so that it need not run; None where all let it run."""
+    forecasts = [callback.forecast for callback in callbacks if hasattr(callback, "forecast")]
+    return next((guess for forecast in forecasts if (guess := forecast(context, noisy)) is not None), None)
 
 
 def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, int]:

@@ -161,9 +161,13 @@ class Solver:
         process: DiffusionProcess | None = None,
     ) -> RunContext:
         """What callbacks learn about a run with `scheduler`; of the noise levels, where they know the process."""
-        log_snr = None if process is None else _log_snr(process, scheduler.timesteps.cpu())
         known = self.label, self.num_steps, scheduler.timesteps, guidance.scale, guidance.rescale, batch_size
-        return RunContext(*known, log_snr=log_snr)
+        adds_noise = getattr(scheduler, "adds_noise", False)
+        if process is None:
+            return RunContext(*known, adds_noise=adds_noise)
+        log_snr = _log_snr(process, scheduler.timesteps.cpu())
+        weights = process.clean_weights(log_snr)
+        return RunContext(*known, log_snr=log_snr, clean_weights=weights, adds_noise=adds_noise)
 
     def _build(self, entry: _Entry, process: DiffusionProcess) -> Any:
         if isinstance(process, CosineProcess):  # which knows all times

@@ -1,0 +1,207 @@
+"""Prediction reuse: exact where the prediction is a polynomial, and bit for bit nothing where all is computed."""
+
+from typing import Any
+
+import pytest
+import torch
+from composition_parts import build_denoiser, generate
+from recorded_graphs import RecordedGraphs
+from torch import Tensor, nn
+
+from foley.accel.attention.local_global import LocalGlobal
+from foley.accel.caching.fora import Fora
+from foley.accel.caching.prediction import History, PredictionReuse, interval_plan
+from foley.accel.combined import Combined
+from foley.accel.cost import CostMeter
+from foley.diffusion.consistency import ConsistencySolver
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
+from foley.diffusion.process import PREDICTIONS, DiffusionProcess
+from foley.diffusion.sampler import Start, generate_latents
+from foley.diffusion.solver import SOLVERS, Solver
+from foley.diffusion.windows import Windows
+
+CHANNELS, FRAMES, WIDTH = 4, 10, 6
+
+
+class PolynomialDenoiser(nn.Module):
+    """Predicts a parabola in the timestep, whatever the noisy latent is; counts its calls."""
+
+    latent_channels = CHANNELS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, noisy: Tensor, timestep: Tensor, **_: Any) -> Tensor:
+        self.calls += 1
+        time = timestep.double()[:, None, None] / 1000
+        slope = torch.linspace(-1, 1, noisy.shape[1], dtype=torch.float64)[:, None]
+        return (1 - slope * time + 2 * time**2 + 0 * noisy).float()
+
+
+class SmoothDenoiser(PolynomialDenoiser):
+    """One that looks at the noisy latent and the text."""
+
+    def forward(self, noisy: Tensor, timestep: Tensor, context: Tensor, **_: Any) -> Tensor:
+        self.calls += 1
+        text = context.mean(dim=(1, 2))[:, None, None]
+        return torch.tanh(0.3 * noisy + text) * torch.cos(timestep[:, None, None] / 700)
+
+
+def _generate(denoiser: nn.Module, solver: str, accelerator: Any = None, num_steps: int = 12, **run: Any) -> Tensor:
+    torch.manual_seed(0)
+    text = Conditioning(torch.randn(2, 3, WIDTH), torch.ones(2, 3, dtype=torch.bool))
+    empty = Conditioning(torch.zeros(1, 3, WIDTH), torch.ones(1, 3, dtype=torch.bool))
+    process = DiffusionProcess("flow" if solver.endswith("_flow") else "v")
+    guidance = ClassifierFreeGuidance(3.0)
+    chosen = (guidance, Solver(solver, num_steps), accelerator)
+    return generate_latents(denoiser, process, text, empty, [0, 1], FRAMES, *chosen, **run)
+
+
+def test_a_polynomial_goes_through_uneven_nodes_exactly() -> None:
+    for order in range(4):
+        history, values = History(order), torch.randn(order + 1, 2, 3, 4, dtype=torch.float64).float()
+
+        def at(place: float, values: Tensor = values) -> Tensor:
+            return sum(value * place**power for power, value in enumerate(values))  # type: ignore[return-value]
+
+        for place in (-5.0, 1.2, 0.9, 0.31, 0.3):  # the first falls out
+            history.store(place, at(place))
+        torch.testing.assert_close(history.at(0.1), at(0.1), rtol=1e-4, atol=1e-4)
+
+
+def test_equal_and_infinite_places_do_not_divide_by_zero() -> None:
+    history = History(2)
+    for place, value in ((-torch.inf, 9.0), (0.0, 1.0), (1.0, 5.0), (1.0, 2.0)):
+        history.store(place, torch.tensor([value]))
+        assert history.at(place).item() == value
+    assert history.at(3.0).item() == 4.0  # the line through (0, 1) and (1, 2)
+    first = History(2)
+    first.store(-torch.inf, torch.tensor([9.0]))
+    assert first.at(-3.0).item() == 9.0
+
+
+def test_fractional_intervals_compute_that_share() -> None:
+    for interval in (1, 1.5, 2, 2.4, 3, 7):
+        plan = interval_plan(100, interval, warmup=4)
+        assert all(plan[:4])
+        assert sum(plan) == 4 + 96 // interval
+    assert all(interval_plan(9, 1))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("at", ["guided", "branch"])
+def test_computing_always_is_bitwise_equal_to_no_acceleration(solver: str, at: str) -> None:
+    denoiser = SmoothDenoiser()
+    accelerated = _generate(denoiser, solver, PredictionReuse(1, at=at), num_steps=6)
+    assert torch.equal(accelerated, _generate(denoiser, solver, num_steps=6))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("at", ["guided", "branch"])
+def test_a_parabola_is_reproduced_by_every_solver(solver: str, at: str) -> None:
+    denoiser = PolynomialDenoiser()
+    plain, computed = _generate(denoiser, solver), denoiser.calls
+    reuse = PredictionReuse(3, order=2, axis="timestep", quantity="prediction", at=at, warmup=5)
+    torch.testing.assert_close(_generate(denoiser, solver, reuse), plain, rtol=1e-3, atol=1e-3)
+    assert denoiser.calls - computed == sum(reuse.computed_evaluations) < computed
+    assert "forward" not in vars(denoiser)
+
+
+def test_both_places_are_the_same_without_a_rescale() -> None:
+    denoiser = SmoothDenoiser()
+    guided, branch = (_generate(denoiser, "ddim", PredictionReuse(2, at=at)) for at in ("guided", "branch"))
+    torch.testing.assert_close(guided, branch, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantity", ["prediction", "clean"])
+def test_windows_editing_and_a_later_beginning(quantity: str) -> None:
+    denoiser = SmoothDenoiser()
+    visible, hidden = torch.ones(1, CHANNELS, FRAMES), (torch.arange(FRAMES) < 5)[None]
+    runs: list[dict[str, Any]] = [
+        {"windows": Windows(FRAMES, 6, 2)},
+        {"known": KnownLatent(visible, hidden)},
+        {"start": Start(visible, 7)},
+    ]
+    for run in runs:
+        for at in ("guided", "branch"):
+            plain = _generate(denoiser, "ddim", **run)
+            all_computed = _generate(denoiser, "ddim", PredictionReuse(1, quantity=quantity, at=at), **run)
+            assert torch.equal(all_computed, plain)
+            reuse = PredictionReuse(2, quantity=quantity, at=at)
+            close = _generate(denoiser, "ddim", reuse, **run)
+            assert 0 < (close - plain).norm() / plain.norm() < 0.05
+            assert reuse.computed_evaluations[:8] == ([False] * 7 + [True] if "start" in run else [True, False] * 4)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_clean_weights_are_the_process_own(prediction: str) -> None:
+    process = DiffusionProcess(prediction, zero_terminal_snr=prediction == "v")
+    timesteps = torch.tensor([999, 500, 20])
+    noisy, predicted = torch.randn(2, 3, 2, 5)
+    weights = process.clean_weights(process.snr(timesteps).double().log()).float()
+    clean = weights[:, 0, None, None] * noisy + weights[:, 1, None, None] * predicted
+    torch.testing.assert_close(clean, process.to_clean(noisy, predicted, timesteps), rtol=1e-3, atol=1e-3)
+
+
+def test_fresh_noise_is_no_part_of_what_is_extrapolated() -> None:
+    class Clean(PolynomialDenoiser):  # knows one clean latent
+        def forward(self, noisy: Tensor, timestep: Tensor, **_: Any) -> Tensor:
+            alpha, sigma = (level[:, None, None] for level in process.levels(timestep))
+            return (alpha * noisy - 0.5) / sigma
+
+    process = DiffusionProcess("v")
+    for solver in ("ddpm", "dpmpp_2m_sde"):
+        plain = _generate(Clean(), solver)
+        errors = [
+            (_generate(Clean(), solver, PredictionReuse(3, quantity=quantity)) - plain).norm().item()
+            for quantity in ("auto", "prediction")
+        ]
+        assert errors[0] < 1e-3 < errors[1]
+
+
+def test_recordings_hold_computed_evaluations_alone() -> None:
+    denoiser, recorder, reuse = SmoothDenoiser(), RecordedGraphs(), PredictionReuse(2)
+    plain = _generate(denoiser, "ddim", reuse)
+    assert torch.equal(_generate(denoiser, "ddim", reuse, recorder=recorder), plain)
+    assert (recorder.count, recorder.replays) == (1, 5)
+    branch = PredictionReuse(2, at="branch")
+    plain = _generate(denoiser, "ddim", branch)
+    assert torch.equal(_generate(denoiser, "ddim", branch, recorder=RecordedGraphs()), plain)
+
+
+@pytest.mark.parametrize("at", ["guided", "branch"])
+def test_skipped_evaluations_cost_nothing_and_caches_go_on_in_the_others(at: str) -> None:
+    denoiser = build_denoiser()
+    costs = {}
+    for name, parts in {
+        "all": [PredictionReuse(1, at=at)],
+        "prediction": [PredictionReuse(2, at=at)],
+        "both": [PredictionReuse(2, at=at), Fora(2)],
+        "sparse": [PredictionReuse(2, at=at), LocalGlobal(window_frames=3, ratio=0.2)],
+    }.items():
+        meter = CostMeter(Combined(parts))
+        generate(denoiser, meter)
+        costs[name] = meter.describe()
+        assert "forward" not in vars(denoiser)
+    assert costs["all"]["mac_speedup"] == 1
+    assert costs["prediction"]["mac_speedup"] == 2
+    assert costs["prediction"]["computed_evaluations"] == 3  # of 6
+    assert costs["both"]["mac_speedup"] > 2
+    assert costs["sparse"]["mac_speedup"] > 2
+
+
+def test_a_student_is_refused() -> None:
+    reuse, solver = PredictionReuse(), ConsistencySolver(num_steps=2)
+    run = solver.run_context(solver.build(DiffusionProcess()), ClassifierFreeGuidance(1.0), 1)
+    with pytest.raises(ValueError, match="student"):
+        reuse.on_run_start(run)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"interval": 0.5}, {"order": -1}, {"axis": "index"}, {"quantity": "noise"}, {"at": "layer"}, {"warmup": 0}],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        PredictionReuse(**options)
