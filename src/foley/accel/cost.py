@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from foley.accel.caching.layer_cache import LayerCache
 from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
@@ -197,10 +196,12 @@ class CostMeter:
         self._accelerator = accelerator
         parts = _parts(accelerator)
         # One at most: a second one could not attach.
-        self._cache = next((part for part in parts if isinstance(part, LayerCache)), None)
+        self._cache: Any = next((part for part in parts if hasattr(part, "schedule")), None)
         # Then what is counted is not the plain evaluation.
         self._changes_layers = any(_changes_cost(part) for part in parts)
-        self._is_known = all(isinstance(part, LayerCache | NoAcceleration) or _changes_cost(part) for part in parts)
+        self._is_known = all(
+            isinstance(part, NoAcceleration) or hasattr(part, "schedule") or _changes_cost(part) for part in parts
+        )
         self._layers: list[CacheableLayer] = []
         self._counter: MacCounter | None = None
         self._context: StepContext | None = None  # that of the counted evaluation
@@ -267,15 +268,19 @@ class CostMeter:
         # The same call once more, with the denoiser as it is when nothing is attached.
         return RunCost(count_call_macs(self._denoiser, *self._call[0]) * (run.num_evaluations - first), accelerated)
 
-    def describe(self) -> dict[str, float]:
-        """What the JSON of each clip says of it.
+    def describe(self) -> dict[str, Any]:
+        """What the JSON of each clip says of it, and what accelerators that `describe()` themselves say.
 
         `macs` of one clip, `macs_uncached` without the accelerator, and `mac_speedup`, how many times fewer they are.
         """
         cost = self.cost_per_item()
+        told: list[dict[str, Any]] = [
+            part.describe() for part in _parts(self._accelerator) if hasattr(part, "describe")
+        ]
+        said = {name: value for part in told for name, value in part.items()}
         if cost is None:
-            return {}
-        return {"macs": cost.macs_cached, "macs_uncached": cost.macs_uncached, "mac_speedup": cost.speedup}
+            return said
+        return {**said, "macs": cost.macs_cached, "macs_uncached": cost.macs_uncached, "mac_speedup": cost.speedup}
 
 
 def _parts(accelerator: Accelerator) -> list[Accelerator]:
