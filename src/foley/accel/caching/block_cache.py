@@ -138,7 +138,7 @@ class _Port:
         self._names = names if _STREAMS[0] in names else parameters[:1]  # ours calls it x
         self._positions = {name: parameters.index(name) for name in self._names}
         self._block = block
-        self._is_tuple = False  # until an output has been seen
+        self.gives_tuple = False  # until an output has been seen
 
     def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Streams:
         """The streams among the arguments; None for one that was not given."""
@@ -149,12 +149,11 @@ class _Port:
 
     def taken(self, output: Any) -> Streams:
         """The streams of an output: of a block that gives one tensor, that one."""
-        self._is_tuple = isinstance(output, tuple)
-        return tuple(output[place] for place in self._order) if self._is_tuple else (output,)
+        return tuple(output[place] for place in self._order) if isinstance(output, tuple) else (output,)
 
     def given(self, streams: Streams) -> Any:
         """The output that holds these streams."""
-        if not self._is_tuple:
+        if not self.gives_tuple:
             return streams[0]
         return tuple(streams[self._order.index(place)] for place in range(len(self._order)))
 
@@ -167,7 +166,8 @@ class _Port:
             known = TransformerBlockRegistry.get(type(self._block))
         except ValueError:
             return tuple(range(len(self._names)))
-        return known.return_hidden_states_index, known.return_encoder_hidden_states_index
+        places = known.return_hidden_states_index, known.return_encoder_hidden_states_index
+        return tuple(place for place in places if place is not None)
 
 
 class _Reached(Exception):  # noqa: N818
@@ -319,6 +319,7 @@ class BlockCache(ABC):
             if in_stack and not branch.computes:
                 return port.given(self._recall(branch, index))
             output = original(*args, **kwargs)
+            port.gives_tuple = isinstance(output, tuple)
             if index in self._kept:
                 self._store(branch, index, port.taken(output))
             return output
