@@ -37,7 +37,7 @@ HUGE: dict[str, Callable[[], BlockCache]] = {
     "teacache": lambda: TeaCache(threshold=1e9),
     "first_block_cache": lambda: FirstBlockCache(threshold=1e9),
     "dbcache": lambda: DBCache(threshold=1e9, first_blocks=1, last_blocks=2, warmup=2),
-    "magcache": lambda: MagCache(threshold=1e9, max_consecutive=9, ratios=RATIOS),
+    "magcache": lambda: MagCache(threshold=1e9, max_reuses=9, ratios=RATIOS),
 }
 NEVER: dict[str, Callable[[], BlockCache]] = {
     "teacache": lambda: TeaCache(threshold=0),
@@ -132,11 +132,8 @@ def test_a_huge_threshold_computes_only_what_must_be(dit: DiffusionTransformer, 
     assert not torch.equal(latent, _generate(dit))
 
 
-@pytest.mark.parametrize("last", range(DEPTH))
-@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize(("first", "last"), [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 2)])
 def test_long_skips_are_reused_rightly(dit: DiffusionTransformer, first: int, last: int) -> None:
-    if first + last > DEPTH:
-        pytest.skip("leaves no block to reuse")
     cache = DBCache(threshold=1e9, first_blocks=first, last_blocks=last, warmup=1)
     computed, reused = _drive(dit, cache, [("joint", _inputs())] * 2)  # nothing has changed: neither may the output
     assert cache.hits == 1
@@ -198,18 +195,18 @@ def test_a_run_that_begins_in_the_middle_computes_there(dit: DiffusionTransforme
 def test_the_guards_of_dbcache(dit: DiffusionTransformer) -> None:
     calls = [("joint", _inputs())] * 8
     computed = {
-        "max_consecutive": ({"max_consecutive": 2}, "CRRCRRCR"),
+        "max_reuses": ({"max_reuses": 2}, "CRRCRRCR"),
         "max_hits": ({"max_hits": 3}, "CRRRCCCC"),
         "warmup": ({"warmup": 3}, "CCCRRRRR"),
-        "steps_mask": ({"steps_mask": [index in (4, 6) for index in range(8)]}, "CRRRCRCR"),
+        "always_compute": ({"always_compute": [4, 6]}, "CRRRCRCR"),
     }
     for options, expected in computed.values():
         cache = DBCache(**{"threshold": 1e9, "warmup": 1, **options})
         _drive(dit, cache, calls)
         assert cache.schedule is not None
         assert "".join("RC"[row] for row in cache.schedule.compute[:, -1].tolist()) == expected
-    with pytest.raises(ValueError, match="steps_mask has 2 entries, but this run has 8"):
-        _drive(dit, DBCache(steps_mask=[True, False]), calls)
+    with pytest.raises(ValueError, match="always_compute names evaluation 8, but this run has 8"):
+        _drive(dit, DBCache(always_compute=[8]), calls)
 
 
 def test_the_residual_can_be_extrapolated(dit: DiffusionTransformer) -> None:
@@ -247,14 +244,14 @@ def test_magcache_adds_up_the_distance_of_the_product_from_one() -> None:
 
 
 def test_magcache_retains_the_beginning_and_caps_what_follows(dit: DiffusionTransformer) -> None:
-    cache = MagCache(threshold=1e9, max_consecutive=2, retention_ratio=0.5, ratios=RATIOS)
+    cache = MagCache(threshold=1e9, max_reuses=2, retention_ratio=0.5, ratios=RATIOS)
     _generate(dit, cache)
     assert cache.schedule is not None
     assert cache.schedule.compute[:, 0].tolist() == [True, True, True, False, False, True]
 
 
 def test_magcache_measures_once_and_keeps_what_it_measured(dit: DiffusionTransformer, tmp_path: Path) -> None:
-    cache, streams = MagCache(threshold=1e9, max_consecutive=9, ratios_dir=tmp_path), []
+    cache, streams = MagCache(threshold=1e9, max_reuses=9, ratios_dir=tmp_path), []
     first, last = dit.blocks()[0], dit.blocks()[-1]
     hooks = [
         first.register_forward_pre_hook(lambda _, args: streams.append(args[0])),

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from threading import get_ident
 from typing import Any, Protocol
 
 import torch
@@ -216,7 +217,8 @@ class BlockCache(ABC):
         policy: name and parameters, as the schedule records them.
         first_blocks, last_blocks: F and B, which always run.
         warmup, cooldown: so many evaluations at the beginning and at the end always compute.
-        max_consecutive: reuses in a row, at most; None for no limit.
+        always_compute: and these, by their numbers from 0.
+        max_reuses: reuses in a row, at most; None for no limit.
         max_hits: reuses in all, at most; None for no limit.
         reuse: how the residual is reused, see `foley.accel.caching.layer_cache`.
     """
@@ -231,20 +233,21 @@ class BlockCache(ABC):
         last_blocks: int = 0,
         warmup: int = 1,
         cooldown: int = 0,
-        max_consecutive: int | None = None,
+        max_reuses: int | None = None,
         max_hits: int | None = None,
+        always_compute: Sequence[int] = (),
         reuse: str = "hold",
     ) -> None:
         for name, value in (("first_blocks", first_blocks), ("last_blocks", last_blocks), ("cooldown", cooldown)):
             _WHOLE.check(name, value)
         COUNT.check("warmup", warmup)
-        for name, limit in (("max_consecutive", max_consecutive), ("max_hits", max_hits)):
+        for name, limit in (("max_reuses", max_reuses), ("max_hits", max_hits)):
             if limit is not None:
                 _WHOLE.check(name, limit)
         self._policy = {**policy, "reuse": reuse}
         self._first, self._last, self._make_reuse = first_blocks, last_blocks, reuse_by_name(reuse)
         self._warmup, self._cooldown = warmup, cooldown
-        self._max_consecutive, self._max_hits = max_consecutive, max_hits
+        self._max_reuses, self._max_hits, self._always = max_reuses, max_hits, frozenset(always_compute)
         self.differences: list[float | None] = []
         self.hits = 0
         self._calls = 0  # evaluations, of each branch
@@ -255,6 +258,7 @@ class BlockCache(ABC):
 
     def _reset(self) -> None:
         self._run: RunContext | None = None
+        self._thread = 0  # that of the run
         self._context: StepContext | None = None  # of the present evaluation
         self._places: Sequence[Any] = ()  # of the evaluations, along the axis of extrapolation
         self._branches: dict[str, _Branch] = {}
@@ -332,6 +336,11 @@ class BlockCache(ABC):
         if self._context is None or self._run is None:
             name = type(self).__name__
             raise RuntimeError(f"{name} is attached, but the sampler does not call it: pass it as a callback")
+        if self._thread != get_ident():
+            raise RuntimeError(
+                "another thread is generating with this model: `generate_latents` lets threads take turns; elsewhere "
+                "give each thread a model and an accelerator of its own"
+            )
         if self._context.branch not in self._branches:
             self._branches[self._context.branch] = _Branch(self.rule(self._run))
         return self._branches[self._context.branch]
@@ -357,9 +366,10 @@ class BlockCache(ABC):
         assert self._run is not None
         return (
             not branch.residuals  # the first of this branch, wherever the run began
+            or evaluation in self._always
             or evaluation < self._warmup
             or evaluation >= self._run.num_evaluations - self._cooldown
-            or (self._max_consecutive is not None and branch.consecutive >= self._max_consecutive)
+            or (self._max_reuses is not None and branch.consecutive >= self._max_reuses)
             or (self._max_hits is not None and branch.reused >= self._max_hits)
         )
 
@@ -403,11 +413,18 @@ class BlockCache(ABC):
     # ---------------------------------------------------------------- the run
 
     def on_run_start(self, run: RunContext) -> None:
-        """Forget the run before; raises RuntimeError if nothing is attached."""
+        """Forget the run before.
+
+        Raises RuntimeError if nothing is attached, ValueError where an evaluation is to compute that there is not.
+        """
         if self._denoiser is None:
             raise RuntimeError(f"{type(self).__name__} has no denoiser: generate inside its `attach(denoiser)` context")
+        if beyond := [evaluation for evaluation in sorted(self._always) if not 0 <= evaluation < run.num_evaluations]:
+            raise ValueError(
+                f"accel.always_compute names evaluation {beyond[0]}, but this run has {run.num_evaluations}, from 0"
+            )
         self._reset()
-        self._run, self._places = run, run.axis("timestep")
+        self._run, self._places, self._thread = run, run.axis("timestep"), get_ident()
         self.schedule, self.differences, self.hits, self._calls = None, [None] * run.num_evaluations, 0, 0
 
     def on_evaluation_start(self, context: StepContext) -> None:

@@ -21,7 +21,7 @@ class FirstBlockCache(BlockCache):
 
     Args:
         threshold: of the relative L1 change; 0 computes always. 0.05 to 0.2 in the library.
-        warmup, cooldown, max_consecutive, reuse: as `BlockCache` takes them.
+        warmup, cooldown, max_reuses, reuse: as `BlockCache` takes them.
 
     Example: as that of `foley.accel.caching.teacache.TeaCache`.
 
@@ -35,13 +35,13 @@ class FirstBlockCache(BlockCache):
         threshold: float = 0.1,
         warmup: int = 1,
         cooldown: int = 0,
-        max_consecutive: int | None = None,
+        max_reuses: int | None = None,
         reuse: str = "hold",
     ) -> None:
         NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
         policy = {"name": "first_block_cache", "threshold": threshold}
-        super().__init__(policy, 1, 0, warmup, cooldown, max_consecutive, reuse=reuse)
+        super().__init__(policy, 1, 0, warmup, cooldown, max_reuses, reuse=reuse)
 
     def rule(self, run: RunContext) -> Rule:
         """The change since the last computed evaluation, against the threshold."""

@@ -101,7 +101,7 @@ class MagCache(BlockCache):
 
     Args:
         threshold: the paper's delta; 0 computes always. 0.06 for Flux, 0.12 for Wan.
-        max_consecutive: K.
+        max_reuses: K.
         retention_ratio: so large a share of the evaluations, at the beginning, always computes.
         ratios: gamma of each evaluation, where they are known; None measures them.
         ratios_dir: keeps what was measured, `<directory>/magcache_<solver>_<steps>.json`; None keeps it in memory.
@@ -119,14 +119,14 @@ class MagCache(BlockCache):
     def __init__(
         self,
         threshold: float = 0.06,
-        max_consecutive: int = 3,
+        max_reuses: int = 3,
         retention_ratio: float = 0.2,
         ratios: Sequence[float] | None = None,
         ratios_dir: str | Path | None = None,
         reuse: str = "hold",
     ) -> None:
         NumberRange(least=0).check("threshold", threshold)
-        COUNT.check("max_consecutive", max_consecutive)
+        COUNT.check("max_reuses", max_reuses)
         _SHARE.check("retention_ratio", retention_ratio)
         for ratio in ratios or ():
             NumberRange(above=0).check("ratios", ratio)
@@ -137,8 +137,8 @@ class MagCache(BlockCache):
         self._ratios: list[float] | None = None  # of this run; None where they are being measured
         self._measured: list[_Measured] = []  # one for each branch of a run that measures
         policy = {"name": "magcache", "threshold": threshold, "retention_ratio": retention_ratio}
-        policy["max_consecutive"] = max_consecutive
-        super().__init__(policy, max_consecutive=max_consecutive, reuse=reuse)
+        policy["max_reuses"] = max_reuses
+        super().__init__(policy, max_reuses=max_reuses, reuse=reuse)
 
     def rule(self, run: RunContext) -> Rule:
         """Equations (5) and (6); computes always where gamma is being measured."""

@@ -79,7 +79,7 @@ class TeaCache(_ModulatedInput):
     Args:
         threshold: the paper's delta; 0 computes always. 0.1 to 0.6 there.
         coefficients: of the polynomial f, highest power first; None is the identity.
-        max_consecutive, reuse: as `BlockCache` takes them.
+        max_reuses, reuse: as `BlockCache` takes them.
 
     Example:
         A small transformer, which has random weights: a high threshold computes only the first and the last evaluation.
@@ -104,7 +104,7 @@ class TeaCache(_ModulatedInput):
         self,
         threshold: float = 0.2,
         coefficients: Sequence[float] | None = None,
-        max_consecutive: int | None = None,
+        max_reuses: int | None = None,
         reuse: str = "hold",
     ) -> None:
         NumberRange(least=0).check("threshold", threshold)
@@ -113,7 +113,7 @@ class TeaCache(_ModulatedInput):
         if not self._coefficients:
             raise ValueError("accel.coefficients=[]: give those of a polynomial, highest power first, or null")
         policy = {"name": "teacache", "threshold": threshold, "coefficients": list(self._coefficients)}
-        super().__init__(policy, cooldown=1, max_consecutive=max_consecutive, reuse=reuse)
+        super().__init__(policy, cooldown=1, max_reuses=max_reuses, reuse=reuse)
 
     def rule(self, run: RunContext) -> Rule:
         """Equation (6)."""
