@@ -11,11 +11,15 @@ from foley.accel.attention.token_merging import TokenMerging
 from foley.accel.caching.audiocache import AudioCache
 from foley.accel.caching.budget import Budget
 from foley.accel.caching.calibration import Calibration, CalibrationRecorder
+from foley.accel.caching.dbcache import DBCache
+from foley.accel.caching.first_block_cache import FirstBlockCache
 from foley.accel.caching.fora import Fora
 from foley.accel.caching.layer_cache import LayerCache
+from foley.accel.caching.magcache import MagCache
 from foley.accel.caching.prediction import PredictionReuse
 from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.caching.smoothcache import SmoothCache
+from foley.accel.caching.teacache import TeaCache
 from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.cost import CostMeter
 
@@ -27,12 +31,16 @@ __all__ = [
     "CalibrationRecorder",
     "Combined",
     "CostMeter",
+    "DBCache",
+    "FirstBlockCache",
     "Fora",
     "LayerCache",
     "LiteFocus",
     "LocalGlobal",
+    "MagCache",
     "NoAcceleration",
     "PredictionReuse",
     "SmoothCache",
+    "TeaCache",
     "TokenMerging",
 ]

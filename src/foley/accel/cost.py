@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from foley.accel.caching.layer_cache import LayerCache
 from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
@@ -196,13 +195,13 @@ def last_run_cost(
 ) -> RunCost:
     """What the last run under `accelerator` cost, from the cost of one evaluation.
 
-    Its parts tell: a layer cache by its `schedule`, one that skips whole evaluations by its `computed_evaluations`.
+    Its parts tell: a cache of layers or blocks by its `schedule`, one that skips whole evaluations by its `computed_evaluations`.
     """
     parts = _parts(accelerator)
     computed = next((part.computed_evaluations for part in parts if hasattr(part, "computed_evaluations")), None)
-    cache = next((part for part in parts if isinstance(part, LayerCache)), None)
-    if cache is not None and cache.schedule is not None:
-        return run_cost(cache.schedule, macs, first_evaluation, computed)
+    schedule = next((part.schedule for part in parts if hasattr(part, "schedule")), None)
+    if schedule is not None:
+        return run_cost(schedule, macs, first_evaluation, computed)
     count = num_evaluations - first_evaluation
     return RunCost(macs.total * count, macs.total * (count if computed is None else sum(computed)))
 
@@ -223,7 +222,7 @@ class CostMeter:
         self._accelerator = accelerator
         parts = _parts(accelerator)
         # One at most: a second one could not attach.
-        self._cache = next((part for part in parts if isinstance(part, LayerCache)), None)
+        self._cache: Any = next((part for part in parts if hasattr(part, "schedule")), None)
         # Then what is counted is not the plain evaluation.
         self._changes_layers = any(_changes_cost(part) for part in parts)
         self._is_known = all(_is_counted(part) or _changes_cost(part) for part in parts)
@@ -320,7 +319,8 @@ def _parts(accelerator: Accelerator) -> list[Accelerator]:
 
 def _is_counted(accelerator: Accelerator) -> bool:
     """Whether `last_run_cost` knows what it saves."""
-    return isinstance(accelerator, LayerCache | NoAcceleration) or hasattr(accelerator, "computed_evaluations")
+    tells = any(hasattr(accelerator, name) for name in ("schedule", "computed_evaluations"))
+    return tells or isinstance(accelerator, NoAcceleration)
 
 
 def _changes_cost(accelerator: Accelerator) -> bool:
