@@ -26,14 +26,15 @@ from torch import Tensor
 from foley.accel.caching.budget import budget_schedule, schedule_error
 from foley.accel.caching.calibration import Calibration, calibration_stem
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
+from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.combined import NoAcceleration
-from foley.accel.cost import CostMeter, tmacs
+from foley.accel.cost import CostMeter, EvaluationMacs, count_evaluation_macs, tmacs
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import info_path, load_record, save_record, write_json
 from foley.core.rates import clip_size
 from foley.diffusion.context import Accelerator
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid
 from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.prompts import LabelledPrompts
@@ -116,6 +117,20 @@ class Workload:
             self.pipeline.device,
         )
         return latent.cpu()
+
+    @property
+    def num_evaluations(self) -> int:
+        """NFE of the uncached run."""
+        return len(self.solver.build(self.pipeline.process).timesteps)
+
+    def macs(self, duration_seconds: float) -> EvaluationMacs:
+        """Of one evaluation of one clip of this length."""
+        denoiser, device = self.pipeline.denoiser, self.pipeline.device
+        _, frames = clip_size(duration_seconds, self.pipeline.sample_rate_hz, self.pipeline.codec.hop_samples)
+        noisy, timestep = torch.zeros(1, denoiser.latent_channels, frames, device=device), torch.ones(1, device=device)
+        prompt = Conditioning(self.positive.context[:1], self.positive.mask[:1])
+        denoise = self.guidance.wrap(denoiser, prompt, self.negative, grid=EvaluationGrid(timestep, frames))
+        return count_evaluation_macs(denoiser, lambda: denoise(noisy, timestep))
 
     def times(self, measured: Rounds[Variant, Tensor], variant: Variant) -> dict[str, Any]:
         """Seconds, RTF and speed-up of a variant."""
@@ -207,8 +222,14 @@ def _measured(workload: Workload, variant: Variant, accelerator: Accelerator, cl
         "processor_seconds": rounds.processor_seconds["run"][0],
         "macs": None if cost is None else cost.macs_cached * len(clips),
         "computed_fraction": None if schedule is None else schedule.computed_fraction,
+        "reused": {} if schedule is None else _reuses(schedule),
     }
     return rounds.results["run"], info
+
+
+def _reuses(schedule: CacheSchedule) -> dict[str, int]:
+    """How often each layer is reused in a run."""
+    return dict(zip(schedule.layer_names, (~schedule.compute).sum(dim=0).tolist(), strict=True))
 
 
 def measure(
@@ -254,6 +275,7 @@ def _row(
         "mac_speedup": speedup,
         "wall_over_mac": speedup and times["wall_speedup"] / speedup,
         "computed_fraction": None if None in fractions else fmean(fractions),
+        "reused": infos[variant][0]["reused"],
         "latent_error": ((latent - reference).norm() / reference.norm()).item(),
         **workload.quality(latent, judge),
     }
@@ -271,11 +293,9 @@ def policy_name(row: Mapping[str, Any]) -> str:
     return row["policy"] if steps is None else f"{row['policy']} from {steps}"
 
 
-def compare_budget_methods(cfg: DictConfig, solver: Solver) -> list[dict[str, float]]:
+def compare_budget_methods(cfg: DictConfig, curves: Calibration) -> list[dict[str, float]]:
     """The summed error of the budget policy's schedules, by dynamic programming and greedily, at each speed-up."""
-    directory = instantiate(cfg.sweeps.budget.accel.calibration_dir)
-    calibration = Calibration.load(calibration_stem(directory, solver.label, cfg.steps))
-    changes, macs = calibration.changes(), calibration.macs
+    changes, macs = curves.changes(), curves.macs
     return [
         {"target_speedup": speedup}
         | {
@@ -284,6 +304,43 @@ def compare_budget_methods(cfg: DictConfig, solver: Solver) -> list[dict[str, fl
         }
         for speedup in cfg.sweeps.budget["values"]
     ]
+
+
+def longer_clips(
+    workload: Workload, rows: Sequence[Mapping[str, Any]], durations_seconds: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The speed-up in MACs of the same reuses in clips of other lengths, of every setting that reuses layers."""
+    found = []
+    for seconds in durations_seconds:
+        macs = workload.macs(seconds)
+        for row in rows:
+            saved = sum(count * macs.layers[name] for name, count in row["reused"].items())
+            plain = macs.total * workload.num_evaluations
+            names = {name: row[name] for name in ("policy", "value", "reuse")}
+            found.append({**names, "duration_seconds": seconds, "mac_speedup": plain / (plain - saved)})
+    return found
+
+
+def describe_changes(curves: Calibration) -> dict[str, float]:
+    """What AudioCache's section III-C observes, as numbers.
+
+    `relative_deviation`: the standard deviation over prompts of a layer's change, over its mean; the median of all
+    layers and evaluations. `earliest_half` and `latest_half`: the share of the run after which a block has had half of
+    its summed change, of the blocks that are first and last to have it.
+    """
+    deviation = (curves.std[:, 0, 1:] / curves.mean[:, 0, 1:]).median().item()
+    blocks: dict[str, Tensor] = {}
+    for name, change in zip(curves.layer_names, curves.mean[:, 0], strict=True):  # [evaluations]
+        block = name.rpartition(".")[0]
+        blocks[block] = blocks.get(block, 0) + change
+    halves = [float((change.cumsum(0) < change.sum() / 2).double().mean()) for change in blocks.values()]
+    return {"relative_deviation": deviation, "earliest_half": min(halves), "latest_half": max(halves)}
+
+
+def load_curves(cfg: DictConfig, solver: Solver) -> Calibration:
+    """Those of this solver and number of steps."""
+    directory = instantiate(cfg.sweeps.budget.accel.calibration_dir)
+    return Calibration.load(calibration_stem(directory, solver.label, cfg.steps))
 
 
 def describe(cfg: DictConfig, workload: Workload, judge: Judge) -> dict[str, Any]:
@@ -302,6 +359,16 @@ def describe(cfg: DictConfig, workload: Workload, judge: Judge) -> dict[str, Any
         "model_hash": workload.pipeline.model_hash,
         "device": str(workload.pipeline.device),
     }
+
+
+def analyse(cfg: DictConfig, workload: Workload, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What curves and schedules say, beside the rows themselves."""
+    layered = [row for row in rows if row["reused"]]
+    found: dict[str, Any] = {"longer_clips": longer_clips(workload, layered, cfg.longer_clips_seconds)}
+    if "budget" in cfg.policies:
+        curves = load_curves(cfg, workload.solver)
+        found |= {"budget_methods": compare_budget_methods(cfg, curves), "changes": describe_changes(curves)}
+    return found
 
 
 def draw(rows: Sequence[Mapping[str, Any]], variants: Mapping[Variant, Accelerator], output_dir: Path) -> None:
@@ -323,8 +390,10 @@ def main(cfg: DictConfig) -> None:
     uncached, *rows = against_fewer_steps(measure(workload, variants, judge, cfg.repeats, parts))
     known = ("tmacs", "seconds", "real_time_factor", "machine", "batch_size", *QUALITIES)
     settings |= {f"{name}_uncached": uncached[name] for name in known}
-    methods = {"budget_methods": compare_budget_methods(cfg, workload.solver)} if "budget" in cfg.policies else {}
-    write_json(output_dir / "caching.json", {"settings": settings, "provenance": provenance(), "rows": rows, **methods})
+    analysis = analyse(cfg, workload, rows)
+    rows = [{name: value for name, value in row.items() if name != "reused"} for row in rows]
+    results = {"settings": settings, "provenance": provenance(), "rows": rows, **analysis}
+    write_json(output_dir / "caching.json", results)
     draw(rows, variants, output_dir)
     shutil.rmtree(parts.directory)
     sys.stdout.write("\n".join(json.dumps(row) for row in rows) + "\n")

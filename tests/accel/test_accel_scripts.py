@@ -167,9 +167,15 @@ def _bench(system_dir: Path, output_dir: Path, *overrides: str) -> dict[str, Any
 def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(TWO_PROMPTS)
-    narrow = ("sweeps.audiocache.values=[0.0,9.0]", "sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]")
+    narrow = (
+        "sweeps.audiocache.values=[0.0,9.0]",
+        "sweeps.smoothcache.values=[9.0]",
+        "sweeps.fora.values=[2]",
+        "sweeps.fora.reuses=[hold,taylor]",
+    )
+    spent = ("sweeps.budget.values=[1.2]", "longer_clips_seconds=[0.5,8]")
     chosen = f"policies=[{','.join(LAYER_CACHES)}]"
-    result = _bench(system_dir, tmp_path, f"prompts={prompts}", chosen, *narrow, "sweeps.budget.values=[1.2]")
+    result = _bench(system_dir, tmp_path, f"prompts={prompts}", chosen, *narrow, *spent)
     rows, settings = result["rows"], result["settings"]
     for row in rows:
         assert row["tmacs"] * row["mac_speedup"] == pytest.approx(settings["tmacs_uncached"])
@@ -181,6 +187,10 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
     assert (rows[0]["latent_error"], rows[0]["mac_speedup"], rows[0]["computed_fraction"]) == (0.0, 1.0, 1.0)
     assert all(row["mac_speedup"] > 1 and row["latent_error"] > 0 for row in rows[2:])
     assert rows[-1]["mac_speedup"] >= 1.2
+    longer = [row["mac_speedup"] for row in result["longer_clips"] if row["policy"] == "fora"]
+    assert longer[0] == pytest.approx(rows[6]["mac_speedup"])  # hold, at the length that was run
+    assert longer[2] > longer[0]  # attention grows with the square of the length
+    assert 0 < result["changes"]["earliest_half"] <= result["changes"]["latest_half"] < 1
     (methods,) = result["budget_methods"]
     assert min(methods["dynamic"], methods["greedy"]) > 0
     assert {row["label_accuracy"] for row in rows} == {None}  # this system's rate is not the extractor's
@@ -193,7 +203,7 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
 
 def test_the_benchmark_holds_every_policy_against_fewer_steps(system_dir: Path, tmp_path: Path) -> None:
     narrow = ("policies=[fewer_steps,fora]", "sweeps.fewer_steps.values=[1.33,2,4]", "sweeps.fora.values=[2]")
-    rows = _bench(system_dir, tmp_path, *narrow, "reuses=[hold]")["rows"]
+    rows = _bench(system_dir, tmp_path, *narrow, "reuses=[hold]", "sweeps.fora.reuses=[hold]")["rows"]
     assert [(row["policy"], row["value"]) for row in rows] == [*(("fewer steps", n) for n in (3, 2, 1)), ("fora", 2)]
     assert [row["mac_speedup"] for row in rows[:3]] == pytest.approx([4 / 3, 2, 4])
     assert rows[-1]["error_ratio"] == pytest.approx(rows[-1]["latent_error"] / rows[-1]["fewer_steps_error"])
@@ -201,13 +211,14 @@ def test_the_benchmark_holds_every_policy_against_fewer_steps(system_dir: Path, 
 
 
 def test_a_benchmark_that_was_broken_off_goes_on(system_dir: Path, tmp_path: Path) -> None:
-    batches = ("num=2", "batch_size=4", "reuses=[hold]", "sweeps.fora.values=[2]")
+    batches = ("num=2", "batch_size=4", "reuses=[hold]", "sweeps.fora.reuses=[hold]", "sweeps.fora.values=[2]")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         _bench(system_dir, tmp_path, *batches, "policies=[fora,budget]", "sweeps.budget.accel.calibration_dir=nowhere")
     kept = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "parts").glob("*.json")}
     assert set(kept) == {"uncached_0-0-0", "fora_2_hold-0-0"}  # of the first batch of four, of six clips
     kept["fora_2_hold-0-0"]["seconds"] = 1000.0
     (tmp_path / "parts/fora_2_hold-0-0.json").write_text(json.dumps(kept["fora_2_hold-0-0"]))
+    batches = (*batches, "longer_clips_seconds=[]")
     (row,) = _bench(system_dir, tmp_path, *batches, "policies=[fora]")["rows"]
     assert 1000 < row["seconds"] < 1100
     (row,) = _bench(system_dir, tmp_path, *batches, "policies=[fora]")["rows"]  # its parts are gone
@@ -231,7 +242,12 @@ def test_the_demo_takes_the_threshold_that_was_measured() -> None:
 
 
 def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path) -> None:
-    narrow = ("policies=[audiocache,smoothcache,fora]", "sweeps.audiocache.values=[9.0]", "reuses=[hold]")
+    narrow = (
+        "policies=[audiocache,smoothcache,fora]",
+        "sweeps.audiocache.values=[9.0]",
+        "reuses=[hold]",
+        "sweeps.fora.reuses=[hold]",
+    )
     finer = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "steps=2", "calibrated_steps=[4]")
     rows = _bench(system_dir, tmp_path, *narrow, *finer)["rows"]
     assert [(row["policy"], row["calibrated_steps"]) for row in rows] == [
@@ -241,5 +257,5 @@ def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path
 
 
 def test_the_benchmark_samples_with_the_eta_that_it_was_given(system_dir: Path, tmp_path: Path) -> None:
-    narrow = ("policies=[fora]", "reuses=[hold]", "steps=2", "sweeps.fora.values=[2]")
+    narrow = ("policies=[fora]", "reuses=[hold]", "sweeps.fora.reuses=[hold]", "steps=2", "sweeps.fora.values=[2]")
     assert _bench(system_dir, tmp_path, *narrow, "solver.eta=0.5")["settings"]["solver"] == "ddim_eta0.5"
