@@ -152,31 +152,82 @@ def test_the_calibration_directory_can_be_given(system_dir: Path, tmp_path: Path
     assert isinstance(_accelerator("audiocache", system_dir, f"accel.calibration_dir={tmp_path}"), AudioCache)
 
 
+TWO_PROMPTS = '{"caption": "rain falls", "label": "rain"}\n{"caption": "wind blows", "label": "wind"}\n'
+LAYER_CACHES = ("audiocache", "smoothcache", "fora", "budget", "budget_greedy")
+
+
+def _bench(system_dir: Path, output_dir: Path, *overrides: str) -> dict[str, Any]:
+    if not any(override.startswith("prompts=") for override in overrides):
+        overrides = (f"prompts={system_dir}/prompts.txt", *overrides)
+    run_command("bench/caching", f"system={system_dir}", "repeats=1", f"output_dir={output_dir}", *QUICK, *overrides)
+    result: dict[str, Any] = json.loads((output_dir / "caching.json").read_text())
+    return result
+
+
 def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"caption": "rain falls", "label": "rain"}\n{"caption": "wind blows", "label": "wind"}\n')
-    arguments = (f"system={system_dir}", f"prompts={prompts}", "sweeps.audiocache.values=[0.0,9.0]", "repeats=1")
-    narrow = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "sweeps.budget.values=[1.2]")
-    run_command("bench/caching", *arguments, *narrow, f"output_dir={tmp_path}", *QUICK)
-    result = json.loads((tmp_path / "caching.json").read_text())
+    prompts.write_text(TWO_PROMPTS)
+    narrow = (
+        "sweeps.audiocache.values=[0.0,9.0]",
+        "sweeps.smoothcache.values=[9.0]",
+        "sweeps.fora.values=[2]",
+        "sweeps.fora.reuses=[hold,taylor]",
+    )
+    spent = ("sweeps.budget.values=[1.2]", "longer_clips_seconds=[0.5,8]")
+    chosen = f"policies=[{','.join(LAYER_CACHES)}]"
+    result = _bench(system_dir, tmp_path, f"prompts={prompts}", chosen, *narrow, *spent)
     rows, settings = result["rows"], result["settings"]
     for row in rows:
         assert row["tmacs"] * row["mac_speedup"] == pytest.approx(settings["tmacs_uncached"])
         assert row["real_time_factor"] == pytest.approx(row["seconds"] / (2 * 0.5))  # two clips of 0.5 s
         assert (row["machine"], row["batch_size"]) == (described_processor(), 2)
         assert row["wall_speedup"] == pytest.approx(settings["seconds_uncached"] / row["seconds"])
-    policies = ["audiocache"] * 4 + [name for name in ("smoothcache", "fora", "budget", "budget_greedy") for _ in "12"]
-    assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(policies, ["hold", "taylor"] * 6, strict=True))
+    names = ["audiocache"] * 4 + [name for name in ("smoothcache", "fora", "budget", "budget_greedy") for _ in "12"]
+    assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(names, ["hold", "taylor"] * 6, strict=True))
     assert (rows[0]["latent_error"], rows[0]["mac_speedup"], rows[0]["computed_fraction"]) == (0.0, 1.0, 1.0)
     assert all(row["mac_speedup"] > 1 and row["latent_error"] > 0 for row in rows[2:])
     assert rows[-1]["mac_speedup"] >= 1.2
+    longer = [row["mac_speedup"] for row in result["longer_clips"] if row["policy"] == "fora"]
+    assert longer[0] == pytest.approx(rows[6]["mac_speedup"])  # hold, at the length that was run
+    assert longer[2] > longer[0]  # attention grows with the square of the length
+    assert 0 < result["changes"]["earliest_half"] <= result["changes"]["latest_half"] < 1
     (methods,) = result["budget_methods"]
     assert min(methods["dynamic"], methods["greedy"]) > 0
     assert {row["label_accuracy"] for row in rows} == {None}  # this system's rate is not the extractor's
     assert (tmp_path / "caching.png").stat().st_size > 0
+    assert not (tmp_path / "parts").exists()
     drawn = {file.name for file in (tmp_path / "schedules").iterdir()}
-    names = ("audiocache_0", "audiocache_9", "smoothcache_9", "fora_2", "budget_1.2", "budget_greedy_1.2")
-    assert drawn == {f"{name}.png" for name in names}
+    schedules = ("audiocache_0", "audiocache_9", "smoothcache_9", "fora_2", "budget_1.2", "budget_greedy_1.2")
+    assert drawn == {f"{name}.png" for name in schedules}
+
+
+def test_the_benchmark_holds_every_policy_against_fewer_steps(system_dir: Path, tmp_path: Path) -> None:
+    narrow = ("policies=[fewer_steps,fora]", "sweeps.fewer_steps.values=[1.33,2,4]", "sweeps.fora.values=[2]")
+    rows = _bench(system_dir, tmp_path, *narrow, "reuses=[hold]", "sweeps.fora.reuses=[hold]")["rows"]
+    assert [(row["policy"], row["value"]) for row in rows] == [*(("fewer steps", n) for n in (3, 2, 1)), ("fora", 2)]
+    assert [row["mac_speedup"] for row in rows[:3]] == pytest.approx([4 / 3, 2, 4])
+    assert rows[-1]["error_ratio"] == pytest.approx(rows[-1]["latent_error"] / rows[-1]["fewer_steps_error"])
+    assert rows[-1]["beats_fewer_steps"] == ("yes" if rows[-1]["error_ratio"] < 1 else "no")
+
+
+def test_a_benchmark_that_was_broken_off_goes_on(system_dir: Path, tmp_path: Path) -> None:
+    batches = ("num=2", "batch_size=4", "reuses=[hold]", "sweeps.fora.reuses=[hold]", "sweeps.fora.values=[2]")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        _bench(system_dir, tmp_path, *batches, "policies=[fora,budget]", "sweeps.budget.accel.calibration_dir=nowhere")
+    kept = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "parts").glob("*.json")}
+    assert set(kept) == {"uncached_0-0-0", "fora_2_hold-0-0"}  # of the first batch of four, of six clips
+    kept["fora_2_hold-0-0"]["seconds"] = 1000.0
+    (tmp_path / "parts/fora_2_hold-0-0.json").write_text(json.dumps(kept["fora_2_hold-0-0"]))
+    batches = (*batches, "longer_clips_seconds=[]")
+    (row,) = _bench(system_dir, tmp_path, *batches, "policies=[fora]")["rows"]
+    assert 1000 < row["seconds"] < 1100
+    (row,) = _bench(system_dir, tmp_path, *batches, "policies=[fora]")["rows"]  # its parts are gone
+    assert row["seconds"] < 1000
+
+
+def test_a_policy_that_no_sweep_holds_is_named() -> None:
+    with pytest.raises(ValueError, match="policies names 'nothing'"):
+        run_command("bench/caching", "prompts=x", "policies=[nothing]")
 
 
 def test_the_benchmark_spends_the_budget_in_two_ways() -> None:
@@ -191,15 +242,14 @@ def test_the_demo_takes_the_threshold_that_was_measured() -> None:
 
 
 def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path) -> None:
-    arguments = (f"system={system_dir}", f"prompts={system_dir}/prompts.txt", "reuses=[hold]", "repeats=1")
     narrow = (
         "policies=[audiocache,smoothcache,fora]",
         "sweeps.audiocache.values=[9.0]",
-        "sweeps.smoothcache.values=[9.0]",
+        "reuses=[hold]",
+        "sweeps.fora.reuses=[hold]",
     )
-    finer = ("steps=2", "calibrated_steps=[4]", "sweeps.fora.values=[2]", "duration_seconds=0.5", "device=cpu")
-    run_command("bench/caching", *arguments, *narrow, *finer, f"output_dir={tmp_path}")
-    rows = json.loads((tmp_path / "caching.json").read_text())["rows"]
+    finer = ("sweeps.smoothcache.values=[9.0]", "sweeps.fora.values=[2]", "steps=2", "calibrated_steps=[4]")
+    rows = _bench(system_dir, tmp_path, *narrow, *finer)["rows"]
     assert [(row["policy"], row["calibrated_steps"]) for row in rows] == [
         ("audiocache", 4), ("smoothcache", 4), ("fora", None),
     ]  # fmt: skip
@@ -207,7 +257,5 @@ def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path
 
 
 def test_the_benchmark_samples_with_the_eta_that_it_was_given(system_dir: Path, tmp_path: Path) -> None:
-    arguments = (f"system={system_dir}", f"prompts={system_dir}/prompts.txt", "policies=[fora]", "reuses=[hold]")
-    short = ("steps=2", "sweeps.fora.values=[2]", "duration_seconds=0.5", "device=cpu", "repeats=1")
-    run_command("bench/caching", *arguments, *short, "solver.eta=0.5", f"output_dir={tmp_path}")
-    assert json.loads((tmp_path / "caching.json").read_text())["settings"]["solver"] == "ddim_eta0.5"
+    narrow = ("policies=[fora]", "reuses=[hold]", "sweeps.fora.reuses=[hold]", "steps=2", "sweeps.fora.values=[2]")
+    assert _bench(system_dir, tmp_path, *narrow, "solver.eta=0.5")["settings"]["solver"] == "ddim_eta0.5"

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from foley.core.seeding import torch_generator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid, KnownLatent
-from foley.diffusion.process import DiffusionProcess
+from foley.diffusion.process import CosineProcess, DiffusionProcess
 from foley.diffusion.sampler import Start, sample
 from foley.diffusion.solver import SOLVERS, Solver
 
@@ -292,3 +292,48 @@ def test_no_step_of_heun_divides_sigma_by_more_than_its_correction_bears(num_ste
     assert float((sigmas[:-1] / sigmas[1:]).max()) < 4.51
     smallest = ((1 - process.alphas_cumprod[0]) / process.alphas_cumprod[0]).sqrt()
     assert (num_steps >= 10) == (float(sigmas[-1]) == pytest.approx(float(smallest), rel=1e-2))
+
+
+STOCHASTIC = [("ddpm", 0.0), ("ddim", 1.0), ("dpmpp_2m_sde", 0.0), ("dpmpp_3m_sde", 0.0)]
+
+
+@pytest.mark.parametrize(("name", "eta"), STOCHASTIC)
+def test_runs_that_share_their_noise_by_time_meet_wherever_both_evaluate(name, eta):
+    """Where the clean latent is always thought to be zero, the latent is noise alone: one path, however many steps."""
+    process, seen = DiffusionProcess("x0"), {}
+    for steps in (24, 10, 4):  # 10 steps lie between the others'
+        path = seen[steps] = {}
+
+        def denoise(noisy, timestep, path=path):
+            path[int(timestep[0])] = noisy
+            return torch.zeros_like(noisy)
+
+        run(process, Solver(name, steps, eta=eta, shared_with=(24, 10, 4)), denoise, frames=50)
+    for coarse, fine in ((4, 24), (10, 4), (10, 24)):
+        common = sorted(set(seen[coarse]) & set(seen[fine]))
+        assert len(common) >= 2
+        for timestep in common:
+            torch.testing.assert_close(seen[coarse][timestep], seen[fine][timestep], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("process", [DiffusionProcess("v"), CosineProcess()], ids=["v", "cosine"])
+def test_shared_noise_is_standard_normal_and_as_many_draws_for_all(process):
+    runs = [Solver("dpmpp_2m_sde", steps, shared_with=(9, 5)).build(process) for steps in (9, 5, 7)]
+    for scheduler in runs:
+        totals = [sum(weight**2 for weight in step) for step in scheduler.noise_weights]
+        assert totals == pytest.approx([1.0] * len(scheduler.timesteps))
+    nine, five, _ = ([len(step) for step in scheduler.noise_weights] for scheduler in runs)
+    assert sum(nine) == sum(five)
+
+
+def test_noise_is_shared_only_where_it_is_asked_for():
+    process = DiffusionProcess("v")
+    assert not hasattr(Solver("ddpm", 4).build(process), "noise_weights")
+    assert not hasattr(Solver("ddim", 4, shared_with=(8,)).build(process), "noise_weights")  # which adds none
+
+
+def test_fewer_steps_of_the_same_noise_are_near_the_fine_run():
+    process, shared = DiffusionProcess("v"), (60, 20)
+    fine, coarse = (run(process, Solver("ddpm", steps, shared_with=shared), frames=200) for steps in shared)
+    other = run(process, Solver("ddpm", 20), frames=200)
+    assert (coarse - fine).norm() < 0.5 * (other - fine).norm()

@@ -98,7 +98,7 @@ def sample(
                 prediction = denoise(noisy, timesteps[evaluation].expand(len(noise)))
             for callback in callbacks:
                 callback.on_evaluation_end(context, prediction)
-            extras = _noise_source(scheduler, latent, generators)
+            extras = _noise_source(scheduler, evaluation, latent, generators)
             latent = scheduler.step(prediction, timestep, latent, return_dict=False, **extras)[0]
     return latent if known is None else known.fill(latent, known.visible)
 
@@ -122,12 +122,24 @@ def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, 
     return _noised(start.clean, noise, scheduler, evaluation), evaluation
 
 
-def _noise_source(scheduler: Any, latent: Tensor, generators: list[torch.Generator] | None) -> dict[str, Any]:
+def _noise_source(
+    scheduler: Any, evaluation: int, latent: Tensor, generators: list[torch.Generator] | None
+) -> dict[str, Any]:
     """The arguments of `step` that noise comes by."""
     if hasattr(scheduler, "adds_noise"):
-        return {"variance_noise": draw_noise(latent, generators)} if scheduler.adds_noise else {}
+        return {"variance_noise": _drawn(scheduler, evaluation, latent, generators)} if scheduler.adds_noise else {}
     # One of `diffusers` draws for itself.
     return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+
+def _drawn(scheduler: Any, evaluation: int, latent: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+    """One draw, or the sum of finer ones where the noise is shared by time (`foley.diffusion.solver.noise_weights`)."""
+    if not hasattr(scheduler, "noise_weights"):
+        return draw_noise(latent, generators)
+    noise = torch.zeros_like(latent)
+    for weight in scheduler.noise_weights[evaluation]:
+        noise = torch.add(noise, draw_noise(latent, generators), alpha=weight)
+    return noise
 
 
 def _noised(clean: Tensor, noise: Tensor, scheduler: Any, evaluation: int) -> Tensor:

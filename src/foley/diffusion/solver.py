@@ -11,8 +11,8 @@ removes the noise that is left.
 Stable Audio's process (`CosineProcess`) knows all times, and ends at sigma 500: there every solver takes its own grid.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,7 @@ class Solver:
         name: one of `SOLVERS`; deterministic but for "ddpm" and those that end in "_sde".
         num_steps: steps from noise to the clean latent.
         eta: of "ddim" alone, in [0, 1]: how much of the noise of each step is fresh; 1 is "ddpm".
+        shared_with: numbers of steps of runs with which this one shares its noise by time, see `noise_weights`.
 
     Example:
         >>> Solver("ddim", 5).build(DiffusionProcess("v")).timesteps  # trailing: begins at pure noise
@@ -117,6 +118,7 @@ class Solver:
     name: str = "ddim"
     num_steps: int = 50
     eta: float = field(default=0.0, kw_only=True)
+    shared_with: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if self.name not in (*SOLVERS, CONSISTENCY):
@@ -150,7 +152,12 @@ class Solver:
             )
         # The scheduler carries state from step to step, so every run builds its own.
         scheduler = self._build(table[self.name], process)
-        scheduler.adds_noise = table[self.name].adds_noise or self.eta > 0  # for `foley.diffusion.sampler`
+        # Both for `foley.diffusion.sampler`.
+        scheduler.adds_noise = table[self.name].adds_noise or self.eta > 0
+        if scheduler.adds_noise and self.shared_with:
+            others = [replace(self, num_steps=steps, shared_with=()).build(process) for steps in self.shared_with]
+            times = [_log_snr(process, other.timesteps.cpu()) for other in (scheduler, *others)]
+            scheduler.noise_weights = noise_weights(times[0], times)
         return scheduler
 
     def run_context(
@@ -227,6 +234,35 @@ class Solver:
         else:
             scheduler.set_timesteps(self.num_steps)
         return scheduler
+
+
+def noise_weights(own: Tensor, grids: Sequence[Tensor]) -> list[list[float]]:
+    """For each step of a run, by what its finer draws are weighed in its one draw of noise z.
+
+    A step from (alpha, sigma) to (alpha', sigma') adds sigma'^2 / alpha' sqrt(SNR' - SNR) z to the latent, of DDPM as
+    of SDE-DPM++, with SNR = alpha^2 / sigma^2. So the noise in alpha / sigma^2 times the latent is a Brownian motion,
+    whose time is SNR. Runs whose steps lie elsewhere follow one path of it where each adds up the increments between
+    the times of all of them: z = sum_i sqrt(d_i / sum d) z_i, with d_i the finer steps in SNR.
+
+    Args:
+        own: log-SNR at the evaluations of the run `[E]`, rising.
+        grids: of all runs that share the path, this one among them. Those of one number of draws draw alike.
+
+    >>> start, middle = float("-inf"), 0.0  # the last step goes to the clean latent, which no draw reaches
+    >>> coarse, fine = torch.tensor([start, 1.0]), torch.tensor([start, middle, 1.0])
+    >>> [[round(weight ** 2, 3) for weight in step] for step in noise_weights(coarse, [coarse, fine])]
+    [[0.368, 0.632], [1.0]]
+    """
+    times = torch.cat(list(grids)).double().unique()  # of all runs, rising
+    places = torch.searchsorted(times, own.double()).tolist()
+    snr = times.exp()
+    weights = []
+    for first, last in zip(places, [*places[1:], len(times)], strict=True):
+        steps = snr[first : last + 1].diff()[: last - first]
+        if last == len(times):  # to infinity: the last draw outweighs the others
+            steps = torch.cat([torch.zeros_like(steps), steps.new_ones(1)])
+        weights.append((steps / steps.sum()).sqrt().tolist())
+    return weights
 
 
 def _log_snr(process: DiffusionProcess, timesteps: Tensor) -> Tensor:

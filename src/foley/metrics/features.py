@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,6 +177,16 @@ class ClipFeatures:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def joined(cls, sets: Sequence["ClipFeatures"]) -> "ClipFeatures":
+        """All clips of several sets, which keep their ids."""
+        columns: dict[str, Any] = {field.name: [getattr(clips, field.name) for clips in sets] for field in fields(cls)}
+        faulty = {id: reason for part in columns.pop("faulty") for id, reason in part.items()}
+        for name, parts in columns.items():
+            whole = isinstance(parts[0], Tensor)
+            columns[name] = torch.cat(parts) if whole else [row for part in parts for row in part]
+        return cls(**columns, faulty=faulty)
 
     def distinct(self) -> tuple["ClipFeatures", list[int]]:
         """Every recording once, under its first caption, and the place there of each clip `[N]`."""

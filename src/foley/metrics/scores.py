@@ -13,6 +13,8 @@ of them (docs/results/metrics.md).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import sqrt
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -163,6 +165,19 @@ def estimate(values: Tensor, n: str, floor: float | None = None) -> Estimate:
     quantiles = drawn.quantile(torch.tensor([tail, 1 - tail], dtype=values.dtype))
     low, high = (quantiles - drawn.mean() + value).tolist()
     return Estimate(value, low if floor is None else max(low, floor), high, n)
+
+
+def share(hits: int, n: int) -> Estimate:
+    """The share of `hits` among `n`, with Wilson's interval (1927), which holds for a share of 1 too.
+
+    >>> found = share(256, 256)
+    >>> found.value, round(found.low, 3), found.high
+    (1.0, 0.985, 1.0)
+    """
+    value, z = hits / n, NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    middle, spread = value + z**2 / (2 * n), z * sqrt(value * (1 - value) / n + (z / (2 * n)) ** 2)
+    low, high = ((middle + side) / (1 + z**2 / n) for side in (-spread, spread))
+    return Estimate(value, max(low, 0.0), min(high, 1.0), str(n))
 
 
 # What a protocol may ask for.

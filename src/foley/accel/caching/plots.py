@@ -77,10 +77,11 @@ def plot_schedule(schedule: CacheSchedule, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: Path, yardstick: str = "fewer steps") -> None:
     """What each policy and kind of reuse costs at each wall-clock speed-up: latent error, and label accuracy if known.
 
-    Each row holds `policy`, `reuse`, `wall_speedup`, `latent_error` and `label_accuracy`, which may be None.
+    Each row holds `policy`, `reuse`, `wall_speedup`, `latent_error` and `label_accuracy`, which may be None. The policy
+    `yardstick` is drawn in black: what lies above its line in error is no gain. Errors are on a logarithmic axis.
     """
     measures = {"latent_error": "relative L2 distance to the uncached latent"}
     if all(row["label_accuracy"] is not None for row in rows):
@@ -88,19 +89,26 @@ def plot_tradeoff(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(
         figsize=((_PANEL_WIDTH_INCHES + 1) * len(measures), _PANEL_HEIGHT_INCHES + 0.6), layout="constrained"
     )
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
     panels = figure.subplots(1, len(measures), squeeze=False)[0]
     for axes, (key, title) in zip(panels, measures.items(), strict=True):
-        for policy, reuse in dict.fromkeys((row["policy"], row["reuse"]) for row in rows):
-            points = sorted(
-                (row["wall_speedup"], row[key]) for row in rows if (row["policy"], row["reuse"]) == (policy, reuse)
-            )
-            style = "o-" if reuse == "hold" else "^--"  # solid, or dashed where the reuse extrapolates
-            axes.plot(*zip(*points, strict=True), style, color=f"C{policies.index(policy)}", label=f"{policy}, {reuse}")
-        axes.set(title=title, xlabel="wall-clock speed-up of the denoising", ylim=(0, None))
+        _draw_lines(axes, rows, key, yardstick)
+        axes.set(title=title, xlabel="wall-clock speed-up of the denoising")
+        axes.set_yscale("log") if key == "latent_error" else axes.set_ylim(0, None)
         _tidy(axes)
     panels[-1].legend(frameon=False, fontsize=7)
     _save(figure, path)
+
+
+def _draw_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, yardstick: str) -> None:
+    policies = list(dict.fromkeys(row["policy"] for row in rows if row["policy"] != yardstick))
+    for policy, reuse in dict.fromkeys((row["policy"], row["reuse"]) for row in rows):
+        points = sorted(
+            (row["wall_speedup"], row[key]) for row in rows if (row["policy"], row["reuse"]) == (policy, reuse)
+        )
+        style = "o-" if reuse in (None, "hold") else "^--"  # solid, or dashed where the reuse extrapolates
+        color = "black" if policy == yardstick else f"C{policies.index(policy)}"
+        label = policy if reuse is None else f"{policy}, {reuse}"
+        axes.plot(*zip(*points, strict=True), style, color=color, label=label)
 
 
 def _tidy(axes: Axes) -> None:

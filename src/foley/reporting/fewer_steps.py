@@ -1,0 +1,64 @@
+"""What any acceleration must beat: the same solver, uncached, with fewer steps.
+
+A row of a benchmark says at which speed-up in MACs (`mac_speedup`) its latent lies how far (`latent_error`) from that
+of the uncached run, from the same noise. Rows of `FEWER_STEPS` are the yardstick of the others.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import exp, log
+from typing import Any
+
+from foley.reporting.tables import Row
+
+FEWER_STEPS = "fewer steps"
+"""The policy of the rows that are the yardstick."""
+
+
+def error_of_fewer_steps(rows: Sequence[Row], speedup: float) -> float | None:
+    """The latent error of fewer steps at a speed-up: its logarithm on straight lines between the step counts of `rows`.
+
+    None outside of them: nothing is extrapolated.
+
+    >>> rows = [{"policy": "fewer steps", "mac_speedup": s, "latent_error": e} for s, e in ((2.0, 0.04), (4.0, 0.16))]
+    >>> round(error_of_fewer_steps(rows, 3.0), 6)  # the geometric mean
+    0.08
+    >>> error_of_fewer_steps(rows, 5.0) is None
+    True
+    """
+    points = sorted((row["mac_speedup"], row["latent_error"]) for row in rows if _is_yardstick(row))
+    for (low, low_error), (high, high_error) in pairwise(points):
+        if low <= speedup <= high:
+            share = (speedup - low) / (high - low) if high > low else 0.0
+            return exp((1 - share) * log(low_error) + share * log(high_error))
+    return None
+
+
+def against_fewer_steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows, and in each but the yardstick's own what fewer steps do at its speed-up, as far as that is known.
+
+    `fewer_steps_error`; `error_ratio`, the row's error over it; `beats_fewer_steps`, "yes" or "no". They are None
+    outside of the step counts that were measured, and where there are none.
+    """
+    return [dict(row) | (_compared(row, rows) if _is_compared(row) else {}) for row in rows]
+
+
+def _compared(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    fewer = error_of_fewer_steps(rows, row["mac_speedup"])
+    if fewer is None:
+        return {"fewer_steps_error": None, "error_ratio": None, "beats_fewer_steps": None}
+    ratio = row["latent_error"] / fewer
+    return {"fewer_steps_error": fewer, "error_ratio": ratio, "beats_fewer_steps": "yes" if ratio < 1 else "no"}
+
+
+def _is_known(row: Row) -> bool:
+    return row.get("mac_speedup") is not None and row.get("latent_error") is not None
+
+
+def _is_yardstick(row: Row) -> bool:
+    """A run that is the uncached one itself has an error of 0, which has no logarithm."""
+    return row.get("policy") == FEWER_STEPS and _is_known(row) and row["latent_error"] > 0
+
+
+def _is_compared(row: Row) -> bool:
+    return row.get("policy") != FEWER_STEPS and _is_known(row)
