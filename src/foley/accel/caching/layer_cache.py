@@ -8,7 +8,7 @@ calls the denoiser, whose layers have the forwards of `_caching_forward` for now
 recalls. `on_evaluation_end` closes the row, so that a call outside of an evaluation is an error.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,6 +75,32 @@ class Taylor:
         if self.slope is None:
             return self.output  # one output so far: hold it
         return self.output + (evaluation - self.evaluation) * self.slope  # F(e)
+
+
+class Each:
+    """The memories of a layer that returns several tensors, one for each; what is no tensor is held."""
+
+    def __init__(self, make: Callable[[], Reuse], output: Sequence[Any]) -> None:
+        self._memories = [make() if isinstance(part, Tensor) else Hold() for part in output]
+        self._kind = type(output)
+
+    def store(self, evaluation: int, output: Sequence[Any]) -> None:
+        for memory, part in zip(self._memories, output, strict=True):
+            memory.store(evaluation, part)
+
+    def recall(self, evaluation: int) -> Any:
+        return self._kind(memory.recall(evaluation) for memory in self._memories)  # type: ignore[call-arg]
+
+
+def memory_for(output: Any, make: Callable[[], Reuse]) -> Reuse:
+    """What `make` makes, and for a layer that returns several tensors (joint attention) one for each of them.
+
+    >>> memory = memory_for((torch.ones(1), torch.zeros(1)), Hold)
+    >>> memory.store(0, (torch.ones(1), torch.zeros(1)))
+    >>> memory.recall(1)
+    (tensor([1.]), tensor([0.]))
+    """
+    return Each(make, output) if isinstance(output, tuple | list) else make()
 
 
 _REUSES: dict[str, type[Reuse]] = {"hold": Hold, "taylor": Taylor}
@@ -189,17 +215,17 @@ class LayerCache:
                 return memory.recall(self._evaluation)
             output = original(*args, **kwargs)
             if memory is None:
-                memory = self._memories[index] = self._reuse()  # one for each layer and branch
+                memory = self._memories[index] = memory_for(output, self._reuse)  # one for each layer and branch
             memory.store(self._evaluation, output)
             return output
 
         return forward
 
     def _skipping_norm(self, index: int, original: Forward) -> Forward:
-        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             if self._row is not None and index in self._memories and not self._row[index]:
-                return x  # of no use to the layer, which is reused
-            return original(x, *args, **kwargs)
+                return _inputs(args, kwargs)  # of the right shape, and of no use to the layer, which is reused
+            return original(*args, **kwargs)
 
         return forward
 
@@ -244,6 +270,12 @@ class LayerCache:
         self._reset()
 
 
+def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was given in the place of what it returns: the latent's tokens, and the text's where it has both."""
+    hidden, context = next(iter((*args, *kwargs.values()))), kwargs.get("encoder_hidden_states")
+    return hidden if context is None else (hidden, context)
+
+
 @contextmanager
 def replaced_forwards(
     denoiser: nn.Module,
@@ -253,7 +285,7 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Give layer `i` the forward `wrap(i, its own forward)` inside the context, and its own again on any exit.
 
-    `wrap_norm` does the same for the norms outside of layers. Where blocks are compiled (`compile_blocks`), each layer
+    `wrap_norm` does the same for the norms and parts outside of layers. Where blocks are compiled (`compile_blocks`), each layer
     is compiled for itself inside the context.
 
     Raises:
@@ -261,9 +293,9 @@ def replaced_forwards(
     """
     replaced = [(layer.name, index, layer.module, wrap) for index, layer in enumerate(layers)]
     if wrap_norm is not None:
-        norms = ((layer.name, index, layer.norm) for index, layer in enumerate(layers))
-        # Norms have the index of their layer, whose row decides for both.
-        replaced += [(f"the norm of {name}", index, norm, wrap_norm) for name, index, norm in norms if norm is not None]
+        feeders = [(layer.name, index, module) for index, layer in enumerate(layers) for module in layer.feeders]
+        # They have the index of their layer, whose row decides for all.
+        replaced += [(f"what feeds {name}", index, module, wrap_norm) for name, index, module in feeders]
     # A forward of its class does not show among the module's own attributes; a replaced one does.
     taken = [name for name, _, module, _ in replaced if "forward" in vars(module)]
     if taken:
