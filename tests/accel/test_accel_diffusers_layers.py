@@ -30,6 +30,9 @@ LAYERS = {
     "wan": ("blocks", "attn1 attn2 ffn"),
     "hunyuan_dit": ("blocks", "attn1 attn2 ff"),
     "ltx": ("transformer_blocks", "attn1 attn2 ff"),
+    "stable_audio_3": ("transformer_blocks", "self_attn cross_attn ff"),
+    "ace_step": ("layers", "self_attn cross_attn mlp"),
+    "longcat": ("blocks", "self_attn cross_attn ffn"),
 }
 OTHER_LAYERS = {
     "flux": [

@@ -126,6 +126,39 @@ def hunyuan_video() -> nn.Module:
     )
 
 
+def stable_audio_3() -> nn.Module:
+    return diffusers.StableAudio3DiTModel(
+        io_channels=4,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        cond_token_dim=TEXT_WIDTH,
+        global_cond_dim=TEXT_WIDTH,
+        local_add_cond_dim=5,
+        timestep_features_dim=8,
+        num_memory_tokens=2,
+    )
+
+
+def ace_step() -> nn.Module:
+    return diffusers.AceStepTransformer1DModel(
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        in_channels=12,
+        audio_acoustic_hidden_dim=4,
+    )
+
+
+def longcat() -> nn.Module:
+    return diffusers.LongCatAudioDiTTransformer(
+        dit_dim=16, dit_depth=2, dit_heads=2, dit_text_dim=TEXT_WIDTH, latent_dim=4, cross_attn_norm=True
+    )
+
+
 def inputs_of(name: str) -> Inputs:
     """Of one call, without the latent."""
     positions = {"txt_ids": torch.zeros(3, 3), "img_ids": torch.zeros(4, 3), "guidance": _times(3.5)}
@@ -145,6 +178,14 @@ def inputs_of(name: str) -> Inputs:
         "ltx": {"timestep": _times(), **text, "encoder_attention_mask": mask, **sizes},
         "mochi": {"timestep": _times(), **text, "encoder_attention_mask": mask.bool()},
         "lumina2": {"timestep": _times(0.5), **text, "encoder_attention_mask": mask.bool()},
+        "stable_audio_3": {"timestep": _times(0.5), **text, "global_hidden_states": _text(1)[:, 0]},
+        "ace_step": {
+            "timestep": _times(0.5),
+            "timestep_r": _times(0.5),
+            **text,
+            "context_latents": _image(8, 8),
+        },
+        "longcat": {"timestep": _times(0.5), **text, "encoder_attention_mask": mask.bool()},
         "hunyuan_video": {
             "timestep": _times(),
             **text,
@@ -168,15 +209,37 @@ LATENTS = {
     "mochi": (4, 2, 4, 4),
     "lumina2": (4, 8, 8),
     "hunyuan_video": (4, 1, 4, 4),
+    "stable_audio_3": (4, 8),
+    "ace_step": (8, 4),
+    "longcat": (8, 4),
 }
 """The shape of one latent of each model."""
 
 _MODELS: Mapping[str, Callable[[], nn.Module]] = {
     make.__name__: make
-    for make in (dit, pixart, flux, sd3, cogvideox, wan, hunyuan_dit, ltx, mochi, lumina2, hunyuan_video)
+    for make in (
+        dit,
+        pixart,
+        flux,
+        sd3,
+        cogvideox,
+        wan,
+        hunyuan_dit,
+        ltx,
+        mochi,
+        lumina2,
+        hunyuan_video,
+        stable_audio_3,
+        ace_step,
+        longcat,
+    )
 }
 
 
 def transformer(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return _MODELS[name]().eval()
+    model = _MODELS[name]().eval()
+    with torch.no_grad():  # what starts at zero would have nothing to cache
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

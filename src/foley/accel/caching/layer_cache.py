@@ -271,7 +271,7 @@ class LayerCache:
 
 
 def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a module was given in the place of what it returns: the latent's tokens, and the text's where it has both."""
+    """What a module was given, for what it returns: the latent's tokens, and the text's where it has both."""
     hidden, context = next(iter((*args, *kwargs.values()))), kwargs.get("encoder_hidden_states")
     return hidden if context is None else (hidden, context)
 
@@ -285,8 +285,8 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Give layer `i` the forward `wrap(i, its own forward)` inside the context, and its own again on any exit.
 
-    `wrap_norm` does the same for the norms and parts outside of layers. Where blocks are compiled (`compile_blocks`), each layer
-    is compiled for itself inside the context.
+    `wrap_norm` does the same for the norms and parts outside of layers. Where blocks are compiled (`compile_blocks`),
+    each layer is compiled for itself inside the context.
 
     Raises:
         RuntimeError: a forward is replaced already; stacked caches would hide each other's calls.
