@@ -131,9 +131,10 @@ class MacCounter:
     def watching(self, layers: Sequence[CacheableLayer]) -> Iterator[None]:
         """Count the layers as such whenever they are called inside the context, whatever their forwards are then."""
         with ExitStack() as stack:
-            for index, layer in enumerate(layers):
-                begin = layer.module.register_forward_pre_hook(partial(_call_with, self.enter, index))
-                end = layer.module.register_forward_hook(partial(_call_with, self.leave, index))
+            watched = [(i, module) for i, layer in enumerate(layers) for module in (layer.module, *layer.feeders)]
+            for index, module in watched:
+                begin = module.register_forward_pre_hook(partial(_call_with, self.enter, index))
+                end = module.register_forward_hook(partial(_call_with, self.leave, index))
                 stack.callback(begin.remove)
                 stack.callback(end.remove)
             yield

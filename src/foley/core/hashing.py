@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 _CHUNK_BYTES = 1 << 20
+_COMPILED = "_orig_mod"  # where `torch.compile(module)` keeps the module
 _known_hashes: WeakKeyDictionary[nn.Module, tuple[list[Any], str]] = WeakKeyDictionary()
 
 
@@ -43,12 +44,29 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def plain_name(name: str) -> str:
+    """A module's or tensor's dotted name without what `torch.compile` puts between.
+
+    >>> plain_name("_orig_mod.blocks.0._orig_mod.weight")
+    'blocks.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != _COMPILED)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped, or `module` itself."""
+    original: nn.Module = getattr(module, _COMPILED, module)
+    return original
+
+
 def hash_module(module: nn.Module) -> str:
     """SHA-256 of everything in the module's state dict; remembered until a tensor of it is replaced or written to.
 
-    Writes that PyTorch does not count, those through `tensor.data` or a NumPy view, go unnoticed.
+    A compiled module has the hash of the one that was compiled. Writes that PyTorch does not count, those through
+    `tensor.data` or a NumPy view, go unnoticed.
     """
-    tensors = module.state_dict()
+    module = uncompiled(module)
+    tensors = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
     if any(tensor.is_inference() for tensor in tensors.values()):  # no writes to these are counted
         return hash_tensors(tensors)
     state = [_identity(name, tensor) for name, tensor in tensors.items()]
@@ -60,7 +78,9 @@ def hash_module(module: nn.Module) -> str:
 
 def adopt_hash(module: nn.Module, digest: str) -> None:
     """Let `module` count as the one whose hash is `digest`, until it changes: a rounded copy of it, for one."""
-    _known_hashes[module] = ([_identity(name, tensor) for name, tensor in module.state_dict().items()], digest)
+    module = uncompiled(module)
+    state = [_identity(plain_name(name), tensor) for name, tensor in module.state_dict().items()]
+    _known_hashes[module] = state, digest
 
 
 def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:

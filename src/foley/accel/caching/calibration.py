@@ -24,7 +24,7 @@ from foley.accel.caching.layer_cache import CacheOptions, LayerCache, replaced_f
 from foley.accel.caching.reuse import ReuseChoice, reuse_name
 from foley.accel.caching.schedule import CacheSchedule, RunSignature
 from foley.accel.cost import EvaluationMacs, MacCounter
-from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
+from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, output_tensors
 from foley.core.config import default_cache_dir, published_name
 from foley.core.files import info_path, load_record, save_record
 from foley.core.locks import RunThread
@@ -230,6 +230,13 @@ def relative_change(current: Tensor, previous: Tensor, whole_batch: bool = False
     return (difference / size.clamp_min(torch.finfo(torch.float32).tiny)).expand(len(current))
 
 
+def _joined(output: Any) -> Tensor:
+    """A layer's tensors as one: the change of joint attention is that of all it returns, `[B, N D + M D]`."""
+    if isinstance(output, Tensor):
+        return output
+    return torch.cat([tensor.flatten(1) for tensor in output_tensors(output)], dim=1)
+
+
 class CalibrationRecorder:
     """An accelerator that speeds nothing up: it lets every layer compute and records how much the output changes.
 
@@ -268,7 +275,7 @@ class CalibrationRecorder:
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """Watch the cacheable layers of `denoiser` inside the context; raises as `LayerCache.attach` does."""
         layers = find_cacheable_layers(denoiser)
-        with replaced_forwards(denoiser, layers, self._recording_forward):
+        with replaced_forwards(denoiser, layers, self._recording_forward, self._counting_forward):
             self._layers, self._denoiser = layers, denoiser
             try:
                 yield
@@ -281,10 +288,14 @@ class CalibrationRecorder:
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._thread.check()
             output = self._macs.call(index, original, *args, **kwargs)
-            self._record(index, output.detach())
+            self._record(index, _joined(output).detach())
             return output
 
         return forward
+
+    def _counting_forward(self, index: int, original: Forward) -> Forward:
+        """Of what feeds a layer alone, whose cost is the layer's."""
+        return lambda *args, **kwargs: self._macs.call(index, original, *args, **kwargs)
 
     def _record(self, index: int, output: Tensor) -> None:
         if self._context is None:

@@ -8,7 +8,7 @@ calls the denoiser, whose layers have the forwards of `_caching_forward` for now
 recalls. `on_evaluation_end` closes the row, so that a call outside of an evaluation is an error.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
@@ -184,11 +184,11 @@ class LayerCache:
         return forward
 
     def _skipping_norm(self, index: int, original: Forward) -> Forward:
-        def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             self._thread.check()
             if self._row is not None and not self._row[index]:
-                return x  # of no use to the layer, which is reused
-            return original(x, *args, **kwargs)
+                return _inputs(args, kwargs)  # of the right shape, and of no use to the layer, which is reused
+            return original(*args, **kwargs)
 
         return forward
 
@@ -256,6 +256,12 @@ class LayerCache:
         self._thread.end()
 
 
+def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was given, for what it returns: the latent's tokens, and the text's where it has both."""
+    hidden, context = next(iter((*args, *kwargs.values()))), kwargs.get("encoder_hidden_states")
+    return hidden if context is None else (hidden, context)
+
+
 @contextmanager
 def replaced_forwards(
     denoiser: nn.Module,
@@ -265,17 +271,17 @@ def replaced_forwards(
 ) -> Iterator[None]:
     """Give layer `i` the forward `wrap(i, its own forward)` inside the context, and its own again on any exit.
 
-    `wrap_norm` does the same for the norms outside of layers. Where blocks are compiled (`compile_blocks`), each layer
-    is compiled for itself inside the context.
+    `wrap_norm` does the same for the norms and parts outside of layers. Where blocks are compiled (`compile_blocks`),
+    each layer is compiled for itself inside the context.
 
     Raises:
         RuntimeError: a forward is replaced already; stacked caches would hide each other's calls.
     """
     replaced = [(layer.name, index, layer.module, wrap) for index, layer in enumerate(layers)]
     if wrap_norm is not None:
-        norms = ((layer.name, index, layer.norm) for index, layer in enumerate(layers))
-        # Norms have the index of their layer, whose row decides for both.
-        replaced += [(f"the norm of {name}", index, norm, wrap_norm) for name, index, norm in norms if norm is not None]
+        feeders = [(layer.name, index, module) for index, layer in enumerate(layers) for module in layer.feeders]
+        # They have the index of their layer, whose row decides for all.
+        replaced += [(f"what feeds {name}", index, module, wrap_norm) for name, index, module in feeders]
     with ExitStack() as stack:
         with _attaching:
             _require_free([(name, module) for name, _, module, _ in replaced])
