@@ -15,6 +15,7 @@ from foley.core.config import CONFIG_DIR, PIPELINE_INDEX, hub_name, published_co
 from foley.core.hub import Hub
 from foley.core.reading import read_json, reading
 
+
 def system_config(
     system: str | Path, overrides: Mapping[str, Any] | None = None, hub_dir: str | Path | None = None
 ) -> DictConfig | None:

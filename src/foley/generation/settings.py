@@ -78,7 +78,7 @@ class GenerationSettings:
     def refuse_lyrics(self, taken: bool = False) -> None:
         """Raises ValueError where there are lyrics, and the system does not take them."""
         if self.lyrics and not taken:
-            raise ValueError(f"lyrics={self.lyrics!r:.40}: this system takes captions alone, ACE-Step sings; leave it out")
+            raise ValueError(f"lyrics={self.lyrics!r}: this system takes captions alone (ACE-Step sings); leave it out")
 
     def warn_without_effect(self) -> None:
         """Name each option that differs from its default and yet changes nothing in this request."""

@@ -22,7 +22,6 @@ class AceStep(AudioPipeline):
     takes_lyrics = True
     edits = True
     varies = True
-    cacheable_layers = {"layers.*.self_attn": None, "layers.*.cross_attn": "cross_attn_norm", "layers.*.mlp": None}
 
     @property
     def sample_rate_hz(self) -> int:
@@ -50,7 +49,7 @@ class AceStep(AudioPipeline):
     def vary(self, prompts: Sequence[str], recording: Tensor, strength: float, **options: Any) -> Tensor:
         """A cover: what the recording's tokens of meaning say, made anew; `strength` is the share of the caption."""
         if self.pipeline.audio_tokenizer is None or self.pipeline.audio_token_detokenizer is None:
-            raise ValueError("init=: this ACE-Step came without the audio tokenizer that covers need; give edit= instead")
+            raise ValueError("init=: this ACE-Step came without the audio tokenizer that covers need; leave it out")
         source = self._source(recording)
         return self._make(prompts, task_type="cover", audio_cover_strength=1 - strength, **source, **options)
 

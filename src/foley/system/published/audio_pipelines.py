@@ -89,8 +89,6 @@ class AudioPipeline(ABC):
     """Whether it has `inpaint`."""
     varies: ClassVar[bool] = False
     """Whether it has `vary`."""
-    cacheable_layers: ClassVar[Mapping[str, str | None]] = {}
-    """As `declare_cacheable_layers` takes them; empty for those of diffusers' own transformer blocks."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -148,8 +146,8 @@ class AudioPipeline(ABC):
         """Latents, one per prompt, of variations of the recording `[channels, T]`."""
         raise NotImplementedError
 
-    def check_guidance(self, scale: float, edits: bool) -> None:
-        """Raises ValueError for a scale that the loaded pipeline does not guide with."""
+    def check_guidance(self, scale: float, edits: bool) -> None:  # noqa: B027
+        """Raises ValueError for a scale that the loaded pipeline does not guide with; most take any."""
 
 
 def each_prompt(make: Callable[..., Tensor], prompts: Sequence[str], generator: Sequence[Any]) -> Tensor:
@@ -195,7 +193,7 @@ class PublishedPipeline:
         repository: on the hub; or a folder with a `model_index.json`.
         pipeline: its class, such as "StableAudioPipeline"; ValueError for one of no family here.
         dtype: of the weights.
-        cacheable_layers: as `foley.accel.layers.declare_cacheable_layers` takes them; None for those of the family.
+        cacheable_layers: as `foley.accel.layers.declare_cacheable_layers` takes them; None for those that are found.
     """
 
     repository: str
@@ -216,8 +214,8 @@ class PublishedPipeline:
     def load(self, hub: Hub, cache_dir: Path) -> AudioPipeline:
         """In eval mode on the CPU; raises CheckpointError at once where a file is neither here nor to be had."""
         audio = self.open(hub)
-        if layers := self.cacheable_layers or audio.cacheable_layers:
-            declare_cacheable_layers(audio.denoiser, layers)
+        if self.cacheable_layers:
+            declare_cacheable_layers(audio.denoiser, self.cacheable_layers)
         return audio
 
     def open(self, hub: Hub) -> AudioPipeline:

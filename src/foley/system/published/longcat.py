@@ -15,8 +15,6 @@ class LongCat(AudioPipeline):
     The convolutions over the text, and their norms, read the padding.
     """
 
-    cacheable_layers = {"blocks.*.self_attn": None, "blocks.*.cross_attn": None, "blocks.*.ffn": None}
-
     @property
     def sample_rate_hz(self) -> int:
         return int(self.pipeline.sample_rate)

@@ -14,12 +14,6 @@ class StableAudio3(AudioPipeline):
 
     edits = True
     varies = True
-    # A time-modulated norm stays outside: only the cross-attention's feeds one layer as it is.
-    cacheable_layers = {
-        "transformer_blocks.*.self_attn": None,
-        "transformer_blocks.*.cross_attn": "cross_attend_norm",
-        "transformer_blocks.*.ff": None,
-    }
 
     @property
     def sample_rate_hz(self) -> int:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
-from foley.core.hub import Hub, load_pretrained
 from foley.core.components import CheckpointError
+from foley.core.hub import Hub, load_pretrained
 from foley.core.reading import read_json, reading
 from foley.system.convert.tangoflux import load_part, to_ours, transformer_config
 from foley.system.published.audio_pipelines import AudioPipeline, PublishedPipeline, decode_each, each_prompt
@@ -97,7 +97,8 @@ class TangoFluxPipeline(DiffusionPipeline):  # type: ignore[misc]
         guided = guidance_scale > 1
         condition = self._condition(prompts, negative_prompt if guided else None, duration_seconds)
         shape = (len(prompts), self.conditioner.config.num_frames, self.transformer.config.in_channels)
-        latents = randn_tensor(shape, generator=list(generator), device=self._execution_device, dtype=self.transformer.dtype)
+        place = {"device": self._execution_device, "dtype": self.transformer.dtype}
+        latents = randn_tensor(shape, generator=list(generator), **place)
         # From 1 to 1 / n: the scheduler appends 0.
         sigmas = torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
