@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from foley.accel.caching import layer_cache
 from foley.accel.caching.calibration import CalibrationRecorder, relative_change
 from foley.accel.caching.fora import Fora
-from foley.accel.caching.layer_cache import memory_for, reuse_by_name
+from foley.accel.caching.reuse import make_reuse
 from foley.accel.cost import count_evaluation_macs
 from foley.accel.layers import declare_cacheable_layers, find_cacheable_layers, output_tensors
 from foley.core.hashing import hash_module
@@ -132,7 +132,7 @@ def test_tuples_are_held_extrapolated_and_calibrated(name: str) -> None:
 
 def test_a_tuple_is_extrapolated_tensor_by_tensor_and_what_is_no_tensor_held() -> None:
     first, second = (torch.tensor([1.0]), torch.tensor([4.0]), None), (torch.tensor([3.0]), torch.tensor([2.0]), None)
-    memories = [memory_for(output, reuse_by_name("taylor")) for output in (first, first[0], first[1])]
+    memories = [make_reuse("taylor")() for _ in range(3)]
     for evaluation, output in enumerate((first, second)):
         for memory, part in zip(memories, (output, output[0], output[1]), strict=True):
             memory.store(evaluation, part)

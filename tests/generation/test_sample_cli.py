@@ -202,7 +202,7 @@ def test_precision_windows_and_extension_reach_the_clip_and_its_record(system_di
         (["guidance_rescale=0.5"], ValueError, "no rescale"),
         (["solver=heun"], ValueError, "solver=heun: a published pipeline keeps its own"),
         (["accel=smoothcache", "accel.calibrate=never"], FileNotFoundError, "calibrate.py system=audioldm2 hub_dir="),
-        (["+system_overrides.published.family=musicgen"], ValueError, "got 'musicgen'"),
+        (["+system_overrides.published.pipeline=musicgen"], ValueError, "got 'musicgen'"),
         ([], CheckpointError, "must hold model_index.json"),  # what is loaded first
     ],
 )

@@ -57,7 +57,7 @@ def stable_audio() -> StableAudioPipeline:
     dit = stable_audio_dit()
     vae = AutoencoderOobleck(8, [2, 4], [1, 2], 8, 4, audio_channels=2, sampling_rate=STABLE_AUDIO_RATE_HZ)
     projection = StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=16, min_value=0, max_value=512)
-    return StableAudioPipeline(vae, _t5(), projection, _t5_tokenizer(), dit, CosineDPMSolverMultistepScheduler())
+    return StableAudioPipeline(vae, t5(), projection, t5_tokenizer(), dit, CosineDPMSolverMultistepScheduler())
 
 
 def audioldm2() -> AudioLDM2Pipeline:
@@ -76,35 +76,24 @@ def audioldm2() -> AudioLDM2Pipeline:
         attention_head_dim=4,
     )
     vae = AutoencoderKL(1, 1, ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2, [8, 16], norm_num_groups=8)
-    vocoder = SpeechT5HifiGanConfig(
-        model_in_dim=8,
-        sampling_rate=AUDIOLDM2_RATE_HZ,
-        upsample_initial_channel=8,
-        upsample_rates=[2, 2],
-        upsample_kernel_sizes=[4, 4],
-        resblock_kernel_sizes=[3, 7],
-        resblock_dilation_sizes=[[1, 3], [1, 3]],
-        normalize_before=False,
-        initializer_range=0.3,  # audible
-    )
     language_model = GPT2Config(
         vocab_size=40, n_positions=99, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2
     )
     language_model.max_new_tokens = 4
     return AudioLDM2Pipeline(
         vae,
-        _clap(),
-        _t5(),
+        clap(),
+        t5(),
         AudioLDM2ProjectionModel(text_encoder_dim=8, text_encoder_1_dim=16, langauge_model_dim=8),
         GPT2Model(language_model),
-        _roberta_tokenizer(),
-        _t5_tokenizer(),
+        roberta_tokenizer(),
+        t5_tokenizer(),
         ClapFeatureExtractor(n_fft=64),
         unet,
         DDIMScheduler(
             beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
         ),
-        SpeechT5HifiGan(vocoder),
+        vocoder(),
     )
 
 
@@ -115,24 +104,24 @@ def save_hub(directory: Path) -> Path:
     return directory
 
 
-def _t5() -> T5EncoderModel:
+def t5() -> T5EncoderModel:
     config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval()
 
 
-def _t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> T5TokenizerFast:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary = special + [(letter, -3.0) for letter in LETTERS]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=24)
 
 
-def _roberta_tokenizer() -> RobertaTokenizerFast:
+def roberta_tokenizer() -> RobertaTokenizerFast:
     tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "Ġ", *LETTERS]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return RobertaTokenizerFast(vocab=vocabulary, merges=[], model_max_length=24)
 
 
-def _clap() -> ClapModel:
+def clap() -> ClapModel:
     text = {
         "vocab_size": 40,
         "hidden_size": 8,
@@ -155,3 +144,19 @@ def _clap() -> ClapModel:
         "projection_dim": 8,
     }
     return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=8)).eval()
+
+
+def vocoder() -> SpeechT5HifiGan:
+    """Of mel spectrograms with 8 bands, 4 samples a frame."""
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=8,
+        sampling_rate=AUDIOLDM2_RATE_HZ,
+        upsample_initial_channel=8,
+        upsample_rates=[2, 2],
+        upsample_kernel_sizes=[4, 4],
+        resblock_kernel_sizes=[3, 7],
+        resblock_dilation_sizes=[[1, 3], [1, 3]],
+        normalize_before=False,
+        initializer_range=0.3,  # audible
+    )
+    return SpeechT5HifiGan(config).eval()

@@ -196,7 +196,7 @@ def last_run_cost(
 ) -> RunCost:
     """What the last run under `accelerator` cost, from the cost of one evaluation.
 
-    Its parts tell: a cache of layers or blocks by its `schedule`, one that skips whole evaluations by its `computed_evaluations`.
+    Its parts tell: caches of layers or blocks by `schedule`, what skips whole evaluations by `computed_evaluations`.
     """
     parts = _parts(accelerator)
     computed = next((part.computed_evaluations for part in parts if hasattr(part, "computed_evaluations")), None)

@@ -16,9 +16,10 @@ from rich.progress import track
 from foley.accel.caching.calibration import require_calibrations
 from foley.cli.sampling_checks import RECORDINGS, check_numbers, check_source, typed_options, warn_without_effect
 from foley.core.components import CheckpointError
-from foley.core.config import published_name, shipped
+from foley.core.config import is_pipeline, published_name, shipped
 from foley.core.devices import resolve_device
 from foley.core.logs import get_logger, process_rank
+from foley.core.pipelines import system_config
 from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import solver_label
@@ -33,7 +34,6 @@ from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import feature_files
-from foley.system.checkpoint import published_loader
 from foley.system.published import PublishedPipeline
 from foley.system.system import student_of
 
@@ -50,7 +50,7 @@ def chosen_system(cfg: DictConfig) -> str:
     """What `system=` names, or the student inside it; raises CheckpointError where it has none."""
     if not cfg.student:
         return str(cfg.system)
-    if published_name(cfg.system) is not None:
+    if published_name(cfg.system) is not None or is_pipeline(cfg.system):
         raise CheckpointError(f"student=true: {cfg.system} is published without a student; give a system's folder")
     return str(student_of(Path(str(cfg.system))))
 
@@ -107,6 +107,7 @@ def requested_settings(cfg: DictConfig) -> GenerationSettings:
         any_guidance_scale=cfg.any_guidance_scale,
         accelerator=accelerator,
         negative_prompt=cfg.negative_prompt,
+        lyrics=cfg.lyrics,
         batch_size=cfg.batch_size,
         window_seconds=cfg.window_seconds,
         overlap_seconds=cfg.overlap_seconds,
@@ -149,11 +150,11 @@ def open_requested(
 
     Raises CheckpointError as `open_generator` does, and ValueError for what a pipeline of diffusers cannot do.
     """
-    name = published_name(cfg.system)
-    loader = None if name is None else published_loader(name, cfg.system_overrides)
+    described = None if cfg.codec_path else system_config(cfg.system, cfg.system_overrides, cfg.hub_dir)
+    loader = None if described is None else instantiate(described.published)
     if isinstance(loader, PublishedPipeline):
         _check_pipeline(cfg)
-        check_pipeline_settings(settings, loader.takes_solvers)
+        check_pipeline_settings(settings, loader.family)
     for option in RECORDINGS:
         if cfg[option] is not None:
             read_recording(Path(cfg[option]), option)  # what cannot be read is refused before a model is loaded

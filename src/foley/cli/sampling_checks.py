@@ -6,7 +6,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from foley.core.config import published_name
+from foley.core.config import is_pipeline, published_name
 from foley.core.logs import get_logger
 from foley.core.numbers import POSITIVE, SEED, SHARE, NumberRange, shown
 from foley.generation.options import IDLE, MAX_CLIPS, NUMBERS
@@ -79,7 +79,10 @@ def _reuses(cfg: DictConfig) -> bool:
 
 _Has = Callable[[DictConfig], Any]
 _PROMPTS: tuple[_Has, str] = (lambda cfg: cfg.prompts is not None, "without prompts=FILE")
-_PUBLISHED: tuple[_Has, str] = (lambda cfg: published_name(cfg.system) is not None, "without a published system")
+_PUBLISHED: tuple[_Has, str] = (
+    lambda cfg: published_name(cfg.system) is not None or is_pipeline(cfg.system),
+    "without a published system",
+)
 EFFECT: dict[str, tuple[_Has, str]] = {
     "duration_seconds": (lambda cfg: not _recording(cfg), IDLE["duration_seconds"]),
     "negative_prompt": (_guided, IDLE["negative_prompt"]),

@@ -5,6 +5,7 @@ PyTorch is imported where it is asked, so that the command's help and completion
 
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -62,6 +63,29 @@ def published_name(system: str | Path | None) -> str | None:
     return system if (CONFIG_DIR / "published" / f"{system}.yaml").is_file() else None
 
 
+PIPELINE_INDEX = "model_index.json"
+"""Of the folder of a pipeline of diffusers."""
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def hub_name(system: str | Path | None) -> str | None:
+    """`system` where it reads as OWNER/NAME and nothing lies at that path; None for all else.
+
+    >>> hub_name("cvssp/audioldm2"), hub_name("a/b/c"), hub_name("run/last.ckpt"), hub_name("demo")
+    ('cvssp/audioldm2', None, None, None)
+    """
+    if not isinstance(system, str) or not _REPOSITORY.fullmatch(system):
+        return None
+    return None if Path(system).suffix == ".ckpt" or Path(system).exists() else system
+
+
+def is_pipeline(system: str | Path | None) -> bool:
+    """Whether `system` is a folder of diffusers, or may be a repository of the hub."""
+    return system is not None and (
+        hub_name(system) is not None or (Path(system).expanduser() / PIPELINE_INDEX).is_file()
+    )
+
+
 def published_config(name: str, overrides: Mapping[str, Any] | None = None) -> DictConfig:
     """What `configs/published/<name>.yaml` says: `published` builds the loader, `sampling` has the defaults.
 
@@ -91,11 +115,14 @@ def compose_aside(config_name: str, overrides: Sequence[str] = ()) -> DictConfig
 
 
 def published_default(key: str, otherwise: Any, _root_: DictConfig) -> Any:
-    """What the published system that the option `system` names says of sampling; else `otherwise`."""
-    name = published_name(OmegaConf.select(_root_, "system"))
-    if name is None:
+    """What the published system or pipeline that the option `system` names says of sampling; else `otherwise`."""
+    system = OmegaConf.select(_root_, "system")
+    if published_name(system) is None and not is_pipeline(system):
         return otherwise
-    return published_config(name, _root_.get("system_overrides")).sampling.get(key, otherwise)
+    from foley.core.pipelines import known_config
+
+    described = known_config(system, _root_.get("system_overrides"), _root_.get("hub_dir"))
+    return otherwise if described is None else described.sampling.get(key, otherwise)
 
 
 def published_codec(_root_: DictConfig) -> str | None:

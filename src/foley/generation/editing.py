@@ -31,9 +31,10 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Recording:
-    """Audio to start from: mono `samples` `[T]` at `sample_rate_hz`, the `file` they are from, and its SHA-256.
+    """Audio to start from: `samples` at `sample_rate_hz`, the `file` they are from, and its SHA-256.
 
-    `mixing` says how several channels became one, and what that lost; None for a file that was mono.
+    Mono `[T]`, or `[channels, T]` where they were kept. `mixing` says how several channels became one, and what that
+    lost; None where none did.
     """
 
     samples: Tensor
@@ -43,17 +44,27 @@ class Recording:
     mixing: Mapping[str, str] | None = None
 
     @classmethod
-    def read(cls, path: Path, sample_rate_hz: int, option: str, downmix: str = "mean") -> "Recording":
+    def read(
+        cls, path: Path, sample_rate_hz: int, option: str, downmix: str = "mean", kept_channels: int | None = None
+    ) -> "Recording":
         """Read any audio file; other rates are converted, and several channels mixed, as `foley.data.audio` does.
+
+        Args:
+            kept_channels: give `[channels, T]` of so many; a file of another number is mixed, and all are alike.
 
         Raises ValueError, which names `option`, where the file is missing, empty or cannot be decoded.
         """
         channels, rate = read_recording(path, option)
-        mixing = None if channels.shape[1] == 1 else {"downmix": downmix}
+        mixing = None if channels.shape[1] in (1, kept_channels) else {"downmix": downmix}
         if mixing is not None and downmix == "mean" and (loss := loss_of_mean(channels)):
             mixing["downmix_warning"] = loss
             _log.warning("%s=%s: %s; downmix=loudest keeps that one", option, path, loss)
-        samples = torch.from_numpy(resample(mix_down(channels, downmix), rate, sample_rate_hz))
+        if channels.shape[1] == kept_channels:
+            each = [torch.from_numpy(resample(channel.copy(), rate, sample_rate_hz)) for channel in channels.T]
+            samples = torch.stack(each)
+        else:
+            samples = torch.from_numpy(resample(mix_down(channels, downmix), rate, sample_rate_hz))
+            samples = samples if kept_channels is None else samples.expand(kept_channels, -1)
         return cls(samples, sample_rate_hz, str(path), hash_file(path), mixing)
 
     def describe(self) -> dict[str, str]:
@@ -62,7 +73,7 @@ class Recording:
 
     @property
     def duration_seconds(self) -> float:
-        return len(self.samples) / self.sample_rate_hz
+        return self.samples.shape[-1] / self.sample_rate_hz
 
 
 def read_recording(path: Path, option: str) -> tuple[FloatArray, int]:
@@ -98,7 +109,7 @@ class EditMask:
 
     def window(self, recording: Recording) -> "EditWindow":
         """Raises ValueError where the mask begins after the recording's end or holds no sample."""
-        rate, kept = recording.sample_rate_hz, len(recording.samples)
+        rate, kept = recording.sample_rate_hz, recording.samples.shape[-1]
         start, length, boundary = (round(getattr(self, field.name) * rate) for field in fields(self))
         if start > kept:
             raise ValueError(
@@ -200,13 +211,13 @@ class EditWindow:
     fade: int
 
     def crop(self, samples: Tensor) -> Tensor:
-        """The window `[end - start]` of a recording `[T]`; silence where it has not been recorded."""
-        return pad(samples, (0, self.total - len(samples)))[self.start : self.end]
+        """The window `[..., end - start]` of a recording `[..., T]`; silence where it has not been recorded."""
+        return pad(samples, (0, self.total - samples.shape[-1]))[..., self.start : self.end]
 
     def kept(self, recording: Tensor) -> Tensor:
-        """The samples of a recording `[T]` that lie in the window and outside of the mask."""
-        before, after = recording[self.start : self.mask_start], recording[self.mask_end : self.end]
-        return torch.cat([before, after])
+        """The samples of a recording `[..., T]` that lie in the window and outside of the mask."""
+        before, after = recording[..., self.start : self.mask_start], recording[..., self.mask_end : self.end]
+        return torch.cat([before, after], dim=-1)
 
     def hidden_mask(self, hop_samples: int) -> Tensor:
         """`[1, L]`, true for each of the window's latent frames of which any sample is masked."""
@@ -215,7 +226,7 @@ class EditWindow:
 
 
 def paste(recording: Tensor, generated: Tensor, window: EditWindow) -> Tensor:
-    """Put the mask's part of `generated` `[B, 1, >= end - start]` into `recording` `[T]`: `[B, 1, total]`.
+    """Put the mask's part of `generated` `[B, C, >= end - start]` into `recording` `[T]` or `[C, T]`: `[B, C, total]`.
 
     Samples of the recording outside the mask come back bit by bit. Cross-fades are shorter than `window.fade` where
     the kept part of the window, or half of the mask, is; next to nothing kept there is none.
@@ -228,7 +239,7 @@ def paste(recording: Tensor, generated: Tensor, window: EditWindow) -> Tensor:
     before_length, after_length = before.shape[-1], after.shape[-1]
     patch[..., :before_length] += _fade_out(before_length) * before.flip(-1)
     patch[..., last - first - after_length :] += (_fade_out(after_length) * after).flip(-1)
-    result = pad(recording, (0, window.total - len(recording))).expand(*generated.shape[:-1], -1).clone()
+    result = pad(recording, (0, window.total - recording.shape[-1])).expand(*generated.shape[:-1], -1).clone()
     result[..., window.mask_start : window.mask_end] = patch
     return result
 
@@ -240,7 +251,7 @@ def paste_fitted(recording: Tensor, generated: Tensor, window: EditWindow) -> tu
     Where nothing is kept the gain is 1: then all may be attenuated together, as any other clip.
     """
     kept = window.kept(recording)
-    if not len(kept):
+    if not kept.shape[-1]:
         return paste(recording, generated, window), torch.ones(len(generated))
     ceiling = max(PEAK_CEILING, float(kept.abs().max()))
     inside = slice(window.mask_start, window.mask_end)

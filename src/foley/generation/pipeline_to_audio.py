@@ -3,8 +3,11 @@
 Also `open_generator`, which opens whatever generates audio by the name of its system.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +17,23 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.diffusers.pipelines import accelerated
 from foley.accel.precision import choose_precision, computing_in
-from foley.core.config import published_name
 from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
 from foley.core.locks import sole_user
+from foley.core.pipelines import system_config
+from foley.data.audio import PEAK_CEILING
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import CosineProcess
 from foley.diffusion.solver import Solver
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
+from foley.generation.canvas import crop
+from foley.generation.editing import Edit, EditMask, Recording, Variation, paste_fitted
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
-from foley.system.published.audio_pipelines import AudioPipeline, StableAudio
+from foley.system.published.audio_pipelines import AudioPipeline
+from foley.system.published.stable_audio import StableAudio
 from foley.system.system import System, load_published, load_system
 
 PUBLISHED_SOLVER = "published"
@@ -44,13 +51,12 @@ def chosen_solver(settings: GenerationSettings) -> Solver | None:
     return None
 
 
-def check_pipeline_settings(settings: GenerationSettings, takes_solvers: bool) -> None:
-    """Raises ValueError for what no published pipeline can do, or none but those that take our solvers."""
+def check_pipeline_settings(settings: GenerationSettings, family: type[AudioPipeline]) -> None:
+    """Raises ValueError for what no pipeline of the family can do."""
     guidance = settings.guidance or ClassifierFreeGuidance()
-    if settings.source is not None:
-        raise ValueError("edit, init and control need a system of ours: the pipelines of diffusers only generate")
+    _check_source(settings, family)
     solver = chosen_solver(settings)
-    if solver is not None and not takes_solvers:
+    if solver is not None and not family.takes_solvers:
         raise ValueError(
             f"solver={solver.name}: a published pipeline keeps its own, but for Stable Audio's; leave it out, or give "
             f"solver={PUBLISHED_SOLVER}"
@@ -59,6 +65,12 @@ def check_pipeline_settings(settings: GenerationSettings, takes_solvers: bool) -
         raise ValueError("window_seconds: a published pipeline generates a clip as a whole; leave it out")
     if settings.num_steps is not None and settings.num_steps < 1:
         raise ValueError(f"steps must be a whole number >= 1, got {settings.num_steps}")
+    if settings.negative_prompt and not family.takes_negative_prompt:
+        raise ValueError(
+            f"negative_prompt={settings.negative_prompt!r}: {family.__name__} guides away from an embedding that it "
+            "has learned; leave it out"
+        )
+    settings.refuse_lyrics(family.takes_lyrics)
     if solver is not None:
         solver.build(CosineProcess())  # whether it fits is known before anything is loaded
     elif guidance.rescale or guidance.scale < 1:
@@ -66,6 +78,34 @@ def check_pipeline_settings(settings: GenerationSettings, takes_solvers: bool) -
             "a published pipeline takes a guidance scale of at least 1 and no rescale, "
             f"got {guidance.scale} and {guidance.rescale}; of Stable Audio a solver of ours takes both, as solver=heun"
         )
+
+
+def _check_source(settings: GenerationSettings, family: type[AudioPipeline]) -> None:
+    source = settings.source
+    can = {Edit: family.edits, Variation: family.varies}.get(type(source), False)
+    if source is not None and not can:
+        raise ValueError(
+            "edit, init and control need a system of ours: the pipelines of diffusers only generate, but for Stable "
+            "Audio 3 and ACE-Step, which edit and vary"
+        )
+    if isinstance(source, Variation) and source.strength == 0:
+        raise ValueError("strength=0: a pipeline varies a recording by some of its noise at least; give more than 0")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a request comes to: `make` gives latents of prompts, and `finish` the audio of what is decoded of them.
+
+    `finish` takes `[B, channels, T or more]` and gives `[B, channels, T]` and gains `[B]`, as those of a `Canvas`.
+    """
+
+    make: Callable[..., Tensor]
+    finish: Callable[[Tensor], tuple[Tensor, Tensor]]
+    description: Mapping[str, Any]
+    guidance: ClassifierFreeGuidance
+    num_steps: int
+    duration_seconds: float
+    peak_ceiling: float = PEAK_CEILING
 
 
 class PipelineToAudio:
@@ -126,24 +166,69 @@ class PipelineToAudio:
     def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:
         """Denoise every clip and decode none, for an accelerator that only looks on; raises as `generate_clips`."""
         with sole_user(self.audio.denoiser):
-            seconds, guidance, num_steps = self._choose(settings)
+            plan = self._plan(settings)
             meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
             for first in range(0, len(clips), settings.batch_size):
-                batch = clips[first : first + settings.batch_size]
-                self._latents(batch, seconds, settings, guidance, num_steps, meter)
+                self._latents(clips[first : first + settings.batch_size], settings, plan, meter)
 
-    def _choose(self, settings: GenerationSettings) -> tuple[float, ClassifierFreeGuidance, int]:
-        """Duration, guidance and steps; raises ValueError for what the pipeline cannot do."""
-        check_pipeline_settings(settings, isinstance(self.audio, StableAudio))
-        seconds = settings.duration_seconds or min(_DEFAULT_SECONDS, self.max_duration_seconds)
+    def _plan(self, settings: GenerationSettings) -> _Plan:
+        """Raises ValueError for what the pipeline cannot do, and for a recording that cannot be read."""
+        check_pipeline_settings(settings, type(self.audio))
+        guidance = settings.guidance or ClassifierFreeGuidance()
+        self.audio.check_guidance(guidance.scale, edits=settings.source is not None)
+        method = guidance, settings.num_steps or _DEFAULT_STEPS
+        match settings.source:
+            case Edit(file, mask, downmix):
+                return self._edit(self._read(file, "edit", downmix), mask, *method)
+            case Variation(file, strength, downmix):
+                return self._variation(self._read(file, "init", downmix), strength, *method)
+            case _:
+                seconds = settings.duration_seconds or min(_DEFAULT_SECONDS, self.max_duration_seconds)
+                self._check_duration("duration_seconds", seconds)
+                negative = settings.negative_prompt or None
+                make = partial(self.audio.latents, negative_prompt=negative, duration_seconds=seconds)
+                return _Plan(make, self._cut(seconds), {"duration_seconds": seconds}, *method, seconds)
+
+    def _check_duration(self, what: str, seconds: float) -> None:
         if seconds > self.max_duration_seconds:
-            raise ValueError(f"duration_seconds must be at most {self.max_duration_seconds:g}, got {seconds}")
-        return seconds, settings.guidance or ClassifierFreeGuidance(), settings.num_steps or _DEFAULT_STEPS
+            raise ValueError(f"{what} must be at most {self.max_duration_seconds:g}, got {seconds}")
+
+    def _cut(self, seconds: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        num_samples = max(1, round(seconds * self.sample_rate_hz))
+        return lambda audio: crop(self.audio.level(audio), num_samples)
+
+    def _read(self, file: str | Path, option: str, downmix: str) -> Recording:
+        return Recording.read(Path(file), self.sample_rate_hz, option, downmix, self.audio.channels)
+
+    def _edit(self, recording: Recording, mask: EditMask, guidance: ClassifierFreeGuidance, num_steps: int) -> _Plan:
+        window = mask.window(recording)
+        self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
+        first, last = window.mask_start - window.start, window.mask_end - window.start
+        seen = window.crop(recording.samples).to(self.device)
+        seconds = window.total / self.sample_rate_hz
+        kept = window.kept(recording.samples).shape[-1]
+        return _Plan(
+            partial(self.audio.inpaint, recording=seen, start=first, end=last),
+            lambda audio: paste_fitted(recording.samples, audio, window),
+            {"duration_seconds": seconds, "edit": {**recording.describe(), **asdict(mask)}},
+            guidance,
+            num_steps,
+            seconds,
+            inf if kept else PEAK_CEILING,  # kept samples come back bit by bit
+        )
+
+    def _variation(
+        self, recording: Recording, strength: float, guidance: ClassifierFreeGuidance, num_steps: int
+    ) -> _Plan:
+        seconds = recording.duration_seconds
+        self._check_duration(f"init={recording.file}", seconds)
+        make = partial(self.audio.vary, recording=recording.samples.to(self.device), strength=strength)
+        description = {"duration_seconds": seconds, "init": {**recording.describe(), "strength": strength}}
+        return _Plan(make, self._cut(seconds), description, guidance, num_steps, seconds)
 
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
-        seconds, guidance, num_steps = self._choose(settings)
-        num_samples = max(1, round(seconds * self.sample_rate_hz))
-        solver = chosen_solver(settings)
+        plan, solver = self._plan(settings), chosen_solver(settings)
+        guidance, num_steps = plan.guidance, plan.num_steps
         name = type(self.audio.pipeline.scheduler).__name__ if solver is None else solver.name
         run = (self.model_hash, name if solver is None else solver.label, num_steps, guidance.scale)
         uncached = GenerationSettings(
@@ -155,11 +240,12 @@ class PipelineToAudio:
         for first in range(0, len(clips), settings.batch_size):
             batch = clips[first : first + settings.batch_size]
             with timings.measured("denoise_seconds", self.device):
-                latents = self._latents(batch, seconds, settings, guidance, num_steps, meter)
+                latents = self._latents(batch, settings, plan, meter)
             with timings.measured("decode_seconds", self.device), torch.no_grad():
-                rows.append(self.audio.decode(latents).float().cpu()[..., :num_samples])  # [B, channels, T]
+                rows.append(plan.finish(self.audio.decode(latents).float().cpu()))
+        audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
         description = {
-            "duration_seconds": seconds,
+            **plan.description,
             **settings.describe(guidance, name, num_steps),
             **({} if meter is None else meter.describe()),
             "sample_rate_hz": self.sample_rate_hz,
@@ -167,35 +253,31 @@ class PipelineToAudio:
             "model_hash": self.model_hash,
             **settings.facts,
         }
-        made = clips, torch.cat(rows), self.sample_rate_hz, description, timings
+        made = clips, audio, self.sample_rate_hz, description, timings, plan.peak_ceiling, gains
         return Generation(*made, machine=machine_name(self.device), batch_size=settings.batch_size)
 
     def _latents(
-        self,
-        clips: Sequence[Clip],
-        duration_seconds: float,
-        settings: GenerationSettings,
-        guidance: ClassifierFreeGuidance,
-        num_steps: int,
-        meter: CostMeter | None,
+        self, clips: Sequence[Clip], settings: GenerationSettings, plan: _Plan, meter: CostMeter | None
     ) -> Tensor:
-        request = [clip.prompt for clip in clips], settings.negative_prompt or None, duration_seconds
-        seeds, solver = [clip.seed for clip in clips], chosen_solver(settings)
+        prompts, seeds = [clip.prompt for clip in clips], [clip.seed for clip in clips]
+        solver = chosen_solver(settings)
         half = computing_in(self.precision, self.device, autocast=True)
         if solver is not None and isinstance(self.audio, StableAudio):
+            request = prompts, settings.negative_prompt or None, plan.duration_seconds
             with half:
-                return self.audio.solve(*request, seeds, solver, guidance, meter, settings.progress)
-        pipeline, scale = self.audio.pipeline, guidance.scale
+                return self.audio.solve(*request, seeds, solver, plan.guidance, meter, settings.progress)
+        pipeline, scale = self.audio.pipeline, plan.guidance.scale
         pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
         with (
             half,
             nullcontext() if meter is None else accelerated(self.audio.denoiser, pipeline.scheduler, scale, meter),
         ):
-            return self.audio.latents(
-                *request,
-                num_inference_steps=num_steps,
+            return plan.make(
+                prompts,
+                num_inference_steps=plan.num_steps,
                 guidance_scale=scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                **({"lyrics": settings.lyrics} if settings.lyrics else {}),
             )
 
 
@@ -210,17 +292,19 @@ def open_generator(
 ) -> TextToAudio | PipelineToAudio:
     """Whatever `system` names, ready to generate: a published system or pipeline, a folder, or a checkpoint.
 
+    A pipeline of diffusers is known by the `model_index.json` of its folder, or of its repository on the hub.
+
     Args:
         codec_path: as for `load_system`.
         hub_dir, cache_dir, overrides: of a published one, as for `load_published`.
 
     Raises CheckpointError where something cannot be had.
     """
-    name = published_name(system)
-    if name is None or codec_path is not None:
-        loaded = load_system(system, codec_path=codec_path)
+    published = codec_path is None and system_config(system, hub_dir=hub_dir) is not None
+    if published:
+        loaded = load_published(system, hub_dir, cache_dir, overrides)
     else:
-        loaded = load_published(name, hub_dir, cache_dir, overrides)
+        loaded = load_system(system, codec_path=codec_path)
     if isinstance(loaded, System):
         return TextToAudio(loaded, device, max_duration_seconds)
     return PipelineToAudio(loaded, device, max_duration_seconds)

@@ -33,6 +33,7 @@ class GenerationSettings:
         eta: of solver "ddim", in [0, 1]: how much of the noise of each step is fresh.
         num_steps: of the solver, by default 50, of a student 2; Heun's evaluate the denoiser nearly twice as often.
         accelerator: attached to the denoiser for the length of each run.
+        lyrics: to be sung, by a system that takes them (ACE-Step).
         negative_prompt: what guidance leads away from; without effect at w = 1.
         batch_size: clips denoised together.
         progress: wraps the range of evaluations of each batch.
@@ -59,6 +60,7 @@ class GenerationSettings:
     num_steps: int | None = None
     accelerator: Accelerator | None = None
     negative_prompt: str = ""
+    lyrics: str = ""
     batch_size: int = 8
     progress: Progress = iter
     window_seconds: float | None = None
@@ -72,6 +74,11 @@ class GenerationSettings:
         check_prompt_length(self.negative_prompt)
         if isinstance(self.source, Control) and self.window_seconds is not None:
             raise ValueError("window_seconds and control exclude each other: a recording is followed in one piece")
+
+    def refuse_lyrics(self, taken: bool = False) -> None:
+        """Raises ValueError where there are lyrics, and the system does not take them."""
+        if self.lyrics and not taken:
+            raise ValueError(f"lyrics={self.lyrics!r}: this system takes captions alone (ACE-Step sings); leave it out")
 
     def warn_without_effect(self) -> None:
         """Name each option that differs from its default and yet changes nothing in this request."""
@@ -144,4 +151,5 @@ class GenerationSettings:
             **({"eta": self.eta} if self.eta else {}),
             "num_steps": num_steps,
             "negative_prompt": self.negative_prompt,
+            **({"lyrics": self.lyrics} if self.lyrics else {}),
         }

@@ -299,6 +299,7 @@ class TextToAudio:
 
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         timings = Timings()
+        settings.refuse_lyrics()
         guidance, solver = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
         self._calibrate(clips, settings, guidance, solver)
         clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]

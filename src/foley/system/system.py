@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -28,12 +29,13 @@ from foley.core.components import (
     rebuild_component,
     save_component,
 )
-from foley.core.config import default_cache_dir, locate, published_config
+from foley.core.config import default_cache_dir, locate
 from foley.core.files import write_json, write_text
 from foley.core.hashing import hash_file, hash_json, hash_module
 from foley.core.hub import Hub
 from foley.core.logs import get_logger
 from foley.core.numbers import POSITIVE
+from foley.core.pipelines import system_config
 from foley.core.reading import read_json, reading
 from foley.diffusion.consistency import Consistency
 from foley.diffusion.process import DiffusionProcess
@@ -135,25 +137,29 @@ def load_system(
 
 
 def load_published(
-    name: str,
+    system: str | Path,
     hub_dir: str | Path | None = None,
     cache_dir: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Any:
-    """What is published under a name in `configs/published`: a `System`, or an `AudioPipeline` of diffusers.
+    """What is published under a name: a `System`, or an `AudioPipeline` of diffusers.
 
     Args:
+        system: a name in `configs/published`, or a pipeline's folder or its name on the hub.
         hub_dir: a folder laid out as the hub is, instead of the network; None is FOLEY_HUB_DIR, or else the network.
         cache_dir: where converted weights are kept; None is `default_cache_dir`.
         overrides: as for `published_config`.
 
     Raises CheckpointError at once where a file is neither here nor to be had.
     """
+    described = system_config(system, overrides, hub_dir)
+    if described is None:
+        raise CheckpointError(f"{system} names nothing published, neither in configs/published nor on the hub")
     hub = Hub(Path(hub_dir).expanduser()) if hub_dir else Hub()
-    loaded = published_loader(name, overrides).load(hub, Path(cache_dir or default_cache_dir()).expanduser())
+    loaded = instantiate(described.published).load(hub, Path(cache_dir or default_cache_dir()).expanduser())
     if not isinstance(loaded, System):
         return loaded
-    return replace(loaded, trained_seconds=published_config(name, overrides).sampling.get("duration_seconds"))
+    return replace(loaded, trained_seconds=described.sampling.get("duration_seconds"))
 
 
 def codec_hashes(source: str | Path) -> set[str]:

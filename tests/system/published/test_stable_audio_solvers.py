@@ -17,7 +17,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.pipeline_to_audio import PipelineToAudio
 from foley.generation.prompts import as_clips
 from foley.generation.settings import GenerationSettings
-from foley.system.published.audio_pipelines import StableAudio
+from foley.system.published.stable_audio import StableAudio
 
 NOISE = "diffusers.schedulers.scheduling_cosine_dpmsolver_multistep.BrownianTreeNoiseSampler"
 SECONDS = 0.2
@@ -45,8 +45,7 @@ def latents(generator: PipelineToAudio, seeds: list[int], **options: Any) -> tor
     """Of one prompt a seed, by `_latents`, which both ways of sampling go through."""
     settings = GenerationSettings(**{"duration_seconds": SECONDS, "guidance": SCALE, "num_steps": 5, **options})
     clips = as_clips([f"rain falls {seed}" for seed in seeds], seeds)
-    seconds, guidance, num_steps = generator._choose(settings)
-    return generator._latents(clips, seconds, settings, guidance, num_steps, None)
+    return generator._latents(clips, settings, generator._plan(settings), None)
 
 
 @pytest.mark.parametrize(

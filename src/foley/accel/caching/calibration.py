@@ -25,7 +25,7 @@ from foley.accel.caching.reuse import ReuseChoice, reuse_name
 from foley.accel.caching.schedule import CacheSchedule, RunSignature
 from foley.accel.cost import EvaluationMacs, MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, output_tensors
-from foley.core.config import default_cache_dir, published_name
+from foley.core.config import default_cache_dir, hub_name, published_name
 from foley.core.files import info_path, load_record, save_record
 from foley.core.locks import RunThread
 from foley.core.logs import get_logger
@@ -48,9 +48,12 @@ def calibration_stem(directory: Path, solver: str, num_steps: int | str) -> Path
 
 
 def calibration_directory(system: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """`calibration/` inside a system directory, beside a checkpoint file, or in `cache_dir` under a published name."""
-    if (name := published_name(system)) is not None:
-        return Path(cache_dir or default_cache_dir()).expanduser() / name / "calibration"
+    """`calibration/` inside a system directory, beside a checkpoint file, or in `cache_dir` under a published name.
+
+    What the hub has under OWNER/NAME lies there under OWNER--NAME.
+    """
+    if (name := published_name(system) or hub_name(system)) is not None:
+        return Path(cache_dir or default_cache_dir()).expanduser() / name.replace("/", "--") / "calibration"
     path = Path(system).expanduser()
     return (path.parent if path.is_file() else path) / "calibration"
 

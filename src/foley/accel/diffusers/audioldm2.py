@@ -30,21 +30,25 @@ class UNetSelfAttention:
 
 
 def find_self_attention(denoiser: nn.Module, blocks: Sequence[str]) -> list[UNetSelfAttention]:
-    """The self-attention layers in the named blocks ("down_blocks.1") of the AudioLDM2 U-Net that `denoiser` is or has.
+    """The self-attention layers in the named blocks ("down_blocks.1") of the U-Net that `denoiser` is or has.
 
-    A transformer without text has two of them: there `attn2` attends to the tokens themselves as well.
+    That is AudioLDM2's, or that of AudioLDM and MusicLDM, which diffusers has for images too. A transformer without
+    text has two of them: there `attn2` attends to the tokens themselves as well.
 
     Raises:
         ValueError: there is not exactly one such U-Net, or it has no such block, or that has no self-attention.
     """
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.audioldm2 import AudioLDM2UNet2DConditionModel
 
-    unets = [module for module in denoiser.modules() if isinstance(module, AudioLDM2UNet2DConditionModel)]
+    kinds = (AudioLDM2UNet2DConditionModel, UNet2DConditionModel)
+    unets: list[Any] = [module for module in denoiser.modules() if isinstance(module, kinds)]
     if len(unets) != 1:
         raise ValueError(
-            f"{type(denoiser).__name__} holds {len(unets)} AudioLDM2UNet2DConditionModel, and this accelerator needs "
-            "exactly one: it works on models with a frequency axis; for waveform latents take accel=local_global"
+            f"{type(denoiser).__name__} holds {len(unets)} AudioLDM2UNet2DConditionModel or UNet2DConditionModel, and "
+            "this accelerator needs exactly one: it works on models with a frequency axis; for waveform latents take "
+            "accel=local_global"
         )
     layers: list[UNetSelfAttention] = []
     for name, module in unets[0].named_modules():

@@ -1,15 +1,14 @@
-"""Pipelines of diffusers that make audio: their folders, and what each family says of itself."""
+"""Pipelines of diffusers that make audio: their folders, what a family says of itself, and the families by name."""
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.utils import is_accelerate_available
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
@@ -18,23 +17,24 @@ from torch.nn.functional import pad
 
 from foley.accel.layers import declare_cacheable_layers
 from foley.core.components import CheckpointError
+from foley.core.config import PIPELINE_INDEX as INDEX
 from foley.core.hub import Hub
 from foley.core.reading import read_json, reading
-from foley.core.seeding import torch_generator
-from foley.diffusion.context import Accelerator
-from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
-from foley.diffusion.process import CosineProcess
-from foley.diffusion.sampler import Progress, sample
-from foley.diffusion.schedulers import draw_noise
-from foley.diffusion.solver import Solver
 
-INDEX = "model_index.json"
 _WANTED = [INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
 _UNWANTED = ["*.fp16.*"]
+_MADE_BY_ITSELF = {"LongCatAudioDiTPipeline": "scheduler"}
+"""A component that a pipeline names in its index, but stores only where it is not the usual one."""
 
 
 def pipeline_folder(hub: Hub, repository: str) -> Path:
-    """The folder of a pipeline, downloaded where necessary; raises CheckpointError where a file cannot be had."""
+    """The folder of a pipeline, downloaded where necessary; raises CheckpointError where a file cannot be had.
+
+    Args:
+        repository: on the hub; or the folder itself.
+    """
+    if (Path(repository) / INDEX).is_file():
+        return _whole(Path(repository), "its pipeline was saved with it")
     folder = hub.file(repository, INDEX).parent
     absent = _absent(folder)
     if absent and hub.directory is None:
@@ -44,12 +44,12 @@ def pipeline_folder(hub: Hub, repository: str) -> Path:
             folder = Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
         except (HTTPError, OSError) as error:
             raise CheckpointError(f"the download of {repository} broke off: {error}") from error
-        absent = _absent(folder)
-    if absent:
-        raise CheckpointError(
-            f"{folder / absent} does not exist, but {folder / INDEX} names it: "
-            f"it must be there as on https://huggingface.co/{repository}"
-        )
+    return _whole(folder, f"it must be there as on https://huggingface.co/{repository}")
+
+
+def _whole(folder: Path, mend: str) -> Path:
+    if absent := _absent(folder):
+        raise CheckpointError(f"{folder / absent} does not exist, but {folder / INDEX} names it: {mend}")
     return folder
 
 
@@ -58,6 +58,7 @@ def _absent(folder: Path) -> str | None:
     with reading(folder / INDEX, "the index of a pipeline", "download it again"):
         index = read_json(folder / INDEX, "the index of a pipeline", "download it again")
         components = {name: value[1] for name, value in index.items() if isinstance(value, list) and value[1]}
+    components.pop(_MADE_BY_ITSELF.get(index.get("_class_name"), ""), None)
     wanted = [f"{name}/{file}" for name, kind in components.items() for file in _files_of(kind)]
     return next((file for file in wanted if not any(folder.glob(file))), None)
 
@@ -66,42 +67,40 @@ def _files_of(kind: str) -> tuple[str, ...]:
     """Patterns of what a component of this class is stored as."""
     if kind.endswith("Scheduler"):
         return ("scheduler_config.json",)
-    if "Token" in kind:
+    # A model of audio tokens (ACE-Step's) is stored as any other.
+    if "Token" in kind and not kind.startswith("AceStep"):
         return ("tokenizer_config.json",)
     if kind.endswith("FeatureExtractor"):
         return ("preprocessor_config.json",)
     return ("config.json", "*.safetensors")
 
 
-class AudioPipeline(Protocol):
-    """A pipeline of diffusers whose latents are asked for, and decoded, apart from each other."""
+class AudioPipeline(ABC):
+    """A family of pipelines of diffusers: latents are asked for, and decoded, apart from each other.
 
-    pipeline: Any
+    What a class says of itself is known before any of its pipelines is loaded.
+    """
 
-    @property
-    def denoiser(self) -> nn.Module: ...
-
-    @property
-    def sample_rate_hz(self) -> int: ...
-
-    @property
-    def max_duration_seconds(self) -> float:
-        """What the model can make at all."""
-
-    def latents(
-        self, prompts: Sequence[str], negative_prompt: str | None, duration_seconds: float, **options: Any
-    ) -> Tensor:
-        """One latent per prompt, of clips as long or longer; `options` are those of the pipeline's call."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Audio `[B, channels, T or more]`."""
-
-
-class StableAudio:
-    """`StableAudioPipeline` (Evans et al. 2024): stereo; every clip takes the model's full length, and is cut."""
+    takes_solvers: ClassVar[bool] = False
+    """Whether solvers of ours sample it, beside its own."""
+    takes_negative_prompt: ClassVar[bool] = True
+    takes_lyrics: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
+    """Whether it has `inpaint`."""
+    varies: ClassVar[bool] = False
+    """Whether it has `vary`."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
+
+    @classmethod
+    def load(cls, folder: Path, options: Mapping[str, Any]) -> "AudioPipeline":
+        """From a folder with a `model_index.json`; `options` are those of `from_pretrained`."""
+        import diffusers
+
+        # The pipelines take seconds to import, so only who loads one does.
+        kind = read_json(folder / INDEX, "the index of a pipeline", "download it again")["_class_name"]
+        return cls(getattr(diffusers, kind).from_pretrained(folder, **options))
 
     @property
     def denoiser(self) -> nn.Module:
@@ -109,231 +108,123 @@ class StableAudio:
         return module
 
     @property
-    def sample_rate_hz(self) -> int:
-        return int(self.pipeline.vae.config.sampling_rate)
+    @abstractmethod
+    def sample_rate_hz(self) -> int: ...
 
     @property
+    @abstractmethod
     def max_duration_seconds(self) -> float:
-        num_frames: int = self.pipeline.transformer.config.sample_size
-        return float(num_frames * self.pipeline.vae.hop_length / self.sample_rate_hz)
+        """What the model can make at all."""
 
+    @abstractmethod
     def latents(
         self, prompts: Sequence[str], negative_prompt: str | None, duration_seconds: float, **options: Any
     ) -> Tensor:
-        latents: Tensor = self.pipeline(
-            list(prompts),
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts),
-            audio_end_in_s=duration_seconds,
-            output_type="latent",
-            **options,
-        ).audios
-        return latents
+        """One latent per prompt, of clips as long or longer; `options` are those of the pipeline's call.
 
-    @property
-    def process(self) -> CosineProcess:
-        """By which our solvers sample it; raises ValueError for a model that predicts something else."""
-        config = self.pipeline.scheduler.config
-        if config.get("prediction_type") != "v_prediction" or config.get("sigma_data") != 1:
-            raise ValueError(
-                f"solver=: {config.get('_class_name')} with prediction_type={config.get('prediction_type')} and "
-                f"sigma_data={config.get('sigma_data')} is not Stable Audio's schedule, v_prediction and 1.0; "
-                "leave the solver out"
-            )
-        return CosineProcess(config.sigma_max, config.sigma_min)
-
-    @torch.no_grad()
-    def solve(
-        self,
-        prompts: Sequence[str],
-        negative_prompt: str | None,
-        duration_seconds: float,
-        seeds: Sequence[int],
-        solver: Solver,
-        guidance: ClassifierFreeGuidance,
-        accelerator: Accelerator | None = None,
-        progress: Progress = iter,
-    ) -> Tensor:
-        """Latents as those of `latents`, by a solver of ours; the first noise of a seed is that of the pipeline.
-
-        The noise of stochastic solvers comes from streams of the seeds' own, so that an item ignores its batch.
+        `generator` is a list, one for each prompt.
         """
-        text, silence, durations = self._conditions(prompts, negative_prompt, duration_seconds)
-        scheduler = solver.build(self.process)
-        config = self.pipeline.transformer.config
-        shape = (len(seeds), config.in_channels, config.sample_size)
-        first = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = draw_noise(torch.empty(shape, device=self.pipeline._execution_device), first)
-        denoise = guidance.wrap(partial(self._predict, durations, self._rotary()), text, silence)
-        run = solver.run_context(scheduler, guidance, len(seeds), self.process)
-        generators = [torch_generator("solver noise", seed) for seed in seeds]
-        callbacks = [] if accelerator is None else [accelerator]
-        with nullcontext() if accelerator is None else accelerator.attach(self.denoiser):
-            return sample(denoise, noise, scheduler, run, callbacks, generators, progress)
 
-    def _conditions(
-        self, prompts: Sequence[str], negative_prompt: str | None, duration_seconds: float
-    ) -> tuple[Conditioning, Conditioning, Tensor]:
-        """Tokens of the prompts, `[B, S, D]`, and of the negative one, `[1, S, D]`; and the duration's, `[1, 1, 2 D]`.
-
-        Without a negative prompt its tokens are zero, those of the duration too, as in training.
-        """
-        pipeline, device = self.pipeline, self.pipeline._execution_device
-        start, end = pipeline.encode_duration(0.0, duration_seconds, device, False, 1)  # each [1, 1, D]
-
-        def tokens(texts: Sequence[str]) -> Tensor:
-            rows = pipeline.encode_prompt(list(texts), device, False)
-            return torch.cat([rows, *(part.expand(len(rows), -1, -1) for part in (start, end))], dim=1)
-
-        positive = tokens(prompts)
-        negative = torch.zeros_like(positive[:1]) if negative_prompt is None else tokens([negative_prompt])
-        valid = torch.ones(positive.shape[:2], dtype=torch.bool, device=device)  # padding is zero, and seen
-        return Conditioning(positive, valid), Conditioning(negative, valid[:1]), torch.cat([start, end], dim=2)
-
-    def _rotary(self) -> tuple[Tensor, ...]:
-        """Cosines and sines of all frames, and of the token that durations and time are in."""
-        length: int = self.pipeline.transformer.config.sample_size + 1
-        angles = get_1d_rotary_pos_embed(
-            self.pipeline.rotary_embed_dim, length, use_real=True, repeat_interleave_real=False
-        )
-        return tuple(part.to(self.pipeline._execution_device) for part in angles)
-
-    def _predict(
-        self,
-        durations: Tensor,
-        rotary: tuple[Tensor, ...],
-        noisy: Tensor,
-        timestep: Tensor,
-        context: Tensor,
-        context_mask: Tensor,
-    ) -> Tensor:
-        """The transformer as our guidance calls a denoiser; `context_mask` is all true."""
-        prediction: Tensor = self.denoiser(
-            noisy.to(context.dtype),
-            timestep,
-            encoder_hidden_states=context,
-            global_hidden_states=durations.expand(len(noisy), -1, -1),
-            rotary_embedding=rotary,
-            return_dict=False,
-        )[0]
-        return prediction.to(noisy.dtype)
-
+    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        # One by one: at full length an item takes gigabytes.
-        vae = self.pipeline.vae
-        return torch.cat([vae.decode(latent[None].to(vae.dtype)).sample for latent in latents])
+        """Audio `[B, channels, T or more]`."""
 
-
-class AudioLDM2:
-    """`AudioLDM2Pipeline` (Liu et al. 2023): mono, through a mel spectrogram and a vocoder; of any length."""
-
-    max_duration_seconds = math.inf
-
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
+    def level(self, audio: Tensor) -> Tensor:
+        """Decoded audio at the level at which the pipeline gives it; an edit keeps that of its recording instead."""
+        return audio
 
     @property
-    def denoiser(self) -> nn.Module:
-        module: nn.Module = self.pipeline.unet
-        return module
+    def channels(self) -> int:
+        """Of the audio."""
+        return 1
 
-    @property
-    def sample_rate_hz(self) -> int:
-        return int(self.pipeline.vocoder.config.sampling_rate)
+    def inpaint(self, prompts: Sequence[str], recording: Tensor, start: int, end: int, **options: Any) -> Tensor:
+        """Latents, one per prompt, of the recording `[channels, T]` with samples `[start, end)` made anew."""
+        raise NotImplementedError
 
-    def latents(
-        self, prompts: Sequence[str], negative_prompt: str | None, duration_seconds: float, **options: Any
-    ) -> Tensor:
-        frame_samples = math.prod(self.pipeline.vocoder.config.upsample_rates)
-        multiple = self.pipeline.vae_scale_factor
-        num_frames = math.ceil(round(duration_seconds * self.sample_rate_hz) / frame_samples / multiple) * multiple
-        guided = options["guidance_scale"] > 1
-        latents: Tensor = self.pipeline(
-            # Half a frame more, so that no rounding makes it one fewer.
-            audio_length_in_s=(num_frames + 0.5) * frame_samples / self.sample_rate_hz,
-            output_type="latent",
-            **self._text(prompts, negative_prompt, guided),
-            **options,
-        ).audios
-        return latents
+    def vary(self, prompts: Sequence[str], recording: Tensor, strength: float, **options: Any) -> Tensor:
+        """Latents, one per prompt, of variations of the recording `[channels, T]`."""
+        raise NotImplementedError
 
-    def decode(self, latents: Tensor) -> Tensor:
-        mel = self.pipeline.vae.decode(1 / self.pipeline.vae.config.scaling_factor * latents).sample
-        audio: Tensor = self.pipeline.mel_spectrogram_to_waveform(mel)
-        return audio[:, None]
+    def check_guidance(self, scale: float, edits: bool) -> None:  # noqa: B027
+        """Raises ValueError for a scale that the loaded pipeline does not guide with; most take any."""
 
-    @torch.no_grad()
-    def _text(self, prompts: Sequence[str], negative_prompt: str | None, guided: bool) -> dict[str, Tensor]:
-        """Embedded one by one: the language model reads the padding of a batch, and an item must ignore its batch."""
-        device = self.pipeline._execution_device
-        rows = [
-            self.pipeline.encode_prompt(text, device, 1, guided, negative_prompt=negative_prompt) for text in prompts
-        ]
-        tokens = max(mask.shape[1] for _, mask, _ in rows)
-        text = [pad(embeds, (0, 0, 0, tokens - embeds.shape[1])) for embeds, _, _ in rows]
-        masks = [pad(mask, (0, tokens - mask.shape[1])) for _, mask, _ in rows]
-        generated = [embeds for _, _, embeds in rows]
-        columns = {"prompt_embeds": text, "attention_mask": masks, "generated_prompt_embeds": generated}
-        named = {name: torch.cat([row[-1:] for row in column]) for name, column in columns.items()}
-        if guided:  # the negative prompt comes first
-            named |= {f"negative_{name}": torch.cat([row[:1] for row in column]) for name, column in columns.items()}
-        return named
+
+def each_prompt(make: Callable[..., Tensor], prompts: Sequence[str], generator: Sequence[Any]) -> Tensor:
+    """`make(prompts, generator=...)` for neighbours of one prompt at a time: of a pipeline that reads the padding.
+
+    Prompts of other lengths in the same batch would change an item.
+    """
+    rows = []
+    for _, group in groupby(zip(prompts, generator, strict=True), key=lambda pair: pair[0]):
+        alike = list(group)
+        rows.append(make([prompt for prompt, _ in alike], generator=[own for _, own in alike]))
+    return torch.cat(rows)
+
+
+def whole_frames(recording: Tensor, hop_samples: int) -> Tensor:
+    """`[channels, T]` with silence behind it, up to a whole number of latent frames."""
+    return pad(recording, (0, -recording.shape[-1] % hop_samples))
+
+
+def decode_each(vae: Any, latents: Tensor) -> Tensor:
+    """`[B, channels, T]` of latents `[B, C, L]`, one by one: at full length an item takes gigabytes."""
+    return torch.cat([vae.decode(latent[None].to(vae.dtype)).sample for latent in latents])
+
+
+_FAMILIES = {
+    "StableAudioPipeline": "stable_audio.StableAudio",
+    "StableAudio3Pipeline": "stable_audio_3.StableAudio3",
+    "AceStepPipeline": "ace_step.AceStep",
+    "LongCatAudioDiTPipeline": "longcat.LongCat",
+    "AudioLDMPipeline": "audioldm.AudioLDM",
+    "AudioLDM2Pipeline": "audioldm.AudioLDM2",
+    "MusicLDMPipeline": "audioldm.MusicLDM",
+    "TangoFluxPipeline": "tangoflux.TangoFlux",
+}
+"""By the class that `model_index.json` names."""
 
 
 @dataclass(frozen=True)
 class PublishedPipeline:
-    """A pipeline on the hub.
+    """A pipeline on the hub, or in a folder.
 
     Args:
-        repository: on the hub.
-        family: "stable_audio" or "audioldm2"; ValueError for any other.
+        repository: on the hub; or a folder with a `model_index.json`.
+        pipeline: its class, such as "StableAudioPipeline"; ValueError for one of no family here.
         dtype: of the weights.
-        cacheable_layers: as `foley.accel.layers.declare_cacheable_layers` takes them; None for those of diffusers'
-            own transformer blocks.
+        cacheable_layers: as `foley.accel.layers.declare_cacheable_layers` takes them; None for those that are found.
     """
 
     repository: str
-    family: str
+    pipeline: str
     dtype: str = "float32"
     cacheable_layers: Mapping[str, str | None] | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in _LOADERS:
-            raise ValueError(f"published.family must be one of {', '.join(_LOADERS)}, got {self.family!r}")
+        if self.pipeline not in _FAMILIES:
+            raise ValueError(f"published.pipeline must be one of {', '.join(_FAMILIES)}, got {self.pipeline!r}")
 
     @property
-    def takes_solvers(self) -> bool:
-        """Whether solvers of ours sample it, beside its own."""
-        return self.family == "stable_audio"
+    def family(self) -> type[AudioPipeline]:
+        module, _, name = _FAMILIES[self.pipeline].rpartition(".")
+        family: type[AudioPipeline] = getattr(import_module(f"foley.system.published.{module}"), name)
+        return family
 
     def load(self, hub: Hub, cache_dir: Path) -> AudioPipeline:
         """In eval mode on the CPU; raises CheckpointError at once where a file is neither here nor to be had."""
+        audio = self.open(hub)
+        if self.cacheable_layers:
+            declare_cacheable_layers(audio.denoiser, self.cacheable_layers)
+        return audio
+
+    def open(self, hub: Hub) -> AudioPipeline:
+        """As published; `load` declares the layers too."""
         folder = pipeline_folder(hub, self.repository)
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "local_files_only": True}
         if not is_accelerate_available():
             options["low_cpu_mem_usage"] = False
         try:
-            pipeline = _LOADERS[self.family](folder, options)
+            return self.family.load(folder, options)
         except OSError as error:
             raise CheckpointError(f"{folder} does not hold a whole {self.repository}: {error}") from error
-        if self.cacheable_layers:
-            declare_cacheable_layers(pipeline.denoiser, self.cacheable_layers)
-        return pipeline
-
-
-# The pipelines take seconds to import, so only who loads one does.
-def _load_stable_audio(folder: Path, options: Mapping[str, Any]) -> AudioPipeline:
-    from diffusers import StableAudioPipeline
-
-    return StableAudio(StableAudioPipeline.from_pretrained(folder, **options))
-
-
-def _load_audioldm2(folder: Path, options: Mapping[str, Any]) -> AudioPipeline:
-    from diffusers import AudioLDM2Pipeline
-    from transformers import GPT2LMHeadModel
-
-    # The index names GPT2Model, which transformers has taken the pipeline's generation methods from.
-    language_model = GPT2LMHeadModel.from_pretrained(folder / "language_model", dtype=options["dtype"])
-    return AudioLDM2(AudioLDM2Pipeline.from_pretrained(folder, language_model=language_model, **options))
-
-
-_LOADERS = {"stable_audio": _load_stable_audio, "audioldm2": _load_audioldm2}

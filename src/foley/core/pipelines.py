@@ -1,0 +1,95 @@
+"""What `system=` names beside files of ours: a published name, or a pipeline of diffusers in a folder or on the hub.
+
+A pipeline without a config of its own has that of a published one of its class, such as its steps and guidance scale.
+"""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from foley.core.components import CheckpointError
+from foley.core.config import CONFIG_DIR, PIPELINE_INDEX, hub_name, published_config, published_name
+from foley.core.hub import Hub
+from foley.core.reading import read_json, reading
+
+
+def system_config(
+    system: str | Path, overrides: Mapping[str, Any] | None = None, hub_dir: str | Path | None = None
+) -> DictConfig | None:
+    """How what `system` names is loaded (`published`), and its defaults (`sampling`); None where it is of ours.
+
+    Args:
+        overrides: as for `published_config`.
+        hub_dir: a folder laid out as the hub is, instead of the network.
+
+    Raises CheckpointError for a repository that is not to be had, and a pipeline that makes no audio as known here.
+    """
+    if (name := published_name(system)) is not None:
+        return published_config(name, overrides)
+    if (repository := hub_name(system)) is not None:
+        index = _index_on_hub(repository, hub_dir)
+    else:
+        index, repository = Path(system).expanduser() / PIPELINE_INDEX, str(Path(system).expanduser())
+    return _config_like(_pipeline_class(index), repository, overrides) if index.is_file() else None
+
+
+def _index_on_hub(repository: str, hub_dir: str | Path | None) -> Path:
+    index, reason = _asked(repository, Hub(Path(hub_dir).expanduser()) if hub_dir else Hub())
+    if index is None:
+        raise CheckpointError(
+            f"system={repository} names no file or folder that exists, and no pipeline on the hub: {reason}"
+        )
+    return index
+
+
+@lru_cache
+def _asked(repository: str, hub: Hub) -> tuple[Path | None, str]:
+    """The index, or why there is none; asked once, for several options ask for their defaults."""
+    try:
+        return hub.file(repository, PIPELINE_INDEX), ""
+    except CheckpointError as error:
+        return None, str(error)
+
+
+def _pipeline_class(index: Path) -> str:
+    with reading(index, "the index of a pipeline", "download it again"):
+        return str(read_json(index, "the index of a pipeline", "download it again")["_class_name"])
+
+
+def _config_like(pipeline: str, repository: str, overrides: Mapping[str, Any] | None) -> DictConfig:
+    """The config of the published pipeline of this class, with the weights of another repository or folder."""
+    like = published_pipelines()
+    if pipeline not in like:
+        raise CheckpointError(
+            f"system={repository} is a {pipeline}, which is none of the pipelines that are sampled here: "
+            f"{', '.join(sorted(like))}"
+        )
+    own = OmegaConf.create({"published": {"repository": repository}})
+    return published_config(like[pipeline], OmegaConf.to_container(OmegaConf.merge(own, overrides or {})))  # type: ignore[arg-type]
+
+
+@lru_cache
+def published_pipelines() -> dict[str, str]:
+    """The first name in configs/published of each class of pipelines.
+
+    >>> published_pipelines()["StableAudioPipeline"]
+    'stable_audio_open'
+    """
+    found: dict[str, str] = {}
+    for file in sorted((CONFIG_DIR / "published").glob("*.yaml")):
+        if pipeline := OmegaConf.select(OmegaConf.load(file), "published.pipeline"):
+            found.setdefault(pipeline, file.stem)
+    return found
+
+
+def known_config(
+    system: str | Path | None, overrides: Mapping[str, Any] | None = None, hub_dir: str | Path | None = None
+) -> DictConfig | None:
+    """As `system_config`; None also where it raises, which whoever loads the system is told."""
+    try:
+        return None if system is None else system_config(system, overrides, hub_dir)
+    except CheckpointError:
+        return None
