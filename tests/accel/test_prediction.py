@@ -177,7 +177,7 @@ def test_skipped_evaluations_cost_nothing_and_caches_go_on_in_the_others(at: str
     for name, parts in {
         "all": [PredictionReuse(1, at=at)],
         "prediction": [PredictionReuse(2, at=at)],
-        "both": [PredictionReuse(2, at=at), Fora(2)],
+        "both": [PredictionReuse(2, at=at), Fora(4)],
         "sparse": [PredictionReuse(2, at=at), LocalGlobal(window_frames=3, ratio=0.2)],
     }.items():
         meter = CostMeter(Combined(parts))

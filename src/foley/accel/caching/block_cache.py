@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from foley.accel.caching.calibration import relative_change
-from foley.accel.caching.layer_cache import Reuse, replaced_forwards, reuse_by_name
+from foley.accel.caching.layer_cache import replaced_forwards
+from foley.accel.caching.reuse import Reuse, ReuseChoice, make_reuse, reuse_name
 from foley.accel.caching.schedule import CacheSchedule, RunSignature
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.numbers import COUNT, NumberRange
@@ -220,7 +221,7 @@ class BlockCache(ABC):
         always_compute: and these, by their numbers from 0.
         max_reuses: reuses in a row, at most; None for no limit.
         max_hits: reuses in all, at most; None for no limit.
-        reuse: how the residual is reused, see `foley.accel.caching.layer_cache`.
+        reuse: how the residual is reused, see `foley.accel.caching.reuse`.
     """
 
     schedule: CacheSchedule | None = None
@@ -236,7 +237,7 @@ class BlockCache(ABC):
         max_reuses: int | None = None,
         max_hits: int | None = None,
         always_compute: Sequence[int] = (),
-        reuse: str = "hold",
+        reuse: ReuseChoice = "hold",
     ) -> None:
         for name, value in (("first_blocks", first_blocks), ("last_blocks", last_blocks), ("cooldown", cooldown)):
             _WHOLE.check(name, value)
@@ -244,8 +245,8 @@ class BlockCache(ABC):
         for name, limit in (("max_reuses", max_reuses), ("max_hits", max_hits)):
             if limit is not None:
                 _WHOLE.check(name, limit)
-        self._policy = {**policy, "reuse": reuse}
-        self._first, self._last, self._make_reuse = first_blocks, last_blocks, reuse_by_name(reuse)
+        self._policy = {**policy, "reuse": reuse_name(reuse)}
+        self._first, self._last, self._make_reuse = first_blocks, last_blocks, make_reuse(reuse)
         self._warmup, self._cooldown = warmup, cooldown
         self._max_reuses, self._max_hits, self._always = max_reuses, max_hits, frozenset(always_compute)
         self.differences: list[float | None] = []
