@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_max_pool1d
 from torchaudio.functional import melscale_fbanks
 
 from foley.core.files import one_line
+from foley.reporting.fewer_steps import FEWER_STEPS
 from foley.reporting.tables import Row, format_cell
 
 _WIDTH_INCHES, _HEIGHT_INCHES, _DPI = 6.0, 3.6, 160
@@ -91,12 +92,16 @@ def plot_rows(
 
 
 def plot_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Panels side by side, with a marker at each point; a line has the same colour in all of them."""
+    """Panels side by side, with a marker at each point; a line has the same colour in all of them.
+
+    That of fewer steps, which others are held against, is black.
+    """
     width = _PANEL_WIDTH_INCHES * len(panels)
     figure = Figure(figsize=(width, _PANEL_HEIGHT_INCHES), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in panel.lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+            style = {"color": "black", "linewidth": 2.0} if name == FEWER_STEPS else {}
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name, **style)
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if panel.log_x else "linear")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
