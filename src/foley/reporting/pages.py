@@ -97,14 +97,9 @@ def write_page(template: Path, page: Path, folder: Path | None = None, **facts: 
     )
     results = Results(folder or page.with_suffix(""))
     names = ("read", "table", "rows", "rtf", "plot", "picture", "origin")
-    tools: dict[str, Any] = {name: getattr(results, name) for name in names}
-    tools |= {
-        "cost": COST_COLUMNS,
-        "against": AGAINST_COLUMNS,
-        "quality": QUALITY_COLUMNS,
-        "count_beating": count_beating,
-    }
-    text = environment.get_template(template.name).render(**tools, **facts)
+    tools = {name: getattr(results, name) for name in names}
+    columns = {"cost": COST_COLUMNS, "against": AGAINST_COLUMNS, "quality": QUALITY_COLUMNS}
+    text = environment.get_template(template.name).render(count_beating=count_beating, **columns, **tools, **facts)
     write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines
 
 

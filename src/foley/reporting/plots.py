@@ -61,6 +61,7 @@ class Panel:
     y_label: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
     log_x: bool = False
+    log_y: bool = False
 
 
 def plot_rows(
@@ -71,6 +72,7 @@ def plot_rows(
     path: Path,
     log_x: bool = False,
     x_label: str = "",
+    log_y: bool = False,
 ) -> bool:
     """A panel for each measure that all rows have, with a line for each group of rows; tells whether it drew any.
 
@@ -85,7 +87,7 @@ def plot_rows(
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in rows:
                 lines.setdefault(format_cell(line, row), []).append((row[x], row[measure]))
-            panels.append(Panel(x_label or x.replace("_", " "), title, lines, log_x))
+            panels.append(Panel(x_label or x.replace("_", " "), title, lines, log_x, log_y))
     if panels:
         plot_panels(panels, path)
     return bool(panels)
@@ -102,11 +104,15 @@ def plot_panels(panels: Sequence[Panel], path: Path) -> None:
         for name, points in panel.lines.items():
             style = {"color": "black", "linewidth": 2.0} if name == FEWER_STEPS else {}
             axes.plot(*zip(*sorted(points), strict=True), "o-", label=name, **style)
-        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if panel.log_x else "linear")
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale=_scale(panel.log_x), yscale=_scale(panel.log_y))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
     save_figure(figure, path)
+
+
+def _scale(logarithmic: bool) -> str:
+    return "log" if logarithmic else "linear"
 
 
 def log_mel(audio: Tensor, sample_rate_hz: int) -> Tensor:
