@@ -221,10 +221,18 @@ def _measured(workload: Workload, variant: Variant, accelerator: Accelerator, cl
         "seconds": rounds.seconds["run"][0],
         "processor_seconds": rounds.processor_seconds["run"][0],
         "macs": None if cost is None else cost.macs_cached * len(clips),
-        "computed_fraction": None if schedule is None else schedule.computed_fraction,
+        "computed_fraction": _computed_fraction(accelerator, schedule),
         "reused": {} if schedule is None else _reuses(schedule),
     }
     return rounds.results["run"], info
+
+
+def _computed_fraction(accelerator: Accelerator, schedule: CacheSchedule | None) -> float | None:
+    """Of the layer calls, or of the evaluations where these are skipped as a whole."""
+    if schedule is not None:
+        return schedule.computed_fraction
+    computed = getattr(accelerator, "computed_evaluations", None)
+    return fmean(computed) if computed else None
 
 
 def _reuses(schedule: CacheSchedule) -> dict[str, int]:

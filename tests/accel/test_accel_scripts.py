@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import compose_command, run_command
+from commands import compose_command, load_command, run_command
 from hydra.utils import instantiate
 
 from foley.accel.caching.audiocache import AudioCache
@@ -235,10 +235,22 @@ def test_the_benchmark_spends_the_budget_in_two_ways() -> None:
     assert (sweeps.budget.accel.method, sweeps.budget_greedy.accel.method) == ("dynamic", "greedy")
 
 
-def test_the_demo_takes_the_threshold_that_was_measured() -> None:
+def test_the_demo_holds_what_is_recommended_and_the_paper_against_fewer_steps() -> None:
     demo = compose_command("script/demo")
-    assert demo.variants.AudioCache.accel.threshold == 0.4
-    assert compose_command("sample", "accel=audiocache").accel.threshold == 0.3  # the paper's
+    assert list(demo.variants)[:4] == ["no acceleration", demo.yardstick, "prediction reuse", "AudioCache"]
+    assert demo.variants.AudioCache.accel.threshold == compose_command("sample", "accel=audiocache").accel.threshold
+    assert 50 / demo.variants["fewer steps"].steps == pytest.approx(
+        demo.variants["prediction reuse"].accel.interval, 0.1
+    )
+
+
+def test_the_demo_says_how_far_off_a_policy_is_of_fewer_steps() -> None:
+    say = load_command("script/demo")["against_yardstick"]
+    scores = {"none": {"spectral_convergence": 0.0}, "fewer steps": {"spectral_convergence": 0.1}}
+    scores |= {"AudioCache": {"spectral_convergence": 0.25}}
+    assert say(scores, "AudioCache", "fewer steps") == ["2.5 times as far off as fewer steps"]
+    assert say(scores, "none", "fewer steps") == say(scores, "fewer steps", "fewer steps") == []
+    assert say(scores, "AudioCache", "absent") == []
 
 
 def test_the_benchmark_reads_finer_calibrations(system_dir: Path, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def test_without_a_prompt_the_system_that_ships_generates_prompts_of_its_world()
 
 def test_with_an_accelerator_alone_the_demo_is_made_with_and_without_it(tmp_path):
     run_command("sample", "accel=fora", "steps=2", "duration_seconds=0.2", "device=cpu", f"output_dir={tmp_path}")
-    assert list(json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8"))) == ["no acceleration", "Fora"]
+    ways = list(json.loads((tmp_path / "comparison.json").read_text(encoding="utf-8")))
+    assert ways[:2] == ["no acceleration", "Fora"]
     plain, cached = (sorted(file.name for file in tmp_path.glob(f"{way}/*.wav")) for way in ("no-acceleration", "fora"))
     assert plain == cached
     assert len(plain) == 4

@@ -14,9 +14,11 @@ from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
 from foley.data.procedural import ProceduralDataset
 from foley.generation.prompts import LabelledPrompts
-from foley.metrics.judge import FrechetAudioDistance, Judge
+from foley.metrics.features import ClipFeatures
+from foley.metrics.judge import QUALITIES, FrechetAudioDistance, Judge
 from foley.metrics.latency import peak_memory_bytes, reset_peak_memory
 from foley.metrics.reconstruction import GriffinLim, mel_distance
+from foley.metrics.scores import share
 from foley.models.codec.dac import baseline
 from foley.system.system import build_system, save_system
 
@@ -60,6 +62,35 @@ def test_real_clips_are_recognised_and_a_set_is_at_no_distance_from_itself(folde
     same = judge.score(audio[:4], RATE, [None] * 4)
     assert same["label_accuracy"] is None
     assert same["frechet_distance"] < 0.1 < scores["frechet_distance"]
+
+
+def test_an_assessment_is_against_the_clips_of_the_prompts_labels_with_intervals(folder, clips):
+    rows = [{"path": f"reference/{item.id}.wav", "caption": item.caption, "label": item.label} for item in clips[:4]]
+    (folder / "recordings.jsonl").write_text("\n".join(json.dumps({**row, "split": "test"}) for row in rows))
+    labels = {clips[0].label, clips[1].label}
+    judge = Judge.of_recordings(EXTRACTOR, folder / "recordings.jsonl", "test", labels)
+    assert set(judge.reference.labels) == labels
+    audio, names = torch.stack([item.audio for item in clips[:4]])[:, None], [item.label for item in clips[:4]]
+    halves = [judge.clips(audio[part], RATE, names[part]) for part in (slice(0, 1), slice(1, 4))]
+    joined = ClipFeatures.joined(halves)
+    assert joined.labels == names
+    found = judge.assess(joined)
+    assert tuple(found) == QUALITIES
+    assert found["label_accuracy"] == judge.score(audio, RATE, names)["label_accuracy"]
+    for name in ("label_accuracy", "frechet_distance", "kl"):
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+    assert set(Judge.load(EXTRACTOR).assess(judge.clips(audio, RATE, [None] * 4)).values()) == {None}
+    assert judge.clips(audio, RATE // 2, names) is None
+    with pytest.raises(ValueError, match="no clip of it has one of the labels of the prompts"):
+        Judge.of_recordings(EXTRACTOR, folder / "recordings.jsonl", None, {"organ", None})
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)]
+)
+def test_the_interval_of_a_share_is_wilsons(hits, n, low, high):
+    found = share(hits, n)
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
 def test_fad_is_the_frechet_distance_of_its_protocols_features_at_any_rate(folder, clips):

@@ -42,6 +42,18 @@ def test_a_sweep_is_reported(tmp_path):
     assert len(json.loads((tmp_path / "trials.json").read_text())) == len(TRIALS)
 
 
+def test_uncached_trials_are_the_yardstick_of_accelerated_ones(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("foley.reporting.sweeps.save_figure", lambda figure, path: lines.extend(figure.axes[0].lines))
+    settings = ({"mac_speedup": 1.0}, {"steps": 25}, {"mac_speedup": 2.0}, {"mac_speedup": 3.0}, {})
+    for one, known in zip(TRIALS, settings, strict=True):
+        (tmp_path / str(one["number"])).mkdir()
+        (tmp_path / str(one["number"]) / TRIAL_FILE).write_text(json.dumps({**one, "settings": known}))
+    write_pareto_report(tmp_path, "seconds_per_clip")
+    (yardstick,) = [line for line in lines if line.get_label() == "fewer steps"]
+    assert yardstick.get_xydata().tolist() == [[1.0, 9.0], [2.0, 5.0], [4.0, 1.0]]
+
+
 def test_a_sweep_without_trials_has_no_report(tmp_path):
     write_pareto_report(tmp_path, "seconds_per_clip")
     assert not list(tmp_path.iterdir())

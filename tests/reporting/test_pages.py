@@ -8,6 +8,7 @@ import pytest
 from jinja2 import UndefinedError
 
 from foley.core.config import PROJECT_ROOT
+from foley.reporting.fewer_steps import against_fewer_steps
 from foley.reporting.pages import NOT_MEASURED, Results, write_page
 from foley.reporting.plots import plot_rows
 from foley.reporting.tables import format_rows, provenance
@@ -125,3 +126,30 @@ def test_a_page_says_what_its_rtf_is_of_as_far_as_it_is_known(tmp_path: Path) ->
     assert "(AMD EPYC, 1 thread, batch 8; NVIDIA H200, batch 1)" in both
     assert results.rtf([{"real_time_factor": 0.5}]) == "RTF is seconds of computing over seconds of audio."
     assert not results.rtf([{"seconds": 2.0}])
+
+
+def test_the_page_of_acceleration_marks_what_fewer_steps_beat_and_says_what_holds(tmp_path: Path) -> None:
+    common = {"setting": "x", "reuse": None, "wall_speedup": 3.0, "label_accuracy": 0.9}
+    steps = [
+        {**common, "policy": "fewer steps", "value": n, "mac_speedup": 50 / n, "latent_error": 1 / n} for n in (25, 10)
+    ]
+    better = {**common, "policy": "prediction", "value": 3, "mac_speedup": 3.0, "latent_error": 0.02}
+    worse = {**common, "policy": "audiocache", "value": 0.3, "reuse": "hold", "mac_speedup": 3.0, "latent_error": 0.12}
+    results = {
+        "settings": {"num_steps": 50, "guidance_scale": 3.0, "prompts": 4, "frames": 9, "label_accuracy_uncached": 0.9},
+        "provenance": {"date": "today"},
+        "rows": against_fewer_steps([*steps, better, worse]),
+        "changes": {"relative_deviation": 0.1, "earliest_half": 0.2, "latest_half": 0.7},
+    }
+    file = tmp_path / "demo-model/caching/ddim_50/caching.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(results))
+    (tmp_path / "acceleration").mkdir()
+    write_page(PAGES / "templates/acceleration.md", tmp_path / "acceleration.md")
+    page = (tmp_path / "acceleration.md").read_text()
+    assert "Settings that beat fewer steps: prediction 1 of 1, audiocache (hold) 0 of 1." in page
+    assert "3.0x in MACs, latent error 0.020, 0.37 of that of fewer steps" in page  # 0.0543 on the straight line
+    assert "(AudioCache, Fig. 3) | holds | standard deviation over prompts 10 % of the mean" in page
+    assert "(AudioCache, III-C) | does not hold | at 3.00x its error is 2.21 times that of fewer steps" in page
+    write_page(PAGES / "templates/demo-model.md", tmp_path / "demo-model.md")
+    assert "| audiocache 0.3 | hold |" in (tmp_path / "demo-model.md").read_text()

@@ -21,6 +21,7 @@ from foley.generation.result import Generation
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.losses.spectral import magnitude
+from foley.reporting.fewer_steps import FEWER_STEPS
 from foley.reporting.samples import PAGE_FILE, render_comparison
 from foley.reporting.tables import COST_COLUMNS, format_cell, format_rows
 
@@ -87,8 +88,9 @@ def heading(name: str, row: Mapping[str, Any], *facts: str) -> str:
 def compare_with_uncached(
     generator: TextToAudio | PipelineToAudio, clips: Sequence[Clip], settings: GenerationSettings, directory: Path
 ) -> Path:
-    """The clips without acceleration and with that of `settings`, from the same seeds; returns the page.
+    """The clips without acceleration, with that of `settings`, and by fewer steps; returns the page.
 
+    All are from the same seeds. Fewer steps are as many as cost what the accelerated run does, where that is counted.
     Calibration and first calls are not timed. Each way is timed once: its speed-up is what one sees, no benchmark.
     """
     name = _name(settings.accelerator)
@@ -97,12 +99,27 @@ def compare_with_uncached(
     for way, accelerator in {"no acceleration": NoAcceleration(), name: settings.accelerator}.items():
         bar = partial(track, description=way)
         results[way] = generator.generate_clips(clips, replace(settings, accelerator=accelerator, progress=bar))
+    if steps := _steps_at_its_cost(results[name].settings):
+        plain = replace(
+            settings, accelerator=NoAcceleration(), num_steps=steps, progress=partial(track, description="fewer steps")
+        )
+        results[f"{FEWER_STEPS}, {steps}"] = generator.generate_clips(clips, plain)
     rows = compare(results)
     write_json(directory / "comparison.json", rows)
     _log.info("%s", format_rows([{"way": way, **row} for way, row in rows.items()], _COLUMNS))
     where = next(iter(results.values())).rtf.where
     headings = {way: heading(way, row) for way, row in rows.items()}
     return write_comparison(directory, f"With and without {name}", _FACTS.format(len(clips), where), results, headings)
+
+
+def _steps_at_its_cost(settings: Mapping[str, Any]) -> int | None:
+    """How many uncached steps take as many multiply-accumulates as the run did; None where they are not fewer.
+
+    >>> _steps_at_its_cost({"num_steps": 50, "mac_speedup": 2.9}), _steps_at_its_cost({"num_steps": 50})
+    (17, None)
+    """
+    steps = round(settings["num_steps"] / settings.get("mac_speedup", 1.0))
+    return steps if 1 <= steps < settings["num_steps"] else None
 
 
 def _name(accelerator: Accelerator | None) -> str:

@@ -15,6 +15,24 @@ FEWER_STEPS = "fewer steps"
 """The policy of the rows that are the yardstick."""
 
 
+AGAINST_COLUMNS = {
+    "error of fewer steps?": "{fewer_steps_error:.3f}",
+    "error over that?": "{error_ratio:.2f}",
+    "beats fewer steps?": "{beats_fewer_steps}",
+}
+"""What a table of acceleration says beside a row's error."""
+
+QUALITY_COLUMNS = {
+    "label accuracy": "{label_accuracy:.1%}",
+    "its 95 % interval?": "{label_accuracy_low:.1%} to {label_accuracy_high:.1%}",
+    "Frechet distance?": "{frechet_distance:.1f}",
+    "its interval?": "{frechet_distance_low:.1f} to {frechet_distance_high:.1f}",
+    "KL?": "{kl:.3f}",
+    "interval of KL?": "{kl_low:.3f} to {kl_high:.3f}",
+}
+"""What it says of quality against a reference."""
+
+
 def error_of_fewer_steps(rows: Sequence[Row], speedup: float) -> float | None:
     """The latent error of fewer steps at a speed-up: its logarithm on straight lines between the step counts of `rows`.
 
@@ -41,6 +59,23 @@ def against_fewer_steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
     outside of the step counts that were measured, and where there are none.
     """
     return [dict(row) | (_compared(row, rows) if _is_compared(row) else {}) for row in rows]
+
+
+def count_beating(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each policy and kind of reuse, how many settings beat fewer steps, of those that can be compared.
+
+    >>> row = {"policy": "fora", "reuse": "hold"}
+    >>> count_beating([row | {"beats_fewer_steps": "yes"}, row | {"beats_fewer_steps": "no"}])
+    [{'policy': 'fora', 'reuse': 'hold', 'beat': 1, 'of': 2}]
+    """
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for row in rows:
+        if row.get("beats_fewer_steps") is not None:
+            groups.setdefault((row["policy"], row.get("reuse")), []).append(row["beats_fewer_steps"])
+    return [
+        {"policy": policy, "reuse": reuse, "beat": found.count("yes"), "of": len(found)}
+        for (policy, reuse), found in groups.items()
+    ]
 
 
 def _compared(row: Row, rows: Sequence[Row]) -> dict[str, Any]:

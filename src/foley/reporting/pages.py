@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from foley.core.files import write_json, write_text
 from foley.core.reading import read_json
 from foley.metrics.latency import RealTimeFactor
+from foley.reporting.fewer_steps import AGAINST_COLUMNS, QUALITY_COLUMNS, count_beating
 from foley.reporting.plots import plot_rows
 from foley.reporting.tables import COST_COLUMNS, Row, format_rows
 
@@ -82,7 +83,7 @@ class Results:
 
 
 def write_page(template: Path, page: Path, folder: Path | None = None, **facts: Any) -> None:
-    """Fill in `template`, which may use `facts` too, and of acceleration the columns `cost`.
+    """Fill in `template`, which may use `facts` too, and of acceleration the columns `cost`, `against` and `quality`.
 
     The results and pictures lie in `folder`; by default in the one beside `page` that has its name.
 
@@ -97,7 +98,8 @@ def write_page(template: Path, page: Path, folder: Path | None = None, **facts: 
     results = Results(folder or page.with_suffix(""))
     names = ("read", "table", "rows", "rtf", "plot", "picture", "origin")
     tools = {name: getattr(results, name) for name in names}
-    text = environment.get_template(template.name).render(cost=COST_COLUMNS, **tools, **facts)
+    columns = {"cost": COST_COLUMNS, "against": AGAINST_COLUMNS, "quality": QUALITY_COLUMNS}
+    text = environment.get_template(template.name).render(count_beating=count_beating, **columns, **tools, **facts)
     write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines
 
 

@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_max_pool1d
 from torchaudio.functional import melscale_fbanks
 
 from foley.core.files import one_line
+from foley.reporting.fewer_steps import FEWER_STEPS
 from foley.reporting.tables import Row, format_cell
 
 _WIDTH_INCHES, _HEIGHT_INCHES, _DPI = 6.0, 3.6, 160
@@ -60,6 +61,7 @@ class Panel:
     y_label: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
     log_x: bool = False
+    log_y: bool = False
 
 
 def plot_rows(
@@ -70,6 +72,7 @@ def plot_rows(
     path: Path,
     log_x: bool = False,
     x_label: str = "",
+    log_y: bool = False,
 ) -> bool:
     """A panel for each measure that all rows have, with a line for each group of rows; tells whether it drew any.
 
@@ -84,24 +87,32 @@ def plot_rows(
             lines: dict[str, list[tuple[float, float]]] = {}
             for row in rows:
                 lines.setdefault(format_cell(line, row), []).append((row[x], row[measure]))
-            panels.append(Panel(x_label or x.replace("_", " "), title, lines, log_x))
+            panels.append(Panel(x_label or x.replace("_", " "), title, lines, log_x, log_y))
     if panels:
         plot_panels(panels, path)
     return bool(panels)
 
 
 def plot_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Panels side by side, with a marker at each point; a line has the same colour in all of them."""
+    """Panels side by side, with a marker at each point; a line has the same colour in all of them.
+
+    That of fewer steps, which others are held against, is black.
+    """
     width = _PANEL_WIDTH_INCHES * len(panels)
     figure = Figure(figsize=(width, _PANEL_HEIGHT_INCHES), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, points in panel.lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
-        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log" if panel.log_x else "linear")
+            style = {"color": "black", "linewidth": 2.0} if name == FEWER_STEPS else {}
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name, **style)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale=_scale(panel.log_x), yscale=_scale(panel.log_y))
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
     save_figure(figure, path)
+
+
+def _scale(logarithmic: bool) -> str:
+    return "log" if logarithmic else "linear"
 
 
 def log_mel(audio: Tensor, sample_rate_hz: int) -> Tensor:

@@ -12,6 +12,7 @@ from foley.core.files import write_json, write_text
 from foley.core.logs import get_logger
 from foley.core.reading import read_json, reading
 from foley.metrics.latency import RealTimeFactor
+from foley.reporting.fewer_steps import FEWER_STEPS
 from foley.reporting.plots import save_figure
 from foley.reporting.tables import markdown_table
 
@@ -56,6 +57,15 @@ def pareto_front(trials: Sequence[Trial], score: str, cost: str) -> list[Trial]:
     return front
 
 
+def is_uncached(trial: Trial) -> bool:
+    """Whether every evaluation of it was computed in full: then its speed is that of its steps alone.
+
+    >>> is_uncached({"settings": {"steps": 25}}), is_uncached({"settings": {"steps": 50, "mac_speedup": 2.0}})
+    (True, False)
+    """
+    return bool(trial.get("settings", {}).get("mac_speedup", 1.0) == 1.0)
+
+
 def write_pareto_report(directory: Path, cost: str) -> None:
     """Write `trials.json`, `pareto.md` and `pareto.png` of the trials below `directory`."""
     trials = read_trials(directory)
@@ -96,6 +106,10 @@ def _plot(trials: Sequence[Trial], front: Sequence[Trial], score: str, cost: str
     axes = figure.subplots()
     axes.scatter([t[cost] for t in trials], [t[score] for t in trials], s=18, color="0.7", label="trials")
     axes.plot([t[cost] for t in front], [t[score] for t in front], "o-", label="Pareto front")
+    plain = [trial for trial in trials if is_uncached(trial)]
+    if 0 < len(plain) < len(trials):  # what acceleration must beat
+        yardstick = pareto_front(plain, score, cost)
+        axes.plot([t[cost] for t in yardstick], [t[score] for t in yardstick], "k.--", label=FEWER_STEPS)
     for trial in front:
         axes.annotate(str(trial["number"]), (trial[cost], trial[score]), (4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel=cost.replace("_", " "), ylabel=score.replace("_", " "))
