@@ -1,6 +1,6 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from foley.accel.compiling import check_choice, compile_evaluation, leaves_evaluations_whole
 from foley.accel.cost import CostMeter
 from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
 from foley.core.config import shipped
@@ -24,7 +25,7 @@ from foley.data.audio import PEAK_CEILING
 from foley.data.dataset import PeakLevel, gain_to_decibels
 from foley.diffusion.context import Accelerator
 from foley.diffusion.graphs import CudaRecorder, choose_graphs
-from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
+from foley.diffusion.guidance import ClassifierFreeGuidance, Denoise, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
@@ -102,19 +103,22 @@ class TextToAudio:
         self._require_exact("save")
         save_system(self.system, Path(directory), dtype)
 
-    def optimise(self, precision: str = "auto", compiled: bool = False, cuda_graphs: str | bool = "auto") -> None:
-        """Hold the denoiser in another precision, compile its blocks at their first use, record its evaluations.
+    def optimise(self, precision: str = "auto", compiled: bool | str = False, cuda_graphs: str | bool = "auto") -> None:
+        """Hold the denoiser in another precision, compile it at its first use, record its evaluations.
 
         The first generation does it by default where it has not been done.
 
         Args:
             precision: "bf16", "fp16", or float32, which is exact, a text encoder of dtype=auto included: with any
                 other, what stays in float32 may be multiplied in TF32. "auto" is bf16 on CUDA and float32 elsewhere.
+            compiled: true makes one graph of a guided evaluation, and of each block under an accelerator; "blocks"
+                compiles block by block always.
             cuda_graphs: replay evaluations as CUDA graphs (`foley.diffusion.graphs`); "auto" does on CUDA.
 
         Raises ValueError for an unknown precision, for graphs where there is no CUDA, and for another precision where
         weights are rounded already.
         """
+        check_choice(compiled)
         precision = choose_precision(precision, self.device)
         self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
         if precision != self.inference.get("precision"):
@@ -122,8 +126,9 @@ class TextToAudio:
         set_precision(self.denoiser, precision)
         self.text.compute_exactly(precision == "float32")
         if compiled:
-            compile_blocks(self.denoiser)
             self._pad_text()
+        if compiled == "blocks":
+            compile_blocks(self.denoiser)
         self.inference |= {"precision": precision, "compile": compiled}
         self.inference |= {"cuda_graphs": True} if self._cuda_graphs else {}
 
@@ -134,6 +139,15 @@ class TextToAudio:
                 f"{purpose}: the denoiser's weights are rounded to {precision} by now; load the system again, and do "
                 'this before the first generation, or call optimise("float32") first'
             )
+
+    def _compiler(self, accelerator: Accelerator | None) -> Callable[[Denoise], Denoise] | None:
+        """What makes one graph of an evaluation, where that is wanted and can be; else blocks are compiled by now."""
+        if self.inference["compile"] is not True:
+            return None
+        if leaves_evaluations_whole(accelerator):
+            return compile_evaluation
+        compile_blocks(self.denoiser)
+        return None
 
     def _pad_text(self) -> None:
         """Few lengths of text, so that what is compiled or captured for one serves the next prompt too."""
@@ -338,6 +352,9 @@ class TextToAudio:
     ) -> Iterator[Tensor]:
         """Normalised latents `[B, C, L]`, batch by batch."""
         guidance, solver = method
+        compiler = self._compiler(settings.accelerator)
+        if compiler is not None:
+            accelerator = None  # nothing is counted inside a graph
         denoise = partial(
             generate_latents,
             self.denoiser,
@@ -351,6 +368,7 @@ class TextToAudio:
             known=canvas.known,
             start=canvas.start,
             more=canvas.more,
+            compiler=compiler,
             windows=settings.windows(canvas.num_frames, self.frames_per_second),
         )
         with timings.measured("text_seconds", self.device):
