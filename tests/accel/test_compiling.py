@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from parts.small_system import CONFIGS, STEPS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,6 +20,7 @@ from foley.diffusion.solver import Solver
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.dit.model import DiffusionTransformer
 from foley.nn.adaln import AdaLNSola
+from foley.system.system import build_system
 
 CHANNELS, FRAMES, CONTEXT_DIM = 4, 12, 6
 
@@ -87,13 +89,14 @@ def test_evaluations_are_whole_where_nothing_is_attached() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it compiles
 def test_a_system_generates_the_same_compiled() -> None:
-    request: dict[str, Any] = {"duration_seconds": 0.5, "num_steps": 3}
-    exact = TextToAudio.load().generate(["a dog barks"], **request)
-    compiled = TextToAudio.load()
-    compiled.optimise(compiled=True)
-    result = compiled.generate(["a dog barks"], **request)
+    torch.manual_seed(0)
+    generator = TextToAudio(build_system(CONFIGS))
+    exact = generator.generate(["a dog barks"], **STEPS)
+    generator.optimise(compiled=True)
+    result = generator.generate(["a dog barks"], **STEPS)
     torch.testing.assert_close(result.audio, exact.audio, atol=1e-3, rtol=1e-3)
-    assert compiled.inference["compile"] is True
-    accelerated = compiled.generate(["a dog barks"], accelerator=Fora(2), **request)
+    assert generator.inference["compile"] is True
+    accelerated = generator.generate(["a dog barks"], accelerator=Fora(2), **STEPS)
     assert accelerated.audio.isfinite().all()

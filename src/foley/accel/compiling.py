@@ -9,6 +9,7 @@ Accelerators put something in the place of layers, by decisions that no graph ho
 instead (`foley.accel.precision.compile_blocks`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from foley.accel.combined import Combined, NoAcceleration
 from foley.diffusion.context import Accelerator
-from foley.diffusion.guidance import Denoise
 
+Denoise = Callable[[Tensor, Tensor], Tensor]
 CHOICES = (False, True, "blocks")
 """Of `compile=`: nothing, an evaluation as a whole wherever nothing is attached, or always block by block."""
 MOST_GRAPHS = 64
@@ -62,3 +63,10 @@ def leaves_evaluations_whole(accelerator: Accelerator | None) -> bool:
     if isinstance(accelerator, Combined):
         return all(leaves_evaluations_whole(part) for part in accelerator.accelerators)
     return accelerator is None or isinstance(accelerator, NoAcceleration)
+
+
+def leaves_layers_alone(accelerator: Accelerator | None) -> bool:
+    """Whether it computes an evaluation as it is or not at all, so that any denoiser will do, an exported one too."""
+    if isinstance(accelerator, Combined):
+        return all(leaves_layers_alone(part) for part in accelerator.accelerators)
+    return leaves_evaluations_whole(accelerator) or hasattr(accelerator, "computed_evaluations")

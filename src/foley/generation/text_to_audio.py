@@ -1,6 +1,6 @@
 """`TextToAudio`: the one object that a user of a trained system needs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,9 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from foley.accel.compiling import check_choice, compile_evaluation, leaves_evaluations_whole
 from foley.accel.cost import CostMeter
-from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
+from foley.accel.precision import choose_precision, computing_in, set_precision
 from foley.core.config import shipped
 from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
@@ -25,12 +24,13 @@ from foley.data.audio import PEAK_CEILING
 from foley.data.dataset import PeakLevel, gain_to_decibels
 from foley.diffusion.context import Accelerator
 from foley.diffusion.graphs import CudaRecorder, choose_graphs
-from foley.diffusion.guidance import ClassifierFreeGuidance, Denoise, KnownLatent
+from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import Solver
+from foley.generation.backends import Backend
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.canvas import Canvas, control_canvas, crop
-from foley.generation.decoding import LatentDecoder
+from foley.generation.decoding import LatentDecoder, warn_of_blow_up
 from foley.generation.editing import CROSS_FADE_SECONDS, Control, Edit, EditMask, Recording, Variation, paste_fitted
 from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
@@ -41,7 +41,6 @@ from foley.nn.rotary import RotaryExtension
 from foley.system.system import System, load_system, save_system
 
 _DEFAULT_SECONDS = 5.0
-_LARGEST_SPREAD = 3.0  # standard deviation of normalised latents; guidance makes it 1.5 at most
 _log = get_logger(__name__)
 
 
@@ -78,7 +77,7 @@ class TextToAudio:
             self._pad_text()
         self._decode = LatentDecoder(self.codec)
         self.inference: dict[str, Any] = {"decoder_precision": "float32"}  # and what `optimise` and its like choose
-        self._cuda_graphs = False
+        self._cuda_graphs, self._backend = False, Backend(self.denoiser)
         self.model_hash = hash_module(self.denoiser)
         self._said: set[str] = set()
 
@@ -118,17 +117,15 @@ class TextToAudio:
         Raises ValueError for an unknown precision, for graphs where there is no CUDA, and for another precision where
         weights are rounded already.
         """
-        check_choice(compiled)
         precision = choose_precision(precision, self.device)
         self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
         if precision != self.inference.get("precision"):
             self._require_exact(f"precision={precision}")
         set_precision(self.denoiser, precision)
         self.text.compute_exactly(precision == "float32")
+        self._backend.compile(compiled)
         if compiled:
             self._pad_text()
-        if compiled == "blocks":
-            compile_blocks(self.denoiser)
         self.inference |= {"precision": precision, "compile": compiled}
         self.inference |= {"cuda_graphs": True} if self._cuda_graphs else {}
 
@@ -140,18 +137,15 @@ class TextToAudio:
                 'this before the first generation, or call optimise("float32") first'
             )
 
-    def _compiler(self, accelerator: Accelerator | None) -> Callable[[Denoise], Denoise] | None:
-        """What makes one graph of an evaluation, where that is wanted and can be; else blocks are compiled by now."""
-        if self.inference["compile"] is not True:
-            return None
-        if leaves_evaluations_whole(accelerator):
-            return compile_evaluation
-        compile_blocks(self.denoiser)
-        return None
-
     def _pad_text(self) -> None:
         """Few lengths of text, so that what is compiled or captured for one serves the next prompt too."""
         self.text.length_multiple = max(self.text.length_multiple, TEXT_MULTIPLE)
+
+    def use_backend(self, name: str, directory: str | Path) -> None:
+        """Denoise and decode by the graphs "onnx" or "aoti" of an exported system; raises as `Backend.use` does."""
+        decode = self._backend.use(name, Path(directory), self.codec, self.inference)
+        self._decode = LatentDecoder(self.codec, decode=decode)
+        self.inference["backend"] = name
 
     def set_decoder_precision(self, precision: str) -> None:
         """Decode in another precision; float32, the default, is the fast decoder on a CPU (`LatentDecoder`).
@@ -314,6 +308,7 @@ class TextToAudio:
     def _generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         timings = Timings()
         guidance, solver = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
+        self._backend.check(settings.accelerator)
         self._calibrate(clips, settings, guidance, solver)
         clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]
         canvas = self._canvas(settings, solver.num_steps, timings)
@@ -352,12 +347,10 @@ class TextToAudio:
     ) -> Iterator[Tensor]:
         """Normalised latents `[B, C, L]`, batch by batch."""
         guidance, solver = method
-        compiler = self._compiler(settings.accelerator)
-        if compiler is not None:
-            accelerator = None  # nothing is counted inside a graph
+        denoiser, accelerator, compiler = self._backend.of_run(settings.accelerator, accelerator)
         denoise = partial(
             generate_latents,
-            self.denoiser,
+            denoiser,
             self.process,
             num_frames=canvas.num_frames,
             guidance=guidance,
@@ -380,7 +373,7 @@ class TextToAudio:
             with timings.measured("denoise_seconds", self.device):
                 seeds, recorder = [clip.seed for clip in batch], CudaRecorder() if self._cuda_graphs else None
                 latent = denoise(positive=positive, negative=negative, seeds=seeds, recorder=recorder)  # [B, C, L]
-            self._warn_of_blow_up(latent, solver, guidance.scale)
+            warn_of_blow_up(latent, solver.name, solver.num_steps, guidance.scale)
             yield latent
 
     def _calibrate(
@@ -498,14 +491,3 @@ class TextToAudio:
         if message is not None and message not in self._said:
             self._said.add(message)
             _log.warning("%s", message)
-
-    def _warn_of_blow_up(self, latent: Tensor, solver: Solver, scale: float) -> None:
-        """Of latents `[B, C, L]` far beyond the unit variance that the model was trained on."""
-        spread = latent.float().flatten(1).std(dim=1)  # [B]
-        count = int((spread > _LARGEST_SPREAD).sum())
-        if count:
-            _log.warning(
-                "solver %s blew up in %d of %d clips: latents of standard deviation %.1f, in training 1; take more "
-                "than %d steps, another solver, or a lower guidance scale than %g",
-                *(solver.name, count, len(latent), float(spread.max()), solver.num_steps, scale),
-            )
