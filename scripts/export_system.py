@@ -1,4 +1,7 @@
-"""Turn a diffusion training checkpoint and the codec it names into one directory that `TextToAudio.load` takes."""
+"""Turn a diffusion training checkpoint and the codec it names into one directory that `TextToAudio.load` takes.
+
+On demand with graphs of its networks for other runtimes, ONNX or AOTInductor, in a folder inside it.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +10,11 @@ import torch
 from omegaconf import DictConfig
 
 from foley.cli.command import command
+from foley.core.devices import resolve_device
 from foley.core.logs import get_logger
 from foley.data.latents import LatentCacheIndex
 from foley.generation.novelty import representative
+from foley.system.exported import check_format, export_graphs
 from foley.system.system import System, load_system, save_system, share_parts
 
 DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -25,12 +30,19 @@ def with_captions(system: System, latents: str) -> System:
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
+    if cfg.format != "system":
+        check_format(cfg.format)  # before anything is read
     directory, system = Path(cfg.output_dir), load_system(cfg.ckpt, codec_path=cfg.codec_path)
     if cfg.latents is not None:
         system = with_captions(system, cfg.latents)
     save_system(system, directory, DTYPES[cfg.dtype])
     if cfg.share_with is not None:
         share_parts(directory, Path(cfg.share_with))
+    if cfg.format != "system":  # of the weights as they are stored
+        stored = load_system(directory)
+        for module in stored.modules.values():
+            module.eval().to(resolve_device(cfg.device))
+        export_graphs(stored, directory / cfg.format, cfg.format, cfg.max_frames)
     megabytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e6
     get_logger(__name__).info("wrote %s, %.1f MB", directory, megabytes)
 

@@ -6,8 +6,9 @@ are counted in a call of their own.
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foley.accel.attention.litefocus import compensation_indices, sparse_attention
-from foley.accel.attention.local_global import local_global_attention
+from foley.accel.attention.local_global import keys_per_query, local_global_attention
+from foley.accel.attention.sparse import pays
 from foley.accel.combined import NoAcceleration
 from foley.accel.cost import count_macs, tmacs
 from foley.cli.command import command
@@ -96,7 +98,19 @@ def measure_window(cfg: DictConfig, num_tokens: int, rounds: int, like: Tensor) 
         "dense": lambda: F.scaled_dot_product_attention(q, k, v),
         "local_global": lambda: local_global_attention(q, k, v, settings.window_frames, indices),
     }
-    return {"num_tokens": num_tokens, **compare(calls, rounds)}
+    saving = num_tokens / keys_per_query(num_tokens, settings.window_frames, len(indices))
+    chosen = "local_global" if pays(num_tokens, num_tokens / saving, like.device) else "dense"
+    ways = compare(calls, rounds)
+    # Where it falls back, the choice is the dense way itself.
+    fallback = {"chosen": chosen, "speedup": ways[chosen]["speedup"]}
+    return {"num_tokens": num_tokens, "saving": saving, "fallback": fallback, **ways}
+
+
+def break_even(windows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The least saving of scores from which on sparse attention is no slower than dense; None where it always is."""
+    by_saving = sorted(windows, key=lambda row: row["saving"], reverse=True)
+    faster = takewhile(lambda row: row["local_global"]["speedup"] >= 1, by_saving)
+    return min((row["saving"] for row in faster), default=None)
 
 
 def one_evaluation(
@@ -158,6 +172,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         "device": str(like.device),
         "attention": attention,
         "window": windows,
+        "break_even": break_even(windows),
         "denoising_step": steps,
         "provenance": provenance(),
     }
@@ -168,6 +183,7 @@ def main(cfg: DictConfig) -> None:
     result = measure(cfg)
     write_json(Path(cfg.results_file), result)
     sys.stdout.write("".join(f"{json.dumps(row)}\n" for part in PARTS for row in result[part]))
+    sys.stdout.write(f"{json.dumps({'break_even': result['break_even']})}\n")
 
 
 if __name__ == "__main__":

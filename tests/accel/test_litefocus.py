@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
-from foley.accel.attention.litefocus import compensation_indices, sparse_attention
+from foley.accel.attention.litefocus import compensation_indices, flex_attention_of, sparse_attention
 from foley.core.seeding import torch_generator
 
 BATCH, HEADS, FRAMES, FREQUENCIES, DIM = 2, 3, 20, 4, 8
@@ -96,3 +97,11 @@ def test_what_cannot_be_attended_to_is_refused() -> None:
         sparse_attention(*_qkv(), 7, empty)
     with pytest.raises(ValueError, match="needs compensation tokens"):
         sparse_attention(*_qkv(), FREQUENCIES, empty, same_frequency=False)
+
+
+@pytest.mark.parametrize("double_count", [False, True])
+def test_flex_attention_is_the_same_attention(double_count: bool) -> None:
+    qkv, indices = _qkv(), compensation_indices(NUM_TOKENS, 0.2, torch_generator("C"))
+    expected = sparse_attention(*qkv, FREQUENCIES, indices, double_count)
+    actual = flex_attention_of(*qkv, FREQUENCIES, indices, double_count, attend=flex_attention)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

@@ -1,5 +1,6 @@
 """Local windows and random global frames: against masked dense attention, and on the real denoiser."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,9 +8,16 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 from foley.accel.attention.litefocus import LiteFocus, compensation_indices
-from foley.accel.attention.local_global import LocalGlobal, local_global_attention
+from foley.accel.attention.local_global import (
+    LocalGlobal,
+    flex_attention_of,
+    keys_per_query,
+    local_global_attention,
+)
+from foley.accel.attention.sparse import FLEX_BLOCK, LEAST_SAVING, filled_blocks, pays, takes_flex
 from foley.accel.caching.fora import Fora
 from foley.accel.caching.layer_cache import LayerCache
 from foley.accel.combined import Combined
@@ -221,3 +229,51 @@ def test_the_configs_name_them() -> None:
     assert isinstance(cache, LayerCache)
     assert isinstance(attention, LocalGlobal)
     assert [type(part) for part in others.accelerators] == [Fora, LiteFocus]
+
+
+@pytest.mark.parametrize(
+    "mask", [None, torch.arange(300)[None, None, None] < torch.tensor([300, 150])[:, None, None, None]]
+)
+def test_flex_attention_is_the_same_attention(mask: torch.Tensor | None) -> None:
+    qkv, indices = _qkv(300), compensation_indices(300, 0.1, torch_generator("global"))
+    expected = local_global_attention(*qkv, 20, indices, mask)
+    actual = flex_attention_of(*qkv, 20, indices, mask, attend=flex_attention)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_shared", "group", "margin"), [(0, 1, 20), (30, 1, 200), (150, 1, 0), (70, 100, 0)])
+def test_flex_attention_meets_every_block_that_holds_a_score_and_no_other(
+    num_shared: int, group: int, margin: int
+) -> None:
+    length = 500
+    row, column = torch.arange(length)[:, None], torch.arange(length)
+    first, last = row // group * group - margin, row // group * group + group - 1 + margin
+    pairs = torch.cat([torch.ones(length, num_shared).bool(), (column >= first) & (column <= last)], dim=1)
+    padded = F.pad(pairs, (0, -pairs.shape[1] % FLEX_BLOCK, 0, -length % FLEX_BLOCK))
+    blocks = padded.unflatten(1, (-1, FLEX_BLOCK)).unflatten(0, (-1, FLEX_BLOCK)).any(dim=3).any(dim=1)
+    assert torch.equal(filled_blocks(length, num_shared, group, margin), blocks)
+
+
+def test_where_it_does_not_pay_it_falls_back_to_dense_attention_and_says_so(dit: DiffusionTransformer) -> None:
+    plain, falling_back = _sample(dit), LocalGlobal(window_frames=3, ratio=0.2, fallback=True)
+    assert torch.equal(_sample(dit, falling_back), plain)  # one block meets all 40 frames
+    assert falling_back.describe() == {"dense_attention_tokens": [FRAMES + dit.prepends_time_token]}
+    always = LocalGlobal(window_frames=3, ratio=0.2)
+    assert not torch.equal(_sample(dit, always), plain)
+    assert always.describe() == {}
+
+
+def test_sparse_attention_pays_by_its_share_of_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(LEAST_SAVING, "cpu", 1.5)
+    assert pays(150, 100.0, cpu)
+    assert not pays(149, 100.0, cpu)
+    assert keys_per_query(150, 150, 0) == 150  # one block meets every key
+
+
+def test_flex_attention_is_chosen_by_device_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not takes_flex(torch.zeros(1, 1, 4, 64))
+    for capability, head_dim, chosen in (((9, 0), 64, True), ((7, 5), 64, False), ((9, 0), 8, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        query = SimpleNamespace(device=torch.device("cuda"), shape=(1, 1, 4, head_dim))
+        assert takes_flex(query) is chosen  # type: ignore[arg-type]

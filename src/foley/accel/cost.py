@@ -329,8 +329,10 @@ def _changes_cost(accelerator: Accelerator) -> bool:
 
 
 def _is_compiled(denoiser: nn.Module) -> bool:
-    """As a whole or in parts."""
+    """As a whole or in parts, or exported: products are out of sight."""
     # `torch.compile(module)` wraps it, which shows as `_orig_mod`; `module.compile()` sets its call.
+    if getattr(denoiser, "is_exported", False):
+        return True
     return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in denoiser.modules())
 
 

@@ -171,6 +171,8 @@ def open_requested(
             generator.keep_text_embeddings(cfg.text_cache_dir)
         if cfg.rotary_extension is not None:
             generator.extend_rotary(cfg.rotary_extension, cfg.trained_seconds)
+        if cfg.backend != "eager":  # after what it does not go with
+            generator.use_backend(cfg.backend, cfg.system)
     return generator
 
 
@@ -206,11 +208,11 @@ def _takes_features(generator: TextToAudio | PipelineToAudio) -> bool:
 
 
 def _check_pipeline(cfg: DictConfig) -> None:
-    asked = {cfg.compile, cfg.cuda_graphs is True, cfg.decoder_precision != "float32"}
+    asked = {cfg.compile, cfg.cuda_graphs is True, cfg.decoder_precision != "float32", cfg.backend != "eager"}
     if asked != {False} or {cfg.rotary_extension, cfg.text_cache_dir} != {None}:
         raise ValueError(
-            "decoder_precision, compile, cuda_graphs, rotary_extension and text_cache_dir need a system of ours: the "
-            "pipelines of diffusers only generate"
+            "decoder_precision, compile, backend, cuda_graphs, rotary_extension and text_cache_dir need a system of "
+            "ours: the pipelines of diffusers only generate"
         )
 
 

@@ -177,6 +177,7 @@ def generate_latents(
     start: Start | None = None,
     windows: Windows | None = None,
     recorder: Recorder | None = None,
+    compiler: Callable[[Denoise], Denoise] | None = None,
     more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """Latents `[B, C, num_frames]`, one per seed and row of `positive`; an item ignores the rest of its batch.
@@ -191,6 +192,7 @@ def generate_latents(
         start: a latent to begin at instead of pure noise, on `device`.
         windows: cuts a latent longer than the denoiser knows into such as it does.
         recorder: records evaluations as graphs, in runs of enough of them; None runs each as it is.
+        compiler: makes one graph of a guided evaluation (`foley.accel.compiling.compile_evaluation`).
         more: further inputs of the denoiser, one row for all items, on `device`; without windows.
 
     Threads may share a denoiser: they take turns, a whole generation each.
@@ -205,6 +207,7 @@ def generate_latents(
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
     rows = {name: row.expand(len(seeds), *row.shape[1:]) for name, row in more.items()}
     guided = guidance.wrap(denoiser, positive, negative, known, grid, rows)
+    guided = guided if compiler is None else compiler(guided)
     denoise, run = recorded(guided, run, recorder, accelerator)
     with sole_user(denoiser), nullcontext() if accelerator is None else accelerator.attach(denoiser):
         callbacks = [] if accelerator is None else [accelerator]

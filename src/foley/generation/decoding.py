@@ -7,10 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from foley.accel.precision import PRECISIONS
+from foley.core.logs import get_logger
 from foley.models.codec.fast_decoder import FastDecoder
 from foley.models.codec.mel_codec import MelCodec
 from foley.models.codec.waveform_vae import WaveformVAE
 from foley.nn.conv import folded_copy
+
+_LARGEST_SPREAD = 3.0  # standard deviation of normalised latents; guidance makes it 1.5 at most
+_log = get_logger(__name__)
+
+
+def warn_of_blow_up(latent: Tensor, solver: str, num_steps: int, guidance_scale: float) -> None:
+    """Warn of normalised latents `[B, C, L]` far beyond the unit variance that the model was trained on."""
+    spread = latent.float().flatten(1).std(dim=1)  # [B]
+    count = int((spread > _LARGEST_SPREAD).sum())
+    if count:
+        _log.warning(
+            "solver %s blew up in %d of %d clips: latents of standard deviation %.1f, in training 1; take more "
+            "than %d steps, another solver, or a lower guidance scale than %g",
+            *(solver, count, len(latent), float(spread.max()), num_steps, guidance_scale),
+        )
 
 
 class LatentDecoder:
@@ -24,17 +40,23 @@ class LatentDecoder:
         precision: of a waveform VAE's or a vocoder's weights, a name in `foley.accel.precision.PRECISIONS`; audio is
             float32 all the same.
 
+        decode: what decodes in the place of the codec's own, such as an exported graph.
+
     Raises ValueError for an unknown precision, or one that the codec cannot take.
     """
 
-    def __init__(self, codec: Any, precision: str = "float32") -> None:
+    def __init__(
+        self, codec: Any, precision: str = "float32", decode: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"decoder precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self._prepare: Callable[[Tensor], Tensor] = nn.Identity()
-        self._decode: Callable[[Tensor], Tensor] = codec.decode
+        self._decode: Callable[[Tensor], Tensor] = decode or codec.decode
         self._frames_per_latent = 1
         self._hop_samples: int = codec.hop_samples
         self._context_frames: int | None = getattr(codec, "context_frames", None)
+        if decode is not None:
+            return
         if isinstance(codec, WaveformVAE):
             self._decode = _fastest(codec, PRECISIONS[precision])
         elif isinstance(codec, MelCodec):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foley.accel.cost import CostMeter
-from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
+from foley.accel.precision import choose_precision, computing_in, set_precision
 from foley.core.config import shipped
 from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
@@ -27,9 +27,10 @@ from foley.diffusion.graphs import CudaRecorder, choose_graphs
 from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
 from foley.diffusion.sampler import Start, embed, generate_latents
 from foley.diffusion.solver import Solver
+from foley.generation.backends import Backend
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.canvas import Canvas, control_canvas, crop
-from foley.generation.decoding import LatentDecoder
+from foley.generation.decoding import LatentDecoder, warn_of_blow_up
 from foley.generation.editing import CROSS_FADE_SECONDS, Control, Edit, EditMask, Recording, Variation, paste_fitted
 from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
@@ -40,7 +41,6 @@ from foley.nn.rotary import RotaryExtension
 from foley.system.system import System, load_system, save_system
 
 _DEFAULT_SECONDS = 5.0
-_LARGEST_SPREAD = 3.0  # standard deviation of normalised latents; guidance makes it 1.5 at most
 _log = get_logger(__name__)
 
 
@@ -77,7 +77,7 @@ class TextToAudio:
             self._pad_text()
         self._decode = LatentDecoder(self.codec)
         self.inference: dict[str, Any] = {"decoder_precision": "float32"}  # and what `optimise` and its like choose
-        self._cuda_graphs = False
+        self._cuda_graphs, self._backend = False, Backend(self.denoiser)
         self.model_hash = hash_module(self.denoiser)
         self._said: set[str] = set()
 
@@ -102,14 +102,16 @@ class TextToAudio:
         self._require_exact("save")
         save_system(self.system, Path(directory), dtype)
 
-    def optimise(self, precision: str = "auto", compiled: bool = False, cuda_graphs: str | bool = "auto") -> None:
-        """Hold the denoiser in another precision, compile its blocks at their first use, record its evaluations.
+    def optimise(self, precision: str = "auto", compiled: bool | str = False, cuda_graphs: str | bool = "auto") -> None:
+        """Hold the denoiser in another precision, compile it at its first use, record its evaluations.
 
         The first generation does it by default where it has not been done.
 
         Args:
             precision: "bf16", "fp16", or float32, which is exact, a text encoder of dtype=auto included: with any
                 other, what stays in float32 may be multiplied in TF32. "auto" is bf16 on CUDA and float32 elsewhere.
+            compiled: true makes one graph of a guided evaluation, and of each block under an accelerator; "blocks"
+                compiles block by block always.
             cuda_graphs: replay evaluations as CUDA graphs (`foley.diffusion.graphs`); "auto" does on CUDA.
 
         Raises ValueError for an unknown precision, for graphs where there is no CUDA, and for another precision where
@@ -121,8 +123,8 @@ class TextToAudio:
             self._require_exact(f"precision={precision}")
         set_precision(self.denoiser, precision)
         self.text.compute_exactly(precision == "float32")
+        self._backend.compile(compiled)
         if compiled:
-            compile_blocks(self.denoiser)
             self._pad_text()
         self.inference |= {"precision": precision, "compile": compiled}
         self.inference |= {"cuda_graphs": True} if self._cuda_graphs else {}
@@ -138,6 +140,12 @@ class TextToAudio:
     def _pad_text(self) -> None:
         """Few lengths of text, so that what is compiled or captured for one serves the next prompt too."""
         self.text.length_multiple = max(self.text.length_multiple, TEXT_MULTIPLE)
+
+    def use_backend(self, name: str, directory: str | Path) -> None:
+        """Denoise and decode by the graphs "onnx" or "aoti" of an exported system; raises as `Backend.use` does."""
+        decode = self._backend.use(name, Path(directory), self.codec, self.inference)
+        self._decode = LatentDecoder(self.codec, decode=decode)
+        self.inference["backend"] = name
 
     def set_decoder_precision(self, precision: str) -> None:
         """Decode in another precision; float32, the default, is the fast decoder on a CPU (`LatentDecoder`).
@@ -301,6 +309,7 @@ class TextToAudio:
         timings = Timings()
         settings.refuse_lyrics()
         guidance, solver = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
+        self._backend.check(settings.accelerator)
         self._calibrate(clips, settings, guidance, solver)
         clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]
         canvas = self._canvas(settings, solver.num_steps, timings)
@@ -339,9 +348,10 @@ class TextToAudio:
     ) -> Iterator[Tensor]:
         """Normalised latents `[B, C, L]`, batch by batch."""
         guidance, solver = method
+        denoiser, accelerator, compiler = self._backend.of_run(settings.accelerator, accelerator)
         denoise = partial(
             generate_latents,
-            self.denoiser,
+            denoiser,
             self.process,
             num_frames=canvas.num_frames,
             guidance=guidance,
@@ -352,6 +362,7 @@ class TextToAudio:
             known=canvas.known,
             start=canvas.start,
             more=canvas.more,
+            compiler=compiler,
             windows=settings.windows(canvas.num_frames, self.frames_per_second),
         )
         with timings.measured("text_seconds", self.device):
@@ -363,7 +374,7 @@ class TextToAudio:
             with timings.measured("denoise_seconds", self.device):
                 seeds, recorder = [clip.seed for clip in batch], CudaRecorder() if self._cuda_graphs else None
                 latent = denoise(positive=positive, negative=negative, seeds=seeds, recorder=recorder)  # [B, C, L]
-            self._warn_of_blow_up(latent, solver, guidance.scale)
+            warn_of_blow_up(latent, solver.name, solver.num_steps, guidance.scale)
             yield latent
 
     def _calibrate(
@@ -481,14 +492,3 @@ class TextToAudio:
         if message is not None and message not in self._said:
             self._said.add(message)
             _log.warning("%s", message)
-
-    def _warn_of_blow_up(self, latent: Tensor, solver: Solver, scale: float) -> None:
-        """Of latents `[B, C, L]` far beyond the unit variance that the model was trained on."""
-        spread = latent.float().flatten(1).std(dim=1)  # [B]
-        count = int((spread > _LARGEST_SPREAD).sum())
-        if count:
-            _log.warning(
-                "solver %s blew up in %d of %d clips: latents of standard deviation %.1f, in training 1; take more "
-                "than %d steps, another solver, or a lower guidance scale than %g",
-                *(solver.name, count, len(latent), float(spread.max()), solver.num_steps, scale),
-            )

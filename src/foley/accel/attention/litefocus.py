@@ -1,16 +1,17 @@
 """LiteFocus (Tan et al. 2024): each query attends to its own frequency and to a random sample of all tokens."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foley.accel.attention.seeded import SeededAccelerator
+from foley.accel.attention.sparse import flex_union, takes_flex
 from foley.accel.diffusers.audioldm2 import (
     Attend,
     FeatureMapSizes,
@@ -69,6 +70,8 @@ def sparse_attention(
         if not len(indices):
             raise ValueError("attention without the same frequency needs compensation tokens, got none: raise `ratio`")
         return F.scaled_dot_product_attention(q, shared_k, shared_v)
+    if takes_flex(q):
+        return flex_attention_of(q, k, v, num_frequencies, indices, double_count)
     # Eq. 4: F_i is S_i and C. S_i is eq. 5 with `mod N_f` in the place of its `mod N_t`, since token t * N_f + f has
     # frequency f. A group is one frequency, and takes the place of a head: keys [B, F H, T + M, D].
     keys, values = (
@@ -80,6 +83,30 @@ def sparse_attention(
     attended = F.scaled_dot_product_attention(_by_frequency(q, num_frequencies), keys, values, attn_mask=mask)
     # Groups back to tokens t * F + f: [B, F, H, T, D] to [B, H, T F, D].
     return attended.unflatten(1, (num_frequencies, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def flex_attention_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_frequencies: int,
+    indices: Tensor,
+    double_count: bool = False,
+    attend: Callable[..., Any] | None = None,
+) -> Tensor:
+    """`sparse_attention` by FlexAttention, or by what stands in its place, `attend`: no key is copied per frequency."""
+    frames = q.shape[2] // num_frequencies  # T
+    # Token t * F + f to row f * T + t: [B, H, T F, D] to [B, H, F T, D].
+    q, k, v = (x.unflatten(2, (-1, num_frequencies)).transpose(2, 3).flatten(2, 3) for x in (q, k, v))
+    rows = indices % num_frequencies * frames + indices // num_frequencies
+    places = torch.arange(q.shape[2], device=q.device) // frames  # each row's frequency
+    same, reach = partial(_same_frequency, frames), (frames, 0)
+    attended = flex_union(q, k, v, rows, places, same, reach, double_count=double_count, attend=attend)
+    return attended.unflatten(2, (num_frequencies, -1)).transpose(2, 3).flatten(2, 3)
+
+
+def _same_frequency(frames: int, query: Tensor, key: Tensor) -> Tensor:
+    return query // frames == key
 
 
 def _by_frequency(x: Tensor, num_frequencies: int) -> Tensor:
@@ -106,6 +133,7 @@ class LiteFocus(SeededAccelerator):
         same_frequency: false attends to the compensation tokens only.
         double_count: as in `sparse_attention`.
         seed: of the compensation tokens.
+        fallback: attend densely wherever that is faster by `foley.accel.attention.sparse.pays`; the configs do.
     """
 
     def __init__(
@@ -115,11 +143,13 @@ class LiteFocus(SeededAccelerator):
         same_frequency: bool = True,
         double_count: bool = False,
         seed: int = 0,
+        fallback: bool = False,
     ) -> None:
-        super().__init__(seed)
+        super().__init__(seed, fallback)
         SHARE.check("ratio", ratio)
         self._ratio = ratio
         self._blocks = blocks
+        self._own_frequency = same_frequency
         self._core = partial(sparse_attention, double_count=double_count, same_frequency=same_frequency)
 
     @contextmanager
@@ -135,9 +165,14 @@ class LiteFocus(SeededAccelerator):
             yield
 
     def _sparse(self, sizes: FeatureMapSizes, layer: UNetSelfAttention) -> Attend:
+        original = layer.attention.processor
+
         def attend(attention: "Attention", tokens: Tensor) -> Tensor:
-            _, num_frequencies = sizes[layer.transformer]  # the frames follow from the number of tokens
+            num_frames, num_frequencies = sizes[layer.transformer]
             num_tokens, device = tokens.shape[1], tokens.device
+            keys = math.floor(self._ratio * num_tokens) + (num_frames if self._own_frequency else 0)
+            if not self.chooses_sparse(num_tokens, keys, device):
+                return original(attention, tokens)
             indices = self.drawn(layer.name, compensation_indices, num_tokens, self._ratio, device=device)
             # The layer's own weights; only the core is another.
             projections = (attention.to_q, attention.to_k, attention.to_v)

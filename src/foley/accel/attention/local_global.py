@@ -1,6 +1,7 @@
 """A local window and random global keys: LiteFocus adapted to latents without a frequency axis."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,11 +12,12 @@ from torch.nn import functional as F
 
 from foley.accel.attention.litefocus import compensation_indices
 from foley.accel.attention.seeded import SeededAccelerator
+from foley.accel.attention.sparse import flex_union, takes_flex
 from foley.accel.layers import find_cacheable_layers
 from foley.core.numbers import SHARE, NumberRange
 from foley.nn.attention import Attention, dense_core
 
-_SMALLEST_BLOCK = 64  # queries: at least so many share one gathering of keys
+_SMALLEST_BLOCK = 64  # queries: at least so many share one copy of the keys
 
 
 def local_global_attention(
@@ -42,7 +44,7 @@ def local_global_attention(
         >>> torch.allclose(attended, F.scaled_dot_product_attention(q, k, v), atol=1e-5)
         True
     """
-    batch, _, length, _ = q.shape
+    length = q.shape[2]
     if window < 0:
         raise ValueError(f"window is the number of tokens on each side, 0 or more, got {window}")
     if window >= length - 1:
@@ -50,46 +52,69 @@ def local_global_attention(
     if mask is not None and mask.shape[1:3] != (1, 1):
         raise ValueError(f"the mask must be one of the keys, [B, 1, 1, N], got {tuple(mask.shape)}")
     indices = global_indices.to(q.device)  # [M]
-    # A larger block copies the global keys less often; a smaller one computes fewer scores beyond the window.
-    block = max(window, len(indices) // 2, _SMALLEST_BLOCK)
-    num_blocks = -(-length // block)  # rounded up
-    # Blocks take the place of items: keys [B blocks, H, block + 2 window + M, D].
-    keys, values = (
-        torch.cat([_blocks(x, block, window), x.index_select(2, indices).repeat_interleave(num_blocks, 0)], dim=2)
-        for x in (k, v)
-    )
-    # [1 or B, 1, N, 1]: along the frames, as `_blocks` cuts them.
-    valid = q.new_ones(1, 1, length, 1, dtype=torch.bool) if mask is None else mask.mT
-    allowed = _allowed(valid.expand(batch, -1, -1, -1), window, block, indices)
-    # Queries [B blocks, H, block, D]; what the last block has too much is cut away.
-    attended = F.scaled_dot_product_attention(_blocks(q, block, 0), keys, values, attn_mask=allowed)
-    # Blocks back in their places: [B, blocks, H, block, D] to [B, H, blocks * block, D].
-    return attended.unflatten(0, (batch, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+    if takes_flex(q):
+        return flex_attention_of(q, k, v, window, indices, mask)
+    shared = k.index_select(2, indices), v.index_select(2, indices)  # each [B, H, M, D]
+    attended = []
+    # Block by block: what one copies is still in the cache where it is read.
+    for start, end, first, last in _spans(length, window):
+        keys, values = (torch.cat([x[:, :, first:last], y], dim=2) for x, y in zip((k, v), shared, strict=True))
+        allowed = _allowed(torch.arange(start, end, device=q.device), first, last, window, indices, mask)
+        attended.append(F.scaled_dot_product_attention(q[:, :, start:end], keys, values, attn_mask=allowed))
+    return torch.cat(attended, dim=2)
 
 
-def _blocks(x: Tensor, block: int, margin: int) -> Tensor:
-    """`[B, H, N, D]` to `[B blocks, H, block + 2 margin, D]`: neighbouring blocks overlap by their margins.
+def _spans(length: int, window: int) -> Iterator[tuple[int, int, int, int]]:
+    """Of each block of queries: its start and end, and those of the keys around it.
 
-    Beyond both ends there are zeros.
+    A larger block copies the global keys less often; a smaller one computes fewer scores beyond the window.
     """
-    padded = F.pad(x, (0, 0, margin, margin + -x.shape[2] % block))  # -N % block fills up the last block
-    # [B, H, blocks, D, size] to [B, blocks, H, size, D].
-    return padded.unfold(2, block + 2 * margin, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    block = max(window // 2, _SMALLEST_BLOCK)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        yield start, end, max(0, start - window), min(end + window, length)
 
 
-def _allowed(valid: Tensor, window: int, block: int, indices: Tensor) -> Tensor:
-    """The mask `[B blocks, 1, block, block + 2 window + M]`, from the validity of the keys `[B, 1, N, 1]`."""
-    length = valid.shape[2]
-    position = torch.arange(length + -length % block, device=valid.device)  # of the queries, [blocks * block]
-    # Key minus query, [block, block + 2 window]: the same in each block.
-    distance = torch.arange(-window, block + window, device=valid.device) - position[:block, None]
-    # Each query may attend to itself, so that a padded one, which is cut away or ignored, is not a softmax of nothing.
-    local = (distance.abs() <= window) & _blocks(valid, block, window).mT | (distance == 0)
-    # A global key within the window is counted there; [blocks * block, M].
-    beyond_window = (indices - position[:, None]).abs() > window
-    # [B, 1, 1, M] and [blocks, 1, 1, block, M] to [blocks, B, 1, block, M].
-    distant = valid[:, :, indices].mT & beyond_window.unflatten(0, (-1, 1, block)).unsqueeze(1)
-    return torch.cat([local, distant.transpose(0, 1).flatten(0, 1)], dim=-1)
+def keys_per_query(length: int, window: int, num_global: int) -> float:
+    """How many keys a query is compared with on average, those beyond its window that its block meets included.
+
+    >>> keys_per_query(128, window=10, num_global=6)  # two blocks of 64, each with ten keys of the other
+    80.0
+    """
+    scores = sum((end - start) * (last - first) for start, end, first, last in _spans(length, window))
+    return scores / length + num_global
+
+
+def _allowed(queries: Tensor, first: int, last: int, window: int, indices: Tensor, valid: Tensor | None) -> Tensor:
+    """The mask `[1 or B, 1, block, last - first + M]` of the positions `queries [block]`; `valid [B, 1, 1, N]`."""
+    local = torch.arange(first, last, device=queries.device)
+    near = (local - queries[:, None]).abs() <= window
+    # A global key within the window is counted there.
+    distant = (indices - queries[:, None]).abs() > window
+    if valid is None:
+        return torch.cat([near, distant], dim=-1)[None, None]
+    # Each query may attend to itself, so that a padded one, which is ignored, is not a softmax of nothing.
+    own = local == queries[:, None]
+    return torch.cat([near & valid[..., first:last] | own, distant & valid[..., indices]], dim=-1)
+
+
+def flex_attention_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    indices: Tensor,
+    mask: Tensor | None = None,
+    attend: Callable[..., Any] | None = None,
+) -> Tensor:
+    """`local_global_attention` by FlexAttention, or by what stands in its place, `attend`."""
+    valid = None if mask is None else mask[:, 0, 0].expand(len(q), -1)
+    places, reach = torch.arange(q.shape[2], device=q.device), (1, window)
+    return flex_union(q, k, v, indices, places, partial(_within, window), reach, valid, attend=attend)
+
+
+def _within(window: int, query: Tensor, key: Tensor) -> Tensor:
+    return (query - key).abs() <= window
 
 
 class LocalGlobal(SeededAccelerator):
@@ -102,6 +127,7 @@ class LocalGlobal(SeededAccelerator):
         window_frames: attended to on each side; a latent that is not longer is computed densely.
         ratio: the share of all frames that every query attends to, drawn anew for each layer and evaluation.
         seed: of the global frames.
+        fallback: attend densely wherever that is faster by `foley.accel.attention.sparse.pays`; the configs do.
 
     Example:
         >>> from foley.accel import LocalGlobal
@@ -120,8 +146,8 @@ class LocalGlobal(SeededAccelerator):
         torch.Size([1, 4, 100])
     """
 
-    def __init__(self, window_frames: int, ratio: float = 0.1, seed: int = 0) -> None:
-        super().__init__(seed)
+    def __init__(self, window_frames: int, ratio: float = 0.1, seed: int = 0, fallback: bool = False) -> None:
+        super().__init__(seed, fallback)
         NumberRange(least=0, whole=True).check("window_frames", window_frames)
         SHARE.check("ratio", ratio)
         self._window_frames = window_frames
@@ -163,8 +189,13 @@ class LocalGlobal(SeededAccelerator):
     ) -> None:
         noisy: Tensor = args[0] if args else kwargs["noisy"]
         size = (noisy.shape[-1], self._ratio, num_leading)
+        length, num_global = noisy.shape[-1] + num_leading, math.floor(self._ratio * noisy.shape[-1]) + num_leading
+        keys = keys_per_query(length, self._window_frames, num_global)
+        is_sparse = self.chooses_sparse(length, keys, noisy.device)
         for name, core in cores.items():
-            core.global_indices = self.drawn(name, _visible_to_all, *size, device=noisy.device)
+            # Drawn only where it is looked at.
+            drawn = self.drawn(name, _visible_to_all, *size, device=noisy.device) if is_sparse else None
+            core.global_indices = drawn
 
 
 def _visible_to_all(num_frames: int, ratio: float, num_leading: int, generator: torch.Generator) -> Tensor:
@@ -178,9 +209,11 @@ class _WindowCore:
 
     def __init__(self, window_frames: int) -> None:
         self.window_frames = window_frames
-        self.global_indices = torch.empty(0, dtype=torch.long)  # [M], set before each evaluation
+        self.global_indices: Tensor | None = None  # [M], set before each evaluation; None attends densely
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if self.global_indices is None:
+            return dense_core(q, k, v, mask)
         valid = None if mask is None else mask == 0  # the others are minus infinity
         return local_global_attention(q, k, v, self.window_frames, self.global_indices, valid)
 

@@ -1,10 +1,12 @@
 """What accelerators that draw at random share: they know the evaluation, and derive their draws from it alone."""
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from foley.accel.attention.sparse import pays
 from foley.core.numbers import SEED
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import RunContext, StepContext
@@ -16,9 +18,11 @@ class SeededAccelerator:
     changes_cost = True
     """Layers do less work than their own forwards, and not by a schedule; see `foley.accel.cost.CostMeter`."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, fallback: bool = False) -> None:
         SEED.check("seed", seed)
         self._seed = seed
+        self._fallback = fallback
+        self._is_sparse: dict[int, bool] = {}  # of the last run, by the number of tokens
         self._reset()
 
     def _reset(self) -> None:
@@ -49,7 +53,19 @@ class SeededAccelerator:
             self._tables[key] = torch.stack([draw(*arguments, generator) for generator in generators]).to(device)
         return self._tables[key][self._evaluation]
 
+    def chooses_sparse(self, num_tokens: int, keys_per_query: float, device: torch.device) -> bool:
+        """Whether attention over so many tokens is sparse; where it falls back, it is so where that pays."""
+        if num_tokens not in self._is_sparse:
+            self._is_sparse[num_tokens] = not self._fallback or pays(num_tokens, keys_per_query, device)
+        return self._is_sparse[num_tokens]
+
+    def describe(self) -> dict[str, Any]:
+        """What the JSON of each clip says: at how many tokens the last run attended densely, being faster so."""
+        dense = sorted(tokens for tokens, is_sparse in self._is_sparse.items() if not is_sparse)
+        return {"dense_attention_tokens": dense} if dense else {}
+
     def on_run_start(self, run: RunContext) -> None:
+        self._is_sparse = {}
         self._reset()
         self._num_evaluations = run.num_evaluations
 

@@ -330,7 +330,7 @@ class LatentTransformer(Hoistable):
     ) -> Conditions:
         """All that an evaluation over L frames makes of anything but the noisy latent; arguments as `forward`'s."""
         time = self._embed_time(timestep, guidance_scale)
-        num_tokens = num_frames + self.prepends_time_token
+        num_tokens = num_frames + int(self.prepends_time_token)  # an export knows no sum of a size and a truth
         if self.prepends_time_token and frame_mask is not None:  # the time is attended to by all
             frame_mask = nn.functional.pad(frame_mask, (1, 0), value=True)
         inputs = BlockInputs(

@@ -106,10 +106,14 @@ class SmallTextEncoder(TextConditioner):
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`."""
         ids, mask = (to_device(tensor, self.tokens.weight.device) for tensor in self.tokenise(prompts))
+        return TextEmbedding(self.embed(ids, mask), mask)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids `[B, S]` and their mask `[B, S]` to `[B, S, Dc]`."""
         x = self.positions(self.tokens(ids))  # [B, S, Dc]
         for block in self.blocks:
             x = block(x, mask[:, None, None])  # in both directions: nothing is generated here
-        return TextEmbedding(self.norm(x), mask)
+        return self.norm(x)
 
 
 def _load_tokenizer(tokenizer_file: str, max_length: int, length_multiple: int) -> Tokenizer:
