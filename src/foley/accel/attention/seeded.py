@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from foley.core.locks import RunThread
 from foley.core.numbers import SEED
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import RunContext, StepContext
@@ -19,6 +20,7 @@ class SeededAccelerator:
     def __init__(self, seed: int) -> None:
         SEED.check("seed", seed)
         self._seed = seed
+        self._thread = RunThread()
         self._reset()
 
     def _reset(self) -> None:
@@ -32,8 +34,9 @@ class SeededAccelerator:
         """`draw(*arguments, generator)` `[M]` for the layer of that name at the present evaluation.
 
         Drawn for all evaluations of a run at once, and copied to the device once: each copy would wait for it.
-        Raises RuntimeError outside of an evaluation.
+        Raises RuntimeError outside of an evaluation, and in another thread than the run's.
         """
+        self._thread.check()
         if self._evaluation is None:
             raise RuntimeError(
                 f"a {type(self).__name__} is attached, but the sampler does not call it: pass it as a callback"
@@ -50,6 +53,8 @@ class SeededAccelerator:
         return self._tables[key][self._evaluation]
 
     def on_run_start(self, run: RunContext) -> None:
+        """Raises RuntimeError while a run of another thread goes on."""
+        self._thread.begin()
         self._reset()
         self._num_evaluations = run.num_evaluations
 
@@ -60,4 +65,6 @@ class SeededAccelerator:
         self._evaluation = None
 
     def on_run_end(self) -> None:
-        self._reset()
+        if self._thread.is_own():  # not one that was refused
+            self._reset()
+            self._thread.end()

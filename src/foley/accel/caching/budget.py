@@ -104,9 +104,14 @@ def _constrained(errors: NDArray[np.float64], constraints: Constraints) -> NDArr
 
 
 def schedule_error(changes: Curves, rows: Mapping[str, Sequence[bool]]) -> float:
-    """The summed error of a schedule: over its layers, and over the intervals from one computation to the next."""
+    """The summed change of a schedule: over its layers, and over the intervals from one computation to the next."""
+    return summed_error({layer: _interval_errors(changes[layer]) for layer in rows}, rows)
+
+
+def summed_error(intervals: Intervals, rows: Mapping[str, Sequence[bool]]) -> float:
+    """As `schedule_error`, of any errors of reuse."""
     return sum(
-        float(_interval_errors(changes[layer])[start, end])
+        float(intervals[layer][start, end])
         for layer, row in rows.items()
         for start, end in pairwise([*np.flatnonzero(row), len(row)])
     )
