@@ -3,6 +3,7 @@
 python scripts/calibrate.py system=SYSTEM prompts=FILE solver=ddim steps=50 guidance_scale=3
 python scripts/calibrate.py system=stable_audio_open prompts=FILE
 python scripts/calibrate.py system=SYSTEM prompts=FILE num_prompts=5000 trainer=ddp
+python scripts/calibrate.py system=SYSTEM prompts=FILE sensitivity=true
 
 Stopped, the same command goes on with the batches that are missing.
 """
@@ -42,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     generator = open_generator(cfg.system, device, **places)
     directory = Path(cfg.output_dir or calibration_directory(cfg.system, cfg.cache_dir))
     named = ("duration_seconds", "steps", "eta", "guidance_scale", "guidance_rescale", "batch_size", "max_distance")
-    request = {name: cfg[name] for name in (*named, "whole_batch")}
+    request = {name: cfg[name] for name in (*named, "whole_batch", "sensitivity")}
     request |= {"model_hash": generator.model_hash, "solver": cfg.solver.name, "prompts": chosen}
     run = CalibrationRun(directory, as_clips(chosen), request)
 
@@ -53,7 +54,8 @@ def main(cfg: DictConfig) -> None:
         count, path = calibration.num_prompts, info_path(stem)
         get_logger(__name__).info("%d prompts: wrote %s, .safetensors and .png", count, path)
 
-    run.record(generator.denoise_clips, settings, processes, cfg.max_distance, keep, cfg.whole_batch)
+    recorded = cfg.max_distance, keep, cfg.whole_batch, cfg.sensitivity
+    run.record(generator.denoise_clips, settings, processes, *recorded)
 
 
 if __name__ == "__main__":

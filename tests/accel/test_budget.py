@@ -116,7 +116,7 @@ def test_of_many_toys_with_unequal_macs_every_schedule_is_the_best_there_is() ->
         assert sum(macs[layer] * sum(row) for layer, row in rows.items()) <= budget * (1 + 1e-9)
         limits = size if constraints.max_reuses is None else constraints.max_reuses, constraints.cooldown
         assert all(_allowed(row, *limits) for row in rows.values())
-        assert schedule_error(changes, rows) <= _least_of_all(changes, macs, budget, *limits) * (1 + 1e-9)
+        assert schedule_error(changes, rows) <= _least_of_all(changes, macs, budget, *limits) + 1e-12
 
 
 def test_many_layers_of_many_costs_are_solved_exactly() -> None:

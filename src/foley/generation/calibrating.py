@@ -18,6 +18,7 @@ from lightning_fabric import Fabric
 from rich.progress import track
 
 from foley.accel.caching.calibration import Calibration, CalibrationRecorder, WantedCurves, calibrated_caches
+from foley.accel.caching.sensitivity import SensitivityRecorder
 from foley.core.config import shipped
 from foley.core.files import info_path
 from foley.core.hashing import hash_json
@@ -72,10 +73,28 @@ def _calibrate(
         "no calibration for %s, %d steps, guidance scale %g yet: made of %d uncached clips, once",
         *(wanted.solver, wanted.num_steps, wanted.guidance_scale, len(prompts)),
     )
-    recorder = CalibrationRecorder()
     bar = partial(track, description="calibrating")
-    denoise(as_clips(prompts), replace(settings, num_steps=wanted.num_steps, accelerator=recorder, progress=bar))
-    return recorder.calibration()
+    settings = replace(settings, num_steps=wanted.num_steps, progress=bar)
+    recorder = CalibrationRecorder()
+    return record_curves(as_clips(prompts), settings, denoise, recorder, wanted.objective == "sensitivity")
+
+
+def record_curves(
+    clips: Sequence[Clip],
+    settings: GenerationSettings,
+    denoise: Denoise,
+    recorder: CalibrationRecorder,
+    sensitivity: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Calibration:
+    """The curves of these clips, and how far reuse moves their latents where `sensitivity` is wanted."""
+    denoise(clips, replace(settings, accelerator=recorder))
+    calibration = recorder.calibration(dtype)
+    if not sensitivity:
+        return calibration
+    looks_back = SensitivityRecorder(calibration.mean.shape[1])
+    denoise(clips, replace(settings, accelerator=looks_back))
+    return replace(calibration, sensitivity=looks_back.sensitivity())
 
 
 @dataclass(frozen=True)
@@ -101,11 +120,13 @@ class CalibrationRun:
         max_distance: int,
         keep: Callable[[Calibration], object] = lambda calibration: None,
         whole_batch: bool = False,
+        sensitivity: bool = False,
     ) -> Calibration:
         """The curves of all clips, in every process; raises FolderInUseError where another run makes the same ones.
 
         Args:
             max_distance, whole_batch: as `CalibrationRecorder` takes them.
+            sensitivity: also record how far reuse moves the latent.
             keep: called with them in one process, before those of the batches are removed.
         """
         folder = self.directory / f"parts_{hash_json(dict(self.request))[:16]}"
@@ -117,8 +138,7 @@ class CalibrationRun:
                 if not info_path(stem := folder / f"{first:07d}").is_file():
                     recorder = CalibrationRecorder(max_distance, whole_batch)
                     clips = self.clips[first : first + settings.batch_size]
-                    denoise(clips, replace(settings, accelerator=recorder))
-                    recorder.calibration(torch.float64).save(stem)
+                    record_curves(clips, settings, denoise, recorder, sensitivity, torch.float64).save(stem)
             fabric.barrier()
             merged = Calibration.merged(Calibration.load(folder / f"{first:07d}") for first in batches)
             if fabric.is_global_zero:

@@ -334,8 +334,9 @@ class TextToAudio:
             method = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
             canvas = self._canvas(settings, method[1].num_steps, timings)
             settings = self._fit_windows(settings, canvas.num_frames)
-            for _ in self._latents(clips, settings, method, canvas, settings.accelerator, timings):
-                pass
+            looks_on = getattr(settings.accelerator, "on_latent", lambda latent: None)
+            for latent in self._latents(clips, settings, method, canvas, settings.accelerator, timings):
+                looks_on(latent)
 
     def _latents(
         self,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from foley.accel.attention.sparse import pays
+from foley.core.locks import RunThread
 from foley.core.numbers import SEED
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import RunContext, StepContext
@@ -23,6 +24,7 @@ class SeededAccelerator:
         self._seed = seed
         self._fallback = fallback
         self._is_sparse: dict[int, bool] = {}  # of the last run, by the number of tokens
+        self._thread = RunThread()
         self._reset()
 
     def _reset(self) -> None:
@@ -36,8 +38,9 @@ class SeededAccelerator:
         """`draw(*arguments, generator)` `[M]` for the layer of that name at the present evaluation.
 
         Drawn for all evaluations of a run at once, and copied to the device once: each copy would wait for it.
-        Raises RuntimeError outside of an evaluation.
+        Raises RuntimeError outside of an evaluation, and in another thread than the run's.
         """
+        self._thread.check()
         if self._evaluation is None:
             raise RuntimeError(
                 f"a {type(self).__name__} is attached, but the sampler does not call it: pass it as a callback"
@@ -66,6 +69,8 @@ class SeededAccelerator:
 
     def on_run_start(self, run: RunContext) -> None:
         self._is_sparse = {}
+        """Raises RuntimeError while a run of another thread goes on."""
+        self._thread.begin()
         self._reset()
         self._num_evaluations = run.num_evaluations
 
@@ -76,4 +81,6 @@ class SeededAccelerator:
         self._evaluation = None
 
     def on_run_end(self) -> None:
-        self._reset()
+        if self._thread.is_own():  # not one that was refused
+            self._reset()
+            self._thread.end()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,9 +104,14 @@ def _constrained(errors: NDArray[np.float64], constraints: Constraints) -> NDArr
 
 
 def schedule_error(changes: Curves, rows: Mapping[str, Sequence[bool]]) -> float:
-    """The summed error of a schedule: over its layers, and over the intervals from one computation to the next."""
+    """The summed change of a schedule: over its layers, and over the intervals from one computation to the next."""
+    return summed_error({layer: _interval_errors(changes[layer]) for layer in rows}, rows)
+
+
+def summed_error(intervals: Intervals, rows: Mapping[str, Sequence[bool]]) -> float:
+    """As `schedule_error`, of any errors of reuse."""
     return sum(
-        float(_interval_errors(changes[layer])[start, end])
+        float(intervals[layer][start, end])
         for layer, row in rows.items()
         for start, end in pairwise([*np.flatnonzero(row), len(row)])
     )
@@ -119,6 +124,22 @@ def _interval_errors(curve: Sequence[float]) -> NDArray[np.float64]:
     drift[np.tril_indices(len(position))] = 0.0  # nothing is reused before it is computed
     # Summed over s from c + 1 to e - 1.
     return np.concatenate([np.zeros((len(position), 1)), np.cumsum(drift, axis=1)], axis=1)
+
+
+def sensitivity_intervals(table: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """`[E, E + 1]` as `Intervals` has it, of one layer's sensitivities `[distances, E]` (`SensitivityRecorder`).
+
+    Errors of reuses at different moments are taken to be independent, so that their squares sum up. Beyond the recorded
+    distances they go on in proportion to the distance.
+    """
+    most, size = table.shape
+    errors = np.zeros((size, size + 1))
+    for start in range(size):
+        distances = np.arange(1, size - start)
+        known = table[np.minimum(distances, most) - 1, start + distances]
+        # Reused at start + 1, start + 2 and so on until the end of the interval.
+        errors[start, start + 2 :] = np.cumsum((known * np.maximum(distances / most, 1.0)) ** 2)
+    return errors
 
 
 def _dynamic(intervals: Intervals, layer_macs: Mapping[str, int], budget: float) -> Rows:
@@ -222,6 +243,11 @@ class Budget(CalibratedCache):
 
     def decide(self, calibration: Calibration) -> dict[str, list[bool]]:
         """All layers together, see `budget_schedule`."""
-        changes, macs = calibration.changes(), calibration.macs
+        macs = calibration.macs
+        if self.objective == "sensitivity":
+            tables = dict(zip(calibration.layer_names, calibration.mean, strict=True))
+            intervals = {layer: sensitivity_intervals(table.numpy()) for layer, table in tables.items()}
+        else:
+            intervals = {layer: _interval_errors(curve) for layer, curve in calibration.changes().items()}
         options = self._target_speedup, self._method, self.constraints
-        return budget_schedule(changes, macs.layers, macs.total, *options)
+        return spend_budget(intervals, macs.layers, macs.total, *options)

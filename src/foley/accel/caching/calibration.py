@@ -2,35 +2,34 @@
 
 How much the output of a layer changes from one evaluation to the next hardly depends on the prompt (AudioCache, Fig. 3;
 SmoothCache, Fig. 2). So a few prompts tell, once and for all, where a model can reuse what it has computed.
-`CalibrationRecorder` records the curves, `Calibration` holds them, `CalibratedCache` turns them into a schedule.
+`CalibrationRecorder` records the curves, `Calibration` holds them (`foley.accel.caching.curves`), `CalibratedCache`
+turns them into a schedule.
 """
 
 import shlex
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foley.accel.caching.curves import ALL_LAYERS, OBJECTIVES, Calibration
 from foley.accel.caching.layer_cache import CacheOptions, LayerCache, replaced_forwards
 from foley.accel.caching.reuse import ReuseChoice, reuse_name
 from foley.accel.caching.schedule import CacheSchedule, RunSignature
-from foley.accel.cost import EvaluationMacs, MacCounter
+from foley.accel.cost import MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, output_tensors
 from foley.core.config import default_cache_dir, hub_name, published_name
-from foley.core.files import info_path, load_record, save_record
+from foley.core.files import info_path
 from foley.core.locks import RunThread
 from foley.core.logs import get_logger
 from foley.core.numbers import COUNT
-from foley.core.reading import reading
 from foley.diffusion.context import Accelerator, RunContext, StepContext
 
 CALIBRATE = ("auto", "never")
@@ -70,6 +69,7 @@ class WantedCurves:
     solver: str
     num_steps: int
     guidance_scale: float
+    objective: str = "change"
 
     @property
     def name(self) -> str:
@@ -78,146 +78,9 @@ class WantedCurves:
 
     def served_by(self, calibration: "Calibration") -> bool:
         """Whether it was made for just such a run."""
-        return all(getattr(calibration.signature, field) == value for field, value in asdict(self).items())
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """`mean` and `std` over prompts, `[layers, distances, evaluations]`: the change since `distance` evaluations ago.
-
-    Entry `[i, k - 1, s]` compares evaluation s with evaluation s - k; entries with s < k are zero and mean nothing.
-    `timesteps` are those of the evaluations; `macs` are counted at the duration and batch size of the calibration, and
-    their proportions are what matters.
-
-    Example:
-        Of two layers over four evaluations, the attention settles and the feed-forward layer does not.
-
-        >>> mean = torch.tensor([[[0.0, 0.4, 0.2, 0.1]], [[0.0, 0.5, 0.5, 0.5]]])  # [layers, distances, evaluations]
-        >>> names, kinds = ("0.attention", "0.feed_forward"), ("attention", "feed_forward")
-        >>> signature = RunSignature("hash of the model", "ddim", num_steps=4, num_evaluations=4, guidance_scale=3.0)
-        >>> macs = EvaluationMacs(total=100, layers={"0.attention": 30, "0.feed_forward": 60})
-        >>> times = (999.0, 749.0, 499.0, 249.0)
-        >>> calibration = Calibration(mean, torch.zeros_like(mean), names, kinds, signature, 8, times, macs)
-
-        Read at two steps instead of four, the change from the first to the third evaluation is the sum of two.
-
-        >>> coarse = calibration.at(num_steps=2, timesteps=(999.0, 499.0))
-        >>> [round(change, 3) for change in coarse.changes()["0.attention"]]
-        [0.0, 0.6]
-    """
-
-    mean: Tensor
-    std: Tensor
-    layer_names: tuple[str, ...]
-    layer_kinds: tuple[str, ...]
-    signature: RunSignature
-    num_prompts: int
-    timesteps: tuple[float, ...]
-    macs: EvaluationMacs
-
-    @property
-    def kinds(self) -> dict[str, str]:
-        """The kind of each layer, in order of execution."""
-        return dict(zip(self.layer_names, self.layer_kinds, strict=True))
-
-    @classmethod
-    def merged(cls, parts: Iterable["Calibration"]) -> "Calibration":
-        """Of the prompts of all `parts`, one or more, of which one at a time is looked at.
-
-        Parts in float64 lose nothing: it is the calibration of all their prompts at once. Raises SignatureMismatchError
-        for parts of different kinds of runs.
-        """
-        remaining = iter(parts)
-        first = last = next(remaining)
-        total, sums, squares = 0, torch.zeros(1), torch.zeros(1)
-        for last in chain([first], remaining):
-            first.signature.require(last.signature, "the first part of the calibration")
-            mean, std, total = last.mean.double(), last.std.double(), total + last.num_prompts
-            sums, squares = sums + last.num_prompts * mean, squares + last.num_prompts * (std**2 + mean**2)
-        mean = sums / total
-        std = (squares / total - mean**2).clamp_min(0).sqrt()
-        return replace(last, mean=mean.float(), std=std.float(), num_prompts=total)
-
-    def joint(self) -> "Calibration":
-        """That of all layers as one, with the mean of their curves and the sum of their multiply-accumulates."""
-        macs = EvaluationMacs(self.macs.total, {ALL_LAYERS: sum(self.macs.layers[name] for name in self.layer_names)})
-        mean, std = (curves.mean(dim=0, keepdim=True) for curves in (self.mean, self.std))
-        return replace(self, mean=mean, std=std, layer_names=(ALL_LAYERS,), layer_kinds=(ALL_LAYERS,), macs=macs)
-
-    def changes(self) -> dict[str, list[float]]:
-        """Per layer, the mean change since the previous evaluation (AudioCache, eq. 1)."""
-        return dict(zip(self.layer_names, self.mean[:, 0].tolist(), strict=True))  # distance 1
-
-    def at(self, num_steps: int, timesteps: Sequence[float]) -> "Calibration":
-        """For a run of another number of steps: the differences of the cumulative curves between its evaluations.
-
-        So a fine calibration serves a coarser run. Changes that turn back add up all the same, so that errors are
-        rather too large than too small. The standard deviations are not known: NaN. Raises ValueError where timesteps
-        do not fall from one evaluation to the next, as those of a second-order solver do not.
-        """
-        # Negative, so that they ascend, as interpolation wants them: [own evaluations], [asked evaluations].
-        own, asked = -np.asarray(self.timesteps), -np.asarray(timesteps)
-        if (np.diff(own) <= 0).any() or (np.diff(asked) <= 0).any():
-            raise ValueError(
-                f"the calibration of solver {self.signature.solver!r} cannot be read at other steps: its timesteps do "
-                "not fall steadily; calibrate for the number of steps that you sample with"
-            )
-        # How far each layer has come since evaluation 0; only sums can be read between evaluations, changes cannot.
-        curves = self.mean[:, 0].double().cumsum(dim=1).numpy()  # [layers, own evaluations]
-        positions = torch.from_numpy(np.stack([np.interp(asked, own, curve) for curve in curves]))  # [layers, asked]
-        mean = torch.zeros(*self.mean.shape[:2], len(asked))  # [layers, distances, asked]
-        for distance in range(1, mean.shape[1] + 1):
-            mean[:, distance - 1, distance:] = positions[:, distance:] - positions[:, :-distance]
-        signature = replace(self.signature, num_steps=num_steps, num_evaluations=len(asked))
-        std = torch.full_like(mean, torch.nan)  # no sum of standard deviations is that of the sum
-        return replace(self, mean=mean, std=std, signature=signature, timesteps=tuple(timesteps))
-
-    def errors(self, max_lookahead: int) -> dict[str, list[list[float]]]:
-        """Per layer, at `[k - 1][s]`, the mean change from evaluation s to s + k, for k up to `max_lookahead`.
-
-        Raises:
-            ValueError: the calibration did not record as many distances.
-        """
-        recorded = self.mean.shape[1]  # distances
-        if not 1 <= max_lookahead <= recorded:
-            raise ValueError(f"max_lookahead must be between 1 and the {recorded} recorded, got {max_lookahead}")
-        # The curves look back: what evaluation s + k says of distance k is the change that begins at s.
-        return {
-            name: [curves[k - 1, k:].tolist() for k in range(1, max_lookahead + 1)]
-            for name, curves in zip(self.layer_names, self.mean, strict=True)  # [distances, evaluations] of each layer
-        }
-
-    def save(self, stem: Path) -> None:
-        """Write `<stem>.safetensors` and `<stem>.json`."""
-        info = {
-            "signature": asdict(self.signature),
-            "layer_names": self.layer_names,
-            "layer_kinds": self.layer_kinds,
-            "num_prompts": self.num_prompts,
-            "timesteps": self.timesteps,
-            "macs": asdict(self.macs),
-        }
-        save_record(stem, {"mean": self.mean, "std": self.std}, info)
-
-    @classmethod
-    def load(cls, stem: Path) -> "Calibration":
-        """Read what `save` wrote.
-
-        Raises FileNotFoundError where there is none, ValueError where it is damaged or an earlier version wrote it.
-        """
-        mend = "it may be of an earlier version; make it again with scripts/calibrate.py"
-        with reading(info_path(stem), "a calibration", mend):
-            tensors, info = load_record(stem)
-            return cls(
-                mean=tensors["mean"],
-                std=tensors["std"],
-                layer_names=tuple(info["layer_names"]),
-                layer_kinds=tuple(info["layer_kinds"]),
-                signature=RunSignature(**info["signature"]),
-                num_prompts=info["num_prompts"],
-                timesteps=tuple(info["timesteps"]),
-                macs=EvaluationMacs(**info["macs"]),
-            )
+        run = {name: value for name, value in asdict(self).items() if name != "objective"}
+        knows = self.objective == "change" or calibration.sensitivity is not None
+        return knows and all(getattr(calibration.signature, name) == value for name, value in run.items())
 
 
 def relative_change(current: Tensor, previous: Tensor, whole_batch: bool = False) -> Tensor:
@@ -370,16 +233,13 @@ class CalibrationRecorder:
         )
 
 
-ALL_LAYERS = "all"
-"""The one layer of `Calibration.joint`."""
-
-
 class CalibratedOptions(CacheOptions, total=False):
     """What every policy takes beside its own options, `reuse` and where its curves lie, see `CalibratedCache`."""
 
     calibrated_steps: int | None
     source: Source
     calibrate: str
+    objective: str
 
 
 class CalibratedCache(LayerCache, ABC):
@@ -393,6 +253,8 @@ class CalibratedCache(LayerCache, ABC):
         source: of the model, for the message where there is no calibration.
         calibrate: "auto" lets whoever generates make the curves that are missing (`foley.generation.calibrating`);
             "never" refuses to run without them.
+        objective: "change" is how much a layer changes, as in the papers; "sensitivity" how far its reuse moves the
+            latent (`foley.accel.caching.sensitivity`), which is what thresholds and sums are of then.
     """
 
     def __init__(
@@ -403,6 +265,7 @@ class CalibratedCache(LayerCache, ABC):
         calibrated_steps: int | None = None,
         source: Source = SOME_SYSTEM,
         calibrate: str = "never",
+        objective: str = "change",
         **options: Unpack[CacheOptions],
     ) -> None:
         super().__init__(reuse=reuse, **options)
@@ -410,12 +273,16 @@ class CalibratedCache(LayerCache, ABC):
             COUNT.check("calibrated_steps", calibrated_steps)
         if calibrate not in CALIBRATE:
             raise ValueError(f"accel.calibrate must be one of {', '.join(CALIBRATE)}, got {calibrate!r}")
+        if objective not in OBJECTIVES:
+            raise ValueError(f"accel.objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
         self.calibrates = calibrate == "auto"
+        self.objective = objective
         self._directory = Path(calibration_dir)
         self._calibrated_steps = calibrated_steps
         self._source = source
         self._adopted: Calibration | None = None
-        self._policy = {**policy, "reuse": reuse_name(reuse), **self.constraints.changed()}
+        chosen = {} if objective == "change" else {"objective": objective}
+        self._policy = {**policy, "reuse": reuse_name(reuse), **chosen, **self.constraints.changed()}
 
     @abstractmethod
     def decide(self, calibration: Calibration) -> Mapping[str, Sequence[bool]]:
@@ -434,14 +301,15 @@ class CalibratedCache(LayerCache, ABC):
         signature = RunSignature.of(run, denoiser)
         calibration = self._calibration_for(run, signature)
         if self.constraints.shared:
-            rows = dict.fromkeys(calibration.layer_names, self.decide(calibration.joint())[ALL_LAYERS])
+            row = self.decide(calibration.joint().by(self.objective))[ALL_LAYERS]
+            rows = dict.fromkeys(calibration.layer_names, row)
         else:
-            rows = dict(self.decide(calibration))
+            rows = dict(self.decide(calibration.by(self.objective)))
         return CacheSchedule.from_rows(rows, calibration.kinds, signature, self._policy)
 
     def wanted(self, model_hash: str, solver: str, num_steps: int, guidance_scale: float) -> WantedCurves:
         """The curves that this cache reads in such a run."""
-        return WantedCurves(model_hash, solver, self._calibrated_steps or num_steps, guidance_scale)
+        return WantedCurves(model_hash, solver, self._calibrated_steps or num_steps, guidance_scale, self.objective)
 
     def find(self, wanted: WantedCurves) -> Calibration | None:
         """Curves of just such a run, those of scripts/calibrate.py first; what is damaged is warned of and left."""
