@@ -14,6 +14,7 @@ import copy
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -293,6 +294,7 @@ def their_settings(workload: Workload, cfg: DictConfig, ratios: Sequence[float])
 
 def has_cache_dit() -> bool:
     """Whether the optional extra is there; says so where it is not."""
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "WARNING")  # it reports at length whenever it is attached
     try:
         import_module("cache_dit")
     except ModuleNotFoundError:
