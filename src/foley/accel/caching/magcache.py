@@ -1,15 +1,15 @@
 """MagCache (Ma et al. 2025): the magnitude of the residual falls by one law for all prompts, and tells when to reuse.
 
 Let R_t be what all blocks add to the stream at evaluation t, and gamma_t the mean ratio of its magnitude, token by
-token, to that at the evaluation before (Section 3.2):
+token, to that at the evaluation before:
 
-    gamma_t = mean( |R_t|_2 / |R_{t-1}|_2 )                                     (3)
+    gamma_t = mean( |R_t|_2 / |R_{t-1}|_2 )                                     (1)
 
 It hardly depends on the prompt, so that one generation measures it. Where the residual of evaluation t' is reused at t,
 the ratios in between multiply, and the error of a reuse is how far their product has come from one. The errors of all
-reuses in a row are added up (Section 3.3):
+reuses in a row are added up:
 
-    e(t) = sum over s from t' + 1 to t of | 1 - gamma_{t'+1} ... gamma_s |      (5), (6)
+    e(t) = sum over s from t' + 1 to t of | 1 - gamma_{t'+1} ... gamma_s |      (2)
 
 Reuse while e <= delta and while there are no more than K reuses in a row; the first evaluations, a share of them called
 the retention ratio, always compute, since what is reused there shapes the whole clip.
@@ -48,7 +48,7 @@ def resampled(ratios: Sequence[float], num_evaluations: int) -> list[float]:
 
 
 class MagnitudeRule:
-    """Equations (5) and (6) for one branch.
+    """Equation (2) for one branch.
 
     Args:
         ratios: gamma of each evaluation.
@@ -78,7 +78,7 @@ class MagnitudeRule:
 
 @dataclass
 class _Measured:
-    """A memory that writes down gamma (3) at every store but the first."""
+    """A memory that writes down gamma (1) at every store but the first."""
 
     ratios: list[float] = field(default_factory=list)
     residual: Any = None
@@ -141,7 +141,7 @@ class MagCache(BlockCache):
         super().__init__(policy, max_reuses=max_reuses, reuse=reuse)
 
     def rule(self, run: RunContext) -> Rule:
-        """Equations (5) and (6); computes always where gamma is being measured."""
+        """Equation (2); computes always where gamma is being measured."""
         if self._ratios is None:
             return MagnitudeRule([1.0] * run.num_evaluations, delta=0.0)
         return MagnitudeRule(self._ratios, self._threshold)
