@@ -68,9 +68,9 @@ class SeededAccelerator:
         return {"dense_attention_tokens": dense} if dense else {}
 
     def on_run_start(self, run: RunContext) -> None:
-        self._is_sparse = {}
         """Raises RuntimeError while a run of another thread goes on."""
         self._thread.begin()
+        self._is_sparse = {}
         self._reset()
         self._num_evaluations = run.num_evaluations
 

@@ -1,15 +1,15 @@
 """MagCache (Ma et al. 2025): the magnitude of the residual falls by one law for all prompts, and tells when to reuse.
 
 Let R_t be what all blocks add to the stream at evaluation t, and gamma_t the mean ratio of its magnitude, token by
-token, to that at the evaluation before (Section 3.2):
+token, to that at the evaluation before:
 
-    gamma_t = mean( |R_t|_2 / |R_{t-1}|_2 )                                     (3)
+    gamma_t = mean( |R_t|_2 / |R_{t-1}|_2 )                                     (1)
 
 It hardly depends on the prompt, so that one generation measures it. Where the residual of evaluation t' is reused at t,
 the ratios in between multiply, and the error of a reuse is how far their product has come from one. The errors of all
-reuses in a row are added up (Section 3.3):
+reuses in a row are added up:
 
-    e(t) = sum over s from t' + 1 to t of | 1 - gamma_{t'+1} ... gamma_s |      (5), (6)
+    e(t) = sum over s from t' + 1 to t of | 1 - gamma_{t'+1} ... gamma_s |      (2)
 
 Reuse while e <= delta and while there are no more than K reuses in a row; the first evaluations, a share of them called
 the retention ratio, always compute, since what is reused there shapes the whole clip.
@@ -48,7 +48,7 @@ def resampled(ratios: Sequence[float], num_evaluations: int) -> list[float]:
 
 
 class MagnitudeRule:
-    """Equations (5) and (6) for one branch.
+    """Equation (2) for one branch.
 
     Args:
         ratios: gamma of each evaluation.
@@ -78,7 +78,7 @@ class MagnitudeRule:
 
 @dataclass
 class _Measured:
-    """A memory that writes down gamma (3) at every store but the first."""
+    """A memory that writes down gamma (1) at every store but the first."""
 
     ratios: list[float] = field(default_factory=list)
     residual: Any = None
@@ -133,15 +133,15 @@ class MagCache(BlockCache):
         self._threshold, self._retention = threshold, retention_ratio
         self._given = ratios
         self._directory = None if ratios_dir is None else Path(ratios_dir)
-        self._known: dict[tuple[str, str, int], list[float]] = {}  # by model, solver and number of steps
+        self.measured: dict[tuple[str, str, int], list[float]] = {}  # by model, solver and number of steps
         self._ratios: list[float] | None = None  # of this run; None where they are being measured
-        self._measured: list[_Measured] = []  # one for each branch of a run that measures
+        self._memories: list[_Measured] = []  # one for each branch of a run that measures
         policy = {"name": "magcache", "threshold": threshold, "retention_ratio": retention_ratio}
         policy["max_reuses"] = max_reuses
         super().__init__(policy, max_reuses=max_reuses, reuse=reuse)
 
     def rule(self, run: RunContext) -> Rule:
-        """Equations (5) and (6); computes always where gamma is being measured."""
+        """Equation (2); computes always where gamma is being measured."""
         if self._ratios is None:
             return MagnitudeRule([1.0] * run.num_evaluations, delta=0.0)
         return MagnitudeRule(self._ratios, self._threshold)
@@ -150,8 +150,8 @@ class MagCache(BlockCache):
         """One that measures, where gamma is not known."""
         if self._ratios is not None:
             return super().memory()
-        self._measured.append(_Measured())
-        return self._measured[-1]
+        self._memories.append(_Measured())
+        return self._memories[-1]
 
     def on_run_start(self, run: RunContext) -> None:
         """As that of `BlockCache`; looks for gamma, and measures it where there is none."""
@@ -160,31 +160,31 @@ class MagCache(BlockCache):
         self._warmup = max(1, int(self._retention * run.num_evaluations + 0.5))  # as published
         ratios = self._given or self._find(run, self._denoiser)
         self._ratios = None if ratios is None else resampled(ratios, run.num_evaluations)
-        self._measured = []
+        self._memories = []
 
     def on_run_end(self) -> None:
         """As that of `BlockCache`; keeps what was measured of a whole run."""
-        if self._measured and self._run is not None and self._denoiser is not None:
-            columns = zip(*(memory.ratios for memory in self._measured), strict=False)  # of each evaluation
+        if self._memories and self._run is not None and self._denoiser is not None:
+            columns = zip(*(memory.ratios for memory in self._memories), strict=False)  # of each evaluation
             ratios = [1.0, *(float(np.mean(column)) for column in columns)]
             if len(ratios) == self._run.num_evaluations:  # not begun in the middle, nor broken off
                 self._keep(ratios, self._run, self._denoiser)
-        self._measured = []
+        self._memories = []
         super().on_run_end()
 
     def _find(self, run: RunContext, denoiser: nn.Module) -> list[float] | None:
         key = (hash_module(denoiser), run.solver, run.num_steps)
         file = self._file(run)
-        if key not in self._known and file is not None and file.is_file():
+        if key not in self.measured and file is not None and file.is_file():
             with reading(file, "ratios of MagCache", "remove it, and the next generation measures them anew"):
                 info = read_json(file, "ratios of MagCache")
                 if info["model_hash"] == key[0]:  # those of a model that was trained further are measured anew
-                    self._known[key] = [float(ratio) for ratio in info["ratios"]]
-        return self._known.get(key)
+                    self.measured[key] = [float(ratio) for ratio in info["ratios"]]
+        return self.measured.get(key)
 
     def _keep(self, ratios: list[float], run: RunContext, denoiser: nn.Module) -> None:
         model_hash = hash_module(denoiser)
-        self._known[model_hash, run.solver, run.num_steps] = ratios
+        self.measured[model_hash, run.solver, run.num_steps] = ratios
         if (file := self._file(run)) is not None:
             try:
                 write_json(file, {"model_hash": model_hash, "ratios": ratios})

@@ -1,16 +1,16 @@
 """TeaCache (Liu et al. 2024): the timestep-modulated input of the first block foretells how much the output changes.
 
 The noisy latent and the embedding of the time are known before anything is computed, and together, as the norm and
-modulation of the first block join them, they move nearly as the model's output does (Section 3.2, Fig. 4). Their
+modulation of the first block join them, they move nearly as the model's output does. Their
 relative L1 change since the evaluation before, computed or not, is
 
-    L1rel(F, t) = |F_t - F_{t+1}|_1 / |F_{t+1}|_1                               (4)
+    L1rel(F, t) = |F_t - F_{t+1}|_1 / |F_{t+1}|_1                               (1)
 
 where t falls from T to 0. What remains between it and the change of the output is corrected by a polynomial f, fitted
 once on a few generations of the model. The estimates since the last computed evaluation t_a are added up, and the whole
-stack of blocks is reused until the sum reaches delta (Section 3.3):
+stack of blocks is reused until the sum reaches delta:
 
-    reuse at t_b  while  sum of f(L1rel(F, t)) for t from t_a to t_b  <  delta  (6)
+    reuse at t_b  while  sum of f(L1rel(F, t)) for t from t_a to t_b  <  delta  (2)
 
 The first and the last evaluation always compute. The published polynomials, of degree four, are those of video models;
 without one for this model, f is the identity. `TeaCacheRecorder` fits it.
@@ -31,7 +31,7 @@ IDENTITY = (1.0, 0.0)  # f(x) = x, highest power first
 
 
 class Accumulated:
-    """Equation (6) for one branch: compute once the rescaled changes have added up to delta.
+    """Equation (2) for one branch: compute once the rescaled changes have added up to delta.
 
     Args:
         delta: 0 computes always.
@@ -66,7 +66,7 @@ class Accumulated:
 class _ModulatedInput(BlockCache):
     """What TeaCache and its recorder look at."""
 
-    compares_with_computed = False  # equation (4): the evaluation before
+    compares_with_computed = False  # equation (1): the evaluation before
 
     def signal(self, probe: Probe) -> Tensor:
         """The timestep-modulated input of the first block."""
@@ -116,7 +116,7 @@ class TeaCache(_ModulatedInput):
         super().__init__(policy, cooldown=1, max_reuses=max_reuses, reuse=reuse)
 
     def rule(self, run: RunContext) -> Rule:
-        """Equation (6)."""
+        """Equation (2)."""
         return Accumulated(self._threshold, self._coefficients)
 
 
