@@ -32,7 +32,7 @@ from foley.system.published.tangoflux import PublishedTangoFlux
 RATES_HZ = dict.fromkeys(FAMILIES, RATE_HZ) | {"ace_step": ACE_STEP_RATE_HZ}
 RATES_HZ |= dict.fromkeys(("audioldm", "musicldm"), AUDIOLDM2_RATE_HZ)
 CHANNELS = dict.fromkeys(FAMILIES, 2) | dict.fromkeys(("longcat", "audioldm", "musicldm"), 1)
-LAYERS = {"stable_audio_3": 6, "ace_step": 6, "longcat": 6, "audioldm": 6, "musicldm": 6}
+LAYERS = {"stable_audio_3": 6, "ace_step": 6, "longcat": 6, "audioldm": 12}
 SECONDS = 0.051
 QUICK: dict[str, Any] = {"num_steps": 3, "guidance": ClassifierFreeGuidance(4.0)}
 UNGUIDED: dict[str, Any] = {"num_steps": 3, "guidance": ClassifierFreeGuidance(1.0)}
