@@ -74,7 +74,7 @@ def stable_audio_3(stochastic: bool = True) -> StableAudio3Pipeline:
     )  # fmt: skip
     duration = StableAudio3DurationEmbedder(output_dim=16, fourier_dim=8, max_val=4.0)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, stochastic_sampling=stochastic)
-    return StableAudio3Pipeline(vae.eval(), text.eval(), bytes_tokenizer(), duration, audible(transformer), scheduler)
+    return StableAudio3Pipeline(audible(vae), text.eval(), bytes_tokenizer(), duration, audible(transformer), scheduler)
 
 
 def ace_step(turbo: bool = False) -> AceStepPipeline:

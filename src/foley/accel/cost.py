@@ -55,9 +55,13 @@ class RunCost:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """From the shapes `[B, H, N, D]`."""
-    flops: int = sdpa_flop_count(query, key, value)
+    """From the shapes `[B, H, N, D]`; keys and values that several heads share count for each of these."""
+    flops: int = sdpa_flop_count(query, (*query[:2], *key[2:]), (*query[:2], *value[2:]))
     return flops
+
+
+# The count is the same on every device. PyTorch knows those of the fused kernels for GPUs, without shared keys.
+_FUSED = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 
 
 class MacCounter:
@@ -75,8 +79,7 @@ class MacCounter:
     def __init__(self) -> None:
         self.layers: dict[int, int] = {}  # MACs, by the layer's index
         self._before: dict[int, int] = {}  # the total as the layer was entered
-        # The count of attention is the same on every device: PyTorch knows those of the fused kernels for GPUs.
-        formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+        formulas = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention_flops for name in _FUSED}
         self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
         self._running = ExitStack()
         self.is_running = False

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from foley.core.components import CheckpointError
+from foley.core.config import PIPELINE_INDEX
 from foley.core.hub import Hub, load_pretrained
 from foley.core.reading import read_json, reading
 from foley.system.convert.tangoflux import load_part, to_ours, transformer_config
@@ -184,6 +185,8 @@ class PublishedTangoFlux(PublishedPipeline):
     vae: Any = None
 
     def open(self, hub: Hub) -> AudioPipeline:
+        if (Path(self.repository) / PIPELINE_INDEX).is_file():  # saved by the pipeline itself
+            return super().open(hub)
         config_file, weights, vae_file = (
             hub.file(self.repository, name) for name in ("config.json", "tangoflux.safetensors", "vae.safetensors")
         )
