@@ -11,12 +11,15 @@ recalls. `on_evaluation_end` closes the row, so that a call outside of an evalua
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from foley.accel.caching.schedule import CacheSchedule, SignatureMismatchError
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
+from foley.core.hashing import is_compiled
 from foley.diffusion.context import RunContext, StepContext
 
 
@@ -305,9 +308,14 @@ def replaced_forwards(
         )
     with ExitStack() as stack:
         stack.enter_context(_uncompiled_around(denoiser, layers))
+        # A graph ends before what decides anew at each evaluation, and what that calls is compiled for itself: so the
+        # number of graphs depends neither on the steps nor on the schedule.
+        outside = (
+            partial(torch.compiler.disable, recursive=False) if is_compiled(denoiser) else (lambda forward: forward)
+        )
         for _, index, module, make in replaced:
             stack.callback(vars(module).pop, "forward", None)  # that of the class shows again
-            module.forward = make(index, getattr(module, "compiled_forward", module.forward))
+            module.forward = outside(make(index, getattr(module, "compiled_forward", module.forward)))
         yield
 
 
