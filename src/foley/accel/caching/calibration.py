@@ -9,7 +9,7 @@ import shlex
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -26,6 +26,7 @@ from foley.accel.cost import EvaluationMacs, MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, output_tensors
 from foley.core.config import default_cache_dir, published_name
 from foley.core.files import info_path, load_record, save_record
+from foley.core.hashing import is_compiled
 from foley.core.logs import get_logger
 from foley.core.numbers import COUNT
 from foley.core.reading import reading
@@ -266,7 +267,9 @@ class CalibrationRecorder:
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """Watch the cacheable layers of `denoiser` inside the context; raises as `LayerCache.attach` does."""
         layers = find_cacheable_layers(denoiser)
-        with replaced_forwards(denoiser, layers, self._recording_forward, self._counting_forward):
+        # Recording changes from one evaluation to the next: a graph would be compiled for each.
+        plain = torch.compiler.set_stance("force_eager") if is_compiled(denoiser) else nullcontext()
+        with plain, replaced_forwards(denoiser, layers, self._recording_forward, self._counting_forward):
             self._layers, self._denoiser = layers, denoiser
             try:
                 yield

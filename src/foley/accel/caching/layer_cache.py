@@ -95,6 +95,15 @@ class Each:
         return self._kind(memory.recall(evaluation) for memory in self._memories)  # type: ignore[call-arg]
 
 
+class Untraced:
+    """A memory inside a compiled model, whose own arithmetic no graph takes in: its numbers differ at each step."""
+
+    def __init__(self, make: Callable[[], Reuse]) -> None:
+        memory = make()
+        self.store = torch.compiler.disable(memory.store)
+        self.recall = torch.compiler.disable(memory.recall)
+
+
 def memory_for(output: Any, make: Callable[[], Reuse]) -> Reuse:
     """What `make` makes, and for a layer that returns several tensors (joint attention) one for each of them.
 
@@ -254,6 +263,8 @@ class LayerCache:
 
         if run.is_recorded and self._make_reuse is Hold:
             self._reuse = HoldInPlace
+        if is_compiled(self._denoiser):
+            self._reuse = partial(Untraced, self._reuse)
 
     def graph_pattern(self) -> tuple[bool, ...] | None:
         """Which layers compute at the present evaluation; None where what is reused depends on its number."""
