@@ -7,7 +7,7 @@ import pytest
 PUBLIC = {
     "foley.accel": """
         AudioCache Budget CacheSchedule Calibration CalibrationRecorder Combined CostMeter Fora LayerCache LiteFocus
-        LocalGlobal NoAcceleration SmoothCache TokenMerging
+        LocalGlobal NoAcceleration SmoothCache TokenMerging accelerate calibrate
     """,
     "foley.models": """
         AdaptedDenoiser AudioVAE BigVGAN ControlledTransformer DiffusionTransformer FastDecoder FeatureConditioner
