@@ -9,7 +9,7 @@ import shlex
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -267,9 +267,10 @@ class CalibrationRecorder:
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """Watch the cacheable layers of `denoiser` inside the context; raises as `LayerCache.attach` does."""
         layers = find_cacheable_layers(denoiser)
-        # Recording changes from one evaluation to the next: a graph would be compiled for each.
-        plain = torch.compiler.set_stance("force_eager") if is_compiled(denoiser) else nullcontext()
-        with plain, replaced_forwards(denoiser, layers, self._recording_forward, self._counting_forward):
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forwards(denoiser, layers, self._recording_forward, self._counting_forward))
+            if is_compiled(denoiser):  # around the layers: recording changes at each evaluation, and a graph with it
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._layers, self._denoiser = layers, denoiser
             try:
                 yield
