@@ -8,7 +8,7 @@ PUBLIC = {
     "foley.accel": """
         AudioCache Budget CacheSchedule Calibration CalibrationRecorder Combined CostMeter Fora LayerCache LiteFocus
         LocalGlobal NoAcceleration PredictionReuse SmoothCache TokenMerging
-        DBCache FirstBlockCache MagCache TeaCache
+        DBCache FirstBlockCache MagCache TeaCache accelerate calibrate
     """,
     "foley.models": """
         AdaptedDenoiser AudioVAE BigVGAN ControlledTransformer DiffusionTransformer FastDecoder FeatureConditioner

@@ -30,6 +30,7 @@ class Watcher(NoAcceleration):
     def __init__(self) -> None:
         self.events: list[Any] = []
         self.runs: list[RunContext] = []
+        self.branches: list[str] = []
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
@@ -44,6 +45,7 @@ class Watcher(NoAcceleration):
     def on_evaluation_start(self, context: StepContext) -> None:
         assert context.timestep == context.run.timesteps[context.evaluation]
         self.events.append(context.evaluation)
+        self.branches.append(context.branch)
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         self.events.append(tuple(prediction.shape))
@@ -176,9 +178,11 @@ def test_evaluations_of_any_scheduler_are_told_apart(scheduler: Any) -> None:
         assert indices == list(range(5 if scheduler is HeunDiscreteScheduler else 3))
 
 
-def test_two_calls_at_one_evaluation_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="called twice at evaluation 0"):
-        _loop(DDIMScheduler(), Watcher(), calls=2)
+def test_calls_at_one_evaluation_are_branches_in_order() -> None:
+    watcher = Watcher()
+    _loop(DDIMScheduler(), watcher, calls=2)
+    assert [event for event in watcher.events if isinstance(event, int)] == [0, 0, 1, 1, 2, 2]
+    assert watcher.branches == ["joint", "joint 2"] * 3
 
 
 def test_a_foreign_scheduler_is_refused(pipeline: Any) -> None:

@@ -25,7 +25,7 @@ def _image(*shape: int) -> Tensor:
 
 
 def dit() -> nn.Module:
-    return diffusers.DiTTransformer2DModel(**HEADS, sample_size=8, num_embeds_ada_norm=10)
+    return diffusers.DiTTransformer2DModel(**HEADS, sample_size=8, out_channels=8, num_embeds_ada_norm=1000)
 
 
 def pixart() -> nn.Module:

@@ -2,7 +2,7 @@
 
 `with accelerator.attach(denoiser)` opens an accelerator for the length of one generation, whose sampler calls it as a
 callback. `caching` reuses what layers computed before, `attention` lets queries see fewer keys, `diffusers` brings both
-to the models and pipelines of that library, and `cost` counts what is saved.
+to the models and pipelines of that library (`accelerate`, `calibrate`), and `cost` counts what is saved.
 """
 
 from foley.accel.attention.litefocus import LiteFocus
@@ -22,6 +22,7 @@ from foley.accel.caching.smoothcache import SmoothCache
 from foley.accel.caching.teacache import TeaCache
 from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.cost import CostMeter
+from foley.accel.diffusers.pipelines import accelerate, calibrate
 
 __all__ = [
     "AudioCache",
@@ -43,4 +44,6 @@ __all__ = [
     "SmoothCache",
     "TeaCache",
     "TokenMerging",
+    "accelerate",
+    "calibrate",
 ]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
+from foley.core.hashing import is_compiled
 from foley.diffusion.context import Accelerator, RunContext, StepContext
 
 _FLOPS_PER_MAC = 2  # a multiplication and an addition, which PyTorch counts as two
@@ -242,7 +243,7 @@ class CostMeter:
         """As the accelerator's own."""
         with ExitStack() as stack:
             stack.callback(self._hooks.close)  # on error too
-            if self._context is None and self._is_known and not _is_compiled(denoiser):
+            if self._context is None and self._is_known and not _is_out_of_sight(denoiser):
                 self._denoiser, self._counter = denoiser, MacCounter()
                 self._layers = find_cacheable_layers(denoiser) if self._cache is not None else []
                 self._hooks.enter_context(self._counter.watching(self._layers))
@@ -331,12 +332,9 @@ def _changes_cost(accelerator: Accelerator) -> bool:
     return getattr(accelerator, "changes_cost", False)
 
 
-def _is_compiled(denoiser: nn.Module) -> bool:
-    """As a whole or in parts, or exported: products are out of sight."""
-    # `torch.compile(module)` wraps it, which shows as `_orig_mod`; `module.compile()` sets its call.
-    if getattr(denoiser, "is_exported", False):
-        return True
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in denoiser.modules())
+def _is_out_of_sight(denoiser: nn.Module) -> bool:
+    """Compiled, as a whole or in parts, or exported: its products cannot be counted."""
+    return getattr(denoiser, "is_exported", False) or is_compiled(denoiser)
 
 
 @contextmanager

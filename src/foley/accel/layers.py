@@ -88,7 +88,7 @@ def find_cacheable_layers(denoiser: nn.Module) -> list[CacheableLayer]:
     denoiser = uncompiled(denoiser)
     modules = {plain_name(name): module for name, module in denoiser.named_modules()}  # in order of registration
     layers = [
-        CacheableLayer(name, module.cacheable_kind, module, modules.get(getattr(module, "cacheable_norm", None)))
+        CacheableLayer(name, module.cacheable_kind, module, modules.get(str(getattr(module, "cacheable_norm", None))))
         for name, module in modules.items()
         if isinstance(getattr(module, "cacheable_kind", None), str)
     ]

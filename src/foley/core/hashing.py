@@ -59,6 +59,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return original
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """As a whole or in parts, by `torch.compile(module)` or `module.compile()`."""
+    return any(hasattr(part, _COMPILED) or part._compiled_call_impl is not None for part in module.modules())
+
+
 def hash_module(module: nn.Module) -> str:
     """SHA-256 of everything in the module's state dict; remembered until a tensor of it is replaced or written to.
 

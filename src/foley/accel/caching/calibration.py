@@ -10,7 +10,7 @@ import shlex
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,7 @@ from foley.accel.cost import MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, output_tensors
 from foley.core.config import default_cache_dir, hub_name, published_name
 from foley.core.files import info_path
+from foley.core.hashing import is_compiled
 from foley.core.locks import RunThread
 from foley.core.logs import get_logger
 from foley.core.numbers import COUNT
@@ -141,7 +142,10 @@ class CalibrationRecorder:
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
         """Watch the cacheable layers of `denoiser` inside the context; raises as `LayerCache.attach` does."""
         layers = find_cacheable_layers(denoiser)
-        with replaced_forwards(denoiser, layers, self._recording_forward, self._counting_forward):
+        with ExitStack() as stack:
+            stack.enter_context(replaced_forwards(denoiser, layers, self._recording_forward, self._counting_forward))
+            if is_compiled(denoiser):  # around the layers: recording changes at each evaluation, and a graph with it
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._layers, self._denoiser = layers, denoiser
             try:
                 yield

@@ -11,15 +11,17 @@ recalls. `on_evaluation_end` closes the row, so that a call outside of an evalua
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import RLock
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from foley.accel.caching.reuse import Hold, HoldInPlace, Reuse, ReuseChoice, make_reuse
+from foley.accel.caching.reuse import Hold, HoldInPlace, Reuse, ReuseChoice, Untraced, make_reuse
 from foley.accel.caching.schedule import CacheSchedule, Constraints, SignatureMismatchError
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
+from foley.core.hashing import is_compiled
 from foley.core.locks import RunThread
 from foley.diffusion.context import AXES, RunContext, StepContext
 
@@ -219,6 +221,8 @@ class LayerCache:
         self._places = run.axis(self._axis)
         if run.is_recorded and self._make_reuse is Hold:
             self._reuse = HoldInPlace
+        if is_compiled(self._denoiser):
+            self._reuse = partial(Untraced, self._reuse)
 
     def graph_pattern(self) -> tuple[bool, ...] | None:
         """Which layers compute at the present evaluation; None where what is reused depends on its place."""
@@ -286,9 +290,14 @@ def replaced_forwards(
         with _attaching:
             _require_free([(name, module) for name, _, module, _ in replaced])
             stack.enter_context(_uncompiled_around(denoiser, layers))
+            # A graph ends before what decides anew at each evaluation, and what that calls is compiled for itself: so
+            # the number of graphs depends neither on the steps nor on the schedule.
+            outside: Callable[[Forward], Forward] = (
+                partial(torch.compiler.disable, recursive=False) if is_compiled(denoiser) else lambda forward: forward
+            )
             for _, index, module, make in replaced:
                 stack.callback(vars(module).pop, "forward", None)  # that of the class shows again
-                module.forward = make(index, getattr(module, "compiled_forward", module.forward))
+                module.forward = outside(make(index, getattr(module, "compiled_forward", module.forward)))
         yield
 
 

@@ -93,6 +93,15 @@ def _weighted(weights: list[float], *values: Any) -> Any:
     return total.to(values[0].dtype)
 
 
+class Untraced:
+    """A memory inside a compiled model, whose own arithmetic no graph takes in: its numbers differ at each step."""
+
+    def __init__(self, make: Callable[[], Reuse]) -> None:
+        memory = make()
+        self.store = torch.compiler.disable(memory.store)
+        self.recall = torch.compiler.disable(memory.recall)
+
+
 REUSES: dict[str, Callable[[], Reuse]] = {"hold": Hold, "taylor": Taylor, "taylor2": partial(Taylor, 2)}
 """By the names of `accel.reuse`; another is given as an object, see `make_reuse`."""
 
