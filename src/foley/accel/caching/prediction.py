@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from foley.accel.caching.calibration import CALIBRATE, WantedCurves
-from foley.accel.caching.prediction_calibration import CovarianceRecorder, PredictionCovariance
+from foley.accel.caching.prediction_calibration import CovarianceRecorder, PredictionCovariance, extrapolates_clean
 from foley.accel.caching.prediction_plans import (
-    Extrapolation,
+    Fitted,
     angle_weights,
     capped,
     interval_plan,
@@ -45,38 +45,53 @@ PLACES = ("guided", "branch")
 
 
 class History:
-    """The last `order + 1` computed values of one quantity, `[B, C, L]` each, and the polynomial through them."""
+    """The last computed values of one quantity, `order + 1` tensors of one shape, and what they make of another place.
 
-    def __init__(self, order: int) -> None:
+    Args:
+        places: `[E]`, where evaluations lie on the axis of the polynomial.
+        fitted: makes its weights instead of the polynomial.
+    """
+
+    def __init__(self, places: Sequence[float], order: int, fitted: Fitted | None = None) -> None:
+        self._places = places
         self._most = order + 1
-        self._places: list[float] = []
+        self._fitted = fitted
+        self._nodes: list[int] = []  # evaluations, the newest last
         self._values: list[Tensor] = []
 
-    def store(self, place: float, value: Tensor) -> None:
+    def store(self, evaluation: int, value: Tensor) -> None:
         """Remember; what was computed at the same place before is replaced (Heun evaluates twice at one)."""
         # Infinite is the log-SNR of pure noise: no polynomial goes through it, so it is held until there is another.
-        if self._places and (self._places[-1] == place or not isfinite(self._places[-1])):
-            del self._places[-1], self._values[-1]
-        self._places = [*self._places, place][-self._most :]
+        last = [self._places[node] for node in self._nodes[-1:]]
+        if any(place == self._places[evaluation] or not isfinite(place) for place in last):
+            del self._nodes[-1], self._values[-1]
+        self._nodes = [*self._nodes, evaluation][-self._most :]
         self._values = [*self._values, value][-self._most :]
 
     @property
     def is_filled(self) -> bool:
         """Whether there is anything to forecast from."""
-        return bool(self._places)
+        return bool(self._nodes)
 
-    def at(self, place: float) -> Tensor:
+    def at(self, evaluation: int) -> Tensor:
         """The forecast, in the type of what was stored; of lower order while little is."""
         # Large weights of alternating sign: half precision would lose what is left of their sum.
-        first, *others = zip(lagrange(self._places, place), self._values, strict=True)
-        total = first[0] * first[1].float() if others else first[1]
+        first, *others = zip(self._shares(evaluation), self._values, strict=True)
+        total = first[0] * first[1].float() if first[0] != 1 else first[1]
         for weight, value in others:
-            total = total.add(value.float(), alpha=weight)
+            total = total.float().add(value.float(), alpha=weight)
         return total.to(first[1].dtype)
 
-    def remainder(self, place: float) -> tuple[int, float]:
+    def _shares(self, evaluation: int) -> list[float]:
+        if self._fitted is None:
+            return lagrange([self._places[node] for node in self._nodes], self._places[evaluation])
+        shares: list[float] = self._fitted.shares(np.array([self._nodes]), np.array([[evaluation]]))[0].tolist()
+        return shares
+
+    def remainder(self, evaluation: int) -> tuple[int, float]:
         """Of the interpolation: the number of nodes, and the product of their distances, which the error goes by."""
-        return len(self._places), abs(prod(place - node for node in self._places))
+        place = self._places[evaluation]
+        return len(self._nodes), abs(prod(place - self._places[node] for node in self._nodes))
 
 
 class Threshold:
@@ -126,7 +141,8 @@ class PredictionReuse:
         warmup: this many evaluations at the beginning are computed.
         max_reuses: this many evaluations in a row are skipped at most.
         target_speedup: compute where it serves best instead, as many evaluations as this many times faster allows, by
-            the calibrated covariance of the predictions (`foley.accel.caching.prediction_plans`).
+            the calibrated covariance of the predictions (`foley.accel.caching.prediction_plans`). What is skipped
+            is the best linear forecast from `order + 1` computed ones, instead of a polynomial.
         threshold: decide on the way instead, by the error that was measured; the largest that one gap may leave in the
             latent, relative to it. `interval` has no effect then.
         calibration_dir, calibrate: where the covariance is kept, and whether it is made where it is missing, as
@@ -174,6 +190,7 @@ class PredictionReuse:
     def _reset(self) -> None:
         self._plan: Sequence[bool] | None = None  # from the first evaluation of the run on
         self._guard: Threshold | None = None
+        self._fitted: Fitted | None = None
         self._places: list[float] = []
         self._extrapolates_clean = False
         self._context: StepContext | None = None  # of the present evaluation; None outside of one
@@ -190,7 +207,7 @@ class PredictionReuse:
 
     def recorder(self) -> CovarianceRecorder:
         """What makes the calibration."""
-        return CovarianceRecorder()
+        return CovarianceRecorder(self._quantity)
 
     def wanted(self, model_hash: str, solver: str, num_steps: int, guidance_scale: float) -> WantedCurves:
         """The run whose predictions' covariance such a run needs."""
@@ -226,7 +243,8 @@ class PredictionReuse:
 
     def _stems(self, wanted: WantedCurves) -> tuple[Path, Path]:
         cache = Path(default_cache_dir()).expanduser() / "calibration" / wanted.model_hash[:16]
-        return self._directory / f"prediction_{wanted.name}", cache / f"prediction_{wanted.name}"
+        name = f"prediction_{wanted.name}" if self._quantity == "auto" else f"{self._quantity}_{wanted.name}"
+        return self._directory / name, cache / name
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
@@ -256,16 +274,11 @@ class PredictionReuse:
             )
         self._reset()
         self._places = run.axis(self._axis)
-        self._extrapolates_clean = self._choose_clean(run)
+        self._extrapolates_clean = extrapolates_clean(run, self._quantity)
         self.computed_evaluations = [False] * run.num_evaluations
         if self._threshold is not None:
             self._guard = Threshold(self._threshold, angle_weights(_angles(run)).tolist())
             self.differences = self._guard.differences
-
-    def _choose_clean(self, run: RunContext) -> bool:
-        if self._quantity == "clean" and run.clean_weights is None:
-            raise ValueError("accel.quantity=clean: this loop does not say what its noise levels are; take prediction")
-        return self._quantity == "clean" or (self._quantity == "auto" and run.adds_noise)
 
     def on_evaluation_start(self, context: StepContext) -> None:
         self._context = context
@@ -281,18 +294,21 @@ class PredictionReuse:
         since_warmup = evaluation - self.computed_evaluations.index(True) if any(self.computed_evaluations) else 0
         if since_warmup < self._warmup or not any(self.computed_evaluations[max(evaluation - self._max_reuses, 0) :]):
             return True
-        return not self._guard.lets_skip(evaluation, self._history(context).remainder(self._places[evaluation]))
+        return not self._guard.lets_skip(evaluation, self._history(context).remainder(evaluation))
 
     def _planned(self, run: RunContext, first: int) -> tuple[bool, ...]:
         """Of the evaluations from `first` on."""
         left = run.num_evaluations - first
         if self._target_speedup is None:
             return tuple(capped(interval_plan(left, self._interval, self._warmup), self._max_reuses))
-        weights, covariance = angle_weights(_angles(run))[first:], self._covariance(run)[first:, first:]
-        extrapolation = Extrapolation(np.asarray(self._places[first:]), self._order, weights, covariance)
-        return tuple(
-            optimal_plan(extrapolation, max(int(left / self._target_speedup), 1), self._warmup, self._max_reuses)
-        )
+        places, weights, covariance = np.asarray(self._places), angle_weights(_angles(run)), self._covariance(run)
+        if self._extrapolates_clean:
+            assert run.clean_weights is not None
+            weights = weights / np.abs(run.clean_weights[:, 1].numpy())
+        self._fitted = Fitted(places, self._order, weights, covariance)
+        from_first = Fitted(places[first:], self._order, weights[first:], covariance[first:, first:])
+        count = max(int(left / self._target_speedup), 1)
+        return tuple(optimal_plan(from_first, count, self._warmup, self._max_reuses))
 
     def _covariance(self, run: RunContext) -> NDArray[np.float64]:
         assert self._denoiser is not None
@@ -360,27 +376,25 @@ class PredictionReuse:
 
     def _store(self, branch: str, noisy: Any, values: Sequence[Tensor]) -> None:
         """`values` of the present evaluation: one, or all that the denoiser gives."""
-        histories = self._histories.setdefault(branch, [History(self._order) for _ in values])
+        assert self._context is not None
+        evaluation = self._context.evaluation
+        fresh = [History(self._places, self._order, self._fitted) for _ in values]
+        histories = self._histories.setdefault(branch, fresh)
         for history, value in zip(histories, values, strict=True):
             if self._extrapolates_clean:
                 of_noisy, of_prediction = self._clean_weights()
                 value = of_noisy * noisy + of_prediction * value
             if self._guard is not None and history.is_filled:
-                self._guard.measure(
-                    self._context.evaluation, history.at(self._place()), value, history.remainder(self._place())
-                )
-            history.store(self._place(), value)
+                self._guard.measure(evaluation, history.at(evaluation), value, history.remainder(evaluation))
+            history.store(evaluation, value)
 
     def _recall(self, branch: str, noisy: Any) -> list[Tensor]:
-        forecasts = [history.at(self._place()) for history in self._histories[branch]]
+        assert self._context is not None
+        forecasts = [history.at(self._context.evaluation) for history in self._histories[branch]]
         if not self._extrapolates_clean:
             return forecasts
         of_noisy, of_prediction = self._clean_weights()
         return [(forecast - of_noisy * noisy) / of_prediction for forecast in forecasts]
-
-    def _place(self) -> float:
-        assert self._context is not None
-        return self._places[self._context.evaluation]
 
     def _clean_weights(self) -> tuple[float, float]:
         """The clean latent is the first times the noisy one and the second times the prediction."""

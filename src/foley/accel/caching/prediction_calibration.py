@@ -17,6 +17,16 @@ from foley.core.reading import reading
 from foley.diffusion.context import RunContext, StepContext
 
 
+def extrapolates_clean(run: RunContext, quantity: str) -> bool:
+    """Whether "auto", "prediction" or "clean" is the clean latent in this run; "auto" takes it where noise is added.
+
+    Raises ValueError for "clean" in a loop that does not say what its noise levels are.
+    """
+    if quantity == "clean" and run.clean_weights is None:
+        raise ValueError("accel.quantity=clean: this loop does not say what its noise levels are; take prediction")
+    return quantity == "clean" or (quantity == "auto" and run.adds_noise)
+
+
 @dataclass(frozen=True, eq=False)
 class PredictionCovariance:
     """`covariance [E, E]`: the mean product of the predictions of two evaluations over prompts, of mean square 1."""
@@ -43,9 +53,14 @@ class CovarianceRecorder:
     """An accelerator that speeds nothing up: it keeps the predictions of each run, and sums up their products.
 
     Runs may differ in batch size, each item is one prompt. A run that breaks off or begins in the middle is left out.
+
+    Args:
+        quantity: "prediction", "clean" or "auto", see `extrapolates_clean`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quantity: str = "auto") -> None:
+        self._quantity = quantity
+        self._noisy: Tensor | None = None
         self._denoiser: nn.Module | None = None
         self._signature: RunSignature | None = None
         self._predictions: list[Tensor] = []  # of this run, [B, N] each
@@ -75,7 +90,16 @@ class CovarianceRecorder:
     def on_evaluation_start(self, context: StepContext) -> None:
         pass
 
+    def forecast(self, context: StepContext, noisy: Tensor) -> None:
+        """None: only looks on."""
+        self._noisy = noisy
+
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
+        if extrapolates_clean(context.run, self._quantity):
+            assert context.run.clean_weights is not None
+            assert self._noisy is not None
+            of_noisy, of_prediction = context.run.clean_weights[context.evaluation].tolist()
+            prediction = of_noisy * self._noisy + of_prediction * prediction
         self._predictions.append(prediction.flatten(1).float())
 
     def on_run_end(self) -> None:

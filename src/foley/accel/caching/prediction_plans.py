@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+_RIDGE = 1e-6  # beside a mean square of 1
 
 
 def lagrange(nodes: Sequence[float], place: float) -> list[float]:
@@ -31,15 +32,18 @@ def lagrange(nodes: Sequence[float], place: float) -> list[float]:
 
 
 def interval_plan(num_evaluations: int, interval: float, warmup: int = 1) -> list[bool]:
-    """Which evaluations compute: the first `warmup`, and from there every `interval`-th, on average where it is none.
+    """Which evaluations compute: the first `warmup`, the last, and every `interval`-th before that, on average.
+
+    The last step is the longest in angle, and what is wrong there stays: an error of it weighs most.
 
     >>> interval_plan(6, 2)
-    [True, False, True, False, True, False]
+    [True, True, False, True, False, True]
     >>> interval_plan(7, 1.5)
-    [True, False, True, True, False, True, True]
+    [True, True, False, True, True, False, True]
     """
-    after = [max(evaluation - warmup + 1, 0) for evaluation in range(num_evaluations)]  # of the warm-up
-    return [not past or floor(past / interval) > floor((past - 1) / interval) for past in after]
+    left = range(num_evaluations - 1, -1, -1)  # evaluations to come, after each
+    chosen = [not after or floor(after / interval) > floor((after - 1) / interval) for after in left]
+    return [True] * min(warmup, num_evaluations) + chosen[warmup:]
 
 
 def capped(plan: Sequence[bool], max_reuses: int) -> list[bool]:
@@ -91,14 +95,14 @@ class Extrapolation:
         for length in range(1, longest):  # one more skipped each time
             skipped = (last + length)[:, None]  # [C, 1]
             weight = self.weights[skipped.clip(max=size - 1)]
-            parts[0] = parts[0] - weight * self._shares(nodes, skipped.clip(max=size - 1))
+            parts[0] = parts[0] - weight * self.shares(nodes, skipped.clip(max=size - 1))
             members, parts = [*members, skipped.clip(max=size - 1)], [*parts, weight]
             at, of = np.concatenate(members, axis=1), np.concatenate(parts, axis=1)  # [C, nodes and skipped]
             squares = np.einsum("ci,cij,cj->c", of, self.covariance[at[:, :, None], at[:, None, :]], of)
             errors[:, length] += np.where(last + length < size, squares.clip(0), np.inf)
         return errors
 
-    def _shares(self, nodes: NDArray[np.int64], skipped: NDArray[np.int64]) -> Floats:
+    def shares(self, nodes: NDArray[np.int64], skipped: NDArray[np.int64]) -> Floats:
         """Of the values at `nodes [C, n]`, newest first, in the polynomial at `skipped [C, 1]`, as `History` has it."""
         places, place = self.places[nodes], self.places[skipped]
         # Neither what is infinite nor what was computed at the same place before counts, but for the newest.
@@ -111,6 +115,20 @@ class Extrapolation:
         with np.errstate(invalid="ignore", divide="ignore"):
             ratios = np.where(counts, (place - places)[:, None, :] / apart, 1.0)
         return np.where(used, np.where(used[:, :, None], ratios, 1.0).prod(axis=2), 0.0)
+
+
+class Fitted(Extrapolation):
+    """Not a polynomial, but whatever combination of the nodes comes nearest on average, by the covariance.
+
+    The best linear forecast (kriging): where the prediction turns within a few evaluations, a polynomial overshoots.
+    """
+
+    def shares(self, nodes: NDArray[np.int64], skipped: NDArray[np.int64]) -> Floats:
+        """Of the values at `nodes [C, n]` in the forecast at `skipped [C, 1]`: least squares, hardly held back."""
+        among = self.covariance[nodes[:, :, None], nodes[:, None, :]]  # [C, n, n]
+        ridge = _RIDGE * np.eye(nodes.shape[1])  # predictions are nearly alike, and those of few prompts are known
+        fitted: Floats = np.linalg.solve(among + ridge, self.covariance[nodes, skipped][:, :, None])[:, :, 0]
+        return fitted
 
 
 def optimal_plan(extrapolation: Extrapolation, count: int, warmup: int = 1, max_reuses: int = 7) -> list[bool]:
