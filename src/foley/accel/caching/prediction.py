@@ -147,6 +147,29 @@ class PredictionReuse:
             latent, relative to it. `interval` has no effect then.
         calibration_dir, calibrate: where the covariance is kept, and whether it is made where it is missing, as
             `CalibratedCache` takes them; of `target_speedup` alone.
+
+    Raises ValueError, which names the option, for what is out of its range.
+
+    After a run, `computed_evaluations` says which were computed, and `differences` how wrong the forecasts were that
+    were computed too, where there is a threshold; None at the others.
+
+    Example:
+        >>> import torch
+        >>> from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+        >>> from foley.diffusion.process import DiffusionProcess
+        >>> from foley.diffusion.sampler import generate_latents
+        >>> from foley.diffusion.solver import Solver
+        >>> from foley.models.dit.model import DiffusionTransformer
+        >>> from foley.nn.adaln import AdaLNSola
+        >>> denoiser = DiffusionTransformer(4, 16, 2, 2, 8, AdaLNSola(rank=2, alpha=2)).eval()
+        >>> text = Conditioning(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+        >>> guidance, solver = ClassifierFreeGuidance(3.0), Solver("ddim", 6)
+
+        >>> from foley.accel import PredictionReuse
+        >>> reuse, process = PredictionReuse(interval=3), DiffusionProcess("v")
+        >>> latent = generate_latents(denoiser, process, text, text, [0], 20, guidance, solver, accelerator=reuse)
+        >>> reuse.computed_evaluations
+        [True, False, True, False, False, True]
     """
 
     def __init__(
