@@ -1,7 +1,10 @@
 """Prediction reuse: exact where the prediction is a polynomial, and bit for bit nothing where all is computed."""
 
+from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from composition_parts import build_denoiser, generate
@@ -9,10 +12,14 @@ from recorded_graphs import RecordedGraphs
 from torch import Tensor, nn
 
 from foley.accel.attention.local_global import LocalGlobal
+from foley.accel.caching.calibration import calibrated_caches
 from foley.accel.caching.fora import Fora
-from foley.accel.caching.prediction import History, PredictionReuse, interval_plan
+from foley.accel.caching.prediction import History, PredictionReuse, Threshold
+from foley.accel.caching.prediction_calibration import CovarianceRecorder
+from foley.accel.caching.prediction_plans import Extrapolation, interval_plan, lagrange, optimal_plan
 from foley.accel.combined import Combined
 from foley.accel.cost import CostMeter
+from foley.core.hashing import hash_module
 from foley.diffusion.consistency import ConsistencySolver
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
 from foley.diffusion.process import PREDICTIONS, DiffusionProcess
@@ -60,32 +67,35 @@ def _generate(denoiser: nn.Module, solver: str, accelerator: Any = None, num_ste
 
 def test_a_polynomial_goes_through_uneven_nodes_exactly() -> None:
     for order in range(4):
-        history, values = History(order), torch.randn(order + 1, 2, 3, 4, dtype=torch.float64).float()
+        places = [-5.0, 1.2, 0.9, 0.31, 0.3, 0.1]
+        history, values = History(places, order), torch.randn(order + 1, 2, 3, 4, dtype=torch.float64).float()
 
         def at(place: float, values: Tensor = values) -> Tensor:
             return sum(value * place**power for power, value in enumerate(values))  # type: ignore[return-value]
 
-        for place in (-5.0, 1.2, 0.9, 0.31, 0.3):  # the first falls out
-            history.store(place, at(place))
-        torch.testing.assert_close(history.at(0.1), at(0.1), rtol=1e-4, atol=1e-4)
+        for evaluation in range(5):  # the first falls out
+            history.store(evaluation, at(places[evaluation]))
+        torch.testing.assert_close(history.at(5), at(0.1), rtol=1e-4, atol=1e-4)
 
 
 def test_equal_and_infinite_places_do_not_divide_by_zero() -> None:
-    history = History(2)
-    for place, value in ((-torch.inf, 9.0), (0.0, 1.0), (1.0, 5.0), (1.0, 2.0)):
-        history.store(place, torch.tensor([value]))
-        assert history.at(place).item() == value
-    assert history.at(3.0).item() == 4.0  # the line through (0, 1) and (1, 2)
-    first = History(2)
-    first.store(-torch.inf, torch.tensor([9.0]))
-    assert first.at(-3.0).item() == 9.0
+    places = [-torch.inf, 0.0, 1.0, 1.0, 3.0]
+    history = History(places, 2)
+    for evaluation, value in enumerate((9.0, 1.0, 5.0, 2.0)):
+        history.store(evaluation, torch.tensor([value]))
+        assert history.at(evaluation).item() == value
+    assert history.at(4).item() == 4.0  # the line through (0, 1) and (1, 2)
+    first = History(places, 2)
+    first.store(0, torch.tensor([9.0]))
+    assert first.at(1).item() == 9.0
 
 
 def test_fractional_intervals_compute_that_share() -> None:
     for interval in (1, 1.5, 2, 2.4, 3, 7):
         plan = interval_plan(100, interval, warmup=4)
         assert all(plan[:4])
-        assert sum(plan) == 4 + 96 // interval
+        assert plan[-1]
+        assert sum(plan) == 5 + 95 // interval
     assert all(interval_plan(9, 1))
 
 
@@ -131,7 +141,7 @@ def test_windows_editing_and_a_later_beginning(quantity: str) -> None:
             reuse = PredictionReuse(2, quantity=quantity, at=at)
             close = _generate(denoiser, "ddim", reuse, **run)
             assert 0 < (close - plain).norm() / plain.norm() < 0.05
-            assert reuse.computed_evaluations[:8] == ([False] * 7 + [True] if "start" in run else [True, False] * 4)
+            assert reuse.computed_evaluations.index(True) == (7 if "start" in run else 0)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -152,11 +162,11 @@ def test_fresh_noise_is_no_part_of_what_is_extrapolated() -> None:
 
     process = DiffusionProcess("v")
     for solver in ("ddpm", "dpmpp_2m_sde"):
-        plain = _generate(Clean(), solver)
-        errors = [
-            (_generate(Clean(), solver, PredictionReuse(3, quantity=quantity)) - plain).norm().item()
-            for quantity in ("auto", "prediction")
-        ]
+        errors = []
+        for quantity in ("auto", "prediction"):
+            reuse = PredictionReuse(threshold=0, quantity=quantity)  # computes always, and measures
+            _generate(Clean(), solver, reuse)
+            errors.append(max(difference or 0 for difference in reuse.differences))
         assert errors[0] < 1e-3 < errors[1]
 
 
@@ -164,7 +174,7 @@ def test_recordings_hold_computed_evaluations_alone() -> None:
     denoiser, recorder, reuse = SmoothDenoiser(), RecordedGraphs(), PredictionReuse(2)
     plain = _generate(denoiser, "ddim", reuse)
     assert torch.equal(_generate(denoiser, "ddim", reuse, recorder=recorder), plain)
-    assert (recorder.count, recorder.replays) == (1, 5)
+    assert (recorder.count, recorder.replays) == (1, 6)  # of seven computed evaluations
     branch = PredictionReuse(2, at="branch")
     plain = _generate(denoiser, "ddim", branch)
     assert torch.equal(_generate(denoiser, "ddim", branch, recorder=RecordedGraphs()), plain)
@@ -178,6 +188,7 @@ def test_skipped_evaluations_cost_nothing_and_caches_go_on_in_the_others(at: str
         "all": [PredictionReuse(1, at=at)],
         "prediction": [PredictionReuse(2, at=at)],
         "both": [PredictionReuse(2, at=at), Fora(4)],
+        "window": [LocalGlobal(window_frames=3, ratio=0.2)],
         "sparse": [PredictionReuse(2, at=at), LocalGlobal(window_frames=3, ratio=0.2)],
     }.items():
         meter = CostMeter(Combined(parts))
@@ -185,10 +196,10 @@ def test_skipped_evaluations_cost_nothing_and_caches_go_on_in_the_others(at: str
         costs[name] = meter.describe()
         assert "forward" not in vars(denoiser)
     assert costs["all"]["mac_speedup"] == 1
-    assert costs["prediction"]["mac_speedup"] == 2
-    assert costs["prediction"]["computed_evaluations"] == 3  # of 6
-    assert costs["both"]["mac_speedup"] > 2
-    assert costs["sparse"]["mac_speedup"] > 2
+    assert costs["prediction"]["mac_speedup"] == 1.5
+    assert costs["prediction"]["computed_evaluations"] == [0, 1, 3, 5]
+    assert costs["both"]["mac_speedup"] > 1.5
+    assert costs["window"]["macs"] * 4 == costs["sparse"]["macs"] * 6
 
 
 def test_a_student_is_refused() -> None:
@@ -205,3 +216,82 @@ def test_a_student_is_refused() -> None:
 def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         PredictionReuse(**options)
+
+
+def _best_by_trying(extrapolation: Extrapolation, count: int, warmup: int, max_reuses: int) -> tuple[float, list[int]]:
+    """Every plan of `count` computed evaluations, and the error of each gap by the definition."""
+    size, found = len(extrapolation.places), []
+    for chosen in combinations(range(warmup, size), count - warmup):
+        computed, total = [*range(warmup), *chosen], 0.0
+        for index, (last, end) in enumerate(pairwise([*computed, size])):
+            if end - last > max_reuses + 1:
+                total = float("inf")
+            nodes, error = computed[: index + 1][-extrapolation.order - 1 :], np.zeros(size)
+            for skipped in range(last + 1, end):
+                shares = lagrange(extrapolation.places[nodes].tolist(), float(extrapolation.places[skipped]))
+                error[skipped] += extrapolation.weights[skipped]
+                error[nodes] -= extrapolation.weights[skipped] * np.asarray(shares)
+            total += float(error @ extrapolation.covariance @ error)
+        found.append((total, computed))
+    return min(found)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize("warmup", [1, 3])
+def test_the_optimal_plan_is_the_best_of_all(order: int, warmup: int) -> None:
+    random = np.random.default_rng(order)
+    places, factor = np.sort(random.random(9))[::-1], random.standard_normal((9, 9))
+    extrapolation = Extrapolation(places, order, random.random(9), factor @ factor.T)
+    for count, max_reuses in ((4, 8), (5, 3), (7, 2)):
+        plan = optimal_plan(extrapolation, count, warmup, max_reuses)
+        _, computed = _best_by_trying(extrapolation, count, warmup, max_reuses)
+        assert [evaluation for evaluation, computes in enumerate(plan) if computes] == computed
+    assert sum(optimal_plan(extrapolation, 3, 1, max_reuses=1)) == 5  # the cap wants more
+    assert all(optimal_plan(extrapolation, 9))
+
+
+def test_a_target_speedup_is_calibrated_kept_and_met(tmp_path: Path) -> None:
+    denoiser, recorder = SmoothDenoiser(), CovarianceRecorder()
+    reuse = PredictionReuse(target_speedup=2, calibration_dir=tmp_path, calibrate="auto")
+    assert calibrated_caches(Combined([reuse])) == [reuse]
+    assert not calibrated_caches(PredictionReuse())[0].calibrates
+    with pytest.raises(FileNotFoundError, match="target_speedup"):
+        _generate(denoiser, "ddim", reuse)
+    plain = _generate(denoiser, "ddim", recorder)
+    wanted = reuse.wanted(hash_module(denoiser), "ddim", 12, 3.0)
+    assert reuse.keep(recorder.calibration(), wanted) == tmp_path / "prediction_ddim_12_w3.json"
+    close = _generate(denoiser, "ddim", reuse)
+    assert sum(reuse.computed_evaluations) == 6
+    assert (close - plain).norm() / plain.norm() < 0.02
+    with pytest.raises(FileNotFoundError, match="w3"):  # another model
+        _generate(PolynomialDenoiser().requires_grad_(False), "heun", reuse)
+
+
+def test_a_threshold_measures_on_the_way() -> None:
+    denoiser = SmoothDenoiser()
+    plain = _generate(denoiser, "ddim", num_steps=30)
+    for threshold, computed in ((0.0, 30), (1e9, 5)):
+        reuse = PredictionReuse(threshold=threshold, max_reuses=7)
+        latent = _generate(denoiser, "ddim", reuse, num_steps=30)
+        assert sum(reuse.computed_evaluations) == computed
+        known = [difference for difference in reuse.differences if difference is not None]
+        assert len(known) == computed - 1
+        if not threshold:
+            assert torch.equal(latent, plain)
+    reuse = PredictionReuse(threshold=1e-3)
+    latent = _generate(denoiser, "ddim", reuse, num_steps=30)
+    assert 5 < sum(reuse.computed_evaluations) < 25, reuse.computed_evaluations
+    assert (latent - plain).norm() / plain.norm() < 0.02
+    assert reuse.describe()["prediction_differences"]
+
+
+def test_the_remainder_of_a_polynomial_foretells_the_error() -> None:
+    guard, history = Threshold(1.0, [1.0] * 5), History([0.0, 1.0, 2.0, 3.0, 4.0], 1)
+    # x^2 beyond its line: the remainder is the product of distances, exactly.
+    for evaluation in (0, 1):
+        history.store(evaluation, torch.tensor([float(evaluation**2)]))
+    guard.measure(2, history.at(2), torch.tensor([4.0]), history.remainder(2))
+    assert guard.differences[2] == pytest.approx(2 / 4)
+    history.store(2, torch.tensor([4.0]))
+    assert guard.lets_skip(3, history.remainder(3))  # again half of it
+    assert not guard.lets_skip(4, history.remainder(4))  # 3 * 2 / 2 times that, in sum 2

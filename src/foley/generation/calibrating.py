@@ -61,14 +61,15 @@ def calibrate_missing(
             wanted = cache.wanted(*run)
             calibration = cache.find(wanted)
             if calibration is None:
-                calibration = _calibrate(wanted, prompts, settings, denoise)
+                calibration = _calibrate(cache.recorder(), wanted, prompts, settings, denoise)
                 _log.info("kept the calibration: %s", cache.keep(calibration, wanted))
             cache.adopt(calibration)
 
 
 def _calibrate(
-    wanted: WantedCurves, prompts: Sequence[str], settings: GenerationSettings, denoise: Denoise
-) -> Calibration:
+    recorder: Any, wanted: WantedCurves, prompts: Sequence[str], settings: GenerationSettings, denoise: Denoise
+) -> Any:
+    """What the recorder makes of such runs."""
     _log.info(
         "no calibration for %s, %d steps, guidance scale %g yet: made of %d uncached clips, once",
         *(wanted.solver, wanted.num_steps, wanted.guidance_scale, len(prompts)),

@@ -339,6 +339,10 @@ class CalibratedCache(LayerCache, ABC):
             return info_path(in_cache)
         return info_path(beside)
 
+    def recorder(self) -> CalibrationRecorder:
+        """What makes the curves."""
+        return CalibrationRecorder()
+
     def adopt(self, calibration: Calibration) -> None:
         """Take these curves for the runs that they serve, whatever lies in the folder."""
         self._adopted = calibration
@@ -380,10 +384,10 @@ class CalibratedCache(LayerCache, ABC):
         )
 
 
-def calibrated_caches(accelerator: Accelerator | None) -> list[CalibratedCache]:
-    """Those that `Combined` holds, or the accelerator itself."""
+def calibrated_caches(accelerator: Accelerator | None) -> list[Any]:
+    """Those that `Combined` holds, or the accelerator itself: each `CalibratedCache`, and what adopts as they do."""
     parts = getattr(accelerator, "accelerators", (accelerator,))
-    return [part for part in parts if isinstance(part, CalibratedCache)]
+    return [part for part in parts if hasattr(part, "adopt")]
 
 
 def require_calibrations(

@@ -11,67 +11,120 @@ The solver keeps its small steps, whose own error is not touched; taking fewer s
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import floor, isfinite, prod
+from math import isfinite, pi, prod
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from foley.accel.caching.calibration import CALIBRATE, WantedCurves
+from foley.accel.caching.prediction_calibration import CovarianceRecorder, PredictionCovariance, extrapolates_clean
+from foley.accel.caching.prediction_plans import (
+    Fitted,
+    angle_weights,
+    capped,
+    interval_plan,
+    lagrange,
+    optimal_plan,
+)
+from foley.accel.caching.schedule import RunSignature
 from foley.accel.layers import Forward
+from foley.core.config import default_cache_dir
+from foley.core.files import info_path
 from foley.core.numbers import COUNT, NumberRange
 from foley.diffusion.context import AXES, RunContext, StepContext
 from foley.diffusion.solver import CONSISTENCY
 
-ORDER = NumberRange(least=0, most=5, whole=True)
+ORDER = NumberRange(least=0, most=3, whole=True)
+MAX_REUSES = NumberRange(least=1, most=15, whole=True)
 QUANTITIES = ("auto", "prediction", "clean")
 PLACES = ("guided", "branch")
 
 
-def lagrange(nodes: Sequence[float], place: float) -> list[float]:
-    """The weight of each node's value in the polynomial through all of them, at `place`; nodes must differ.
-
-    >>> lagrange([0.0, 1.0, 3.0], 4.0)  # x^2 is reproduced: 0 * 1 + 1 * -2 + 9 * 2 = 16
-    [1.0, -2.0, 2.0]
-    """
-    return [prod((place - other) / (node - other) for other in nodes if other != node) for node in nodes]
-
-
-def interval_plan(num_evaluations: int, interval: float, warmup: int = 1) -> list[bool]:
-    """Which evaluations compute: the first `warmup`, and from there every `interval`-th, on average where it is none.
-
-    >>> interval_plan(6, 2)
-    [True, False, True, False, True, False]
-    >>> interval_plan(7, 1.5)
-    [True, False, True, True, False, True, True]
-    """
-    after = [max(evaluation - warmup + 1, 0) for evaluation in range(num_evaluations)]  # of the warm-up
-    return [not past or floor(past / interval) > floor((past - 1) / interval) for past in after]
-
-
 class History:
-    """The last `order + 1` computed values of one quantity, `[B, C, L]` each, and the polynomial through them."""
+    """The last computed values of one quantity, `order + 1` tensors of one shape, and what they make of another place.
 
-    def __init__(self, order: int) -> None:
+    Args:
+        places: `[E]`, where evaluations lie on the axis of the polynomial.
+        fitted: makes its weights instead of the polynomial.
+    """
+
+    def __init__(self, places: Sequence[float], order: int, fitted: Fitted | None = None) -> None:
+        self._places = places
         self._most = order + 1
-        self._places: list[float] = []
+        self._fitted = fitted
+        self._nodes: list[int] = []  # evaluations, the newest last
         self._values: list[Tensor] = []
 
-    def store(self, place: float, value: Tensor) -> None:
+    def store(self, evaluation: int, value: Tensor) -> None:
         """Remember; what was computed at the same place before is replaced (Heun evaluates twice at one)."""
         # Infinite is the log-SNR of pure noise: no polynomial goes through it, so it is held until there is another.
-        if self._places and (self._places[-1] == place or not isfinite(self._places[-1])):
-            del self._places[-1], self._values[-1]
-        self._places = [*self._places, place][-self._most :]
+        last = [self._places[node] for node in self._nodes[-1:]]
+        if any(place == self._places[evaluation] or not isfinite(place) for place in last):
+            del self._nodes[-1], self._values[-1]
+        self._nodes = [*self._nodes, evaluation][-self._most :]
         self._values = [*self._values, value][-self._most :]
 
-    def at(self, place: float) -> Tensor:
+    @property
+    def is_filled(self) -> bool:
+        """Whether there is anything to forecast from."""
+        return bool(self._nodes)
+
+    def at(self, evaluation: int) -> Tensor:
         """The forecast, in the type of what was stored; of lower order while little is."""
         # Large weights of alternating sign: half precision would lose what is left of their sum.
-        first, *others = zip(lagrange(self._places, place), self._values, strict=True)
-        total = first[0] * first[1].float() if others else first[1]
+        first, *others = zip(self._shares(evaluation), self._values, strict=True)
+        total = first[0] * first[1].float() if first[0] != 1 else first[1]
         for weight, value in others:
-            total = total.add(value.float(), alpha=weight)
+            total = total.float().add(value.float(), alpha=weight)
         return total.to(first[1].dtype)
+
+    def _shares(self, evaluation: int) -> list[float]:
+        if self._fitted is None:
+            return lagrange([self._places[node] for node in self._nodes], self._places[evaluation])
+        shares: list[float] = self._fitted.shares(np.array([self._nodes]), np.array([[evaluation]]))[0].tolist()
+        return shares
+
+    def remainder(self, evaluation: int) -> tuple[int, float]:
+        """Of the interpolation: the number of nodes, and the product of their distances, which the error goes by."""
+        place = self._places[evaluation]
+        return len(self._nodes), abs(prod(place - self._places[node] for node in self._nodes))
+
+
+class Threshold:
+    """What a skipped evaluation may be wrong by, from what the last forecast was wrong by where it was computed too.
+
+    The remainder of a polynomial through n nodes is a derivative times `prod_j (x - x_j)`. So the error measured at the
+    last computed evaluation tells the derivative, and that the errors to come, while the number of nodes stays.
+    """
+
+    def __init__(self, threshold: float, weights: Sequence[float]) -> None:
+        self._threshold = threshold
+        self._weights = weights
+        self._measured: tuple[float, int, float] | None = None  # error, number of nodes, product of their distances
+        self._spent = 0.0  # since the last computed evaluation, in units of the latent
+        self.differences: list[float | None] = [None] * len(weights)
+
+    def lets_skip(self, evaluation: int, remainder: tuple[int, float]) -> bool:
+        """Whether all errors since the last computed evaluation, this one's included, stay below the threshold."""
+        if self._measured is None:
+            return False
+        error, count, distance = self._measured
+        growth = remainder[1] / distance if remainder[0] == count else 1.0
+        self._spent += self._weights[evaluation] * error * growth
+        return self._spent <= self._threshold
+
+    def measure(self, evaluation: int, forecast: Tensor, computed: Tensor, remainder: tuple[int, float]) -> None:
+        """The relative error of a forecast `[B, C, L]` where it was computed all the same; waits for the device."""
+        error = float((forecast - computed).float().norm() / computed.float().norm())
+        self.differences[evaluation] = error
+        # At the place of the last node the forecast is the node: nothing is learnt there.
+        if remainder[1] > 0:
+            self._measured = error, *remainder
+        self._spent = 0.0
 
 
 class PredictionReuse:
@@ -86,6 +139,37 @@ class PredictionReuse:
         at: "guided" is after guidance, where the loop asks for it, as ours does; "branch" replaces the denoiser's own
             output, of both guidance branches. Without a rescale of guidance both are the same.
         warmup: this many evaluations at the beginning are computed.
+        max_reuses: this many evaluations in a row are skipped at most.
+        target_speedup: compute where it serves best instead, as many evaluations as this many times faster allows, by
+            the calibrated covariance of the predictions (`foley.accel.caching.prediction_plans`). What is skipped
+            is the best linear forecast from `order + 1` computed ones, instead of a polynomial.
+        threshold: decide on the way instead, by the error that was measured; the largest that one gap may leave in the
+            latent, relative to it. `interval` has no effect then.
+        calibration_dir, calibrate: where the covariance is kept, and whether it is made where it is missing, as
+            `CalibratedCache` takes them; of `target_speedup` alone.
+
+    Raises ValueError, which names the option, for what is out of its range.
+
+    After a run, `computed_evaluations` says which were computed, and `differences` how wrong the forecasts were that
+    were computed too, where there is a threshold; None at the others.
+
+    Example:
+        >>> import torch
+        >>> from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
+        >>> from foley.diffusion.process import DiffusionProcess
+        >>> from foley.diffusion.sampler import generate_latents
+        >>> from foley.diffusion.solver import Solver
+        >>> from foley.models.dit.model import DiffusionTransformer
+        >>> from foley.nn.adaln import AdaLNSola
+        >>> denoiser = DiffusionTransformer(4, 16, 2, 2, 8, AdaLNSola(rank=2, alpha=2)).eval()
+        >>> text = Conditioning(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+        >>> guidance, solver = ClassifierFreeGuidance(3.0), Solver("ddim", 6)
+
+        >>> from foley.accel import PredictionReuse
+        >>> reuse, process = PredictionReuse(interval=3), DiffusionProcess("v")
+        >>> latent = generate_latents(denoiser, process, text, text, [0], 20, guidance, solver, accelerator=reuse)
+        >>> reuse.computed_evaluations
+        [True, False, True, False, False, True]
     """
 
     def __init__(
@@ -96,21 +180,40 @@ class PredictionReuse:
         quantity: str = "auto",
         at: str = "guided",
         warmup: int = 1,
+        max_reuses: int = 7,
+        target_speedup: float | None = None,
+        threshold: float | None = None,
+        calibration_dir: str | Path | None = None,
+        calibrate: str = "never",
     ) -> None:
         NumberRange(least=1).check("interval", interval)
         ORDER.check("order", order)
         COUNT.check("warmup", warmup)
-        for name, value, known in (("axis", axis, AXES), ("quantity", quantity, QUANTITIES), ("at", at, PLACES)):
-            if value not in known:
-                raise ValueError(f"accel.{name} must be one of {', '.join(known)}, got {value!r}")
+        MAX_REUSES.check("max_reuses", max_reuses)
+        for name, value, least in (("threshold", threshold, 0), ("target_speedup", target_speedup, 1)):
+            if value is not None:
+                NumberRange(least=least).check(name, value)
+        if threshold is not None and target_speedup is not None:
+            raise ValueError("accel.threshold and accel.target_speedup exclude each other: give one of them")
+        if target_speedup is not None and calibration_dir is None:
+            raise ValueError("accel.target_speedup needs accel.calibration_dir, where calibrations are kept")
+        _check_names(
+            axis=(axis, AXES), quantity=(quantity, QUANTITIES), at=(at, PLACES), calibrate=(calibrate, CALIBRATE)
+        )
+        self._max_reuses, self._threshold, self._target_speedup = max_reuses, threshold, target_speedup
         self._interval, self._order, self._warmup = interval, order, warmup
         self._axis, self._quantity, self._at = axis, quantity, at
+        self._directory, self._calibrate = Path(calibration_dir or "."), calibrate
+        self._adopted: PredictionCovariance | None = None
         self.computed_evaluations: list[bool] = []  # of the last run
+        self.differences: list[float | None] = []  # of the forecasts that were computed too, where there is a threshold
         self._denoiser: nn.Module | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._plan: list[bool] = []
+        self._plan: Sequence[bool] | None = None  # from the first evaluation of the run on
+        self._guard: Threshold | None = None
+        self._fitted: Fitted | None = None
         self._places: list[float] = []
         self._extrapolates_clean = False
         self._context: StepContext | None = None  # of the present evaluation; None outside of one
@@ -119,6 +222,52 @@ class PredictionReuse:
         # Branches that run one after the other have memories of their own; a branch has one for each output.
         self._histories: dict[str, list[History]] = {}
         self._form: TreeSpec | None = None  # of the denoiser's output
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether whoever generates is to make the calibration where it is missing."""
+        return self._target_speedup is not None and self._calibrate == "auto"
+
+    def recorder(self) -> CovarianceRecorder:
+        """What makes the calibration."""
+        return CovarianceRecorder(self._quantity)
+
+    def wanted(self, model_hash: str, solver: str, num_steps: int, guidance_scale: float) -> WantedCurves:
+        """The run whose predictions' covariance such a run needs."""
+        return WantedCurves(model_hash, solver, num_steps, guidance_scale)
+
+    def find(self, wanted: WantedCurves) -> PredictionCovariance | None:
+        """That of just such a run; what is damaged or another model's is left."""
+        for stem in self._stems(wanted):
+            try:
+                calibration = PredictionCovariance.load(stem)
+            except (ValueError, FileNotFoundError):
+                continue
+            if wanted.served_by(calibration):
+                return calibration
+        return None
+
+    def keep(self, calibration: PredictionCovariance, wanted: WantedCurves) -> Path:
+        """Write it beside the system, or into the cache folder where that cannot be written; returns where."""
+        beside, in_cache = self._stems(wanted)
+        try:
+            calibration.save(beside)
+        except OSError:  # read-only
+            calibration.save(in_cache)
+            return info_path(in_cache)
+        return info_path(beside)
+
+    def adopt(self, calibration: PredictionCovariance) -> None:
+        """Take this one for the runs to come."""
+        self._adopted = calibration
+
+    def require_calibration(self, solver: str | None, num_steps: int | None, guidance_scale: float | None) -> None:
+        """Nothing is known to be missing before the run is."""
+
+    def _stems(self, wanted: WantedCurves) -> tuple[Path, Path]:
+        cache = Path(default_cache_dir()).expanduser() / "calibration" / wanted.model_hash[:16]
+        name = f"prediction_{wanted.name}" if self._quantity == "auto" else f"{self._quantity}_{wanted.name}"
+        return self._directory / name, cache / name
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
@@ -148,20 +297,57 @@ class PredictionReuse:
             )
         self._reset()
         self._places = run.axis(self._axis)
-        self._extrapolates_clean = self._choose_clean(run)
-        self._plan = interval_plan(run.num_evaluations, self._interval, self._warmup)
+        self._extrapolates_clean = extrapolates_clean(run, self._quantity)
         self.computed_evaluations = [False] * run.num_evaluations
-
-    def _choose_clean(self, run: RunContext) -> bool:
-        if self._quantity == "clean" and run.clean_weights is None:
-            raise ValueError("accel.quantity=clean: this loop does not say what its noise levels are; take prediction")
-        return self._quantity == "clean" or (self._quantity == "auto" and run.adds_noise)
+        if self._threshold is not None:
+            self._guard = Threshold(self._threshold, angle_weights(_angles(run)).tolist())
+            self.differences = self._guard.differences
 
     def on_evaluation_start(self, context: StepContext) -> None:
         self._context = context
-        # A run that begins in the middle of the plan has nothing to reuse yet.
-        computes = self._plan[context.evaluation] or not any(self.computed_evaluations)
-        self.computed_evaluations[context.evaluation] = computes
+        self.computed_evaluations[context.evaluation] = self._computes(context)
+
+    def _computes(self, context: StepContext) -> bool:
+        evaluation = context.evaluation
+        if not any(self.computed_evaluations):  # nothing to reuse yet, also in a run that begins in the middle
+            self._plan = (False,) * evaluation + self._planned(context.run, evaluation)
+        assert self._plan is not None
+        if self._guard is None:
+            return self._plan[evaluation]
+        since_warmup = evaluation - self.computed_evaluations.index(True) if any(self.computed_evaluations) else 0
+        if since_warmup < self._warmup or not any(self.computed_evaluations[max(evaluation - self._max_reuses, 0) :]):
+            return True
+        return not self._guard.lets_skip(evaluation, self._history(context).remainder(evaluation))
+
+    def _planned(self, run: RunContext, first: int) -> tuple[bool, ...]:
+        """Of the evaluations from `first` on."""
+        left = run.num_evaluations - first
+        if self._target_speedup is None:
+            return tuple(capped(interval_plan(left, self._interval, self._warmup), self._max_reuses))
+        places, weights, covariance = np.asarray(self._places), angle_weights(_angles(run)), self._covariance(run)
+        if self._extrapolates_clean:
+            assert run.clean_weights is not None
+            weights = weights / np.abs(run.clean_weights[:, 1].numpy())
+        self._fitted = Fitted(places, self._order, weights, covariance)
+        from_first = Fitted(places[first:], self._order, weights[first:], covariance[first:, first:])
+        count = max(int(left / self._target_speedup), 1)
+        return tuple(optimal_plan(from_first, count, self._warmup, self._max_reuses))
+
+    def _covariance(self, run: RunContext) -> NDArray[np.float64]:
+        assert self._denoiser is not None
+        signature = RunSignature.of(run, self._denoiser)
+        wanted = self.wanted(signature.model_hash, run.solver, run.num_steps, run.guidance_scale)
+        calibration = self._adopted or self.find(wanted)
+        if calibration is None:
+            raise FileNotFoundError(
+                f"accel.target_speedup: {self._directory} holds no calibration of the predictions of {wanted.name}; "
+                "let it be made (accel.calibrate=auto), or give accel.interval instead"
+            )
+        calibration.signature.require(signature, "the calibration of predictions")
+        return calibration.covariance.numpy()
+
+    def _history(self, context: StepContext) -> History:
+        return self._histories["guided" if self._is_asked else context.branch][0]
 
     def forecast(self, context: StepContext, noisy: Tensor) -> Tensor | None:
         """The guided prediction `[B, C, L]` of the present evaluation, or None where the denoiser has to compute it.
@@ -182,9 +368,11 @@ class PredictionReuse:
     def on_run_end(self) -> None:
         self._reset()
 
-    def describe(self) -> dict[str, int]:
+    def describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of the last run."""
-        return {"computed_evaluations": sum(self.computed_evaluations)}
+        computed = [evaluation for evaluation, computes in enumerate(self.computed_evaluations) if computes]
+        measured = [round(difference, 4) for difference in self.differences if difference is not None]
+        return {"computed_evaluations": computed} | ({"prediction_differences": measured} if measured else {})
 
     def graph_pattern(self) -> str | None:
         """After guidance only what computes is recorded; stores before it would not happen in a replay."""
@@ -211,23 +399,25 @@ class PredictionReuse:
 
     def _store(self, branch: str, noisy: Any, values: Sequence[Tensor]) -> None:
         """`values` of the present evaluation: one, or all that the denoiser gives."""
-        histories = self._histories.setdefault(branch, [History(self._order) for _ in values])
+        assert self._context is not None
+        evaluation = self._context.evaluation
+        fresh = [History(self._places, self._order, self._fitted) for _ in values]
+        histories = self._histories.setdefault(branch, fresh)
         for history, value in zip(histories, values, strict=True):
             if self._extrapolates_clean:
                 of_noisy, of_prediction = self._clean_weights()
                 value = of_noisy * noisy + of_prediction * value
-            history.store(self._place(), value)
+            if self._guard is not None and history.is_filled:
+                self._guard.measure(evaluation, history.at(evaluation), value, history.remainder(evaluation))
+            history.store(evaluation, value)
 
     def _recall(self, branch: str, noisy: Any) -> list[Tensor]:
-        forecasts = [history.at(self._place()) for history in self._histories[branch]]
+        assert self._context is not None
+        forecasts = [history.at(self._context.evaluation) for history in self._histories[branch]]
         if not self._extrapolates_clean:
             return forecasts
         of_noisy, of_prediction = self._clean_weights()
         return [(forecast - of_noisy * noisy) / of_prediction for forecast in forecasts]
-
-    def _place(self) -> float:
-        assert self._context is not None
-        return self._places[self._context.evaluation]
 
     def _clean_weights(self) -> tuple[float, float]:
         """The clean latent is the first times the noisy one and the second times the prediction."""
@@ -236,3 +426,15 @@ class PredictionReuse:
         assert weights is not None  # or the run would have been refused
         of_noisy, of_prediction = weights[self._context.evaluation].tolist()
         return of_noisy, of_prediction
+
+
+def _angles(run: RunContext) -> NDArray[np.float64]:
+    """`[E]`; where the noise levels are not known, timesteps on the same scale."""
+    angles = np.asarray(run.axis("angle"))
+    return angles if run.log_snr is not None else angles * (pi / 2 / max(np.abs(angles).max(), 1e-9))
+
+
+def _check_names(**options: tuple[str, Sequence[str]]) -> None:
+    for name, (value, known) in options.items():
+        if value not in known:
+            raise ValueError(f"accel.{name} must be one of {', '.join(known)}, got {value!r}")
