@@ -90,8 +90,11 @@ def predictions(calibration: Calibration, rows: Rows, shared: bool) -> dict[str,
     used = (calibration.joint() if shared else calibration).by("sensitivity")
     tables = dict(zip(used.layer_names, used.mean.numpy(), strict=True))
     own = dict.fromkeys(tables, next(iter(rows.values()))) if shared else rows
-    squares = summed_error({name: sensitivity_intervals(table) for name, table in tables.items()}, own)
-    return {"change": schedule_error(calibration.changes(), rows), "sensitivity": squares**0.5}
+    found = {"change": schedule_error(calibration.changes(), rows)}
+    for objective, coherent in (("sensitivity", False), ("sensitivity, coherent", True)):
+        intervals = {name: sensitivity_intervals(table, coherent) for name, table in tables.items()}
+        found[objective] = summed_error(intervals, own) ** 0.5
+    return found
 
 
 def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
@@ -163,7 +166,7 @@ def main(cfg: DictConfig) -> None:
     correlations = [
         {"schedules": family, "n": len(chosen), "objective": objective, **correlation(chosen, objective, cfg.resamples)}
         for family, chosen in families.items()
-        for objective in ("change", "sensitivity")
+        for objective in ("change", "sensitivity", "sensitivity, coherent")
     ]
     policies = list(evaluate_policies(batch, calibration, exact, cfg))
     settings = {

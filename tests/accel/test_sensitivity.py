@@ -115,6 +115,8 @@ def test_errors_of_independent_reuses_add_up_in_squares() -> None:
     intervals = sensitivity_intervals(table)
     assert intervals[0].tolist() == [0, 0, 1, 1 + 4**2, 1 + 4**2 + (1.5 * 5) ** 2]
     assert intervals[2].tolist() == [0, 0, 0, 0, 3**2]
+    coherent = sensitivity_intervals(table, coherent=True)
+    assert coherent[0].tolist() == [0, 0, 1, (1 + 4) ** 2, (1 + 4 + 1.5 * 5) ** 2]
 
 
 def test_it_is_stored_and_merged_with_the_calibration(denoiser: Any, generate: Any, tmp_path: Path) -> None:

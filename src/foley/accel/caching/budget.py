@@ -126,10 +126,11 @@ def _interval_errors(curve: Sequence[float]) -> NDArray[np.float64]:
     return np.concatenate([np.zeros((len(position), 1)), np.cumsum(drift, axis=1)], axis=1)
 
 
-def sensitivity_intervals(table: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def sensitivity_intervals(table: NDArray[np.floating[Any]], coherent: bool = False) -> NDArray[np.float64]:
     """`[E, E + 1]` as `Intervals` has it, of one layer's sensitivities `[distances, E]` (`SensitivityRecorder`).
 
-    Errors of reuses at different moments are taken to be independent, so that their squares sum up. Beyond the recorded
+    Errors of reuses at different moments are taken to be independent, so that their squares sum up; or, where
+    `coherent`, those of one output to point the same way, so that it is the square of their sum. Beyond the recorded
     distances they go on in proportion to the distance.
     """
     most, size = table.shape
@@ -138,7 +139,8 @@ def sensitivity_intervals(table: NDArray[np.floating[Any]]) -> NDArray[np.float6
         distances = np.arange(1, size - start)
         known = table[np.minimum(distances, most) - 1, start + distances]
         # Reused at start + 1, start + 2 and so on until the end of the interval.
-        errors[start, start + 2 :] = np.cumsum((known * np.maximum(distances / most, 1.0)) ** 2)
+        reuses = known * np.maximum(distances / most, 1.0)
+        errors[start, start + 2 :] = np.cumsum(reuses) ** 2 if coherent else np.cumsum(reuses**2)
     return errors
 
 

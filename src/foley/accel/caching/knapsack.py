@@ -54,7 +54,7 @@ class _Group:
         # Another computation is worth its MACs only where it removes error.
         before = np.minimum.accumulate(np.concatenate([[np.inf], combined[:-1]]))
         self._kept = np.flatnonzero(combined < before)
-        self.points = (len(errors) + self._kept) * float(unit), combined[self._kept]
+        self.points: tuple[Array, Array] = ((len(errors) + self._kept).astype(np.float64) * unit, combined[self._kept])
 
     def counts(self, point: int) -> list[int]:
         """How often each layer computes at that point."""
