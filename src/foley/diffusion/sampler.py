@@ -92,10 +92,7 @@ def sample(
                 callback.on_evaluation_start(context)
             if known is not None:  # [B, C, L], given frames replaced by themselves at this noise level
                 latent = known.fill(latent, _noised(known.visible, noise, scheduler, evaluation))
-            noisy = scale_input(latent, timestep)
-            prediction = _forecast(callbacks, context, noisy)
-            if prediction is None:
-                prediction = denoise(noisy, timesteps[evaluation].expand(len(noise)))
+            prediction = _predict(denoise, callbacks, context, scale_input(latent, timestep), timesteps[evaluation])
             for callback in callbacks:
                 callback.on_evaluation_end(context, prediction)
             extras = _noise_source(scheduler, evaluation, latent, generators)
@@ -103,10 +100,14 @@ def sample(
     return latent if known is None else known.fill(latent, known.visible)
 
 
-def _forecast(callbacks: Sequence[SamplerCallback], context: StepContext, noisy: Tensor) -> Tensor | None:
-    """What a callback expects of the denoiser here `[B, C, L]`, so that it need not run; None where all let it run."""
+def _predict(
+    denoise: Denoise, callbacks: Sequence[SamplerCallback], context: StepContext, noisy: Tensor, timestep: Tensor
+) -> Tensor:
+    """What the denoiser says of `noisy` `[B, C, L]`, or a callback's forecast of it, so that it need not run."""
     forecasts = [callback.forecast for callback in callbacks if hasattr(callback, "forecast")]
-    return next((guess for forecast in forecasts if (guess := forecast(context, noisy)) is not None), None)
+    guesses = (forecast(context, noisy) for forecast in forecasts)
+    forecast = next((guess for guess in guesses if guess is not None), None)
+    return denoise(noisy, timestep.expand(len(noisy))) if forecast is None else forecast
 
 
 def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, int]:
@@ -195,20 +196,26 @@ def generate_latents(
         compiler: makes one graph of a guided evaluation (`foley.accel.compiling.compile_evaluation`).
         more: further inputs of the denoiser, one row for all items, on `device`; without windows.
 
-    Threads may share a denoiser: they take turns, a whole generation each.
-    Raises ValueError where the solver does not fit the process.
+    Threads may share a denoiser: they take turns. Raises ValueError where the solver does not fit the process.
     """
     scheduler, shape = solver.build(process), (denoiser.latent_channels, num_frames)
     # One generator an item and purpose: an item is the same whatever batch it is in.
-    noise = torch.stack([torch.randn(shape, generator=torch_generator("initial noise", seed)) for seed in seeds])
-    generators = [torch_generator("solver noise", seed) for seed in seeds]  # which only stochastic solvers use
+    noise = torch.stack([torch.randn(shape, generator=own) for own in _generators("initial noise", seeds)])
+    generators = _generators("solver noise", seeds)  # which only stochastic solvers use
     run = solver.run_context(scheduler, guidance, len(seeds), process)
     # Timesteps are known before the first evaluation, so a denoiser can prepare all of them at once.
     grid = EvaluationGrid(scheduler.timesteps.to(device), num_frames, windows)
-    rows = {name: row.expand(len(seeds), *row.shape[1:]) for name, row in more.items()}
-    guided = guidance.wrap(denoiser, positive, negative, known, grid, rows)
-    guided = guided if compiler is None else compiler(guided)
-    denoise, run = recorded(guided, run, recorder, accelerator)
+    guided = guidance.wrap(denoiser, positive, negative, known, grid, _rows(more, len(seeds)))
+    denoise, run = recorded(guided if compiler is None else compiler(guided), run, recorder, accelerator)
     with sole_user(denoiser), nullcontext() if accelerator is None else accelerator.attach(denoiser):
         callbacks = [] if accelerator is None else [accelerator]
         return sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start, known)
+
+
+def _rows(more: Mapping[str, Tensor], batch_size: int) -> dict[str, Tensor]:
+    """One row of each input for each item."""
+    return {name: row.expand(batch_size, *row.shape[1:]) for name, row in more.items()}
+
+
+def _generators(purpose: str, seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch_generator(purpose, seed) for seed in seeds]

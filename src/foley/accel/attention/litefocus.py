@@ -53,9 +53,7 @@ def sparse_attention(
         double_count: count a key in both sets twice, as the published code does; by default once, as the paper says.
         same_frequency: false attends to C alone.
 
-    Raises:
-        ValueError: N is no multiple of the number of frequencies, or there is nothing to attend to.
-
+    Raises ValueError where N is no multiple of the number of frequencies, or there is nothing to attend to.
     Example (with every token in C it is dense attention, since duplicates count once):
         >>> q, k, v = torch.randn(3, 1, 2, 12, 8)  # 4 frames of 3 frequencies
         >>> sparse = sparse_attention(q, k, v, num_frequencies=3, compensation_indices=torch.arange(12))
