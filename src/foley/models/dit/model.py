@@ -33,7 +33,14 @@ from foley.models.dit.masking import MaskedInput
 from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
 from foley.nn.attention import Attention, KeysValues, key_mask
 from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
-from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, normal_linear, xavier_linear, zero_linear
+from foley.nn.feedforward import (
+    GatedFeedForward,
+    GegluFeedForward,
+    SlicedLinear,
+    normal_linear,
+    xavier_linear,
+    zero_linear,
+)
 from foley.nn.norm import LayerNorm, without_autocast
 from foley.nn.rotary import RotaryEmbedding, RotaryTable
 
@@ -222,7 +229,7 @@ class OutputLayer(nn.Module):
         """Tokens `[B, L, D]` to a latent `[B, C, L]`."""
         # In the type of the weights, autocast or not: what is rounded here, no later layer makes good.
         with without_autocast(x):
-            latent = self.linear(self.norm(x.to(self.linear.weight.dtype), modulation))  # [B, L, C]
+            latent = self.linear(self.norm(x.to(self.conv.weight.dtype), modulation))  # [B, L, C]
             return self.conv(latent.transpose(1, 2))
 
 
@@ -254,7 +261,7 @@ class LatentTransformer(Hoistable):
         self.prepends_time_token = modulation.prepends_time_token
         # The latent, in one linear layer: the noisy one's C channels, the visible one's C, and the mask.
         self.masked_input = MaskedInput(latent_channels)
-        self.input_projection = xavier_linear(2 * latent_channels + 1, width)
+        self.input_projection = xavier_linear(2 * latent_channels + 1, width, kind=SlicedLinear)
         self.positions = LearnedPositions(learned_positions, width) if learned_positions else None
         self.rotary = rotary
         # The diffusion time, and in a student the guidance scale.
