@@ -287,7 +287,7 @@ def test_a_system_generates_records_and_is_not_saved_quantised(tmp_path) -> None
     assert record["settings"]["quantise"] == "int8_dynamic"
     with pytest.raises(ValueError, match="save: the denoiser's weights are rounded to int8_dynamic"):
         generator.save(tmp_path / "system")
-    with pytest.raises(ValueError, match="quantise=int8_weight: .* rounded to int8_dynamic"):
+    with pytest.raises(ValueError, match=r"quantise=int8_weight: .* rounded to int8_dynamic"):
         generator.optimise(quantised="int8_weight")
     generator.optimise(quantised="int8_dynamic")  # once more changes nothing
     assert any(isinstance(layer, Int8Linear) for layer in generator.text.modules())

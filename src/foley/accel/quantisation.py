@@ -189,12 +189,15 @@ class Int8Linear(nn.Module):
         largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # one pass each: `abs` is slower
         scale = largest.float().clamp_min(torch.finfo(torch.float32).tiny) / 127  # [..., 1]
         levels = x / scale  # [..., K], float32, within 127
+        scaled = self.product(levels).mul_(scale).mul_(self.scale)  # [..., N] by [..., 1] and [N]
+        return (scaled if self.bias is None else scaled.add_(self.bias)).to(x.dtype)
+
+    def product(self, levels: Tensor) -> Tensor:
+        """Levels `[..., K]`, rounded to whole numbers, times those of the weight: `[..., N]` in float32."""
         if self.handle is None:
-            product = int8_product(levels, self.rounded)
-        else:
-            product = torch.ops.foley.int8_product(levels, self.handle, self.out_features)
-        scaled = product * (scale * self.scale)  # [..., N] * ([..., 1] * [N])
-        return (scaled if self.bias is None else scaled + self.bias).to(x.dtype)
+            return int8_product(levels, self.rounded)
+        product: Tensor = torch.ops.foley.int8_product(levels, self.handle, self.out_features)
+        return product
 
     @property
     def weight(self) -> Tensor:
