@@ -4,9 +4,11 @@ import copy
 import json
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from tiny_t5 import save_t5
 from torch import nn
 
 from foley.accel import quantisation
@@ -30,6 +32,7 @@ from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.dit.model import DiffusionTransformer
+from foley.models.text.frozen_t5 import FrozenT5Conditioner
 from foley.nn.adaln import AdaLNSola
 
 CHANNELS, WIDTH, FRAMES, CONTEXT_DIM = 4, 32, 12, 16
@@ -272,6 +275,18 @@ def test_dynamic_quantisation_of_torch_works_on_every_linear_layer() -> None:
 
 
 # ---------------------------------------------------------------- whole systems
+
+
+def test_a_frozen_encoder_is_quantised_apart_from_those_that_share_it(tmp_path) -> None:
+    text = FrozenT5Conditioner(str(save_t5(tmp_path)), dim=16)
+    other, exact, identity = copy.deepcopy(text), text(["rain"]).embeddings, text.cache.identity
+    text.change_weights("int8_dynamic", partial(quantise_layers, kind="int8_dynamic"))
+    assert 0 < relative_error(text(["rain"]).embeddings, exact) < 0.1
+    assert torch.equal(other(["rain"]).embeddings, exact)
+    assert text.cache.identity != identity  # a store of embeddings on disk is another one
+    kept = [name for name, layer in text.encoder.named_modules() if type(layer) is nn.Linear]
+    assert kept
+    assert all(name.endswith(".wo") for name in kept)
 
 
 def test_a_system_generates_records_and_is_not_saved_quantised(tmp_path) -> None:

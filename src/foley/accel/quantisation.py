@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from foley.accel.precision import set_precision
 from foley.core.hashing import adopt_hash, hash_module
+from foley.models.text.base import TextConditioner
 
 KINDS = ("int8_dynamic", "int8_weight", "fp8")
 _FP8_CAPABILITY = (8, 9)
@@ -66,6 +68,18 @@ def quantise_layers(model: nn.Module, kind: str) -> list[str]:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, Int8Linear(layer))
     return list(layers)
+
+
+def round_system(denoiser: nn.Module, text: TextConditioner, precision: str, kind: str | None) -> None:
+    """Hold a denoiser in `precision`, and then its and its text conditioner's linear layers in `kind`, if in any.
+
+    Raises as `set_precision` and `quantise` do.
+    """
+    set_precision(denoiser, precision)
+    text.compute_exactly(precision == "float32")
+    if kind is not None:
+        quantise(denoiser, kind)
+        text.change_weights(kind, lambda encoder: quantise_layers(encoder, kind))
 
 
 def quantise_pipeline(pipeline: Any, denoiser: nn.Module, kind: str) -> None:

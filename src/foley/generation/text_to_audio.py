@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from foley.accel.cost import CostMeter
-from foley.accel.precision import choose_precision, compile_blocks, computing_in, set_precision
-from foley.accel.quantisation import quantise, quantise_layers
+from foley.accel.precision import choose_precision, compile_blocks, computing_in
+from foley.accel.quantisation import round_system
 from foley.core.config import shipped
 from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
@@ -118,38 +118,25 @@ class TextToAudio:
             precision: "bf16", "fp16", or float32, which is exact, a text encoder of dtype=auto included: with any
                 other, what stays in float32 may be multiplied in TF32. "auto" is bf16 on CUDA and float32 elsewhere.
             cuda_graphs: replay evaluations as CUDA graphs (`foley.diffusion.graphs`); "auto" does on CUDA.
-            quantised: hold linear layers of denoiser and text encoder in 8 bits, one of
-                `foley.accel.quantisation.KINDS`; what is multiplied otherwise is in `precision`.
+            quantised: of `foley.accel.quantisation.KINDS`: linear layers of denoiser and text encoder in 8 bits.
 
-        Raises ValueError for an unknown precision or kind, for what the device lacks, and for another precision or kind
-        where weights are rounded already.
+        Raises ValueError for an unknown choice, one that the device lacks, and another than rounded weights have.
         """
         precision = choose_precision(precision, self.device)
         self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
-        rounding = (precision, quantised)
-        if rounding != (self.inference.get("precision"), self.inference.get("quantise")):
+        if (precision, quantised) != (self.inference.get("precision"), self.inference.get("quantise")):
             self._require_exact(f"precision={precision}" + (f", quantise={quantised}" if quantised else ""))
-            set_precision(self.denoiser, precision)
-            self.text.compute_exactly(precision == "float32")
-            if quantised is not None:
-                self._quantise(quantised)
+            round_system(self.denoiser, self.text, precision, quantised)
+            self._encode_text = CachedText(self.text) if self.text.trainable else self.text  # knows no prompt
         if compiled:
             compile_blocks(self.denoiser)
             self._pad_text()
-        self.inference |= {"precision": precision, "compile": compiled}
+        self.inference |= {"precision": precision, "compile": compiled} | ({"quantise": quantised} if quantised else {})
         self.inference |= {"cuda_graphs": True} if self._cuda_graphs else {}
-
-    def _quantise(self, kind: str) -> None:
-        quantise(self.denoiser, kind)
-        self.text.change_weights(kind, partial(quantise_layers, kind=kind))
-        if self.text.trainable:
-            self._encode_text = CachedText(self.text)  # without what the exact weights made
-        self.inference["quantise"] = kind
 
     def _require_exact(self, purpose: str) -> None:
         """Rounding weights loses what they were; their hash is that of the exact ones all the same."""
-        rounded = self.inference.get("quantise", self.inference.get("precision", "float32"))
-        if rounded != "float32":
+        if (rounded := self.inference.get("quantise", self.inference.get("precision", "float32"))) != "float32":
             raise ValueError(
                 f"{purpose}: the denoiser's weights are rounded to {rounded} by now; load the system again, and do "
                 'this before the first generation, or call optimise("float32") first'

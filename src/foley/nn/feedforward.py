@@ -4,13 +4,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class SlicedLinear(nn.Linear):
-    """A linear layer whose weight is sliced, and which is never called as a whole.
-
-    What swaps layers by their type, as `torch.ao.quantization.quantize_dynamic` does, leaves it alone.
-    """
-
-
 def xavier_linear(
     in_features: int, out_features: int, bias: bool = True, kind: type[nn.Linear] = nn.Linear
 ) -> nn.Linear:

@@ -29,18 +29,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foley.models.dit.hoisting import BlockInputs, Conditions, Hoistable, RunConditions
-from foley.models.dit.masking import MaskedInput
+from foley.models.dit.masking import MaskedInput, SlicedLinear
 from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
 from foley.nn.attention import Attention, KeysValues, key_mask
 from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
-from foley.nn.feedforward import (
-    GatedFeedForward,
-    GegluFeedForward,
-    SlicedLinear,
-    normal_linear,
-    xavier_linear,
-    zero_linear,
-)
+from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, normal_linear, xavier_linear, zero_linear
 from foley.nn.norm import LayerNorm, without_autocast
 from foley.nn.rotary import RotaryEmbedding, RotaryTable
 
