@@ -22,7 +22,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from foley.accel.precision import set_precision
 from foley.core.hashing import adopt_hash, hash_module
-from foley.models.text.base import TextConditioner
 
 KINDS = ("int8_dynamic", "int8_weight", "fp8")
 _FP8_CAPABILITY = (8, 9)
@@ -70,11 +69,14 @@ def quantise_layers(model: nn.Module, kind: str) -> list[str]:
     return list(layers)
 
 
-def round_system(denoiser: nn.Module, text: TextConditioner, precision: str, kind: str | None) -> None:
+def round_system(denoiser: nn.Module, text: Any, precision: str, kind: str | None) -> None:
     """Hold a denoiser in `precision`, and then its and its text conditioner's linear layers in `kind`, if in any.
 
     Raises as `set_precision` and `quantise` do.
     """
+    if kind is not None:  # what cannot be is refused before anything is rounded
+        check_kind(kind, next(denoiser.parameters()).device)
+        _torchao()
     set_precision(denoiser, precision)
     text.compute_exactly(precision == "float32")
     if kind is not None:
