@@ -1,10 +1,12 @@
-"""Seconds of one sampling step, plain and with its invariant work hoisted, and of one training step of a denoiser."""
+"""Seconds of one sampling step, plain, hoisted and in 8 bits, and of one training step of a denoiser."""
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,32 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from foley.accel.precision import compile_blocks, set_precision
+from foley.accel.quantisation import (
+    KINDS,
+    check_kind,
+    quantisable_layers,
+    quantise,
+    quantise_layers,
+    weight_bytes,
+)
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.diffusion.guidance import Conditioning
 from foley.diffusion.sampler import generate_latents
 from foley.diffusion.solver import Solver
-from foley.metrics.latency import RealTimeFactor, measure_latency
+from foley.metrics.latency import (
+    RealTimeFactor,
+    measure_latency,
+    measure_rounds,
+    peak_memory_bytes,
+    reset_peak_memory,
+)
 from foley.models.dit.model import DiffusionTransformer
 from foley.reporting.tables import provenance
 from foley.training.callbacks.monitoring import activation_bytes
@@ -72,6 +88,92 @@ def sampling_step(denoiser: DiffusionTransformer, work: Workload) -> tuple[dict[
         "preparation_once_a_run": work.seconds(lambda: denoiser.prepare(work.timesteps, noisy.shape[-1], context)),
     }
     return seconds, difference
+
+
+def variants(denoiser: DiffusionTransformer, device: torch.device, compiled: bool) -> dict[str, DiffusionTransformer]:
+    """The denoiser in float32, in bfloat16, and in each kind of 8 bits that `device` computes; compiled ones beside.
+
+    What is not quantised is in float32 on the CPU, and in bfloat16 on CUDA, as in a generation.
+    """
+    rounded = deepcopy(denoiser)
+    set_precision(rounded, "bf16")
+    made = {"float32": denoiser, "bfloat16": rounded}
+    for kind in KINDS:
+        if kind != "fp8" or _has_fp8(device):
+            made[kind] = deepcopy(rounded if device.type == "cuda" else denoiser)
+            quantise(made[kind], kind)
+    if compiled:
+        made |= {f"{name}, compiled": deepcopy(model) for name, model in made.items()}
+        for name, model in made.items():
+            if name.endswith("compiled"):
+                compile_blocks(model)
+    return made
+
+
+def _has_fp8(device: torch.device) -> bool:
+    try:
+        check_kind("fp8", device)
+    except ValueError:
+        return False
+    return True
+
+
+@torch.inference_mode()
+def quantised_steps(models: Mapping[str, DiffusionTransformer], work: Workload) -> dict[str, dict[str, Any]]:
+    """Of each of `variants`: seconds of a hoisted step, timed in turns, error to float32, and memory.
+
+    `error` is relative, of the prediction in the 2-norm; `step_mib` what the step needs beyond the weights.
+    """
+    device, steps = work.noisy.device, {}
+    for name, model in models.items():
+        run = model.prepare(work.timesteps, work.noisy.shape[-1], work.context)
+        steps[name] = partial(model, work.noisy, work.timestep, run=run)
+    rounds = measure_rounds(steps, work.repeats)
+    exact = rounds.results["float32"]
+    rows = {}
+    for name, step in steps.items():
+        reset_peak_memory(device)
+        before = peak_memory_bytes(device)
+        step()
+        after = peak_memory_bytes(device)
+        rows[name] = {
+            "seconds": rounds.median_seconds(name),
+            **{f"speedup_over_{rival}": rounds.speedup(name, rival) for rival in ("float32", "bfloat16")},
+            "error": ((rounds.results[name] - exact).norm() / exact.norm()).item(),
+            "weights_mib": weight_bytes(models[name]) / 2**20,
+            "step_mib": None if before is None or after is None else (after - before) / 2**20,
+        }
+    return rows
+
+
+@torch.inference_mode()
+def product_speeds(denoiser: DiffusionTransformer, work: Workload) -> list[dict[str, Any]]:
+    """TFLOP/s of one linear layer of each of the blocks' shapes, in float32, bfloat16 and int8: why a step is as it is.
+
+    `rounding_share` is the part of the int8 layer's seconds that is not its product: rounding and scaling.
+    """
+    device, num_rows = work.noisy.device, work.noisy.shape[0] * work.noisy.shape[-1]
+    shapes = sorted({(layer.in_features, layer.out_features) for layer in quantisable_layers(denoiser).values()})
+    speeds = []
+    for in_features, out_features in shapes:
+        exact = nn.Linear(in_features, out_features, device=device)
+        block = nn.ModuleList([deepcopy(exact)])
+        quantise_layers(block, "int8_dynamic")
+        rounded: Any = block[0]
+        x = torch.randn(num_rows, in_features, device=device)
+        calls = {
+            "float32": partial(exact, x),
+            "bfloat16": partial(deepcopy(exact).bfloat16(), x.bfloat16()),
+            "int8": partial(rounded, x),
+            "product": partial(rounded.product, 30 * x),
+        }
+        rounds = measure_rounds(calls, work.repeats)
+        seconds = {name: min(rounds.seconds[name]) for name in calls}
+        tflop = 2 * num_rows * in_features * out_features / 1e12
+        tflops = {f"{name}_tflops": tflop / seconds[name] for name in ("float32", "bfloat16", "int8")}
+        share = max(0.0, 1 - seconds["product"] / seconds["int8"])
+        speeds.append({"shape": f"{num_rows} x {in_features} x {out_features}", **tflops, "rounding_share": share})
+    return speeds
 
 
 def training_loss(denoiser: DiffusionTransformer, work: Workload, autocast: bool) -> Tensor:
@@ -154,6 +256,17 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         result["training_step"] = measure_training(denoiser, work)
         for name, entry in result["training_step"].items():
             entry["share_of_matmul_peak"] = entry["model_tflops"] / peaks[name.removesuffix("_checkpointed")]
+    if cfg.quantisation:
+        result["linear_layers"] = product_speeds(denoiser, work)
+        result["quantisation"] = quantised_steps(variants(denoiser, device, cfg.compile), work)
+    if cfg.sampling:
+        result |= measure_sampling(cfg, denoiser, work)
+    return {**result, "provenance": provenance()}
+
+
+def measure_sampling(cfg: DictConfig, denoiser: DiffusionTransformer, work: Workload) -> dict[str, Any]:
+    """Steps in float32, then in bfloat16, in which the denoiser is left; and a whole generation in that."""
+    result: dict[str, Any] = {}
     seconds, result["relative_difference_by_hoisting"] = sampling_step(denoiser, work)
     steps = {"float32": seconds}
     set_precision(denoiser, "bf16")
@@ -169,7 +282,7 @@ def measure(cfg: DictConfig) -> dict[str, Any]:
         for precision, step in steps.items()
         for name in ("plain", "hoisted")
     }
-    return {**result, "provenance": provenance()}
+    return result
 
 
 @command("bench/denoiser")

@@ -133,3 +133,8 @@ def test_every_option_that_names_a_file_takes_text(name):
     last = {option: option.rpartition(".")[2] for option in options}
     paths = {option for option in options if last[option] in names or last[option].rpartition("_")[2] in endings}
     assert {path for path in paths if not is_text(path)} == set()
+
+
+def test_quantisation_is_named_beside_every_accelerator() -> None:
+    named = quote_overrides(["accel=fora", "accel.quantise=int8_dynamic", "+accel.quantise=fp8", "accel.quantised=1"])
+    assert named == ["accel=fora", "quantise=int8_dynamic", "quantise=fp8", "accel.quantised=1"]

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from recorded_graphs import RecordedGraphs
 from small_system import CONFIGS, STEPS, CountingAccelerator, training_checkpoint
 
+from foley.accel import quantisation
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.core.hashing import hash_module
@@ -238,7 +239,7 @@ def test_the_first_generation_chooses_the_precision_and_graphs_of_its_device(mon
 def test_text_is_as_exact_as_the_precision_that_was_asked_for(system, monkeypatch):
     told = []
     monkeypatch.setattr(system.modules["text"], "compute_exactly", told.append)
-    monkeypatch.setattr(text_to_audio, "set_precision", lambda denoiser, precision: None)
+    monkeypatch.setattr(quantisation, "set_precision", lambda denoiser, precision: None)
     for precision in ("bf16", "float32", "fp16"):
         TextToAudio(system).optimise(precision)
     assert told == [False, True, False]

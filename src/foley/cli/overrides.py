@@ -27,6 +27,8 @@ _ENDINGS = (
 # ... and by their whole names.
 _PATHS = "prompts|edit|init|control|features|system|teacher|samples|latents|share_with|key|results|run|page|template"
 _PATHS += "|mel_vae|vocoder|config|dac_weights"
+# It goes with every accelerator, and with none, whose options `accel.` names.
+_OTHER_NAME = re.compile(r"^\+{0,2}accel\.(quantise)=")
 _IS_CAPTION = re.compile(_CAPTIONS)
 _IS_PATH = re.compile(rf"(?:.*[._])?(?:{_ENDINGS})|{_PATHS}")
 
@@ -50,7 +52,8 @@ def quote_overrides(arguments: Sequence[str]) -> list[str]:
     ["prompt='rain, then a dog\\\\'s bark'", 'seed=1', '~logger']
     """
     sweeps = any(argument in SWEEP_FLAGS for argument in arguments)
-    return [_quoted(argument, sweeps) for argument in map(_left_out, arguments) if argument is not None]
+    renamed = (_OTHER_NAME.sub(r"\1=", argument) for argument in arguments)
+    return [_quoted(argument, sweeps) for argument in map(_left_out, renamed) if argument is not None]
 
 
 def _left_out(argument: str) -> str | None:

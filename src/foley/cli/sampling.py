@@ -163,9 +163,9 @@ def open_requested(
     if cfg.features is not None and not _takes_features(generator):
         raise ValueError(f"features={cfg.features}: this system takes captions, not features; give prompt= instead")
     if isinstance(generator, PipelineToAudio):
-        generator.optimise(cfg.precision)
+        generator.optimise(cfg.precision, cfg.quantise)
     if isinstance(generator, TextToAudio):
-        generator.optimise(cfg.precision, cfg.compile, cfg.cuda_graphs)
+        generator.optimise(cfg.precision, cfg.compile, cfg.cuda_graphs, cfg.quantise)
         generator.set_decoder_precision(cfg.decoder_precision)
         if cfg.text_cache_dir is not None:
             generator.keep_text_embeddings(cfg.text_cache_dir)

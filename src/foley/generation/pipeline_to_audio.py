@@ -17,6 +17,7 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.diffusers.pipelines import accelerated
 from foley.accel.precision import choose_precision, computing_in
+from foley.accel.quantisation import quantise_pipeline
 from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
 from foley.core.locks import sole_user
@@ -121,15 +122,25 @@ class PipelineToAudio:
         self.device = resolve_device(device)
         self.max_duration_seconds = min(max_duration_seconds, audio.max_duration_seconds)
         audio.pipeline.to(self.device)
+        self.quantised: str | None = None
         self.optimise()
         self.model_hash = hash_module(audio.denoiser)
 
-    def optimise(self, precision: str = "auto") -> None:
+    def optimise(self, precision: str = "auto", quantised: str | None = None) -> None:
         """Denoise under autocast to a precision, "auto" as for `TextToAudio`; latents and weights stay as they are.
 
-        A pipeline whose weights are in half precision computes in that. Raises ValueError for an unknown precision.
+        A pipeline whose weights are in half precision computes in that. `quantised`, one of
+        `foley.accel.quantisation.KINDS`, holds linear layers of denoiser and text encoders in 8 bits. Raises ValueError
+        for an unknown precision or kind, for a kind that the device lacks, and for another one than before.
         """
         self.precision = choose_precision(precision, self.device)
+        if quantised != self.quantised:
+            if self.quantised is not None:
+                raise ValueError(
+                    f"quantise={quantised}: the weights are rounded to {self.quantised} by now; load again"
+                )
+            quantise_pipeline(self.audio.pipeline, self.audio.denoiser, quantised)
+            self.quantised = quantised
 
     @property
     def sample_rate_hz(self) -> int:
@@ -250,6 +261,7 @@ class PipelineToAudio:
             **({} if meter is None else meter.describe()),
             "sample_rate_hz": self.sample_rate_hz,
             "precision": self.precision,
+            **({} if self.quantised is None else {"quantise": self.quantised}),
             "model_hash": self.model_hash,
             **settings.facts,
         }

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from foley.accel.cost import CostMeter
-from foley.accel.precision import choose_precision, computing_in, set_precision
+from foley.accel.precision import choose_precision, computing_in
+from foley.accel.quantisation import round_system
 from foley.core.config import shipped
 from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
@@ -102,10 +103,14 @@ class TextToAudio:
         self._require_exact("save")
         save_system(self.system, Path(directory), dtype)
 
-    def optimise(self, precision: str = "auto", compiled: bool | str = False, cuda_graphs: str | bool = "auto") -> None:
-        """Hold the denoiser in another precision, compile it at its first use, record its evaluations.
-
-        The first generation does it by default where it has not been done.
+    def optimise(
+        self,
+        precision: str = "auto",
+        compiled: bool | str = False,
+        cuda_graphs: str | bool = "auto",
+        quantised: str | None = None,
+    ) -> None:
+        """Choose the denoiser's precision, whether it is compiled and recorded; the first generation does by default.
 
         Args:
             precision: "bf16", "fp16", or float32, which is exact, a text encoder of dtype=auto included: with any
@@ -113,27 +118,27 @@ class TextToAudio:
             compiled: true makes one graph of a guided evaluation, and of each block under an accelerator; "blocks"
                 compiles block by block always.
             cuda_graphs: replay evaluations as CUDA graphs (`foley.diffusion.graphs`); "auto" does on CUDA.
+            quantised: of `foley.accel.quantisation.KINDS`: linear layers of denoiser and text encoder in 8 bits.
 
-        Raises ValueError for an unknown precision, for graphs where there is no CUDA, and for another precision where
-        weights are rounded already.
+        Raises ValueError for an unknown choice, one that the device lacks, and another than rounded weights have.
         """
         precision = choose_precision(precision, self.device)
         self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
-        if precision != self.inference.get("precision"):
-            self._require_exact(f"precision={precision}")
-        set_precision(self.denoiser, precision)
-        self.text.compute_exactly(precision == "float32")
+        if (precision, quantised) != (self.inference.get("precision"), self.inference.get("quantise")):
+            self._require_exact(f"precision={precision}" + (f", quantise={quantised}" if quantised else ""))
+            round_system(self.denoiser, self.text, precision, quantised)
+            self._encode_text = CachedText(self.text) if self.text.trainable else self.text  # knows no prompt
         self._backend.compile(compiled)
         if compiled:
             self._pad_text()
-        self.inference |= {"precision": precision, "compile": compiled}
+        self.inference |= {"precision": precision, "compile": compiled} | ({"quantise": quantised} if quantised else {})
         self.inference |= {"cuda_graphs": True} if self._cuda_graphs else {}
 
     def _require_exact(self, purpose: str) -> None:
         """Rounding weights loses what they were; their hash is that of the exact ones all the same."""
-        if (precision := self.inference.get("precision", "float32")) != "float32":
+        if (rounded := self.inference.get("quantise", self.inference.get("precision", "float32"))) != "float32":
             raise ValueError(
-                f"{purpose}: the denoiser's weights are rounded to {precision} by now; load the system again, and do "
+                f"{purpose}: the denoiser's weights are rounded to {rounded} by now; load the system again, and do "
                 'this before the first generation, or call optimise("float32") first'
             )
 

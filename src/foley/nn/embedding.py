@@ -16,6 +16,15 @@ def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) 
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def input_type(layers: nn.Module) -> torch.dtype:
+    """What `layers` take: the type of their weights, or float32 where dynamic quantisation has packed these away.
+
+    >>> input_type(nn.Linear(2, 2).bfloat16()), input_type(nn.ReLU())
+    (torch.bfloat16, torch.float32)
+    """
+    return next((weight.dtype for weight in layers.parameters()), torch.float32)
+
+
 class TimeEmbedding(nn.Module):
     """Diffusion time `[B]` to `[B, D]`: sinusoids through a two-layer MLP."""
 
@@ -28,7 +37,7 @@ class TimeEmbedding(nn.Module):
         """`[B]`, whole or fractional steps of the training schedule, to `[B, D]`."""
         # [B, 256]; in float32, since bfloat16 has no timestep 257.
         sinusoids = sinusoidal_embedding(timestep, self.num_sinusoids)
-        return self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(sinusoids.to(input_type(self.mlp)))
 
 
 def guidance_sinusoids(scale: Tensor, dim: int) -> Tensor:
@@ -58,7 +67,7 @@ class GuidanceEmbedding(nn.Module):
     def forward(self, scale: Tensor) -> Tensor:
         """`[B]` to `[B, D]`."""
         sinusoids = guidance_sinusoids(scale, self.num_sinusoids)
-        return self.projection(sinusoids.to(self.projection.weight.dtype))
+        return self.projection(sinusoids.to(input_type(self.projection)))
 
 
 class LearnedPositions(nn.Module):

@@ -4,9 +4,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def xavier_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+def xavier_linear(
+    in_features: int, out_features: int, bias: bool = True, kind: type[nn.Linear] = nn.Linear
+) -> nn.Linear:
     """A linear layer with Xavier-uniform weights and a zero bias."""
-    layer = nn.Linear(in_features, out_features, bias=bias)
+    layer = kind(in_features, out_features, bias=bias)
     nn.init.xavier_uniform_(layer.weight)  # std (2 / (in + out))^0.5: neither outputs nor gradients grow
     if bias:
         nn.init.zeros_(layer.bias)

@@ -70,6 +70,13 @@ class SpanMask:
         return (rank < num_hidden).gather(1, frame_span) | (partial >= self.partial_probability)
 
 
+class SlicedLinear(nn.Linear):
+    """A linear layer whose weight is sliced, and which is never called as a whole.
+
+    What swaps layers by their type, as `torch.ao.quantization.quantize_dynamic` does, leaves it alone.
+    """
+
+
 class MaskedInput(nn.Module):
     """Builds the input channels that do not change during a generation: `[visible C, mask 1]`.
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from foley.models.dit.hoisting import BlockInputs, Conditions, Hoistable, RunConditions
-from foley.models.dit.masking import MaskedInput
+from foley.models.dit.masking import MaskedInput, SlicedLinear
 from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
 from foley.nn.attention import Attention, KeysValues, key_mask
 from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
@@ -222,7 +222,7 @@ class OutputLayer(nn.Module):
         """Tokens `[B, L, D]` to a latent `[B, C, L]`."""
         # In the type of the weights, autocast or not: what is rounded here, no later layer makes good.
         with without_autocast(x):
-            latent = self.linear(self.norm(x.to(self.linear.weight.dtype), modulation))  # [B, L, C]
+            latent = self.linear(self.norm(x.to(self.conv.weight.dtype), modulation))  # [B, L, C]
             return self.conv(latent.transpose(1, 2))
 
 
@@ -254,7 +254,7 @@ class LatentTransformer(Hoistable):
         self.prepends_time_token = modulation.prepends_time_token
         # The latent, in one linear layer: the noisy one's C channels, the visible one's C, and the mask.
         self.masked_input = MaskedInput(latent_channels)
-        self.input_projection = xavier_linear(2 * latent_channels + 1, width)
+        self.input_projection = xavier_linear(2 * latent_channels + 1, width, kind=SlicedLinear)
         self.positions = LearnedPositions(learned_positions, width) if learned_positions else None
         self.rotary = rotary
         # The diffusion time, and in a student the guidance scale.

@@ -1,5 +1,6 @@
 """What every text conditioner gives, and the care that prompts from outside need."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -67,6 +68,10 @@ class TextConditioner(nn.Module):
 
     def compute_exactly(self, exact: bool) -> None:
         """Compute in float32 without TF32, or in what suits the device, where that was left open; else no effect."""
+
+    def change_weights(self, how: str, change: Callable[[nn.Module], object]) -> None:
+        """Let `change` replace layers of the encoder, by rounded ones for example; `how` names what it does."""
+        change(self)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> list[Tensor]:

@@ -90,7 +90,7 @@ class FeatureConditioner(TextConditioner):
     def _embed(self, prompt: str) -> Tensor:
         if not prompt:
             return self.empty_embedding
-        features, weight = self._read(self.find(prompt)), self.projection.weight  # [S, feature_dim]
+        features, weight = self._read(self.find(prompt)), self.empty_embedding  # [S, feature_dim]
         # [S, Dc]; positions take a batch.
         return self.positions(self.projection(to_device(features, weight.device).to(weight))[None])[0]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,13 @@ class FrozenEncoder(TextConditioner):
         if exact and self._weight.dtype != torch.float32:
             self._shared = _Shared(self._load().requires_grad_(False).eval())
         self.to(device)
+
+    def change_weights(self, how: str, change: Callable[[nn.Module], object]) -> None:
+        """Of the frozen encoder; embeddings that it makes from now on are kept as those of another one."""
+        self._shared = _Shared(deepcopy(self.encoder))  # others may share it, and expect the exact one
+        change(self.encoder)
+        self._identity = {**self._identity, "weights": how}
+        self.cache.become({**self._identity, "dtype": self._computes_in})
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
