@@ -43,10 +43,11 @@ def guided_step(way: str, system: System, cfg: DictConfig, inputs: tuple[Tensor,
     denoiser = system.modules["denoiser"]
     if way not in ("eager", "compiled"):
         denoiser = exported(system, way, noisy.device)
-    text = [Conditioning(rows, rows.new_ones(rows.shape[:2], dtype=torch.bool)) for rows in (positive, negative)]
+    mask = torch.ones(positive.shape[:2], dtype=torch.bool, device=noisy.device)
+    text = Conditioning(positive, mask), Conditioning(negative, mask)
     timesteps = Solver("ddim", cfg.steps).build(system.process).timesteps.to(noisy.device)
     grid = EvaluationGrid(timesteps, cfg.num_frames)
-    denoise = ClassifierFreeGuidance(3.0).wrap(denoiser, *text, grid=grid)
+    denoise = ClassifierFreeGuidance(3.0).wrap(denoiser, text[0], text[1], grid=grid)
     evaluate = compile_evaluation(denoise) if way == "compiled" else denoise
     timestep = timesteps[len(timesteps) // 2].expand(len(noisy))
     return lambda noisy, _: evaluate(noisy, timestep)

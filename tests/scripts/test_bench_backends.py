@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from parts.commands import run_command
+from commands import run_command
 
 SMALL = ("~denoisers.width_512", "num_frames=20", "rounds=1", "steps=2")
 
