@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts.small_system import CONFIGS, STEPS
+from small_system import CONFIGS, STEPS
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

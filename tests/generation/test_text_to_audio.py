@@ -307,7 +307,7 @@ def test_each_prompt_is_encoded_once(system):
 
 
 def test_compiled_denoisers_meet_few_lengths_of_text(system, monkeypatch):
-    monkeypatch.setattr("foley.generation.text_to_audio.compile_blocks", lambda denoiser: None)
+    monkeypatch.setattr("foley.generation.backends.compile_blocks", lambda denoiser: None)
     monkeypatch.setattr(system.modules["text"], "length_multiple", 1)
     pipeline = TextToAudio(system)
     assert pipeline._encode_text(["rain"]).mask.shape[1] < 16

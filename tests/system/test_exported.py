@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts.small_system import CONFIGS, STEPS
+from small_system import CONFIGS, STEPS
 from torch import Tensor
 
 from foley.accel.caching.fora import Fora

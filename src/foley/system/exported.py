@@ -9,9 +9,10 @@ Conditions are not computed beforehand (`foley.models.dit.hoisting`): a graph ta
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from foley.system.system import System
 
 SUFFIXES = {"onnx": ".onnx", "aoti": ".pt2"}
 """The formats, and what their files end in."""
+NETWORKS = ("denoiser", "decoder", "text")
 GRAPHS_FILE = "system.json"
 GRAPHS_FORMAT = "foley-graphs/1"
 _WHAT = "a system's graphs"
@@ -50,12 +52,15 @@ class _Traced:
 # ---------------------------------------------------------------- writing
 
 
-def export_graphs(system: System, directory: Path, file_format: str, max_frames: int = 4096) -> None:
+def export_graphs(
+    system: System, directory: Path, file_format: str, max_frames: int = 4096, only: Collection[str] = NETWORKS
+) -> None:
     """Write the graphs of `system` to `directory`, `system.json` last.
 
     Args:
         file_format: "onnx" or "aoti"; AOTInductor compiles for the device where the system is.
         max_frames: longest latent that the denoiser's graph takes.
+        only: which networks, a text encoder where it is ours.
 
     Raises:
         ValueError: for another format, or a denoiser that takes more than text and a known latent.
@@ -64,7 +69,10 @@ def export_graphs(system: System, directory: Path, file_format: str, max_frames:
     check_format(file_format)
     described = {}
     with torch.no_grad():
-        for name, traced in _networks(system, max_frames).items():
+        for name, make in _networks(system, max_frames).items():
+            if name not in only:
+                continue
+            traced = make()
             file = directory / f"{name}{SUFFIXES[file_format]}"
             file.parent.mkdir(parents=True, exist_ok=True)
             _write(traced, file, file_format)
@@ -98,11 +106,14 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _networks(system: System, max_frames: int) -> dict[str, _Traced]:
+def _networks(system: System, max_frames: int) -> dict[str, Callable[[], _Traced]]:
     text, codec = system.modules["text"], system.modules["codec"]
-    networks = {"denoiser": _denoiser(system.modules["denoiser"], text, max_frames), "decoder": _decoder(codec)}
+    networks: dict[str, Callable[[], _Traced]] = {
+        "denoiser": partial(_denoiser, system.modules["denoiser"], text, max_frames),
+        "decoder": partial(_decoder, codec),
+    }
     if isinstance(text, SmallTextEncoder):
-        networks["text"] = _text(text)
+        networks["text"] = partial(_text, text)
     return networks
 
 
