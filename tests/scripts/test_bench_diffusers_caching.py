@@ -36,7 +36,7 @@ TINY = (
     "theirs.TaylorSeerCache.cache_interval=[3]",
     "theirs.MagCache.threshold=[0.5]",
     "theirs.SeaCache.threshold=[0.5]",
-    "cache_dit.DBCache.thresholds=[0.2]",
+    "cache_dit.DBCache.thresholds=[0.9]",
     "cache_dit.DBCache.config.max_warmup_steps=2",
     "~ours.PredictionReuse",
     "ours.AudioCache.threshold=[0.2]",
