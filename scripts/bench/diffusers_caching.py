@@ -285,11 +285,13 @@ def their_settings(workload: Workload, cfg: DictConfig, ratios: Sequence[float])
         for parameter, value in _values(parameters):
             description = {"of": "diffusers", "cache": name, "reuse": "own", "value": value}
             yield Setting(description, partial(hooked_run, workload, name, {parameter: value}, ratios), THEIRS)
+    # A model of its own: after cache-dit, names of modules are no longer what the hooks of diffusers look for.
+    alone = replace(workload, model=copy.deepcopy(workload.model))
     for name, options in cfg.cache_dit.items() if has_cache_dit() else ():
         for threshold in options.thresholds:
             description = {"of": "cache-dit", "cache": name, "reuse": "own", "value": threshold}
             values = {**options.config, "residual_diff_threshold": threshold}
-            yield Setting(description, partial(cache_dit_run, workload, values, options.taylor_order), THEIRS)
+            yield Setting(description, partial(cache_dit_run, alone, values, options.taylor_order), THEIRS)
 
 
 def has_cache_dit() -> bool:

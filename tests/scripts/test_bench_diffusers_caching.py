@@ -100,7 +100,8 @@ def test_a_trained_system_is_measured_with_every_cache(tmp_path: Path) -> None:
     assert result["settings"]["as_theirs_see_it"]["latent_error"] < 1e-4  # the same weights and numbers
     assert result["settings"]["weights"].endswith("data/demo")
     by_cache = {(row["of"], row["cache"]): row for row in result["rows"]}
-    for of, cache in (("diffusers", "MagCache"), ("diffusers", "SeaCache"), ("cache-dit", "DBCache")):
+    skipping = (("diffusers", name) for name in ("MagCache", "SeaCache", "TaylorSeerCache"))
+    for of, cache in (*skipping, ("cache-dit", "DBCache")):
         assert by_cache[of, cache]["mac_speedup"] > 1
 
 
