@@ -292,6 +292,11 @@ def their_settings(workload: Workload, cfg: DictConfig, ratios: Sequence[float])
             yield Setting(description, partial(cache_dit_run, workload, values, options.taylor_order), THEIRS)
 
 
+def fresh(model: Any) -> Any:
+    """The same weights in modules of their own: what one cache leaves behind would disturb the next."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def has_cache_dit() -> bool:
     """Whether the optional extra is there; says so where it is not."""
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "WARNING")  # it reports at length whenever it is attached
@@ -321,6 +326,7 @@ def hooked_run(workload: Workload, name: str, values: Mapping[str, Any], ratios:
         with workload.model.cache_context("joint", **place):
             yield
 
+    workload = replace(workload, model=fresh(workload.model))
     options = _options(name, values, timestep, workload.layers, ratios)
     workload.model.enable_cache(getattr(diffusers, f"{name}Config")(**values, **options))
     try:
@@ -357,7 +363,8 @@ def _as_video(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
 def cache_dit_run(workload: Workload, values: Mapping[str, Any], taylor_order: int) -> Tensor:
     """The latents under cache-dit's DBCache, which is taken off again; with an order, it extrapolates the residual."""
     cache_dit: Any = import_module("cache_dit")
-    model = workload.model
+    model = fresh(workload.model)
+    workload = replace(workload, model=model)
     pattern = cache_dit.ForwardPattern.Pattern_3  # hidden states in, and out
     blocks = cache_dit.BlockAdapter(transformer=model, blocks=model.transformer_blocks, forward_pattern=pattern)
     steps = len(workload.noise_shares())

@@ -36,7 +36,7 @@ TINY = (
     "theirs.TaylorSeerCache.cache_interval=[3]",
     "theirs.MagCache.threshold=[0.5]",
     "theirs.SeaCache.threshold=[0.5]",
-    "cache_dit.DBCache.thresholds=[0.2]",
+    "cache_dit.DBCache.thresholds=[0.9]",
     "cache_dit.DBCache.config.max_warmup_steps=2",
     "~ours.PredictionReuse",
     "ours.AudioCache.threshold=[0.2]",
@@ -100,7 +100,8 @@ def test_a_trained_system_is_measured_with_every_cache(tmp_path: Path) -> None:
     assert result["settings"]["as_theirs_see_it"]["latent_error"] < 1e-4  # the same weights and numbers
     assert result["settings"]["weights"].endswith("data/demo")
     by_cache = {(row["of"], row["cache"]): row for row in result["rows"]}
-    for of, cache in (("diffusers", "MagCache"), ("diffusers", "SeaCache"), ("cache-dit", "DBCache")):
+    skipping = (("diffusers", name) for name in ("MagCache", "SeaCache", "TaylorSeerCache"))
+    for of, cache in (*skipping, ("cache-dit", "DBCache")):
         assert by_cache[of, cache]["mac_speedup"] > 1
 
 
