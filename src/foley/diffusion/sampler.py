@@ -26,7 +26,7 @@ from torch import Tensor
 
 from foley.core.locks import sole_user
 from foley.core.seeding import torch_generator
-from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext
+from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext, forecast
 from foley.diffusion.graphs import Recorder, recorded
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, Denoise, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
@@ -86,27 +86,19 @@ def sample(
             stack.callback(callback.on_run_end)  # first, so that one that fails to start ends too
             callback.on_run_start(run)
         for evaluation in progress(range(first_evaluation, run.num_evaluations)):
-            timestep = scheduler.timesteps[evaluation]
-            context = StepContext(evaluation, timestep, run)
+            context = StepContext(evaluation, scheduler.timesteps[evaluation], run)
             for callback in callbacks:
                 callback.on_evaluation_start(context)
             if known is not None:  # [B, C, L], given frames replaced by themselves at this noise level
                 latent = known.fill(latent, _noised(known.visible, noise, scheduler, evaluation))
-            noisy = scale_input(latent, timestep)
-            prediction = _forecast(callbacks, context, noisy)
-            if prediction is None:
+            noisy = scale_input(latent, context.timestep)
+            if (prediction := forecast(callbacks, context, noisy)) is None:
                 prediction = denoise(noisy, timesteps[evaluation].expand(len(noise)))
             for callback in callbacks:
                 callback.on_evaluation_end(context, prediction)
             extras = _noise_source(scheduler, latent, generators)
-            latent = scheduler.step(prediction, timestep, latent, return_dict=False, **extras)[0]
+            latent = scheduler.step(prediction, context.timestep, latent, return_dict=False, **extras)[0]
     return latent if known is None else known.fill(latent, known.visible)
-
-
-def _forecast(callbacks: Sequence[SamplerCallback], context: StepContext, noisy: Tensor) -> Tensor | None:
-    """What a callback expects of the denoiser here `[B, C, L]`, so that it need not run; None where all let it run."""
-    forecasts = [callback.forecast for callback in callbacks if hasattr(callback, "forecast")]
-    return next((guess for forecast in forecasts if (guess := forecast(context, noisy)) is not None), None)
 
 
 def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, int]:
