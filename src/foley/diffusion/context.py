@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+CONSISTENCY = "consistency"
+"""The one solver of distilled students, `foley.diffusion.consistency.ConsistencySolver`; no other model knows it."""
 AXES = ("timestep", "log_snr", "angle")
 """Along which what a denoiser computes is a function of time, see `RunContext.axis`."""
 

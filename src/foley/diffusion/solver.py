@@ -27,6 +27,7 @@ from diffusers import (
 from torch import Tensor
 
 from foley.core.numbers import SHARE
+from foley.diffusion.context import CONSISTENCY as CONSISTENCY
 from foley.diffusion.context import RunContext
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.process import CosineProcess, DiffusionProcess
@@ -76,8 +77,6 @@ _FLOW_SOLVERS = {
     "heun_flow": _Entry(FlowMatchHeunDiscreteScheduler),
 }
 SOLVERS = (*_DIFFUSION_SOLVERS, *_FLOW_SOLVERS)
-CONSISTENCY = "consistency"
-"""The one solver of distilled students, `foley.diffusion.consistency.ConsistencySolver`; no other model knows it."""
 
 
 def default_solver(process: DiffusionProcess) -> str:

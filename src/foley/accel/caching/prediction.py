@@ -35,8 +35,7 @@ from foley.accel.layers import Forward
 from foley.core.config import default_cache_dir
 from foley.core.files import info_path
 from foley.core.numbers import COUNT, NumberRange
-from foley.diffusion.context import AXES, RunContext, StepContext
-from foley.diffusion.solver import CONSISTENCY
+from foley.diffusion.context import AXES, CONSISTENCY, RunContext, StepContext
 
 ORDER = NumberRange(least=0, most=3, whole=True)
 MAX_REUSES = NumberRange(least=1, most=15, whole=True)
