@@ -9,6 +9,7 @@ import pytest
 import torch
 from composition_parts import build_denoiser, generate
 from recorded_graphs import RecordedGraphs
+from tiny_pipelines import stable_audio_dit
 from torch import Tensor, nn
 
 from foley.accel.attention.local_global import LocalGlobal
@@ -21,6 +22,7 @@ from foley.accel.combined import Combined
 from foley.accel.cost import CostMeter
 from foley.core.hashing import hash_module
 from foley.diffusion.consistency import ConsistencySolver
+from foley.diffusion.context import RunContext, StepContext
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, KnownLatent
 from foley.diffusion.process import PREDICTIONS, DiffusionProcess
 from foley.diffusion.sampler import Start, generate_latents
@@ -295,3 +297,23 @@ def test_the_remainder_of_a_polynomial_foretells_the_error() -> None:
     history.store(2, torch.tensor([4.0]))
     assert guard.lets_skip(3, history.remainder(3))  # again half of it
     assert not guard.lets_skip(4, history.remainder(4))  # 3 * 2 / 2 times that, in sum 2
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_models_of_diffusers_give_what_they_give(return_dict: bool) -> None:
+    model, reuse = stable_audio_dit(), PredictionReuse(2)
+    shapes = {"hidden_states": (1, 4, 8), "encoder_hidden_states": (1, 3, 16), "global_hidden_states": (1, 1, 32)}
+    inputs = {name: torch.randn(shape) for name, shape in shapes.items()} | {"timestep": torch.tensor([0.5])}
+    run, outputs = RunContext("DDIMScheduler", 4, torch.tensor([900, 600, 300, 0]), 1.0, 0.0, 1), []
+    with torch.no_grad(), reuse.attach(model):
+        reuse.on_run_start(run)
+        for evaluation, timestep in enumerate(run.timesteps):
+            context = StepContext(evaluation, timestep, run)
+            reuse.on_evaluation_start(context)
+            outputs.append(model(**inputs, return_dict=return_dict))
+            reuse.on_evaluation_end(context, outputs[-1][0])
+        reuse.on_run_end()
+    assert reuse.computed_evaluations == [True, True, False, True]
+    assert len({type(output) for output in outputs}) == 1
+    for output in outputs:
+        torch.testing.assert_close(output[0], outputs[0][0])

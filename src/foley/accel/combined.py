@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from foley.diffusion.context import Accelerator, RunContext, StepContext
+from foley.diffusion.context import Accelerator, RunContext, StepContext, forecast
 
 
 class NoAcceleration:
@@ -72,8 +72,7 @@ class Combined:
 
     def forecast(self, context: StepContext, noisy: Tensor) -> Tensor | None:
         """That of the one that reuses predictions, if there is one and it does so here."""
-        forecasts = [part.forecast for part in self.accelerators if hasattr(part, "forecast")]
-        return next((guess for forecast in forecasts if (guess := forecast(context, noisy)) is not None), None)
+        return forecast(self.accelerators, context, noisy)
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         for accelerator in self.accelerators:

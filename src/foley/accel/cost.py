@@ -20,7 +20,7 @@ from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.hashing import is_compiled
-from foley.diffusion.context import Accelerator, RunContext, StepContext
+from foley.diffusion.context import Accelerator, RunContext, StepContext, forecast
 
 _FLOPS_PER_MAC = 2  # a multiplication and an addition, which PyTorch counts as two
 
@@ -269,8 +269,7 @@ class CostMeter:
 
     def forecast(self, context: StepContext, noisy: Tensor) -> Tensor | None:
         """The accelerator's, which makes none at the first evaluation."""
-        forecast = getattr(self._accelerator, "forecast", None)
-        return None if forecast is None else forecast(context, noisy)
+        return forecast([self._accelerator], context, noisy)
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         if self._counter is not None:

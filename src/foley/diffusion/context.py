@@ -1,5 +1,6 @@
 """What a sampling run tells the outside world, and what may be attached to one: the protocols of callbacks."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -95,3 +96,12 @@ class Accelerator(SamplerCallback, Protocol):
     """
 
     def attach(self, denoiser: nn.Module) -> AbstractContextManager[object]: ...
+
+
+def forecast(callbacks: Sequence[SamplerCallback], context: StepContext, noisy: Tensor) -> Tensor | None:
+    """What a callback expects of the denoiser here `[B, C, L]`, so that it need not run; None where all let it run.
+
+    One that reuses predictions has `forecast(context, noisy) -> Tensor | None`, called before the denoiser would be.
+    """
+    forecasts = [callback.forecast for callback in callbacks if hasattr(callback, "forecast")]
+    return next((guess for one in forecasts if (guess := one(context, noisy)) is not None), None)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from foley.core.locks import sole_user
 from foley.core.seeding import torch_generator
-from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext
+from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext, forecast
 from foley.diffusion.graphs import Recorder, recorded
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, Denoise, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
@@ -86,8 +86,7 @@ def sample(
             stack.callback(callback.on_run_end)  # first, so that one that fails to start ends too
             callback.on_run_start(run)
         for evaluation in progress(range(first_evaluation, run.num_evaluations)):
-            timestep = scheduler.timesteps[evaluation]
-            context = StepContext(evaluation, timestep, run)
+            context = StepContext(evaluation, scheduler.timesteps[evaluation], run)
             for callback in callbacks:
                 callback.on_evaluation_start(context)
             if known is not None:  # [B, C, L], given frames replaced by themselves at this noise level
@@ -104,10 +103,8 @@ def _predict(
     denoise: Denoise, callbacks: Sequence[SamplerCallback], context: StepContext, noisy: Tensor, timestep: Tensor
 ) -> Tensor:
     """What the denoiser says of `noisy` `[B, C, L]`, or a callback's forecast of it, so that it need not run."""
-    forecasts = [callback.forecast for callback in callbacks if hasattr(callback, "forecast")]
-    guesses = (forecast(context, noisy) for forecast in forecasts)
-    forecast = next((guess for guess in guesses if guess is not None), None)
-    return denoise(noisy, timestep.expand(len(noisy))) if forecast is None else forecast
+    guess = forecast(callbacks, context, noisy)
+    return denoise(noisy, timestep.expand(len(noisy))) if guess is None else guess
 
 
 def _begin(noise: Tensor, scheduler: Any, start: Start | None) -> tuple[Tensor, int]:

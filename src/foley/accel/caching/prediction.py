@@ -132,7 +132,8 @@ class PredictionReuse:
     Args:
         interval: compute every n-th evaluation, on average where it is no whole number; 1 computes always.
         order: of the polynomial: 0 holds the last prediction, 1 is a line, 2 a parabola.
-        axis: what it is a polynomial in, see `RunContext.axis`.
+        axis: what it is a polynomial in, see `RunContext.axis`. On the demo system, with DDIM and DPM++ 2M in 50 steps,
+            the angle and the timestep serve about alike; with DDIM, the log-SNR was up to 1.8 times as far off.
         quantity: what is extrapolated, the "prediction", or the "clean" latent that it implies; of solvers that add
             noise the noisy latent jumps, and the prediction with it.
         at: "guided" is after guidance, where the loop asks for it, as ours does; "branch" replaces the denoiser's own
