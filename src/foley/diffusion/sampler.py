@@ -91,11 +91,12 @@ def sample(
                 callback.on_evaluation_start(context)
             if known is not None:  # [B, C, L], given frames replaced by themselves at this noise level
                 latent = known.fill(latent, _noised(known.visible, noise, scheduler, evaluation))
-            prediction = _predict(denoise, callbacks, context, scale_input(latent, timestep), timesteps[evaluation])
+            noisy = scale_input(latent, context.timestep)
+            prediction = _predict(denoise, callbacks, context, noisy, timesteps[evaluation])
             for callback in callbacks:
                 callback.on_evaluation_end(context, prediction)
             extras = _noise_source(scheduler, evaluation, latent, generators)
-            latent = scheduler.step(prediction, timestep, latent, return_dict=False, **extras)[0]
+            latent = scheduler.step(prediction, context.timestep, latent, return_dict=False, **extras)[0]
     return latent if known is None else known.fill(latent, known.visible)
 
 
