@@ -16,6 +16,7 @@ import torch
 import torch._dynamo.config
 from torch import Tensor
 
+from foley.accel.caching.prediction_calibration import CovarianceRecorder
 from foley.accel.combined import Combined, NoAcceleration
 from foley.diffusion.context import Accelerator
 
@@ -69,4 +70,6 @@ def leaves_layers_alone(accelerator: Accelerator | None) -> bool:
     """Whether it computes an evaluation as it is or not at all, so that any denoiser will do, an exported one too."""
     if isinstance(accelerator, Combined):
         return all(leaves_layers_alone(part) for part in accelerator.accelerators)
-    return leaves_evaluations_whole(accelerator) or hasattr(accelerator, "computed_evaluations")
+    # A calibration of predictions looks at what the denoiser gives, and at nothing inside.
+    looks_on = isinstance(accelerator, CovarianceRecorder)
+    return looks_on or leaves_evaluations_whole(accelerator) or hasattr(accelerator, "computed_evaluations")

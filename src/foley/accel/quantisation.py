@@ -203,7 +203,8 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`, in the type of `x`."""
         largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # one pass each: `abs` is slower
-        scale = largest.float().clamp_min(torch.finfo(torch.float32).tiny) / 127  # [..., 1]
+        # A token of zeros has a scale all the same: a normal number, since a subnormal one may be flushed to 0.
+        scale = largest.float().clamp_min(127 * torch.finfo(torch.float32).tiny) / 127  # [..., 1]
         levels = x / scale  # [..., K], float32, within 127
         scaled = self.product(levels).mul_(scale).mul_(self.scale)  # [..., N] by [..., 1] and [N]
         return (scaled if self.bias is None else scaled.add_(self.bias)).to(x.dtype)
