@@ -44,6 +44,7 @@ def compile_evaluation(denoise: Denoise, **options: Any) -> Denoise:
 
     def evaluate(noisy: Tensor, timestep: Tensor) -> Tensor:
         # Beyond the limit PyTorch would refuse to go on.
+        # Around the call and not for good: the limit is the whole process's.
         with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
             return compiled(noisy, timestep)
 
@@ -61,6 +62,7 @@ def check_choice(compiled: bool | str) -> None:
 
 def leaves_evaluations_whole(accelerator: Accelerator | None) -> bool:
     """Whether nothing is attached to the denoiser, so that an evaluation can be one graph."""
+    # An empty combination, such as accel=none with nothing else, is nothing.
     if isinstance(accelerator, Combined):
         return all(leaves_evaluations_whole(part) for part in accelerator.accelerators)
     return accelerator is None or isinstance(accelerator, NoAcceleration)
