@@ -34,7 +34,7 @@ def exported(system: System, backend: str, device: torch.device) -> nn.Module:
     """The system's denoiser, exported and read again."""
     with tempfile.TemporaryDirectory() as folder:
         export_graphs(system, Path(folder), backend, only={"denoiser"})
-        return load_graphs(Path(folder), system.modules["denoiser"], device).denoiser
+        return load_graphs(Path(folder), system.modules["denoiser"], system.modules["codec"], device).denoiser
 
 
 def guided_step(way: str, system: System, cfg: DictConfig, inputs: tuple[Tensor, Tensor, Tensor]) -> Denoise:

@@ -44,8 +44,17 @@ def denoise(cfg: DictConfig, generator: TextToAudio, captions: list[str], accele
     solver = Solver(cfg.solver.name, cfg.steps, eta=cfg.solver.eta)
     with computing_in(generator.inference["precision"], generator.device):
         texts = embed(generator.text, captions), embed(generator.text, [""])
-        place = num_frames, guidance, solver, accelerator, generator.device
-        return generate_latents(generator.denoiser, generator.process, *texts, range(len(captions)), *place).cpu()
+        return generate_latents(
+            generator.denoiser,
+            generator.process,
+            *texts,
+            seeds=range(len(captions)),
+            num_frames=num_frames,
+            guidance=guidance,
+            solver=solver,
+            accelerator=accelerator,
+            device=generator.device,
+        ).cpu()
 
 
 def score(generator: TextToAudio, latent: Tensor, judge: Judge, labels: list[str | None]) -> dict[str, float | None]:

@@ -42,6 +42,7 @@ def _generate(denoiser: DiffusionTransformer, compiler: Any, num_steps: int = 4,
     return generate_latents(denoiser, *fixed, compiler=compiler, **changed)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_one_graph_and_steps_and_runs_share_it(denoiser: DiffusionTransformer) -> None:
     torch.compiler.reset()
     backend = CompileCounterWithBackend("eager")

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,22 @@ from small_system import CONFIGS, STEPS
 from torch import Tensor
 
 from foley.accel.caching.fora import Fora
+from foley.accel.caching.prediction import PredictionReuse
 from foley.accel.combined import Combined, NoAcceleration
 from foley.accel.compiling import leaves_layers_alone
 from foley.core.components import CheckpointError
+from foley.core.hashing import adopt_hash, hash_module
+from foley.core.reading import DamagedFileError
 from foley.generation.text_to_audio import TextToAudio
-from foley.system.exported import GRAPHS_FILE, ExportedDenoiser, check_format, export_graphs, load_graphs
+from foley.system.exported import (
+    GRAPHS_FILE,
+    GRAPHS_FORMAT,
+    ExportedDenoiser,
+    ExportedSystem,
+    check_format,
+    export_graphs,
+    load_graphs,
+)
 from foley.system.system import System, build_system, load_system, save_system
 
 CPU = torch.device("cpu")
@@ -47,7 +56,7 @@ def _inputs(batch: int, frames: int, tokens: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def _check_equal(directory: Path, system: System) -> None:
     denoiser, codec, text = (system.modules[name] for name in ("denoiser", "codec", "text"))
-    exported = load_graphs(directory, denoiser, CPU)
+    exported = load_graphs(directory, denoiser, codec, CPU)
     for sizes in ((1, 50, 1), (3, 130, 16)):
         inputs = _inputs(*sizes)
         torch.testing.assert_close(exported.denoiser(**inputs), denoiser(**inputs), atol=1e-4, rtol=1e-4)
@@ -77,7 +86,7 @@ def test_onnx_graphs_are_the_system_at_any_size_and_generate_in_its_place(system
         exported.generate(["a dog barks"], accelerator=Fora(2), **STEPS)
     (tmp_path / "onnx" / "denoiser.onnx").write_bytes(b"another")
     with pytest.raises(CheckpointError, match=r"denoiser\.onnx is missing or was altered"):
-        load_graphs(tmp_path / "onnx", system.modules["denoiser"], CPU)
+        load_graphs(tmp_path / "onnx", system.modules["denoiser"], system.modules["codec"], CPU)
 
 
 WITHOUT_MODEL_CODE = """
@@ -110,12 +119,21 @@ def test_a_system_without_graphs_names_the_command_that_makes_them(system: Syste
     with pytest.raises(ValueError, match="one of onnx, aoti, got 'tensorrt'"):
         generator.use_backend("tensorrt", tmp_path)
     (tmp_path / "aoti").mkdir()
-    about = {"model_hash": "of another", "backend": "aoti", "device": "cpu", "graphs": {}, "max_frames": 9}
-    (tmp_path / "aoti" / GRAPHS_FILE).write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match="of another denoiser"):
-        generator.use_backend("aoti", tmp_path)
-    generator.inference["compile"] = True
-    with pytest.raises(ValueError, match="backend=aoti runs graphs as they were exported: leave out compile"):
+    about = {"format": GRAPHS_FORMAT, "backend": "aoti", "device": "cpu", "max_frames": 9}
+    about |= {"model_hash": hash_module(generator.denoiser), "codec_hash": hash_module(generator.codec)}
+    for changed, message in (
+        ({"model_hash": "of another"}, "of another denoiser"),
+        ({"codec_hash": "of another"}, "of another codec"),
+        ({"format": "foley-graphs/9"}, "of format 'foley-graphs/9', this version reads 'foley-graphs/1'"),
+        ({"device": "cuda"}, "compiled for cuda, not for cpu"),
+        ({"graphs": {}}, "lacks the entry 'denoiser'; export the system again"),
+    ):
+        graphs = {"denoiser": {"inputs": {}, "file": "denoiser.pt2", "sha256": ""}}
+        (tmp_path / "aoti" / GRAPHS_FILE).write_text(json.dumps({**about, "graphs": graphs, **changed}))
+        with pytest.raises((CheckpointError, DamagedFileError), match=message):
+            generator.use_backend("aoti", tmp_path)
+    generator.inference |= {"compile": True, "cuda_graphs": True}
+    with pytest.raises(ValueError, match="graphs as they were exported: leave out compile, cuda_graphs"):
         generator.use_backend("aoti", tmp_path)
 
 
@@ -144,14 +162,37 @@ def test_an_exported_denoiser_hides_everything_by_default_and_knows_its_limit() 
         denoiser(**_inputs(2, 51, 3))
 
 
-class _SkipsEvaluations(NoAcceleration):
-    computed_evaluations = (True, False)
-
-    @contextmanager
-    def attach(self, denoiser: torch.nn.Module) -> Iterator[None]:
-        yield
-
-
 def test_what_skips_whole_evaluations_goes_with_a_graph_and_what_changes_layers_does_not() -> None:
-    assert leaves_layers_alone(Combined([_SkipsEvaluations(), NoAcceleration()]))
-    assert not leaves_layers_alone(Combined([_SkipsEvaluations(), Fora(2)]))
+    assert leaves_layers_alone(Combined([PredictionReuse(2), NoAcceleration()]))
+    assert not leaves_layers_alone(Combined([PredictionReuse(2), Fora(2)]))
+
+
+@pytest.mark.parametrize("options", [{"interval": 2, "at": "branch"}, {"target_speedup": 2}])
+def test_prediction_reuse_runs_on_a_graph_and_calibrates_by_it(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    eager, generator = TextToAudio(system), TextToAudio(system)
+    calls, names = [], ("noisy", "timestep", "context", "context_mask")
+
+    def graph(*inputs: Tensor) -> Tensor:
+        calls.append(len(inputs))
+        prediction: Tensor = system.modules["denoiser"](**dict(zip(names, inputs, strict=True)))
+        return prediction
+
+    exported = ExportedDenoiser(graph, names, latent_channels=4, max_frames=500)
+    adopt_hash(exported, hash_module(system.modules["denoiser"]))
+    graphs = ExportedSystem(exported, {"decoder": system.modules["codec"].decode})
+    monkeypatch.setattr("foley.generation.backends.load_graphs", lambda *_: graphs)
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / GRAPHS_FILE).touch()
+    generator.use_backend("onnx", tmp_path)
+    reuse = [PredictionReuse(**options, calibration_dir=tmp_path / name, calibrate="auto") for name in "ab"]
+    request = {"prompts": ["rain"], "duration_seconds": 0.2, "num_steps": 6}
+    expected = eager.generate(**request, accelerator=reuse[0]).audio
+    calls.clear()
+    torch.testing.assert_close(generator.generate(**request, accelerator=reuse[1]).audio, expected)
+    assert sum(reuse[1].computed_evaluations) < 6
+    assert calls
+    for change in (generator.optimise, lambda: generator.set_decoder_precision("float32")):
+        with pytest.raises(ValueError, match="backend=onnx runs graphs as they were exported; load the system anew"):
+            change()

@@ -16,6 +16,7 @@ import torch
 import torch._dynamo.config
 from torch import Tensor
 
+from foley.accel.caching.prediction_calibration import CovarianceRecorder
 from foley.accel.combined import Combined, NoAcceleration
 from foley.diffusion.context import Accelerator
 
@@ -43,6 +44,7 @@ def compile_evaluation(denoise: Denoise, **options: Any) -> Denoise:
 
     def evaluate(noisy: Tensor, timestep: Tensor) -> Tensor:
         # Beyond the limit PyTorch would refuse to go on.
+        # Around the call and not for good: the limit is the whole process's.
         with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
             return compiled(noisy, timestep)
 
@@ -60,6 +62,7 @@ def check_choice(compiled: bool | str) -> None:
 
 def leaves_evaluations_whole(accelerator: Accelerator | None) -> bool:
     """Whether nothing is attached to the denoiser, so that an evaluation can be one graph."""
+    # An empty combination, such as accel=none with nothing else, is nothing.
     if isinstance(accelerator, Combined):
         return all(leaves_evaluations_whole(part) for part in accelerator.accelerators)
     return accelerator is None or isinstance(accelerator, NoAcceleration)
@@ -69,4 +72,6 @@ def leaves_layers_alone(accelerator: Accelerator | None) -> bool:
     """Whether it computes an evaluation as it is or not at all, so that any denoiser will do, an exported one too."""
     if isinstance(accelerator, Combined):
         return all(leaves_layers_alone(part) for part in accelerator.accelerators)
-    return leaves_evaluations_whole(accelerator) or hasattr(accelerator, "computed_evaluations")
+    # A calibration of predictions looks at what the denoiser gives, and at nothing inside.
+    looks_on = isinstance(accelerator, CovarianceRecorder)
+    return looks_on or leaves_evaluations_whole(accelerator) or hasattr(accelerator, "computed_evaluations")

@@ -42,7 +42,7 @@ def quantise(model: nn.Module, kind: str) -> list[str]:
     Raises ValueError for an unknown kind, one that the device lacks, and a model without such layers; ImportError where
     `torchao` is not installed.
     """
-    digest = hash_module(model)
+    digest = hash_module(model)  # of the exact weights, while they are there
     names = quantise_layers(model, kind)
     if not names:
         raise ValueError(
@@ -60,6 +60,7 @@ def quantise_layers(model: nn.Module, kind: str) -> list[str]:
     check_kind(kind, device)
     if kind == "fp8":  # the kernel that scales rows takes no other type
         layers = {name: layer for name, layer in layers.items() if layer.weight.dtype == torch.bfloat16}
+    # By identity, since a layer that is shared has a name for each of its places.
     chosen = set(layers.values())
     _torchao().quantize_(model, _config(kind, device), lambda layer, _: layer in chosen)
     if kind == "int8_dynamic":
@@ -77,6 +78,7 @@ def round_system(denoiser: nn.Module, text: Any, precision: str, kind: str | Non
     if kind is not None:  # what cannot be is refused before anything is rounded
         check_kind(kind, next(denoiser.parameters()).device)
         _torchao()
+    # First: scales are of the weights as they are then, and float8 is made of bfloat16.
     set_precision(denoiser, precision)
     text.compute_exactly(precision == "float32")
     if kind is not None:
@@ -98,6 +100,7 @@ def weight_bytes(model: nn.Module) -> int:
     >>> weight_bytes(nn.Linear(4, 4, bias=False)), weight_bytes(nn.Linear(4, 4, bias=False).bfloat16())
     (64, 32)
     """
+    # FBGEMM's layout is no tensor, and so among neither parameters nor buffers: a byte a weight.
     packed = (layer for layer in model.modules() if isinstance(layer, Int8Linear) and layer.handle is not None)
     return sum(layer.in_features * layer.out_features for layer in packed) + sum(
         map(_bytes, (*model.parameters(), *model.buffers()))
@@ -132,6 +135,7 @@ def quantisable_layers(model: nn.Module) -> dict[str, nn.Linear]:
     blocks = getattr(model, "blocks", None)
     listed = list(blocks()) if callable(blocks) and not isinstance(blocks, nn.Module) else []
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # Both, since a U-Net of diffusers has lists alone, and a block that stands by itself is in none.
     inside = {layer for block in (*listed, *stacks) for layer in block.modules()}
     return {
         name: layer
@@ -187,7 +191,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         rounded: Any = layer.weight
-        self.dtype = rounded.dtype
+        self.dtype = rounded.dtype  # what a reader of `weight` would find without rounding
         self.bias = layer.bias
         self.scale: Tensor
         self.rounded: Tensor
@@ -203,7 +207,8 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., K]` to `[..., N]`, in the type of `x`."""
         largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))  # one pass each: `abs` is slower
-        scale = largest.float().clamp_min(torch.finfo(torch.float32).tiny) / 127  # [..., 1]
+        # A token of zeros has a scale all the same: a normal number, since a subnormal one may be flushed to 0.
+        scale = largest.float().clamp_min(127 * torch.finfo(torch.float32).tiny) / 127  # [..., 1]
         levels = x / scale  # [..., K], float32, within 127
         scaled = self.product(levels).mul_(scale).mul_(self.scale)  # [..., N] by [..., 1] and [N]
         return (scaled if self.bias is None else scaled.add_(self.bias)).to(x.dtype)
@@ -231,6 +236,7 @@ def int8_product(levels: Tensor, rounded: Tensor) -> Tensor:
     rows = levels.round().to(torch.int8).flatten(0, -2)  # [M, K]
     missing = max(0, _FEWEST_ROWS - len(rows))
     padded = nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+    # Of 8 and 8 bits to 32, in which no sum of a layer's width overflows.
     return torch._int_mm(padded, rounded.t())[: len(rows)].float().unflatten(0, levels.shape[:-1])
 
 
@@ -242,8 +248,9 @@ class _Packed:
 
     def __init__(self, values: Tensor) -> None:
         ones, zeros = torch.ones(len(values), dtype=torch.float64), torch.zeros(len(values), dtype=torch.int64)
+        # Scales of one: FBGEMM then gives sums of whole numbers, and the tokens' scales can be multiplied after it.
         weight = torch._make_per_channel_quantized_tensor(values, ones, zeros, 0)
-        with _engine("fbgemm"):
+        with _engine("fbgemm"):  # the process may have chosen another, which packs in a layout of its own
             self.weight = torch.ops.quantized.linear_prepack(weight, None)
         self.handle = id(self)
         _packed[self.handle] = self
@@ -257,6 +264,7 @@ class _Packed:
         return self  # never written to
 
 
+# Weak, so that a denoiser that is let go takes its weights with it.
 _packed: WeakValueDictionary[int, _Packed] = WeakValueDictionary()
 _MIDDLE = 128  # of what FBGEMM takes, whole numbers from 0 to 255
 

@@ -23,6 +23,7 @@ from foley.core.pipelines import system_config
 from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import solver_label
+from foley.generation.backends import EAGER
 from foley.generation.editing import Control, Edit, EditMask, Variation, read_recording
 from foley.generation.pipeline_to_audio import (
     PUBLISHED_SOLVER,
@@ -165,13 +166,17 @@ def open_requested(
     if isinstance(generator, PipelineToAudio):
         generator.optimise(cfg.precision, cfg.quantise)
     if isinstance(generator, TextToAudio):
-        generator.optimise(cfg.precision, cfg.compile, cfg.cuda_graphs, cfg.quantise)
+        precision, recorded = cfg.precision, cfg.cuda_graphs
+        if cfg.backend != EAGER:  # graphs are exact, and start by themselves, whatever a device does best
+            precision = "float32" if precision == "auto" else precision
+            recorded = False if recorded == "auto" else recorded
+        generator.optimise(precision, cfg.compile, recorded, cfg.quantise)
         generator.set_decoder_precision(cfg.decoder_precision)
         if cfg.text_cache_dir is not None:
             generator.keep_text_embeddings(cfg.text_cache_dir)
         if cfg.rotary_extension is not None:
             generator.extend_rotary(cfg.rotary_extension, cfg.trained_seconds)
-        if cfg.backend != "eager":  # after what it does not go with
+        if cfg.backend != EAGER:  # after what it does not go with
             generator.use_backend(cfg.backend, cfg.system)
     return generator
 
@@ -208,7 +213,7 @@ def _takes_features(generator: TextToAudio | PipelineToAudio) -> bool:
 
 
 def _check_pipeline(cfg: DictConfig) -> None:
-    asked = {cfg.compile, cfg.cuda_graphs is True, cfg.decoder_precision != "float32", cfg.backend != "eager"}
+    asked = {cfg.compile, cfg.cuda_graphs is True, cfg.decoder_precision != "float32", cfg.backend != EAGER}
     if asked != {False} or {cfg.rotary_extension, cfg.text_cache_dir} != {None}:
         raise ValueError(
             "decoder_precision, compile, backend, cuda_graphs, rotary_extension and text_cache_dir need a system of "

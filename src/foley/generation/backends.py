@@ -62,14 +62,20 @@ class Backend:
                 f"backend={name}: {folder} does not exist; make it, and sample from there: "
                 f"foley export ckpt={directory} format={name} output_dir=FOLDER, then system=FOLDER"
             )
-        changed = [option for option in ("compile", "quantise", "rotary_extension") if inference.get(option)]
+        options = ("compile", "cuda_graphs", "quantise", "rotary_extension")
+        changed = [option for option in options if inference.get(option)]
         exact = inference.get("precision", "float32"), inference["decoder_precision"]
-        if changed or exact != ("float32", "float32"):
-            options = [*changed, *(["another precision than float32"] if exact != ("float32", "float32") else [])]
-            raise ValueError(f"backend={name} runs graphs as they were exported: leave out {', '.join(options)}")
-        self._exported = load_graphs(folder, self._denoiser, next(self._denoiser.parameters()).device)
+        changed += ["another precision than float32"] if exact != ("float32", "float32") else []
+        if changed:
+            raise ValueError(f"backend={name} runs graphs as they were exported: leave out {', '.join(changed)}")
+        self._exported = load_graphs(folder, self._denoiser, codec, next(self._denoiser.parameters()).device)
         self._name = name
         return partial(self._exported.decode, codec)
+
+    def require_pytorch(self, purpose: str) -> None:
+        """Raises ValueError where graphs run: they would go on as they are, and the record would say otherwise."""
+        if self._exported is not None:
+            raise ValueError(f"{purpose}: backend={self._name} runs graphs as they were exported; load the system anew")
 
     def check(self, accelerator: Accelerator | None) -> None:
         """Raises ValueError for an accelerator that changes layers, where they are inside a graph."""

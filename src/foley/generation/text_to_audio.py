@@ -122,6 +122,7 @@ class TextToAudio:
 
         Raises ValueError for an unknown choice, one that the device lacks, and another than rounded weights have.
         """
+        self._backend.require_pytorch("optimise")
         precision = choose_precision(precision, self.device)
         self._cuda_graphs = choose_graphs(cuda_graphs, self.device)
         if (precision, quantised) != (self.inference.get("precision"), self.inference.get("quantise")):
@@ -148,15 +149,15 @@ class TextToAudio:
 
     def use_backend(self, name: str, directory: str | Path) -> None:
         """Denoise and decode by the graphs "onnx" or "aoti" of an exported system; raises as `Backend.use` does."""
+        if "precision" not in self.inference:
+            self.optimise("float32", cuda_graphs=False)  # as the graphs are, and not what the device would do best
         decode = self._backend.use(name, Path(directory), self.codec, self.inference)
         self._decode = LatentDecoder(self.codec, decode=decode)
         self.inference["backend"] = name
 
     def set_decoder_precision(self, precision: str) -> None:
-        """Decode in another precision; float32, the default, is the fast decoder on a CPU (`LatentDecoder`).
-
-        Raises ValueError for an unknown precision, and where the codec only has one.
-        """
+        """Decode in another precision than float32 (`LatentDecoder`); ValueError for one that the codec cannot take."""
+        self._backend.require_pytorch("decoder_precision")
         self._decode = LatentDecoder(self.codec, precision)
         self.inference["decoder_precision"] = precision
 
@@ -179,6 +180,7 @@ class TextToAudio:
         None is the length that the system says it was trained on. Raises ValueError where it does not say, for a
         denoiser without rotary positions, and for an unknown method.
         """
+        self._backend.require_pytorch("rotary_extension")
         trained_seconds = trained_seconds or self.system.trained_seconds
         if trained_seconds is None:
             raise ValueError(f"rotary_extension={method}: this system does not say its trained_seconds; give them")
@@ -295,8 +297,7 @@ class TextToAudio:
     def generate_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> Generation:
         """Every clip in the same way: what `generate`, `edit`, `vary` and the command line come to. Raises as they do.
 
-        An impossible request is refused, and a strange prompt warned of, before anything is computed. Threads may share
-        a system: they take turns, a call each.
+        An impossible request is refused before anything is computed. Threads may share a system: they take turns.
         """
         with self._computing():
             return self._generate_clips(clips, settings)
@@ -474,8 +475,7 @@ class TextToAudio:
         positions = getattr(self.denoiser, "positions", None)
         if positions is None or num_frames <= positions.max_length or settings.window_seconds is not None:
             return settings
-        seconds = positions.max_length / self.frames_per_second
-        learned = positions.max_length
+        learned, seconds = positions.max_length, positions.max_length / self.frames_per_second
         _log.info("%d frames exceed the %d learned positions: windows of %g s", num_frames, learned, seconds)
         return replace(settings, window_seconds=seconds)
 

@@ -9,6 +9,7 @@ Conditions are not computed beforehand (`foley.models.dit.hoisting`): a graph ta
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from foley.core.components import CheckpointError
 from foley.core.files import replacing, write_json
-from foley.core.hashing import hash_file, hash_module
-from foley.core.reading import read_json
+from foley.core.hashing import adopt_hash, hash_file, hash_module
+from foley.core.reading import read_json, reading
 from foley.models.codec.spectral_vae import SpectralVAE
 from foley.models.text import SmallTextEncoder
 from foley.nn.conv import folded_copy
@@ -33,7 +34,7 @@ SUFFIXES = {"onnx": ".onnx", "aoti": ".pt2"}
 NETWORKS = ("denoiser", "decoder", "text")
 GRAPHS_FILE = "system.json"
 GRAPHS_FORMAT = "foley-graphs/1"
-_WHAT = "a system's graphs"
+_WHAT, _MEND = "a system's graphs", "export the system again"
 _EXAMPLE = {"batch": 2, "frames": 96, "tokens": 16}  # sizes that are traced with; none of them stays in the graph
 _OPTIONAL = {"context", "context_mask", "frame_mask", "visible", "hidden_mask", "guidance_scale"}
 Graph = Callable[..., Tensor]
@@ -198,6 +199,8 @@ def _write(traced: _Traced, file: Path, file_format: str) -> None:
             # Itself not atomic: it insists on the end of the name. Graphs count once `system.json` names them.
             inductor.aoti_compile_and_package(program, package_path=str(file))
             return
+        for name in ("onnx_ir", "onnxscript"):  # which tell of every node
+            logging.getLogger(name).setLevel(logging.WARNING)
         names = {"input_names": list(traced.inputs), "output_names": [traced.output.partition(" ")[0]]}
         options: dict[str, Any] = {**names, "dynamo": True, "external_data": False, "verbose": False}
         with replacing(file) as part:
@@ -268,27 +271,39 @@ class ExportedDenoiser(nn.Module):
         return self._graph(*(given[name] for name in self._names))
 
 
-def load_graphs(directory: Path, denoiser: Any, device: torch.device) -> ExportedSystem:
-    """The graphs in `directory` of the system that `denoiser` is of.
+def load_graphs(directory: Path, denoiser: Any, codec: nn.Module, device: torch.device) -> ExportedSystem:
+    """The graphs in `directory` of the system that `denoiser` and `codec` are of.
 
-    Raises CheckpointError where they are of other weights or another device, or were altered.
+    Raises CheckpointError where they are of other weights or another device, or were altered, and DamagedFileError for
+    a `system.json` that is none.
     """
     file = directory / GRAPHS_FILE
-    info = read_json(file, _WHAT, "export the system again")
-    if info["model_hash"] != hash_module(denoiser):
-        raise CheckpointError(f"{file} is of another denoiser than its system; export the system again")
-    if info["backend"] == "aoti" and info["device"] != device.type:
-        raise CheckpointError(f"{file} was compiled for {info['device']}, not for {device.type}; export it there")
+    info = read_json(file, _WHAT, _MEND)
+    with reading(file, _WHAT, _MEND):
+        made_by, names = (info["format"], info["backend"], info["device"]), tuple(info["graphs"]["denoiser"]["inputs"])
+        hashes, max_frames = {"denoiser": info["model_hash"], "codec": info["codec_hash"]}, int(info["max_frames"])
+    _check_origin(file, made_by, device)
+    for name, module in (("denoiser", denoiser), ("codec", codec)):
+        if hashes[name] != hash_module(module):
+            raise CheckpointError(f"{file} is of another {name} than its system; {_MEND}")
     graphs = {name: _load(directory, entry, info["backend"], device) for name, entry in info["graphs"].items()}
-    names = tuple(info["graphs"]["denoiser"]["inputs"])
-    exported = ExportedDenoiser(graphs["denoiser"], names, denoiser.latent_channels, info["max_frames"])
+    exported = ExportedDenoiser(graphs["denoiser"], names, denoiser.latent_channels, max_frames)
+    adopt_hash(exported, hashes["denoiser"])  # calibrations of these weights hold for their graph
     return ExportedSystem(exported, graphs)
+
+
+def _check_origin(file: Path, made_by: tuple[str, str, str], device: torch.device) -> None:
+    file_format, backend, compiled_for = made_by
+    if file_format != GRAPHS_FORMAT:
+        raise CheckpointError(f"{file} is of format {file_format!r}, this version reads {GRAPHS_FORMAT!r}; {_MEND}")
+    if backend == "aoti" and compiled_for != device.type:  # ONNX is compiled where it is loaded
+        raise CheckpointError(f"{file} was compiled for {compiled_for}, not for {device.type}; export it there")
 
 
 def _load(directory: Path, entry: Mapping[str, Any], backend: str, device: torch.device) -> Graph:
     file = directory / entry["file"]
     if not file.is_file() or hash_file(file) != entry["sha256"]:
-        raise CheckpointError(f"{file} is missing or was altered after its export; export the system again")
+        raise CheckpointError(f"{file} is missing or was altered after its export; {_MEND}")
     return _onnx_graph(file, device) if backend == "onnx" else _aoti_graph(file)
 
 

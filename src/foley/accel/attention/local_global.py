@@ -69,7 +69,7 @@ def _spans(length: int, window: int) -> Iterator[tuple[int, int, int, int]]:
 
     A larger block copies the global keys less often; a smaller one computes fewer scores beyond the window.
     """
-    block = max(window // 2, _SMALLEST_BLOCK)
+    block = max(window // 2, _SMALLEST_BLOCK)  # half a window: of 2.5 windows of keys, two are within each query's
     for start in range(0, length, block):
         end = min(start + block, length)
         yield start, end, max(0, start - window), min(end + window, length)

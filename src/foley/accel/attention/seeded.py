@@ -58,7 +58,7 @@ class SeededAccelerator:
 
     def chooses_sparse(self, num_tokens: int, keys_per_query: float, device: torch.device) -> bool:
         """Whether attention over so many tokens is sparse; where it falls back, it is so where that pays."""
-        if num_tokens not in self._is_sparse:
+        if num_tokens not in self._is_sparse:  # asked in every layer, and told to the user afterwards
             self._is_sparse[num_tokens] = not self._fallback or pays(num_tokens, keys_per_query, device)
         return self._is_sparse[num_tokens]
 

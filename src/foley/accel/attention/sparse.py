@@ -81,6 +81,7 @@ def flex_union(
         keep = near | ~own_part if double_count else near == own_part
         return keep if valid is None else keep & valid[batch, rows[column]] | (column - count == row)
 
+    # Made here and not by `create_block_mask`, which evaluates the rule at all N x (M + N) pairs.
     numbers, indices = _filled_blocks(q.shape[2], count, *reach, device)
     sizes: dict[str, Any] = {"BLOCK_SIZE": FLEX_BLOCK, "seq_lengths": (q.shape[2], count + q.shape[2])}
     mask = BlockMask.from_kv_blocks(numbers, indices, mask_mod=allowed, **sizes)
@@ -91,17 +92,19 @@ def flex_union(
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Any]:
+    # A generation has one length, so that sizes may as well be constants of the kernel.
     return torch.compile(flex_attention, dynamic=False)
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # kept beyond the run, and a tensor of inference mode could not be used in training
 def _filled_blocks(
     length: int, num_shared: int, group: int, margin: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """How many blocks of columns each block of rows meets `[1, 1, rows]`, and which `[1, 1, rows, columns]`."""
     filled = filled_blocks(length, num_shared, group, margin)
     numbers = filled.sum(dim=1, dtype=torch.int32)
+    # FlexAttention reads the first `numbers` of a row; stable, so that blocks are met in the order of memory.
     indices = filled.int().argsort(dim=1, descending=True, stable=True).int()
     return numbers[None, None].to(device), indices[None, None].to(device)
 
