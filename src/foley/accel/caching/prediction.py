@@ -201,6 +201,7 @@ class PredictionReuse:
 
     def _reset(self) -> None:
         self._plan: Sequence[bool] | None = None  # from the first evaluation of the run on
+        # Of one run: what it has measured says nothing of the next prompt.
         self._guard: Threshold | None = None
         self._fitted: Fitted | None = None
         self._places: list[float] = []
@@ -308,6 +309,7 @@ class PredictionReuse:
             return True
         if self._guard is None:
             return self._plan[evaluation]
+        # No forecast is known to be good before one was measured, and none may go unmeasured for long.
         since_warmup = evaluation - self.computed_evaluations.index(True) if any(self.computed_evaluations) else 0
         if since_warmup < self._warmup or not any(self.computed_evaluations[max(evaluation - self._max_reuses, 0) :]):
             return True
@@ -322,8 +324,11 @@ class PredictionReuse:
         places, weights, covariance = np.asarray(self._places), angle_weights(_angles(run)), self._covariance(run)
         if self._extrapolates_clean:
             assert run.clean_weights is not None
+            # The covariance is of clean latents then, and an error there is a larger one of the prediction.
             weights = weights / np.abs(run.clean_weights[:, 1].numpy())
         self._fitted = Fitted(places, self._order, weights, covariance)
+        # A run that begins in the middle has no evaluations before: the plan is of those that are left, the weights of
+        # the forecasts go on by the numbers of the whole run.
         from_first = Fitted(places[first:], self._order, weights[first:], covariance[first:, first:])
         count = max(int(left / self._target_speedup), 1)
         return tuple(optimal_plan(from_first, count, self._warmup, self._max_reuses))
@@ -360,6 +365,7 @@ class PredictionReuse:
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         if self._is_asked and self.computed_evaluations[context.evaluation]:
             self._store("guided", self._noisy, [prediction])
+        # Outside of an evaluation nothing may be stored, and a noisy latent need not be kept alive.
         self._context = self._noisy = None
 
     def on_run_end(self) -> None:
@@ -377,6 +383,7 @@ class PredictionReuse:
 
     def _reusing(self, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # The loop has asked for a forecast and got none: what it calls has to compute.
             if self._is_asked:
                 return original(*args, **kwargs)
             if self._context is None:
@@ -388,6 +395,7 @@ class PredictionReuse:
                 assert self._form is not None
                 return tree_unflatten(self._recall(branch, noisy), self._form)
             output = original(*args, **kwargs)
+            # Models of diffusers give a tuple or a named output: each tensor is extrapolated, the form is kept.
             leaves, self._form = tree_flatten(output)
             self._store(branch, noisy, leaves)
             return output
@@ -405,6 +413,7 @@ class PredictionReuse:
                 of_noisy, of_prediction = self._clean_weights()
                 value = of_noisy * noisy + of_prediction * value
             if self._guard is not None and history.is_filled:
+                # Before it is stored: afterwards the polynomial goes through it, and its error would be 0.
                 self._guard.measure(evaluation, history.at(evaluation), value, history.remainder(evaluation))
             history.store(evaluation, value)
 

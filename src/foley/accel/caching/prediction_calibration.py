@@ -103,6 +103,7 @@ class CovarianceRecorder:
         self._predictions.append(prediction.flatten(1).float())
 
     def on_run_end(self) -> None:
+        # A run that broke off, or began in the middle, has gaps in its covariance.
         if self._signature is not None and len(self._predictions) == self._signature.num_evaluations:
             runs = torch.stack(self._predictions, dim=1)  # [B, E, N]
             size = runs.square().mean(dim=(1, 2), keepdim=True).sqrt()
