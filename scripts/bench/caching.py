@@ -24,7 +24,7 @@ from rich.progress import track
 from torch import Tensor
 
 from foley.accel.caching.budget import budget_schedule, schedule_error
-from foley.accel.caching.calibration import Calibration, calibration_stem
+from foley.accel.caching.curves import Calibration
 from foley.accel.caching.plots import plot_schedule, plot_tradeoff
 from foley.accel.caching.schedule import CacheSchedule
 from foley.accel.combined import NoAcceleration
@@ -32,12 +32,15 @@ from foley.accel.cost import CostMeter, EvaluationMacs, count_evaluation_macs, t
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.files import info_path, load_record, save_record, write_json
+from foley.core.hashing import hash_module
 from foley.core.rates import clip_size
 from foley.diffusion.context import Accelerator
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EvaluationGrid
 from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver
+from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.prompts import LabelledPrompts
+from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.features import ClipFeatures
 from foley.metrics.judge import QUALITIES, Judge
@@ -119,6 +122,11 @@ class Workload:
         return latent.cpu()
 
     @property
+    def run_facts(self) -> tuple[str, str, int, float]:
+        """Model hash, solver, number of steps and guidance scale: what calibrations are of."""
+        return hash_module(self.pipeline.denoiser), self.solver.label, self.solver.num_steps, self.guidance.scale
+
+    @property
     def num_evaluations(self) -> int:
         """NFE of the uncached run."""
         return len(self.solver.build(self.pipeline.process).timesteps)
@@ -185,6 +193,21 @@ def _swept(cfg: DictConfig, policy: str) -> dict[Variant, Accelerator]:
             sweep.accel, **{sweep.setting: value}, **options
         )
     return variants
+
+
+def calibrate(workload: Workload, accelerators: Collection[Accelerator]) -> None:
+    """Make and keep the calibrations that are missing, of captions of the system that are not measured."""
+    pipeline, solver, measured = workload.pipeline, workload.solver, set(workload.prompts.captions)
+    others = calibration_prompts([caption for caption in pipeline.system.captions if caption not in measured])
+    uncached = GenerationSettings(
+        solver=solver.name,
+        eta=solver.eta,
+        guidance=workload.guidance,
+        any_guidance_scale=True,
+        batch_size=workload.batch_size,
+    )
+    for accelerator in accelerators:
+        calibrate_missing(accelerator, workload.run_facts, others, uncached, pipeline.denoise_clips)
 
 
 @dataclass(frozen=True)
@@ -345,10 +368,14 @@ def describe_changes(curves: Calibration) -> dict[str, float]:
     return {"relative_deviation": deviation, "earliest_half": min(halves), "latest_half": max(halves)}
 
 
-def load_curves(cfg: DictConfig, solver: Solver) -> Calibration:
-    """Those of this solver and number of steps."""
-    directory = instantiate(cfg.sweeps.budget.accel.calibration_dir)
-    return Calibration.load(calibration_stem(directory, solver.label, cfg.steps))
+def load_curves(cfg: DictConfig, workload: Workload) -> Calibration:
+    """Those of this solver and number of steps, which the budget policy has read."""
+    budget = instantiate(cfg.sweeps.budget.accel)
+    wanted = budget.wanted(*workload.run_facts)
+    curves: Calibration | None = budget.find(wanted)
+    if curves is None:
+        raise FileNotFoundError(f"no calibration of {wanted.name}, as policies=[budget] reads it, is kept any more")
+    return curves
 
 
 def describe(cfg: DictConfig, workload: Workload, judge: Judge) -> dict[str, Any]:
@@ -374,7 +401,7 @@ def analyse(cfg: DictConfig, workload: Workload, rows: Sequence[Mapping[str, Any
     layered = [row for row in rows if row["reused"]]
     found: dict[str, Any] = {"longer_clips": longer_clips(workload, layered, cfg.longer_clips_seconds)}
     if "budget" in cfg.policies:
-        curves = load_curves(cfg, workload.solver)
+        curves = load_curves(cfg, workload)
         found |= {"budget_methods": compare_budget_methods(cfg, curves), "changes": describe_changes(curves)}
     return found
 
@@ -395,6 +422,7 @@ def main(cfg: DictConfig) -> None:
     judge = load_judge(cfg, workload.prompts.labels)
     settings, output_dir = describe(cfg, workload, judge), Path(cfg.output_dir)
     parts = Parts(output_dir / "parts", settings | {"prompts": workload.prompts.captions})
+    calibrate(workload, variants.values())
     uncached, *rows = against_fewer_steps(measure(workload, variants, judge, cfg.repeats, parts))
     known = ("tmacs", "seconds", "real_time_factor", "machine", "batch_size", *QUALITIES)
     settings |= {f"{name}_uncached": uncached[name] for name in known}

@@ -202,18 +202,22 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
 
 
 def test_the_benchmark_holds_every_policy_against_fewer_steps(system_dir: Path, tmp_path: Path) -> None:
-    narrow = ("policies=[fewer_steps,fora]", "sweeps.fewer_steps.values=[1.33,2,4]", "sweeps.fora.values=[2]")
+    narrow = ("policies=[fewer_steps,prediction_target,fora]", "sweeps.fewer_steps.values=[1.33,2,4]")
+    narrow = (*narrow, "sweeps.prediction_target.values=[2]", "sweeps.fora.values=[2]")
     rows = _bench(system_dir, tmp_path, *narrow, "reuses=[hold]", "sweeps.fora.reuses=[hold]")["rows"]
-    assert [(row["policy"], row["value"]) for row in rows] == [*(("fewer steps", n) for n in (3, 2, 1)), ("fora", 2)]
-    assert [row["mac_speedup"] for row in rows[:3]] == pytest.approx([4 / 3, 2, 4])
+    policies = [*(("fewer steps", n) for n in (3, 2, 1)), ("prediction_target", 2), ("fora", 2)]
+    assert [(row["policy"], row["value"]) for row in rows] == policies
+    assert [row["mac_speedup"] for row in rows[:4]] == pytest.approx([4 / 3, 2, 4, 2])
+    assert (system_dir / "calibration" / "prediction_ddim_4_w3.json").is_file()  # what was missing was made
     assert rows[-1]["error_ratio"] == pytest.approx(rows[-1]["latent_error"] / rows[-1]["fewer_steps_error"])
     assert rows[-1]["beats_fewer_steps"] == ("yes" if rows[-1]["error_ratio"] < 1 else "no")
 
 
 def test_a_benchmark_that_was_broken_off_goes_on(system_dir: Path, tmp_path: Path) -> None:
     batches = ("num=2", "batch_size=4", "reuses=[hold]", "sweeps.fora.reuses=[hold]", "sweeps.fora.values=[2]")
+    missing = ("sweeps.budget.accel.calibration_dir=nowhere", "sweeps.budget.accel.calibrate=never")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        _bench(system_dir, tmp_path, *batches, "policies=[fora,budget]", "sweeps.budget.accel.calibration_dir=nowhere")
+        _bench(system_dir, tmp_path, *batches, "policies=[fora,budget]", *missing)
     kept = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "parts").glob("*.json")}
     assert set(kept) == {"uncached_0-0-0", "fora_2_hold-0-0"}  # of the first batch of four, of six clips
     kept["fora_2_hold-0-0"]["seconds"] = 1000.0

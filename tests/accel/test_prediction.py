@@ -146,6 +146,24 @@ def test_windows_editing_and_a_later_beginning(quantity: str) -> None:
             assert reuse.computed_evaluations.index(True) == (7 if "start" in run else 0)
 
 
+def test_a_branch_that_begins_where_others_are_skipped_computes() -> None:
+    denoiser = PolynomialDenoiser()
+    for options in ({"interval": 3}, {"threshold": 1e9}):
+        reuse, run = PredictionReuse(**options), RunContext("ddim", 6, torch.arange(900, 0, -150), 1.0, 0.0, 1)
+        calls = []
+        with reuse.attach(denoiser):
+            reuse.on_run_start(run)
+            for evaluation, timestep in enumerate(run.timesteps):
+                for branch in ("cond", "uncond") if evaluation >= 3 else ("cond",):
+                    before = denoiser.calls
+                    reuse.on_evaluation_start(context := StepContext(evaluation, timestep, run, branch))
+                    prediction = denoiser(torch.zeros(1, CHANNELS, FRAMES), timestep[None])
+                    reuse.on_evaluation_end(context, prediction)
+                    calls += [(evaluation, branch)] * (denoiser.calls - before)
+        assert (3, "uncond") in calls
+        assert (3, "cond") not in calls
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_clean_weights_are_the_process_own(prediction: str) -> None:
     process = DiffusionProcess(prediction, zero_terminal_snr=prediction == "v")

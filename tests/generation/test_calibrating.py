@@ -10,6 +10,8 @@ from small_system import CONFIGS, STEPS
 from foley.accel.attention.local_global import LocalGlobal
 from foley.accel.caching.audiocache import AudioCache
 from foley.accel.caching.calibration import Calibration, require_calibrations
+from foley.accel.caching.prediction import PredictionReuse
+from foley.accel.caching.prediction_calibration import PredictionCovariance
 from foley.accel.combined import Combined
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.calibrating import NUM_PROMPTS, calibration_prompts
@@ -42,6 +44,21 @@ def test_missing_curves_are_made_and_kept_for_solver_steps_and_guidance(generato
     signature = Calibration.load(tmp_path / "euler_3_w3").signature
     assert (signature.solver, signature.num_steps, signature.guidance_scale) == ("euler", 3, 3.0)
     assert signature.model_hash == generator.model_hash
+
+
+def test_prediction_reuse_has_its_covariance_made(generator, tmp_path):
+    reuse = PredictionReuse(target_speedup=2, calibration_dir=tmp_path, calibrate="auto")
+    settings = generator.generate(["rain"], **STEPS, accelerator=reuse).settings
+    assert (len(settings["computed_evaluations"]), settings["mac_speedup"]) == (2, 2.0)
+    assert kept(tmp_path) == ["prediction_ddim_4_w3.json"]
+    for quantity, solver in (("auto", "ddpm"), ("prediction", "ddpm")):  # of one the clean latent, of the other not
+        reuse = PredictionReuse(quantity=quantity, target_speedup=2, calibration_dir=tmp_path, calibrate="auto")
+        generator.generate(["rain"], **{**STEPS, "solver": solver}, accelerator=reuse)
+    of_clean, of_prediction = (
+        PredictionCovariance.load(tmp_path / f"prediction_{name}").covariance
+        for name in ("ddpm_4_w3", "prediction_ddpm_4_w3")
+    )
+    assert not torch.allclose(of_clean, of_prediction)
 
 
 def test_curves_of_ddim_with_fresh_noise_are_kept_apart(generator, tmp_path):

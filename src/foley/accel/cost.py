@@ -188,6 +188,7 @@ def run_cost(
     compute = schedule.compute[first_evaluation:]  # [evaluations left, layers]
     uncached = macs.total * len(compute)  # each evaluation costs the same
     if computed_evaluations is not None:
+        # Rows of skipped evaluations say what layers would have done: nothing ran there.
         compute = compute[torch.tensor(computed_evaluations[first_evaluation:])]
     reused = (~compute[1:]).sum(dim=0).tolist()  # how often, of each layer
     # A reused layer costs nothing. What lies outside of layers runs at every evaluation.

@@ -135,6 +135,7 @@ def _drawn(scheduler: Any, evaluation: int, latent: Tensor, generators: list[tor
     """One draw, or the sum of finer ones where the noise is shared by time (`foley.diffusion.solver.noise_weights`)."""
     if not hasattr(scheduler, "noise_weights"):
         return draw_noise(latent, generators)
+    # Drawn one by one, in the order of the common grid: only so do runs of other steps see the same draws.
     noise = torch.zeros_like(latent)
     for weight in scheduler.noise_weights[evaluation]:
         noise = torch.add(noise, draw_noise(latent, generators), alpha=weight)

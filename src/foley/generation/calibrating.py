@@ -75,9 +75,11 @@ def _calibrate(
         *(wanted.solver, wanted.num_steps, wanted.guidance_scale, len(prompts)),
     )
     bar = partial(track, description="calibrating")
-    settings = replace(settings, num_steps=wanted.num_steps, progress=bar)
-    recorder = CalibrationRecorder()
-    return record_curves(as_clips(prompts), settings, denoise, recorder, wanted.objective == "sensitivity")
+    settings, clips = replace(settings, num_steps=wanted.num_steps, progress=bar), as_clips(prompts)
+    if wanted.objective == "sensitivity":
+        return record_curves(clips, settings, denoise, recorder, sensitivity=True)
+    denoise(clips, replace(settings, accelerator=recorder))
+    return recorder.calibration()
 
 
 def record_curves(

@@ -44,7 +44,12 @@ def error_of_fewer_steps(rows: Sequence[Row], speedup: float) -> float | None:
     >>> error_of_fewer_steps(rows, 5.0) is None
     True
     """
-    points = sorted((row["mac_speedup"], row["latent_error"]) for row in rows if _is_yardstick(row))
+    return _error_at([row for row in rows if row.get("policy") == FEWER_STEPS], speedup)
+
+
+def _error_at(rows: Sequence[Row], speedup: float) -> float | None:
+    """A run that is the uncached one itself has an error of 0, which has no logarithm."""
+    points = sorted((row["mac_speedup"], row["latent_error"]) for row in rows if _is_known(row) and row["latent_error"])
     for (low, low_error), (high, high_error) in pairwise(points):
         if low <= speedup <= high:
             share = (speedup - low) / (high - low) if high > low else 0.0
@@ -78,6 +83,25 @@ def count_beating(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows of prediction reuse, with `over_fora`: their error over that of FORA with extrapolation, the better one.
+
+    None where FORA was not measured at such a speed-up.
+
+    >>> fora = [{"policy": "fora", "reuse": "taylor", "mac_speedup": s, "latent_error": 0.04} for s in (2.0, 4.0)]
+    >>> reuse = {"policy": "prediction", "mac_speedup": 3.0, "latent_error": 0.01}
+    >>> prediction_aims([*fora, reuse])[0]["over_fora"]
+    0.25
+    """
+    kinds = {row.get("reuse") for row in rows if row["policy"] == "fora"} - {None, "hold"}
+    fora = [[row for row in rows if (row["policy"], row.get("reuse")) == ("fora", kind)] for kind in kinds]
+    found = []
+    for row in (row for row in rows if row["policy"].startswith("prediction") and _is_known(row)):
+        errors = [error for line in fora if (error := _error_at(line, row["mac_speedup"])) is not None]
+        found.append({**row, "over_fora": row["latent_error"] / min(errors) if errors else None})
+    return found
+
+
 def _compared(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     fewer = error_of_fewer_steps(rows, row["mac_speedup"])
     if fewer is None:
@@ -88,11 +112,6 @@ def _compared(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _is_known(row: Row) -> bool:
     return row.get("mac_speedup") is not None and row.get("latent_error") is not None
-
-
-def _is_yardstick(row: Row) -> bool:
-    """A run that is the uncached one itself has an error of 0, which has no logarithm."""
-    return row.get("policy") == FEWER_STEPS and _is_known(row) and row["latent_error"] > 0
 
 
 def _is_compared(row: Row) -> bool:

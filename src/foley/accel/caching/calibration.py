@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foley.accel.caching.curves import ALL_LAYERS, OBJECTIVES, Calibration
 from foley.accel.caching.layer_cache import CacheOptions, LayerCache, replaced_forwards
+from foley.accel.caching.prediction_calibration import PredictionCovariance
 from foley.accel.caching.reuse import ReuseChoice, reuse_name
 from foley.accel.caching.schedule import CacheSchedule, RunSignature
 from foley.accel.cost import MacCounter
@@ -77,10 +78,10 @@ class WantedCurves:
         """Of the files that are made where no others serve."""
         return f"{self.solver}_{self.num_steps}_w{self.guidance_scale:g}"
 
-    def served_by(self, calibration: "Calibration") -> bool:
+    def served_by(self, calibration: Calibration | PredictionCovariance) -> bool:
         """Whether it was made for just such a run."""
         run = {name: value for name, value in asdict(self).items() if name != "objective"}
-        knows = self.objective == "change" or calibration.sensitivity is not None
+        knows = self.objective == "change" or getattr(calibration, "sensitivity", None) is not None
         return knows and all(getattr(calibration.signature, name) == value for name, value in run.items())
 
 

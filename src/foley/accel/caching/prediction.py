@@ -11,7 +11,7 @@ The solver keeps its small steps, whose own error is not touched; taking fewer s
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import isfinite, pi, prod
+from math import pi, prod
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from foley.accel.caching.prediction_plans import (
     angle_weights,
     capped,
     interval_plan,
-    lagrange,
     optimal_plan,
 )
+from foley.accel.caching.reuse import Taylor, weighted
 from foley.accel.caching.schedule import RunSignature
 from foley.accel.layers import Forward
 from foley.core.config import default_cache_dir
@@ -53,44 +53,33 @@ class History:
 
     def __init__(self, places: Sequence[float], order: int, fitted: Fitted | None = None) -> None:
         self._places = places
-        self._most = order + 1
         self._fitted = fitted
-        self._nodes: list[int] = []  # evaluations, the newest last
-        self._values: list[Tensor] = []
+        self._memory = Taylor(order)
+        self._evaluations: dict[float, int] = {}  # the last one at each place, which alone the memory keeps
 
     def store(self, evaluation: int, value: Tensor) -> None:
         """Remember; what was computed at the same place before is replaced (Heun evaluates twice at one)."""
-        # Infinite is the log-SNR of pure noise: no polynomial goes through it, so it is held until there is another.
-        last = [self._places[node] for node in self._nodes[-1:]]
-        if any(place == self._places[evaluation] or not isfinite(place) for place in last):
-            del self._nodes[-1], self._values[-1]
-        self._nodes = [*self._nodes, evaluation][-self._most :]
-        self._values = [*self._values, value][-self._most :]
+        self._memory.store(self._places[evaluation], value)
+        self._evaluations[self._places[evaluation]] = evaluation
 
     @property
     def is_filled(self) -> bool:
         """Whether there is anything to forecast from."""
-        return bool(self._nodes)
+        return bool(self._memory.nodes)
 
     def at(self, evaluation: int) -> Tensor:
         """The forecast, in the type of what was stored; of lower order while little is."""
-        # Large weights of alternating sign: half precision would lose what is left of their sum.
-        first, *others = zip(self._shares(evaluation), self._values, strict=True)
-        total = first[0] * first[1].float() if first[0] != 1 else first[1]
-        for weight, value in others:
-            total = total.float().add(value.float(), alpha=weight)
-        return total.to(first[1].dtype)
-
-    def _shares(self, evaluation: int) -> list[float]:
         if self._fitted is None:
-            return lagrange([self._places[node] for node in self._nodes], self._places[evaluation])
-        shares: list[float] = self._fitted.shares(np.array([self._nodes]), np.array([[evaluation]]))[0].tolist()
-        return shares
+            polynomial: Tensor = self._memory.recall(self._places[evaluation])
+            return polynomial
+        places, values = zip(*self._memory.nodes, strict=True)
+        nodes = np.array([[self._evaluations[place] for place in places]])
+        return weighted(self._fitted.shares(nodes, np.array([[evaluation]]))[0].tolist(), *values)
 
     def remainder(self, evaluation: int) -> tuple[int, float]:
         """Of the interpolation: the number of nodes, and the product of their distances, which the error goes by."""
         place = self._places[evaluation]
-        return len(self._nodes), abs(prod(place - self._places[node] for node in self._nodes))
+        return len(self._memory.nodes), abs(prod(place - node for node, _ in self._memory.nodes))
 
 
 class Threshold:
@@ -212,6 +201,7 @@ class PredictionReuse:
 
     def _reset(self) -> None:
         self._plan: Sequence[bool] | None = None  # from the first evaluation of the run on
+        # Of one run: what it has measured says nothing of the next prompt.
         self._guard: Threshold | None = None
         self._fitted: Fitted | None = None
         self._places: list[float] = []
@@ -266,7 +256,9 @@ class PredictionReuse:
 
     def _stems(self, wanted: WantedCurves) -> tuple[Path, Path]:
         cache = Path(default_cache_dir()).expanduser() / "calibration" / wanted.model_hash[:16]
-        name = f"prediction_{wanted.name}" if self._quantity == "auto" else f"{self._quantity}_{wanted.name}"
+        # "auto" is the clean latent of some solvers: a file of its own, or it would be taken for the prediction there.
+        chosen = "" if self._quantity == "auto" else f"{self._quantity}_"
+        name = f"prediction_{chosen}{wanted.name}"
         return self._directory / name, cache / name
 
     @contextmanager
@@ -305,19 +297,24 @@ class PredictionReuse:
 
     def on_evaluation_start(self, context: StepContext) -> None:
         self._context = context
-        self.computed_evaluations[context.evaluation] = self._computes(context)
+        # Where branches run one after the other this is called for each: what one computes, the others do too.
+        self.computed_evaluations[context.evaluation] |= self._computes(context)
 
     def _computes(self, context: StepContext) -> bool:
         evaluation = context.evaluation
         if not any(self.computed_evaluations):  # nothing to reuse yet, also in a run that begins in the middle
             self._plan = (False,) * evaluation + self._planned(context.run, evaluation)
         assert self._plan is not None
+        if self._memory(context) not in self._histories:  # a branch that begins in mid-run
+            return True
         if self._guard is None:
             return self._plan[evaluation]
+        # No forecast is known to be good before one was measured, and none may go unmeasured for long.
         since_warmup = evaluation - self.computed_evaluations.index(True) if any(self.computed_evaluations) else 0
         if since_warmup < self._warmup or not any(self.computed_evaluations[max(evaluation - self._max_reuses, 0) :]):
             return True
-        return not self._guard.lets_skip(evaluation, self._history(context).remainder(evaluation))
+        history = self._histories[self._memory(context)][0]
+        return not self._guard.lets_skip(evaluation, history.remainder(evaluation))
 
     def _planned(self, run: RunContext, first: int) -> tuple[bool, ...]:
         """Of the evaluations from `first` on."""
@@ -327,8 +324,11 @@ class PredictionReuse:
         places, weights, covariance = np.asarray(self._places), angle_weights(_angles(run)), self._covariance(run)
         if self._extrapolates_clean:
             assert run.clean_weights is not None
+            # The covariance is of clean latents then, and an error there is a larger one of the prediction.
             weights = weights / np.abs(run.clean_weights[:, 1].numpy())
         self._fitted = Fitted(places, self._order, weights, covariance)
+        # A run that begins in the middle has no evaluations before: the plan is of those that are left, the weights of
+        # the forecasts go on by the numbers of the whole run.
         from_first = Fitted(places[first:], self._order, weights[first:], covariance[first:, first:])
         count = max(int(left / self._target_speedup), 1)
         return tuple(optimal_plan(from_first, count, self._warmup, self._max_reuses))
@@ -337,7 +337,8 @@ class PredictionReuse:
         assert self._denoiser is not None
         signature = RunSignature.of(run, self._denoiser)
         wanted = self.wanted(signature.model_hash, run.solver, run.num_steps, run.guidance_scale)
-        calibration = self._adopted or self.find(wanted)
+        is_adopted = self._adopted is not None and wanted.served_by(self._adopted)
+        calibration = self._adopted if is_adopted else self.find(wanted)
         if calibration is None:
             raise FileNotFoundError(
                 f"accel.target_speedup: {self._directory} holds no calibration of the predictions of {wanted.name}; "
@@ -346,8 +347,9 @@ class PredictionReuse:
         calibration.signature.require(signature, "the calibration of predictions")
         return calibration.covariance.numpy()
 
-    def _history(self, context: StepContext) -> History:
-        return self._histories["guided" if self._is_asked else context.branch][0]
+    def _memory(self, context: StepContext) -> str:
+        """Which of the histories it is about."""
+        return "guided" if self._is_asked else context.branch
 
     def forecast(self, context: StepContext, noisy: Tensor) -> Tensor | None:
         """The guided prediction `[B, C, L]` of the present evaluation, or None where the denoiser has to compute it.
@@ -363,6 +365,7 @@ class PredictionReuse:
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         if self._is_asked and self.computed_evaluations[context.evaluation]:
             self._store("guided", self._noisy, [prediction])
+        # Outside of an evaluation nothing may be stored, and a noisy latent need not be kept alive.
         self._context = self._noisy = None
 
     def on_run_end(self) -> None:
@@ -380,6 +383,7 @@ class PredictionReuse:
 
     def _reusing(self, original: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # The loop has asked for a forecast and got none: what it calls has to compute.
             if self._is_asked:
                 return original(*args, **kwargs)
             if self._context is None:
@@ -391,6 +395,7 @@ class PredictionReuse:
                 assert self._form is not None
                 return tree_unflatten(self._recall(branch, noisy), self._form)
             output = original(*args, **kwargs)
+            # Models of diffusers give a tuple or a named output: each tensor is extrapolated, the form is kept.
             leaves, self._form = tree_flatten(output)
             self._store(branch, noisy, leaves)
             return output
@@ -408,6 +413,7 @@ class PredictionReuse:
                 of_noisy, of_prediction = self._clean_weights()
                 value = of_noisy * noisy + of_prediction * value
             if self._guard is not None and history.is_filled:
+                # Before it is stored: afterwards the polynomial goes through it, and its error would be 0.
                 self._guard.measure(evaluation, history.at(evaluation), value, history.remainder(evaluation))
             history.store(evaluation, value)
 

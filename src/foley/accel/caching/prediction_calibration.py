@@ -103,9 +103,12 @@ class CovarianceRecorder:
         self._predictions.append(prediction.flatten(1).float())
 
     def on_run_end(self) -> None:
+        # A run that broke off, or began in the middle, has gaps in its covariance.
         if self._signature is not None and len(self._predictions) == self._signature.num_evaluations:
             runs = torch.stack(self._predictions, dim=1)  # [B, E, N]
-            runs = runs / runs.square().mean(dim=(1, 2), keepdim=True).sqrt()  # a loud prompt counts as a quiet one
+            size = runs.square().mean(dim=(1, 2), keepdim=True).sqrt()
+            # A loud prompt counts as a quiet one, and a silent one, as of a denoiser that starts at zero, as nothing.
+            runs = runs / size.clamp_min(torch.finfo(size.dtype).tiny)
             products = torch.einsum("ben,bfn->ef", runs, runs) / runs.shape[2]
             self._sum = self._sum + products.cpu().double()
             self._num_prompts += len(runs)

@@ -95,9 +95,11 @@ class Extrapolation:
         for length in range(1, longest):  # one more skipped each time
             skipped = (last + length)[:, None]  # [C, 1]
             weight = self.weights[skipped.clip(max=size - 1)]
+            # What is skipped adds its own prediction to the error, and takes away the shares of the nodes instead.
             parts[0] = parts[0] - weight * self.shares(nodes, skipped.clip(max=size - 1))
             members, parts = [*members, skipped.clip(max=size - 1)], [*parts, weight]
             at, of = np.concatenate(members, axis=1), np.concatenate(parts, axis=1)  # [C, nodes and skipped]
+            # Rounding can take the square of what is forecast exactly below zero.
             squares = np.einsum("ci,cij,cj->c", of, self.covariance[at[:, :, None], at[:, None, :]], of)
             errors[:, length] += np.where(last + length < size, squares.clip(0), np.inf)
         return errors
@@ -144,6 +146,7 @@ def optimal_plan(extrapolation: Extrapolation, count: int, warmup: int = 1, max_
         if all(later == 0 or earlier > 0 for earlier, later in pairwise(gaps)):
             errors[(slice(None), *gaps)] = extrapolation.gap_errors(np.arange(size), gaps, longest)
     warmup = min(warmup, size)
+    # The warm-up is the one state to begin in: its evaluations are neighbours, and there was nothing before them.
     best = np.full(errors.shape[:-1], np.inf)
     best[(warmup - 1, *(int(back < warmup - 1) for back in range(depth)))] = 0.0
     choices: list[NDArray[np.int64]] = []  # the oldest gap that led to each state, by the number of computations
@@ -158,6 +161,7 @@ def optimal_plan(extrapolation: Extrapolation, count: int, warmup: int = 1, max_
         following = np.full(best.shape, np.inf)
         chosen = np.zeros(best.shape, dtype=np.int64)
         for gap in range(1, longest + 1):
+            # The oldest gap leaves the state: `order + 1` nodes are all that a forecast looks at.
             total = best + errors[..., gap - 1]
             following[gap:, gap] = total.min(axis=-1)[: size - gap]
             chosen[gap:, gap] = total.argmin(axis=-1)[: size - gap]

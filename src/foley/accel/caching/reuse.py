@@ -1,15 +1,17 @@
 """What stands in for a layer that is not computed: its last output, or the polynomial through its last ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite, prod
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from foley.accel.caching.prediction_plans import lagrange
 
 
 class Reuse(Protocol):
@@ -75,14 +77,15 @@ class Taylor:
 
     def recall(self, place: float) -> Any:
         places, outputs = zip(*self.nodes, strict=True)
-        if len(places) == 1:
-            return outputs[0]  # one output so far: hold it
-        weights = [prod((place - other) / (own - other) for other in places if other != own) for own in places]
-        return tree_map(partial(_weighted, weights), *outputs)
+        return outputs[0] if len(places) == 1 else weighted(lagrange(places, place), *outputs)
 
 
-def _weighted(weights: list[float], *values: Any) -> Any:
-    """The sum in the type of the values; of what is no tensor the newest."""
+def weighted(weights: Sequence[float], *outputs: Any) -> Any:
+    """The sum of outputs of one form, in the type of each of their tensors; of what is no tensor the first."""
+    return tree_map(partial(_weighted, weights), *outputs)
+
+
+def _weighted(weights: Sequence[float], *values: Any) -> Any:
     if not isinstance(values[0], Tensor):
         return values[0]
     # Weights of alternating signs: half precision would lose what is left of their sum.
