@@ -76,8 +76,11 @@ def _calibrate(
     )
     bar = partial(track, description="calibrating")
     settings = replace(settings, num_steps=wanted.num_steps, progress=bar)
-    recorder = CalibrationRecorder()
-    return record_curves(as_clips(prompts), settings, denoise, recorder, wanted.objective == "sensitivity")
+    clips = as_clips(prompts)
+    if isinstance(recorder, CalibrationRecorder):
+        return record_curves(clips, settings, denoise, recorder, wanted.objective == "sensitivity")
+    denoise(clips, replace(settings, accelerator=recorder))  # of another kind than curves of layers
+    return recorder.calibration()
 
 
 def record_curves(
