@@ -76,11 +76,8 @@ def _calibrate(
     )
     bar = partial(track, description="calibrating")
     settings = replace(settings, num_steps=wanted.num_steps, progress=bar)
-    clips = as_clips(prompts)
-    if isinstance(recorder, CalibrationRecorder):
-        return record_curves(clips, settings, denoise, recorder, wanted.objective == "sensitivity")
-    denoise(clips, replace(settings, accelerator=recorder))  # of another kind than curves of layers
-    return recorder.calibration()
+    recorder = CalibrationRecorder()
+    return record_curves(as_clips(prompts), settings, denoise, recorder, wanted.objective == "sensitivity")
 
 
 def record_curves(

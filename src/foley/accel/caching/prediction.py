@@ -119,8 +119,7 @@ class Threshold:
     def measure(self, evaluation: int, forecast: Tensor, computed: Tensor, remainder: tuple[int, float]) -> None:
         """The relative error of a forecast `[B, C, L]` where it was computed all the same; waits for the device."""
         error = float((forecast - computed).float().norm() / computed.float().norm())
-        # Of several outputs, or branches one after the other, the worst counts.
-        self.differences[evaluation] = error = max(error, self.differences[evaluation] or 0.0)
+        self.differences[evaluation] = error
         # At the place of the last node the forecast is the node: nothing is learnt there.
         if remainder[1] > 0:
             self._measured = error, *remainder
@@ -218,7 +217,6 @@ class PredictionReuse:
         self._places: list[float] = []
         self._extrapolates_clean = False
         self._context: StepContext | None = None  # of the present evaluation; None outside of one
-        self._decided = -1  # the last evaluation of which it is decided whether it is computed
         self._is_asked = False  # whether the loop asks for forecasts
         self._noisy: Tensor | None = None  # what the guided prediction is of
         # Branches that run one after the other have memories of their own; a branch has one for each output.
@@ -307,30 +305,19 @@ class PredictionReuse:
 
     def on_evaluation_start(self, context: StepContext) -> None:
         self._context = context
-        # Decided once, for all branches that run one after the other: what the second sees, the first has changed.
-        if context.evaluation != self._decided:
-            self.computed_evaluations[context.evaluation] = self._computes(context)
-            self._decided = context.evaluation
-        elif self._is_unknown(context):
-            self.computed_evaluations[context.evaluation] = True
+        self.computed_evaluations[context.evaluation] = self._computes(context)
 
     def _computes(self, context: StepContext) -> bool:
         evaluation = context.evaluation
         if not any(self.computed_evaluations):  # nothing to reuse yet, also in a run that begins in the middle
             self._plan = (False,) * evaluation + self._planned(context.run, evaluation)
         assert self._plan is not None
-        if self._is_unknown(context):
-            return True
         if self._guard is None:
             return self._plan[evaluation]
         since_warmup = evaluation - self.computed_evaluations.index(True) if any(self.computed_evaluations) else 0
         if since_warmup < self._warmup or not any(self.computed_evaluations[max(evaluation - self._max_reuses, 0) :]):
             return True
         return not self._guard.lets_skip(evaluation, self._history(context).remainder(evaluation))
-
-    def _is_unknown(self, context: StepContext) -> bool:
-        """Whether the branch has not run yet: the first evaluation, or guidance that begins or ends within the run."""
-        return not self._is_asked and context.branch not in self._histories
 
     def _planned(self, run: RunContext, first: int) -> tuple[bool, ...]:
         """Of the evaluations from `first` on."""

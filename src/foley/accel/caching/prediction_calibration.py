@@ -63,7 +63,8 @@ class CovarianceRecorder:
         self._noisy: Tensor | None = None
         self._denoiser: nn.Module | None = None
         self._signature: RunSignature | None = None
-        self._predictions: dict[str, list[Tensor]] = {}  # of this run, by guidance branch, [B, N] each
+        self._predictions: list[Tensor] = []  # of this run, by evaluation, [B, N] each
+        self._evaluation = -1  # that of the last of them
         self._sum = torch.zeros((), dtype=torch.float64)
         self._num_prompts = 0
 
@@ -85,7 +86,7 @@ class CovarianceRecorder:
         signature = RunSignature.of(run, self._denoiser)
         if self._signature is not None:
             self._signature.require(signature, "the predictions recorded so far")
-        self._signature, self._predictions = signature, {}
+        self._signature, self._predictions, self._evaluation = signature, [], -1
 
     def on_evaluation_start(self, context: StepContext) -> None:
         pass
@@ -100,20 +101,20 @@ class CovarianceRecorder:
             assert self._noisy is not None
             of_noisy, of_prediction = context.run.clean_weights[context.evaluation].tolist()
             prediction = of_noisy * self._noisy + of_prediction * prediction
-        self._predictions.setdefault(context.branch, []).append(prediction.flatten(1).float())
+        rows = prediction.flatten(1).float()
+        if context.evaluation == self._evaluation:  # another guidance branch: more items, as in a joint batch
+            rows = torch.cat([self._predictions.pop(), rows])
+        self._evaluation = context.evaluation
+        self._predictions.append(rows)
 
     def on_run_end(self) -> None:
-        for predictions in self._predictions.values():
-            if self._signature is not None and len(predictions) == self._signature.num_evaluations:
-                self._add(torch.stack(predictions, dim=1))
-        self._predictions = {}
-
-    def _add(self, runs: Tensor) -> None:
-        """`[B, E, N]`."""
-        runs = runs / runs.square().mean(dim=(1, 2), keepdim=True).sqrt()  # a loud prompt counts as a quiet one
-        products = torch.einsum("ben,bfn->ef", runs, runs) / runs.shape[2]
-        self._sum = self._sum + products.cpu().double()
-        self._num_prompts += len(runs)
+        if self._signature is not None and len(self._predictions) == self._signature.num_evaluations:
+            runs = torch.stack(self._predictions, dim=1)  # [B, E, N]
+            runs = runs / runs.square().mean(dim=(1, 2), keepdim=True).sqrt()  # a loud prompt counts as a quiet one
+            products = torch.einsum("ben,bfn->ef", runs, runs) / runs.shape[2]
+            self._sum = self._sum + products.cpu().double()
+            self._num_prompts += len(runs)
+        self._predictions = []
 
     def calibration(self) -> PredictionCovariance:
         """Over all prompts of the finished runs; raises RuntimeError if there is none."""
