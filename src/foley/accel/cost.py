@@ -295,6 +295,7 @@ class CostMeter:
         run, first = self._context.run, self._context.evaluation
         macs = self._counter.evaluation([layer.name for layer in self._layers])
         cost = self._cost(macs, run, first)
+        # Of rows the denoiser sees more: guidance is part of what an item costs.
         return RunCost(cost.macs_uncached // run.batch_size, cost.macs_cached // run.batch_size)  # items cost alike
 
     def _cost(self, macs: EvaluationMacs, run: RunContext, first: int) -> RunCost:
