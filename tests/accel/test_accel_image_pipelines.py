@@ -13,7 +13,8 @@ from tiny_transformers import transformer
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from foley.accel import Calibration, Fora, accelerate, calibrate
+from foley.accel import Calibration, CostMeter, Fora, PredictionReuse, accelerate, calibrate
+from foley.accel.caching.prediction_calibration import CovarianceRecorder
 from foley.accel.combined import NoAcceleration
 from foley.accel.diffusers.pipelines import _items, _log_snr, accelerated
 from foley.accel.layers import find_cacheable_layers
@@ -96,13 +97,12 @@ def test_every_pipeline_is_calibrated_and_cached_by_its_curves(name: str, tmp_pa
 
 @EACH
 def test_every_pipeline_reuses_predictions(name: str) -> None:
-    prediction = pytest.importorskip("foley.accel.caching.prediction")
     pipeline, call = image_pipeline(name)
     plain, runs = generate(pipeline, call), _counted(pipeline.transformer)
-    with accelerate(pipeline, prediction.PredictionReuse(interval=1)):
+    with accelerate(pipeline, PredictionReuse(interval=1)):
         assert torch.equal(generate(pipeline, call), plain)
     runs.clear()
-    with accelerate(pipeline, prediction.PredictionReuse(interval=2)) as (reuse,):
+    with accelerate(pipeline, PredictionReuse(interval=2)) as (reuse,):
         reused = generate(pipeline, call)
     assert set(runs.values()) == {sum(reuse.computed_evaluations) * len(BRANCHES.get(name, ["joint"]))}
     assert sum(reuse.computed_evaluations) < STEPS
@@ -142,6 +142,43 @@ def test_a_scaled_timestep_is_found(scheduler: Any, scale: Any) -> None:
         for timestep in scheduler.timesteps:
             latent = scheduler.step(denoiser(latent, None, scale(timestep))[0], timestep, latent).prev_sample
     assert watcher.calls == [(evaluation, "joint") for evaluation in range(7)]
+
+
+class Linear(nn.Module):
+    """Of rows `[4, 8]`, 256 MACs each; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(8, 8), 0
+
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        output: torch.Tensor = self.linear(hidden_states) * torch.cos(timestep)
+        return output
+
+
+@torch.no_grad()
+def _sampled(accelerator: Any, rows: list[list[int]]) -> int:
+    """The calls of a run in which evaluation e calls the denoiser once for each of `rows[e]`, with as many rows."""
+    torch.manual_seed(0)
+    denoiser, latent, scheduler = Linear(), torch.randn(1, 4, 8), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(len(rows))
+    with accelerated(denoiser, scheduler, 1.0, accelerator):
+        for timestep, calls in zip(scheduler.timesteps, rows, strict=True):
+            velocity = [denoiser(latent.expand(count, -1, -1), timestep)[:1] for count in calls][-1]
+            latent = scheduler.step(velocity, timestep, latent).prev_sample
+    assert latent.isfinite().all()
+    return denoiser.calls
+
+
+def test_branches_one_after_the_other_are_skipped_counted_and_calibrated_together() -> None:
+    apart = [[1, 1]] * 8
+    meter = CostMeter(reuse := PredictionReuse(interval=3))
+    assert _sampled(meter, apart) == 2 * sum(reuse.computed_evaluations) < 16
+    assert meter.describe()["macs_uncached"] == 8 * 2 * 256
+    recorder = CovarianceRecorder()
+    _sampled(recorder, apart)
+    assert recorder.calibration().num_prompts == 2
 
 
 def test_what_cannot_be_accelerated_is_said_with_what_there_is() -> None:

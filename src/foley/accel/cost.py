@@ -80,6 +80,7 @@ class MacCounter:
     def __init__(self) -> None:
         self.layers: dict[int, int] = {}  # MACs, by the layer's index
         self._before: dict[int, int] = {}  # the total as the layer was entered
+        self._earlier = 0  # before it was started last
         formulas = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): _attention_flops for name in _FUSED}
         self._flops = FlopCounterMode(display=False, custom_mapping=formulas)
         self._running = ExitStack()
@@ -88,10 +89,11 @@ class MacCounter:
     @property
     def total(self) -> int:
         """Everything counted."""
-        return self._flops.get_total_flops() // _FLOPS_PER_MAC
+        return self._earlier + self._flops.get_total_flops() // _FLOPS_PER_MAC
 
     def start(self) -> None:
         """Begin to count; what is compiled runs as it is meanwhile, since the products of a graph cannot be seen."""
+        self._earlier = self.total  # entered again, PyTorch's counter forgets
         self._running.enter_context(torch.compiler.set_stance("force_eager"))
         self._running.enter_context(self._flops)
         self.is_running = True
@@ -216,6 +218,7 @@ class CostMeter:
     """Passes everything on to `accelerator`, and counts the first evaluation of the first run.
 
     Caches compute everything there, so that it costs what it does without them; the others follow from the schedule.
+    Guidance branches that run one after the other are all counted.
     Where something is attached that declares `changes_cost`, such as sparse attention, the same call is counted without
     it, from shapes alone. The result of the generation is not changed. Neither a denoiser of which anything is compiled
     is counted, nor an accelerator of another kind, such as a recorder.
@@ -236,7 +239,7 @@ class CostMeter:
         self._counter: MacCounter | None = None
         self._context: StepContext | None = None  # that of the counted evaluation
         self._denoiser: nn.Module | None = None
-        self._call: list[tuple[Any, Any]] = []  # its arguments, kept only where layers are changed
+        self._calls: list[tuple[Any, Any]] = []  # their arguments, kept only where layers are changed
         self._hooks = ExitStack()
 
     @contextmanager
@@ -249,7 +252,7 @@ class CostMeter:
                 self._layers = find_cacheable_layers(denoiser) if self._cache is not None else []
                 self._hooks.enter_context(self._counter.watching(self._layers))
                 if self._changes_layers:
-                    self._hooks.enter_context(_remembered_call(denoiser, self._call))
+                    self._hooks.enter_context(_remembered_calls(denoiser, self._calls))
             stack.enter_context(self._accelerator.attach(denoiser))
             yield
 
@@ -262,11 +265,14 @@ class CostMeter:
         self._accelerator.on_run_start(run)
 
     def on_evaluation_start(self, context: StepContext) -> None:
+        counted = self._context = self._context or context
+        is_counted = context.run is counted.run and context.evaluation == counted.evaluation
+        if not is_counted:
+            self._hooks.close()  # the other evaluations run at full speed
         self._accelerator.on_evaluation_start(context)
         # Last, so that what the accelerator does beforehand is no part of the count.
-        if self._counter is not None and self._context is None:
+        if self._counter is not None and is_counted:
             self._counter.start()
-            self._context = context
 
     def forecast(self, context: StepContext, noisy: Tensor) -> Tensor | None:
         """The accelerator's, which makes none at the first evaluation."""
@@ -274,13 +280,13 @@ class CostMeter:
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         if self._counter is not None:
-            self._counter.stop()
-            self._hooks.close()  # the other evaluations run at full speed
+            self._counter.stop()  # what the loop does in between is no part of it
         self._accelerator.on_evaluation_end(context, prediction)
 
     def on_run_end(self) -> None:
         if self._counter is not None:
             self._counter.stop()
+            self._hooks.close()
         self._accelerator.on_run_end()
 
     def cost_per_item(self) -> RunCost | None:
@@ -290,6 +296,7 @@ class CostMeter:
         run, first = self._context.run, self._context.evaluation
         macs = self._counter.evaluation([layer.name for layer in self._layers])
         cost = self._cost(macs, run, first)
+        # Of rows the denoiser sees more: guidance is part of what an item costs.
         return RunCost(cost.macs_uncached // run.batch_size, cost.macs_cached // run.batch_size)  # items cost alike
 
     def _cost(self, macs: EvaluationMacs, run: RunContext, first: int) -> RunCost:
@@ -297,9 +304,9 @@ class CostMeter:
         if not self._changes_layers:
             return cost
         assert self._denoiser is not None
-        # The same call once more, with the denoiser as it is when nothing is attached.
-        plain = count_call_macs(self._denoiser, *self._call[0]) * (run.num_evaluations - first)
-        return RunCost(plain, cost.macs_cached)
+        # The same calls once more, with the denoiser as it is when nothing is attached.
+        plain = sum(count_call_macs(self._denoiser, *call) for call in self._calls)
+        return RunCost(plain * (run.num_evaluations - first), cost.macs_cached)
 
     def describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of it.
@@ -338,12 +345,11 @@ def _is_out_of_sight(denoiser: nn.Module) -> bool:
 
 
 @contextmanager
-def _remembered_call(denoiser: nn.Module, call: list[tuple[Any, Any]]) -> Iterator[None]:
-    """Put the arguments of the first call inside the context into `call`."""
+def _remembered_calls(denoiser: nn.Module, calls: list[tuple[Any, Any]]) -> Iterator[None]:
+    """Put the arguments of every call inside the context into `calls`."""
 
     def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not call:  # only the counted evaluation's
-            call.append((args, kwargs))
+        calls.append((args, kwargs))
 
     hook = denoiser.register_forward_pre_hook(remember, with_kwargs=True)
     try:

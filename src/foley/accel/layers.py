@@ -85,6 +85,7 @@ def find_cacheable_layers(denoiser: nn.Module) -> list[CacheableLayer]:
     Raises:
         ValueError: the denoiser has none; says which lists of blocks it has.
     """
+    # Names without compilation's own parts, so that schedules of the plain model fit.
     denoiser = uncompiled(denoiser)
     modules = {plain_name(name): module for name, module in denoiser.named_modules()}  # in order of registration
     layers = [
@@ -126,6 +127,7 @@ def declare_cacheable_layers(denoiser: nn.Module, names: Mapping[str, str | None
                 f"cacheable layers: {type(denoiser).__name__} has no sub-module {absent[0] if absent else pattern!r}; "
                 f"its last ones are {', '.join(list(modules)[-4:])}"
             )
+        # On the modules themselves: so do ours, and whoever is given the model later finds them.
         for name in found:
             modules[name].cacheable_kind = layer_kind(name)
             modules[name].cacheable_norm = neighbours.get(name)
@@ -181,6 +183,7 @@ def _warn_of_missing_attention(
     if denoiser in _warned or not layers:
         return
     lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList))
+    # What lies within a found layer is cached with it, whatever its class is called.
     held = {id(module) for layer in layers for root in (layer.module, *layer.parts) for module in root.modules()}
     missing = [
         f"{name} ({type(module).__name__})"

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -66,6 +67,7 @@ def published_name(system: str | Path | None) -> str | None:
 PIPELINE_INDEX = "model_index.json"
 """Of the folder of a pipeline of diffusers."""
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_composing = RLock()
 
 
 def hub_name(system: str | Path | None) -> str | None:
@@ -104,14 +106,15 @@ def _compose_published(name: str) -> DictConfig:
 
 def compose_aside(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The config of this name in configs/, also where the command's own application of Hydra is running."""
-    # Hydra composes one application at a time: the one that this may be inside of is set aside.
-    around = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose(config_name, list(overrides))
-    finally:
-        GlobalHydra.instance().hydra = around  # the context manager leaves another instance
+    # Hydra composes one application at a time: the one that this may be inside of is set aside, and threads take turns.
+    with _composing:
+        around = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+                return compose(config_name, list(overrides))
+        finally:
+            GlobalHydra.instance().hydra = around  # the context manager leaves another instance
 
 
 def published_default(key: str, otherwise: Any, _root_: DictConfig) -> Any:

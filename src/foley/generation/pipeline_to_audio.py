@@ -134,13 +134,12 @@ class PipelineToAudio:
         for an unknown precision or kind, for a kind that the device lacks, and for another one than before.
         """
         self.precision = choose_precision(precision, self.device)
-        if quantised != self.quantised:
-            if self.quantised is not None:
-                raise ValueError(
-                    f"quantise={quantised}: the weights are rounded to {self.quantised} by now; load again"
-                )
-            quantise_pipeline(self.audio.pipeline, self.audio.denoiser, quantised)
-            self.quantised = quantised
+        if quantised == self.quantised:
+            return
+        if quantised is None or self.quantised is not None:
+            raise ValueError(f"quantise={quantised}: the weights are rounded to {self.quantised} by now; load again")
+        quantise_pipeline(self.audio.pipeline, self.audio.denoiser, quantised)
+        self.quantised = quantised
 
     @property
     def sample_rate_hz(self) -> int:

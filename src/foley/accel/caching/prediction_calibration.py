@@ -63,7 +63,8 @@ class CovarianceRecorder:
         self._noisy: Tensor | None = None
         self._denoiser: nn.Module | None = None
         self._signature: RunSignature | None = None
-        self._predictions: list[Tensor] = []  # of this run, [B, N] each
+        self._predictions: list[Tensor] = []  # of this run, by evaluation, [B, N] each
+        self._evaluation = -1  # that of the last of them
         self._sum = torch.zeros((), dtype=torch.float64)
         self._num_prompts = 0
 
@@ -85,7 +86,7 @@ class CovarianceRecorder:
         signature = RunSignature.of(run, self._denoiser)
         if self._signature is not None:
             self._signature.require(signature, "the predictions recorded so far")
-        self._signature, self._predictions = signature, []
+        self._signature, self._predictions, self._evaluation = signature, [], -1
 
     def on_evaluation_start(self, context: StepContext) -> None:
         pass
@@ -100,7 +101,11 @@ class CovarianceRecorder:
             assert self._noisy is not None
             of_noisy, of_prediction = context.run.clean_weights[context.evaluation].tolist()
             prediction = of_noisy * self._noisy + of_prediction * prediction
-        self._predictions.append(prediction.flatten(1).float())
+        rows = prediction.flatten(1).float()
+        if context.evaluation == self._evaluation:  # another guidance branch: more items, as in a joint batch
+            rows = torch.cat([self._predictions.pop(), rows])
+        self._evaluation = context.evaluation
+        self._predictions.append(rows)
 
     def on_run_end(self) -> None:
         # A run that broke off, or began in the middle, has gaps in its covariance.

@@ -70,7 +70,9 @@ class AsTransformer(nn.Module, CacheMixin):  # type: ignore[misc]
         )
         self.denoiser = denoiser
         self.latent_channels: int = denoiser.latent_channels
+        # Only the stack of blocks is theirs to call; embeddings, norms and the projection out stay as they are.
         denoiser._run_blocks = self._run_blocks
+        # Without it hooks of diffusers do not know which output goes to the next block.
         TransformerBlockRegistry.register(AsBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
     def _run_blocks(self, x: Tensor, inputs: Sequence[Any], additions: Sequence[Tensor] = ()) -> Tensor:

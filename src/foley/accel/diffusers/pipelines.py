@@ -49,6 +49,7 @@ def accelerate(
     made = _by_name(accelerator, pipeline, options) if isinstance(accelerator, str) else accelerator
     if made is accelerator and options:
         raise ValueError(f"{', '.join(options)}: options belong to a name; this accelerator is made already")
+    # Copies: an accelerator stands before one denoiser at a time.
     with _each_under(pipeline, lambda: deepcopy(made), guidance_scale) as accelerators:
         yield accelerators
 
@@ -85,6 +86,7 @@ def calibrate(
 
 def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     """By name; raises ValueError for a pipeline that has none."""
+    # Pipelines may register None for a denoiser that they do without, such as Wan's second.
     components: dict[str, Any] = pipeline.components
     found = {
         name: part
@@ -101,6 +103,7 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
 
 @contextmanager
 def _each_under(pipeline: Any, make: Callable[[], Any], guidance_scale: float | None) -> Iterator[list[Any]]:
+    # Asked for as a run begins: the pipeline learns it from its call, within the context.
     def scale() -> float:
         return _guidance_scale(pipeline) if guidance_scale is None else guidance_scale
 
@@ -120,6 +123,7 @@ def _guidance_scale(pipeline: Any) -> float:
 
 
 def _by_name(name: str, pipeline: Any, options: dict[str, Any]) -> Accelerator:
+    # The two left out choose among the others by a system's folder, which a pipeline has not.
     known = sorted(
         file.stem for file in (CONFIG_DIR / "accel").glob("*.yaml") if file.stem not in ("auto", "calibrated")
     )
@@ -228,6 +232,7 @@ class _Driver:
         timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[self._time_position])
         context = self._context(sample, timestep.flatten()[0])
         self.accelerator.on_evaluation_start(context)
+        # What runs here is the denoiser as the accelerator has left it: it was attached before this took its place.
         output = self.forward(*args, **kwargs)
         # A tuple, or an output class that reads as one.
         prediction = output if isinstance(output, Tensor) else output[0]
@@ -248,6 +253,7 @@ class _Driver:
     def end_run(self) -> None:
         """Tell the accelerator, where a run was begun."""
         if self._run is not None:
+            # First, so that a second call, after an error in the accelerator's own, does nothing.
             self._run = None
             self.accelerator.on_run_end()
 
@@ -259,6 +265,7 @@ class _Driver:
             self._begin_run(sample)
         assert self._run is not None
         if evaluation != self._evaluation:
+            # Branches are told apart within an evaluation alone: order starts anew.
             self._evaluation, self._calls = evaluation, Counter()
         return StepContext(evaluation, self._run.timesteps[evaluation], self._run, self._branch(len(sample)))
 
@@ -288,11 +295,13 @@ class _Driver:
 
     def _by_value(self, value: float) -> int:
         """Of schedulers without an index; of several evaluations at one timestep, the next."""
+        # In double, for integer timesteps and those of half precision are compared alike.
         timesteps = self._scheduler.timesteps.double().cpu()
         matches: list[int] = (timesteps == value).nonzero().flatten().tolist()
         if matches:
             return next((match for match in matches if match > self._evaluation), matches[0])
         total = self._scheduler.config.get("num_train_timesteps", 1000)
+        # Divided by the number of training steps (Flux), counted up from the noise (Lumina), or both.
         for scaled in (value * total, total - value, total * (1 - value)):
             nearest = int((timesteps - scaled).abs().argmin())
             if abs(timesteps[nearest] - scaled) <= _NEAREST * total:
@@ -309,6 +318,7 @@ def _first_of(kwargs: dict[str, Any], *names: str) -> str:
 
 def _items(sample: Tensor) -> int:
     """How many items a batch `[rows, ...]` holds: guidance in one joint batch repeats them, twice or three times."""
+    # Three where a text and an image guide apart, as in InstructPix2Pix.
     for branches in (2, 3):
         parts = sample.chunk(branches)
         if len(sample) % branches == 0 and all(torch.equal(parts[0], part) for part in parts[1:]):

@@ -7,7 +7,7 @@ parts. The frozen text encoder may lie in it too: that is FLAN-T5 as published, 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from foley.core.components import CheckpointError, load_state
 from foley.system.convert.files import check_options
@@ -18,8 +18,10 @@ _PARTS = {
     "fc.": "conditioner.pooled.",
     "duration_emebdder.": "conditioner.duration.",  # spelt so as published
 }
-_SIZES = ("num_layers", "num_single_layers", "in_channels", "attention_head_dim", "num_attention_heads")
-_SIZES += ("joint_attention_dim",)
+_SIZES = (
+    *("num_layers", "num_single_layers", "in_channels", "attention_head_dim", "num_attention_heads"),
+    "joint_attention_dim",
+)
 
 
 def to_ours(published: Mapping[str, Tensor], source: str = "TangoFlux") -> dict[str, Tensor]:
@@ -54,7 +56,7 @@ def transformer_config(published: Mapping[str, Any], text_dim: int, source: str 
     return {**sizes, "pooled_projection_dim": text_dim, "guidance_embeds": False}
 
 
-def load_part(module: nn.Module, ours: Mapping[str, Tensor], part: str, source: str) -> None:
+def load_part(module: Any, ours: Mapping[str, Tensor], part: str, source: str) -> None:
     """What lies under `part.` into `module`, strictly; raises CheckpointError where keys or shapes are left over."""
     own = {key.removeprefix(f"{part}."): value for key, value in ours.items() if key.startswith(f"{part}.")}
     load_state(module, own, f"{source} [{part}]", assign=True)

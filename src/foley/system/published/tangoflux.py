@@ -3,7 +3,7 @@
 Every clip takes the model's full length, half a minute, and is cut. Diffusers has no pipeline for it: ours is here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,16 @@ class TangoFluxPipeline(DiffusionPipeline):  # type: ignore[misc]
     """
 
     model_cpu_offload_seq = "text_encoder->conditioner->transformer->vae"
+
+    # What `register_modules` and the base class set, which have no types of their own.
+    register_modules: Callable[..., None]
+    progress_bar: Callable[[Tensor], Iterable[Tensor]]
+    _execution_device: torch.device
+    text_encoder: Any
+    tokenizer: Any
+    conditioner: Any
+    transformer: Any
+    scheduler: Any
 
     def __init__(
         self,
@@ -204,11 +214,14 @@ class PublishedTangoFlux(PublishedPipeline):
         load_part(vae, {f"vae.{key}": value for key, value in load_file(vae_file).items()}, "vae", str(vae_file))
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1)
         pipeline = TangoFluxPipeline(vae, encoder, tokenizer, conditioner, transformer, scheduler)
-        for part in (vae, encoder, transformer, conditioner):
+        parts: tuple[Any, ...] = (vae, encoder, transformer, conditioner)
+        for part in parts:
             part.eval().to(getattr(torch, self.dtype))
         return TangoFlux(pipeline)
 
-    def _denoiser(self, config: Any, text_dim: int, weights: Path) -> tuple[nn.Module, nn.Module]:
+    def _denoiser(
+        self, config: Any, text_dim: int, weights: Path
+    ) -> tuple[FluxTransformer2DModel, TangoFluxConditioner]:
         ours = to_ours(load_file(weights), str(weights))
         transformer = FluxTransformer2DModel(**transformer_config(config, text_dim, str(weights)))
         lengths = config["max_duration"], config["audio_seq_len"]
