@@ -54,11 +54,18 @@ class Batch:
     def latents(self, accelerator: Accelerator | None = None, num_steps: int | None = None) -> Tensor:
         """`[B, C, L]`."""
         pipeline = self.pipeline
-        texts = (embed(pipeline.text, captions) for captions in (self.captions, [""]))
-        seeds = range(self.first_seed, self.first_seed + len(self.captions))
-        solver = self.solver if num_steps is None else replace(self.solver, num_steps=num_steps)
-        options = self.num_frames, self.guidance, solver, accelerator, pipeline.device
-        return generate_latents(pipeline.denoiser, pipeline.process, *texts, seeds, *options)
+        return generate_latents(
+            pipeline.denoiser,
+            pipeline.process,
+            positive=embed(pipeline.text, self.captions),
+            negative=embed(pipeline.text, [""]),
+            seeds=range(self.first_seed, self.first_seed + len(self.captions)),
+            num_frames=self.num_frames,
+            guidance=self.guidance,
+            solver=self.solver if num_steps is None else replace(self.solver, num_steps=num_steps),
+            accelerator=accelerator,
+            device=pipeline.device,
+        )
 
     def calibrate(self, num_probes: int) -> Calibration:
         """Curves of changes and of sensitivity."""

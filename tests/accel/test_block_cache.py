@@ -269,7 +269,7 @@ def test_magcache_measures_once_and_keeps_what_it_measured(dit: DiffusionTransfo
     assert json.loads(file.read_text())["ratios"] == pytest.approx(expected, rel=1e-4)
     later = _generate(dit, cache)
     assert cache.hits > 0
-    assert torch.equal(_generate(dit, MagCache(1e9, 9, ratios_dir=tmp_path)), later)  # read from the file
+    assert torch.equal(_generate(dit, MagCache(1e9, max_reuses=9, ratios_dir=tmp_path)), later)  # read from the file
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"magcache_ddim_6.json is damaged.*model_hash.*remove it"):
         _generate(dit, MagCache(ratios_dir=tmp_path))
@@ -341,7 +341,7 @@ def test_a_pipeline_of_diffusers_is_cached() -> None:
 
     plain = pipeline("abc", generator=torch.Generator().manual_seed(0), **options).audios
     assert torch.equal(generate(FirstBlockCache(0)), plain)
-    for cache in (TeaCache(1e9), FirstBlockCache(1e9), MagCache(1e9, 9, ratios=[1.0] * 4)):
+    for cache in (TeaCache(1e9), FirstBlockCache(1e9), MagCache(1e9, max_reuses=9, ratios=[1.0] * 4)):
         assert not torch.equal(generate(cache), plain)
         assert cache.hits in (2, 3)
         assert cache.schedule is not None
