@@ -98,7 +98,7 @@ def predictions(calibration: Calibration, rows: Rows, shared: bool) -> dict[str,
     tables = dict(zip(used.layer_names, used.mean.numpy(), strict=True))
     own = dict.fromkeys(tables, next(iter(rows.values()))) if shared else rows
     found = {"change": schedule_error(calibration.changes(), rows)}
-    for objective, coherent in (("sensitivity", False), ("sensitivity, coherent", True)):
+    for objective, coherent in (("sensitivity", True), ("sensitivity, independent", False)):
         intervals = {name: sensitivity_intervals(table, coherent) for name, table in tables.items()}
         found[objective] = summed_error(intervals, own) ** 0.5
     return found
@@ -173,7 +173,7 @@ def main(cfg: DictConfig) -> None:
     correlations = [
         {"schedules": family, "n": len(chosen), "objective": objective, **correlation(chosen, objective, cfg.resamples)}
         for family, chosen in families.items()
-        for objective in ("change", "sensitivity", "sensitivity, coherent")
+        for objective in ("change", "sensitivity", "sensitivity, independent")
     ]
     policies = list(evaluate_policies(batch, calibration, exact, cfg))
     settings = {
