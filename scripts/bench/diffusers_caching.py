@@ -401,7 +401,7 @@ def calibrate(workload: Workload, directory: Path, steps: int) -> tuple[dict[str
 
 def measure(
     workload: Workload, theirs: Workload, settings: list[Setting], evaluation: EvaluationMacs, repeats: int
-) -> tuple[list[Row], dict[str, Row]]:
+) -> tuple[list[dict[str, Any]], dict[str, Row]]:
     """One row per setting, and what the uncached denoising of each baseline cost; times are medians over rounds."""
     baselines: dict[str, Callable[[], Tensor]] = {OURS: workload.run, THEIRS: theirs.run}
     runs: dict[Any, Callable[[], Tensor]] = {**baselines, **dict(enumerate(s.run for s in settings))}

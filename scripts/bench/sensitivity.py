@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,7 @@ def predictions(calibration: Calibration, rows: Rows, shared: bool) -> dict[str,
 
 def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
     """Correlation of ranks, of values that do not repeat."""
-    ranks = (values.argsort().argsort() for values in (first, second))
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(first.argsort().argsort(), second.argsort().argsort())[0, 1])
 
 
 def correlation(rows: list[dict[str, Any]], objective: str, resamples: int) -> dict[str, float]:
@@ -146,9 +146,9 @@ def evaluate_policies(
                 cache = Budget(cfg.output_dir, speedup, objective=objective, shared=shared)
                 cache.adopt(calibration)
                 name = f"budget by {objective}{', shared' * shared}"
-                yield run(speedup, name, lambda cache=cache: batch.latents(cache))
+                yield run(speedup, name, partial(batch.latents, cache))
         steps = round(cfg.steps / speedup)
-        yield run(speedup, "fewer steps", lambda steps=steps: batch.latents(None, steps))
+        yield run(speedup, "fewer steps", partial(batch.latents, None, steps))
 
 
 @command("bench/sensitivity")

@@ -77,6 +77,7 @@ def read_by_later_blocks(blocks: Sequence[nn.Module], first: int, end: int) -> s
     """
     joins = [any(getattr(block, name, None) is not None for name in ("skip", "skip_linear")) for block in blocks]
     partners = {index: len(blocks) - 1 - index for index in range(first, end)}
+    # A partner within the stack is skipped with it, and its input with that.
     skips = {index for index, partner in partners.items() if partner >= end and joins[partner]}
     return {end - 1} | skips
 
@@ -196,6 +197,7 @@ def modulated_input(block: nn.Module, forward: Forward, args: Sequence[Any], kwa
     def stop(module: nn.Module, given: Sequence[Any], named: Mapping[str, Any]) -> None:
         raise _Reached(given[0] if given else named[_STREAMS[0]])
 
+    # An exception is the only way out of a forward of any architecture before the rest of it has run.
     hook = attention.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         forward(*args, **kwargs)
@@ -332,7 +334,7 @@ class BlockCache(ABC):
     def _before(self, index: int, original: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What stands for the block's output; None where it runs."""
         branch, port = self._present_branch(), self._ports[index]
-        if index == 0:
+        if index == 0:  # h_0, from which signals are counted, also where it is not h_F
             branch.entered = port.read(args, kwargs)
         if index == self._first:
             branch.arrived = port.read(args, kwargs)
@@ -343,7 +345,7 @@ class BlockCache(ABC):
     def _after(self, index: int, output: Any) -> None:
         port = self._ports[index]
         port.gives_tuple = isinstance(output, tuple)
-        if index in self._kept:
+        if index in self._kept:  # to keep every block would be the memory of the whole model
             self._store(self._present_branch(), index, port.taken(output))
 
     # ---------------------------------------------------------------- deciding
@@ -384,10 +386,12 @@ class BlockCache(ABC):
 
     def _count(self, branch: _Branch, evaluation: int, change: float | None) -> None:
         reuses = not branch.computes
+        # What is due counts from here, also where whole evaluations are skipped by another accelerator in between.
         branch.last = branch.last if reuses else evaluation
         branch.reused += reuses
         self.hits += reuses
         self._calls += 1
+        # A schedule has one row for all branches, which is not to promise savings that one of them did not make.
         self._computed[evaluation] = branch.computes or self._computed.get(evaluation, False)
         known = [value for value in (self.differences[evaluation], change) if value is not None]
         self.differences[evaluation] = max(known, default=None)
@@ -457,7 +461,7 @@ class BlockCache(ABC):
 
     def _executed(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
         """What was computed; evaluations before the run began count as such, and are no part of its cost."""
-        first = min(self._computed)
+        first = min(self._computed)  # later than 0 where an edit or variation begins in the middle
         stack = [
             evaluation < first or self._computed.get(evaluation, False) for evaluation in range(run.num_evaluations)
         ]

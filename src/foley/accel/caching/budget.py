@@ -140,6 +140,7 @@ def sensitivity_intervals(table: NDArray[np.floating[Any]], coherent: bool = Tru
         known = table[np.minimum(distances, most) - 1, start + distances]
         # Reused at start + 1, start + 2 and so on until the end of the interval.
         reuses = known * np.maximum(distances / most, 1.0)
+        # An output that is held lags behind at each of its reuses, so that their errors do not cancel.
         errors[start, start + 2 :] = np.cumsum(reuses) ** 2 if coherent else np.cumsum(reuses**2)
     return errors
 

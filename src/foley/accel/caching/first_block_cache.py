@@ -36,6 +36,7 @@ class FirstBlockCache(BlockCache):
     def __init__(self, threshold: float = 0.1, reuse: ReuseChoice = "hold", **options: Unpack[BlockOptions]) -> None:
         NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
+        # One block is the least that hears both the latent and the text.
         policy = {"name": "first_block_cache", "threshold": threshold}
         super().__init__(policy, first_blocks=1, reuse=reuse, **options)
 

@@ -176,6 +176,7 @@ class MagCache(BlockCache):
             columns = zip(*(memory.ratios for memory in self._memories), strict=False)  # of each evaluation
             ratios = [1.0, *(float(np.mean(column)) for column in columns)]
             if len(ratios) == self._run.num_evaluations:  # not begun in the middle, nor broken off
+                # Others may have begun late, and would be read at the wrong evaluations.
                 self._keep(ratios, self._run, self._denoiser)
         self._memories = []
         super().on_run_end()
@@ -196,7 +197,7 @@ class MagCache(BlockCache):
         if (file := self._file(run)) is not None:
             try:
                 write_json(file, {"model_hash": model_hash, "ratios": ratios})
-            except PermissionError as error:
+            except PermissionError as error:  # a shipped or shared system: generation goes on all the same
                 _log.warning("%s: the ratios of MagCache are kept for this process alone", error)
 
     def _file(self, run: RunContext) -> Path | None:

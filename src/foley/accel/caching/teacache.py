@@ -115,6 +115,7 @@ class TeaCache(_ModulatedInput):
         if not self._coefficients:
             raise ValueError("accel.coefficients=[]: give those of a polynomial, highest power first, or null")
         policy = {"name": "teacache", "threshold": threshold, "coefficients": list(self._coefficients)}
+        # Published code computes the last evaluation too, which the latent takes as it is.
         guards: BlockOptions = {"cooldown": 1, **options}  # as published where none is given
         super().__init__(policy, reuse=reuse, **guards)
 
@@ -148,6 +149,7 @@ class TeaCacheRecorder(_ModulatedInput):
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         """Pair what was measured before the blocks with what became of it."""
         before, change = self._predictions.get(context.branch), self.differences[context.evaluation]
+        # The first evaluation of a branch has nothing before it, and makes no pair.
         if before is not None and change is not None:
             self.pairs.append((change, relative_change(before, prediction).mean().item()))
         self._predictions[context.branch] = prediction
