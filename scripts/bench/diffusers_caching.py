@@ -431,7 +431,7 @@ def measure(
 STYLES = {FEWER_STEPS: "ks-", "foley": "o-", "diffusers": "x--", "cache-dit": "+:"}
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Latent error against speed-up, a line for each cache; what has no error at all is left out."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
