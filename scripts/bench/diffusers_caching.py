@@ -13,7 +13,6 @@ the very clips that are measured.
 import copy
 import inspect
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import CacheMixin, CosineDPMSolverMultistepScheduler, StableAudioDiTModel
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -60,10 +58,11 @@ from foley.diffusion.solver import Solver
 from foley.generation.prompts import LabelledPrompts
 from foley.generation.text_to_audio import TextToAudio
 from foley.metrics.latency import measure_rounds
-from foley.reporting.tables import provenance
+from foley.reporting.fewer_steps import FEWER_STEPS, against_fewer_steps
+from foley.reporting.matched_error import lines, match
+from foley.reporting.tables import Row, provenance
 from foley.system.system import load_system
 
-Row = dict[str, Any]
 Around = Callable[[float], AbstractContextManager[Any]]
 """Entered around each evaluation, with its timestep."""
 
@@ -256,7 +255,7 @@ class Setting:
 def our_settings(workload: Workload, cfg: DictConfig, calibrated: Mapping[str, Any]) -> Iterator[Setting]:
     """Every cache, with every kind of reuse where it has kinds, and what was calibrated where it wants that."""
     for name, parameters in cfg.ours.items():
-        kind = accelerator_class(name)
+        kind = getattr(foley.accel, name)
         wanted = inspect.signature(kind).parameters
         own = {key: value for key, value in calibrated.items() if key in wanted}
         reuses = cfg.reuse if "reuse" in wanted else [None]
@@ -267,15 +266,10 @@ def our_settings(workload: Workload, cfg: DictConfig, calibrated: Mapping[str, A
             yield Setting(description, partial(workload.accelerated, accelerator), cache=cache)
 
 
-def accelerator_class(name: str) -> Any:
-    """Of `foley.accel`, or of the module of prediction reuse."""
-    return getattr(foley.accel, name, None) or getattr(import_module("foley.accel.caching.prediction"), name)
-
-
 def fewer_steps(workload: Workload, cfg: DictConfig) -> Iterator[Setting]:
     """What every cache has to beat: nothing is reused, and the solver takes fewer steps."""
     for steps in cfg.fewer_steps:
-        description = {"of": "fewer steps", "cache": "fewer steps", "reuse": "own", "value": steps}
+        description = {"of": FEWER_STEPS, "cache": FEWER_STEPS, "reuse": "own", "value": steps}
         yield Setting(description, workload.in_steps(steps).run)
 
 
@@ -407,7 +401,7 @@ def calibrate(workload: Workload, directory: Path, steps: int) -> tuple[dict[str
 
 def measure(
     workload: Workload, theirs: Workload, settings: list[Setting], evaluation: EvaluationMacs, repeats: int
-) -> tuple[list[Row], dict[str, Row]]:
+) -> tuple[list[dict[str, Any]], dict[str, Row]]:
     """One row per setting, and what the uncached denoising of each baseline cost; times are medians over rounds."""
     baselines: dict[str, Callable[[], Tensor]] = {OURS: workload.run, THEIRS: theirs.run}
     runs: dict[Any, Callable[[], Tensor]] = {**baselines, **dict(enumerate(s.run for s in settings))}
@@ -424,69 +418,20 @@ def measure(
         }
 
     rows = [
-        {**setting.description, **row(index, setting.baseline, setting.macs(uncached[OURS], evaluation))}
+        {
+            **setting.description,
+            "policy": setting.description["cache"],
+            **row(index, setting.baseline, setting.macs(uncached[OURS], evaluation)),
+        }
         for index, setting in enumerate(settings)
     ]
-    return mark(rows), {name: row(name, name, uncached[name]) for name in baselines}
+    return against_fewer_steps(rows), {name: row(name, name, uncached[name]) for name in baselines}
 
 
-def mark(rows: list[Row]) -> list[Row]:
-    """Say of each cache whether fewer steps give less error at its speed-up; None where none of them is as fast."""
-    steps = [row for row in rows if row["of"] == "fewer steps"]
-    return [row if row["of"] == "fewer steps" else {**row, "beaten_by_fewer_steps": beaten(row, steps)} for row in rows]
+STYLES = {FEWER_STEPS: "ks-", "foley": "o-", "diffusers": "x--", "cache-dit": "+:"}
 
 
-def beaten(row: Row, fewer: Sequence[Row]) -> bool | None:
-    """Whether the error lies above that of fewer steps, on straight lines of log error over speed-up."""
-    least = sys.float_info.min  # of no error
-    line = sorted((step["wall_speedup"], math.log(max(step["latent_error"], least))) for step in fewer)
-    if not line or not line[0][0] <= row["wall_speedup"] <= line[-1][0]:
-        return None
-    return math.log(max(row["latent_error"], least)) > float(np.interp(row["wall_speedup"], *np.transpose(line)))
-
-
-def speedup_at(error: float, rows: Sequence[Row]) -> float | None:
-    """The speed-up of a cache at a latent error, on the straight lines between its settings and "none" (1x, no error).
-
-    Where the lines turn back, the largest; None beyond the cache's largest error.
-    """
-    points = sorted((row["latent_error"], row["wall_speedup"]) for row in rows)
-    if error > points[-1][0]:
-        return None
-    best = np.maximum.accumulate([1.0, *(speedup for _, speedup in points)])
-    return float(np.interp(error, [0.0, *(error for error, _ in points)], best))
-
-
-def match(rows: list[Row]) -> list[Row]:
-    """For each setting of theirs, which of our caches is the fastest at its error, how fast, and fewer steps there."""
-    matched = []
-    steps = [row for row in rows if row["of"] == "fewer steps"]
-    for theirs in (row for row in rows if row["of"] in ("diffusers", "cache-dit")):
-        ours: list[Row] = [
-            {"cache": cache, "reuse": reuse, "wall_speedup": speedup}
-            for (cache, reuse), line in lines(rows, "foley").items()
-            if (speedup := speedup_at(theirs["latent_error"], line)) is not None
-        ]
-        best = max(ours, key=lambda row: row["wall_speedup"], default=None)
-        ratio = None if best is None else best["wall_speedup"] / theirs["wall_speedup"]
-        fewer = speedup_at(theirs["latent_error"], steps) if steps else None
-        matched.append({"theirs": theirs, "ours": best, "ours_over_theirs": ratio, "fewer_steps": fewer})
-    return matched
-
-
-def lines(rows: Sequence[Row], of: str) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each cache and kind of reuse."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row["of"] == of:
-            found.setdefault((row["cache"], row["reuse"]), []).append(row)
-    return found
-
-
-STYLES = {"fewer steps": "ks-", "foley": "o-", "diffusers": "x--", "cache-dit": "+:"}
-
-
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Latent error against speed-up, a line for each cache; what has no error at all is left out."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()

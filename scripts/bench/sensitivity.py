@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,18 @@ class Batch:
     def latents(self, accelerator: Accelerator | None = None, num_steps: int | None = None) -> Tensor:
         """`[B, C, L]`."""
         pipeline = self.pipeline
-        texts = (embed(pipeline.text, captions) for captions in (self.captions, [""]))
-        seeds = range(self.first_seed, self.first_seed + len(self.captions))
-        solver = self.solver if num_steps is None else replace(self.solver, num_steps=num_steps)
-        options = self.num_frames, self.guidance, solver, accelerator, pipeline.device
-        return generate_latents(pipeline.denoiser, pipeline.process, *texts, seeds, *options)
+        return generate_latents(
+            pipeline.denoiser,
+            pipeline.process,
+            positive=embed(pipeline.text, self.captions),
+            negative=embed(pipeline.text, [""]),
+            seeds=range(self.first_seed, self.first_seed + len(self.captions)),
+            num_frames=self.num_frames,
+            guidance=self.guidance,
+            solver=self.solver if num_steps is None else replace(self.solver, num_steps=num_steps),
+            accelerator=accelerator,
+            device=pipeline.device,
+        )
 
     def calibrate(self, num_probes: int) -> Calibration:
         """Curves of changes and of sensitivity."""
@@ -91,7 +99,7 @@ def predictions(calibration: Calibration, rows: Rows, shared: bool) -> dict[str,
     tables = dict(zip(used.layer_names, used.mean.numpy(), strict=True))
     own = dict.fromkeys(tables, next(iter(rows.values()))) if shared else rows
     found = {"change": schedule_error(calibration.changes(), rows)}
-    for objective, coherent in (("sensitivity", False), ("sensitivity, coherent", True)):
+    for objective, coherent in (("sensitivity", True), ("sensitivity, independent", False)):
         intervals = {name: sensitivity_intervals(table, coherent) for name, table in tables.items()}
         found[objective] = summed_error(intervals, own) ** 0.5
     return found
@@ -99,8 +107,7 @@ def predictions(calibration: Calibration, rows: Rows, shared: bool) -> dict[str,
 
 def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
     """Correlation of ranks, of values that do not repeat."""
-    ranks = (values.argsort().argsort() for values in (first, second))
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(first.argsort().argsort(), second.argsort().argsort())[0, 1])
 
 
 def correlation(rows: list[dict[str, Any]], objective: str, resamples: int) -> dict[str, float]:
@@ -139,9 +146,9 @@ def evaluate_policies(
                 cache = Budget(cfg.output_dir, speedup, objective=objective, shared=shared)
                 cache.adopt(calibration)
                 name = f"budget by {objective}{', shared' * shared}"
-                yield run(speedup, name, lambda cache=cache: batch.latents(cache))
+                yield run(speedup, name, partial(batch.latents, cache))
         steps = round(cfg.steps / speedup)
-        yield run(speedup, "fewer steps", lambda steps=steps: batch.latents(None, steps))
+        yield run(speedup, "fewer steps", partial(batch.latents, None, steps))
 
 
 @command("bench/sensitivity")
@@ -166,7 +173,7 @@ def main(cfg: DictConfig) -> None:
     correlations = [
         {"schedules": family, "n": len(chosen), "objective": objective, **correlation(chosen, objective, cfg.resamples)}
         for family, chosen in families.items()
-        for objective in ("change", "sensitivity", "sensitivity, coherent")
+        for objective in ("change", "sensitivity", "sensitivity, independent")
     ]
     policies = list(evaluate_policies(batch, calibration, exact, cfg))
     settings = {

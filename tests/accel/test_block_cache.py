@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -243,6 +245,15 @@ def test_magcache_adds_up_the_distance_of_the_product_from_one() -> None:
     assert [index for index, computes in enumerate(decisions) if computes] == [0, 4, 8]
 
 
+def test_magcache_ages_by_evaluations_that_are_skipped_as_a_whole() -> None:
+    wants = []
+    for delta in (0.25, 0.28):  # 1 - 0.9^3 = 0.271
+        rule = MagnitudeRule([0.9] * 4, delta)
+        rule.has_computed()
+        wants.append(rule.computes(3, None))
+    assert wants == [True, False]
+
+
 def test_magcache_retains_the_beginning_and_caps_what_follows(dit: DiffusionTransformer) -> None:
     cache = MagCache(threshold=1e9, max_reuses=2, retention_ratio=0.5, ratios=RATIOS)
     _generate(dit, cache)
@@ -269,7 +280,7 @@ def test_magcache_measures_once_and_keeps_what_it_measured(dit: DiffusionTransfo
     assert json.loads(file.read_text())["ratios"] == pytest.approx(expected, rel=1e-4)
     later = _generate(dit, cache)
     assert cache.hits > 0
-    assert torch.equal(_generate(dit, MagCache(1e9, 9, ratios_dir=tmp_path)), later)  # read from the file
+    assert torch.equal(_generate(dit, MagCache(1e9, max_reuses=9, ratios_dir=tmp_path)), later)  # read from the file
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"magcache_ddim_6.json is damaged.*model_hash.*remove it"):
         _generate(dit, MagCache(ratios_dir=tmp_path))
@@ -288,6 +299,18 @@ def test_the_polynomial_of_teacache_is_fitted_to_what_was_recorded(dit: Diffusio
 
 
 # ---------------------------------------------------------------- with others
+
+
+def test_the_run_of_another_thread_is_refused(dit: DiffusionTransformer) -> None:
+    cache, run = TeaCache(), RunContext("ddim", 2, torch.tensor([1, 0]), 1.0, 0.0, 1)
+    with cache.attach(dit), ThreadPoolExecutor(1) as pool:
+        cache.on_run_start(run)
+        for call in (partial(cache.on_run_start, run), partial(dit, **_inputs())):
+            with pytest.raises(RuntimeError, match="another thread is generating"):
+                pool.submit(call).result()
+        pool.submit(cache.on_run_end).result()  # that of the refused run: this one goes on
+        cache.on_evaluation_start(StepContext(0, run.timesteps[0], run))
+        dit(**_inputs())
 
 
 def test_another_cache_of_layers_or_blocks_is_refused_whichever_comes_first(dit: DiffusionTransformer) -> None:
@@ -341,7 +364,7 @@ def test_a_pipeline_of_diffusers_is_cached() -> None:
 
     plain = pipeline("abc", generator=torch.Generator().manual_seed(0), **options).audios
     assert torch.equal(generate(FirstBlockCache(0)), plain)
-    for cache in (TeaCache(1e9), FirstBlockCache(1e9), MagCache(1e9, 9, ratios=[1.0] * 4)):
+    for cache in (TeaCache(1e9), FirstBlockCache(1e9), MagCache(1e9, max_reuses=9, ratios=[1.0] * 4)):
         assert not torch.equal(generate(cache), plain)
         assert cache.hits in (2, 3)
         assert cache.schedule is not None

@@ -110,12 +110,12 @@ def test_thresholds_are_of_the_latents_error_then(denoiser: Any, generate: Any, 
     assert min(sizes) < 1
 
 
-def test_errors_of_independent_reuses_add_up_in_squares() -> None:
+def test_errors_of_one_output_point_the_same_way_and_others_add_up_in_squares() -> None:
     table = np.array([[0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 4.0, 5.0]])  # [distances, evaluations]
-    intervals = sensitivity_intervals(table)
+    intervals = sensitivity_intervals(table, coherent=False)
     assert intervals[0].tolist() == [0, 0, 1, 1 + 4**2, 1 + 4**2 + (1.5 * 5) ** 2]
     assert intervals[2].tolist() == [0, 0, 0, 0, 3**2]
-    coherent = sensitivity_intervals(table, coherent=True)
+    coherent = sensitivity_intervals(table)
     assert coherent[0].tolist() == [0, 0, 1, (1 + 4) ** 2, (1 + 4 + 1.5 * 5) ** 2]
 
 

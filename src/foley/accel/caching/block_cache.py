@@ -21,22 +21,23 @@ blocks from F up to that one added when they last ran.
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from threading import get_ident
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from foley.accel.caching.calibration import relative_change
-from foley.accel.caching.layer_cache import replaced_forwards
+from foley.accel.caching.layer_cache import GuardOptions, attaching, replaced_forwards
 from foley.accel.caching.reuse import Reuse, ReuseChoice, make_reuse, reuse_name
-from foley.accel.caching.schedule import CacheSchedule, RunSignature
+from foley.accel.caching.schedule import CacheSchedule, Constraints, RunSignature
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
-from foley.core.numbers import COUNT, NumberRange
-from foley.diffusion.context import RunContext, StepContext
+from foley.core.hashing import plain_name, uncompiled
+from foley.core.locks import RunThread
+from foley.core.numbers import NumberRange
+from foley.diffusion.context import AXES, RunContext, StepContext
 
 Streams = tuple[Any, ...]
 """What passes through the stack: the hidden states `[B, N, D]`, and the text's where blocks change it too."""
@@ -53,6 +54,7 @@ def find_blocks(denoiser: nn.Module) -> list[CacheableLayer]:
 
     Raises ValueError where there is none: a U-Net has no such stack, since its resolution changes on the way.
     """
+    denoiser = uncompiled(denoiser)
     own = getattr(denoiser, "blocks", None)
     if callable(own) and not isinstance(own, nn.Module):
         blocks = list(own())
@@ -64,7 +66,7 @@ def find_blocks(denoiser: nn.Module) -> list[CacheableLayer]:
             f"{type(denoiser).__name__} has no stack of transformer blocks ({', '.join(_STACKS)}), whose residual "
             "could be reused; take a cache of layers, such as accel=fora"
         )
-    names = {module: name for name, module in denoiser.named_modules()}
+    names = {module: plain_name(name) for name, module in denoiser.named_modules()}
     return [CacheableLayer(names[block], "block", block) for block in blocks]
 
 
@@ -75,6 +77,7 @@ def read_by_later_blocks(blocks: Sequence[nn.Module], first: int, end: int) -> s
     """
     joins = [any(getattr(block, name, None) is not None for name in ("skip", "skip_linear")) for block in blocks]
     partners = {index: len(blocks) - 1 - index for index in range(first, end)}
+    # A partner within the stack is skipped with it, and its input with that.
     skips = {index for index, partner in partners.items() if partner >= end and joins[partner]}
     return {end - 1} | skips
 
@@ -126,7 +129,7 @@ class _Branch:
     arrived: Streams = ()  # h_F
     computes: bool = True  # at the present evaluation
     reference: Tensor | None = None  # what the next signal is compared with
-    consecutive: int = 0  # evaluations in a row that reused
+    last: int | None = None  # the evaluation that computed last
     reused: int = 0  # evaluations in all
     residuals: dict[int, list[Reuse | None]] = field(default_factory=dict)  # of each block read outside, by stream
 
@@ -194,6 +197,7 @@ def modulated_input(block: nn.Module, forward: Forward, args: Sequence[Any], kwa
     def stop(module: nn.Module, given: Sequence[Any], named: Mapping[str, Any]) -> None:
         raise _Reached(given[0] if given else named[_STREAMS[0]])
 
+    # An exception is the only way out of a forward of any architecture before the rest of it has run.
     hook = attention.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         forward(*args, **kwargs)
@@ -202,6 +206,12 @@ def modulated_input(block: nn.Module, forward: Forward, args: Sequence[Any], kwa
     finally:
         hook.remove()
     raise ValueError(f"{type(block).__name__} did not call its attention: TeaCache cannot look at its input")
+
+
+class BlockOptions(GuardOptions, total=False):
+    """What every cache of blocks takes beside its own options and `reuse`, see `BlockCache`."""
+
+    axis: str
 
 
 class BlockCache(ABC):
@@ -217,11 +227,10 @@ class BlockCache(ABC):
     Args:
         policy: name and parameters, as the schedule records them.
         first_blocks, last_blocks: F and B, which always run.
-        warmup, cooldown: so many evaluations at the beginning and at the end always compute.
-        always_compute: and these, by their numbers from 0.
-        max_reuses: reuses in a row, at most; None for no limit.
         max_hits: reuses in all, at most; None for no limit.
         reuse: how the residual is reused, see `foley.accel.caching.reuse`.
+        axis: what extrapolations are polynomials in, see `RunContext.axis`.
+        guards: what computes in any case, see `Constraints`.
     """
 
     schedule: CacheSchedule | None = None
@@ -232,23 +241,20 @@ class BlockCache(ABC):
         policy: Mapping[str, Any],
         first_blocks: int = 0,
         last_blocks: int = 0,
-        warmup: int = 1,
-        cooldown: int = 0,
-        max_reuses: int | None = None,
         max_hits: int | None = None,
-        always_compute: Sequence[int] = (),
         reuse: ReuseChoice = "hold",
+        axis: str = "timestep",
+        **guards: Unpack[GuardOptions],
     ) -> None:
-        for name, value in (("first_blocks", first_blocks), ("last_blocks", last_blocks), ("cooldown", cooldown)):
+        for name, value in (("first_blocks", first_blocks), ("last_blocks", last_blocks), ("max_hits", max_hits or 0)):
             _WHOLE.check(name, value)
-        COUNT.check("warmup", warmup)
-        for name, limit in (("max_reuses", max_reuses), ("max_hits", max_hits)):
-            if limit is not None:
-                _WHOLE.check(name, limit)
-        self._policy = {**policy, "reuse": reuse_name(reuse)}
+        if axis not in AXES:
+            raise ValueError(f"accel.axis must be one of {', '.join(AXES)}, got {axis!r}")
+        self.constraints = Constraints(**guards)
+        self._policy = {**policy, "reuse": reuse_name(reuse), **self.constraints.changed()}
         self._first, self._last, self._make_reuse = first_blocks, last_blocks, make_reuse(reuse)
-        self._warmup, self._cooldown = warmup, cooldown
-        self._max_reuses, self._max_hits, self._always = max_reuses, max_hits, frozenset(always_compute)
+        self._axis, self._max_hits = axis, max_hits
+        self._thread = RunThread()
         self.differences: list[float | None] = []
         self.hits = 0
         self._calls = 0  # evaluations, of each branch
@@ -259,9 +265,9 @@ class BlockCache(ABC):
 
     def _reset(self) -> None:
         self._run: RunContext | None = None
-        self._thread = 0  # that of the run
         self._context: StepContext | None = None  # of the present evaluation
-        self._places: Sequence[Any] = ()  # of the evaluations, along the axis of extrapolation
+        self._places: Sequence[float] = ()  # of the evaluations, along the axis of extrapolation
+        self._guards = self.constraints  # of this run
         self._branches: dict[str, _Branch] = {}
         self._computed: dict[int, bool] = {}  # of the evaluations that ran
 
@@ -283,24 +289,28 @@ class BlockCache(ABC):
             ValueError: the denoiser has no stack of blocks, or first and last blocks leave none to reuse.
             RuntimeError: a cache of layers or of blocks is attached to it already, or this one anywhere.
         """
-        if self._denoiser is not None:
-            raise RuntimeError("this accelerator is attached to a denoiser already; give each of them its own")
         blocks, layers = find_blocks(denoiser), find_cacheable_layers(denoiser)
         if self._first + self._last >= len(blocks):
             raise ValueError(
                 f"accel.first_blocks={self._first} and accel.last_blocks={self._last} leave none of the {len(blocks)} "
                 f"blocks of {type(denoiser).__name__} to be reused: together they must be fewer"
             )
-        self._set_stack(blocks)
-        # Layers keep their forwards, but are taken: no cache of layers may decide within blocks that do not run.
-        taken = replaced_forwards(denoiser, layers, lambda _, own: own)
-        with taken, replaced_forwards(denoiser, blocks, self._block_forward):
-            self._denoiser, self._layers = denoiser, layers
-            try:
-                yield
-            finally:
-                self._denoiser = None
-                self._reset()
+        with ExitStack() as stack:
+            with attaching:
+                if self._denoiser is not None:
+                    raise RuntimeError("this accelerator is attached to a denoiser already; give each of them its own")
+                self._set_stack(blocks)
+                # Layers keep their forwards, but are taken: no cache of layers may decide in blocks that do not run.
+                stack.enter_context(replaced_forwards(denoiser, layers, lambda _, own: own))
+                stack.enter_context(replaced_forwards(denoiser, blocks, self._block_forward))
+                self._denoiser, self._layers = denoiser, layers
+            stack.callback(self._detach)
+            yield
+
+    def _detach(self) -> None:
+        self._denoiser = None
+        self._reset()
+        self._thread.end()
 
     def _set_stack(self, blocks: list[CacheableLayer]) -> None:
         modules = [block.module for block in blocks]
@@ -309,39 +319,42 @@ class BlockCache(ABC):
         self._kept = read_by_later_blocks(modules, self._first, self._end)
 
     def _block_forward(self, index: int, original: Forward) -> Forward:
-        port = self._ports[index]
+        # They decide anew at each evaluation, and a graph would be compiled for each; the block itself may be compiled.
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
 
-        @torch.compiler.disable  # decides anew at each evaluation; a graph would be compiled for each
         def forward(*args: Any, **kwargs: Any) -> Any:
-            branch = self._present_branch()
-            if index == 0:
-                branch.entered = port.read(args, kwargs)
-            if index == self._first:
-                branch.arrived = port.read(args, kwargs)
-                look = partial(modulated_input, self._blocks[index].module, original, args, kwargs)
-                self._decide(branch, look)
-            in_stack = self._first <= index < self._end
-            if in_stack and not branch.computes:
-                return port.given(self._recall(branch, index))
+            if (reused := before(index, original, args, kwargs)) is not None:
+                return reused
             output = original(*args, **kwargs)
-            port.gives_tuple = isinstance(output, tuple)
-            if index in self._kept:
-                self._store(branch, index, port.taken(output))
+            after(index, output)
             return output
 
         return forward
 
+    def _before(self, index: int, original: Forward, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What stands for the block's output; None where it runs."""
+        branch, port = self._present_branch(), self._ports[index]
+        if index == 0:  # h_0, from which signals are counted, also where it is not h_F
+            branch.entered = port.read(args, kwargs)
+        if index == self._first:
+            branch.arrived = port.read(args, kwargs)
+            self._decide(branch, partial(modulated_input, self._blocks[index].module, original, args, kwargs))
+        in_stack = self._first <= index < self._end
+        return None if branch.computes or not in_stack else port.given(self._recall(branch, index))
+
+    def _after(self, index: int, output: Any) -> None:
+        port = self._ports[index]
+        port.gives_tuple = isinstance(output, tuple)
+        if index in self._kept:  # to keep every block would be the memory of the whole model
+            self._store(self._present_branch(), index, port.taken(output))
+
     # ---------------------------------------------------------------- deciding
 
     def _present_branch(self) -> _Branch:
+        self._thread.check()
         if self._context is None or self._run is None:
             name = type(self).__name__
             raise RuntimeError(f"{name} is attached, but the sampler does not call it: pass it as a callback")
-        if self._thread != get_ident():
-            raise RuntimeError(
-                "another thread is generating with this model: `generate_latents` lets threads take turns; elsewhere "
-                "give each thread a model and an accelerator of its own"
-            )
         if self._context.branch not in self._branches:
             self._branches[self._context.branch] = _Branch(self.rule(self._run))
         return self._branches[self._context.branch]
@@ -366,20 +379,19 @@ class BlockCache(ABC):
     def _must_compute(self, branch: _Branch, evaluation: int) -> bool:
         assert self._run is not None
         return (
-            not branch.residuals  # the first of this branch, wherever the run began
-            or evaluation in self._always
-            or evaluation < self._warmup
-            or evaluation >= self._run.num_evaluations - self._cooldown
-            or (self._max_reuses is not None and branch.consecutive >= self._max_reuses)
+            branch.last is None  # the first of this branch, wherever the run began
+            or evaluation >= self._guards.next_due(branch.last, self._run.num_evaluations)
             or (self._max_hits is not None and branch.reused >= self._max_hits)
         )
 
     def _count(self, branch: _Branch, evaluation: int, change: float | None) -> None:
         reuses = not branch.computes
-        branch.consecutive = branch.consecutive + 1 if reuses else 0
+        # What is due counts from here, also where whole evaluations are skipped by another accelerator in between.
+        branch.last = branch.last if reuses else evaluation
         branch.reused += reuses
         self.hits += reuses
         self._calls += 1
+        # A schedule has one row for all branches, which is not to promise savings that one of them did not make.
         self._computed[evaluation] = branch.computes or self._computed.get(evaluation, False)
         known = [value for value in (self.differences[evaluation], change) if value is not None]
         self.differences[evaluation] = max(known, default=None)
@@ -407,7 +419,7 @@ class BlockCache(ABC):
         """What keeps one residual during a run; a recorder gives another."""
         return self._make_reuse()
 
-    def _place(self) -> Any:
+    def _place(self) -> float:
         assert self._context is not None
         return self._places[self._context.evaluation]
 
@@ -416,32 +428,40 @@ class BlockCache(ABC):
     def on_run_start(self, run: RunContext) -> None:
         """Forget the run before.
 
-        Raises RuntimeError if nothing is attached, ValueError where an evaluation is to compute that there is not.
+        Raises RuntimeError if nothing is attached or another thread generates, ValueError where an evaluation is to
+        compute that there is not.
         """
         if self._denoiser is None:
             raise RuntimeError(f"{type(self).__name__} has no denoiser: generate inside its `attach(denoiser)` context")
-        if beyond := [evaluation for evaluation in sorted(self._always) if not 0 <= evaluation < run.num_evaluations]:
-            raise ValueError(
-                f"accel.always_compute names evaluation {beyond[0]}, but this run has {run.num_evaluations}, from 0"
-            )
+        self._thread.begin()
         self._reset()
-        self._run, self._places, self._thread = run, run.axis("timestep"), get_ident()
+        self.constraints.check(run.num_evaluations)
+        self._run, self._places, self._guards = run, run.axis(self._axis), self.guards(run)
         self.schedule, self.differences, self.hits, self._calls = None, [None] * run.num_evaluations, 0, 0
 
+    def guards(self, run: RunContext) -> Constraints:
+        """What computes in any case in this run."""
+        return self.constraints
+
     def on_evaluation_start(self, context: StepContext) -> None:
+        self._thread.check()
         self._context = context
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
-        self._context = None
+        if self._thread.is_own():
+            self._context = None
 
     def on_run_end(self) -> None:
+        if not self._thread.is_own():
+            return  # that of another thread goes on; this one was refused
         if self._run is not None and self._computed and self._denoiser is not None:
             self.schedule = self._executed(self._run, self._denoiser)
         self._reset()
+        self._thread.end()
 
     def _executed(self, run: RunContext, denoiser: nn.Module) -> CacheSchedule:
         """What was computed; evaluations before the run began count as such, and are no part of its cost."""
-        first = min(self._computed)
+        first = min(self._computed)  # later than 0 where an edit or variation begins in the middle
         stack = [
             evaluation < first or self._computed.get(evaluation, False) for evaluation in range(run.num_evaluations)
         ]

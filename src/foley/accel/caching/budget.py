@@ -126,12 +126,12 @@ def _interval_errors(curve: Sequence[float]) -> NDArray[np.float64]:
     return np.concatenate([np.zeros((len(position), 1)), np.cumsum(drift, axis=1)], axis=1)
 
 
-def sensitivity_intervals(table: NDArray[np.floating[Any]], coherent: bool = False) -> NDArray[np.float64]:
+def sensitivity_intervals(table: NDArray[np.floating[Any]], coherent: bool = True) -> NDArray[np.float64]:
     """`[E, E + 1]` as `Intervals` has it, of one layer's sensitivities `[distances, E]` (`SensitivityRecorder`).
 
-    Errors of reuses at different moments are taken to be independent, so that their squares sum up; or, where
-    `coherent`, those of one output to point the same way, so that it is the square of their sum. Beyond the recorded
-    distances they go on in proportion to the distance.
+    The errors of one output's reuses point the same way, since all of them lag behind: theirs is the square of the sum.
+    Those of different outputs are taken to be independent, so that their squares sum up; so are all where not
+    `coherent`. Beyond the recorded distances errors go on in proportion to the distance.
     """
     most, size = table.shape
     errors = np.zeros((size, size + 1))
@@ -140,6 +140,7 @@ def sensitivity_intervals(table: NDArray[np.floating[Any]], coherent: bool = Fal
         known = table[np.minimum(distances, most) - 1, start + distances]
         # Reused at start + 1, start + 2 and so on until the end of the interval.
         reuses = known * np.maximum(distances / most, 1.0)
+        # An output that is held lags behind at each of its reuses, so that their errors do not cancel.
         errors[start, start + 2 :] = np.cumsum(reuses) ** 2 if coherent else np.cumsum(reuses**2)
     return errors
 

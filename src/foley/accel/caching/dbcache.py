@@ -14,12 +14,12 @@ With `reuse=taylor` the residual is not held, but extrapolated through the last 
 beforehand (`always_compute`, the library's mask of steps).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
-from foley.accel.caching.block_cache import BelowThreshold, BlockCache, Probe, Rule
+from foley.accel.caching.block_cache import BelowThreshold, BlockCache, BlockOptions, Probe, Rule
+from foley.accel.caching.reuse import ReuseChoice
 from foley.core.numbers import COUNT, NumberRange
 from foley.diffusion.context import RunContext
 
@@ -30,10 +30,9 @@ class DBCache(BlockCache):
     Args:
         threshold: of the relative L1 change; 0 computes always. 0.08 in the library.
         first_blocks, last_blocks: F and B; the library takes 8 and 0 of Flux's 57.
-        warmup: so many evaluations at the beginning always compute; 8 in the library.
-        max_reuses, max_hits: reuses in a row and in all, at most; None for no limit.
-        always_compute: evaluations that compute in any case, by their numbers from 0: the library's mask of steps.
-        reuse: "hold" or "taylor".
+        max_hits: reuses in all, at most; None for no limit.
+        reuse, options: as `BlockCache` takes them; `warmup` is 8 where none is given, as in the library, and
+            `always_compute` its mask of steps.
 
     Example: as that of `foley.accel.caching.teacache.TeaCache`.
 
@@ -48,18 +47,16 @@ class DBCache(BlockCache):
         threshold: float = 0.08,
         first_blocks: int = 1,
         last_blocks: int = 0,
-        warmup: int = 8,
-        max_reuses: int | None = None,
         max_hits: int | None = None,
-        always_compute: Sequence[int] = (),
-        reuse: str = "hold",
+        reuse: ReuseChoice = "hold",
+        **options: Unpack[BlockOptions],
     ) -> None:
         NumberRange(least=0).check("threshold", threshold)
         COUNT.check("first_blocks", first_blocks)  # none, and there is nothing to measure
         self._threshold = threshold
         policy = {"name": "dbcache", "threshold": threshold, "first_blocks": first_blocks, "last_blocks": last_blocks}
-        guards: dict[str, Any] = {"max_reuses": max_reuses, "max_hits": max_hits, "always_compute": always_compute}
-        super().__init__(policy, first_blocks, last_blocks, warmup, reuse=reuse, **guards)
+        guards: BlockOptions = {"warmup": 8, **options}  # as published where none is given
+        super().__init__(policy, first_blocks, last_blocks, max_hits, reuse, **guards)
 
     def rule(self, run: RunContext) -> Rule:
         """The change since the last computed evaluation, against the threshold."""

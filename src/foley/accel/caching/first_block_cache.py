@@ -9,9 +9,12 @@ then so is, one may hope, what all other blocks would add, and their residual of
 no polynomial: TeaCache with a better signal and a dearer one.
 """
 
+from typing import Unpack
+
 from torch import Tensor
 
-from foley.accel.caching.block_cache import BelowThreshold, BlockCache, Probe, Rule
+from foley.accel.caching.block_cache import BelowThreshold, BlockCache, BlockOptions, Probe, Rule
+from foley.accel.caching.reuse import ReuseChoice
 from foley.core.numbers import NumberRange
 from foley.diffusion.context import RunContext
 
@@ -21,7 +24,7 @@ class FirstBlockCache(BlockCache):
 
     Args:
         threshold: of the relative L1 change; 0 computes always. 0.05 to 0.2 in the library.
-        warmup, cooldown, max_reuses, reuse: as `BlockCache` takes them.
+        reuse, options: as `BlockCache` takes them.
 
     Example: as that of `foley.accel.caching.teacache.TeaCache`.
 
@@ -30,18 +33,12 @@ class FirstBlockCache(BlockCache):
         [True, False, True]
     """
 
-    def __init__(
-        self,
-        threshold: float = 0.1,
-        warmup: int = 1,
-        cooldown: int = 0,
-        max_reuses: int | None = None,
-        reuse: str = "hold",
-    ) -> None:
+    def __init__(self, threshold: float = 0.1, reuse: ReuseChoice = "hold", **options: Unpack[BlockOptions]) -> None:
         NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
+        # One block is the least that hears both the latent and the text.
         policy = {"name": "first_block_cache", "threshold": threshold}
-        super().__init__(policy, 1, 0, warmup, cooldown, max_reuses, reuse=reuse)
+        super().__init__(policy, first_blocks=1, reuse=reuse, **options)
 
     def rule(self, run: RunContext) -> Rule:
         """The change since the last computed evaluation, against the threshold."""

@@ -25,18 +25,23 @@ from foley.core.hashing import is_compiled
 from foley.core.locks import RunThread
 from foley.diffusion.context import AXES, RunContext, StepContext
 
-_attaching = RLock()
+attaching = RLock()
 """Held while forwards are replaced: two threads that look first and then replace would both find nothing."""
 
 
-class ConstraintOptions(TypedDict, total=False):
-    """Those of `Constraints`."""
+class GuardOptions(TypedDict, total=False):
+    """Those of `Constraints` that say what computes in any case; caches of blocks take them too."""
 
-    shared: bool
     max_reuses: int | None
     warmup: int
     cooldown: int
     always_compute: Sequence[int]
+
+
+class ConstraintOptions(GuardOptions, total=False):
+    """Those of `Constraints`."""
+
+    shared: bool
 
 
 class CacheOptions(ConstraintOptions, total=False):
@@ -153,7 +158,7 @@ class LayerCache:
             RuntimeError: an accelerator is attached to it already, or this one to another denoiser.
         """
         with ExitStack() as stack:
-            with _attaching:
+            with attaching:
                 if self._denoiser is not None and self._denoiser is not denoiser:
                     raise RuntimeError("this accelerator is attached to another denoiser; give each of them its own")
                 layers = find_cacheable_layers(denoiser)
@@ -287,7 +292,7 @@ def replaced_forwards(
         # They have the index of their layer, whose row decides for all.
         replaced += [(f"what feeds {name}", index, module, wrap_norm) for name, index, module in feeders]
     with ExitStack() as stack:
-        with _attaching:
+        with attaching:
             _require_free([(name, module) for name, _, module, _ in replaced])
             stack.enter_context(_uncompiled_around(denoiser, layers))
             # A graph ends before what decides anew at each evaluation, and what that calls is compiled for itself: so

@@ -16,20 +16,22 @@ the retention ratio, always compute, since what is reused there shapes the whole
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foley.accel.caching.block_cache import BlockCache, Rule
-from foley.accel.caching.layer_cache import Reuse
+from foley.accel.caching.block_cache import BlockCache, BlockOptions, Rule
+from foley.accel.caching.reuse import Reuse, ReuseChoice
+from foley.accel.caching.schedule import Constraints
 from foley.core.files import write_json
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
-from foley.core.numbers import COUNT, NumberRange
+from foley.core.numbers import NumberRange
 from foley.core.reading import read_json, reading
 from foley.diffusion.context import RunContext
 
@@ -65,10 +67,13 @@ class MagnitudeRule:
 
     def __init__(self, ratios: Sequence[float], delta: float) -> None:
         self._ratios, self._delta = ratios, delta
+        self._seen = 0  # the evaluation that was asked for last
         self.has_computed()
 
     def computes(self, evaluation: int, change: float | None) -> bool:
-        self._product *= self._ratios[evaluation]
+        # Another accelerator may skip evaluations as a whole: the residual has aged by them all the same.
+        self._product *= prod(self._ratios[self._seen + 1 : evaluation + 1])
+        self._seen = evaluation
         self._error += abs(1 - self._product)
         return self._delta == 0 or self._error > self._delta
 
@@ -101,11 +106,11 @@ class MagCache(BlockCache):
 
     Args:
         threshold: the paper's delta; 0 computes always. 0.06 for Flux, 0.12 for Wan.
-        max_reuses: K.
         retention_ratio: so large a share of the evaluations, at the beginning, always computes.
         ratios: gamma of each evaluation, where they are known; None measures them.
         ratios_dir: keeps what was measured, `<directory>/magcache_<solver>_<steps>.json`; None keeps it in memory.
-        reuse: as `BlockCache` takes it.
+        reuse, options: as `BlockCache` takes them; `max_reuses` is the paper's K, 3 where none is given, and a
+            `warmup` beyond the retained share is held as well.
 
     Example: as that of `foley.accel.caching.teacache.TeaCache`, but generate twice: the first time measures.
 
@@ -119,14 +124,13 @@ class MagCache(BlockCache):
     def __init__(
         self,
         threshold: float = 0.06,
-        max_reuses: int = 3,
         retention_ratio: float = 0.2,
         ratios: Sequence[float] | None = None,
         ratios_dir: str | Path | None = None,
-        reuse: str = "hold",
+        reuse: ReuseChoice = "hold",
+        **options: Unpack[BlockOptions],
     ) -> None:
         NumberRange(least=0).check("threshold", threshold)
-        COUNT.check("max_reuses", max_reuses)
         _SHARE.check("retention_ratio", retention_ratio)
         for ratio in ratios or ():
             NumberRange(above=0).check("ratios", ratio)
@@ -137,8 +141,8 @@ class MagCache(BlockCache):
         self._ratios: list[float] | None = None  # of this run; None where they are being measured
         self._memories: list[_Measured] = []  # one for each branch of a run that measures
         policy = {"name": "magcache", "threshold": threshold, "retention_ratio": retention_ratio}
-        policy["max_reuses"] = max_reuses
-        super().__init__(policy, max_reuses=max_reuses, reuse=reuse)
+        guards: BlockOptions = {"max_reuses": 3, **options}  # as published where none is given
+        super().__init__(policy, reuse=reuse, **guards)
 
     def rule(self, run: RunContext) -> Rule:
         """Equation (2); computes always where gamma is being measured."""
@@ -153,11 +157,15 @@ class MagCache(BlockCache):
         self._memories.append(_Measured())
         return self._memories[-1]
 
+    def guards(self, run: RunContext) -> Constraints:
+        """With the retained share as a warm-up."""
+        retained = int(self._retention * run.num_evaluations + 0.5)  # as published
+        return replace(self.constraints, warmup=max(self.constraints.warmup, retained))
+
     def on_run_start(self, run: RunContext) -> None:
         """As that of `BlockCache`; looks for gamma, and measures it where there is none."""
         super().on_run_start(run)
         assert self._denoiser is not None
-        self._warmup = max(1, int(self._retention * run.num_evaluations + 0.5))  # as published
         ratios = self._given or self._find(run, self._denoiser)
         self._ratios = None if ratios is None else resampled(ratios, run.num_evaluations)
         self._memories = []
@@ -168,6 +176,7 @@ class MagCache(BlockCache):
             columns = zip(*(memory.ratios for memory in self._memories), strict=False)  # of each evaluation
             ratios = [1.0, *(float(np.mean(column)) for column in columns)]
             if len(ratios) == self._run.num_evaluations:  # not begun in the middle, nor broken off
+                # Others may have begun late, and would be read at the wrong evaluations.
                 self._keep(ratios, self._run, self._denoiser)
         self._memories = []
         super().on_run_end()
@@ -188,7 +197,7 @@ class MagCache(BlockCache):
         if (file := self._file(run)) is not None:
             try:
                 write_json(file, {"model_hash": model_hash, "ratios": ratios})
-            except PermissionError as error:
+            except PermissionError as error:  # a shipped or shared system: generation goes on all the same
                 _log.warning("%s: the ratios of MagCache are kept for this process alone", error)
 
     def _file(self, run: RunContext) -> Path | None:

@@ -36,6 +36,7 @@ class _Evaluation(_any_function):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
+        # The root is there so that the first evaluation is gone back to as well; nothing depends on its gradient.
         return ctx.pull_back(gradient), torch.zeros(()), None, None
 
 
@@ -156,6 +157,7 @@ class SensitivityRecorder:
             for _ in range(self._num_probes):
                 generator = torch_generator("sensitivity", self._probe)
                 probe = scale * torch.randn(latent.shape, generator=generator).to(latent.device, latent.dtype)
+                # What is wanted is recorded on the way back, evaluation by evaluation, so no graph of a run is kept.
                 torch.autograd.grad(latent, self._root, probe, retain_graph=True)
                 self._outputs.clear()
                 self._probe, self._count = self._probe + 1, self._count + self._batch_size
@@ -183,13 +185,14 @@ class SensitivityRecorder:
         distances = range(1, min(self._max_distance, evaluation) + 1)
         for distance in distances:
             earlier = self._outputs_at(evaluation - distance)
+            # All layers at once: what they do together is taken as it is, and only what follows to first order.
             self._held = earlier
             held = evaluate(noisy.detach())  # all layers reused
             self._held = None
             pairs = zip([*earlier[:-1], held], outputs, by_outputs, strict=True)
             moves = torch.stack([self._move(old, new.detach(), slope) for old, new, slope in pairs])  # [layers + 1, B]
             self._sums[:, distance - 1, evaluation] += moves.double().square().sum(dim=1).cpu()
-        self._outputs.pop(evaluation, None)
+        self._outputs.pop(evaluation, None)  # the way back does not come here again
         return by_noisy
 
     def _move(self, old: Tensor, new: Tensor, slope: Tensor) -> Tensor:

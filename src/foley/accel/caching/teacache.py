@@ -17,12 +17,14 @@ without one for this model, f is the identity. `TeaCacheRecorder` fits it.
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 from torch import Tensor
 
-from foley.accel.caching.block_cache import BlockCache, Probe, Rule
+from foley.accel.caching.block_cache import BlockCache, BlockOptions, Probe, Rule
 from foley.accel.caching.calibration import relative_change
+from foley.accel.caching.reuse import ReuseChoice
 from foley.core.numbers import COUNT, NumberRange
 from foley.diffusion.context import RunContext, StepContext
 
@@ -79,7 +81,7 @@ class TeaCache(_ModulatedInput):
     Args:
         threshold: the paper's delta; 0 computes always. 0.1 to 0.6 there.
         coefficients: of the polynomial f, highest power first; None is the identity.
-        max_reuses, reuse: as `BlockCache` takes them.
+        reuse, options: as `BlockCache` takes them; `cooldown` is 1 where none is given, as published.
 
     Example:
         A small transformer, which has random weights: a high threshold computes only the first and the last evaluation.
@@ -104,8 +106,8 @@ class TeaCache(_ModulatedInput):
         self,
         threshold: float = 0.2,
         coefficients: Sequence[float] | None = None,
-        max_reuses: int | None = None,
-        reuse: str = "hold",
+        reuse: ReuseChoice = "hold",
+        **options: Unpack[BlockOptions],
     ) -> None:
         NumberRange(least=0).check("threshold", threshold)
         self._threshold = threshold
@@ -113,7 +115,9 @@ class TeaCache(_ModulatedInput):
         if not self._coefficients:
             raise ValueError("accel.coefficients=[]: give those of a polynomial, highest power first, or null")
         policy = {"name": "teacache", "threshold": threshold, "coefficients": list(self._coefficients)}
-        super().__init__(policy, cooldown=1, max_reuses=max_reuses, reuse=reuse)
+        # Published code computes the last evaluation too, which the latent takes as it is.
+        guards: BlockOptions = {"cooldown": 1, **options}  # as published where none is given
+        super().__init__(policy, reuse=reuse, **guards)
 
     def rule(self, run: RunContext) -> Rule:
         """Equation (2)."""
@@ -145,6 +149,7 @@ class TeaCacheRecorder(_ModulatedInput):
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         """Pair what was measured before the blocks with what became of it."""
         before, change = self._predictions.get(context.branch), self.differences[context.evaluation]
+        # The first evaluation of a branch has nothing before it, and makes no pair.
         if before is not None and change is not None:
             self.pairs.append((change, relative_change(before, prediction).mean().item()))
         self._predictions[context.branch] = prediction
