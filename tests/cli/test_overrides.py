@@ -138,3 +138,9 @@ def test_every_option_that_names_a_file_takes_text(name):
 def test_quantisation_is_named_beside_every_accelerator() -> None:
     named = quote_overrides(["accel=fora", "accel.quantise=int8_dynamic", "+accel.quantise=fp8", "accel.quantised=1"])
     assert named == ["accel=fora", "quantise=int8_dynamic", "quantise=fp8", "accel.quantised=1"]
+
+
+def test_the_runs_of_a_sweep_name_their_folders_by_what_each_is_given():
+    folder = "output_dir=outputs/${solver.name}_${steps}"
+    assert quote_overrides(["-m", "steps=25,50", folder]) == ["-m", "steps=25,50", folder]
+    assert quote_overrides([folder]) == [f"output_dir={quote('outputs/${solver.name}_${steps}')}"]

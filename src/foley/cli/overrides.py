@@ -87,7 +87,8 @@ def _is_text_here(name: str, value: str, sweeps: bool, parsed: Override | None) 
     if parsed is None or _IS_CAPTION.fullmatch(name):
         return True
     as_hydra_has_it = value == "null" or (sweeps and parsed.is_sweep_override())
-    as_hydra_has_it |= name.startswith("hydra.") and "${" in value
+    # Runs of a sweep need folders of their own, which only what each of them is given can tell apart.
+    as_hydra_has_it |= (sweeps or name.startswith("hydra.")) and "${" in value
     return bool(_IS_PATH.fullmatch(name)) and not as_hydra_has_it
 
 
