@@ -129,8 +129,9 @@ class Fitted(Extrapolation):
         """Of the values at `nodes [C, n]` in the forecast at `skipped [C, 1]`: least squares, hardly held back."""
         among = self.covariance[nodes[:, :, None], nodes[:, None, :]]  # [C, n, n]
         ridge = _RIDGE * np.eye(nodes.shape[1])  # predictions are nearly alike, and those of few prompts are known
-        fitted: Floats = np.linalg.solve(among + ridge, self.covariance[nodes, skipped][:, :, None])[:, :, 0]
-        return fitted
+        return np.asarray(
+            np.linalg.solve(among + ridge, self.covariance[nodes, skipped][:, :, None])[:, :, 0], np.float64
+        )
 
 
 def optimal_plan(extrapolation: Extrapolation, count: int, warmup: int = 1, max_reuses: int = 7) -> list[bool]:
@@ -144,7 +145,8 @@ def optimal_plan(extrapolation: Extrapolation, count: int, warmup: int = 1, max_
     errors = np.full((size, *(longest + 1,) * depth, longest), np.inf)
     for gaps in product(range(longest + 1), repeat=depth):
         if all(later == 0 or earlier > 0 for earlier, later in pairwise(gaps)):
-            errors[(slice(None), *gaps)] = extrapolation.gap_errors(np.arange(size), gaps, longest)
+            index: tuple[Any, ...] = (slice(None), *gaps)
+            errors[index] = extrapolation.gap_errors(np.arange(size), gaps, longest)
     warmup = min(warmup, size)
     # The warm-up is the one state to begin in: its evaluations are neighbours, and there was nothing before them.
     best = np.full(errors.shape[:-1], np.inf)
