@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CosineDPMSolverMultistepScheduler, DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_image_pipelines import PIPELINES, STEPS, generate, image_pipeline
 from tiny_transformers import transformer
 from torch import nn
@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from foley.accel import Calibration, CostMeter, Fora, PredictionReuse, accelerate, calibrate
 from foley.accel.caching.prediction_calibration import CovarianceRecorder
 from foley.accel.combined import NoAcceleration
-from foley.accel.diffusers.pipelines import _items, _log_snr, accelerated
+from foley.accel.diffusers.pipelines import _adds_noise, _clean_weights, _items, _log_snr, accelerated
 from foley.accel.layers import find_cacheable_layers
 from foley.core.hashing import hash_module
 from foley.diffusion.context import RunContext, StepContext
@@ -124,6 +124,23 @@ def test_noise_levels_are_those_of_the_scheduler() -> None:
     torch.testing.assert_close(_log_snr(flow), 2 * torch.log((1 - sigmas) / sigmas), atol=1e-4, rtol=0)
     signal = ddim.alphas_cumprod[ddim.timesteps].double()
     torch.testing.assert_close(_log_snr(ddim), torch.log(signal / (1 - signal)))
+
+
+def test_the_clean_latent_follows_from_what_a_denoiser_is_given_and_says() -> None:
+    ddpm, cosine = DDPMScheduler(), CosineDPMSolverMultistepScheduler(sigma_data=1.0)
+    clean, noise = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double()
+    for scheduler in (ddpm, cosine):
+        scheduler.set_timesteps(5)
+        log_snr = _log_snr(scheduler)
+        assert log_snr is not None
+        alpha, sigma = (level.sqrt()[:, None] for level in (log_snr.sigmoid(), (-log_snr).sigmoid()))
+        noisy, prediction = alpha * clean + sigma * noise, noise if scheduler is ddpm else alpha * noise - sigma * clean
+        of_noisy, of_prediction = _clean_weights(scheduler, log_snr).T[:, :, None]
+        torch.testing.assert_close(of_noisy * noisy + of_prediction * prediction, clean)
+        assert _adds_noise(scheduler)
+    scaled = cosine.precondition_inputs(clean + cosine.sigmas[:5, None] * noise, cosine.sigmas[:5, None])
+    torch.testing.assert_close(scaled.double(), noisy, rtol=1e-4, atol=1e-4)
+    assert not _adds_noise(DDIMScheduler())
 
 
 class Scaled(nn.Module):

@@ -108,6 +108,8 @@ class Threshold:
     def measure(self, evaluation: int, forecast: Tensor, computed: Tensor, remainder: tuple[int, float]) -> None:
         """The relative error of a forecast `[B, C, L]` where it was computed all the same; waits for the device."""
         error = float((forecast - computed).float().norm() / computed.float().norm())
+        # Branches that run one after the other are skipped together, so the worse of them decides.
+        error = max(error, self.differences[evaluation] or 0.0)
         self.differences[evaluation] = error
         # At the place of the last node the forecast is the node: nothing is learnt there.
         if remainder[1] > 0:
@@ -207,6 +209,7 @@ class PredictionReuse:
         self._places: list[float] = []
         self._extrapolates_clean = False
         self._context: StepContext | None = None  # of the present evaluation; None outside of one
+        self._decided: int | None = None  # the last evaluation that was decided about
         self._is_asked = False  # whether the loop asks for forecasts
         self._noisy: Tensor | None = None  # what the guided prediction is of
         # Branches that run one after the other have memories of their own; a branch has one for each output.
@@ -296,9 +299,12 @@ class PredictionReuse:
             self.differences = self._guard.differences
 
     def on_evaluation_start(self, context: StepContext) -> None:
-        self._context = context
-        # Where branches run one after the other this is called for each: what one computes, the others do too.
-        self.computed_evaluations[context.evaluation] |= self._computes(context)
+        is_first = context.evaluation != self._decided
+        self._context, self._decided = context, context.evaluation
+        # Where branches run one after the other this is called for each: the first decides for all, but for one that
+        # has nothing to recall.
+        computes = self._computes(context) if is_first else self._memory(context) not in self._histories
+        self.computed_evaluations[context.evaluation] |= computes
 
     def _computes(self, context: StepContext) -> bool:
         evaluation = context.evaluation
@@ -390,7 +396,8 @@ class PredictionReuse:
                 raise RuntimeError(
                     "PredictionReuse is attached, but the sampler does not call it: pass it as a callback"
                 )
-            branch, noisy = self._context.branch, args[0] if args else None
+            # Transformers of diffusers call it `hidden_states`, U-Nets `sample`.
+            branch, noisy = self._context.branch, next(iter((*args, *kwargs.values())))
             if not self.computed_evaluations[self._context.evaluation]:
                 assert self._form is not None
                 return tree_unflatten(self._recall(branch, noisy), self._form)

@@ -281,7 +281,11 @@ class _Driver:
         num_steps = getattr(scheduler, "num_inference_steps", None) or len(scheduler.timesteps)
         # A rescale (0 here) is the pipeline's own affair: it follows the evaluation.
         known = type(scheduler).__name__, num_steps, scheduler.timesteps, self._guidance_scale(), 0.0
-        self._run = RunContext(*known, _items(sample), log_snr=_log_snr(scheduler))
+        log_snr = _log_snr(scheduler)
+        weights = None if log_snr is None else _clean_weights(scheduler, log_snr)
+        adds_noise = weights is not None and _adds_noise(scheduler)
+        levels: dict[str, Any] = {"log_snr": log_snr, "clean_weights": weights, "adds_noise": adds_noise}
+        self._run = RunContext(*known, _items(sample), **levels)
         self._rows, self._evaluation = len(sample), -1
         self.accelerator.on_run_start(self._run)
 
@@ -332,6 +336,8 @@ def _log_snr(scheduler: Any) -> Tensor | None:
     if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
         sigmas = timesteps / scheduler.config.num_train_timesteps  # x = (1 - sigma) data + sigma noise
         return 2 * ((1 - sigmas) / sigmas).log()
+    if scheduler.config.get("sigma_data") == 1:  # Stable Audio's: sigma over data of variance 1
+        return -2 * scheduler.sigmas[: len(timesteps)].double().cpu().log()
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
     signal = scheduler.alphas_cumprod.double().cpu()
@@ -339,3 +345,20 @@ def _log_snr(scheduler: Any) -> Tensor | None:
     above = (below + 1).clamp(max=len(signal) - 1)
     known = (signal / (1 - signal)).log()
     return torch.where(timesteps == below, known[below], torch.lerp(known[below], known[above], timesteps - below))
+
+
+def _clean_weights(scheduler: Any, log_snr: Tensor) -> Tensor | None:
+    """As `RunContext` holds them, of the denoiser's own input, alpha data + sigma noise with squares that sum to 1."""
+    alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+    # Of the noisy input and of the prediction.
+    weights = {"v_prediction": (alpha, -sigma), "epsilon": (1 / alpha, -sigma / alpha)}
+    found = weights.get(scheduler.config.get("prediction_type"))
+    is_flow = "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas")
+    # Of pure noise, epsilon says nothing about the clean latent.
+    return None if found is None or is_flow or not found[1].isfinite().all() else torch.stack(found, dim=1)
+
+
+def _adds_noise(scheduler: Any) -> bool:
+    """Whether the scheduler draws noise at each step, by its name or its algorithm's."""
+    names = type(scheduler).__name__, str(scheduler.config.get("algorithm_type"))
+    return any(sign in name for name in names for sign in ("DDPM", "Ancestral", "SDE", "sde", "CosineDPM"))
