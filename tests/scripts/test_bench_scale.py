@@ -61,7 +61,9 @@ def test_memory_is_what_is_kept_and_what_was_needed(scale, tmp_path) -> None:
         return bytearray(b"x" * size)
 
     # So large that the allocator hands back at once what is freed.
-    cost = scale.apart(60.0, scale.measure, work, 64 << 20, tmp_path)
+    # Of three, as rows are measured in rounds: what the kernel copies of the forking process is no part of the work.
+    costs = [scale.apart(60.0, scale.measure, work, 64 << 20, tmp_path) for _ in range(3)]
+    cost = min(costs, key=lambda known: known["private_mib"])
     assert 62 < cost["private_mib"] < 72
     assert cost["peak_mib"] > 240
 

@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from small_system import CONFIGS, training_checkpoint
 
+from foley.core import pipelines
 from foley.core.components import CheckpointError, filled, save_component
 from foley.core.config import PROJECT_ROOT, published_config
 from foley.core.hashing import hash_module
@@ -153,7 +154,8 @@ def test_a_source_is_noted_so_that_it_is_found_again(folder):
 def published(hub_dir, tiny, tmp_path, monkeypatch):
     """`ezaudio_l` means the small published layout."""
     overrides = OmegaConf.from_dotlist(tiny)
-    monkeypatch.setattr(checkpoints, "published_config", lambda name, given=None: published_config(name, overrides))
+    for module in (checkpoints, pipelines):
+        monkeypatch.setattr(module, "published_config", lambda name, given=None: published_config(name, overrides))
     monkeypatch.setattr(checkpoints, "Hub", lambda: Hub(hub_dir))
     monkeypatch.setattr("foley.system.system.Hub", lambda directory=None: Hub(hub_dir))
     monkeypatch.setenv("FOLEY_CACHE", str(tmp_path / "cache"))

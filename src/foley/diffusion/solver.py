@@ -116,7 +116,7 @@ class Solver:
     name: str = "ddim"
     num_steps: int = 50
     eta: float = field(default=0.0, kw_only=True)
-    shared_with: tuple[int, ...] = field(default=(), kw_only=True)
+    shared_with: tuple[int, ...] = field(default=(), kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.name not in (*SOLVERS, CONSISTENCY):

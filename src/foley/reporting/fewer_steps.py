@@ -90,7 +90,7 @@ def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
     >>> fora = [{"policy": "fora", "reuse": "taylor", "mac_speedup": s, "latent_error": 0.04} for s in (2.0, 4.0)]
     >>> reuse = {"policy": "prediction", "mac_speedup": 3.0, "latent_error": 0.01}
-    >>> prediction_aims([*fora, reuse])[0]["over_fora"]
+    >>> round(prediction_aims([*fora, reuse])[0]["over_fora"], 3)
     0.25
     """
     kinds = {row.get("reuse") for row in rows if row["policy"] == "fora"} - {None, "hold"}
