@@ -226,7 +226,9 @@ def distilled_error(prediction: str, jump_steps: int, steps: int) -> tuple[float
     return before, error()
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    "prediction", [PREDICTIONS[0], *(pytest.param(other, marks=pytest.mark.slow) for other in PREDICTIONS[1:])]
+)
 def test_a_perfect_teacher_is_distilled_into_the_exact_solution(prediction: str) -> None:
     """What is left is the error of the teacher's jumps, which goes to zero with their length."""
     before, fine = distilled_error(prediction, jump_steps=10, steps=800)

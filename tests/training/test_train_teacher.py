@@ -47,7 +47,10 @@ def test_the_published_configuration() -> None:
     assert (flow.process.prediction, flow.data.cache_dir) == ("flow", cfg.data.cache_dir)
 
 
-@pytest.mark.parametrize("process", ["epsilon", "flow", "flow_logit_normal"])
+@pytest.mark.parametrize(
+    "process",
+    ["epsilon", *(pytest.param(process, marks=pytest.mark.slow) for process in ("flow", "flow_logit_normal"))],
+)
 def test_a_teacher_trains_samples_and_is_distilled(cache: Path, tmp_path: Path, process: str) -> None:  # noqa: F811
     teacher = train_teacher(cache, tmp_path / "teacher", f"process={process}")
     system = sampler(teacher)
