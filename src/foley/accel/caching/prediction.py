@@ -94,20 +94,27 @@ class Threshold:
         self._weights = weights
         self._measured: tuple[float, int, float] | None = None  # error, number of nodes, product of their distances
         self._spent = 0.0  # since the last computed evaluation, in units of the latent
+        # Early on predictions turn sharply, and one measured error says little of many evaluations ahead: gaps grow by
+        # one at a time.
+        self._skipped, self._longest = 0, 1
         self.differences: list[float | None] = [None] * len(weights)
 
     def lets_skip(self, evaluation: int, remainder: tuple[int, float]) -> bool:
         """Whether all errors since the last computed evaluation, this one's included, stay below the threshold."""
-        if self._measured is None:
+        if self._measured is None or self._skipped >= self._longest:
             return False
         error, count, distance = self._measured
         growth = remainder[1] / distance if remainder[0] == count else 1.0
         self._spent += self._weights[evaluation] * error * growth
-        return self._spent <= self._threshold
+        is_within = self._spent <= self._threshold
+        self._skipped += is_within
+        return is_within
 
     def measure(self, evaluation: int, forecast: Tensor, computed: Tensor, remainder: tuple[int, float]) -> None:
         """The relative error of a forecast `[B, C, L]` where it was computed all the same; waits for the device."""
         error = float((forecast - computed).float().norm() / computed.float().norm())
+        if self.differences[evaluation] is None:  # the first branch of an evaluation
+            self._skipped, self._longest = 0, self._skipped + 1
         # Branches that run one after the other are skipped together, so the worse of them decides.
         error = max(error, self.differences[evaluation] or 0.0)
         self.differences[evaluation] = error
@@ -134,8 +141,8 @@ class PredictionReuse:
         target_speedup: compute where it serves best instead, as many evaluations as this many times faster allows, by
             the calibrated covariance of the predictions (`foley.accel.caching.prediction_plans`). What is skipped
             is the best linear forecast from `order + 1` computed ones, instead of a polynomial.
-        threshold: decide on the way instead, by the error that was measured; the largest that one gap may leave in the
-            latent, relative to it. `interval` has no effect then.
+        threshold: decide on the way instead, by the error that was measured, in gaps that grow by one; the largest that
+            one may leave in the latent, relative to it. `interval` has no effect then.
         calibration_dir, calibrate: where the covariance is kept, and whether it is made where it is missing, as
             `CalibratedCache` takes them; of `target_speedup` alone.
 
@@ -315,6 +322,9 @@ class PredictionReuse:
             return True
         if self._guard is None:
             return self._plan[evaluation]
+        # What is wrong at the last evaluation stays, and its step is the longest.
+        if evaluation == context.run.num_evaluations - 1:
+            return True
         # No forecast is known to be good before one was measured, and none may go unmeasured for long.
         since_warmup = evaluation - self.computed_evaluations.index(True) if any(self.computed_evaluations) else 0
         if since_warmup < self._warmup or not any(self.computed_evaluations[max(evaluation - self._max_reuses, 0) :]):
