@@ -17,7 +17,7 @@ from foley.accel.caching.calibration import calibrated_caches
 from foley.accel.caching.fora import Fora
 from foley.accel.caching.prediction import History, PredictionReuse, Threshold
 from foley.accel.caching.prediction_calibration import CovarianceRecorder
-from foley.accel.caching.prediction_plans import Extrapolation, interval_plan, lagrange, optimal_plan
+from foley.accel.caching.prediction_plans import Fitted, interval_plan, optimal_plan
 from foley.accel.combined import Combined
 from foley.accel.cost import CostMeter
 from foley.core.hashing import hash_module
@@ -238,20 +238,21 @@ def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
         PredictionReuse(**options)
 
 
-def _best_by_trying(extrapolation: Extrapolation, count: int, warmup: int, max_reuses: int) -> tuple[float, list[int]]:
+def _best_by_trying(fitted: Fitted, count: int, warmup: int, max_reuses: int) -> tuple[float, list[int]]:
     """Every plan of `count` computed evaluations, and the error of each gap by the definition."""
-    size, found = len(extrapolation.places), []
+    size, found = len(fitted.weights), []
     for chosen in combinations(range(warmup, size), count - warmup):
         computed, total = [*range(warmup), *chosen], 0.0
         for index, (last, end) in enumerate(pairwise([*computed, size])):
             if end - last > max_reuses + 1:
                 total = float("inf")
-            nodes, error = computed[: index + 1][-extrapolation.order - 1 :], np.zeros(size)
+            nodes, error = computed[: index + 1][-fitted.order - 1 :], np.zeros(size)
             for skipped in range(last + 1, end):
-                shares = lagrange(extrapolation.places[nodes].tolist(), float(extrapolation.places[skipped]))
-                error[skipped] += extrapolation.weights[skipped]
-                error[nodes] -= extrapolation.weights[skipped] * np.asarray(shares)
-            total += float(error @ extrapolation.covariance @ error)
+                # The least squares of a forecast by these nodes, a little held back.
+                among = fitted.covariance[np.ix_(nodes, nodes)] + 1e-6 * np.eye(len(nodes))
+                error[skipped] += fitted.weights[skipped]
+                error[nodes] -= fitted.weights[skipped] * np.linalg.solve(among, fitted.covariance[nodes, skipped])
+            total += float(error @ fitted.covariance @ error)
         found.append((total, computed))
     return min(found)
 
@@ -260,14 +261,14 @@ def _best_by_trying(extrapolation: Extrapolation, count: int, warmup: int, max_r
 @pytest.mark.parametrize("warmup", [1, 3])
 def test_the_optimal_plan_is_the_best_of_all(order: int, warmup: int) -> None:
     random = np.random.default_rng(order)
-    places, factor = np.sort(random.random(9))[::-1], random.standard_normal((9, 9))
-    extrapolation = Extrapolation(places, order, random.random(9), factor @ factor.T)
+    factor = random.standard_normal((9, 9))
+    fitted = Fitted(order, random.random(9), factor @ factor.T)
     for count, max_reuses in ((4, 8), (5, 3), (7, 2)):
-        plan = optimal_plan(extrapolation, count, warmup, max_reuses)
-        _, computed = _best_by_trying(extrapolation, count, warmup, max_reuses)
+        plan = optimal_plan(fitted, count, warmup, max_reuses)
+        _, computed = _best_by_trying(fitted, count, warmup, max_reuses)
         assert [evaluation for evaluation, computes in enumerate(plan) if computes] == computed
-    assert sum(optimal_plan(extrapolation, 3, 1, max_reuses=1)) == 5  # the cap wants more
-    assert all(optimal_plan(extrapolation, 9))
+    assert sum(optimal_plan(fitted, 3, 1, max_reuses=1)) == 5  # the cap wants more
+    assert all(optimal_plan(fitted, 9))
 
 
 def test_a_target_speedup_is_calibrated_kept_and_met(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ turns them into a schedule.
 import shlex
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,39 @@ class WantedCurves:
         run = {name: value for name, value in asdict(self).items() if name != "objective"}
         knows = self.objective == "change" or getattr(calibration, "sensitivity", None) is not None
         return knows and all(getattr(calibration.signature, name) == value for name, value in run.items())
+
+
+Kept = TypeVar("Kept", Calibration, PredictionCovariance)
+
+
+def homes(directory: Path, wanted: WantedCurves, prefix: str = "") -> tuple[Path, Path]:
+    """Stems of what is made where no others serve: beside the system, and in the cache folder."""
+    cache = Path(default_cache_dir()).expanduser() / "calibration" / wanted.model_hash[:16]
+    return directory / f"{prefix}{wanted.name}", cache / f"{prefix}{wanted.name}"
+
+
+def find_kept(load: Callable[[Path], Kept], stems: Iterable[Path], wanted: WantedCurves) -> Kept | None:
+    """The first that is of just such a run; what is damaged is warned of and left."""
+    for stem in (stem for stem in stems if info_path(stem).is_file()):
+        try:
+            calibration = load(stem)
+        except (ValueError, FileNotFoundError) as error:
+            _log.warning("%s: it is made anew", error)
+            continue
+        if wanted.served_by(calibration):
+            return calibration
+    return None
+
+
+def keep(calibration: Kept, homes: tuple[Path, Path]) -> Path:
+    """Write it beside the system, or into the cache folder where that cannot be written; returns where."""
+    beside, in_cache = homes
+    try:
+        calibration.save(beside)
+    except OSError:  # read-only
+        calibration.save(in_cache)
+        return info_path(in_cache)
+    return info_path(beside)
 
 
 def relative_change(current: Tensor, previous: Tensor, whole_batch: bool = False) -> Tensor:
@@ -318,27 +351,12 @@ class CalibratedCache(LayerCache, ABC):
 
     def find(self, wanted: WantedCurves) -> Calibration | None:
         """Curves of just such a run, those of scripts/calibrate.py first; what is damaged is warned of and left."""
-        stems = [calibration_stem(self._directory, wanted.solver, wanted.num_steps)]
-        stems += [directory / wanted.name for directory in self._homes(wanted)]
-        for stem in (stem for stem in stems if info_path(stem).is_file()):
-            try:
-                calibration = Calibration.load(stem)
-            except (ValueError, FileNotFoundError) as error:
-                _log.warning("%s: the curves are made anew", error)
-                continue
-            if wanted.served_by(calibration):
-                return calibration
-        return None
+        by_hand = calibration_stem(self._directory, wanted.solver, wanted.num_steps)
+        return find_kept(Calibration.load, (by_hand, *homes(self._directory, wanted)), wanted)
 
     def keep(self, calibration: Calibration, wanted: WantedCurves) -> Path:
         """Write it beside the system, or into the cache folder where that cannot be written; returns where."""
-        beside, in_cache = (directory / wanted.name for directory in self._homes(wanted))
-        try:
-            calibration.save(beside)
-        except OSError:  # read-only
-            calibration.save(in_cache)
-            return info_path(in_cache)
-        return info_path(beside)
+        return keep(calibration, homes(self._directory, wanted))
 
     def recorder(self) -> CalibrationRecorder:
         """What makes the curves."""
@@ -347,10 +365,6 @@ class CalibratedCache(LayerCache, ABC):
     def adopt(self, calibration: Calibration) -> None:
         """Take these curves for the runs that they serve, whatever lies in the folder."""
         self._adopted = calibration
-
-    def _homes(self, wanted: WantedCurves) -> tuple[Path, Path]:
-        cache = Path(default_cache_dir()).expanduser() / "calibration" / wanted.model_hash[:16]
-        return self._directory, cache
 
     def _calibration_for(self, run: RunContext, signature: RunSignature) -> Calibration:
         wanted = self.wanted(signature.model_hash, run.solver, run.num_steps, run.guidance_scale)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from foley.accel.caching.calibration import CALIBRATE, WantedCurves
+from foley.accel.caching.calibration import CALIBRATE, WantedCurves, find_kept, homes, keep
 from foley.accel.caching.prediction_calibration import CovarianceRecorder, PredictionCovariance, extrapolates_clean
 from foley.accel.caching.prediction_plans import (
     Fitted,
@@ -32,8 +32,6 @@ from foley.accel.caching.prediction_plans import (
 from foley.accel.caching.reuse import Taylor, weighted
 from foley.accel.caching.schedule import RunSignature
 from foley.accel.layers import Forward
-from foley.core.config import default_cache_dir
-from foley.core.files import info_path
 from foley.core.numbers import COUNT, NumberRange
 from foley.diffusion.context import AXES, CONSISTENCY, RunContext, StepContext
 
@@ -237,25 +235,12 @@ class PredictionReuse:
         return WantedCurves(model_hash, solver, num_steps, guidance_scale)
 
     def find(self, wanted: WantedCurves) -> PredictionCovariance | None:
-        """That of just such a run; what is damaged or another model's is left."""
-        for stem in self._stems(wanted):
-            try:
-                calibration = PredictionCovariance.load(stem)
-            except (ValueError, FileNotFoundError):
-                continue
-            if wanted.served_by(calibration):
-                return calibration
-        return None
+        """That of just such a run; what is damaged is warned of and left."""
+        return find_kept(PredictionCovariance.load, self._homes(wanted), wanted)
 
     def keep(self, calibration: PredictionCovariance, wanted: WantedCurves) -> Path:
         """Write it beside the system, or into the cache folder where that cannot be written; returns where."""
-        beside, in_cache = self._stems(wanted)
-        try:
-            calibration.save(beside)
-        except OSError:  # read-only
-            calibration.save(in_cache)
-            return info_path(in_cache)
-        return info_path(beside)
+        return keep(calibration, self._homes(wanted))
 
     def adopt(self, calibration: PredictionCovariance) -> None:
         """Take this one for the runs to come."""
@@ -264,12 +249,10 @@ class PredictionReuse:
     def require_calibration(self, solver: str | None, num_steps: int | None, guidance_scale: float | None) -> None:
         """Nothing is known to be missing before the run is."""
 
-    def _stems(self, wanted: WantedCurves) -> tuple[Path, Path]:
-        cache = Path(default_cache_dir()).expanduser() / "calibration" / wanted.model_hash[:16]
+    def _homes(self, wanted: WantedCurves) -> tuple[Path, Path]:
         # "auto" is the clean latent of some solvers: a file of its own, or it would be taken for the prediction there.
         chosen = "" if self._quantity == "auto" else f"{self._quantity}_"
-        name = f"prediction_{chosen}{wanted.name}"
-        return self._directory / name, cache / name
+        return homes(self._directory, wanted, f"prediction_{chosen}")
 
     @contextmanager
     def attach(self, denoiser: nn.Module) -> Iterator[None]:
@@ -337,15 +320,15 @@ class PredictionReuse:
         left = run.num_evaluations - first
         if self._target_speedup is None:
             return tuple(capped(interval_plan(left, self._interval, self._warmup), self._max_reuses))
-        places, weights, covariance = np.asarray(self._places), angle_weights(_angles(run)), self._covariance(run)
+        weights, covariance = angle_weights(_angles(run)), self._covariance(run)
         if self._extrapolates_clean:
             assert run.clean_weights is not None
             # The covariance is of clean latents then, and an error there is a larger one of the prediction.
             weights = weights / np.abs(run.clean_weights[:, 1].numpy())
-        self._fitted = Fitted(places, self._order, weights, covariance)
+        self._fitted = Fitted(self._order, weights, covariance)
         # A run that begins in the middle has no evaluations before: the plan is of those that are left, the weights of
         # the forecasts go on by the numbers of the whole run.
-        from_first = Fitted(places[first:], self._order, weights[first:], covariance[first:, first:])
+        from_first = Fitted(self._order, weights[first:], covariance[first:, first:])
         count = max(int(left / self._target_speedup), 1)
         return tuple(optimal_plan(from_first, count, self._warmup, self._max_reuses))
 

@@ -1,6 +1,6 @@
 """Which evaluations to compute, when the others are extrapolated: every n-th, or the plan of least expected error.
 
-An extrapolation is linear in what was computed, F(e) ~ sum_j l_j F(x_j). So the error that the evaluations skipped in
+A forecast is linear in what was computed, F(e) ~ sum_j l_j F(x_j). So the error that the evaluations skipped in
 one gap leave in the latent is linear in the predictions too, and its mean square is a quadratic form of their
 covariance `<F(e), F(f)>`, `[E, E]`. Each prediction weighs as much as the solver makes of it: the angle to the next
 evaluation, since v is the derivative of the noisy latent by the angle.
@@ -12,7 +12,7 @@ exact for the sum over gaps: what a gap costs follows from its length and the la
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from math import floor, prod
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,6 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 _RIDGE = 1e-6  # beside a mean square of 1
-
-
-def lagrange(nodes: Sequence[float], place: float) -> list[float]:
-    """The weight of each node's value in the polynomial through all of them, at `place`; nodes must differ.
-
-    >>> lagrange([0.0, 1.0, 3.0], 4.0)  # x^2 is reproduced: 1 * 0 - 2 * 1 + 2 * 9 = 16
-    [1.0, -2.0, 2.0]
-    """
-    return [prod((place - other) / (node - other) for other in nodes if other != node) for node in nodes]
 
 
 def interval_plan(num_evaluations: int, interval: float, warmup: int = 1) -> list[bool]:
@@ -65,17 +56,18 @@ def angle_weights(angles: Floats) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
-class Extrapolation:
-    """How skipped evaluations are filled in, and what an error there does.
+class Fitted:
+    """Skipped evaluations filled in by whatever combination of computed ones comes nearest on average.
+
+    The best linear forecast (kriging), by the covariance: where the prediction turns within a few evaluations, a
+    polynomial overshoots.
 
     Args:
-        places: `[E]`, on the axis of the polynomial.
-        order: of the polynomial.
+        order: one less than the computed evaluations that a forecast looks at.
         weights: `[E]`, of each prediction in the latent.
         covariance: `[E, E]`, of the predictions.
     """
 
-    places: Floats
     order: int
     weights: Floats
     covariance: Floats
@@ -86,7 +78,7 @@ class Extrapolation:
         A gap of one skips nothing. The computed evaluations before lie `gaps` apart, the newest gap first; 0 ends them.
         What goes beyond the run's ends is infinite.
         """
-        size = len(self.places)
+        size = len(self.weights)
         steps = np.cumsum([0, *gaps[: gaps.index(0)]] if 0 in gaps else [0, *gaps])[: self.order + 1]
         nodes = last[:, None] - steps  # [C, order + 1]
         errors = np.where(nodes.min(axis=1) < 0, np.inf, 0.0)[:, None].repeat(longest, axis=1)  # [C, G]
@@ -105,27 +97,6 @@ class Extrapolation:
         return errors
 
     def shares(self, nodes: NDArray[np.int64], skipped: NDArray[np.int64]) -> Floats:
-        """Of the values at `nodes [C, n]`, newest first, in the polynomial at `skipped [C, 1]`, as `History` has it."""
-        places, place = self.places[nodes], self.places[skipped]
-        # Neither what is infinite nor what was computed at the same place before counts, but for the newest.
-        newer = np.tri(nodes.shape[1], k=-1, dtype=bool)  # [n, n]
-        repeated = ((places[:, :, None] == places[:, None, :]) & newer).any(axis=2)
-        used = np.isfinite(places) & ~repeated
-        used[:, 0] = True
-        apart = places[:, :, None] - places[:, None, :]  # [C, n, n]
-        counts = used[:, None, :] & ~np.eye(nodes.shape[1], dtype=bool)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratios = np.where(counts, (place - places)[:, None, :] / apart, 1.0)
-        return np.where(used, np.where(used[:, :, None], ratios, 1.0).prod(axis=2), 0.0)
-
-
-class Fitted(Extrapolation):
-    """Not a polynomial, but whatever combination of the nodes comes nearest on average, by the covariance.
-
-    The best linear forecast (kriging): where the prediction turns within a few evaluations, a polynomial overshoots.
-    """
-
-    def shares(self, nodes: NDArray[np.int64], skipped: NDArray[np.int64]) -> Floats:
         """Of the values at `nodes [C, n]` in the forecast at `skipped [C, 1]`: least squares, hardly held back."""
         among = self.covariance[nodes[:, :, None], nodes[:, None, :]]  # [C, n, n]
         ridge = _RIDGE * np.eye(nodes.shape[1])  # predictions are nearly alike, and those of few prompts are known
@@ -134,19 +105,19 @@ class Fitted(Extrapolation):
         )
 
 
-def optimal_plan(extrapolation: Extrapolation, count: int, warmup: int = 1, max_reuses: int = 7) -> list[bool]:
+def optimal_plan(fitted: Fitted, count: int, warmup: int = 1, max_reuses: int = 7) -> list[bool]:
     """The plan of `count` computed evaluations, the first `warmup` among them, whose gaps leave least error in sum.
 
     At most `max_reuses` evaluations in a row are skipped; where that takes more than `count`, as many as it takes.
     """
-    size, depth = len(extrapolation.places), max(extrapolation.order, 1)
+    size, depth = len(fitted.weights), max(fitted.order, 1)
     longest = min(max_reuses + 1, size)
     # A state is the last computed evaluation and the gaps before it, the newest first, 0 where there were none.
     errors = np.full((size, *(longest + 1,) * depth, longest), np.inf)
     for gaps in product(range(longest + 1), repeat=depth):
         if all(later == 0 or earlier > 0 for earlier, later in pairwise(gaps)):
             index: tuple[Any, ...] = (slice(None), *gaps)
-            errors[index] = extrapolation.gap_errors(np.arange(size), gaps, longest)
+            errors[index] = fitted.gap_errors(np.arange(size), gaps, longest)
     warmup = min(warmup, size)
     # The warm-up is the one state to begin in: its evaluations are neighbours, and there was nothing before them.
     best = np.full(errors.shape[:-1], np.inf)

@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite
+from math import isfinite, prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-
-from foley.accel.caching.prediction_plans import lagrange
 
 
 class Reuse(Protocol):
@@ -78,6 +76,15 @@ class Taylor:
     def recall(self, place: float) -> Any:
         places, outputs = zip(*self.nodes, strict=True)
         return outputs[0] if len(places) == 1 else weighted(lagrange(places, place), *outputs)
+
+
+def lagrange(nodes: Sequence[float], place: float) -> list[float]:
+    """The weight of each node's value in the polynomial through all of them, at `place`; nodes must differ.
+
+    >>> lagrange([0.0, 1.0, 3.0], 4.0)  # x^2 is reproduced: 1 * 0 - 2 * 1 + 2 * 9 = 16
+    [1.0, -2.0, 2.0]
+    """
+    return [prod((place - other) / (node - other) for other in nodes if other != node) for node in nodes]
 
 
 def weighted(weights: Sequence[float], *outputs: Any) -> Any:
