@@ -1,7 +1,8 @@
-"""Find the cacheable layers of a denoiser: those that declare it, or else those of the blocks of diffusers."""
+"""The cacheable layers of a denoiser: those that declare it, or else those of diffusers' blocks; and its entry."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -212,3 +213,28 @@ def _lists_of(modules: Mapping[str, nn.Module]) -> str:
 
 def _children(module: nn.Module) -> str:
     return ", ".join(name for name, _ in module.named_children()) or "no children"
+
+
+def entry_of(module: nn.Module) -> str:
+    """The name of what a call of the module runs: its forward, or what `module.compile()` has put in its place."""
+    return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+
+
+@contextmanager
+def replaced(module: nn.Module, name: str, replacement: Any) -> Iterator[Any]:
+    """Gives what was there; that is there again on any exit.
+
+    >>> import torch
+    >>> linear = nn.Linear(2, 2)
+    >>> with replaced(linear, entry_of(linear), lambda x: x):
+    ...     linear(torch.ones(2))
+    tensor([1., 1.])
+    """
+    before, own = getattr(module, name), vars(module).get(name)  # offloading of diffusers sets a forward of its own
+    setattr(module, name, replacement)
+    try:
+        yield before
+    finally:
+        vars(module).pop(name)  # that of the class shows again
+        if own is not None:
+            setattr(module, name, own)

@@ -31,7 +31,7 @@ from foley.accel.caching.prediction_plans import (
 )
 from foley.accel.caching.reuse import Taylor, weighted
 from foley.accel.caching.schedule import RunSignature
-from foley.accel.layers import Forward
+from foley.accel.layers import Forward, entry_of, replaced
 from foley.core.numbers import COUNT, NumberRange
 from foley.diffusion.context import AXES, CONSISTENCY, RunContext, StepContext
 
@@ -259,19 +259,14 @@ class PredictionReuse:
         """Stand before the denoiser inside the context, and be gone on any exit; RuntimeError where it does already."""
         if self._denoiser is not None:
             raise RuntimeError("this accelerator is attached to a denoiser already; give each of them its own")
-        # What is compiled is called in the place of `forward`.
-        name = "forward" if denoiser._compiled_call_impl is None else "_compiled_call_impl"
-        own = vars(denoiser).get(name)  # offloading of diffusers sets a forward
-        self._denoiser = denoiser
-        setattr(denoiser, name, self._reusing(getattr(denoiser, name)))
-        try:
-            yield
-        finally:
-            vars(denoiser).pop(name)  # that of the class shows again
-            if own is not None:
-                setattr(denoiser, name, own)
-            self._denoiser = None
-            self._reset()
+        entry = entry_of(denoiser)
+        with replaced(denoiser, entry, self._reusing(getattr(denoiser, entry))):
+            self._denoiser = denoiser
+            try:
+                yield
+            finally:
+                self._denoiser = None
+                self._reset()
 
     def on_run_start(self, run: RunContext) -> None:
         """Raises ValueError for a student: its few evaluations are far apart, and each begins at fresh noise."""

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from foley.accel.caching.calibration import CalibrationRecorder, calibration_stem
-from foley.accel.layers import Forward
+from foley.accel.layers import Forward, entry_of, replaced
 from foley.core.config import CONFIG_DIR, compose_aside
 from foley.core.hashing import uncompiled
 from foley.core.locks import sole_user
@@ -171,8 +171,7 @@ def accelerated(denoiser: nn.Module, scheduler: Any, guidance_scale: float, acce
 @contextmanager
 def _driven(denoiser: nn.Module, driver: "_Driver") -> Iterator[None]:
     model = uncompiled(denoiser)
-    # What `denoiser.compile()` has compiled is called in the place of the forward.
-    entry = "forward" if denoiser._compiled_call_impl is None else "_compiled_call_impl"
+    entry = entry_of(denoiser)
     with ExitStack() as stack:
         # Undone from the last to the first: what was replaced, the run, the attachment.
         stack.enter_context(sole_user(model))
@@ -182,23 +181,10 @@ def _driven(denoiser: nn.Module, driver: "_Driver") -> Iterator[None]:
             )
         stack.enter_context(driver.accelerator.attach(denoiser))
         stack.callback(driver.end_run)
-        driver.forward = stack.enter_context(_replaced(denoiser, entry, driver.evaluate))
+        driver.forward = stack.enter_context(replaced(denoiser, entry, driver.evaluate))
         if hasattr(model, "cache_context"):
-            driver.cache_context = stack.enter_context(_replaced(model, "cache_context", driver.named))
+            driver.cache_context = stack.enter_context(replaced(model, "cache_context", driver.named))
         yield
-
-
-@contextmanager
-def _replaced(module: nn.Module, name: str, replacement: Any) -> Iterator[Any]:
-    """Gives what was there; that is there again on any exit."""
-    before, own = getattr(module, name), vars(module).get(name)  # offloading of diffusers sets a forward of its own
-    setattr(module, name, replacement)
-    try:
-        yield before
-    finally:
-        vars(module).pop(name)  # that of the class shows again
-        if own is not None:
-            setattr(module, name, own)
 
 
 class _Driver:

@@ -1,7 +1,6 @@
 """`AceStepPipeline`: ACE-Step 1.5, music from a caption and lyrics; repainting and covers; 48 kHz stereo."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -68,8 +67,7 @@ class AceStep(AudioPipeline):
                 ).audios
             return latents
 
-        generator = options.pop("generator")
-        return each_prompt(partial(make, **options), prompts, generator)
+        return each_prompt(make, prompts, **options)
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_each(self.pipeline.vae, latents.transpose(1, 2))

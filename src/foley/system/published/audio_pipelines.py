@@ -150,15 +150,29 @@ class AudioPipeline(ABC):
         """Raises ValueError for a scale that the loaded pipeline does not guide with; most take any."""
 
 
-def each_prompt(make: Callable[..., Tensor], prompts: Sequence[str], generator: Sequence[Any]) -> Tensor:
-    """`make(prompts, generator=...)` for neighbours of one prompt at a time: of a pipeline that reads the padding.
+class OfOobleck(AudioPipeline):
+    """Base of the families whose codec, an `AutoencoderOobleck` or like one, says its rate and channels."""
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return int(self.pipeline.vae.config.sampling_rate)
+
+    @property
+    def channels(self) -> int:
+        return int(self.pipeline.vae.config.audio_channels)
+
+
+def each_prompt(
+    make: Callable[..., Tensor], prompts: Sequence[str], generator: Sequence[Any], **options: Any
+) -> Tensor:
+    """`make(prompts, generator=..., **options)` for neighbours of one prompt: of a pipeline that reads the padding.
 
     Prompts of other lengths in the same batch would change an item.
     """
     rows = []
     for _, group in groupby(zip(prompts, generator, strict=True), key=lambda pair: pair[0]):
         alike = list(group)
-        rows.append(make([prompt for prompt, _ in alike], generator=[own for _, own in alike]))
+        rows.append(make([prompt for prompt, _ in alike], generator=[own for _, own in alike], **options))
     return torch.cat(rows)
 
 

@@ -1,7 +1,6 @@
 """`LongCatAudioDiTPipeline`: a flow over the latents of a waveform VAE; mono, 24 kHz, up to half a minute."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -43,8 +42,7 @@ class LongCat(AudioPipeline):
             ).audios
             return latents
 
-        generator = options.pop("generator")
-        return each_prompt(partial(make, **options), prompts, generator)
+        return each_prompt(make, prompts, **options)
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_each(self.pipeline.vae, latents.transpose(1, 2))

@@ -16,17 +16,13 @@ from foley.diffusion.process import CosineProcess
 from foley.diffusion.sampler import Progress, sample
 from foley.diffusion.schedulers import draw_noise
 from foley.diffusion.solver import Solver
-from foley.system.published.audio_pipelines import AudioPipeline
+from foley.system.published.audio_pipelines import OfOobleck, decode_each
 
 
-class StableAudio(AudioPipeline):
+class StableAudio(OfOobleck):
     """`StableAudioPipeline` (Evans et al. 2024): stereo; every clip takes the model's full length, and is cut."""
 
     takes_solvers = True
-
-    @property
-    def sample_rate_hz(self) -> int:
-        return int(self.pipeline.vae.config.sampling_rate)
 
     @property
     def max_duration_seconds(self) -> float:
@@ -134,6 +130,4 @@ class StableAudio(AudioPipeline):
         return prediction.to(noisy.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
-        # One by one: at full length an item takes gigabytes.
-        vae = self.pipeline.vae
-        return torch.cat([vae.decode(latent[None].to(vae.dtype)).sample for latent in latents])
+        return decode_each(self.pipeline.vae, latents)

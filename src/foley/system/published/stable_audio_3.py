@@ -6,22 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from foley.system.published.audio_pipelines import AudioPipeline, decode_each, whole_frames
+from foley.system.published.audio_pipelines import OfOobleck, decode_each, whole_frames
 
 
-class StableAudio3(AudioPipeline):
+class StableAudio3(OfOobleck):
     """A rectified flow (Stable Audio 3): distilled, sampled in 8 steps without guidance; or its base model, with it."""
 
     edits = True
     varies = True
-
-    @property
-    def sample_rate_hz(self) -> int:
-        return int(self.pipeline.vae.config.sampling_rate)
-
-    @property
-    def channels(self) -> int:
-        return int(self.pipeline.vae.config.audio_channels)
 
     @property
     def max_duration_seconds(self) -> float:

@@ -5,7 +5,6 @@ Every clip takes the model's full length, half a minute, and is cut. Diffusers h
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,13 @@ from foley.core.config import PIPELINE_INDEX
 from foley.core.hub import Hub, load_pretrained
 from foley.core.reading import read_json, reading
 from foley.system.convert.tangoflux import load_part, to_ours, transformer_config
-from foley.system.published.audio_pipelines import AudioPipeline, PublishedPipeline, decode_each, each_prompt
+from foley.system.published.audio_pipelines import (
+    AudioPipeline,
+    OfOobleck,
+    PublishedPipeline,
+    decode_each,
+    each_prompt,
+)
 
 
 class TangoFluxConditioner(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -148,20 +153,12 @@ class TangoFluxPipeline(DiffusionPipeline):  # type: ignore[misc]
         return self.text_encoder(batch.input_ids, attention_mask=batch.attention_mask)[0], batch.attention_mask
 
 
-class TangoFlux(AudioPipeline):
+class TangoFlux(OfOobleck):
     """Prompts of different lengths are denoised apart: the transformer reads the padding."""
 
     @classmethod
     def load(cls, folder: Path, options: Any) -> AudioPipeline:
         return cls(TangoFluxPipeline.from_pretrained(folder, **options))
-
-    @property
-    def sample_rate_hz(self) -> int:
-        return int(self.pipeline.vae.config.sampling_rate)
-
-    @property
-    def channels(self) -> int:
-        return int(self.pipeline.vae.config.audio_channels)
 
     @property
     def max_duration_seconds(self) -> float:
@@ -176,8 +173,7 @@ class TangoFlux(AudioPipeline):
             latents: Tensor = self.pipeline(alike, negative_prompt or "", duration_seconds, **others)
             return latents
 
-        generator = options.pop("generator")
-        return each_prompt(partial(make, **options), prompts, generator)
+        return each_prompt(make, prompts, **options)
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_each(self.pipeline.vae, latents.transpose(1, 2))
