@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from omegaconf import DictConfig
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from foley.accel.caching.budget import Budget, schedule_error, sensitivity_intervals, summed_error
@@ -106,8 +107,8 @@ def predictions(calibration: Calibration, rows: Rows, shared: bool) -> dict[str,
 
 
 def spearman(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Correlation of ranks, of values that do not repeat."""
-    return float(np.corrcoef(first.argsort().argsort(), second.argsort().argsort())[0, 1])
+    """Correlation of ranks."""
+    return float(spearmanr(first, second).statistic)
 
 
 def correlation(rows: list[dict[str, Any]], objective: str, resamples: int) -> dict[str, float]:
@@ -115,7 +116,7 @@ def correlation(rows: list[dict[str, Any]], objective: str, resamples: int) -> d
     predicted, measured = (np.array([row[name] for row in rows]) for name in (objective, "latent_error"))
     generator = np.random.default_rng(0)
     draws = (generator.choice(len(rows), len(rows), replace=True) for _ in range(resamples))
-    found = [spearman(predicted[np.unique(draw)], measured[np.unique(draw)]) for draw in draws]
+    found = [spearman(predicted[draw], measured[draw]) for draw in map(np.unique, draws)]
     low, high = np.quantile(found, [0.025, 0.975])
     return {"spearman": spearman(predicted, measured), "low": float(low), "high": float(high)}
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from foley.accel.precision import set_precision
 from foley.core.hashing import adopt_hash, hash_module
+from foley.core.numbers import check_choice
 
 KINDS = ("int8_dynamic", "int8_weight", "fp8")
 _FP8_CAPABILITY = (8, 9)
@@ -117,8 +118,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def check_kind(kind: str, device: torch.device) -> None:
     """Raises ValueError for an unknown kind, and for one that `device` does not compute."""
-    if kind not in KINDS:
-        raise ValueError(f"quantise must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("quantise", kind, KINDS)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"quantise={kind} on {device.type}: 8 bits are for the CPU and CUDA; leave it out")
     if kind == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < _FP8_CAPABILITY):

@@ -1,6 +1,10 @@
-"""`NumberRange`: what a numeric option may be, so that NaN, infinity, text and absurd sizes are refused by name."""
+"""What an option may be, so that others are refused by name.
+
+`NumberRange` refuses NaN, infinity, text and absurd sizes; `check_choice` what is not among some words.
+"""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -61,6 +65,18 @@ def shown(value: Any) -> str:
     """In the words of the command line, and short."""
     text = "null" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raises ValueError, which names the option and its values, where `value` is none of them.
+
+    >>> check_choice("accel.axis", "index", ("timestep", "angle"))
+    Traceback (most recent call last):
+    ...
+    ValueError: accel.axis must be one of timestep, angle, got 'index'
+    """
+    if value not in (choices := tuple(known)):
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 SEED = NumberRange(least=0, most=2**63 - 1, whole=True)

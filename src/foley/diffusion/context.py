@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from foley.core.numbers import check_choice
+
 CONSISTENCY = "consistency"
 """The one solver of distilled students, `foley.diffusion.consistency.ConsistencySolver`; no other model knows it."""
 
@@ -53,8 +55,7 @@ class RunContext:
         >>> [round(angle, 3) for angle in run.axis("angle")]  # from pi / 2
         [1.571, 0.785, 0.353]
         """
-        if name not in AXES:
-            raise ValueError(f"the axis must be one of {', '.join(AXES)}, got {name!r}")
+        check_choice("the axis", name, AXES)
         if name == "timestep" or self.log_snr is None:
             places: list[float] = self.timesteps.double().tolist()
             return places

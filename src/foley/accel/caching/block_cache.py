@@ -36,7 +36,7 @@ from foley.accel.caching.schedule import CacheSchedule, Constraints, RunSignatur
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.hashing import plain_name, uncompiled
 from foley.core.locks import RunThread
-from foley.core.numbers import NumberRange
+from foley.core.numbers import NumberRange, check_choice
 from foley.diffusion.context import AXES, RunContext, StepContext
 
 Streams = tuple[Any, ...]
@@ -248,8 +248,7 @@ class BlockCache(ABC):
     ) -> None:
         for name, value in (("first_blocks", first_blocks), ("last_blocks", last_blocks), ("max_hits", max_hits or 0)):
             _WHOLE.check(name, value)
-        if axis not in AXES:
-            raise ValueError(f"accel.axis must be one of {', '.join(AXES)}, got {axis!r}")
+        check_choice("accel.axis", axis, AXES)
         self.constraints = Constraints(**guards)
         self._policy = {**policy, "reuse": reuse_name(reuse), **self.constraints.changed()}
         self._first, self._last, self._make_reuse = first_blocks, last_blocks, make_reuse(reuse)

@@ -18,7 +18,7 @@ from foley.accel.caching.calibration import CalibratedCache, CalibratedOptions, 
 from foley.accel.caching.knapsack import least_error
 from foley.accel.caching.reuse import ReuseChoice
 from foley.accel.caching.schedule import UNCONSTRAINED, Constraints
-from foley.core.numbers import NumberRange
+from foley.core.numbers import NumberRange, check_choice
 
 Curves = Mapping[str, Sequence[float]]
 """For each layer, its change at each of the E evaluations since the one before; the first value is ignored."""
@@ -73,8 +73,7 @@ def spend_budget(
 ) -> Rows:
     """As `budget_schedule`, of any errors of reuse that sum up over layers and intervals."""
     methods = {"dynamic": _dynamic, "greedy": _greedy}
-    if method not in methods:
-        raise ValueError(f"accel.method must be one of {', '.join(methods)}, got {method!r}")
+    check_choice("accel.method", method, methods)
     num_evaluations, fewest = len(next(iter(intervals.values()))), _fewest(constraints, intervals)
     layers = sum(layer_macs[layer] for layer in intervals)
     # MACs that the layers may take in all: those of the whole run, less what no schedule can save.

@@ -31,7 +31,7 @@ from foley.core.files import info_path
 from foley.core.hashing import is_compiled
 from foley.core.locks import RunThread
 from foley.core.logs import get_logger
-from foley.core.numbers import COUNT
+from foley.core.numbers import COUNT, check_choice
 from foley.diffusion.context import Accelerator, RunContext, StepContext
 
 CALIBRATE = ("auto", "never")
@@ -309,10 +309,8 @@ class CalibratedCache(LayerCache, ABC):
         super().__init__(reuse=reuse, **options)
         if calibrated_steps is not None:
             COUNT.check("calibrated_steps", calibrated_steps)
-        if calibrate not in CALIBRATE:
-            raise ValueError(f"accel.calibrate must be one of {', '.join(CALIBRATE)}, got {calibrate!r}")
-        if objective not in OBJECTIVES:
-            raise ValueError(f"accel.objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+        check_choice("accel.calibrate", calibrate, CALIBRATE)
+        check_choice("accel.objective", objective, OBJECTIVES)
         self.calibrates = calibrate == "auto"
         self.objective = objective
         self._directory = Path(calibration_dir)

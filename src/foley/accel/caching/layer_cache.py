@@ -23,6 +23,7 @@ from foley.accel.caching.schedule import CacheSchedule, Constraints, SignatureMi
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.hashing import is_compiled
 from foley.core.locks import RunThread
+from foley.core.numbers import check_choice
 from foley.diffusion.context import AXES, RunContext, StepContext
 
 attaching = RLock()
@@ -114,8 +115,7 @@ class LayerCache:
         axis: str = "timestep",
         **constraints: Unpack[ConstraintOptions],
     ) -> None:
-        if axis not in AXES:
-            raise ValueError(f"accel.axis must be one of {', '.join(AXES)}, got {axis!r}")
+        check_choice("accel.axis", axis, AXES)
         self.schedule = schedule
         self.constraints = Constraints(**constraints)
         self._given = schedule

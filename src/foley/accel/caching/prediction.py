@@ -32,7 +32,7 @@ from foley.accel.caching.prediction_plans import (
 from foley.accel.caching.reuse import Taylor, weighted
 from foley.accel.caching.schedule import RunSignature
 from foley.accel.layers import Forward, entry_of, replaced
-from foley.core.numbers import COUNT, NumberRange
+from foley.core.numbers import COUNT, NumberRange, check_choice
 from foley.diffusion.context import AXES, CONSISTENCY, RunContext, StepContext
 
 ORDER = NumberRange(least=0, most=3, whole=True)
@@ -193,9 +193,10 @@ class PredictionReuse:
             raise ValueError("accel.threshold and accel.target_speedup exclude each other: give one of them")
         if target_speedup is not None and calibration_dir is None:
             raise ValueError("accel.target_speedup needs accel.calibration_dir, where calibrations are kept")
-        _check_names(
-            axis=(axis, AXES), quantity=(quantity, QUANTITIES), at=(at, PLACES), calibrate=(calibrate, CALIBRATE)
-        )
+        check_choice("accel.axis", axis, AXES)
+        check_choice("accel.quantity", quantity, QUANTITIES)
+        check_choice("accel.at", at, PLACES)
+        check_choice("accel.calibrate", calibrate, CALIBRATE)
         self._max_reuses, self._threshold, self._target_speedup = max_reuses, threshold, target_speedup
         self._interval, self._order, self._warmup = interval, order, warmup
         self._axis, self._quantity, self._at = axis, quantity, at
@@ -433,9 +434,3 @@ def _angles(run: RunContext) -> NDArray[np.float64]:
     """`[E]`; where the noise levels are not known, timesteps on the same scale."""
     angles = np.asarray(run.axis("angle"))
     return angles if run.log_snr is not None else angles * (pi / 2 / max(np.abs(angles).max(), 1e-9))
-
-
-def _check_names(**options: tuple[str, Sequence[str]]) -> None:
-    for name, (value, known) in options.items():
-        if value not in known:
-            raise ValueError(f"accel.{name} must be one of {', '.join(known)}, got {value!r}")

@@ -19,6 +19,7 @@ from foley.accel.layers import declare_cacheable_layers
 from foley.core.components import CheckpointError
 from foley.core.config import PIPELINE_INDEX as INDEX
 from foley.core.hub import Hub
+from foley.core.numbers import check_choice
 from foley.core.reading import read_json, reading
 
 _WANTED = [INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
@@ -216,8 +217,7 @@ class PublishedPipeline:
     cacheable_layers: Mapping[str, str | None] | None = None
 
     def __post_init__(self) -> None:
-        if self.pipeline not in _FAMILIES:
-            raise ValueError(f"published.pipeline must be one of {', '.join(_FAMILIES)}, got {self.pipeline!r}")
+        check_choice("published.pipeline", self.pipeline, _FAMILIES)
 
     @property
     def family(self) -> type[AudioPipeline]:
