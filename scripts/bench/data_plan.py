@@ -94,6 +94,7 @@ def main(cfg: DictConfig) -> None:
         for stage in stages(cfg, scale, read)
     ]
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    del plain["page"]  # where it is written is no part of the plan
     write_results(page, data_plan={"plan": plain, "read_seconds": read, "stages": rows, **about})
 
 

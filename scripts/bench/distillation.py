@@ -29,6 +29,7 @@ from foley.metrics.judge import FrechetAudioDistance, Judge
 from foley.metrics.latency import RealTimeFactor
 from foley.reporting.plots import plot_rows
 from foley.reporting.tables import provenance
+from foley.system.checkpoint import noted_source
 
 Row = dict[str, Any]
 _SCORES = {"label_accuracy": "label accuracy", "frechet_distance": "Frechet distance", "fad": "FAD (VGGish)"}
@@ -130,9 +131,11 @@ def main(cfg: DictConfig) -> None:
     rows, curves = compare(workload, systems, cfg.guidance_scale), measure_curves(workload, cfg, device)
     output_dir = Path(cfg.output_dir)
     results = {"rows": rows, "guidance_sweep": sweep, "curves": curves}
-    named = ("teacher", "student", "guidance_scale", "duration_seconds", "batch_size", "repeats", "reference")
+    # As seen from the checkout: results lie beside the code, and no other machine has these paths.
+    paths = {name: cfg[name] and noted_source(cfg[name]) for name in ("teacher", "student", "reference")}
     settings = {
-        **{name: cfg[name] for name in named},
+        **paths,
+        **{name: cfg[name] for name in ("guidance_scale", "duration_seconds", "batch_size", "repeats")},
         "prompts": len(workload.prompts.captions),
         "model_hashes": {name: system.model_hash for name, system, _ in systems},
         "device": str(device),
