@@ -376,7 +376,6 @@ ROWS = {
 def measure(work: Callable[[int, Path], Any], size: int, folder: Path) -> dict[str, float]:
     """Seconds, and MiB beyond those of a process that has done nothing: private ones that are kept, and the peak."""
     gc.collect()
-    gc.freeze()  # the last collection must not touch, and so copy, what this process has from the one it was forked of
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts here
     private, resident = _kib("smaps_rollup", "Private_Dirty"), _kib("status", "VmRSS")
     start, processor = time.perf_counter(), time.process_time()
