@@ -308,6 +308,7 @@ def _row(
         "computed_fraction": None if None in fractions else fmean(fractions),
         "reused": infos[variant][0]["reused"],
         "latent_error": ((latent - reference).norm() / reference.norm()).item(),
+        "latent_error_median": ((latent - reference).norm(dim=(1, 2)) / reference.norm(dim=(1, 2))).median().item(),
         **workload.quality(latent, judge),
     }
 

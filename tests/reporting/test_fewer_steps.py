@@ -2,7 +2,7 @@
 
 import pytest
 
-from foley.reporting.fewer_steps import FEWER_STEPS, against_fewer_steps, error_of_fewer_steps
+from foley.reporting.fewer_steps import FEWER_STEPS, against_fewer_steps, error_of_fewer_steps, prediction_aims
 
 
 def row(policy, speedup, error, **more):
@@ -32,3 +32,13 @@ def test_results_without_fewer_steps_or_without_costs_are_left_as_they_are():
         {"policy": "fora", "mac_speedup": None, "latent_error": 0.1}
     ]
     assert error_of_fewer_steps([], 2.0) is None
+
+
+def test_the_median_clip_is_compared_with_the_median_clip():
+    fora = [row("fora", speedup, 0.2, latent_error_median=0.04, reuse="taylor") for speedup in (2.0, 4.0)]
+    steps = [{**known, "latent_error_median": 0.02} for known in STEPS]
+    rows = against_fewer_steps([*steps, *fora, row("prediction", 3.0, 0.16, latent_error_median=0.01)])
+    (aim,) = prediction_aims(rows)
+    assert (aim["error_ratio"], aim["error_ratio_median"]) == pytest.approx((2.0, 0.5))
+    assert (aim["over_fora"], aim["over_fora_median"]) == pytest.approx((0.8, 0.25))
+    assert against_fewer_steps([*STEPS, row("fora", 3.0, 0.02)])[-1]["error_ratio_median"] is None

@@ -1,7 +1,8 @@
 """What any acceleration must beat: the same solver, uncached, with fewer steps.
 
-A row of a benchmark says at which speed-up in MACs (`mac_speedup`) its latent lies how far (`latent_error`) from that
-of the uncached run, from the same noise. Rows of `FEWER_STEPS` are the yardstick of the others.
+A row of a benchmark says at which speed-up in MACs (`mac_speedup`) its latents lie how far from those of the uncached
+run, from the same noise: over all clips together (`latent_error`), and for the median clip (`latent_error_median`),
+which a few clips that end as another sound do not move. Rows of `FEWER_STEPS` are the yardstick of the others.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,15 @@ FEWER_STEPS = "fewer steps"
 """The policy of the rows that are the yardstick."""
 
 
+ERROR_COLUMNS = {
+    "latent error": "{latent_error:.4f}",
+    "of the median clip?": "{latent_error_median:.4f}",
+}
+"""What a table of acceleration says of a row's error."""
+
 AGAINST_COLUMNS = {
-    "error of fewer steps?": "{fewer_steps_error:.3f}",
-    "error over that?": "{error_ratio:.2f}",
+    "error over that of fewer steps?": "{error_ratio:.2f}",
+    "that of the median clip?": "{error_ratio_median:.2f}",
     "beats fewer steps?": "{beats_fewer_steps}",
 }
 """What a table of acceleration says beside a row's error."""
@@ -33,8 +40,8 @@ QUALITY_COLUMNS = {
 """What it says of quality against a reference."""
 
 
-def error_of_fewer_steps(rows: Sequence[Row], speedup: float) -> float | None:
-    """The latent error of fewer steps at a speed-up: its logarithm on straight lines between the step counts of `rows`.
+def error_of_fewer_steps(rows: Sequence[Row], speedup: float, error: str = "latent_error") -> float | None:
+    """An error of fewer steps at a speed-up: its logarithm on straight lines between the step counts of `rows`.
 
     None outside of them: nothing is extrapolated.
 
@@ -44,12 +51,12 @@ def error_of_fewer_steps(rows: Sequence[Row], speedup: float) -> float | None:
     >>> error_of_fewer_steps(rows, 5.0) is None
     True
     """
-    return _error_at([row for row in rows if row.get("policy") == FEWER_STEPS], speedup)
+    return _error_at([row for row in rows if row.get("policy") == FEWER_STEPS], speedup, error)
 
 
-def _error_at(rows: Sequence[Row], speedup: float) -> float | None:
+def _error_at(rows: Sequence[Row], speedup: float, error: str) -> float | None:
     """A run that is the uncached one itself has an error of 0, which has no logarithm."""
-    points = sorted((row["mac_speedup"], row["latent_error"]) for row in rows if _is_known(row) and row["latent_error"])
+    points = sorted((row["mac_speedup"], row[error]) for row in rows if _is_known(row) and row.get(error))
     for (low, low_error), (high, high_error) in pairwise(points):
         if low <= speedup <= high:
             share = (speedup - low) / (high - low) if high > low else 0.0
@@ -60,8 +67,8 @@ def _error_at(rows: Sequence[Row], speedup: float) -> float | None:
 def against_fewer_steps(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows, and in each but the yardstick's own what fewer steps do at its speed-up, as far as that is known.
 
-    `fewer_steps_error`; `error_ratio`, the row's error over it; `beats_fewer_steps`, "yes" or "no". They are None
-    outside of the step counts that were measured, and where there are none.
+    `fewer_steps_error`; `error_ratio` and `error_ratio_median`, the row's errors over theirs; `beats_fewer_steps`,
+    "yes" or "no", by the first. They are None outside of the step counts that were measured, and where there are none.
     """
     return [dict(row) | (_compared(row, rows) if _is_compared(row) else {}) for row in rows]
 
@@ -84,9 +91,9 @@ def count_beating(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows of prediction reuse, with `over_fora`: their error over that of FORA with extrapolation, the better one.
+    """The rows of prediction reuse, with `over_fora` and `over_fora_median`: their errors over those of FORA.
 
-    None where FORA was not measured at such a speed-up.
+    Of FORA's extrapolations, the one whose error is the smaller; None where none was measured at such a speed-up.
 
     >>> fora = [{"policy": "fora", "reuse": "taylor", "mac_speedup": s, "latent_error": 0.04} for s in (2.0, 4.0)]
     >>> reuse = {"policy": "prediction", "mac_speedup": 3.0, "latent_error": 0.01}
@@ -95,19 +102,28 @@ def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """
     kinds = {row.get("reuse") for row in rows if row["policy"] == "fora"} - {None, "hold"}
     fora = [[row for row in rows if (row["policy"], row.get("reuse")) == ("fora", kind)] for kind in kinds]
-    found = []
-    for row in (row for row in rows if row["policy"].startswith("prediction") and _is_known(row)):
-        errors = [error for line in fora if (error := _error_at(line, row["mac_speedup"])) is not None]
-        found.append({**row, "over_fora": row["latent_error"] / min(errors) if errors else None})
-    return found
+    return [
+        dict(row) | {f"over_fora{suffix}": _over(row, fora, f"latent_error{suffix}") for suffix in ("", "_median")}
+        for row in rows
+        if row["policy"].startswith("prediction") and _is_known(row)
+    ]
 
 
 def _compared(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    fewer = error_of_fewer_steps(rows, row["mac_speedup"])
-    if fewer is None:
-        return {"fewer_steps_error": None, "error_ratio": None, "beats_fewer_steps": None}
-    ratio = row["latent_error"] / fewer
-    return {"fewer_steps_error": fewer, "error_ratio": ratio, "beats_fewer_steps": "yes" if ratio < 1 else "no"}
+    fewer = [[known for known in rows if known.get("policy") == FEWER_STEPS]]
+    ratio = _over(row, fewer, "latent_error")
+    return {
+        "fewer_steps_error": error_of_fewer_steps(rows, row["mac_speedup"]),
+        "error_ratio": ratio,
+        "error_ratio_median": _over(row, fewer, "latent_error_median"),
+        "beats_fewer_steps": None if ratio is None else "yes" if ratio < 1 else "no",
+    }
+
+
+def _over(row: Row, lines: Sequence[Sequence[Row]], error: str) -> float | None:
+    """A row's error over the smallest that `lines` of settings have at its speed-up."""
+    errors = [found for line in lines if (found := _error_at(line, row["mac_speedup"], error)) is not None]
+    return row[error] / min(errors) if errors and row.get(error) is not None else None
 
 
 def _is_known(row: Row) -> bool:
