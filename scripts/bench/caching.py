@@ -141,9 +141,11 @@ class Workload:
         return count_evaluation_macs(denoiser, lambda: denoise(noisy, timestep))
 
     def times(self, measured: Rounds[Variant, Tensor], variant: Variant) -> dict[str, Any]:
-        """Seconds, RTF and speed-up of a variant."""
+        """Seconds, RTF and speed-ups of a variant."""
         audio_seconds = self.duration_seconds * len(self.prompts.captions)
-        return measured.row(variant, UNCACHED, audio_seconds, self.pipeline.device, len(self.batches[0]))
+        row = measured.row(variant, UNCACHED, audio_seconds, self.pipeline.device, len(self.batches[0]))
+        own = measured.processor_speedup(variant, UNCACHED) if self.pipeline.device.type == "cpu" else None
+        return {**row, "processor_speedup": own}
 
     def quality(self, latent: Tensor, judge: Judge) -> dict[str, float | None]:
         """What `judge` says of the decoded clips; nothing where it does not know their sample rate."""

@@ -39,9 +39,11 @@ def test_rivals_are_timed_in_turns() -> None:
 
 
 def test_a_speedup_is_the_median_over_rounds_of_the_ratio_within_each() -> None:
-    measured = Rounds({"slow": [2.0, 30.0, 3.0], "fast": [1.0, 10.0, 1.0]}, {}, {})
+    processor_seconds = {"slow": [2.0, 4.0, 3.0], "fast": [1.0, 2.0, 1.0]}
+    measured = Rounds({"slow": [2.0, 30.0, 3.0], "fast": [1.0, 10.0, 1.0]}, processor_seconds, {})
     assert measured.speedup("fast", "slow") == 3
     assert measured.speedup("slow", "slow") == 1
+    assert measured.processor_speedup("fast", "slow") == 2
     assert measured.median_seconds("slow") == 3
     assert measured.row("fast", "slow", 4.0, torch.device("cpu"), batch_size=2) == {
         "seconds": 1.0, **RealTimeFactor(0.25, described_processor(), 2).to_json(), "wall_speedup": 3.0,

@@ -130,8 +130,11 @@ class Rounds(Generic[Name, Result]):
 
     def speedup(self, name: Name, reference: Name) -> float:
         """The median over rounds of the reference's seconds over this one's in the same round."""
-        pairs = zip(self.seconds[reference], self.seconds[name], strict=True)
-        return statistics.median(base / seconds for base, seconds in pairs)
+        return _median_ratio(self.seconds[reference], self.seconds[name])
+
+    def processor_speedup(self, name: Name, reference: Name) -> float:
+        """The same in processor time, which other work on the machine hardly moves; of what a CPU computes."""
+        return _median_ratio(self.processor_seconds[reference], self.processor_seconds[name])
 
     def row(
         self, name: Name, reference: Name, audio_seconds: float, device: torch.device, batch_size: int = 1
@@ -144,6 +147,10 @@ class Rounds(Generic[Name, Result]):
         seconds = self.median_seconds(name)
         rtf = RealTimeFactor.of(seconds, audio_seconds, device, batch_size).to_json()
         return {"seconds": seconds, **rtf, "wall_speedup": self.speedup(name, reference)}
+
+
+def _median_ratio(base: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(above / below for above, below in zip(base, other, strict=True))
 
 
 def _timed(call: Callable[[], Result]) -> tuple[Result, float, float]:
