@@ -257,8 +257,8 @@ def _best_by_trying(fitted: Fitted, count: int, warmup: int, max_reuses: int) ->
     return min(found)
 
 
-@pytest.mark.parametrize("order", [0, 1, 2, 3])
-@pytest.mark.parametrize("warmup", [1, 3])
+@pytest.mark.parametrize("order", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("warmup", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_optimal_plan_is_the_best_of_all(order: int, warmup: int) -> None:
     random = np.random.default_rng(order)
     factor = random.standard_normal((9, 9))

@@ -495,6 +495,7 @@ def test_a_writer_holds_a_shard_and_not_more_and_writes_it_in_time(tmp_path, mon
     assert len(folder.encoded()) == 203
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_clips_cost_what_their_numbers_do():
     class Named:
         sample_rate_hz = RATE

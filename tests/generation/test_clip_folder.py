@@ -106,6 +106,7 @@ def test_two_processes_make_the_clips_of_one_and_go_on_where_they_stopped(system
     assert "guidance_scale was None, is 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_processes_share_out_a_file_only():
     done = sample("prompt=rain", "trainer=ddp_cpu")
     assert done.returncode != 0

@@ -94,7 +94,7 @@ def test_a_variation_has_the_length_of_its_file(system_dir, recording, tmp_path)
     ("overrides", "message"),
     [
         (["prompt=rain", "steps=0"], "whole number >= 1"),
-        ([], "give either prompt"),
+        pytest.param([], "give either prompt", marks=pytest.mark.slow),
     ],
 )
 def test_impossible_requests_end_with_one_clear_line(system_dir, tmp_path, overrides, message):

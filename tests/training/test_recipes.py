@@ -141,7 +141,13 @@ def loads_by(cfg: DictConfig) -> tuple[int, bool]:
     return cfg.data.num_workers, cfg.data.pin_memory
 
 
-@pytest.mark.parametrize("experiment", RUNS_ON_GPUS)
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        name if name in ("ezaudio_xl", "waveform_vae") else pytest.param(name, marks=pytest.mark.slow)
+        for name in RUNS_ON_GPUS
+    ],
+)
 def test_on_gpus_loader_processes_read_into_pinned_memory(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainers = [[], ["trainer=gpu"], ["trainer=ddp"], ["trainer=fsdp"]]
     assert loads_by(config(f"experiment={experiment}")) == (0, False)
