@@ -41,4 +41,14 @@ def test_the_median_clip_is_compared_with_the_median_clip():
     (aim,) = prediction_aims(rows)
     assert (aim["error_ratio"], aim["error_ratio_median"]) == pytest.approx((2.0, 0.5))
     assert (aim["over_fora"], aim["over_fora_median"]) == pytest.approx((0.8, 0.25))
+    assert aim["over_fora_timed"] is None
     assert against_fewer_steps([*STEPS, row("fora", 3.0, 0.02)])[-1]["error_ratio_median"] is None
+
+
+def test_what_takes_time_but_no_macs_is_compared_in_time():
+    fora = [
+        row("fora", 4.0, error, processor_speedup=speedup, reuse="taylor")
+        for speedup, error in ((2.0, 0.01), (3.0, 0.04))
+    ]
+    (aim,) = prediction_aims([*fora, row("prediction", 2.9, 0.01, processor_speedup=2.5)])
+    assert (aim["over_fora"], aim["over_fora_timed"]) == (None, pytest.approx(0.5))

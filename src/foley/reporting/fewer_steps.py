@@ -54,9 +54,9 @@ def error_of_fewer_steps(rows: Sequence[Row], speedup: float, error: str = "late
     return _error_at([row for row in rows if row.get("policy") == FEWER_STEPS], speedup, error)
 
 
-def _error_at(rows: Sequence[Row], speedup: float, error: str) -> float | None:
+def _error_at(rows: Sequence[Row], speedup: float, error: str, measure: str = "mac_speedup") -> float | None:
     """A run that is the uncached one itself has an error of 0, which has no logarithm."""
-    points = sorted((row["mac_speedup"], row[error]) for row in rows if _is_known(row) and row.get(error))
+    points = sorted((row[measure], row[error]) for row in rows if row.get(measure) is not None and row.get(error))
     for (low, low_error), (high, high_error) in pairwise(points):
         if low <= speedup <= high:
             share = (speedup - low) / (high - low) if high > low else 0.0
@@ -93,7 +93,9 @@ def count_beating(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows of prediction reuse, with `over_fora` and `over_fora_median`: their errors over those of FORA.
 
-    Of FORA's extrapolations, the one whose error is the smaller; None where none was measured at such a speed-up.
+    `over_fora_timed` is the first at the speed-up in processor time instead of MACs: what layer caches keep and
+    extrapolate costs time, but no MACs. Of FORA's extrapolations, the one whose error is the smaller; None where none
+    was measured at such a speed-up.
 
     >>> fora = [{"policy": "fora", "reuse": "taylor", "mac_speedup": s, "latent_error": 0.04} for s in (2.0, 4.0)]
     >>> reuse = {"policy": "prediction", "mac_speedup": 3.0, "latent_error": 0.01}
@@ -103,7 +105,12 @@ def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
     kinds = {row.get("reuse") for row in rows if row["policy"] == "fora"} - {None, "hold"}
     fora = [[row for row in rows if (row["policy"], row.get("reuse")) == ("fora", kind)] for kind in kinds]
     return [
-        dict(row) | {f"over_fora{suffix}": _over(row, fora, f"latent_error{suffix}") for suffix in ("", "_median")}
+        dict(row)
+        | {
+            "over_fora": _over(row, fora, "latent_error"),
+            "over_fora_median": _over(row, fora, "latent_error_median"),
+            "over_fora_timed": _over(row, fora, "latent_error", "processor_speedup"),
+        }
         for row in rows
         if row["policy"].startswith("prediction") and _is_known(row)
     ]
@@ -120,10 +127,12 @@ def _compared(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _over(row: Row, lines: Sequence[Sequence[Row]], error: str) -> float | None:
+def _over(row: Row, lines: Sequence[Sequence[Row]], error: str, measure: str = "mac_speedup") -> float | None:
     """A row's error over the smallest that `lines` of settings have at its speed-up."""
-    errors = [found for line in lines if (found := _error_at(line, row["mac_speedup"], error)) is not None]
-    return row[error] / min(errors) if errors and row.get(error) is not None else None
+    if row.get(measure) is None or row.get(error) is None:
+        return None
+    errors = [found for line in lines if (found := _error_at(line, row[measure], error, measure)) is not None]
+    return row[error] / min(errors) if errors else None
 
 
 def _is_known(row: Row) -> bool:
