@@ -144,8 +144,10 @@ class Workload:
         """Seconds, RTF and speed-ups of a variant."""
         audio_seconds = self.duration_seconds * len(self.prompts.captions)
         row = measured.row(variant, UNCACHED, audio_seconds, self.pipeline.device, len(self.batches[0]))
-        own = measured.processor_speedup(variant, UNCACHED) if self.pipeline.device.type == "cpu" else None
-        return {**row, "processor_speedup": own}
+        if self.pipeline.device.type != "cpu":
+            return row
+        own = measured.processor_speedup(variant, UNCACHED)
+        return {**row, "processor_seconds": measured.median_processor_seconds(variant), "processor_speedup": own}
 
     def quality(self, latent: Tensor, judge: Judge) -> dict[str, float | None]:
         """What `judge` says of the decoded clips; nothing where it does not know their sample rate."""
@@ -429,6 +431,7 @@ def main(cfg: DictConfig) -> None:
     uncached, *rows = against_fewer_steps(measure(workload, variants, judge, cfg.repeats, parts))
     known = ("tmacs", "seconds", "real_time_factor", "machine", "batch_size", *QUALITIES)
     settings |= {f"{name}_uncached": uncached[name] for name in known}
+    settings |= {"processor_seconds_uncached": uncached.get("processor_seconds")}
     analysis = analyse(cfg, workload, rows)
     rows = [{name: value for name, value in row.items() if name != "reused"} for row in rows]
     results = {"settings": settings, "provenance": provenance(), "rows": rows, **analysis}

@@ -128,6 +128,9 @@ class Rounds(Generic[Name, Result]):
     def median_seconds(self, name: Name) -> float:
         return statistics.median(self.seconds[name])
 
+    def median_processor_seconds(self, name: Name) -> float:
+        return statistics.median(self.processor_seconds[name])
+
     def speedup(self, name: Name, reference: Name) -> float:
         """The median over rounds of the reference's seconds over this one's in the same round."""
         return _median_ratio(self.seconds[reference], self.seconds[name])

@@ -5,7 +5,7 @@ run, from the same noise: over all clips together (`latent_error`), and for the 
 which a few clips that end as another sound do not move. Rows of `FEWER_STEPS` are the yardstick of the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import exp, log
 from typing import Any
@@ -88,6 +88,31 @@ def count_beating(rows: Sequence[Row]) -> list[dict[str, Any]]:
         {"policy": policy, "reuse": reuse, "beat": found.count("yes"), "of": len(found)}
         for (policy, reuse), found in groups.items()
     ]
+
+
+def undisturbed(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The results, with `seconds` and RTF of the uncached run and of all rows as without other work on the machine.
+
+    What an idle processor takes is the uncached run's processor time, over the speed-up in processor time. Results of
+    another device are left as they are.
+
+    >>> settings = {"seconds_uncached": 12.0, "processor_seconds_uncached": 8.0, "real_time_factor_uncached": 3.0}
+    >>> rows = [{"seconds": 9.0, "real_time_factor": 2.25, "processor_speedup": 2.0}]
+    >>> undisturbed({"settings": settings, "rows": rows})["rows"]
+    [{'seconds': 4.0, 'real_time_factor': 1.0, 'processor_speedup': 2.0}]
+    """
+    if not results or any(row.get("processor_speedup") is None for row in results["rows"]):
+        return None if results is None else dict(results)
+    settings = dict(results["settings"])
+    on_the_clock = settings["seconds_uncached"]
+    seconds = settings.get("processor_seconds_uncached") or on_the_clock
+    rtf = settings["real_time_factor_uncached"] * seconds / on_the_clock
+    settings |= {"seconds_uncached": seconds, "real_time_factor_uncached": rtf}
+    rows = [
+        {**row, "seconds": seconds / row["processor_speedup"], "real_time_factor": rtf / row["processor_speedup"]}
+        for row in results["rows"]
+    ]
+    return {**results, "settings": settings, "rows": rows}
 
 
 def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from foley.core.files import write_json, write_text
 from foley.core.reading import read_json
 from foley.metrics.latency import RealTimeFactor
-from foley.reporting.fewer_steps import AGAINST_COLUMNS, ERROR_COLUMNS, QUALITY_COLUMNS, count_beating, prediction_aims
+from foley.reporting.fewer_steps import AGAINST_COLUMNS, ERROR_COLUMNS, QUALITY_COLUMNS, count_beating, prediction_aims, undisturbed
 from foley.reporting.plots import plot_rows
 from foley.reporting.tables import COST_COLUMNS, Row, format_rows
 
@@ -99,7 +99,7 @@ def write_page(template: Path, page: Path, folder: Path | None = None, **facts: 
     names = ("read", "table", "rows", "rtf", "plot", "picture", "origin")
     tools = {name: getattr(results, name) for name in names}
     columns = {"cost": COST_COLUMNS, "errors": ERROR_COLUMNS, "against": AGAINST_COLUMNS, "quality": QUALITY_COLUMNS}
-    compare = {"count_beating": count_beating, "prediction_aims": prediction_aims}
+    compare = {"count_beating": count_beating, "prediction_aims": prediction_aims, "undisturbed": undisturbed}
     text = environment.get_template(template.name).render(**compare, **columns, **tools, **facts)
     write_text(page, re.sub(r"\n{3,}", "\n\n", text))  # what was left out leaves blank lines
 
