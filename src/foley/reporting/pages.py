@@ -13,7 +13,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from foley.core.files import write_json, write_text
 from foley.core.reading import read_json
 from foley.metrics.latency import RealTimeFactor
-from foley.reporting.fewer_steps import AGAINST_COLUMNS, ERROR_COLUMNS, QUALITY_COLUMNS, count_beating, prediction_aims, undisturbed
+from foley.reporting.fewer_steps import (
+    AGAINST_COLUMNS,
+    ERROR_COLUMNS,
+    QUALITY_COLUMNS,
+    count_beating,
+    prediction_aims,
+    undisturbed,
+)
 from foley.reporting.plots import plot_rows
 from foley.reporting.tables import COST_COLUMNS, Row, format_rows
 
