@@ -145,7 +145,7 @@ class Workload:
         audio_seconds = self.duration_seconds * len(self.prompts.captions)
         row = measured.row(variant, UNCACHED, audio_seconds, self.pipeline.device, len(self.batches[0]))
         if self.pipeline.device.type != "cpu":
-            return row
+            return {**row, "processor_seconds": None, "processor_speedup": None}
         own = measured.processor_speedup(variant, UNCACHED)
         return {**row, "processor_seconds": measured.median_processor_seconds(variant), "processor_speedup": own}
 
@@ -429,9 +429,8 @@ def main(cfg: DictConfig) -> None:
     parts = Parts(output_dir / "parts", settings | {"prompts": workload.prompts.captions})
     calibrate(workload, variants.values())
     uncached, *rows = against_fewer_steps(measure(workload, variants, judge, cfg.repeats, parts))
-    known = ("tmacs", "seconds", "real_time_factor", "machine", "batch_size", *QUALITIES)
+    known = ("tmacs", "seconds", "processor_seconds", "real_time_factor", "machine", "batch_size", *QUALITIES)
     settings |= {f"{name}_uncached": uncached[name] for name in known}
-    settings |= {"processor_seconds_uncached": uncached.get("processor_seconds")}
     analysis = analyse(cfg, workload, rows)
     rows = [{name: value for name, value in row.items() if name != "reused"} for row in rows]
     results = {"settings": settings, "provenance": provenance(), "rows": rows, **analysis}

@@ -182,6 +182,9 @@ def test_the_benchmark_reports_every_policy_value_and_reuse(system_dir: Path, tm
         assert row["real_time_factor"] == pytest.approx(row["seconds"] / (2 * 0.5))  # two clips of 0.5 s
         assert (row["machine"], row["batch_size"]) == (described_processor(), 2)
         assert row["wall_speedup"] == pytest.approx(settings["seconds_uncached"] / row["seconds"])
+        own = settings["processor_seconds_uncached"] / row["processor_seconds"]
+        assert row["processor_speedup"] == pytest.approx(own)
+        assert (row["latent_error_median"] == 0) == (row["latent_error"] == 0)
     names = ["audiocache"] * 4 + [name for name in ("smoothcache", "fora", "budget", "budget_greedy") for _ in "12"]
     assert [(row["policy"], row["reuse"]) for row in rows] == list(zip(names, ["hold", "taylor"] * 6, strict=True))
     assert (rows[0]["latent_error"], rows[0]["mac_speedup"], rows[0]["computed_fraction"]) == (0.0, 1.0, 1.0)

@@ -90,29 +90,30 @@ def count_beating(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def undisturbed(results: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The results, with `seconds` and RTF of the uncached run and of all rows as without other work on the machine.
+def undisturbed(results: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The results, with seconds, RTF and `wall_speedup` of the uncached run and all rows as on an idle machine.
 
-    What an idle processor takes is the uncached run's processor time, over the speed-up in processor time. Results of
-    another device are left as they are.
+    One thread of an idle processor takes the processor time of the uncached run, over the speed-up in processor time.
+    Results that do not say the first had their uncached run alone on the machine. Those of another device are left.
 
     >>> settings = {"seconds_uncached": 12.0, "processor_seconds_uncached": 8.0, "real_time_factor_uncached": 3.0}
     >>> rows = [{"seconds": 9.0, "real_time_factor": 2.25, "processor_speedup": 2.0}]
     >>> undisturbed({"settings": settings, "rows": rows})["rows"]
-    [{'seconds': 4.0, 'real_time_factor': 1.0, 'processor_speedup': 2.0}]
+    [{'seconds': 4.0, 'real_time_factor': 1.0, 'processor_speedup': 2.0, 'wall_speedup': 2.0}]
     """
     if not results or any(row.get("processor_speedup") is None for row in results["rows"]):
-        return None if results is None else dict(results)
-    settings = dict(results["settings"])
+        return results
+    settings = results["settings"]
     on_the_clock = settings["seconds_uncached"]
     seconds = settings.get("processor_seconds_uncached") or on_the_clock
     rtf = settings["real_time_factor_uncached"] * seconds / on_the_clock
-    settings |= {"seconds_uncached": seconds, "real_time_factor_uncached": rtf}
     rows = [
-        {**row, "seconds": seconds / row["processor_speedup"], "real_time_factor": rtf / row["processor_speedup"]}
+        dict(row) | {"seconds": seconds / own, "real_time_factor": rtf / own, "wall_speedup": own}
         for row in results["rows"]
+        for own in [row["processor_speedup"]]
     ]
-    return {**results, "settings": settings, "rows": rows}
+    uncached = {"seconds_uncached": seconds, "real_time_factor_uncached": rtf}
+    return {**results, "settings": {**settings, **uncached}, "rows": rows}
 
 
 def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -142,22 +143,27 @@ def prediction_aims(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _compared(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    fewer = [[known for known in rows if known.get("policy") == FEWER_STEPS]]
-    ratio = _over(row, fewer, "latent_error")
+    fewer = error_of_fewer_steps(rows, row["mac_speedup"])
+    median = error_of_fewer_steps(rows, row["mac_speedup"], "latent_error_median")
+    ratio = _ratio(row["latent_error"], fewer)
     return {
-        "fewer_steps_error": error_of_fewer_steps(rows, row["mac_speedup"]),
+        "fewer_steps_error": fewer,
         "error_ratio": ratio,
-        "error_ratio_median": _over(row, fewer, "latent_error_median"),
+        "error_ratio_median": _ratio(row.get("latent_error_median"), median),
         "beats_fewer_steps": None if ratio is None else "yes" if ratio < 1 else "no",
     }
 
 
 def _over(row: Row, lines: Sequence[Sequence[Row]], error: str, measure: str = "mac_speedup") -> float | None:
     """A row's error over the smallest that `lines` of settings have at its speed-up."""
-    if row.get(measure) is None or row.get(error) is None:
+    if row.get(measure) is None:
         return None
     errors = [found for line in lines if (found := _error_at(line, row[measure], error, measure)) is not None]
-    return row[error] / min(errors) if errors else None
+    return _ratio(row.get(error), min(errors, default=None))
+
+
+def _ratio(error: float | None, other: float | None) -> float | None:
+    return None if error is None or other is None else error / other
 
 
 def _is_known(row: Row) -> bool:
