@@ -1,0 +1,48 @@
+"""The process of the server: uvicorn, and what a signal does to it."""
+
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from foley.core.logs import get_logger
+from foley.serving.service import Service
+
+_CLOSE_SECONDS = 5  # for answers that are under way once everything is made
+_log = get_logger(__name__)
+
+
+class DrainingServer(uvicorn.Server):
+    """At the first SIGTERM or Ctrl-C it refuses what is new, finishes what it has, and ends; at the second at once.
+
+    Results of jobs can be fetched meanwhile, and are waited for.
+
+    Args:
+        drain_seconds: after which it ends whatever is left.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._service, self._drain_seconds = service, drain_seconds
+        self._until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._until is not None:
+            super().handle_exit(sig, frame)
+            return
+        self._until = time.monotonic() + self._drain_seconds
+        self._service.engine.stop_accepting()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._until is not None and (self._service.is_drained or time.monotonic() > self._until):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def run(app: FastAPI, service: Service, host: str, port: int, drain_seconds: float, access_log: bool = False) -> None:
+    """Serve until a signal; logs as the rest of the process does."""
+    names = {"host": host, "port": port, "access_log": access_log, "log_config": None}
+    config = uvicorn.Config(app, timeout_graceful_shutdown=_CLOSE_SECONDS, **names)
+    DrainingServer(config, service, drain_seconds).run()
+    _log.info("stopped: nothing waits or runs any more" if service.engine.is_idle else "stopped before all was made")
