@@ -1,57 +1,14 @@
-"""A system of a few thousand weights, served, and what stops it where a test wants to look."""
-
-from threading import Event
+"""A system of a few thousand weights, and engines that serve it."""
 
 import pytest
 import torch
-from small_system import CONFIGS, CountingAccelerator
+from gated_generators import Gated, Mean
+from small_system import CONFIGS
 
 from foley.accel.combined import NoAcceleration
 from foley.generation.text_to_audio import TextToAudio
-from foley.serving.engine import Engine, Served
+from foley.serving.engine import DEFAULT, Engine, Served
 from foley.system.system import build_system
-
-PATIENCE_SECONDS = 20.0
-
-
-class Gated:
-    """A generator whose batches are noted, and wait until the gate is open; a prompt "bad" fails its whole batch."""
-
-    def __init__(self, generator):
-        self._generator = generator
-        self.gate, self.reached = Event(), Event()
-        self.batches = []
-
-    def __getattr__(self, name):
-        return getattr(self._generator, name)
-
-    def generate_clips(self, clips, settings):
-        self.batches.append([clip.seed for clip in clips])
-        self.reached.set()
-        assert self.gate.wait(PATIENCE_SECONDS)
-        if any(clip.prompt == "bad" for clip in clips):
-            raise RuntimeError("audio that is not finite")
-        return self._generator.generate_clips(clips, settings)
-
-
-class Held(CountingAccelerator):
-    """Waits at one evaluation of the first run."""
-
-    def __init__(self, at):
-        super().__init__()
-        self.at, self.gate, self.reached = at, Event(), Event()
-
-    def on_evaluation_start(self, context):
-        super().on_evaluation_start(context)
-        if context.evaluation == self.at:
-            self.reached.set()
-            assert self.gate.wait(PATIENCE_SECONDS)
-
-
-class Mean(NoAcceleration):
-    """Stands for one that decides by a mean over the batch."""
-
-    decides_by_batch = True
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +32,7 @@ def start():
     engines = []
 
     def make(generator, accelerators=None, **options):
-        served = Served(generator, accelerators or {"none": NoAcceleration(), "mean": Mean()})
+        served = Served(generator, accelerators or {DEFAULT: NoAcceleration(), "mean": Mean()})
         engines.append(Engine([{"tiny": served}], **options))
         return engines[-1]
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PATIENCE_SECONDS, Held
+from gated_generators import PATIENCE_SECONDS, Held
 from small_system import STEPS
 
 from foley.accel import Fora
@@ -14,6 +14,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.prompts import Clip
 from foley.generation.settings import GenerationSettings
 from foley.serving.jobs import (
+    DEFAULT,
     DrainingError,
     Job,
     JobCancelledError,
@@ -26,7 +27,7 @@ from foley.serving.jobs import (
 SETTINGS = GenerationSettings(**STEPS)
 
 
-def request(prompt="rain", seed=0, num=1, accelerator="none", **changes):
+def request(prompt="rain", seed=0, num=1, accelerator=DEFAULT, **changes):
     clips = tuple(Clip(prompt, seed + row) for row in range(num))
     return Request("tiny", clips, replace(SETTINGS, **changes), accelerator)
 
@@ -78,7 +79,9 @@ OTHERS = [
 def test_requests_of_another_shape_have_batches_of_their_own(start, gated):
     engine = start(gated)
     busy(engine, gated)
-    jobs = [engine.submit(request(seed=2 * row + again, **other)) for again in (0, 1) for row, other in enumerate(OTHERS)]
+    jobs = [
+        engine.submit(request(seed=2 * row + again, **other)) for again in (0, 1) for row, other in enumerate(OTHERS)
+    ]
     gated.gate.set()
     for job in jobs:
         made(job)
@@ -135,7 +138,7 @@ def test_a_full_line_refuses_and_a_cancelled_job_gives_its_place_away(start, gat
 
 def test_a_job_that_runs_is_cancelled_between_two_evaluations(start, generator):
     held = Held(at=1)
-    engine = start(generator, {"none": NoAcceleration(), "held": held})
+    engine = start(generator, {DEFAULT: NoAcceleration(), "held": held})
     job = engine.submit(request(accelerator="held"))
     assert held.reached.wait(PATIENCE_SECONDS)
     job.cancel()
@@ -161,7 +164,7 @@ def test_one_of_a_batch_is_cancelled_and_the_other_finished(start, generator):
 
 def test_jobs_end_when_their_time_is_over_whether_they_run_or_wait(start, generator):
     held = Held(at=2)
-    engine = start(generator, {"none": NoAcceleration(), "held": held})
+    engine = start(generator, {DEFAULT: NoAcceleration(), "held": held})
     runs, waits = engine.submit(request(accelerator="held")), engine.submit(request(seed=1))
     assert held.reached.wait(PATIENCE_SECONDS)
     for job in (runs, waits):

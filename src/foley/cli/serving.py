@@ -8,15 +8,16 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from foley.accel.combined import NoAcceleration
 from foley.cli.sampling import chosen_sampling, open_system
 from foley.core.components import CheckpointError
 from foley.core.config import is_pipeline, published_name
 from foley.core.devices import resolve_devices
 from foley.core.logs import get_logger
-from foley.core.numbers import COUNT, POSITIVE, NumberRange, check_choice
+from foley.core.numbers import COUNT, POSITIVE, NumberRange
 from foley.generation.settings import GenerationSettings
 from foley.serving.app import LOCAL_HOSTS, Access, create_app
-from foley.serving.engine import Engine, Served
+from foley.serving.engine import DEFAULT, Engine, Served
 from foley.serving.jobs import KeptJobs
 from foley.serving.server import run
 from foley.serving.service import Limits, Service
@@ -42,7 +43,6 @@ def open_service(cfg: DictConfig) -> Service:
     """Engine and service; raises ValueError for impossible options, and CheckpointError as `open_system` does."""
     for name, numbers in _NUMBERS.items():
         numbers.check(name, cfg[name])
-    check_choice("accel", cfg.accel, cfg.accelerators)
     devices, systems = resolve_devices(cfg.device), chosen_systems(cfg)
     loaded = [{name: open_served(cfg, systems, name, device) for name in systems} for device in devices]
     waiting = cfg.queue_size, cfg.batch_size, cfg.batch_wait_seconds, cfg.timeout_seconds
@@ -50,7 +50,7 @@ def open_service(cfg: DictConfig) -> Service:
     kept = KeptJobs(cfg.keep_jobs, cfg.keep_bytes, cfg.keep_seconds)
     names = ", ".join(systems)
     _log.info("serving %s on %s", names, ", ".join(map(str, devices)))
-    return Service(Engine(loaded, *waiting), limits, kept, dict.fromkeys(systems, cfg.accel))
+    return Service(Engine(loaded, *waiting), limits, kept)
 
 
 def chosen_systems(cfg: DictConfig) -> dict[str, str]:
@@ -80,12 +80,13 @@ def _student(cfg: DictConfig) -> str | None:
 
 
 def open_served(cfg: DictConfig, systems: dict[str, str], name: str, device: torch.device) -> Served:
-    """A system on a device, with accelerators of its own; options of sampling are of the first system alone."""
+    """A system on a device, with accelerators of its own; options of sampling, and `accel=`, are of the first alone."""
     own, is_first = deepcopy(cfg), name == next(iter(systems))
     own.system = systems[name]
     if not is_first:
         own.codec_path, own.system_overrides = None, {}
-    accelerators = {str(key): instantiate(own.accelerators[key]) for key in own.accelerators}
+    accelerators = {DEFAULT: instantiate(own.accel) if is_first else NoAcceleration()}
+    accelerators |= {str(key): instantiate(own.accelerators[key]) for key in own.accelerators}
     sampling = chosen_sampling(own) | {"duration_seconds": own.duration_seconds} if is_first else {}
     defaults = GenerationSettings(**sampling, decode_chunk_seconds=cfg.decode_chunk_seconds, facts={"model": name})
     return Served(open_system(own, device), accelerators, defaults)

@@ -240,6 +240,6 @@ async def metrics(service: ServiceOf) -> Response:
 async def health(response: Response, service: ServiceOf) -> HealthAnswer:
     """Whether the server takes requests; 503 where it does not."""
     engine = service.engine
-    status = "failed" if not engine.is_alive else "ok" if engine.is_accepting else "draining"
+    status = "draining" if not engine.is_accepting else "ok" if engine.is_alive else "failed"
     response.status_code = 200 if status == "ok" else 503
     return HealthAnswer(status=status, waiting=engine.num_waiting, running=engine.num_running)

@@ -20,7 +20,7 @@ from foley.generation.pipeline_to_audio import PipelineToAudio, check_pipeline_s
 from foley.generation.result import Generation
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
-from foley.serving.jobs import Job, Request, WaitingLine
+from foley.serving.jobs import DEFAULT, Job, Request, WaitingLine
 
 _MEMORY = 0.8  # of the running mean of a job's seconds
 _JOIN_SECONDS = 10.0  # for a thread to come to its next evaluation
@@ -33,12 +33,12 @@ class Served:
 
     Args:
         generator: of this device alone.
-        accelerators: that requests may name, made for this generator alone.
+        accelerators: that requests may name, made for this generator alone; `DEFAULT` is of those that name none.
         defaults: what requests leave open, where the system is not to choose.
     """
 
     generator: TextToAudio | PipelineToAudio
-    accelerators: Mapping[str, Accelerator] = field(default_factory=lambda: {"none": NoAcceleration()})
+    accelerators: Mapping[str, Accelerator] = field(default_factory=lambda: {DEFAULT: NoAcceleration()})
     defaults: GenerationSettings = field(default_factory=GenerationSettings)
 
     def check(self, settings: GenerationSettings) -> None:

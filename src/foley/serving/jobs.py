@@ -13,6 +13,9 @@ from foley.generation.prompts import Clip
 from foley.generation.result import Generation
 from foley.generation.settings import GenerationSettings
 
+DEFAULT = "default"
+"""The accelerator of requests that name none."""
+
 
 class QueueFullError(RuntimeError):
     """As many jobs wait as may; the message says when to come again, as `retry_after_seconds` does."""
@@ -51,7 +54,7 @@ class Request:
     model: str
     clips: tuple[Clip, ...]
     settings: GenerationSettings
-    accelerator: str = "none"
+    accelerator: str = DEFAULT
     format: str = "wav"
 
     def goes_with(self, other: "Request") -> bool:

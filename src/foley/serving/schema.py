@@ -15,6 +15,7 @@ from foley.generation.editing import Edit, EditMask, Variation
 from foley.generation.options import MAX_PROMPT_CHARACTERS, OPTION_NUMBERS
 from foley.generation.pipeline_to_audio import PUBLISHED_SOLVER
 from foley.generation.settings import GenerationSettings
+from foley.serving.jobs import DEFAULT
 from foley.serving.sounds import FORMATS
 
 
@@ -53,7 +54,7 @@ else:
 
 
 class SoundBody(BaseModel):
-    """What every request says: names and limits are those of `foley sample`, what is left out is the server's choice."""
+    """What every request says, by the names and in the limits of `foley sample`; the rest is the server's choice."""
 
     model_config = ConfigDict(extra="forbid")  # a misspelt name is answered, not passed over
 
@@ -67,7 +68,7 @@ class SoundBody(BaseModel):
     eta: Eta | None = Field(None, description="of solver=ddim: how much of each step's noise is fresh")
     guidance_scale: GuidanceScale | None = Field(None, description="w; 1 turns guidance off")
     guidance_rescale: GuidanceRescale | None = Field(None, description="phi")
-    accelerator: str | None = Field(None, description="by its name in /v1/models")
+    accelerator: str = Field(DEFAULT, description="by its name in /v1/models")
     format: Format = Field("wav", description="of the sounds")
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
@@ -115,9 +116,7 @@ class EditForm(RecordingForm):
 
     mask_start_seconds: MaskSeconds = Field(description="where that part begins; the recording's end continues it")
     mask_length_seconds: MaskSeconds = Field(description="how much is replaced")
-    boundary_seconds: MaskSeconds = Field(
-        EditMask.boundary_seconds, description="how much of each side the model sees"
-    )
+    boundary_seconds: MaskSeconds = Field(EditMask.boundary_seconds, description="how much of each side the model sees")
 
     def _source(self) -> dict[str, Any]:
         mask = EditMask(self.mask_start_seconds, self.mask_length_seconds, self.boundary_seconds)
@@ -185,7 +184,6 @@ class ModelAnswer(BaseModel):
     max_duration_seconds: float
     is_student: bool
     accelerators: list[str]
-    default_accelerator: str
     max_num: int
     max_steps: int
     max_upload_bytes: int

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastapi import HTTPException, Request, Response
@@ -94,22 +93,11 @@ class Meters:
 
 
 class Service:
-    """The engine as HTTP has it.
+    """The engine as HTTP has it."""
 
-    Args:
-        default_accelerators: of each model, what requests get that name none.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        limits: Limits,
-        kept: KeptJobs,
-        default_accelerators: Mapping[str, str],
-    ) -> None:
+    def __init__(self, engine: Engine, limits: Limits, kept: KeptJobs) -> None:
         self.engine, self.limits, self.kept = engine, limits, kept
         self.meters = Meters(engine)
-        self._default_accelerators = default_accelerators
 
     @property
     def is_drained(self) -> bool:
@@ -130,7 +118,6 @@ class Service:
             max_duration_seconds=generator.max_duration_seconds,
             is_student=isinstance(generator, TextToAudio) and generator.student is not None,
             accelerators=list(served.accelerators),
-            default_accelerator=self._default_accelerators[name],
             **vars(self.limits),
         )
 
@@ -157,13 +144,12 @@ class Service:
         name = body.model or next(iter(self.engine.models))
         check_choice("model", name, self.engine.models)
         served = self.engine.models[name]
-        accelerator = body.accelerator or self._default_accelerators[name]
-        check_choice("accelerator", accelerator, served.accelerators)
+        check_choice("accelerator", body.accelerator, served.accelerators)
         settings = body.settings(served.defaults)
         self.limits.check(body, settings, served.generator.max_duration_seconds)
         first = secrets.randbelow(_DRAWN_SEEDS) if body.seed is None else body.seed
         clips = tuple(Clip(body.prompt, seed) for seed in range(first, first + body.num))
-        return self.engine.submit(jobs.Request(name, clips, settings, accelerator, body.format))
+        return self.engine.submit(jobs.Request(name, clips, settings, body.accelerator, body.format))
 
     def _exception(self, error: BaseException, settings: GenerationSettings) -> HTTPException:
         problem = refusal(error, settings)

@@ -131,7 +131,8 @@ def _check_length(path: Path, max_seconds: float) -> None:
         with open_audio(path) as file:
             seconds = file.frames / file.samplerate
     except AudioError as error:
-        raise ValueError(f"file: {error.reason}; give an audio file that can be read, such as a WAV") from error
+        reason = error.reason.replace(f"{path.parent}{os.sep}", "")
+        raise ValueError(f"file: {reason}; give an audio file that can be read, such as a WAV") from error
     if seconds > max_seconds:
         raise ValueError(f"file: the recording lasts {seconds:g} s; give one of at most {max_seconds:g} s")
 
