@@ -17,6 +17,7 @@ from foley.core.numbers import NumberRange
 from foley.generation.editing import EditMask
 from foley.generation.options import MAX_PROMPT_CHARACTERS, OPTION_NUMBERS
 from foley.serving.app import Access, create_app
+from foley.serving.engine import Engine, Served
 from foley.serving.jobs import DEFAULT, KeptJobs
 from foley.serving.schema import EditForm, GenerateBody, VariationForm
 from foley.serving.service import Limits, Service
@@ -41,9 +42,14 @@ def serve(start, generator):
     return make
 
 
-@pytest.fixture
-def client(serve):
-    return serve()
+@pytest.fixture(scope="module")
+def client(generator):
+    """Of one server for all tests that leave it as it was."""
+    service = Service(Engine([{"tiny": Served(generator)}]), LIMITS, KeptJobs(10, 1 << 20, 60.0))
+    client = TestClient(create_app(service, ANYONE))
+    client.service = service
+    yield client
+    service.engine.close()
 
 
 def recording(seconds=0.5, kind="WAV"):
@@ -207,7 +213,7 @@ REFUSED = {
     "a long prompt": ({"prompt": "x" * (MAX_PROMPT_CHARACTERS + 1)}, f"prompt: String should have at most {MOST}"),
     "an unknown field": ({"_target_": "os.system"}, "_target_: Extra inputs are not permitted"),
     "a path for a model": ({"model": "/etc"}, "model must be one of tiny, got '/etc'"),
-    "a path for an accelerator": ({"accelerator": "../x"}, "accelerator must be one of default, mean, got '../x'"),
+    "a path for an accelerator": ({"accelerator": "../x"}, "accelerator must be one of default, got '../x'"),
     "a solver of others": ({"solver": "euler_flow"}, "cannot sample a model that predicts 'v'"),
     "an unknown solver": ({"solver": "magic"}, "solver: Input should be 'ddim'"),
     "an unknown format": ({"format": "exe"}, "format: Input should be 'wav'"),
@@ -338,7 +344,8 @@ def test_pages_elsewhere_and_other_names_are_refused(serve, client):
 # ---------------------------------------------------------------- about the server
 
 
-def test_models_health_and_metrics(client, generator):
+def test_models_health_and_metrics(serve):
+    client = serve()
     (model,) = client.get("/v1/models").json()
     assert (model["name"], model["sample_rate_hz"], model["max_duration_seconds"]) == ("tiny", 2000, 5.0)
     assert (model["accelerators"], model["max_num"], model["formats"]) == ([DEFAULT, "mean"], 3, list(FORMATS))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gated_generators import PATIENCE_SECONDS, Held
+from gated_generators import PATIENCE_SECONDS, Gated, Held
 from small_system import STEPS
 
 from foley.accel import Fora
@@ -43,7 +43,8 @@ def busy(engine, gated):
     return job
 
 
-def test_what_waits_is_one_batch_and_each_clip_is_what_it_would_be_alone(start, gated, generator):
+def test_what_waits_is_one_batch_and_each_clip_is_what_it_would_be_alone(start, generator):
+    gated = Gated(generator, computes=True)
     engine = start(gated)
     busy(engine, gated)
     prompts = ["a dog barks", "rain on a tin roof while someone speaks", ""]

@@ -89,46 +89,58 @@ def test_on_a_socket_a_lost_client_frees_its_place_and_sigterm_drains(start, gen
     assert not engine.is_alive
 
 
-def test_the_options_say_what_is_served():
-    cfg = compose_command("script/serve")
-    assert list(serving.chosen_systems(cfg)) == ["demo", "demo-student"]
-    student = str(shipped("demo") / "student")
-    cfg = compose_command("script/serve", "student=false", f"+models.quick={student}")
-    assert serving.chosen_systems(cfg) == {"demo": str(shipped("demo")), "quick": student}
+@pytest.fixture(scope="module")
+def composed():
+    return compose_command("script/serve")
+
+
+def changed(composed, **options):
+    cfg = composed.copy()
+    cfg.merge_with(options)
+    return cfg
+
+
+def test_the_options_say_what_is_served(composed):
+    demo, student = str(shipped("demo")), str(shipped("demo") / "student")
+    assert serving.chosen_systems(composed) == {"demo": demo, "demo-student": student}
+    cfg = changed(composed, student=False)
+    cfg.models = {"quick": student}
+    assert serving.chosen_systems(cfg) == {"demo": demo, "quick": student}
+    cfg.models = {"demo": student}
     with pytest.raises(ValueError, match="models: demo is the name of system= already"):
-        serving.chosen_systems(compose_command("script/serve", "+models.demo=elsewhere"))
+        serving.chosen_systems(cfg)
     with pytest.raises(CheckpointError, match="holds no student"):
-        serving.chosen_systems(compose_command("script/serve", f"system={student}", "student=true"))
+        serving.chosen_systems(changed(composed, system=student, student=True))
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("option", "value", "message"),
     [
-        ("port=70000", "port=70000: give a whole number"),
-        ("queue_size=0", "queue_size=0: give"),
-        ("timeout_seconds=0", "timeout_seconds=0: give a number > 0"),
-        ("device=cuda:7", "device=cuda:7: there is none here"),
+        ("port", 70_000, "port=70000: give a whole number"),
+        ("queue_size", 0, "queue_size=0: give"),
+        ("timeout_seconds", 0, "timeout_seconds=0: give a number > 0"),
+        ("device", "cuda:7", "device=cuda:7: there is none here"),
     ],
 )
-def test_impossible_options_are_refused_before_anything_is_loaded(override, message):
+def test_impossible_options_are_refused_before_anything_is_loaded(composed, option, value, message):
     with pytest.raises(ValueError, match=message):
-        serving.open_service(compose_command("script/serve", override))
+        serving.open_service(changed(composed, **{option: value}))
 
 
-def test_only_the_machine_itself_is_answered_unless_told(monkeypatch, caplog):
+def test_only_the_machine_itself_is_answered_unless_told(composed, monkeypatch, caplog):
     monkeypatch.delenv(serving.KEY_VARIABLE, raising=False)
-    own = serving.chosen_access(compose_command("script/serve"))
+    own = serving.chosen_access(composed)
     assert (own.api_key, own.hosts, own.origins) == (None, LOCAL_HOSTS, ())
     assert caplog.text == ""
-    assert serving.chosen_access(compose_command("script/serve", "host=0.0.0.0")).hosts == ("*",)
+    assert serving.chosen_access(changed(composed, host="0.0.0.0")).hosts == ("*",)
     assert "whoever reaches this machine may generate; set FOLEY_API_KEY" in caplog.text
     monkeypatch.setenv(serving.KEY_VARIABLE, "s3cret")
-    assert serving.chosen_access(compose_command("script/serve")).api_key == "s3cret"
+    assert serving.chosen_access(composed).api_key == "s3cret"
 
 
-def test_a_system_is_opened_with_the_options_of_sampling():
-    student = shipped("demo") / "student"
-    cfg = compose_command("script/serve", f"system={student}", "steps=1", "accel=prediction", "max_num=2")
+def test_a_system_is_opened_with_the_options_of_sampling(composed):
+    cfg = changed(composed, system=str(shipped("demo") / "student"), steps=1, max_num=2)
+    cfg.accel = composed.accelerators.prediction
     service = serving.open_service(cfg)
     try:
         served = service.engine.models["student"]
