@@ -283,9 +283,9 @@ class PipelineToAudio:
             with half:
                 return self.audio.solve(*request, seeds, solver, plan.guidance, meter, settings.progress)
         pipeline, scale = self.audio.pipeline, plan.guidance.scale
-        pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
         with (
             half,
+            self.audio.following(settings.progress),
             nullcontext() if meter is None else accelerated(self.audio.denoiser, pipeline.scheduler, scale, meter),
         ):
             return plan.make(

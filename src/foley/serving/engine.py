@@ -245,6 +245,7 @@ class _Watch:
         self._line.drop_ended()  # this thread alone is awake while all devices compute
         for job in self._jobs:
             job.expire()
-            job.progress = (self._batches_done + share) / self._num_batches
+            # Some pipelines take a batch prompt by prompt: more runs than batches.
+            job.progress = min(1.0, (self._batches_done + share) / self._num_batches)
         if all(job.has_ended for job in self._jobs):
             raise _AbandonedError("nobody wants the clips of this batch any more")
