@@ -108,6 +108,11 @@ def test_a_seed_that_is_not_given_is_drawn_and_said(client):
     assert len(seeds) == 2
 
 
+def test_what_changes_nothing_is_said(client):
+    answer = client.post("/v1/audio/generate", json={**BODY, "guidance_scale": 1, "negative_prompt": "thunder"})
+    assert answer.headers["x-foley-warnings"] == "negative_prompt has no effect at guidance scale 1"
+
+
 def test_an_edit_keeps_what_is_outside_the_mask_and_is_that_of_the_command_line(client, generator, tmp_path):
     content, samples = recording()
     answer = client.post("/v1/audio/edit", data=edit_form(), files=upload(content))
@@ -161,10 +166,10 @@ def test_a_job_tells_how_far_it_is_and_keeps_its_sounds(serve):
     assert stream.headers["content-type"].startswith("text/event-stream")
     last = events(stream.text)[-1]
     assert (last["state"], last["progress"], last["clips"]) == ("done", 1.0, [f"{place}/clips/0", f"{place}/clips/1"])
-    assert not client.service.is_drained
+    assert not client.service.is_drained(since=0.0)
     for clip in last["clips"]:
         assert soundfile.info(io.BytesIO(client.get(clip).content)).format == "FLAC"
-    assert client.service.is_drained
+    assert client.service.is_drained(since=0.0)
     assert client.get(f"{place}/clips/2").status_code == 404
     assert client.delete(place).status_code == 200
     assert client.get(place).status_code == 404

@@ -13,6 +13,7 @@ from foley.core import devices
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.prompts import Clip
 from foley.generation.settings import GenerationSettings
+from foley.serving.engine import Served
 from foley.serving.jobs import (
     DEFAULT,
     DrainingError,
@@ -237,6 +238,12 @@ def test_what_the_system_cannot_do_waits_for_no_turn(start, gated):
     assert gated.batches == []
 
 
+def test_a_system_whose_prompts_are_paths_is_not_served(generator, monkeypatch):
+    monkeypatch.setattr(type(generator.text), "prompt_field", "id")
+    with pytest.raises(ValueError, match="paths of files"):
+        Served(generator)
+
+
 def test_of_kept_jobs_the_newest_stay(generator):
     result = generator.generate(["rain"], **STEPS)
 
@@ -253,10 +260,10 @@ def test_of_kept_jobs_the_newest_stay(generator):
         assert [kept.get(job.id) for job in (jobs[0], *jobs[2:])] == [jobs[0], *jobs[2:]]
         with pytest.raises(KeyError):
             kept.get(jobs[1].id)
-        assert not kept.are_taken
+        assert not kept.are_taken(jobs[3].ended_at)
         for job in jobs[2:]:
             job.taken.add(0)
-        assert kept.are_taken
+        assert kept.are_taken(jobs[3].ended_at)
     forgetful = KeptJobs(2, 1 << 20, seconds=-1.0)
     forgetful.add(jobs[3])
     with pytest.raises(KeyError):

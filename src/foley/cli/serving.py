@@ -88,7 +88,8 @@ def open_served(cfg: DictConfig, systems: dict[str, str], name: str, device: tor
     accelerators = {DEFAULT: instantiate(own.accel) if is_first else NoAcceleration()}
     accelerators |= {str(key): instantiate(own.accelerators[key]) for key in own.accelerators}
     sampling = chosen_sampling(own) | {"duration_seconds": own.duration_seconds} if is_first else {}
-    defaults = GenerationSettings(**sampling, decode_chunk_seconds=cfg.decode_chunk_seconds, facts={"model": name})
+    lengths = {option: cfg[option] for option in ("window_seconds", "overlap_seconds", "decode_chunk_seconds")}
+    defaults = GenerationSettings(**sampling, **lengths, facts={"model": name})
     return Served(open_system(own, device), accelerators, defaults)
 
 

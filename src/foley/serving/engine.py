@@ -41,6 +41,10 @@ class Served:
     accelerators: Mapping[str, Accelerator] = field(default_factory=lambda: {DEFAULT: NoAcceleration()})
     defaults: GenerationSettings = field(default_factory=GenerationSettings)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.generator, TextToAudio) and self.generator.text.prompt_field != "caption":
+            raise ValueError("the prompts of this system are paths of files (features=): no client may name those")
+
     def check(self, settings: GenerationSettings) -> None:
         """Raises ValueError for what the system cannot do, before it is its turn."""
         if isinstance(self.generator, PipelineToAudio):

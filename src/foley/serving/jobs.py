@@ -239,11 +239,10 @@ class KeptJobs:
         with self._lock:
             self._jobs.pop(job.id, None)
 
-    @property
-    def are_taken(self) -> bool:
-        """Whether every clip that was made has been fetched."""
+    def are_taken(self, since: float) -> bool:
+        """Whether every clip of the jobs that were done since then, by the monotonic clock, has been fetched."""
         with self._lock:
-            done = [job for job in self._jobs.values() if job.state == "done"]
+            done = [job for job in self._jobs.values() if job.state == "done" and job.ended_at >= since]
         return all(len(job.taken) == len(job.request.clips) for job in done)
 
     def _forget_old(self) -> None:

@@ -41,8 +41,6 @@ Eta = Annotated[float, limits(OPTION_NUMBERS["eta"]), _Number]
 GuidanceScale = Annotated[float, limits(OPTION_NUMBERS["guidance_scale"]), _Number]
 GuidanceRescale = Annotated[float, limits(OPTION_NUMBERS["guidance_rescale"]), _Number]
 DurationSeconds = Annotated[float, limits(OPTION_NUMBERS["duration_seconds"]), _Number]
-WindowSeconds = Annotated[float, limits(OPTION_NUMBERS["window_seconds"]), _Number]
-OverlapSeconds = Annotated[float, limits(OPTION_NUMBERS["overlap_seconds"]), _Number]
 MaskSeconds = Annotated[float, limits(OPTION_NUMBERS["mask_start_seconds"]), _Number]
 Strength = Annotated[float, limits(OPTION_NUMBERS["strength"]), _Number]
 
@@ -91,12 +89,9 @@ class GenerateBody(SoundBody):
     """Sounds from text."""
 
     duration_seconds: DurationSeconds | None = Field(None, description="of each clip")
-    window_seconds: WindowSeconds | None = Field(None, description="generate longer clips in windows of this length")
-    overlap_seconds: OverlapSeconds | None = Field(None, description="of neighbouring windows")
 
     def _source(self) -> dict[str, Any]:
-        names = ("duration_seconds", "window_seconds", "overlap_seconds")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {} if self.duration_seconds is None else {"duration_seconds": self.duration_seconds}
 
 
 class RecordingForm(SoundBody):
@@ -120,7 +115,7 @@ class EditForm(RecordingForm):
 
     def _source(self) -> dict[str, Any]:
         mask = EditMask(self.mask_start_seconds, self.mask_length_seconds, self.boundary_seconds)
-        return {"source": Edit(self._path, mask, self.downmix)}
+        return {"source": Edit(self._path, mask, self.downmix), "duration_seconds": None}
 
 
 class VariationForm(RecordingForm):
@@ -129,7 +124,7 @@ class VariationForm(RecordingForm):
     strength: Strength = Field(Variation.strength, description="from 0, the recording, to 1, nothing of it")
 
     def _source(self) -> dict[str, Any]:
-        return {"source": Variation(self._path, self.strength, self.downmix)}
+        return {"source": Variation(self._path, self.strength, self.downmix), "duration_seconds": None}
 
 
 # ---------------------------------------------------------------- answers
@@ -145,7 +140,10 @@ class ClipAnswer(BaseModel):
 
 
 class SoundsAnswer(BaseModel):
+    """Clips of a job that is done."""
+
     job: str
+    warnings: list[str] = Field(description="what changed nothing in this request")
     clips: list[ClipAnswer]
 
 
@@ -170,6 +168,7 @@ class JobAnswer(BaseModel):
     position: int | None = Field(description="how many jobs are before it; null where it does not wait")
     model: str
     seeds: list[int]
+    warnings: list[str] = Field(description="what changes nothing in this request")
     error: Refusal | None = None
     clips: list[str] = Field(description="where the sounds are, once it is done")
 

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -99,10 +100,9 @@ class Service:
         self.engine, self.limits, self.kept = engine, limits, kept
         self.meters = Meters(engine)
 
-    @property
-    def is_drained(self) -> bool:
-        """Whether all is finished, and fetched."""
-        return self.engine.is_idle and self.kept.are_taken
+    def is_drained(self, since: float) -> bool:
+        """Whether all is finished, and what ended later than `since`, of the monotonic clock, was fetched."""
+        return self.engine.is_idle and self.kept.are_taken(since)
 
     def models(self) -> list[ModelAnswer]:
         return [self._model(name) for name in self.engine.models]
@@ -125,18 +125,17 @@ class Service:
 
     async def submit(self, body: SoundBody) -> Job:
         """The job of a request; raises HTTPException where it becomes none."""
-        path = None
+        job, path = None, None
         try:
             if isinstance(body, RecordingForm):
                 path = await run_in_threadpool(receive, body.file.file, self.limits.max_upload_seconds)
                 body.keep_at(str(path))
             job = self._submit(body)
         except (ValueError, jobs.QueueFullError, jobs.DrainingError) as error:
+            raise self._exception(error) from error
+        finally:
             if path is not None:
-                discard(path)
-            raise self._exception(error, GenerationSettings()) from error
-        if path is not None:
-            job.outcome.add_done_callback(lambda outcome: discard(path))
+                _discard_with(path, job)
         job.outcome.add_done_callback(lambda outcome: self.meters.count_job(job))
         return job
 
@@ -151,8 +150,8 @@ class Service:
         clips = tuple(Clip(body.prompt, seed) for seed in range(first, first + body.num))
         return self.engine.submit(jobs.Request(name, clips, settings, body.accelerator, body.format))
 
-    def _exception(self, error: BaseException, settings: GenerationSettings) -> HTTPException:
-        problem = refusal(error, settings)
+    def _exception(self, error: BaseException) -> HTTPException:
+        problem = refusal(error, GenerationSettings())
         self.meters.count_refusal(problem.status)
         seconds = getattr(error, "retry_after_seconds", None)
         headers = None if seconds is None else {"Retry-After": str(seconds)}
@@ -192,7 +191,8 @@ class Service:
             )
             for row, sound in zip(rows, sounds, strict=True)
         ]
-        return JSONResponse(SoundsAnswer(job=job.id, clips=clips).model_dump())
+        warnings = job.request.settings.without_effect()
+        return JSONResponse(SoundsAnswer(job=job.id, warnings=warnings, clips=clips).model_dump())
 
     def _made(self, job: Job) -> Generation:
         """Raises HTTPException for a job that failed, or has not ended."""
@@ -216,10 +216,19 @@ class Service:
                 "position": self.engine.position(job),
                 "model": job.request.model,
                 "seeds": [clip.seed for clip in job.request.clips],
+                "warnings": job.request.settings.without_effect(),
                 "error": None if error is None else refusal(error, job.request.settings),
                 "clips": [f"/v1/jobs/{job.id}/clips/{row}" for row in range(count)],
             }
         )
+
+
+def _discard_with(path: Path, job: Job | None) -> None:
+    """Remove an upload once its job has ended, or now where it became none."""
+    if job is None:
+        discard(path)
+    else:
+        job.outcome.add_done_callback(lambda outcome: discard(path))
 
 
 def refusal(error: BaseException, settings: GenerationSettings) -> Refusal:
@@ -244,6 +253,7 @@ def _audio(job: Job, sound: Sound, seed: int, model_hash: str) -> Response:
         "X-Foley-Job": job.id,
         "X-Foley-Seed": str(seed),
         "X-Foley-Model": model_hash,
+        **({"X-Foley-Warnings": "; ".join(warnings)} if (warnings := job.request.settings.without_effect()) else {}),
         "Content-Disposition": f'attachment; filename="foley_{seed}.{job.request.format}"',
     }
     return Response(sound.content, media_type=sound.media_type, headers=headers)
