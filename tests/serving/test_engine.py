@@ -30,6 +30,8 @@ SETTINGS = GenerationSettings(**STEPS)
 
 def request(prompt="rain", seed=0, num=1, accelerator=DEFAULT, **changes):
     clips = tuple(Clip(prompt, seed + row) for row in range(num))
+    if "guidance" in changes:  # as requests come: an object of its own each
+        changes["guidance"] = ClassifierFreeGuidance(changes["guidance"])
     return Request("tiny", clips, replace(SETTINGS, **changes), accelerator)
 
 
@@ -73,7 +75,7 @@ OTHERS = [
     {"duration_seconds": 0.25},
     {"num_steps": 3},
     {"solver": "heun"},
-    {"guidance": ClassifierFreeGuidance(5.0)},
+    {"guidance": 5.0},
     {"negative_prompt": "speech"},
 ]
 

@@ -58,7 +58,7 @@ def chosen_systems(cfg: DictConfig) -> dict[str, str]:
 
     Raises CheckpointError where a student is asked for and there is none, ValueError where a name is given twice.
     """
-    name = published_name(cfg.system) or Path(str(cfg.system)).stem
+    name = published_name(cfg.system) or Path(str(cfg.system)).resolve().name.removesuffix(".ckpt")
     systems = {name: str(cfg.system)}
     if (student := _student(cfg)) is not None:
         systems[f"{name}-student"] = student

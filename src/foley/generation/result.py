@@ -122,8 +122,8 @@ class Generation:
         timings = Timings(**{name: share * seconds for name, seconds in asdict(self.timings).items()})
         gains = None if self.generated_gains is None else self.generated_gains[first:last]
         # A copy, that the others are not kept for as long as these.
-        rows = {"clips": self.clips[first:last], "audio": self.audio[first:last].clone(), "generated_gains": gains}
-        return replace(self, timings=timings, **rows)
+        audio = self.audio[first:last].clone()
+        return replace(self, timings=timings, clips=self.clips[first:last], audio=audio, generated_gains=gains)
 
     def write_clip(
         self,

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, Response
@@ -23,6 +23,7 @@ from foley.serving.jobs import Job
 from foley.serving.schema import (
     EditForm,
     GenerateBody,
+    Health,
     HealthAnswer,
     JobAnswer,
     ModelAnswer,
@@ -36,7 +37,6 @@ from foley.serving.sounds import FORMATS
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
 """Names of the machine itself; a page elsewhere that has a name of its own point here is refused (DNS rebinding)."""
 _EVENTS_SECONDS = 0.1  # between two looks at a job
-_FORM_LIMITS = {"max_files": 1, "max_fields": 40, "max_part_size": 1 << 16}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:
         version=foley.__version__,
         lifespan=lifespan,
         max_body_size=service.limits.max_upload_bytes,
-        form_limits=_FORM_LIMITS,
+        form_limits={"max_files": 1, "max_fields": 40, "max_part_size": 1 << 16},
     )
     app.state.service, app.state.access = service, access
     app.include_router(_open)
@@ -129,8 +129,10 @@ JobOf = Annotated[Job, Depends(_job)]
 EditOf = Annotated[EditForm, Form(media_type="multipart/form-data")]
 VariationOf = Annotated[VariationForm, Form(media_type="multipart/form-data")]
 
-_refusals = {status: {"model": Problem} for status in (401, 413, 422, 429, 503, 504)}
-_sounds = {200: {"model": SoundsAnswer, "content": {form.media_type: {} for form in FORMATS.values()}}}
+_refusals: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (401, 413, 422, 429, 503, 504)}
+_sounds: dict[int | str, dict[str, Any]] = {
+    200: {"model": SoundsAnswer, "content": {form.media_type: {} for form in FORMATS.values()}}
+}
 _open = APIRouter()
 _guarded = APIRouter(dependencies=[Depends(_same_site), Depends(_authorised)])
 
@@ -240,6 +242,6 @@ async def metrics(service: ServiceOf) -> Response:
 async def health(response: Response, service: ServiceOf) -> HealthAnswer:
     """Whether the server takes requests; 503 where it does not."""
     engine = service.engine
-    status = "draining" if not engine.is_accepting else "ok" if engine.is_alive else "failed"
+    status: Health = "draining" if not engine.is_accepting else "ok" if engine.is_alive else "failed"
     response.status_code = 200 if status == "ok" else 503
     return HealthAnswer(status=status, waiting=engine.num_waiting, running=engine.num_running)

@@ -1,7 +1,7 @@
 """What clients send and get, as pydantic models; their limits are the tables that the command line checks by."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -45,7 +45,9 @@ MaskSeconds = Annotated[float, limits(OPTION_NUMBERS["mask_start_seconds"]), _Nu
 Strength = Annotated[float, limits(OPTION_NUMBERS["strength"]), _Number]
 
 if TYPE_CHECKING:
-    Format = SolverName = Downmix = str
+    Format: TypeAlias = str
+    Downmix: TypeAlias = str
+    SolverName: TypeAlias = str
 else:
     Format, Downmix = Literal[tuple(FORMATS)], Literal[DOWNMIXES]
     SolverName = Literal[(*SOLVERS, CONSISTENCY, PUBLISHED_SOLVER)]
@@ -72,14 +74,14 @@ class SoundBody(BaseModel):
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
         """With what the server takes where this request says nothing; raises ValueError as the settings do."""
         named = {"num_steps": self.steps, "solver": self.solver, "eta": self.eta}
-        given = {name: value for name, value in named.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         guidance = self._guidance(defaults.guidance)
         return replace(defaults, negative_prompt=self.negative_prompt, guidance=guidance, **given, **self._source())
 
     def _guidance(self, default: ClassifierFreeGuidance | None) -> ClassifierFreeGuidance | None:
-        named = {"scale": self.guidance_scale, "rescale": self.guidance_rescale}
-        given = {name: value for name, value in named.items() if value is not None}
-        return replace(default or ClassifierFreeGuidance(), **given) if given else default
+        if (self.guidance_scale, self.guidance_rescale) == (None, None):
+            return default
+        return (default or ClassifierFreeGuidance()).at(self.guidance_scale, self.guidance_rescale)
 
     def _source(self) -> dict[str, Any]:
         return {}
@@ -190,7 +192,12 @@ class ModelAnswer(BaseModel):
     formats: list[str] = list(FORMATS)
 
 
+Health = Literal["ok", "draining", "failed"]
+
+
 class HealthAnswer(BaseModel):
-    status: Literal["ok", "draining", "failed"]
+    """Whether the server takes requests."""
+
+    status: Health
     waiting: int
     running: int

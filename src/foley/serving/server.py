@@ -45,7 +45,8 @@ class DrainingServer(uvicorn.Server):
 
 def run(app: FastAPI, service: Service, host: str, port: int, drain_seconds: float, access_log: bool = False) -> None:
     """Serve until a signal; logs as the rest of the process does."""
-    names = {"host": host, "port": port, "access_log": access_log, "log_config": None}
-    config = uvicorn.Config(app, timeout_graceful_shutdown=_CLOSE_SECONDS, **names)
+    config = uvicorn.Config(
+        app, host, port, access_log=access_log, log_config=None, timeout_graceful_shutdown=_CLOSE_SECONDS
+    )
     DrainingServer(config, service, drain_seconds).run()
     _log.info("stopped: nothing waits or runs any more" if service.engine.is_idle else "stopped before all was made")

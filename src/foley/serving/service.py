@@ -5,6 +5,7 @@ import base64
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
@@ -67,7 +68,7 @@ class Meters:
 
     def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        named = {"registry": self.registry}
+        named: dict[str, Any] = {"registry": self.registry}
         self._jobs = Counter("foley_jobs", "Jobs that ended, by how", ["outcome"], **named)
         self._refused = Counter("foley_refused", "Requests that became no job, by status", ["status"], **named)
         self._audio = Counter("foley_audio_seconds", "Seconds of audio made", **named)
@@ -165,9 +166,10 @@ class Service:
         made = asyncio.wrap_future(job.outcome)
         made.add_done_callback(lambda future: future.cancelled() or future.exception())  # which is read from the job
         gone = asyncio.ensure_future(_client_gone(request))
+        either: set[asyncio.Future[Any]] = {made, gone}
         try:
             within = job.remaining_seconds + _GRACE_SECONDS
-            await asyncio.wait({made, gone}, timeout=within, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, timeout=within, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
             job.expire()

@@ -94,7 +94,12 @@ def _within_full_scale(samples: FloatArray) -> FloatArray:
 
 def _written(samples: FloatArray, rate_hz: int, form: SoundFormat) -> bytes:
     buffer = BytesIO()
-    shape = {"samplerate": rate_hz, "channels": samples.shape[1], "format": form.container, "subtype": form.subtype}
+    shape: dict[str, Any] = {
+        "samplerate": rate_hz,
+        "channels": samples.shape[1],
+        "format": form.container,
+        "subtype": form.subtype,
+    }
     with soundfile.SoundFile(buffer, "w", **shape) as file:
         for first in range(0, len(samples), _BLOCK_FRAMES):
             file.write(samples[first : first + _BLOCK_FRAMES])
