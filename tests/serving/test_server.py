@@ -161,7 +161,7 @@ def test_a_served_wav_is_that_of_sample_and_sigterm_ends_the_process(tmp_path, m
     script = [sys.executable, str(PROJECT_ROOT / "scripts" / words[0]), *words[1:]]
     process = subprocess.Popen(script, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
     try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 240
         while True:
             try:
                 assert ask(f"{url}/healthz")[0] == 200
