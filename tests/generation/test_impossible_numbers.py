@@ -15,12 +15,11 @@ from foley.accel.caching.budget import Budget
 from foley.accel.caching.fora import Fora
 from foley.accel.caching.smoothcache import SmoothCache
 from foley.cli.sampling import requested_clips
-from foley.cli.sampling_checks import OPTION_NUMBERS
 from foley.core.config import PROJECT_ROOT
 from foley.core.numbers import SEED, NumberRange
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.editing import EditMask, Variation
-from foley.generation.options import NUMBERS
+from foley.generation.options import NUMBERS, OPTION_NUMBERS
 from foley.generation.prompts import Clip, request_clips
 from foley.generation.settings import GenerationSettings
 

@@ -8,6 +8,17 @@ from torch import Tensor, nn
 from foley.diffusion.context import Accelerator, RunContext, StepContext, forecast
 
 
+def decides_by_batch(accelerator: object) -> bool:
+    """Whether what is reused follows from a mean over all items, so that an item depends on the rest of its batch.
+
+    >>> from foley.accel import Fora, TeaCache
+    >>> decides_by_batch(Fora(interval=2)), decides_by_batch(Combined([Fora(interval=2), TeaCache()]))
+    (False, True)
+    """
+    parts = getattr(accelerator, "accelerators", ())
+    return bool(getattr(accelerator, "decides_by_batch", False)) or any(map(decides_by_batch, parts))
+
+
 class NoAcceleration:
     """The accelerator that changes nothing."""
 

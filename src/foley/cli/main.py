@@ -36,6 +36,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     "Sound": {
         "sample": Verb("sample.py"),
         "demo": Verb("scripts/demo.py"),
+        "serve": Verb("scripts/serve.py"),
     },
     "Data": {
         "prepare": Verb("scripts/prepare.py"),

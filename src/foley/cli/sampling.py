@@ -151,18 +151,33 @@ def open_requested(
 
     Raises CheckpointError as `open_generator` does, and ValueError for what a pipeline of diffusers cannot do.
     """
-    described = None if cfg.codec_path else system_config(cfg.system, cfg.system_overrides, cfg.hub_dir)
-    loader = None if described is None else instantiate(described.published)
-    if isinstance(loader, PublishedPipeline):
-        _check_pipeline(cfg)
+    if loader := _pipeline_loader(cfg):
         check_pipeline_settings(settings, loader.family)
     for option in RECORDINGS:
         if cfg[option] is not None:
             read_recording(Path(cfg[option]), option)  # what cannot be read is refused before a model is loaded
-    device, places = device or resolve_device(cfg.device), (cfg.hub_dir, cfg.cache_dir, cfg.system_overrides)
-    generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path)
+    generator = open_system(cfg, device)
     if cfg.features is not None and not _takes_features(generator):
         raise ValueError(f"features={cfg.features}: this system takes captions, not features; give prompt= instead")
+    return generator
+
+
+def _pipeline_loader(cfg: DictConfig) -> PublishedPipeline | None:
+    """What loads `system=` where it is a pipeline of diffusers."""
+    described = None if cfg.codec_path else system_config(cfg.system, cfg.system_overrides, cfg.hub_dir)
+    loader = None if described is None else instantiate(described.published)
+    return loader if isinstance(loader, PublishedPipeline) else None
+
+
+def open_system(cfg: DictConfig, device: torch.device | None = None) -> TextToAudio | PipelineToAudio:
+    """What `system=` names, made ready as the options of inference say, on `device` instead of the command's.
+
+    Raises CheckpointError as `open_generator` does, and ValueError for what a pipeline of diffusers cannot do.
+    """
+    if _pipeline_loader(cfg):
+        _check_pipeline(cfg)
+    device, places = device or resolve_device(cfg.device), (cfg.hub_dir, cfg.cache_dir, cfg.system_overrides)
+    generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path)
     if isinstance(generator, PipelineToAudio):
         generator.optimise(cfg.precision, cfg.quantise)
     if isinstance(generator, TextToAudio):

@@ -8,25 +8,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from foley.core.config import is_pipeline, published_name
 from foley.core.logs import get_logger
-from foley.core.numbers import POSITIVE, SEED, SHARE, NumberRange, shown
-from foley.generation.options import IDLE, MAX_CLIPS, NUMBERS
+from foley.core.numbers import shown
+from foley.generation.options import IDLE, OPTION_NUMBERS
 
 _log = get_logger(__name__)
 
-OPTION_NUMBERS = {
-    **{"steps" if name == "num_steps" else name: numbers for name, numbers in NUMBERS.items()},
-    "seed": SEED,
-    "caption_seed": SEED,
-    "num": NumberRange(least=1, most=MAX_CLIPS, whole=True),
-    "max_duration_seconds": POSITIVE,
-    "trained_seconds": POSITIVE,
-    "guidance_scale": NumberRange(least=0),
-    "guidance_rescale": SHARE,
-    "strength": SHARE,
-    "control_scale": NumberRange(least=0),
-    **dict.fromkeys(("mask_start_seconds", "mask_length_seconds", "boundary_seconds"), NumberRange(least=0)),
-}
-"""What each numeric option may be."""
 RECORDINGS = ("edit", "init", "control")
 """Options that name a recording to start from."""
 # What the system decides, or does without, where it is null.

@@ -2,8 +2,8 @@
 
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,28 @@ def resolve_device(name: str | torch.device) -> torch.device:
     if device.type == "mps" and os.environ.get(MPS_FALLBACK) != "1":
         _log.warning("operations that MPS lacks will fail: set the variable %s=1 to run them on the CPU", MPS_FALLBACK)
     return device
+
+
+def resolve_devices(names: str | Sequence[str]) -> list[torch.device]:
+    """One device or several, by name; "auto" is every GPU of CUDA, or else what it is to `resolve_device`.
+
+    Raises ValueError as `resolve_device` does, and where none is named.
+
+    >>> resolve_devices("cpu"), resolve_devices(["cpu"])
+    ([device(type='cpu')], [device(type='cpu')])
+    """
+    if names == "auto" and torch.cuda.is_available():
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if not names:
+        raise ValueError("device=[]: name one device at least")
+    return [resolve_device(name) for name in ([names] if isinstance(names, str) else names)]
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """What this thread records, and allocates without a name, is on `device`: CUDA keeps a choice for each thread."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def _is_there(device: torch.device) -> bool:

@@ -15,10 +15,11 @@ sampler gets, a callable of noisy latent and timestep.
 """
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -115,6 +116,24 @@ class ClassifierFreeGuidance:
             raise ValueError(f"guidance rescale must lie in [0, 1], got {rescale}")
         self.scale = scale
         self.rescale = rescale
+
+    def __eq__(self, other: object) -> bool:
+        """A rule is its numbers: requests that guide alike may be one batch."""
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *sorted(vars(self).items())))
+
+    def at(self, scale: float | None = None, rescale: float | None = None) -> Self:
+        """The same rule by other numbers, where they are given; raises as the class does.
+
+        >>> ClassifierFreeGuidance(3.0, 0.5).at(scale=5.0) == ClassifierFreeGuidance(5.0, 0.5)
+        True
+        """
+        changed = copy(self)
+        numbers = self.scale if scale is None else scale, self.rescale if rescale is None else rescale
+        ClassifierFreeGuidance.__init__(changed, *numbers)
+        return changed
 
     @property
     def needs_negative(self) -> bool:

@@ -21,6 +21,7 @@ _WORDS = (
 _FUNCTION_WORDS = frozenset(_WORDS.split())
 _SUFFIXES = ("ing", "ed", "es", "s")
 _SHOWN = 3
+_REMEMBERED = 1000  # prompts
 _log = get_logger(__name__)
 
 
@@ -87,6 +88,8 @@ class KnownCaptions:
     def notes(self, prompt: str) -> dict[str, Any]:
         """What the JSON of a clip says of its prompt: nothing where it is familiar. Warns once of each that is not."""
         if prompt not in self._notes:
+            if len(self._notes) >= _REMEMBERED:  # a server hears of prompts without end
+                self._notes.clear()
             self._notes[prompt] = _describe(prompt, self.judge(prompt))
         return self._notes[prompt]
 

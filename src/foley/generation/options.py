@@ -1,12 +1,12 @@
 """What the options of a request may be, known without PyTorch: a slip of the keyboard is answered before it is loaded.
 
-`foley.generation.settings` and the command line both check by this one table.
+`foley.generation.settings`, the command line and the server all check by these tables.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from foley.core.numbers import COUNT, POSITIVE, SHARE, NumberRange
+from foley.core.numbers import COUNT, POSITIVE, SEED, SHARE, NumberRange
 
 _AUDIBLE = NumberRange(least=1e-4)
 NUMBERS = {
@@ -21,6 +21,25 @@ NUMBERS = {
 """What each number of `GenerationSettings` may be; those that a system or nothing may decide can be None too."""
 _NEVER_NONE = ("batch_size", "overlap_seconds", "eta")
 
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_CLIPS = 1_000_000
+"""Of one request; more are a slip of the keyboard, and would fill the memory before the first is generated."""
+
+OPTION_NUMBERS = {
+    **{"steps" if name == "num_steps" else name: numbers for name, numbers in NUMBERS.items()},
+    "seed": SEED,
+    "caption_seed": SEED,
+    "num": NumberRange(least=1, most=MAX_CLIPS, whole=True),
+    "max_duration_seconds": POSITIVE,
+    "trained_seconds": POSITIVE,
+    "guidance_scale": NumberRange(least=0),
+    "guidance_rescale": SHARE,
+    "strength": SHARE,
+    "control_scale": NumberRange(least=0),
+    **dict.fromkeys(("mask_start_seconds", "mask_length_seconds", "boundary_seconds"), NumberRange(least=0)),
+}
+"""What each numeric option may be, of the command line and of requests to the server."""
+
 IDLE = {
     "negative_prompt": "at guidance scale 1",
     "guidance_rescale": "at guidance scale 1",
@@ -28,10 +47,6 @@ IDLE = {
     "overlap_seconds": "without window_seconds",
 }
 """Options, and when they change nothing."""
-
-MAX_PROMPT_CHARACTERS = 10_000
-MAX_CLIPS = 1_000_000
-"""Of one request; more are a slip of the keyboard, and would fill the memory before the first is generated."""
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:

@@ -146,6 +146,11 @@ class PipelineToAudio:
         """Of the generated audio."""
         return self.audio.sample_rate_hz
 
+    @property
+    def default_duration_seconds(self) -> float:
+        """Of clips whose length is not asked for."""
+        return min(_DEFAULT_SECONDS, self.max_duration_seconds)
+
     def generate(
         self,
         prompts: Sequence[str | Clip],
@@ -193,7 +198,7 @@ class PipelineToAudio:
             case Variation(file, strength, downmix):
                 return self._variation(self._read(file, "init", downmix), strength, *method)
             case _:
-                seconds = settings.duration_seconds or min(_DEFAULT_SECONDS, self.max_duration_seconds)
+                seconds = settings.duration_seconds or self.default_duration_seconds
                 self._check_duration("duration_seconds", seconds)
                 negative = settings.negative_prompt or None
                 make = partial(self.audio.latents, negative_prompt=negative, duration_seconds=seconds)
@@ -265,7 +270,7 @@ class PipelineToAudio:
             **settings.facts,
         }
         made = clips, audio, self.sample_rate_hz, description, timings, plan.peak_ceiling, gains
-        return Generation(*made, machine=machine_name(self.device), batch_size=settings.batch_size)
+        return Generation(*made, machine_name(self.device), min(settings.batch_size, len(clips)))
 
     def _latents(
         self, clips: Sequence[Clip], settings: GenerationSettings, plan: _Plan, meter: CostMeter | None
@@ -278,9 +283,9 @@ class PipelineToAudio:
             with half:
                 return self.audio.solve(*request, seeds, solver, plan.guidance, meter, settings.progress)
         pipeline, scale = self.audio.pipeline, plan.guidance.scale
-        pipeline.set_progress_bar_config(disable=settings.progress is iter, desc="denoising")
         with (
             half,
+            self.audio.following(settings.progress),
             nullcontext() if meter is None else accelerated(self.audio.denoiser, pipeline.scheduler, scale, meter),
         ):
             return plan.make(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,7 @@ class Generation:
     @property
     def rtf(self) -> RealTimeFactor:
         """The same, with the machine and the batch that it is of."""
-        batch_size = None if self.batch_size is None else min(self.batch_size, len(self.clips))
-        return RealTimeFactor(self.real_time_factor, self.machine, batch_size)
+        return RealTimeFactor(self.real_time_factor, self.machine, self.batch_size)
 
     @property
     def tmacs(self) -> float | None:
@@ -117,7 +116,23 @@ class Generation:
         write_text(page, render_page(title or count_sounds(len(self.clips)), self.settings, cards, rtf=self.rtf))
         return page, cards
 
-    def write_clip(self, directory: Path, row: int, index: int, facts: Mapping[str, Any] | None = None) -> str:
+    def part(self, first: int, last: int) -> "Generation":
+        """The clips `[first, last)`, with their share of the time."""
+        share = (last - first) / len(self.clips)
+        timings = Timings(**{name: share * seconds for name, seconds in asdict(self.timings).items()})
+        gains = None if self.generated_gains is None else self.generated_gains[first:last]
+        # A copy, that the others are not kept for as long as these.
+        audio = self.audio[first:last].clone()
+        return replace(self, timings=timings, clips=self.clips[first:last], audio=audio, generated_gains=gains)
+
+    def write_clip(
+        self,
+        directory: Path,
+        row: int,
+        index: int,
+        facts: Mapping[str, Any] | None = None,
+        stem: str | None = None,
+    ) -> str:
         """Write the WAV of a row and then its JSON: where there is a JSON, the clip is whole. Returns their stem.
 
         Audio louder than `peak_ceiling` is attenuated to it; the JSON states the gain, and the peak before.
@@ -125,9 +140,10 @@ class Generation:
         Args:
             index: of the clip in the folder.
             facts: what else the JSON is to say.
+            stem: of both files; None is made of prompt, index and seed.
         """
         clip = self.clips[row]
-        stem = sample_stem(clip.prompt, index, clip.seed)
+        stem = stem or sample_stem(clip.prompt, index, clip.seed)
         gain = write_wav(directory / f"{stem}.wav", self._waveform(row), self.sample_rate_hz, self.peak_ceiling)
         levels = {"gain_db": gain_to_decibels(gain), **self._levels(row)}
         described = {"prompt": clip.prompt, "seed": clip.seed, **levels, **clip.notes}

@@ -81,7 +81,12 @@ class GenerationSettings:
             raise ValueError(f"lyrics={self.lyrics!r}: this system takes captions alone (ACE-Step sings); leave it out")
 
     def warn_without_effect(self) -> None:
-        """Name each option that differs from its default and yet changes nothing in this request."""
+        """Name each of `without_effect` in the log."""
+        for words in self.without_effect():
+            _log.warning("%s", words)
+
+    def without_effect(self) -> list[str]:
+        """Each option that differs from its default and yet changes nothing in this request, in words."""
         guidance = self.guidance or ClassifierFreeGuidance()
         default = GenerationSettings()
         idle = {
@@ -90,8 +95,7 @@ class GenerationSettings:
             "duration_seconds": self.duration_seconds is not None and self.source is not None,
             "overlap_seconds": self.overlap_seconds != default.overlap_seconds and self.window_seconds is None,
         }
-        for name in (name for name, without_effect in idle.items() if without_effect):
-            _log.warning("%s has no effect %s", name, IDLE[name])
+        return [f"{name} has no effect {IDLE[name]}" for name, without_effect in idle.items() if without_effect]
 
     def choose_solver(self, process: DiffusionProcess, student: Consistency | None = None) -> Solver:
         """The solver that samples a system, a student where `student` is given.

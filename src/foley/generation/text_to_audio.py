@@ -330,7 +330,7 @@ class TextToAudio:
         description = {**canvas.description, **chosen, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
         made = clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains
-        return Generation(*made, machine_name(self.device), settings.batch_size)
+        return Generation(*made, machine_name(self.device), min(settings.batch_size, len(clips)))
 
     @torch.no_grad()
     def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:

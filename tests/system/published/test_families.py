@@ -66,6 +66,25 @@ def family(request: Any) -> str:
     return str(request.param)
 
 
+@pytest.mark.parametrize("name", ["stable_audio_3", pytest.param("tangoflux", marks=pytest.mark.slow)])
+def test_steps_are_followed_and_may_be_stopped_between_two(name: str, opened: Open) -> None:
+    generator, seen = opened(name), []
+
+    def watch(steps: Any) -> Any:
+        for step in steps:
+            seen.append(step)
+            if len(seen) > 3:
+                raise InterruptedError
+            yield step
+
+    generator.generate(["rain"], SECONDS, [7], progress=watch, **QUICK)
+    assert seen == [0, 1]
+    with pytest.raises(InterruptedError):
+        generator.generate(["rain"], SECONDS, [7], progress=watch, **QUICK)
+    assert seen == [0, 1, 0, 1]
+    assert "progress_bar" not in vars(generator.audio.pipeline)
+
+
 def test_a_clip_has_length_channels_and_rate_and_ignores_its_batch(family: str, opened: Open) -> None:
     generator, prompts = opened(family), ["rain", "a dog barks"]
     both = generator.generate(prompts, SECONDS, [3, 5], batch_size=2, **QUICK)

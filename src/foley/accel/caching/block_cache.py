@@ -234,6 +234,7 @@ class BlockCache(ABC):
     """
 
     schedule: CacheSchedule | None = None
+    decides_by_batch = True  # see `foley.accel.combined.decides_by_batch`
     compares_with_computed = True  # False: the change is that since the evaluation before, computed or not
 
     def __init__(

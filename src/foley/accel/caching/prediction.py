@@ -223,6 +223,11 @@ class PredictionReuse:
         self._form: TreeSpec | None = None  # of the denoiser's output
 
     @property
+    def decides_by_batch(self) -> bool:
+        """Whether errors that are measured on the way decide, see `foley.accel.combined.decides_by_batch`."""
+        return self._threshold is not None
+
+    @property
     def calibrates(self) -> bool:
         """Whether whoever generates is to make the calibration where it is missing."""
         return self._target_speedup is not None and self._calibrate == "auto"

@@ -1,12 +1,13 @@
 """Pipelines of diffusers that make audio: their folders, what a family says of itself, and the families by name."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.utils import is_accelerate_available
@@ -21,6 +22,7 @@ from foley.core.config import PIPELINE_INDEX as INDEX
 from foley.core.hub import Hub
 from foley.core.numbers import check_choice
 from foley.core.reading import read_json, reading
+from foley.diffusion.sampler import Progress
 
 _WANTED = [INDEX, "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
 _UNWANTED = ["*.fp16.*"]
@@ -149,6 +151,37 @@ class AudioPipeline(ABC):
 
     def check_guidance(self, scale: float, edits: bool) -> None:  # noqa: B027
         """Raises ValueError for a scale that the loaded pipeline does not guide with; most take any."""
+
+    @contextmanager
+    def following(self, progress: Progress) -> Iterator[None]:
+        """The pipeline's steps go to `progress` inside, in the place of its own bar; what that raises ends the run."""
+
+        def bar(iterable: Any = None, total: int | None = None) -> Any:
+            if iterable is None:
+                return _Steps(progress, total or 0)
+            return (step for _, step in zip(progress(range(len(iterable))), iterable, strict=False))
+
+        self.pipeline.progress_bar = bar
+        try:
+            yield
+        finally:
+            del self.pipeline.progress_bar
+
+
+class _Steps:
+    """What a pipeline of diffusers asks of its bar."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._steps = iter(progress(range(total)))
+
+    def __enter__(self) -> Self:
+        next(self._steps, None)
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def update(self, count: int = 1) -> None:
+        next(self._steps, None)
 
 
 class OfOobleck(AudioPipeline):

@@ -52,7 +52,7 @@ class StableAudio3(OfOobleck):
 
     def _from_recording(self, kind: Any, prompts: Sequence[str], recording: Tensor, **options: Any) -> Tensor:
         pipeline = kind(**self.pipeline.components)
-        pipeline.set_progress_bar_config(**self.pipeline._progress_bar_config)
+        pipeline.progress_bar = self.pipeline.progress_bar
         del options["guidance_scale"]  # 1, which `check_guidance` has seen to
         latents: Tensor = pipeline(
             list(prompts),

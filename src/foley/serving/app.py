@@ -1,0 +1,247 @@
+"""The HTTP API: what it answers to whom. `create_app` makes the application of a service."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import JSONResponse
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.concurrency import run_in_threadpool
+
+import foley
+from foley.serving.jobs import Job
+from foley.serving.schema import (
+    EditForm,
+    GenerateBody,
+    Health,
+    HealthAnswer,
+    JobAnswer,
+    ModelAnswer,
+    Problem,
+    SoundsAnswer,
+    VariationForm,
+)
+from foley.serving.service import Service
+from foley.serving.sounds import FORMATS
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
+"""Names of the machine itself; a page elsewhere that has a name of its own point here is refused (DNS rebinding)."""
+_EVENTS_SECONDS = 0.1  # between two looks at a job
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who is answered.
+
+    Args:
+        api_key: that requests must bring, as a bearer token or as X-API-Key; None asks for none.
+        hosts: names by which the server may be called; "*" for any.
+        origins: of pages elsewhere that browsers may let read the answers (CORS).
+    """
+
+    api_key: str | None = None
+    hosts: Sequence[str] = LOCAL_HOSTS
+    origins: Sequence[str] = ()
+
+
+def create_app(service: Service, access: Access = Access()) -> FastAPI:
+    """The application; with its end the engine ends too."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(service.engine.close)
+
+    app = FastAPI(
+        title="foley",
+        description=foley.__doc__.partition("\n")[0] if foley.__doc__ else "",
+        version=foley.__version__,
+        lifespan=lifespan,
+        max_body_size=service.limits.max_upload_bytes,
+        form_limits={"max_files": 1, "max_fields": 40, "max_part_size": 1 << 16},
+    )
+    app.state.service, app.state.access = service, access
+    app.include_router(_open)
+    app.include_router(_guarded)
+    app.add_exception_handler(RequestValidationError, _explain)
+    if access.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(access.origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False)
+    return app
+
+
+async def _explain(request: Request, error: Exception) -> Response:
+    """What is wrong with each field, without what was sent: it may be long, or no JSON."""
+    assert isinstance(error, RequestValidationError)
+    problems = [".".join(map(str, found["loc"][1:])) + f": {found['msg']}" for found in error.errors()]
+    request.app.state.service.meters.count_refusal(422)
+    return JSONResponse({"detail": "; ".join(problems)}, 422)
+
+
+# ---------------------------------------------------------------- who may
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _same_site(request: Request) -> None:
+    """Raises HTTPException for a page elsewhere that sends its reader's browser here: forms need no CORS for that."""
+    origin = request.headers.get("origin")
+    known = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    if not known and origin not in request.app.state.access.origins:
+        raise HTTPException(403, f"pages of {origin} may not ask this server; cors_origins= of foley serve lets them")
+
+
+def _authorised(
+    request: Request,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
+    key: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
+) -> None:
+    """Raises HTTPException where a key is asked for and the request brings another, or none."""
+    expected: str | None = request.app.state.access.api_key
+    given = bearer.credentials if bearer is not None else key or ""
+    # In constant time: how long a comparison takes would tell how much of a guess is right.
+    if expected is not None and not secrets.compare_digest(given.encode(), expected.encode()):
+        raise HTTPException(401, "give the server's key as a bearer token", {"WWW-Authenticate": "Bearer"})
+
+
+def _job(job_id: str, service: Annotated[Service, Depends(_service)]) -> Job:
+    try:
+        return service.kept.get(job_id)
+    except KeyError:
+        raise HTTPException(404, "there is no such job, or no more") from None
+
+
+ServiceOf = Annotated[Service, Depends(_service)]
+JobOf = Annotated[Job, Depends(_job)]
+EditOf = Annotated[EditForm, Form(media_type="multipart/form-data")]
+VariationOf = Annotated[VariationForm, Form(media_type="multipart/form-data")]
+
+_refusals: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (401, 413, 422, 429, 503, 504)}
+_sounds: dict[int | str, dict[str, Any]] = {
+    200: {"model": SoundsAnswer, "content": {form.media_type: {} for form in FORMATS.values()}}
+}
+_open = APIRouter()
+_guarded = APIRouter(dependencies=[Depends(_same_site), Depends(_authorised)])
+
+
+# ---------------------------------------------------------------- sounds, at once
+
+
+@_guarded.post("/v1/audio/generate", response_class=Response, responses={**_refusals, **_sounds})
+async def generate(body: GenerateBody, request: Request, service: ServiceOf) -> Response:
+    """Sounds from text: one as it is, several (or with `Accept: application/json`) as JSON in base64."""
+    return await service.respond(request, body)
+
+
+@_guarded.post("/v1/audio/edit", response_class=Response, responses={**_refusals, **_sounds})
+async def edit(form: EditOf, request: Request, service: ServiceOf) -> Response:
+    """A recording with a part of it generated anew; every sample outside that part stays as it was."""
+    return await service.respond(request, form)
+
+
+@_guarded.post("/v1/audio/variations", response_class=Response, responses={**_refusals, **_sounds})
+async def variations(form: VariationOf, request: Request, service: ServiceOf) -> Response:
+    """A recording, noised and denoised again for the prompt."""
+    return await service.respond(request, form)
+
+
+# ---------------------------------------------------------------- sounds, later
+
+
+@_guarded.post("/v1/jobs", status_code=202, responses=_refusals)
+async def begin_generation(body: GenerateBody, service: ServiceOf) -> JobAnswer:
+    """As /v1/audio/generate, answered before it is made."""
+    return await _begin(body, service)
+
+
+@_guarded.post("/v1/jobs/edit", status_code=202, responses=_refusals)
+async def begin_edit(form: EditOf, service: ServiceOf) -> JobAnswer:
+    """As /v1/audio/edit, answered before it is made."""
+    return await _begin(form, service)
+
+
+@_guarded.post("/v1/jobs/variations", status_code=202, responses=_refusals)
+async def begin_variations(form: VariationOf, service: ServiceOf) -> JobAnswer:
+    """As /v1/audio/variations, answered before it is made."""
+    return await _begin(form, service)
+
+
+async def _begin(body: GenerateBody | EditForm | VariationForm, service: Service) -> JobAnswer:
+    job = await service.submit(body)
+    service.kept.add(job)
+    return service.describe(job)
+
+
+@_guarded.get("/v1/jobs/{job_id}")
+async def show_job(job: JobOf, service: ServiceOf) -> JobAnswer:
+    """How far a job is, and where its sounds are once it is done."""
+    return service.describe(job)
+
+
+@_guarded.get("/v1/jobs/{job_id}/events", response_class=EventSourceResponse)
+async def follow_job(job: JobOf, service: ServiceOf) -> AsyncIterator[ServerSentEvent]:
+    """Server-sent events: the job whenever something of it changes, the last time when it has ended."""
+    last = None
+    while last is None or last.state in ("queued", "running"):
+        now = service.describe(job)
+        if now != last:
+            yield ServerSentEvent(data=now, event=now.state)
+        else:
+            await asyncio.sleep(_EVENTS_SECONDS)
+        last = now
+
+
+@_guarded.get("/v1/jobs/{job_id}/clips/{row}", response_class=Response, responses=_sounds)
+async def fetch_clip(row: int, job: JobOf, request: Request, service: ServiceOf) -> Response:
+    """A clip of a job that is done; with `Accept: application/json` its settings too."""
+    if not 0 <= row < len(job.request.clips):
+        raise HTTPException(404, f"the job has {len(job.request.clips)} clips, counted from 0")
+    answer = await service.sounds(request, job, range(row, row + 1))
+    job.taken.add(row)
+    return answer
+
+
+@_guarded.delete("/v1/jobs/{job_id}")
+async def end_job(job: JobOf, service: ServiceOf) -> JobAnswer:
+    """Cancel a job, between two evaluations where it runs; one that has ended is forgotten."""
+    if job.has_ended:
+        service.kept.remove(job)
+    job.cancel()
+    return service.describe(job)
+
+
+# ---------------------------------------------------------------- about the server
+
+
+@_guarded.get("/v1/models")
+async def list_models(service: ServiceOf) -> list[ModelAnswer]:
+    """What there is, and what requests may ask of each."""
+    return service.models()
+
+
+@_guarded.get("/metrics", response_class=Response)
+async def metrics(service: ServiceOf) -> Response:
+    """In the text format of Prometheus."""
+    return Response(generate_latest(service.meters.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@_open.get("/healthz", responses={503: {"model": HealthAnswer}})
+async def health(response: Response, service: ServiceOf) -> HealthAnswer:
+    """Whether the server takes requests; 503 where it does not."""
+    engine = service.engine
+    status: Health = "draining" if not engine.is_accepting else "ok" if engine.is_alive else "failed"
+    response.status_code = 200 if status == "ok" else 503
+    return HealthAnswer(status=status, waiting=engine.num_waiting, running=engine.num_running)

@@ -1,0 +1,52 @@
+"""The process of the server: uvicorn, and what a signal does to it."""
+
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from foley.core.logs import get_logger
+from foley.serving.service import Service
+
+_CLOSE_SECONDS = 5  # for answers that are under way once everything is made
+_RECENT_SECONDS = 10.0  # before the signal: whoever asks for a job now and then may not have seen that it is done
+_log = get_logger(__name__)
+
+
+class DrainingServer(uvicorn.Server):
+    """At the first SIGTERM or Ctrl-C it refuses what is new, finishes what it has, and ends; at the second at once.
+
+    Sounds of jobs can be fetched meanwhile, which is waited for; not for those that have long been done.
+
+    Args:
+        drain_seconds: after which it ends whatever is left.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._service, self._drain_seconds = service, drain_seconds
+        self._since = 0.0
+        self._until: float | None = None  # no signal has come
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._until is not None:
+            super().handle_exit(sig, frame)
+            return
+        self._since = time.monotonic() - _RECENT_SECONDS
+        self._until = time.monotonic() + self._drain_seconds
+        self._service.engine.stop_accepting()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._until is not None and (self._service.is_drained(self._since) or time.monotonic() > self._until):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def run(app: FastAPI, service: Service, host: str, port: int, drain_seconds: float, access_log: bool = False) -> None:
+    """Serve until a signal; logs as the rest of the process does."""
+    config = uvicorn.Config(
+        app, host, port, access_log=access_log, log_config=None, timeout_graceful_shutdown=_CLOSE_SECONDS
+    )
+    DrainingServer(config, service, drain_seconds).run()
+    _log.info("stopped: nothing waits or runs any more" if service.engine.is_idle else "stopped before all was made")

@@ -1,0 +1,44 @@
+"""A system of a few thousand weights, and engines that serve it."""
+
+import pytest
+import torch
+from gated_generators import Gated, Mean
+from small_system import CONFIGS
+
+from foley.accel.combined import NoAcceleration
+from foley.generation.text_to_audio import TextToAudio
+from foley.serving.engine import DEFAULT, Engine, Served
+from foley.system.system import build_system
+
+
+@pytest.fixture(scope="session")
+def generator():
+    torch.manual_seed(0)
+    system = build_system(CONFIGS)
+    with torch.no_grad():  # zero-initialised layers would hide the text and the time
+        for parameter in system.modules["denoiser"].parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return TextToAudio(system, max_duration_seconds=5.0)
+
+
+@pytest.fixture
+def gated(generator):
+    return Gated(generator)
+
+
+@pytest.fixture
+def start():
+    """Makes engines, which end with the test."""
+    engines = []
+
+    def make(generator, accelerators=None, **options):
+        served = Served(generator, accelerators or {DEFAULT: NoAcceleration(), "mean": Mean()})
+        engines.append(Engine([{"tiny": served}], **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        gate = getattr(engine.models["tiny"].generator, "gate", None)
+        if gate is not None:
+            gate.set()
+        engine.close()
