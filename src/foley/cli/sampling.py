@@ -138,7 +138,8 @@ def chosen_source(cfg: DictConfig) -> Edit | Variation | Control | None:
 def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:
     """Solver, steps and guidance, as fields of `GenerationSettings`; None is the system's own choice."""
     guidance = None
-    if cfg.guidance_scale is not None or cfg.guidance_rescale:
+    rule = set(cfg.guidance) - {"_target_", "scale", "rescale"}  # one with options of its own, such as an interval
+    if cfg.guidance_scale is not None or cfg.guidance_rescale or rule:
         scale = ClassifierFreeGuidance().scale if cfg.guidance_scale is None else cfg.guidance_scale
         guidance = instantiate(cfg.guidance, scale=scale, rescale=cfg.guidance_rescale)
     return {"solver": cfg.solver.name, "eta": cfg.eta, "num_steps": cfg.steps, "guidance": guidance}

@@ -74,6 +74,11 @@ def check_pipeline_settings(settings: GenerationSettings, family: type[AudioPipe
     settings.refuse_lyrics(family.takes_lyrics)
     if solver is not None:
         solver.build(CosineProcess())  # whether it fits is known before anything is loaded
+    elif not guidance.is_constant:
+        raise ValueError(
+            f"guidance: a published pipeline guides by itself, and knows no {type(guidance).__name__}; of Stable Audio "
+            "a solver of ours does, as solver=heun"
+        )
     elif guidance.rescale or guidance.scale < 1:
         raise ValueError(
             "a published pipeline takes a guidance scale of at least 1 and no rescale, "
@@ -242,7 +247,7 @@ class PipelineToAudio:
         name = type(self.audio.pipeline.scheduler).__name__ if solver is None else solver.name
         run = (self.model_hash, name if solver is None else solver.label, num_steps, guidance.scale)
         uncached = GenerationSettings(
-            guidance=guidance, batch_size=settings.batch_size, solver=settings.solver, eta=settings.eta
+            guidance=guidance.constant(), batch_size=settings.batch_size, solver=settings.solver, eta=settings.eta
         )
         calibrate_missing(settings.accelerator, run, calibration_prompts(()), uncached, self.denoise_clips)
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)

@@ -145,8 +145,7 @@ class GenerationSettings:
         windows = {"window_seconds": self.window_seconds, "overlap_seconds": self.overlap_seconds}
         return {
             **(windows if self.window_seconds is not None else {}),
-            "guidance_scale": guidance.scale,
-            "guidance_rescale": guidance.rescale,
+            **guidance.describe(),
             "solver": solver,
             **({"eta": self.eta} if self.eta else {}),
             "num_steps": num_steps,

@@ -355,7 +355,8 @@ class TextToAudio:
     ) -> Iterator[Tensor]:
         """Normalised latents `[B, C, L]`, batch by batch."""
         guidance, solver = method
-        denoiser, accelerator, compiler = self._backend.of_run(settings.accelerator, accelerator)
+        of_run = self._backend.of_run(settings.accelerator, accelerator, guidance.is_constant)
+        denoiser, accelerator, compiler = of_run
         denoise = partial(
             generate_latents,
             denoiser,
@@ -395,7 +396,7 @@ class TextToAudio:
             return
         known = self.system.captions if self.text.prompt_field == "caption" else [clip.prompt for clip in clips]
         same: dict[str, Any] = {"any_guidance_scale": settings.any_guidance_scale, "batch_size": settings.batch_size}
-        uncached = GenerationSettings(solver=solver.name, eta=solver.eta, guidance=guidance, **same)
+        uncached = GenerationSettings(solver=solver.name, eta=solver.eta, guidance=guidance.constant(), **same)
         run = (hash_module(self.denoiser), solver.label, solver.num_steps, guidance.scale)
         calibrate_missing(settings.accelerator, run, calibration_prompts(known), uncached, self.denoise_clips)
 

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
 from foley.core.seeding import torch_generator
-from foley.diffusion.context import Accelerator
+from foley.diffusion.context import Accelerator, followers
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import CosineProcess
 from foley.diffusion.sampler import Progress, sample
@@ -78,7 +78,7 @@ class StableAudio(OfOobleck):
         denoise = guidance.wrap(partial(self._predict, durations, self._rotary()), text, silence)
         run = solver.run_context(scheduler, guidance, len(seeds), self.process)
         generators = [torch_generator("solver noise", seed) for seed in seeds]
-        callbacks = [] if accelerator is None else [accelerator]
+        callbacks = followers(denoise, accelerator)
         with nullcontext() if accelerator is None else accelerator.attach(self.denoiser):
             return sample(denoise, noise, scheduler, run, callbacks, generators, progress)
 
