@@ -35,6 +35,7 @@ from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import feature_files
+from foley.system.adapters import AdapterChoice, adapter_choices
 from foley.system.published import PublishedPipeline
 from foley.system.system import student_of
 
@@ -145,6 +146,11 @@ def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:
     return {"solver": cfg.solver.name, "eta": cfg.eta, "num_steps": cfg.steps, "guidance": guidance}
 
 
+def chosen_adapters(cfg: DictConfig) -> list[AdapterChoice]:
+    """What `adapters=` names; raises ValueError for an entry that is none."""
+    return adapter_choices(_plain(cfg.adapters) or ())
+
+
 def open_requested(
     cfg: DictConfig, settings: GenerationSettings, device: torch.device | None = None
 ) -> TextToAudio | PipelineToAudio:
@@ -161,7 +167,8 @@ def open_requested(
         if cfg[option] is not None:
             read_recording(Path(cfg[option]), option)  # what cannot be read is refused before a model is loaded
     device, places = device or resolve_device(cfg.device), (cfg.hub_dir, cfg.cache_dir, cfg.system_overrides)
-    generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path)
+    opened = cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path
+    generator = open_generator(*opened, chosen_adapters(cfg))
     if cfg.features is not None and not _takes_features(generator):
         raise ValueError(f"features={cfg.features}: this system takes captions, not features; give prompt= instead")
     if isinstance(generator, PipelineToAudio):

@@ -254,9 +254,13 @@ class DiffusionTraining(LatentTraining):
         error = self._errors(clean, noise, timestep, text, valid, hidden)  # [B]
         if self.min_snr_gamma is not None:
             error = error * to_device(self.process.min_snr_weight(timestep, self.min_snr_gamma), error.device)
-        loss = error.mean()  # however many frames of an item are hidden
+        loss = self.mean_error(error)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
+
+    def mean_error(self, error: Tensor) -> Tensor:
+        """Over the items `[B]` of a batch in training, however many frames of an item are hidden."""
+        return error.mean()
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
         """Add the batch's errors, with noise and timesteps that are the same at every validation, to their bins."""
