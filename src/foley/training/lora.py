@@ -61,7 +61,7 @@ class Prior:
     """
 
     weight: float = 1.0
-    count: int = 64
+    count: int = 32
     captions: Sequence[str] | None = None
     clips: AudioDataModule | None = None
     num_steps: int = 25
