@@ -9,6 +9,7 @@ At a scale s the product B A counts s times; of a DoRA the magnitude m goes that
 Merged or not, the result is the same.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -289,7 +290,9 @@ def _inject(
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     try:
-        inject_adapter_in_model(LoraConfig(**options), module, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*Already found a `peft_config` attribute.*")  # of those before it
+            inject_adapter_in_model(LoraConfig(**options), module, name)
         result = set_peft_model_state_dict(module, dict(tensors), name)
     except (ValueError, RuntimeError) as error:  # no such layer, or of another shape
         raise CheckpointError(f"adapters={choice.path} does not fit {type(module).__name__}: {error}") from error
