@@ -46,7 +46,13 @@ class Lora:
 
         alpha, targets = cast(int, self.alpha or self.rank), list(self.targets)
         adapters = LoraConfig(r=self.rank, lora_alpha=alpha, target_modules=targets, use_dora=self.dora)
-        inject_adapter_in_model(adapters, module)
+        inject_adapter_in_model(adapters, adaptable(module))
+
+
+def adaptable(module: nn.Module) -> nn.Module:
+    """What adapters of `module` are around: itself, or the model inside that it calls in its own way (`adapts`)."""
+    inner: nn.Module = getattr(module, "adapts", module)
+    return inner
 
 
 def adapted_layers(module: nn.Module) -> dict[str, Any]:

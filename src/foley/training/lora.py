@@ -18,6 +18,7 @@ from typing import Any, Self, cast
 
 import pytorch_lightning as pl
 import torch
+from hydra.utils import instantiate
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,6 +28,7 @@ from foley.core.config import relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
 from foley.core.numbers import COUNT, NumberRange
+from foley.core.pipelines import system_config
 from foley.core.rates import clip_size
 from foley.core.seeding import torch_generator
 from foley.data.datamodule import AudioDataModule
@@ -35,8 +37,11 @@ from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver, default_solver
-from foley.models.lora import AdaptedDenoiser, without_adapters
+from foley.models.lora import AdaptedDenoiser, adaptable, without_adapters
 from foley.system.adapters import save_adapters
+from foley.system.published import PublishedPipeline
+from foley.system.published.training import pipeline_system
+from foley.system.system import load_published
 from foley.training.diffusion import DiffusionTraining, LatentTraining, SpanMasking
 from foley.training.distillation import Teacher
 from foley.training.sharding import ShardedStrategy
@@ -44,6 +49,17 @@ from foley.training.sharding import ShardedStrategy
 ADAPTER_FOLDER = "adapter"
 _NOT_NEGATIVE = NumberRange(least=0)
 _log = get_logger(__name__)
+
+
+def load_base(path: str, codec_path: str | None = None, text_dir: str | None = None) -> Teacher:
+    """The system to adapt, with its codec: one of ours (`Teacher.load`), or a pipeline of diffusers.
+
+    Raises CheckpointError as that does, and for a pipeline that adapters are not trained of.
+    """
+    described = system_config(path)
+    if described is not None and isinstance(instantiate(described.published), PublishedPipeline):
+        return Teacher(pipeline_system(load_published(path), path), set())
+    return Teacher.load(path, text_dir, True, codec_path)
 
 
 @dataclass(frozen=True)
@@ -108,7 +124,7 @@ class LoraTraining(DiffusionTraining):
     ) -> None:
         system, modules = base.system, cast(dict[str, Any], base.system.modules)
         adapts_text = adapt_text and modules["text"].trainable
-        self.base_hashes = {"denoiser": hash_module(modules["denoiser"])}
+        self.base_hashes = {"denoiser": hash_module(adaptable(modules["denoiser"]))}
         if adapts_text:
             self.base_hashes["text"] = hash_module(modules["text"])
         adapted = lora(modules["denoiser"])
@@ -135,7 +151,8 @@ class LoraTraining(DiffusionTraining):
     @property
     def adapted(self) -> dict[str, nn.Module]:
         """What has adapters, by component."""
-        parts: dict[str, nn.Module] = {"denoiser": cast(AdaptedDenoiser, self.denoiser).denoiser, "text": self.text}
+        denoiser = cast(AdaptedDenoiser, self.denoiser).denoiser
+        parts: dict[str, nn.Module] = {"denoiser": adaptable(denoiser), "text": self.text}
         return {name: parts[name] for name in self.base_hashes}
 
     def train(self, mode: bool = True) -> Self:
@@ -159,8 +176,11 @@ class LoraTraining(DiffusionTraining):
     def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
         """Take latents of the system's codec, or audio at its rate; raises StaleCacheError or ValueError for others.
 
-        The normaliser stays the system's.
+        The normaliser stays the system's. A model that is told durations is told that of the items.
         """
+        for part in (cast(AdaptedDenoiser, self.denoiser).denoiser, self.text):
+            if hasattr(part, "duration_seconds"):
+                part.duration_seconds = cast(Any, datamodule).duration_seconds
         if not isinstance(datamodule, AudioDataModule):
             LatentTraining.adopt_data(self, datamodule)
             self.source.require_codec(self.checkpoint_metadata["codec_hash"])
@@ -300,7 +320,10 @@ class AdapterWriter(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         module = cast(Any, pl_module)
-        places = {"denoiser": "denoiser.denoiser.", "text": "text."}
+        places = {
+            name: next(f"{path}." for path, inner in module.named_modules() if inner is part)
+            for name, part in module.adapted.items()
+        }
         states = {
             name: {
                 key.removeprefix(place): tensor
@@ -308,7 +331,6 @@ class AdapterWriter(pl.Callback):
                 if key.startswith(place)
             }
             for name, place in places.items()
-            if name in module.adapted
         }
         facts = {"source": self.source, "steps": trainer.global_step, "clips": _clips(trainer)}
         save_adapters(self.folder, module.adapted, module.base_hashes, sorted(module.captions), states, **facts)
