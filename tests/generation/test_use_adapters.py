@@ -8,6 +8,7 @@ from small_system import STEPS
 
 from foley.accel.caching.fora import Fora
 from foley.cli.sampling import chosen_adapters, open_requested, requested_settings
+from foley.core.components import CheckpointError
 from foley.core.hashing import hash_module
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import load_system, save_system
@@ -92,6 +93,8 @@ def test_the_command_takes_a_list(folder):
     assert not chosen_adapters(compose_command("sample"))
     with pytest.raises(ValueError, match=r"adapters\[0\]"):
         chosen_adapters(compose_command("sample", "adapters=[{scale: 0.5}]"))
+    with pytest.raises(CheckpointError, match=r"neither adapter.json"):
+        chosen_adapters(compose_command("sample", f"adapters=[{{path: {folder}}}]"))
 
 
 @pytest.mark.parametrize("rule", ["interval", "apg"])

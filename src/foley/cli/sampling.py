@@ -35,7 +35,7 @@ from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import feature_files
-from foley.system.adapters import AdapterChoice, adapter_choices
+from foley.system.adapters import AdapterChoice, AdapterFiles, adapter_choices
 from foley.system.published import PublishedPipeline
 from foley.system.system import student_of
 
@@ -147,8 +147,11 @@ def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:
 
 
 def chosen_adapters(cfg: DictConfig) -> list[AdapterChoice]:
-    """What `adapters=` names; raises ValueError for an entry that is none."""
-    return adapter_choices(_plain(cfg.adapters) or ())
+    """What `adapters=` names; raises ValueError for an entry that is none, and CheckpointError as reading them does."""
+    choices = adapter_choices(_plain(cfg.adapters) or ())
+    for choice in choices:
+        AdapterFiles.read(choice.path)  # what cannot be read is refused before a model is loaded
+    return choices
 
 
 def open_requested(
