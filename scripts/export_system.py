@@ -5,6 +5,7 @@ On demand with graphs of its networks for other runtimes, ONNX or AOTInductor, i
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -36,11 +37,8 @@ def main(cfg: DictConfig) -> None:
     directory, system = Path(cfg.output_dir), load_system(cfg.ckpt, codec_path=cfg.codec_path)
     if cfg.latents is not None:
         system = with_captions(system, cfg.latents)
-    save_system(
-        adapted(system, adapter_choices(OmegaConf.to_container(cfg.adapters, resolve=True))),
-        directory,
-        DTYPES[cfg.dtype],
-    )
+    adapters: Any = OmegaConf.to_container(cfg.adapters, resolve=True)
+    save_system(adapted(system, adapter_choices(adapters)), directory, DTYPES[cfg.dtype])
     if cfg.share_with is not None:
         share_parts(directory, Path(cfg.share_with))
     if cfg.format != "system":  # of the weights as they are stored

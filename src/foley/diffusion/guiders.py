@@ -98,7 +98,7 @@ class IntervalGuidance(ClassifierFreeGuidance):
             clean: the clean estimate `[B, C, L]` of the positive branch.
             hidden: the frames that count, `[B, 1, L]` or one row.
         """
-        guided: Tensor = guider.forward(positive, negative).pred
+        guided: Tensor = guider.forward(positive, negative).pred  # (1), linear: any quantity will do
         return guided
 
 
@@ -159,9 +159,10 @@ class ProjectedGuidance(IntervalGuidance):
         # What is known of a recording has no part in norms: zero in both estimates, it adds nothing to them.
         count = hidden.sum(dim=(1, 2), keepdim=True) * positive.shape[1]  # values that count, [B, 1, 1]
         unit = count.to(clean).sqrt()  # in this unit a norm is a root mean square
-        towards = (clean * hidden) / unit
-        away = towards - of_prediction * (positive - negative).to(clean) * hidden / unit
-        update = guider.forward(towards, away).pred - towards
+        towards = (clean * hidden) / unit  # D_pos
+        away = towards - of_prediction * (positive - negative).to(clean) * hidden / unit  # D_neg
+        update = guider.forward(towards, away).pred - towards  # (w - 1) d
+        # The update alone: a clean estimate, brought back to a prediction, loses digits where there is little noise.
         return positive + (unit * update / of_prediction).to(positive)
 
 
@@ -225,7 +226,7 @@ class GuidedRun:
             return self._alone(noisy, timestep)
         positive, negative = self._both(noisy, timestep)
         of_noisy, of_prediction = self._weights
-        clean = of_noisy * noisy.float() + of_prediction * positive.float()
+        clean = of_noisy * noisy.float() + of_prediction * positive.float()  # D_pos
         hidden = torch.ones_like(clean[:, :1]) if self._hidden_mask is None else self._hidden_mask[:, None].to(clean)
         guided = self._guidance.guide(self._guider, positive, negative, of_prediction, clean, hidden)
         return self._guidance.rescaled(guided, positive, self._hidden_mask)

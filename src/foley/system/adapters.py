@@ -293,7 +293,7 @@ def _inject(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*Already found a `peft_config` attribute.*")  # of those before it
             inject_adapter_in_model(LoraConfig(**options), module, name)
-        result = set_peft_model_state_dict(module, dict(tensors), name)
+        result: Any = set_peft_model_state_dict(module, dict(tensors), name)
     except (ValueError, RuntimeError) as error:  # no such layer, or of another shape
         raise CheckpointError(f"adapters={choice.path} does not fit {type(module).__name__}: {error}") from error
     own = [key for key in result.missing_keys if f".{name}" in key]

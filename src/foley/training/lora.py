@@ -242,8 +242,14 @@ class LoraTraining(DiffusionTraining):
             latent = self.codec.encode(batch["audio"].float(), generator)  # [B, C, L]
         frames = torch.arange(latent.shape[-1], device=latent.device)
         mask = frames < (batch["length_samples"][:, None] / self.codec.hop_samples).ceil()
-        about: Any = {"caption": captions, "label": batch["label"], "id": batch["id"]}
-        return LatentBatch(latent=latent, frame_mask=mask, is_padded=self.mask_padding, **about)
+        return LatentBatch(
+            latent=latent,
+            frame_mask=mask,
+            is_padded=self.mask_padding,
+            caption=captions,
+            label=batch["label"],
+            id=batch["id"],
+        )
 
     def _with_prior(self, own: LatentBatch, generator: torch.Generator) -> LatentBatch:
         """As many items of the prior behind one's own."""
