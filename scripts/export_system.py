@@ -5,15 +5,17 @@ On demand with graphs of its networks for other runtimes, ONNX or AOTInductor, i
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from foley.cli.command import command
 from foley.core.devices import resolve_device
 from foley.core.logs import get_logger
 from foley.data.latents import LatentCacheIndex
 from foley.generation.novelty import representative
+from foley.system.adapters import adapted, adapter_choices
 from foley.system.exported import check_format, export_graphs
 from foley.system.system import System, load_system, save_system, share_parts
 
@@ -35,7 +37,8 @@ def main(cfg: DictConfig) -> None:
     directory, system = Path(cfg.output_dir), load_system(cfg.ckpt, codec_path=cfg.codec_path)
     if cfg.latents is not None:
         system = with_captions(system, cfg.latents)
-    save_system(system, directory, DTYPES[cfg.dtype])
+    adapters: Any = OmegaConf.to_container(cfg.adapters, resolve=True)
+    save_system(adapted(system, adapter_choices(adapters)), directory, DTYPES[cfg.dtype])
     if cfg.share_with is not None:
         share_parts(directory, Path(cfg.share_with))
     if cfg.format != "system":  # of the weights as they are stored

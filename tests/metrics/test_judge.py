@@ -116,11 +116,16 @@ def test_prompts_are_spread_over_the_file(folder):
 
 def test_a_row_for_each_scale_and_rescale(folder, tmp_path):
     paths = (f"system={folder}/system", f"prompts={folder}/prompts.jsonl", f"reference={folder}/reference")
-    sizes = ("scales=[1,3]", "rescales=[0,0.5]", "steps=2", "duration_seconds=0.1", "device=cpu")
-    run("bench/guidance", *paths, *sizes, f"output_dir={tmp_path}")
-    rows = json.loads((tmp_path / "guidance.json").read_text())["rows"]
+    sizes = ("scales=[1,3]", "rescales=[0,0.5]", "rule_scales=[3]", "steps=2", "duration_seconds=0.1", "device=cpu")
+    rules = ("rules.interval.start=0", "rules.interval.stop=0.5")
+    run("bench/guidance", *paths, *sizes, *rules, f"output_dir={tmp_path}")
+    measured = json.loads((tmp_path / "guidance.json").read_text())
+    rows = measured["rows"]
     assert [(row["guidance_scale"], row["rescale"]) for row in rows] == [(1, 0), (3, 0), (1, 0.5), (3, 0.5)]
     assert all(row["label_accuracy"] is not None and row["frechet_distance"] > 0 for row in rows)
+    plain, interval, projected = (row["gmacs"] for row in measured["rules"])
+    assert [row["guidance"] for row in measured["rules"]] == ["cfg", "interval", "apg"]
+    assert (interval, projected) == (pytest.approx(0.75 * plain), plain)  # one of two evaluations has one branch
 
 
 def test_runs_are_scored_at_their_checkpoints_and_averaged_over_seeds(folder, tmp_path):

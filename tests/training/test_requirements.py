@@ -48,7 +48,8 @@ def test_every_recipe_as_typed_begins_or_says_all_that_it_lacks(experiment: str)
         return
     told = lacks(f"experiment={experiment}")
     assert told.startswith("test cannot train yet; it lacks\n")
-    assert ("data.cache_dir=...  latents, made by: foley encode" in told) != ("data.splits=...  clips" in told)
+    clips = "data.splits.folder=...  a folder" if experiment == "lora" else "data.splits=...  clips"
+    assert ("data.cache_dir=...  latents, made by: foley encode" in told) != (clips in told)
     assert ("trainer=cpu  there is no GPU here" in told) == (cfg.trainer.accelerator == "gpu")
     assert ("text.download=true  fetches" in told) == ("T5" in str(cfg.get("text")))
     assert ("text.directory=..." in told) == (experiment == "video_to_audio")

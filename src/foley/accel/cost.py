@@ -182,36 +182,52 @@ def run_cost(
     macs: EvaluationMacs,
     first_evaluation: int = 0,
     computed_evaluations: Sequence[bool] | None = None,
+    branches: Sequence[int] | None = None,
 ) -> RunCost:
     """What a run that follows `schedule` costs, from the cost of one evaluation; it computes all where it begins.
 
     An evaluation that `computed_evaluations` leaves out costs nothing, whatever its row says; None is all of them.
+
+    Args:
+        macs: of the evaluation `first_evaluation`.
+        branches: of guidance, at each evaluation, where it begins or ends on the way (`RunContext.branches`).
     """
     compute = schedule.compute[first_evaluation:]  # [evaluations left, layers]
-    uncached = macs.total * len(compute)  # each evaluation costs the same
+    counts = torch.tensor(branches or [1] * len(schedule.compute))[first_evaluation:]  # rows, in those of an item
+    share = int(counts[0])  # of what was counted, a branch costs this part
+    uncached = macs.total // share * int(counts.sum())
     if computed_evaluations is not None:
         # Rows of skipped evaluations say what layers would have done: nothing ran there.
-        compute = compute[torch.tensor(computed_evaluations[first_evaluation:])]
-    reused = (~compute[1:]).sum(dim=0).tolist()  # how often, of each layer
+        ran = torch.tensor(computed_evaluations[first_evaluation:])
+        compute, counts = compute[ran], counts[ran]
+    reused = (~compute[1:] * counts[1:, None]).sum(dim=0).tolist()  # how often, of each layer
     # A reused layer costs nothing. What lies outside of layers runs at every evaluation.
-    saved = sum(count * macs.layers[name] for name, count in zip(schedule.layer_names, reused, strict=True))
-    return RunCost(uncached, macs.total * len(compute) - saved)
+    saved = sum(count * (macs.layers[name] // share) for name, count in zip(schedule.layer_names, reused, strict=True))
+    return RunCost(uncached, macs.total // share * int(counts.sum()) - saved)
 
 
 def last_run_cost(
-    accelerator: Accelerator, macs: EvaluationMacs, num_evaluations: int, first_evaluation: int = 0
+    accelerator: Accelerator,
+    macs: EvaluationMacs,
+    num_evaluations: int,
+    first_evaluation: int = 0,
+    branches: Sequence[int] | None = None,
 ) -> RunCost:
     """What the last run under `accelerator` cost, from the cost of one evaluation.
 
     Its parts tell: caches of layers or blocks by `schedule`, what skips whole evaluations by `computed_evaluations`.
+    `branches` are as for `run_cost`.
     """
     parts = _parts(accelerator)
     computed = next((part.computed_evaluations for part in parts if hasattr(part, "computed_evaluations")), None)
     schedule = next((part.schedule for part in parts if hasattr(part, "schedule")), None)
     if schedule is not None:
-        return run_cost(schedule, macs, first_evaluation, computed)
-    count = num_evaluations - first_evaluation
-    return RunCost(macs.total * count, macs.total * (count if computed is None else sum(computed)))
+        return run_cost(schedule, macs, first_evaluation, computed, branches)
+    counts = list(branches or [1] * num_evaluations)
+    ran = range(first_evaluation, num_evaluations)
+    total = macs.total // counts[first_evaluation]  # of one branch, or of the joint batch
+    whole, computes = sum(counts[first_evaluation:]), [computed is None or computed[index] for index in ran]
+    return RunCost(total * whole, total * sum(counts[index] for index, runs in zip(ran, computes, strict=True) if runs))
 
 
 class CostMeter:
@@ -300,13 +316,14 @@ class CostMeter:
         return RunCost(cost.macs_uncached // run.batch_size, cost.macs_cached // run.batch_size)  # items cost alike
 
     def _cost(self, macs: EvaluationMacs, run: RunContext, first: int) -> RunCost:
-        cost = last_run_cost(self._accelerator, macs, run.num_evaluations, first)
+        cost = last_run_cost(self._accelerator, macs, run.num_evaluations, first, run.branches)
         if not self._changes_layers:
             return cost
         assert self._denoiser is not None
         # The same calls once more, with the denoiser as it is when nothing is attached.
         plain = sum(count_call_macs(self._denoiser, *call) for call in self._calls)
-        return RunCost(plain * (run.num_evaluations - first), cost.macs_cached)
+        counts = run.branches or (1,) * run.num_evaluations
+        return RunCost(plain // counts[first] * sum(counts[first:]), cost.macs_cached)
 
     def describe(self) -> dict[str, Any]:
         """What the JSON of each clip says of it.

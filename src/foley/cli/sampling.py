@@ -35,6 +35,7 @@ from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import feature_files
+from foley.system.adapters import AdapterChoice, AdapterFiles, adapter_choices
 from foley.system.published import PublishedPipeline
 from foley.system.system import student_of
 
@@ -138,10 +139,19 @@ def chosen_source(cfg: DictConfig) -> Edit | Variation | Control | None:
 def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:
     """Solver, steps and guidance, as fields of `GenerationSettings`; None is the system's own choice."""
     guidance = None
-    if cfg.guidance_scale is not None or cfg.guidance_rescale:
+    rule = set(cfg.guidance) - {"_target_", "scale", "rescale"}  # one with options of its own, such as an interval
+    if cfg.guidance_scale is not None or cfg.guidance_rescale or rule:
         scale = ClassifierFreeGuidance().scale if cfg.guidance_scale is None else cfg.guidance_scale
         guidance = instantiate(cfg.guidance, scale=scale, rescale=cfg.guidance_rescale)
     return {"solver": cfg.solver.name, "eta": cfg.eta, "num_steps": cfg.steps, "guidance": guidance}
+
+
+def chosen_adapters(cfg: DictConfig) -> list[AdapterChoice]:
+    """What `adapters=` names; raises ValueError for an entry that is none, and CheckpointError as reading them does."""
+    choices = adapter_choices(_plain(cfg.adapters) or ())
+    for choice in choices:
+        AdapterFiles.read(choice.path)  # what cannot be read is refused before a model is loaded
+    return choices
 
 
 def open_requested(
@@ -177,7 +187,8 @@ def open_system(cfg: DictConfig, device: torch.device | None = None) -> TextToAu
     if _pipeline_loader(cfg):
         _check_pipeline(cfg)
     device, places = device or resolve_device(cfg.device), (cfg.hub_dir, cfg.cache_dir, cfg.system_overrides)
-    generator = open_generator(cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path)
+    opened = cfg.system, device, cfg.max_duration_seconds, *places, cfg.codec_path
+    generator = open_generator(*opened, chosen_adapters(cfg))
     if isinstance(generator, PipelineToAudio):
         generator.optimise(cfg.precision, cfg.quantise)
     if isinstance(generator, TextToAudio):

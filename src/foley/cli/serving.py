@@ -84,7 +84,7 @@ def open_served(cfg: DictConfig, systems: dict[str, str], name: str, device: tor
     own, is_first = deepcopy(cfg), name == next(iter(systems))
     own.system = systems[name]
     if not is_first:
-        own.codec_path, own.system_overrides = None, {}
+        own.codec_path, own.system_overrides, own.adapters = None, {}, []
     accelerators = {DEFAULT: instantiate(own.accel) if is_first else NoAcceleration()}
     accelerators |= {str(key): instantiate(own.accelerators[key]) for key in own.accelerators}
     sampling = chosen_sampling(own) | {"duration_seconds": own.duration_seconds} if is_first else {}

@@ -6,6 +6,7 @@ A denoiser is a callable here, `(noisy [B, C, L], timestep [B]) -> prediction [B
 from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, EmbeddedGuidance, KnownLatent
+from foley.diffusion.guiders import IntervalGuidance, ProjectedGuidance
 from foley.diffusion.process import PREDICTIONS, DiffusionProcess
 from foley.diffusion.sampler import Start, embed, generate_latents, sample
 from foley.diffusion.solver import SOLVERS, Solver, default_solver
@@ -21,7 +22,9 @@ __all__ = [
     "ConsistencySolver",
     "DiffusionProcess",
     "EmbeddedGuidance",
+    "IntervalGuidance",
     "KnownLatent",
+    "ProjectedGuidance",
     "RunContext",
     "SamplerCallback",
     "Solver",

@@ -138,8 +138,11 @@ class Consistency:
         Args:
             any_scale: allow scales that distillation has not seen.
 
-        Raises ValueError for a rescale, and for such a scale unless it is allowed.
+        Raises ValueError for a rule that changes on the way, a rescale, and such a scale unless it is allowed.
         """
+        if not guidance.is_constant:
+            rule = type(guidance).__name__
+            raise ValueError(f"guidance: a student was distilled with guidance in its weights, and takes no {rule}")
         if guidance.rescale:  # it needs the positive branch, which a student does not have apart
             raise ValueError(f"a student takes no guidance rescale, got {guidance.rescale}; leave it at 0")
         if not any_scale and not self.lowest_scale <= guidance.scale <= self.highest_scale:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,18 @@ class RunContext:
     # prediction, [num_evaluations, 2]; None where the process is not known.
     clean_weights: Tensor | None = None
     adds_noise: bool = False  # at each step, so that the noisy latent jumps from one evaluation to the next
+    # Of guidance, at each evaluation, where it begins or ends on the way; None: all evaluations have as many.
+    branches: tuple[int, ...] | None = None
+
+    def branch(self, evaluation: int) -> str:
+        """What `StepContext` calls the joint batch: of each stretch of evaluations with as many branches another name.
+
+        >>> run = RunContext("ddim", 4, torch.arange(4), 3.0, 0.0, batch_size=1, branches=(1, 2, 2, 1))
+        >>> [run.branch(evaluation) for evaluation in range(4)]
+        ['joint', 'joint 2', 'joint 2', 'joint 3']
+        """
+        changes = sum(one != next_one for one, next_one in pairwise((self.branches or ())[: evaluation + 1]))
+        return f"joint {changes + 1}" if changes else "joint"
 
     @property
     def num_evaluations(self) -> int:
@@ -68,7 +81,9 @@ class RunContext:
 class StepContext:
     """One evaluation of the denoiser: `evaluation` counts from 0, the noisiest, also in a run that begins later.
 
-    `branch` tells apart the calls of guidance branches that run one after the other; a joint batch is "joint".
+    `branch` tells apart the calls of guidance branches that run one after the other; a joint batch is "joint". It tells
+    apart, too, the stretches of a run between which guidance begins or ends (`RunContext.branch`): what was kept in one
+    is of other rows than the next has.
     """
 
     evaluation: int
@@ -97,6 +112,11 @@ class Accelerator(SamplerCallback, Protocol):
     """
 
     def attach(self, denoiser: nn.Module) -> AbstractContextManager[object]: ...
+
+
+def followers(denoise: Any, accelerator: Accelerator | None) -> list[SamplerCallback]:
+    """Whom a run tells of its evaluations: guidance that changes on the way, and then what is attached."""
+    return [part for part in (denoise, accelerator) if hasattr(part, "on_evaluation_start")]
 
 
 def forecast(callbacks: Sequence[SamplerCallback], context: StepContext, noisy: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foley.core.logs import get_logger
-from foley.diffusion.context import RunContext
+from foley.diffusion.context import RunContext, followers
 from foley.diffusion.guidance import Denoise
 
 Replay = Callable[[], Tensor]
@@ -107,11 +107,17 @@ def recorded(
 ) -> tuple[Denoise, RunContext]:
     """Both for a run whose evaluations are recorded; as they are without a recorder, and in a run of few evaluations.
 
-    Evaluations under an accelerator differ as its `graph_pattern` says; without an accelerator all are alike.
+    Evaluations differ as the `graph_pattern` of the accelerator says, and that of guidance which changes on the way;
+    without either all are alike.
     """
     if recorder is None or run.num_evaluations < FEWEST_EVALUATIONS:
         return denoise, run
-    pattern = (lambda: "plain") if accelerator is None else getattr(accelerator, "graph_pattern", lambda: None)
+    patterns = [getattr(part, "graph_pattern", lambda: None) for part in followers(denoise, accelerator)]
+
+    def pattern() -> Hashable | None:
+        found = tuple(one() for one in patterns)
+        return None if None in found else found
+
     return RecordedDenoise(denoise, recorder, pattern), replace(run, is_recorded=True)
 
 

@@ -30,6 +30,8 @@ from foley.diffusion.windows import Windows
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """`(noisy [B, C, L], timestep [B]) -> prediction [B, C, L]`: all that a sampler knows of a model."""
+Branches = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""As `Denoise`, with the predictions of the positive and of the negative branch."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,11 @@ class ClassifierFreeGuidance:
         """Whether the negative branch has any influence."""
         return self.scale != 1
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether every evaluation is guided alike, and so may be one compiled graph."""
+        return True
+
     def combine(self, positive: Tensor, negative: Tensor, hidden_mask: Tensor | None = None) -> Tensor:
         """The guided prediction `[B, C, L]`; each item is rescaled by its own spread.
 
@@ -148,7 +155,10 @@ class ClassifierFreeGuidance:
         """
         if not self.needs_negative:  # w = 1: exactly the conditional prediction, without a rounding
             return positive
-        guided = extrapolate(positive, negative, self.scale)  # (1)
+        return self.rescaled(extrapolate(positive, negative, self.scale), positive, hidden_mask)  # (1)
+
+    def rescaled(self, guided: Tensor, positive: Tensor, hidden_mask: Tensor | None = None) -> Tensor:
+        """Equations (2) and (3), on a prediction `[B, C, L]` that is guided already."""
         if not self.rescale:
             return guided
         ratio = _spread(positive, hidden_mask) / _spread(guided, hidden_mask)  # [B, 1, 1]
@@ -171,13 +181,29 @@ class ClassifierFreeGuidance:
         With a `grid`, a denoiser that has `prepare` does there, once, all that every evaluation of the run repeats.
         `more` inputs of the denoiser have one row per item, and reach both branches.
         """
+        alone = partial(bind, denoiser, positive, known, grid, more)
         if not self.needs_negative:  # half the work
-            return bind(denoiser, positive, known, grid, more)
+            return alone()
         if negative is None:
             raise ValueError(f"guidance scale {self.scale} needs the conditioning of the negative (empty) prompt")
         predict = branches(denoiser, positive, negative, known, grid, more)
-        hidden_mask = None if known is None else known.hidden_mask
-        return lambda noisy, timestep: self.combine(*predict(noisy, timestep), hidden_mask)
+        return self.follow(predict, alone, None if known is None else known.hidden_mask)
+
+    def follow(self, both: Branches, alone: Callable[[], Denoise], hidden_mask: Tensor | None) -> Denoise:
+        """The guided callable of a run; `alone` makes one of the positive branch, for rules that want it."""
+        return lambda noisy, timestep: self.combine(*both(noisy, timestep), hidden_mask)
+
+    def branches(self, num_evaluations: int) -> tuple[int, ...] | None:
+        """How many branches each evaluation has, where not all have as many; None: they do."""
+        return None
+
+    def constant(self) -> "ClassifierFreeGuidance":
+        """The rule of the same scale that is the same at all evaluations: with it calibrations are made."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """What the JSON of each clip says of it."""
+        return {"guidance_scale": self.scale, "guidance_rescale": self.rescale}
 
 
 class EmbeddedGuidance(ClassifierFreeGuidance):
@@ -229,7 +255,7 @@ def branches(
     known: KnownLatent | None = None,
     grid: EvaluationGrid | None = None,
     more: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+) -> Branches:
     """The predictions of the positive and of the negative branch, in one joint batch; as `wrap` describes.
 
     `more` inputs have one row per item, and reach both branches.

@@ -187,6 +187,10 @@ class DiffusionProcess:
             return torch.rand(batch_size, generator=generator, device=device) * self.num_train_steps
         return torch.randint(self.num_train_steps, (batch_size,), generator=generator, device=device)
 
+    def timesteps_at(self, share: Tensor) -> Tensor:
+        """Whole timesteps `[B]` at shares `[B]` of the schedule, in [0, 1], the cleanest at 0."""
+        return (share * self.num_train_steps).long().clamp(max=self.num_train_steps - 1)
+
     def _levels_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Alpha and sigma of all timesteps, each `[num_train_steps]`, copied to each device once."""
         if device not in self._levels:
@@ -244,3 +248,7 @@ class CosineProcess(DiffusionProcess):
     def sample_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Times to train on, `[batch_size]`, uniform in [0, 1) on the generator's device."""
         return torch.rand(batch_size, generator=generator, device=generator.device)
+
+    def timesteps_at(self, share: Tensor) -> Tensor:
+        """The times t themselves."""
+        return share

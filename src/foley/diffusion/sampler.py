@@ -26,7 +26,7 @@ from torch import Tensor
 
 from foley.core.locks import sole_user
 from foley.core.seeding import torch_generator
-from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext, forecast
+from foley.diffusion.context import Accelerator, RunContext, SamplerCallback, StepContext, followers, forecast
 from foley.diffusion.graphs import Recorder, recorded
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning, Denoise, EvaluationGrid, KnownLatent
 from foley.diffusion.process import DiffusionProcess
@@ -86,7 +86,7 @@ def sample(
             stack.callback(callback.on_run_end)  # first, so that one that fails to start ends too
             callback.on_run_start(run)
         for evaluation in progress(range(first_evaluation, run.num_evaluations)):
-            context = StepContext(evaluation, scheduler.timesteps[evaluation], run)
+            context = StepContext(evaluation, scheduler.timesteps[evaluation], run, run.branch(evaluation))
             for callback in callbacks:
                 callback.on_evaluation_start(context)
             if known is not None:  # [B, C, L], given frames replaced by themselves at this noise level
@@ -207,7 +207,7 @@ def generate_latents(
     guided = guidance.wrap(denoiser, positive, negative, known, grid, _rows(more, len(seeds)))
     denoise, run = recorded(guided if compiler is None else compiler(guided), run, recorder, accelerator)
     with sole_user(denoiser), nullcontext() if accelerator is None else accelerator.attach(denoiser):
-        callbacks = [] if accelerator is None else [accelerator]
+        callbacks = followers(guided, accelerator)
         return sample(denoise, noise.to(device), scheduler, run, callbacks, generators, progress, start, known)
 
 

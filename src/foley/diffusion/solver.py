@@ -168,11 +168,11 @@ class Solver:
         """What callbacks learn about a run with `scheduler`; of the noise levels, where they know the process."""
         known = self.label, self.num_steps, scheduler.timesteps, guidance.scale, guidance.rescale, batch_size
         adds_noise = getattr(scheduler, "adds_noise", False)
+        same: Any = {"adds_noise": adds_noise, "branches": guidance.branches(len(scheduler.timesteps))}
         if process is None:
-            return RunContext(*known, adds_noise=adds_noise)
+            return RunContext(*known, **same)
         log_snr = _log_snr(process, scheduler.timesteps.cpu())
-        weights = process.clean_weights(log_snr)
-        return RunContext(*known, log_snr=log_snr, clean_weights=weights, adds_noise=adds_noise)
+        return RunContext(*known, log_snr=log_snr, clean_weights=process.clean_weights(log_snr), **same)
 
     def _build(self, entry: _Entry, process: DiffusionProcess) -> Any:
         if isinstance(process, CosineProcess):  # which knows all times

@@ -86,18 +86,19 @@ class Backend:
             )
 
     def of_run(
-        self, accelerator: Accelerator | None, metered: Accelerator | None
+        self, accelerator: Accelerator | None, metered: Accelerator | None, alike: bool = True
     ) -> tuple[nn.Module, Accelerator | None, Compiler | None]:
         """The denoiser, what to attach to it, and what makes one graph of an evaluation.
 
         Args:
             accelerator: of the request; `metered` counts it too, which cannot look into a graph.
+            alike: whether guidance is the same at all evaluations; where not, blocks are compiled, as under caches.
         """
         self.check(accelerator)
         if self._exported is not None:
             return self._exported.denoiser, metered, None
         if self._compiled is True:
-            if leaves_evaluations_whole(accelerator):
+            if alike and leaves_evaluations_whole(accelerator):
                 return self._denoiser, None, compile_evaluation
             compile_blocks(self._denoiser)
         return self._denoiser, metered, None

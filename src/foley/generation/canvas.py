@@ -1,8 +1,9 @@
 """What clips are generated onto: their length, what is given of them, and what becomes of the decoded audio."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch.nn.functional import pad
 
 from foley.core.rates import clip_size
 from foley.data.audio import PEAK_CEILING
+from foley.data.dataset import PeakLevel, gain_to_decibels
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start
-from foley.generation.editing import Recording
+from foley.generation.editing import CROSS_FADE_SECONDS, EditMask, EditWindow, Recording, paste_fitted
 from foley.models.dit.controlnet import ControlledTransformer
 
 
@@ -44,6 +46,51 @@ class Canvas:
 def crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
     """`[B, 1, T]` cut to `num_samples`, at `gain`, which brings back a recording's level and attenuates nothing."""
     return gain * audio[..., :num_samples], torch.ones(len(audio))
+
+
+def edit_canvas(
+    recording: Recording, mask: EditMask, window: EditWindow, hidden: Tensor, encode: Callable[[Tensor], Tensor]
+) -> Canvas:
+    """The `window` of `recording` with its masked part generated anew.
+
+    Args:
+        hidden: frames that are generated `[1, L]`.
+        encode: audio `[T]` to its normalised latent `[1, C, L]`.
+    """
+    known, gain, seen = None, 1.0, window.crop(recording.samples)
+    if not bool(hidden.all()):
+        gain = PeakLevel().gain(seen)
+        known = KnownLatent(encode(gain * seen), hidden)
+    description = {
+        "duration_seconds": window.total / recording.sample_rate_hz,
+        "level_gain_db": gain_to_decibels(gain),
+        "edit": {**recording.describe(), **asdict(mask), "cross_fade_seconds": CROSS_FADE_SECONDS},
+    }
+    # Kept samples come back bit by bit, so the result is never attenuated as a whole.
+    ceiling = inf if len(window.kept(recording.samples)) else PEAK_CEILING
+    return Canvas(
+        hidden.shape[1],
+        lambda audio: paste_fitted(recording.samples, audio / gain, window),
+        description,
+        known=known,
+        peak_ceiling=ceiling,
+    )
+
+
+def variation_canvas(
+    recording: Recording, strength: float, first_step: int, encode: Callable[[Tensor], Tensor]
+) -> Canvas:
+    """Variations of `recording`, from `first_step` on; `encode` is as for `edit_canvas`."""
+    # At the first step of all nothing of the recording is heard, nor its level.
+    gain = PeakLevel().gain(recording.samples) if first_step else 1.0
+    start = Start(encode(gain * recording.samples), first_step)
+    description = {
+        "duration_seconds": recording.duration_seconds,
+        "level_gain_db": gain_to_decibels(gain),
+        "init": {**recording.describe(), "strength": strength, "first_step": first_step},
+    }
+    finish = partial(crop, num_samples=len(recording.samples), gain=1 / gain)
+    return Canvas(start.clean.shape[-1], finish, description, start=start)
 
 
 def control_canvas(

@@ -33,6 +33,7 @@ from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
+from foley.system.adapters import Adapters, AdapterStack, adapter_choices
 from foley.system.published.audio_pipelines import AudioPipeline
 from foley.system.published.stable_audio import StableAudio
 from foley.system.system import System, load_published, load_system
@@ -74,6 +75,11 @@ def check_pipeline_settings(settings: GenerationSettings, family: type[AudioPipe
     settings.refuse_lyrics(family.takes_lyrics)
     if solver is not None:
         solver.build(CosineProcess())  # whether it fits is known before anything is loaded
+    elif not guidance.is_constant:
+        raise ValueError(
+            f"guidance: a published pipeline guides by itself, and knows no {type(guidance).__name__}; of Stable Audio "
+            "a solver of ours does, as solver=heun"
+        )
     elif guidance.rescale or guidance.scale < 1:
         raise ValueError(
             "a published pipeline takes a guidance scale of at least 1 and no rescale, "
@@ -123,6 +129,7 @@ class PipelineToAudio:
         self.max_duration_seconds = min(max_duration_seconds, audio.max_duration_seconds)
         audio.pipeline.to(self.device)
         self.quantised: str | None = None
+        self._adapters = AdapterStack({"denoiser": audio.denoiser})
         self.optimise()
         self.model_hash = hash_module(audio.denoiser)
 
@@ -140,6 +147,18 @@ class PipelineToAudio:
             raise ValueError(f"quantise={quantised}: the weights are rounded to {self.quantised} by now; load again")
         quantise_pipeline(self.audio.pipeline, self.audio.denoiser, quantised)
         self.quantised = quantised
+
+    def use_adapters(self, adapters: Adapters) -> None:
+        """As that of `TextToAudio`, on the pipeline's denoiser."""
+        if not (choices := adapter_choices(adapters)) and not self._adapters.describe():
+            return
+        if self.quantised is not None:
+            raise ValueError(f"adapters: the weights are rounded to {self.quantised} by now; load the pipeline again")
+        with sole_user(self.audio.denoiser):
+            try:
+                self._adapters.use(choices)
+            finally:
+                self.model_hash = hash_module(self.audio.denoiser)
 
     @property
     def sample_rate_hz(self) -> int:
@@ -247,7 +266,7 @@ class PipelineToAudio:
         name = type(self.audio.pipeline.scheduler).__name__ if solver is None else solver.name
         run = (self.model_hash, name if solver is None else solver.label, num_steps, guidance.scale)
         uncached = GenerationSettings(
-            guidance=guidance, batch_size=settings.batch_size, solver=settings.solver, eta=settings.eta
+            guidance=guidance.constant(), batch_size=settings.batch_size, solver=settings.solver, eta=settings.eta
         )
         calibrate_missing(settings.accelerator, run, calibration_prompts(()), uncached, self.denoise_clips)
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
@@ -266,6 +285,7 @@ class PipelineToAudio:
             "sample_rate_hz": self.sample_rate_hz,
             "precision": self.precision,
             **({} if self.quantised is None else {"quantise": self.quantised}),
+            **({"adapters": used} if (used := self._adapters.describe()) else {}),
             "model_hash": self.model_hash,
             **settings.facts,
         }
@@ -305,6 +325,7 @@ def open_generator(
     cache_dir: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     codec_path: str | Path | None = None,
+    adapters: Adapters = (),
 ) -> TextToAudio | PipelineToAudio:
     """Whatever `system` names, ready to generate: a published system or pipeline, a folder, or a checkpoint.
 
@@ -312,6 +333,7 @@ def open_generator(
 
     Args:
         codec_path: as for `load_system`.
+        adapters: as for `TextToAudio.use_adapters`.
         hub_dir, cache_dir, overrides: of a published one, as for `load_published`.
 
     Raises CheckpointError where something cannot be had.
@@ -321,6 +343,10 @@ def open_generator(
         loaded = load_published(system, hub_dir, cache_dir, overrides)
     else:
         loaded = load_system(system, codec_path=codec_path)
+    generator: TextToAudio | PipelineToAudio
     if isinstance(loaded, System):
-        return TextToAudio(loaded, device, max_duration_seconds)
-    return PipelineToAudio(loaded, device, max_duration_seconds)
+        generator = TextToAudio(loaded, device, max_duration_seconds)
+    else:
+        generator = PipelineToAudio(loaded, device, max_duration_seconds)
+    generator.use_adapters(adapters)
+    return generator

@@ -1,7 +1,7 @@
 """`GenerationSettings`: how to generate, the same for every clip of a request."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from foley.core.logs import get_logger
@@ -144,13 +144,21 @@ class GenerationSettings:
             return None
         return Windows(num_frames, window, round(self.overlap_seconds * frames_per_second))
 
+    def fitting(self, denoiser: Any, num_frames: int, frames_per_second: float) -> "GenerationSettings":
+        """In windows as long as learned positions reach, where that is not far enough and none were asked for."""
+        positions = getattr(denoiser, "positions", None)
+        if positions is None or num_frames <= positions.max_length or self.window_seconds is not None:
+            return self
+        learned, seconds = positions.max_length, positions.max_length / frames_per_second
+        _log.info("%d frames exceed the %d learned positions: windows of %g s", num_frames, learned, seconds)
+        return replace(self, window_seconds=seconds)
+
     def describe(self, guidance: ClassifierFreeGuidance, solver: str, num_steps: int) -> dict[str, Any]:
         """What the JSON of each clip says of these settings, and of what was chosen by them."""
         windows = {"window_seconds": self.window_seconds, "overlap_seconds": self.overlap_seconds}
         return {
             **(windows if self.window_seconds is not None else {}),
-            "guidance_scale": guidance.scale,
-            "guidance_rescale": guidance.rescale,
+            **guidance.describe(),
             "solver": solver,
             **({"eta": self.eta} if self.eta else {}),
             "num_steps": num_steps,

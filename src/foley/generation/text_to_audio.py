@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -21,24 +21,23 @@ from foley.core.locks import sole_user
 from foley.core.logs import get_logger
 from foley.core.numbers import POSITIVE
 from foley.core.rates import clip_size
-from foley.data.audio import PEAK_CEILING
-from foley.data.dataset import PeakLevel, gain_to_decibels
 from foley.diffusion.context import Accelerator
 from foley.diffusion.graphs import CudaRecorder, choose_graphs
-from foley.diffusion.guidance import ClassifierFreeGuidance, KnownLatent
-from foley.diffusion.sampler import Start, embed, generate_latents
+from foley.diffusion.guidance import ClassifierFreeGuidance
+from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver
 from foley.generation.backends import Backend
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
-from foley.generation.canvas import Canvas, control_canvas, crop
+from foley.generation.canvas import Canvas, control_canvas, crop, edit_canvas, variation_canvas
 from foley.generation.decoding import LatentDecoder, warn_of_blow_up
-from foley.generation.editing import CROSS_FADE_SECONDS, Control, Edit, EditMask, Recording, Variation, paste_fitted
+from foley.generation.editing import Control, Edit, EditMask, Recording, Variation
 from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
 from foley.models.text import TEXT_MULTIPLE, CachedText, FrozenEncoder
 from foley.nn.rotary import RotaryExtension
+from foley.system.adapters import Adapters, AdapterStack, adapter_choices
 from foley.system.system import System, load_system, save_system
 
 _DEFAULT_SECONDS = 5.0
@@ -67,20 +66,21 @@ class TextToAudio:
         self.system = system
         self.process = system.process
         self.student = system.consistency
-        self.known_captions = KnownCaptions(system.captions)
         self.device = resolve_device(device)
         self.max_duration_seconds = max_duration_seconds
         modules: dict[str, Any] = {name: module.eval().to(self.device) for name, module in system.modules.items()}
         self.denoiser, self.text = modules["denoiser"], modules["text"]
         self.codec, self.normaliser = modules["codec"], modules["normaliser"]
-        self._encode_text = CachedText(self.text) if self.text.trainable else self.text
+        self._adapters = AdapterStack(
+            {"denoiser": self.denoiser} | ({"text": self.text} if self.text.trainable else {})
+        )
         if self.device.type == "cuda":
             self._pad_text()
         self._decode = LatentDecoder(self.codec)
         self.inference: dict[str, Any] = {"decoder_precision": "float32"}  # and what `optimise` and its like choose
         self._cuda_graphs, self._backend = False, Backend(self.denoiser)
-        self.model_hash = hash_module(self.denoiser)
         self._said: set[str] = set()
+        self._know_weights()
 
     @classmethod
     def load(
@@ -88,20 +88,54 @@ class TextToAudio:
         system: str | Path | None = None,
         device: str | torch.device = "cpu",
         max_duration_seconds: float = 60.0,
+        adapters: Adapters = (),
     ) -> Self:
         """By a published name, from an exported system directory or a training checkpoint; None is what ships.
 
-        Raises CheckpointError as `load_system` does.
+        Args:
+            adapters: as for `use_adapters`.
+
+        Raises CheckpointError as `load_system` and `use_adapters` do.
         """
-        return cls(load_system(shipped("demo") if system is None else system), device, max_duration_seconds)
+        loaded = cls(load_system(shipped("demo") if system is None else system), device, max_duration_seconds)
+        loaded.use_adapters(adapters)
+        return loaded
+
+    def use_adapters(self, adapters: Adapters) -> None:
+        """Merge these into the weights, in the place of those before; none leaves the system as it was loaded.
+
+        Args:
+            adapters: folders that `experiment=lora` wrote, or mappings with `path` and `scale`, and with `any_base` for
+                one that was trained on other weights (`foley.system.adapters.AdapterChoice`); they add up.
+
+        Raises CheckpointError for one that does not fit, after which there are none, and ValueError for an entry that
+        is none, and where weights are rounded or graphs run, which would not follow.
+        """
+        if not (choices := adapter_choices(adapters)) and not self._adapters.describe():
+            return
+        self._backend.require_pytorch("adapters")
+        self._require_exact("adapters")
+        with sole_user(self.denoiser):
+            try:
+                self._adapters.use(choices)
+            finally:
+                self._know_weights()
+
+    def _know_weights(self) -> None:
+        """What is said of the weights, and known by them, is of those of now."""
+        self._encode_text = CachedText(self.text) if self.text.trainable else self.text  # knows no prompt
+        self.known_captions = KnownCaptions([*self.system.captions, *self._adapters.captions])
+        self.model_hash = hash_module(self.denoiser)
+        self.inference.pop("adapters", None)
+        self.inference |= {"adapters": used} if (used := self._adapters.describe()) else {}
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Export as a system directory, floating weights as `dtype` (None keeps float32).
+        """Export as a system directory, floating weights as `dtype` (None keeps float32); adapters are in them.
 
         Raises ValueError where `optimise` has rounded the denoiser's weights, as the first generation on CUDA does.
         """
         self._require_exact("save")
-        save_system(self.system, Path(directory), dtype)
+        save_system(replace(self.system, captions=self.known_captions.captions), Path(directory), dtype)
 
     def optimise(
         self,
@@ -319,7 +353,7 @@ class TextToAudio:
         self._calibrate(clips, settings, guidance, solver)
         clips = [replace(clip, notes={**self.known_captions.notes(clip.prompt), **clip.notes}) for clip in clips]
         canvas = self._canvas(settings, solver.num_steps, timings)
-        settings = self._fit_windows(settings, canvas.num_frames)
+        settings = settings.fitting(self.denoiser, canvas.num_frames, self.frames_per_second)
         meter = None if settings.accelerator is None else CostMeter(settings.accelerator)
         rows = []
         for latent in self._latents(clips, settings, (guidance, solver), canvas, meter, timings):
@@ -339,7 +373,7 @@ class TextToAudio:
             timings = Timings()
             method = settings.choose_guidance(self.student), settings.choose_solver(self.process, self.student)
             canvas = self._canvas(settings, method[1].num_steps, timings)
-            settings = self._fit_windows(settings, canvas.num_frames)
+            settings = settings.fitting(self.denoiser, canvas.num_frames, self.frames_per_second)
             looks_on = getattr(settings.accelerator, "on_latent", lambda latent: None)
             for latent in self._latents(clips, settings, method, canvas, settings.accelerator, timings):
                 looks_on(latent)
@@ -355,7 +389,8 @@ class TextToAudio:
     ) -> Iterator[Tensor]:
         """Normalised latents `[B, C, L]`, batch by batch."""
         guidance, solver = method
-        denoiser, accelerator, compiler = self._backend.of_run(settings.accelerator, accelerator)
+        runs = self._backend.of_run(settings.accelerator, accelerator, guidance.is_constant)
+        denoiser, accelerator, compiler = runs
         denoise = partial(
             generate_latents,
             denoiser,
@@ -395,7 +430,7 @@ class TextToAudio:
             return
         known = self.system.captions if self.text.prompt_field == "caption" else [clip.prompt for clip in clips]
         same: dict[str, Any] = {"any_guidance_scale": settings.any_guidance_scale, "batch_size": settings.batch_size}
-        uncached = GenerationSettings(solver=solver.name, eta=solver.eta, guidance=guidance, **same)
+        uncached = GenerationSettings(solver=solver.name, eta=solver.eta, guidance=guidance.constant(), **same)
         run = (hash_module(self.denoiser), solver.label, solver.num_steps, guidance.scale)
         calibrate_missing(settings.accelerator, run, calibration_prompts(known), uncached, self.denoise_clips)
 
@@ -409,12 +444,16 @@ class TextToAudio:
         match settings.source:
             case Edit(file, mask, downmix):
                 recording = Recording.read(Path(file), self.sample_rate_hz, "edit", downmix)
-                return self._edit_canvas(recording, mask, timings)
+                window = mask.window(recording)
+                self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
+                hidden = window.hidden_mask(self.codec.hop_samples).to(self.device)  # [1, L]
+                return edit_canvas(recording, mask, window, hidden, partial(self._encode, timings=timings))
             case Variation(file, strength, downmix) as variation:
                 recording = Recording.read(Path(file), self.sample_rate_hz, "init", downmix)
                 first_step = variation.first_step(num_steps)
                 self._warn_once(variation.rounding(num_steps))
-                return self._variation_canvas(recording, strength, first_step, timings)
+                self._check_duration(f"init={recording.file}", recording.duration_seconds)
+                return variation_canvas(recording, strength, first_step, partial(self._encode, timings=timings))
             case Control(file, scale, downmix):
                 recording = Recording.read(Path(file), self.sample_rate_hz, "control", downmix)
                 self._check_duration(f"control={file}", recording.duration_seconds)
@@ -428,56 +467,11 @@ class TextToAudio:
                 num_samples, num_frames = clip_size(seconds, self.sample_rate_hz, self.codec.hop_samples)
                 return Canvas(num_frames, partial(crop, num_samples=num_samples), {"duration_seconds": seconds})
 
-    def _edit_canvas(self, recording: Recording, mask: EditMask, timings: Timings) -> Canvas:
-        window = mask.window(recording)
-        self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
-        hidden = window.hidden_mask(self.codec.hop_samples)  # [1, L]
-        known, gain, seen = None, 1.0, window.crop(recording.samples)
-        if not bool(hidden.all()):
-            gain = PeakLevel().gain(seen)
-            known = KnownLatent(self._encode(gain * seen, timings), hidden.to(self.device))
-        description = {
-            "duration_seconds": window.total / self.sample_rate_hz,
-            "level_gain_db": gain_to_decibels(gain),
-            "edit": {**recording.describe(), **asdict(mask), "cross_fade_seconds": CROSS_FADE_SECONDS},
-        }
-        # Kept samples come back bit by bit, so the result is never attenuated as a whole.
-        ceiling = inf if len(window.kept(recording.samples)) else PEAK_CEILING
-        return Canvas(
-            hidden.shape[1],
-            lambda audio: paste_fitted(recording.samples, audio / gain, window),
-            description,
-            known=known,
-            peak_ceiling=ceiling,
-        )
-
-    def _variation_canvas(self, recording: Recording, strength: float, first_step: int, timings: Timings) -> Canvas:
-        self._check_duration(f"init={recording.file}", recording.duration_seconds)
-        # At the first step of all nothing of the recording is heard, nor its level.
-        gain = PeakLevel().gain(recording.samples) if first_step else 1.0
-        start = Start(self._encode(gain * recording.samples, timings), first_step)
-        description = {
-            "duration_seconds": recording.duration_seconds,
-            "level_gain_db": gain_to_decibels(gain),
-            "init": {**recording.describe(), "strength": strength, "first_step": first_step},
-        }
-        finish = partial(crop, num_samples=len(recording.samples), gain=1 / gain)
-        return Canvas(start.clean.shape[-1], finish, description, start=start)
-
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
         """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]`."""
         with timings.measured("encode_seconds", self.device):
             latent: Tensor = self.normaliser.normalise(self.codec.encode(samples[None, None].to(self.device)))
             return latent
-
-    def _fit_windows(self, settings: GenerationSettings, num_frames: int) -> GenerationSettings:
-        """In windows as long as the learned positions reach, where that is not far enough and none were asked for."""
-        positions = getattr(self.denoiser, "positions", None)
-        if positions is None or num_frames <= positions.max_length or settings.window_seconds is not None:
-            return settings
-        learned, seconds = positions.max_length, positions.max_length / self.frames_per_second
-        _log.info("%d frames exceed the %d learned positions: windows of %g s", num_frames, learned, seconds)
-        return replace(settings, window_seconds=seconds)
 
     def _check_duration(self, name: str, seconds: float) -> None:
         if not 0 < seconds <= self.max_duration_seconds:

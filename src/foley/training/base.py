@@ -32,9 +32,11 @@ class FoleyModule(pl.LightningModule):
         gradient_clip_norm: largest norm of the gradients of a step; None does not clip.
         sharded_components: what processes hold parts of under trainer=fsdp; all that trains is among them.
         gradient_norm: of this step, before clipping, where a callback has measured it.
+        takes_weights: whether `ckpt=` gives weights to begin with; False where the module is built around it.
     """
 
     gradient_norm: Tensor | None = None
+    takes_weights = True
 
     def __init__(self, gradient_clip_norm: float | None = None) -> None:
         super().__init__()

@@ -254,9 +254,13 @@ class DiffusionTraining(LatentTraining):
         error = self._errors(clean, noise, timestep, text, valid, hidden)  # [B]
         if self.min_snr_gamma is not None:
             error = error * to_device(self.process.min_snr_weight(timestep, self.min_snr_gamma), error.device)
-        loss = error.mean()  # however many frames of an item are hidden
+        loss = self.mean_error(error)
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         return loss
+
+    def mean_error(self, error: Tensor) -> Tensor:
+        """Over the items `[B]` of a batch in training, however many frames of an item are hidden."""
+        return error.mean()
 
     def validation_step(self, batch: LatentBatch, batch_idx: int) -> None:
         """Add the batch's errors, with noise and timesteps that are the same at every validation, to their bins."""
@@ -265,11 +269,10 @@ class DiffusionTraining(LatentTraining):
         generator = torch_generator("validation", self.seed, batch_idx, self.global_rank)
         # One draw from each of `size` equal strata: every noise level is seen, in every batch.
         level = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
-        # [B], whole timesteps.
-        timestep = (level * self.process.num_train_steps).long().clamp(max=self.process.num_train_steps - 1)
+        timestep = self.process.timesteps_at(level)  # [B]
         noise = torch.randn(clean.shape, generator=generator)
         error = self._errors(clean, noise, timestep, self.condition(batch), self.valid_frames(batch), None)
-        bins = timestep * self.noise_level_bins // self.process.num_train_steps  # [B], 0 the cleanest
+        bins = (timestep * self.noise_level_bins // self.process.num_train_steps).long()  # [B], 0 the cleanest
         totals = self._bin_totals = self._bin_totals.to(error)
         totals.index_add_(
             1, to_device(bins, error.device), torch.stack([error, torch.ones_like(error)])

@@ -53,14 +53,17 @@ class Teacher:
     codec_hashes: set[str]
 
     @classmethod
-    def load(cls, path: str, text_dir: str | None = None) -> "Teacher":
+    def load(
+        cls, path: str, text_dir: str | None = None, with_codec: bool = False, codec_path: str | None = None
+    ) -> "Teacher":
         """By what `load_system` takes: a name, a directory or a checkpoint; CheckpointError for a student.
 
         Args:
             text_dir: a store of its text encoder's embeddings, which then is not loaded.
+            with_codec, codec_path: as `load_system` takes them.
         """
         source = published_source(path) or Path(path).expanduser().resolve()
-        system = load_system(source, with_codec=False, text_dir=text_dir)
+        system = load_system(source, with_codec, codec_path, text_dir)
         if system.consistency is not None:
             raise CheckpointError(f"system={path} is a student itself; give the system that it was distilled from")
         return cls(system, codec_hashes(source))

@@ -23,6 +23,7 @@ _MADE_BY = {
     "output_dir=FOLDER",
     "data.text_dir": "embeddings of captions, made by: foley encode-text captions=LATENTS text=NAME output_dir=FOLDER",
     "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
+    "data.splits.folder": "a folder of audio",
     "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",
     "data.splits.url": "a folder or URL of shards, made by: foley shards manifest=FILE output=FOLDER",
     "system": "the teacher, or the model to control: a system's folder, a .ckpt, or the name of a published system",

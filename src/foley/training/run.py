@@ -109,7 +109,7 @@ def _train(cfg: DictConfig, settings: Mapping[str, Any], resume_from: Path | Non
             "sample.py and the export will then ask for codec_path=CODEC"
         )
     module.adopt_data(datamodule)
-    if cfg.ckpt and not resume_from:
+    if cfg.ckpt and not resume_from and module.takes_weights:
         warm_start(module, cfg.ckpt, cfg.ckpt_allow)
     return _fit(_build_trainer(cfg), module, datamodule, resume_from, settings)
 

@@ -23,7 +23,7 @@ from foley.accel.caching.curves import ALL_LAYERS, OBJECTIVES, Calibration
 from foley.accel.caching.layer_cache import CacheOptions, LayerCache, replaced_forwards
 from foley.accel.caching.prediction_calibration import PredictionCovariance
 from foley.accel.caching.reuse import ReuseChoice, reuse_name
-from foley.accel.caching.schedule import CacheSchedule, RunSignature
+from foley.accel.caching.schedule import CacheSchedule, RunSignature, refuse_changing
 from foley.accel.cost import MacCounter
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers, output_tensors
 from foley.core.config import default_cache_dir, hub_name, published_name
@@ -214,7 +214,11 @@ class CalibrationRecorder:
         history.append(output)  # beyond `max_distance`, the oldest falls out
 
     def on_run_start(self, run: RunContext) -> None:
-        """Raises RuntimeError if nothing is attached, SignatureMismatchError if runs of two kinds would be mixed."""
+        """Raises RuntimeError if nothing is attached, SignatureMismatchError if runs of two kinds would be mixed.
+
+        And ValueError where guidance begins or ends on the way.
+        """
+        refuse_changing(run)
         if self._denoiser is None:
             raise RuntimeError("CalibrationRecorder has no denoiser: generate inside its `attach(denoiser)` context")
         self._thread.begin()

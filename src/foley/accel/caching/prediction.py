@@ -218,7 +218,8 @@ class PredictionReuse:
         self._decided: int | None = None  # the last evaluation that was decided about
         self._is_asked = False  # whether the loop asks for forecasts
         self._noisy: Tensor | None = None  # what the guided prediction is of
-        # Branches that run one after the other have memories of their own; a branch has one for each output.
+        # Branches that run one after the other have memories of their own, and so have the stretches of a run between
+        # which guidance begins or ends, where a prediction jumps; a branch has one for each output.
         self._histories: dict[str, list[History]] = {}
         self._form: TreeSpec | None = None  # of the denoiser's output
 
@@ -294,7 +295,7 @@ class PredictionReuse:
         self._context, self._decided = context, context.evaluation
         # Where branches run one after the other this is called for each: the first decides for all, but for one that
         # has nothing to recall.
-        computes = self._computes(context) if is_first else self._memory(context) not in self._histories
+        computes = self._computes(context) if is_first else context.branch not in self._histories
         self.computed_evaluations[context.evaluation] |= computes
 
     def _computes(self, context: StepContext) -> bool:
@@ -302,7 +303,7 @@ class PredictionReuse:
         if not any(self.computed_evaluations):  # nothing to reuse yet, also in a run that begins in the middle
             self._plan = (False,) * evaluation + self._planned(context.run, evaluation)
         assert self._plan is not None
-        if self._memory(context) not in self._histories:  # a branch that begins in mid-run
+        if context.branch not in self._histories:  # a branch that begins in mid-run
             return True
         if self._guard is None:
             return self._plan[evaluation]
@@ -313,7 +314,7 @@ class PredictionReuse:
         since_warmup = evaluation - self.computed_evaluations.index(True) if any(self.computed_evaluations) else 0
         if since_warmup < self._warmup or not any(self.computed_evaluations[max(evaluation - self._max_reuses, 0) :]):
             return True
-        history = self._histories[self._memory(context)][0]
+        history = self._histories[context.branch][0]
         return not self._guard.lets_skip(evaluation, history.remainder(evaluation))
 
     def _planned(self, run: RunContext, first: int) -> tuple[bool, ...]:
@@ -347,10 +348,6 @@ class PredictionReuse:
         calibration.signature.require(signature, "the calibration of predictions")
         return calibration.covariance.numpy()
 
-    def _memory(self, context: StepContext) -> str:
-        """Which of the histories it is about."""
-        return "guided" if self._is_asked else context.branch
-
     def forecast(self, context: StepContext, noisy: Tensor) -> Tensor | None:
         """The guided prediction `[B, C, L]` of the present evaluation, or None where the denoiser has to compute it.
 
@@ -360,11 +357,11 @@ class PredictionReuse:
         if self._at != "guided":
             return None
         self._is_asked, self._noisy = True, noisy
-        return None if self.computed_evaluations[context.evaluation] else self._recall("guided", noisy)[0]
+        return None if self.computed_evaluations[context.evaluation] else self._recall(context.branch, noisy)[0]
 
     def on_evaluation_end(self, context: StepContext, prediction: Tensor) -> None:
         if self._is_asked and self.computed_evaluations[context.evaluation]:
-            self._store("guided", self._noisy, [prediction])
+            self._store(context.branch, self._noisy, [prediction])
         # Outside of an evaluation nothing may be stored, and a noisy latent need not be kept alive.
         self._context = self._noisy = None
 

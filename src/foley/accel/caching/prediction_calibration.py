@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from foley.accel.caching.schedule import RunSignature
+from foley.accel.caching.schedule import CHANGING_GUIDANCE, RunSignature, refuse_changing
 from foley.core.files import info_path, load_record, save_record
 from foley.core.reading import reading
 from foley.diffusion.context import RunContext, StepContext
@@ -81,8 +81,9 @@ class CovarianceRecorder:
         return "plain"
 
     def on_run_start(self, run: RunContext) -> None:
-        """Raises SignatureMismatchError if runs of two kinds would be mixed."""
+        """Raises SignatureMismatchError if runs of two kinds would be mixed, ValueError as `refuse_changing` does."""
         assert self._denoiser is not None
+        refuse_changing(run)
         signature = RunSignature.of(run, self._denoiser)
         if self._signature is not None:
             self._signature.require(signature, "the predictions recorded so far")
@@ -108,16 +109,19 @@ class CovarianceRecorder:
         self._predictions.append(rows)
 
     def on_run_end(self) -> None:
+        """Raises ValueError where a pipeline has begun or ended its guidance on the way."""
+        predictions, self._predictions = self._predictions, []
         # A run that broke off, or began in the middle, has gaps in its covariance.
-        if self._signature is not None and len(self._predictions) == self._signature.num_evaluations:
-            runs = torch.stack(self._predictions, dim=1)  # [B, E, N]
+        if self._signature is not None and len(predictions) == self._signature.num_evaluations:
+            if len({len(rows) for rows in predictions}) > 1:
+                raise ValueError(CHANGING_GUIDANCE)
+            runs = torch.stack(predictions, dim=1)  # [B, E, N]
             size = runs.square().mean(dim=(1, 2), keepdim=True).sqrt()
             # A loud prompt counts as a quiet one, and a silent one, as of a denoiser that starts at zero, as nothing.
             runs = runs / size.clamp_min(torch.finfo(size.dtype).tiny)
             products = torch.einsum("ben,bfn->ef", runs, runs) / runs.shape[2]
             self._sum = self._sum + products.cpu().double()
             self._num_prompts += len(runs)
-        self._predictions = []
 
     def calibration(self) -> PredictionCovariance:
         """Over all prompts of the finished runs; raises RuntimeError if there is none."""

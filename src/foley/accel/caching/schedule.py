@@ -22,6 +22,18 @@ _NUMBER = NumberRange(least=0, whole=True)
 _DECISIVE_FIELDS = ("model_hash", "solver", "num_steps", "num_evaluations")
 
 
+CHANGING_GUIDANCE = (
+    "guidance that begins or ends on the way makes no calibration, whose evaluations must be alike: make it with "
+    "guidance throughout (guidance=default) and the same guidance_scale, which serves such a run too"
+)
+
+
+def refuse_changing(run: RunContext) -> None:
+    """Raises ValueError where guidance begins or ends on the way: calibrations are of runs in which it does not."""
+    if run.branches is not None:
+        raise ValueError(CHANGING_GUIDANCE)
+
+
 class SignatureMismatchError(ValueError):
     """A schedule or calibration made for another model, solver or number of steps."""
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from foley.accel.caching.layer_cache import replaced_forwards
+from foley.accel.caching.schedule import refuse_changing
 from foley.accel.layers import CacheableLayer, Forward, find_cacheable_layers
 from foley.core.seeding import torch_generator
 from foley.diffusion.context import RunContext, StepContext
@@ -123,7 +124,8 @@ class SensitivityRecorder:
         return forward
 
     def on_run_start(self, run: RunContext) -> None:
-        """Raises RuntimeError where nothing is attached."""
+        """Raises RuntimeError where nothing is attached, and ValueError where guidance begins or ends on the way."""
+        refuse_changing(run)
         if self._denoiser is None:
             raise RuntimeError("SensitivityRecorder has no denoiser: generate inside its `attach(denoiser)` context")
         self._forget_run()

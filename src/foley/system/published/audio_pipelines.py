@@ -92,6 +92,8 @@ class AudioPipeline(ABC):
     """Whether it has `inpaint`."""
     varies: ClassVar[bool] = False
     """Whether it has `vary`."""
+    trains: ClassVar[bool] = False
+    """Whether adapters of it are trained here (`foley.system.published.training`)."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline

@@ -10,7 +10,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
 
 from foley.core.seeding import torch_generator
-from foley.diffusion.context import Accelerator
+from foley.diffusion.context import Accelerator, followers
 from foley.diffusion.guidance import ClassifierFreeGuidance, Conditioning
 from foley.diffusion.process import CosineProcess
 from foley.diffusion.sampler import Progress, sample
@@ -23,6 +23,7 @@ class StableAudio(OfOobleck):
     """`StableAudioPipeline` (Evans et al. 2024): stereo; every clip takes the model's full length, and is cut."""
 
     takes_solvers = True
+    trains = True
 
     @property
     def max_duration_seconds(self) -> float:
@@ -78,7 +79,7 @@ class StableAudio(OfOobleck):
         denoise = guidance.wrap(partial(self._predict, durations, self._rotary()), text, silence)
         run = solver.run_context(scheduler, guidance, len(seeds), self.process)
         generators = [torch_generator("solver noise", seed) for seed in seeds]
-        callbacks = [] if accelerator is None else [accelerator]
+        callbacks = followers(denoise, accelerator)
         with nullcontext() if accelerator is None else accelerator.attach(self.denoiser):
             return sample(denoise, noise, scheduler, run, callbacks, generators, progress)
 
@@ -101,9 +102,22 @@ class StableAudio(OfOobleck):
         valid = torch.ones(positive.shape[:2], dtype=torch.bool, device=device)  # padding is zero, and seen
         return Conditioning(positive, valid), Conditioning(negative, valid[:1]), torch.cat([start, end], dim=2)
 
-    def _rotary(self) -> tuple[Tensor, ...]:
+    def tokens(self, prompts: list[str], duration_seconds: float) -> tuple[Tensor, Tensor]:
+        """Of the prompts and the duration, `[B, S, D]`, all valid; those of the empty prompt are zero."""
+        text, silence, _ = self._conditions(prompts, None, duration_seconds)
+        empty = torch.tensor([not prompt for prompt in prompts], device=text.context.device)[:, None, None]
+        return torch.where(empty, silence.context, text.context), text.mask
+
+    def predict(
+        self, noisy: Tensor, timestep: Tensor, context: Tensor, context_mask: Tensor, duration_seconds: float
+    ) -> Tensor:
+        """The transformer in training, on latents of any number of frames."""
+        *_, durations = self._conditions([""], None, duration_seconds)
+        return self._predict(durations, self._rotary(noisy.shape[-1]), noisy, timestep, context, context_mask)
+
+    def _rotary(self, num_frames: int | None = None) -> tuple[Tensor, ...]:
         """Cosines and sines of all frames, and of the token that durations and time are in."""
-        length: int = self.pipeline.transformer.config.sample_size + 1
+        length: int = (num_frames or self.pipeline.transformer.config.sample_size) + 1
         angles = get_1d_rotary_pos_embed(
             self.pipeline.rotary_embed_dim, length, use_real=True, repeat_interleave_real=False
         )

@@ -28,6 +28,7 @@ from foley.core.components import CheckpointError
 from foley.core.config import PIPELINE_INDEX
 from foley.core.hub import Hub, load_pretrained
 from foley.core.reading import read_json, reading
+from foley.diffusion.process import DiffusionProcess
 from foley.system.convert.tangoflux import load_part, to_ours, transformer_config
 from foley.system.published.audio_pipelines import (
     AudioPipeline,
@@ -36,6 +37,8 @@ from foley.system.published.audio_pipelines import (
     decode_each,
     each_prompt,
 )
+
+_TRAIN_STEPS = 1000
 
 
 class TangoFluxConditioner(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -137,8 +140,12 @@ class TangoFluxPipeline(DiffusionPipeline):  # type: ignore[misc]
             others = [negative_prompt] * len(prompts)
             away, present = self._encode(others, padding="max_length", max_length=text.shape[1])
             text, valid = torch.cat([away, text]), torch.cat([present, valid])
+        return self.arguments(text, valid, duration_seconds, self.conditioner.config.num_frames)
+
+    def arguments(self, text: Tensor, valid: Tensor, duration_seconds: float, num_frames: int) -> dict[str, Tensor]:
+        """What the transformer is given beside latent and time, of text `[B, S, D]` valid `[B, S]`."""
         tokens, pooled = self.conditioner(text, valid, duration_seconds)
-        frames = torch.arange(self.conditioner.config.num_frames, device=text.device, dtype=text.dtype)
+        frames = torch.arange(num_frames, device=text.device, dtype=text.dtype)
         return {
             "encoder_hidden_states": tokens,
             "pooled_projections": pooled,
@@ -155,6 +162,8 @@ class TangoFluxPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 class TangoFlux(OfOobleck):
     """Prompts of different lengths are denoised apart: the transformer reads the padding."""
+
+    trains = True
 
     @classmethod
     def load(cls, folder: Path, options: Any) -> AudioPipeline:
@@ -177,6 +186,25 @@ class TangoFlux(OfOobleck):
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_each(self.pipeline.vae, latents.transpose(1, 2))
+
+    @property
+    def process(self) -> DiffusionProcess:
+        """A flow, whose timesteps are a thousand times those of the transformer."""
+        return DiffusionProcess("flow", num_train_steps=_TRAIN_STEPS)
+
+    def tokens(self, prompts: list[str], duration_seconds: float) -> tuple[Tensor, Tensor]:
+        """Of the text encoder, `[B, S, D]`, and which are no padding `[B, S]`."""
+        text, valid = self.pipeline._encode(prompts, padding=True)
+        return text, valid.bool()
+
+    def predict(
+        self, noisy: Tensor, timestep: Tensor, context: Tensor, context_mask: Tensor, duration_seconds: float
+    ) -> Tensor:
+        """The transformer in training, on latents of any number of frames."""
+        condition = self.pipeline.arguments(context, context_mask, duration_seconds, noisy.shape[-1])
+        inputs = noisy.transpose(1, 2).to(context.dtype), timestep.to(context.dtype) / _TRAIN_STEPS
+        velocity: Tensor = self.denoiser(inputs[0], timestep=inputs[1], return_dict=False, **condition)[0]
+        return velocity.transpose(1, 2).to(noisy.dtype)
 
 
 @dataclass(frozen=True)
