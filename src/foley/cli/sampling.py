@@ -44,7 +44,7 @@ _log = get_logger(__name__)
 # What may differ between two runs that make the clips of one folder: it changes no clip.
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
 _INCIDENTAL |= {"shards", "shard", "merge", "gpus_per_job"}
-_INCIDENTAL |= {"cuda_graphs", "overwrite", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
+_INCIDENTAL |= {"cuda_graphs", "overwrite", "provenance", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
 def chosen_system(cfg: DictConfig) -> str:
@@ -113,6 +113,8 @@ def requested_settings(cfg: DictConfig) -> GenerationSettings:
         window_seconds=cfg.window_seconds,
         overlap_seconds=cfg.overlap_seconds,
         decode_chunk_seconds=cfg.decode_chunk_seconds,
+        provenance=cfg.provenance,
+        watermark=cfg.watermark,
         # The clips of a file have a bar of their own.
         progress=partial(track, description="denoising") if cfg.prompts is None else iter,
         facts=describe_source(cfg),

@@ -264,8 +264,8 @@ class PipelineToAudio:
             "model_hash": self.model_hash,
             **settings.facts,
         }
-        made = clips, audio, self.sample_rate_hz, description, timings, plan.peak_ceiling, gains
-        return Generation(*made, machine=machine_name(self.device), batch_size=settings.batch_size)
+        made = clips, settings.mark(audio, self.sample_rate_hz), self.sample_rate_hz, description, timings
+        return Generation(*made, plan.peak_ceiling, gains, machine_name(self.device), settings.batch_size)
 
     def _latents(
         self, clips: Sequence[Clip], settings: GenerationSettings, plan: _Plan, meter: CostMeter | None

@@ -329,8 +329,8 @@ class TextToAudio:
         chosen = settings.describe(guidance, solver.name, solver.num_steps) | (meter.describe() if meter else {})
         description = {**canvas.description, **chosen, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
-        made = clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains
-        return Generation(*made, machine_name(self.device), settings.batch_size)
+        made = clips, settings.mark(audio, self.sample_rate_hz), self.sample_rate_hz, description, timings
+        return Generation(*made, canvas.peak_ceiling, gains, machine_name(self.device), settings.batch_size)
 
     @torch.no_grad()
     def denoise_clips(self, clips: Sequence[Clip], settings: GenerationSettings) -> None:
