@@ -16,7 +16,7 @@ from rich.progress import track
 from foley.accel.caching.calibration import require_calibrations
 from foley.cli.sampling_checks import RECORDINGS, check_numbers, check_source, typed_options, warn_without_effect
 from foley.core.components import CheckpointError
-from foley.core.config import is_pipeline, published_name, shipped
+from foley.core.config import published_name, shipped
 from foley.core.devices import resolve_device
 from foley.core.logs import get_logger, process_rank
 from foley.core.pipelines import system_config
@@ -35,6 +35,7 @@ from foley.generation.prompts import Clip, PromptColumns, read_prompts, request_
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import feature_files
+from foley.system.checkpoint import fetched
 from foley.system.published import PublishedPipeline
 from foley.system.system import student_of
 
@@ -51,9 +52,9 @@ def chosen_system(cfg: DictConfig) -> str:
     """What `system=` names, or the student inside it; raises CheckpointError where it has none."""
     if not cfg.student:
         return str(cfg.system)
-    if published_name(cfg.system) is not None or is_pipeline(cfg.system):
+    if system_config(cfg.system, hub_dir=cfg.hub_dir) is not None:
         raise CheckpointError(f"student=true: {cfg.system} is published without a student; give a system's folder")
-    return str(student_of(Path(str(cfg.system))))
+    return str(student_of(Path(fetched(cfg.system, cfg.hub_dir))))
 
 
 def requested_clips(cfg: DictConfig) -> list[Clip]:

@@ -37,15 +37,16 @@ from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
+from foley.generation.sharing import SharedSystem
 from foley.models.text import TEXT_MULTIPLE, CachedText, FrozenEncoder
 from foley.nn.rotary import RotaryExtension
-from foley.system.system import System, load_system, save_system
+from foley.system.system import System, load_system
 
 _DEFAULT_SECONDS = 5.0
 _log = get_logger(__name__)
 
 
-class TextToAudio:
+class TextToAudio(SharedSystem):
     """Generates audio from captions with a trained system, or with a student distilled from one.
 
     A student samples with solver "consistency", by default in two steps, and takes the guidance scales of its training.
@@ -91,17 +92,11 @@ class TextToAudio:
     ) -> Self:
         """By a published name, from an exported system directory or a training checkpoint; None is what ships.
 
+        One that is on the hub as OWNER/NAME is fetched, see `from_pretrained`.
+
         Raises CheckpointError as `load_system` does.
         """
         return cls(load_system(shipped("demo") if system is None else system), device, max_duration_seconds)
-
-    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Export as a system directory, floating weights as `dtype` (None keeps float32).
-
-        Raises ValueError where `optimise` has rounded the denoiser's weights, as the first generation on CUDA does.
-        """
-        self._require_exact("save")
-        save_system(self.system, Path(directory), dtype)
 
     def optimise(
         self,

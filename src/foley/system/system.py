@@ -50,6 +50,7 @@ from foley.system.checkpoint import (
     SYSTEM_FILE,
     component_from_training,
     describe_training_checkpoint,
+    fetched,
     find_weights,
     load_trained,
     locate_source,
@@ -110,7 +111,7 @@ def load_system(
 
     Args:
         source: the name of a published system of ours, such as "ezaudio_xl"; the folder of an exported system or of a
-            diffusion run; or a training checkpoint (`.ckpt`).
+            diffusion run; a training checkpoint (`.ckpt`); or OWNER/NAME of a system on the hub.
         with_codec: False leaves the codec out, which training on cached latents does not need.
         codec_path: a codec, as `load_trained` takes it, in place of the one that a folder or checkpoint names.
         text_dir: a store of embeddings of its frozen text encoder, which is not loaded then (`StoredText`).
@@ -125,7 +126,7 @@ def load_system(
         if not isinstance(system, System):
             raise CheckpointError(f"{name} is a pipeline of diffusers, which only generates; give a system of ours")
         return system
-    path = find_weights(source, option="system=")
+    path = find_weights(fetched(source), option="system=")
     if not path.is_dir():
         return _load_training(path, with_codec, codec_path, text_dir)
     if not (path / SYSTEM_FILE).is_file():
@@ -279,6 +280,20 @@ def save_system(system: System, directory: Path, dtype: torch.dtype | None = Non
         "files_sha256": {name: hash_file(file) for name, file in _files_read(parts).items()},
     }
     write_json(directory / SYSTEM_FILE, {**info, "sha256": _bound_hash(info)})
+
+
+def check_system(directory: Path) -> list[Path]:
+    """Compare every file of the system in `directory`, and of the student inside it, with its hash; returns both.
+
+    Raises CheckpointError where there is no system, or it is not whole.
+    """
+    if not (directory / SYSTEM_FILE).is_file():
+        raise CheckpointError(f"{directory / SYSTEM_FILE} does not exist: {directory} is no exported system")
+    student = directory / STUDENT_FOLDER
+    found = [directory, *([student] if (student / SYSTEM_FILE).is_file() else [])]
+    for each in found:
+        _check_files(each / SYSTEM_FILE, _read_info(each), system_parts(each))
+    return found
 
 
 def share_parts(directory: Path, original: Path) -> list[str]:
