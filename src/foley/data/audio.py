@@ -89,6 +89,16 @@ def read_channels(
     return samples if downmix is None else mix_down(samples, downmix)[:, None], rate
 
 
+def read_encoded(content: bytes, name: str, max_duration_seconds: float | None = None) -> tuple[FloatArray, int]:
+    """Samples `[T, channels]` of a file that is in memory, and their rate; raises AudioError, which calls it `name`."""
+    try:
+        with soundfile.SoundFile(BytesIO(content)) as file:
+            _check_header(name, file, len(content))
+            return decode(file, name, max_duration_seconds), file.samplerate
+    except soundfile.SoundFileError as error:
+        raise AudioError(name, f"cannot be decoded ({error})") from error
+
+
 def decode(file: soundfile.SoundFile, path: Path | str, max_duration_seconds: float | None = None) -> FloatArray:
     """Samples `[T, channels]` of an opened file, checked; raises AudioError, which calls it `path`."""
     limit = file.frames if max_duration_seconds is None else math.ceil(max_duration_seconds * file.samplerate)
@@ -152,7 +162,7 @@ def _source(path: Path) -> tuple[Path | BytesIO, int]:
         raise AudioError(path, f"cannot be opened ({error.strerror or error})") from error
 
 
-def _check_header(path: Path, file: soundfile.SoundFile, num_bytes: int) -> None:
+def _check_header(path: Path | str, file: soundfile.SoundFile, num_bytes: int) -> None:
     if file.frames == 0:
         raise AudioError(path, "holds no samples")
     if not is_sample_rate(file.samplerate):
