@@ -293,17 +293,12 @@ def test_a_trainer_resumes_a_stream_within_an_epoch(parquet, tmp_path):
 def test_a_codec_trains_on_a_data_set(parquet, tmp_path, streaming):
     from foley.training.run import train
 
-    overrides = ["experiment=tiny_vae", "data=hf", f"data.name={parquet}", "data.caption_column=text"]
-    overrides += [
-        f"data.streaming={streaming}",
-        "data.batch_size=2",
-        "data.duration_seconds=0.3",
-        "trainer.max_steps=2",
-        "lr_schedule.warmup_steps=0",
-    ]
-    overrides += ["trainer.limit_val_batches=1", "trainer.val_check_interval=2", f"paths.output_dir={tmp_path}/run"]
+    overrides = ["name=test", "experiment=tiny_vae", "data=hf", f"data.name={parquet}", "data.caption_column=text"]
+    overrides += [f"data.streaming={streaming}", "data.batch_size=2", "data.duration_seconds=0.3"]
+    overrides += ["trainer.max_steps=2", "trainer.max_time=null", "lr_schedule.warmup_steps=1"]
+    overrides += ["trainer.limit_val_batches=1", "trainer.val_check_interval=2", "callbacks.progress=null"]
     with initialize_config_dir(str(PROJECT_ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", overrides=overrides, return_hydra_config=True)
+        cfg = compose("train", [*overrides, f"paths.output_dir={tmp_path}/run"])
     metrics = train(cfg)
     assert all(np.isfinite(value) for value in metrics.values())
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()

@@ -15,6 +15,9 @@ from foley.core.config import CONFIG_DIR, PIPELINE_INDEX, SYSTEM_FILE, hub_name,
 from foley.core.hub import Hub
 from foley.core.reading import read_json, reading
 
+OUR_PIPELINE = "FoleyPipeline"
+"""The class of a folder of diffusers that holds a system of ours (`foley.system.diffusers_folder`)."""
+
 
 def system_config(
     system: str | Path, overrides: Mapping[str, Any] | None = None, hub_dir: str | Path | None = None
@@ -34,7 +37,9 @@ def system_config(
             return None
     else:
         index, repository = Path(system).expanduser() / PIPELINE_INDEX, str(Path(system).expanduser())
-    return _config_like(_pipeline_class(index), repository, overrides) if index.is_file() else None
+    if not index.is_file() or (pipeline := _pipeline_class(index)) == OUR_PIPELINE:
+        return None
+    return _config_like(pipeline, repository, overrides)
 
 
 def _index_on_hub(repository: str, hub_dir: str | Path | None) -> Path:
@@ -62,7 +67,8 @@ def _asked(repository: str, name: str, hub: Hub) -> tuple[Path | None, str]:
 
 def _pipeline_class(index: Path) -> str:
     with reading(index, "the index of a pipeline", "download it again"):
-        return str(read_json(index, "the index of a pipeline", "download it again")["_class_name"])
+        named = read_json(index, "the index of a pipeline", "download it again")["_class_name"]
+        return str(named[-1] if isinstance(named, list) else named)  # a list names the file of its code first
 
 
 def _config_like(pipeline: str, repository: str, overrides: Mapping[str, Any] | None) -> DictConfig:

@@ -29,7 +29,7 @@ from foley.core.components import (
     rebuild_component,
     save_component,
 )
-from foley.core.config import default_cache_dir, locate
+from foley.core.config import PIPELINE_INDEX, default_cache_dir, locate
 from foley.core.files import write_json, write_text
 from foley.core.hashing import hash_file, hash_json, hash_module
 from foley.core.hub import Hub
@@ -111,7 +111,8 @@ def load_system(
 
     Args:
         source: the name of a published system of ours, such as "ezaudio_xl"; the folder of an exported system or of a
-            diffusion run; a training checkpoint (`.ckpt`); or OWNER/NAME of a system on the hub.
+            diffusion run; a training checkpoint (`.ckpt`); OWNER/NAME of a system on the hub; or a pipeline's folder
+            that `foley.system.diffusers_folder` wrote.
         with_codec: False leaves the codec out, which training on cached latents does not need.
         codec_path: a codec, as `load_trained` takes it, in place of the one that a folder or checkpoint names.
         text_dir: a store of embeddings of its frozen text encoder, which is not loaded then (`StoredText`).
@@ -126,7 +127,12 @@ def load_system(
         if not isinstance(system, System):
             raise CheckpointError(f"{name} is a pipeline of diffusers, which only generates; give a system of ours")
         return system
-    path = find_weights(fetched(source), option="system=")
+    source = fetched(source)
+    if (Path(source).expanduser() / PIPELINE_INDEX).is_file() and codec_path is None and text_dir is None:
+        from foley.system.diffusers_folder import load_pipeline  # which knows this module
+
+        return load_pipeline(Path(source).expanduser(), with_codec)
+    path = find_weights(source, option="system=")
     if not path.is_dir():
         return _load_training(path, with_codec, codec_path, text_dir)
     if not (path / SYSTEM_FILE).is_file():
