@@ -31,7 +31,7 @@ def own_modules(tmp_path, monkeypatch):
 
 
 def built(kind, folder):
-    """A system with random weights: as EzAudio is, with T5; along a flow; or with a text encoder of ours, as the demo is."""
+    """A system with random weights: with T5 as EzAudio has it; along a flow; or with a text encoder of ours."""
     configs = copy.deepcopy(CONFIGS)
     if kind == "t5":
         t5 = {"_target_": "foley.models.text.FrozenT5Conditioner", "name_or_path": str(save_t5(folder / "t5"))}

@@ -27,7 +27,7 @@ from foley.data.audio import NO_TAGS, read_channels, read_tags
 
 WATERMARK = "resemble-perth"
 SOFTWARE = f"foley {__version__}"
-SURE = 0.9
+SURE = 0.95
 """The confidence from which on a sound counts as watermarked."""
 _NETWORK_HZ = 32_000
 _LEAST_SAMPLES = 4096  # two windows of its spectrogram
