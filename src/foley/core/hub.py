@@ -110,8 +110,11 @@ class Hub:
         except (HTTPError, OSError) as error:
             unreachable = error
         try:
-            asked = {"revision": revision, "local_files_only": unreachable is not None}
-            return Path(snapshot_download(repository, allow_patterns=list(wanted), **asked))
+            here_alone = unreachable is not None
+            patterns = list(wanted)
+            return Path(
+                snapshot_download(repository, revision=revision, local_files_only=here_alone, allow_patterns=patterns)
+            )
         except (HTTPError, OSError) as error:
             raise _unavailable(repository, probe, unreachable or error) from error
 

@@ -8,7 +8,7 @@ where it stopped, undecoded: which rows come is a function of the seed and the e
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from pytorch_lightning import Trainer
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from foley.core.logs import get_logger
 from foley.data.audio import AudioError
 from foley.data.dataset import (
+    AudioBatch,
     AudioCollate,
     AudioDataset,
     AudioItem,
@@ -35,8 +36,6 @@ _FEWEST_FAULTS = 10  # before their share of a stream, whose length nobody knows
 
 class RowReader(Protocol):
     """How a row becomes a clip, such as `foley.data.hub_datasets.HubColumns`."""
-
-    sample_rate_hz: int
 
     def item(self, row: Mapping[str, Any], features: Mapping[str, Any], place: str) -> AudioItem: ...
 
@@ -144,7 +143,7 @@ def _worker() -> int:
 class _CollateWithWorker:
     """A batch that says which worker made it."""
 
-    def __init__(self, collate: AudioCollate) -> None:
+    def __init__(self, collate: Callable[..., AudioBatch]) -> None:
         self.collate = collate
 
     def __call__(self, items: list[AudioItem]) -> dict[str, Any]:
@@ -218,12 +217,12 @@ class StreamedDataModule(ResumableDataModule):
         }
         num_samples = round(duration_seconds * sample_rate_hz)
         self.collate = AudioCollate(num_samples)
-        self.datasets = dict.fromkeys(self.streams)  # type: ignore[arg-type]  # only their names are known before training
-        self._prepares = {
+        # Without a clip of their own: they prepare what the stream brings.
+        self.datasets = {
             name: AudioDataset(
                 *(_NoClips(sample_rate_hz), num_samples, seed, level, augmentation if name == "train" else None),
                 *(name == "train", drop_silent),
-            ).prepared
+            )
             for name in self.streams
         }
         self._epoch, self._behind = 0, Counter[int]()  # where the epoch of now began: rows of each worker
@@ -285,7 +284,14 @@ class StreamedDataModule(ResumableDataModule):
     def _clips(self, name: str, num_workers: int | None = None) -> StreamedClips:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         workers = self.num_workers if num_workers is None else num_workers
-        given = self.streams[name], self.reader, self._prepares[name], self._share(), name, workers
+        given = (
+            self.streams[name],
+            self.reader,
+            cast(AudioDataset, self.datasets[name]).prepared,
+            self._share(),
+            name,
+            workers,
+        )
         return StreamedClips(*given, rank, world_size, name == "train", self.max_fault_fraction)
 
     def _options(self) -> dict[str, Any]:

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foley import __version__
+import foley
 from foley.core.channels import SILENCE_PEAK
 from foley.core.files import one_line
 from foley.core.rates import FloatArray, resample
 from foley.data.audio import NO_TAGS, read_channels, read_tags
 
 WATERMARK = "resemble-perth"
-SOFTWARE = f"foley {__version__}"
+SOFTWARE = f"foley {foley.__version__}"
 SURE = 0.95
 """The confidence from which on a sound counts as watermarked."""
 _NETWORK_HZ = 32_000

@@ -38,6 +38,8 @@ from foley.models.text.frozen_t5 import token_ids
 from foley.system.checkpoint import CAPTIONS_FILE
 from foley.system.system import System
 
+_model: Any = ModelMixin
+_output: Any = AudioPipelineOutput  # whose type knows arrays alone
 _CODE_FILE = "pipeline"
 _ASSET = "asset:"
 _WRAPPED = ("denoiser", "codec", "normaliser")
@@ -52,7 +54,7 @@ class WrappedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]
         component: its plain config, with Hydra's `_target_`, of which only classes of this package are built.
     """
 
-    # What the base class sets, which has no types of its own.
+    # What the base classes set, which have no types of their own.
     config: Any
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -72,8 +74,8 @@ class WrappedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As diffusers does, and copy the files that the component names."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        stored = Path(save_directory) / self.config_name
+        _model.save_pretrained(self, save_directory, *args, **kwargs)
+        stored = Path(save_directory) / str(self.config_name)
         config = json.loads(stored.read_text(encoding="utf-8"))
         for option in getattr(self.module, "asset_options", ()):
             file = locate(config["component"][option])
@@ -82,7 +84,9 @@ class WrappedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]
         write_json(stored, config)
 
     @classmethod
-    def load_config(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def load_config(  # type: ignore[override]  # it returns a config alone as well
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
         """As diffusers does, with the files that lie beside the config named where they are."""
         loaded = super().load_config(pretrained_model_name_or_path, *args, **kwargs)
         component = (loaded[0] if isinstance(loaded, tuple) else loaded)["component"]
@@ -110,6 +114,7 @@ class FoleyPipeline(DiffusionPipeline):  # type: ignore[misc]
     register_modules: Callable[..., None]
     register_to_config: Callable[..., None]
     progress_bar: Callable[[Tensor], Iterable[Tensor]]
+    save_pretrained: Callable[..., None]
     _execution_device: torch.device
     config: Any
     denoiser: Any
@@ -177,16 +182,16 @@ class FoleyPipeline(DiffusionPipeline):  # type: ignore[misc]
             prediction = denoise(noisy, time.expand(len(noisy)))
             noisy = self.scheduler.step(prediction, time, noisy, return_dict=False)[0]
         if output_type == "latent":
-            return AudioPipelineOutput(audios=noisy)
+            return _output(audios=noisy)
         audio = codec.decode(self.normaliser.module.denormalise(noisy))[..., :num_samples].float()
-        return AudioPipelineOutput(audios=audio if output_type == "pt" else audio.cpu().numpy())
+        return _output(audios=audio if output_type == "pt" else audio.cpu().numpy())
 
     def _timesteps(self, num_steps: int) -> Tensor:
+        asked: dict[str, Any] = {"num_inference_steps": num_steps}
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):  # from 1 to 1 / n: it appends the 0
-            sigmas = torch.linspace(1, 1 / num_steps, num_steps).tolist()
-            self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
-        else:
-            self.scheduler.set_timesteps(num_steps, device=self._execution_device)
+            asked = {"sigmas": torch.linspace(1, 1 / num_steps, num_steps).tolist()}
+        scheduler: Any = self.scheduler
+        scheduler.set_timesteps(**asked, device=self._execution_device)
         timesteps: Tensor = self.scheduler.timesteps
         return timesteps
 
@@ -211,7 +216,7 @@ def save_pipeline(system: System, directory: str | Path, dtype: torch.dtype | No
     """
     directory, pipeline = Path(directory), as_pipeline(system)
     if dtype is not None:
-        for part in (pipeline.components[name] for name in (*_WRAPPED, "text_encoder")):
+        for part in (getattr(pipeline, name) for name in (*_WRAPPED, "text_encoder")):
             if isinstance(part, WrappedComponent):
                 part.to(dtype)
     pipeline.save_pretrained(directory)
@@ -238,14 +243,13 @@ def as_pipeline(system: System) -> FoleyPipeline:
         encoder, tokenizer = WrappedComponent.of(text, configs["text"]), None
     else:
         raise ValueError(f"a pipeline of ours takes T5 or a text encoder that trained along, not {type(text).__name__}")
-    facts = {"text": dict(configs["text"]), "process": dict(configs["process"])}
-    scheduler = scheduler_of(system.process, configs["process"])
     return FoleyPipeline(
         **parts,
-        scheduler=scheduler,
+        scheduler=scheduler_of(system.process, configs["process"]),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        **facts,
+        text=dict(configs["text"]),
+        process=dict(configs["process"]),
         trained_seconds=system.trained_seconds,
     )
 

@@ -128,7 +128,7 @@ def model_card(folder: Path, repository: str, licence: str | None = None) -> str
     Its header names the licence, the task and the hash of the system. Raises ValueError where nobody says the licence.
     """
     own = ModelCard((folder / CARD_FILE).read_text(encoding="utf-8")) if (folder / CARD_FILE).is_file() else None
-    licence = licence or (own.data.license if own else None)
+    licence = licence or (own.data.get("license") if own else None)
     if licence is None:
         raise ValueError(
             f"{folder}: nothing says the licence of the weights; give licence=, as the hub names it: cc-by-4.0, mit, "
