@@ -188,7 +188,7 @@ def on_rank(module, rank, world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_clip_of_a_stream_comes_once_over_ranks_and_workers(parquet, world_size, num_workers):
     epochs = []
     for epoch in range(2 - num_workers // 2):
@@ -206,7 +206,7 @@ def test_every_clip_of_a_stream_comes_once_over_ranks_and_workers(parquet, world
     assert num_workers or epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stream_goes_on_with_the_clips_that_are_left(parquet, num_workers):
     first = on_rank(opened(parquet, streaming=True, num_workers=num_workers), 0, 1)
     loader = iter(first.train_dataloader())

@@ -86,6 +86,7 @@ def test_it_comes_back_bit_by_bit(pair):
     assert "codec" not in load_pipeline(folder, with_codec=False).modules
 
 
+@pytest.mark.slow
 def test_it_is_a_system_to_every_command(pair, tmp_path):
     system, folder = pair
     made = open_generator(folder).generate(["rain"], num_steps=2)
@@ -120,6 +121,7 @@ def test_the_folder_names_its_parts(pair):
     assert sorted(file.suffix for file in folder.rglob("*model*.*") if "index" not in file.name) == [".safetensors"] * 4
 
 
+@pytest.mark.slow
 def test_the_export_writes_it(tmp_path):
     save_system(built("ours", tmp_path), tmp_path / "system")
     run_command(

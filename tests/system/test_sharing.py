@@ -73,6 +73,7 @@ def test_what_is_pushed_comes_back_and_generates_the_same(hub, exported, tmp_pat
     assert load_system(chosen_system(options)).modules.keys() == load_system(exported).modules.keys()
 
 
+@pytest.mark.slow
 def test_a_generator_pushes_its_own_system(hub, exported):
     generator = TextToAudio.from_pretrained(exported)
     generator.push_to_hub("me/again", licence="mit", private=True)
@@ -118,6 +119,7 @@ def test_without_a_network_what_was_fetched_last_is_taken(hub, exported, monkeyp
         pull_system("me/another")
 
 
+@pytest.mark.slow
 def test_a_new_commit_is_fetched_and_an_old_one_by_its_name(hub, exported, tmp_path):
     push_system(exported, "me/tiny", licence="mit")
     [(first, _)] = hub.repositories["me/tiny"]
@@ -175,6 +177,7 @@ def test_a_folder_laid_out_as_the_hub_is_serves(exported, tmp_path):
         Hub(tmp_path).folder("me/none", ["*"], "system.json")
 
 
+@pytest.mark.slow
 def test_the_verb_pushes(hub, exported):
     run_command("script/push_system", f"system={exported}", "repository=me/tiny", "licence=mit")
     assert "system.json" in hub.files("me/tiny")[1]
