@@ -1,6 +1,7 @@
 """Turn a diffusion training checkpoint and the codec it names into one directory that `TextToAudio.load` takes.
 
-On demand with graphs of its networks for other runtimes, ONNX or AOTInductor, in a folder inside it.
+On demand with graphs of its networks for other runtimes, ONNX or AOTInductor, in a folder inside it; or as the folder
+of a pipeline of diffusers instead.
 """
 
 from dataclasses import replace
@@ -32,13 +33,20 @@ def with_captions(system: System, latents: str) -> System:
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
-    if cfg.format != "system":
+    if cfg.format not in ("system", "diffusers"):
         check_format(cfg.format)  # before anything is read
     directory, system = Path(cfg.output_dir), load_system(cfg.ckpt, codec_path=cfg.codec_path)
     if cfg.latents is not None:
         system = with_captions(system, cfg.latents)
     adapters: Any = OmegaConf.to_container(cfg.adapters, resolve=True)
-    save_system(adapted(system, adapter_choices(adapters)), directory, DTYPES[cfg.dtype])
+    system = adapted(system, adapter_choices(adapters))
+    if cfg.format == "diffusers":
+        from foley.system.diffusers_folder import save_pipeline  # which loads all of diffusers
+
+        save_pipeline(system, directory, DTYPES[cfg.dtype])
+        get_logger(__name__).info("wrote %s: DiffusionPipeline.from_pretrained(..., trust_remote_code=True)", directory)
+        return
+    save_system(system, directory, DTYPES[cfg.dtype])
     if cfg.share_with is not None:
         share_parts(directory, Path(cfg.share_with))
     if cfg.format != "system":  # of the weights as they are stored

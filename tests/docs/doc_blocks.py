@@ -108,7 +108,7 @@ def script_of(words: list[str]) -> tuple[Path, list[str]]:
         name, arguments = split_verb(arguments)
         verbs = all_verbs()
         assert name in verbs, f"foley has no verb {name}"
-        return PROJECT_ROOT / verbs[name].script, [*verbs[name].overrides, *arguments]
+        return PROJECT_ROOT / verbs[name].script, [*verbs[name].overrides, *verbs[name].named(arguments)]
     assert program == "python", f"{program}: a block with other programs than python, foley and make is skipped"
     return PROJECT_ROOT / arguments[0], arguments[1:]
 

@@ -14,6 +14,7 @@ from gated_generators import PATIENCE_SECONDS, Held
 from small_system import STEPS
 
 from foley.core.numbers import NumberRange
+from foley.data.audio import FORMATS
 from foley.generation.editing import EditMask
 from foley.generation.options import MAX_PROMPT_CHARACTERS, OPTION_NUMBERS
 from foley.serving.app import Access, create_app
@@ -21,7 +22,7 @@ from foley.serving.engine import Engine, Served
 from foley.serving.jobs import DEFAULT, KeptJobs
 from foley.serving.schema import EditForm, GenerateBody, VariationForm
 from foley.serving.service import Limits, Service
-from foley.serving.sounds import FORMATS
+from foley.serving.sounds import MEDIA_TYPES
 
 BODY = {"prompt": "a dog barks", "seed": 7, "steps": STEPS["num_steps"], "duration_seconds": STEPS["duration_seconds"]}
 LIMITS = Limits(max_num=3, max_steps=20, max_upload_bytes=20_000, max_upload_seconds=2.0)
@@ -82,12 +83,12 @@ def test_a_wav_is_byte_by_byte_the_file_that_the_command_line_writes(client, gen
     assert (answer.headers["x-foley-seed"], answer.headers["x-foley-model"]) == ("7", generator.model_hash)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", MEDIA_TYPES)
 def test_every_format_is_read_back_as_long_as_it_was_asked_for(client, name):
     answer = client.post("/v1/audio/generate", json={**BODY, "format": name})
-    assert answer.headers["content-type"] == FORMATS[name].media_type
+    assert answer.headers["content-type"] == MEDIA_TYPES[name]
     info = soundfile.info(io.BytesIO(answer.content))
-    assert info.format == FORMATS[name].container
+    assert info.format == FORMATS[name][0]
     assert info.duration == pytest.approx(STEPS["duration_seconds"], abs=0.15)  # MP3 pads
 
 
@@ -353,7 +354,7 @@ def test_models_health_and_metrics(serve):
     client = serve()
     (model,) = client.get("/v1/models").json()
     assert (model["name"], model["sample_rate_hz"], model["max_duration_seconds"]) == ("tiny", 2000, 5.0)
-    assert (model["accelerators"], model["max_num"], model["formats"]) == ([DEFAULT, "mean"], 3, list(FORMATS))
+    assert (model["accelerators"], model["max_num"], model["formats"]) == ([DEFAULT, "mean"], 3, list(MEDIA_TYPES))
     client.post("/v1/audio/generate", json={**BODY, "num": 2})
     shown = client.get("/metrics").text
     assert 'foley_jobs_total{outcome="done"} 1.0' in shown

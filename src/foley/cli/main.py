@@ -25,11 +25,25 @@ class Verb:
     Args:
         overrides: what the verb gives the script, unless the user names the same option.
         summary: its line in the list of verbs; by default the first line of the script's docstring.
+        words: options that may be given without their names, in this order.
     """
 
     script: str
     overrides: tuple[str, ...] = ()
     summary: str | None = None
+    words: tuple[str, ...] = ()
+
+    def named(self, arguments: Sequence[str]) -> list[str]:
+        """The arguments with the names of those that came without; raises SystemExit for more words than options.
+
+        >>> Verb("scripts/detect.py", words=("file",)).named(["a dog.wav", "output=FOUND"])
+        ['file=a dog.wav', 'output=FOUND']
+        """
+        plain = [word for word in arguments if "=" not in word and not word.startswith(("-", "+", "~"))]
+        if self.words and len(plain) > len(self.words):
+            raise SystemExit(f"{' '.join(plain)}: give {' '.join(name.upper() for name in self.words)}")
+        names = dict(zip(plain, self.words, strict=False))
+        return [f"{names[word]}={word}" if word in names else word for word in arguments]
 
 
 VERBS: dict[str, dict[str, Verb]] = {
@@ -37,6 +51,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "sample": Verb("sample.py"),
         "demo": Verb("scripts/demo.py"),
         "serve": Verb("scripts/serve.py"),
+        "detect": Verb("scripts/detect.py", words=("file",)),
     },
     "Data": {
         "prepare": Verb("scripts/prepare.py"),
@@ -62,6 +77,8 @@ VERBS: dict[str, dict[str, Verb]] = {
         "export": Verb("scripts/export_system.py"),
         "convert": Verb("scripts/convert_checkpoint.py"),
         "card": Verb("scripts/write_card.py"),
+        "push": Verb("scripts/push_system.py", words=("system", "repository")),
+        "pull": Verb("scripts/pull_system.py", words=("repository", "output_dir")),
     },
     "Measuring": {
         "evaluate": Verb("evaluate.py"),
@@ -108,6 +125,7 @@ def run_verb(words: Sequence[str]) -> None:
     if asks_for_help(arguments):
         sys.stdout.write(page_of(verb, arguments))
         return
+    arguments = verb.named(arguments)
     given = {argument.partition("=")[0] for argument in arguments}
     own = [override for override in verb.overrides if override.partition("=")[0] not in given]
     # As the script's own: Lightning starts the processes of other devices by these words.

@@ -16,7 +16,7 @@ from rich.progress import track
 from foley.accel.caching.calibration import require_calibrations
 from foley.cli.sampling_checks import RECORDINGS, check_numbers, check_source, typed_options, warn_without_effect
 from foley.core.components import CheckpointError
-from foley.core.config import is_pipeline, published_name, shipped
+from foley.core.config import published_name, shipped
 from foley.core.devices import resolve_device
 from foley.core.logs import get_logger, process_rank
 from foley.core.pipelines import system_config
@@ -36,6 +36,7 @@ from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.text import feature_files
 from foley.system.adapters import AdapterChoice, AdapterFiles, adapter_choices
+from foley.system.checkpoint import fetched
 from foley.system.published import PublishedPipeline
 from foley.system.system import student_of
 
@@ -45,16 +46,16 @@ _log = get_logger(__name__)
 # What may differ between two runs that make the clips of one folder: it changes no clip.
 _INCIDENTAL = {"output_dir", "trainer", "paths", "ddp_strategy", "device", "batch_size"}
 _INCIDENTAL |= {"shards", "shard", "merge", "gpus_per_job"}
-_INCIDENTAL |= {"cuda_graphs", "overwrite", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
+_INCIDENTAL |= {"cuda_graphs", "overwrite", "provenance", "hub_dir", "cache_dir", "text_cache_dir", "eval_preset"}
 
 
 def chosen_system(cfg: DictConfig) -> str:
     """What `system=` names, or the student inside it; raises CheckpointError where it has none."""
     if not cfg.student:
         return str(cfg.system)
-    if published_name(cfg.system) is not None or is_pipeline(cfg.system):
+    if system_config(cfg.system, hub_dir=cfg.hub_dir) is not None:
         raise CheckpointError(f"student=true: {cfg.system} is published without a student; give a system's folder")
-    return str(student_of(Path(str(cfg.system))))
+    return str(student_of(Path(fetched(cfg.system, cfg.hub_dir))))
 
 
 def requested_clips(cfg: DictConfig) -> list[Clip]:
@@ -114,6 +115,8 @@ def requested_settings(cfg: DictConfig) -> GenerationSettings:
         window_seconds=cfg.window_seconds,
         overlap_seconds=cfg.overlap_seconds,
         decode_chunk_seconds=cfg.decode_chunk_seconds,
+        provenance=cfg.provenance,
+        watermark=cfg.watermark,
         # The clips of a file have a bar of their own.
         progress=partial(track, description="denoising") if cfg.prompts is None else iter,
         facts=describe_source(cfg),

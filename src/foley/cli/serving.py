@@ -11,16 +11,18 @@ from omegaconf import DictConfig
 from foley.accel.combined import NoAcceleration
 from foley.cli.sampling import chosen_sampling, open_system
 from foley.core.components import CheckpointError
-from foley.core.config import is_pipeline, published_name
+from foley.core.config import published_name
 from foley.core.devices import resolve_devices
 from foley.core.logs import get_logger
 from foley.core.numbers import COUNT, POSITIVE, NumberRange
+from foley.core.pipelines import system_config
 from foley.generation.settings import GenerationSettings
 from foley.serving.app import LOCAL_HOSTS, Access, create_app
 from foley.serving.engine import DEFAULT, Engine, Served
 from foley.serving.jobs import KeptJobs
 from foley.serving.server import run
 from foley.serving.service import Limits, Service
+from foley.system.checkpoint import fetched
 from foley.system.system import student_of
 
 KEY_VARIABLE = "FOLEY_API_KEY"
@@ -69,10 +71,10 @@ def chosen_systems(cfg: DictConfig) -> dict[str, str]:
 
 def _student(cfg: DictConfig) -> str | None:
     """The folder of the student inside the system's, where it is wanted."""
-    if cfg.student is False or published_name(cfg.system) is not None or is_pipeline(cfg.system):
+    if cfg.student is False or system_config(cfg.system, hub_dir=cfg.hub_dir) is not None:
         return None
     try:
-        return str(student_of(Path(str(cfg.system))))
+        return str(student_of(Path(fetched(cfg.system, cfg.hub_dir))))
     except CheckpointError:
         if cfg.student is True:
             raise
@@ -89,7 +91,8 @@ def open_served(cfg: DictConfig, systems: dict[str, str], name: str, device: tor
     accelerators |= {str(key): instantiate(own.accelerators[key]) for key in own.accelerators}
     sampling = chosen_sampling(own) | {"duration_seconds": own.duration_seconds} if is_first else {}
     lengths = {option: cfg[option] for option in ("window_seconds", "overlap_seconds", "decode_chunk_seconds")}
-    defaults = GenerationSettings(**sampling, **lengths, facts={"model": name})
+    marks = {option: cfg[option] for option in ("provenance", "watermark")}
+    defaults = GenerationSettings(**sampling, **lengths, **marks, facts={"model": name})
     return Served(open_system(own, device), accelerators, defaults)
 
 

@@ -66,6 +66,8 @@ def published_name(system: str | Path | None) -> str | None:
 
 PIPELINE_INDEX = "model_index.json"
 """Of the folder of a pipeline of diffusers."""
+SYSTEM_FILE = "system.json"
+"""Of the folder of a system of ours."""
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _composing = RLock()
 
@@ -134,7 +136,7 @@ def published_codec(_root_: DictConfig) -> str | None:
     Of a system's folder, too; None where they bring none.
     """
     for source in (OmegaConf.select(_root_, option, default=None) for option in ("system", "ckpt")):
-        if source and (published_name(source) or (Path(source).expanduser() / "system.json").is_file()):
+        if source and (published_name(source) or (Path(source).expanduser() / SYSTEM_FILE).is_file()):
             return str(source)
     return None
 

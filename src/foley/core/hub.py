@@ -1,11 +1,18 @@
-"""Where published files come from: the Hugging Face hub, its cache on this machine, or a folder laid out like it."""
+"""Where published files come from, and go to: the Hugging Face hub, its cache here, or a folder laid out like it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 from foley.core.components import CheckpointError
@@ -52,6 +59,10 @@ def _in_hub_folder(name_or_path: str | Path) -> str | Path:
 _ANSWER_SECONDS = 3.0
 
 
+class HubError(RuntimeError):
+    """What could not be put on the hub; the message names it, and what helps."""
+
+
 @dataclass(frozen=True)
 class Hub:
     """The Hugging Face Hub behind its cache on this machine, or a local folder laid out like it.
@@ -81,6 +92,52 @@ class Hub:
             return Path(hf_hub_download(repository, name))
         except (HTTPError, OSError) as error:
             raise _unavailable(repository, name, error) from error
+
+    def folder(self, repository: str, wanted: Sequence[str], probe: str, revision: str | None = None) -> Path:
+        """The files of `repository` that match the patterns `wanted`, as they are now, or else as they were last.
+
+        Args:
+            probe: a file that it must have.
+            revision: branch, tag or commit.
+
+        Raises CheckpointError where they cannot be had, here or there.
+        """
+        if self.directory is not None:
+            return self.file(repository, probe).parent
+        unreachable = None
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, probe, revision=revision), timeout=_ANSWER_SECONDS)
+        except (HTTPError, OSError) as error:
+            unreachable = error
+        try:
+            here_alone = unreachable is not None
+            patterns = list(wanted)
+            return Path(
+                snapshot_download(repository, revision=revision, local_files_only=here_alone, allow_patterns=patterns)
+            )
+        except (HTTPError, OSError) as error:
+            raise _unavailable(repository, probe, unreachable or error) from error
+
+    def upload(self, repository: str, files: Mapping[str, Path | bytes], message: str, private: bool = False) -> str:
+        """Put `files`, by their names there, into `repository` in one commit; returns its address.
+
+        The repository is made where there is none. Raises HubError where the hub refuses, or this is a folder.
+        """
+        if self.directory is not None:
+            raise HubError(f"hub_dir={self.directory} stands for the hub, and takes nothing; leave FOLEY_HUB_DIR out")
+        additions = [
+            CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in files.items()
+        ]
+        try:
+            api = HfApi()
+            api.create_repo(repository, private=private, exist_ok=True)
+            return str(api.create_commit(repository, additions, commit_message=message).commit_url)
+        except (HTTPError, OSError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise HubError(
+                f"{repository} could not be written on the hub ({reason}); "
+                "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+            ) from error
 
     def require_network(self, repository: str, probe: str, wanted: str) -> None:
         """Raise CheckpointError, which says how to get the files `wanted`, unless the hub knows file `probe`.

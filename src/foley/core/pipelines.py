@@ -11,9 +11,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from foley.core.components import CheckpointError
-from foley.core.config import CONFIG_DIR, PIPELINE_INDEX, hub_name, published_config, published_name
+from foley.core.config import CONFIG_DIR, PIPELINE_INDEX, SYSTEM_FILE, hub_name, published_config, published_name
 from foley.core.hub import Hub
 from foley.core.reading import read_json, reading
+
+OUR_PIPELINE = "FoleyPipeline"
+"""The class of a folder of diffusers that holds a system of ours (`foley.system.diffusers_folder`)."""
 
 
 def system_config(
@@ -30,33 +33,42 @@ def system_config(
     if (name := published_name(system)) is not None:
         return published_config(name, overrides)
     if (repository := hub_name(system)) is not None:
-        index = _index_on_hub(repository, hub_dir)
+        if (index := _index_on_hub(repository, hub_dir)).name == SYSTEM_FILE:
+            return None
     else:
         index, repository = Path(system).expanduser() / PIPELINE_INDEX, str(Path(system).expanduser())
-    return _config_like(_pipeline_class(index), repository, overrides) if index.is_file() else None
+    if not index.is_file() or (pipeline := _pipeline_class(index)) == OUR_PIPELINE:
+        return None
+    return _config_like(pipeline, repository, overrides)
 
 
 def _index_on_hub(repository: str, hub_dir: str | Path | None) -> Path:
-    index, reason = _asked(repository, Hub(Path(hub_dir).expanduser()) if hub_dir else Hub())
+    """What describes the repository: the index of a pipeline, or the file of a system of ours."""
+    hub = Hub(Path(hub_dir).expanduser()) if hub_dir else Hub()
+    index, reason = _asked(repository, PIPELINE_INDEX, hub)
+    if index is None:
+        index, _ = _asked(repository, SYSTEM_FILE, hub)
     if index is None:
         raise CheckpointError(
-            f"system={repository} names no file or folder that exists, and no pipeline on the hub: {reason}"
+            f"system={repository} names no file or folder that exists, and neither a pipeline nor a system on the hub: "
+            f"{reason}"
         )
     return index
 
 
 @lru_cache
-def _asked(repository: str, hub: Hub) -> tuple[Path | None, str]:
-    """The index, or why there is none; asked once, for several options ask for their defaults."""
+def _asked(repository: str, name: str, hub: Hub) -> tuple[Path | None, str]:
+    """A file, or why there is none; asked once, for several options ask for their defaults."""
     try:
-        return hub.file(repository, PIPELINE_INDEX), ""
+        return hub.file(repository, name), ""
     except CheckpointError as error:
         return None, str(error)
 
 
 def _pipeline_class(index: Path) -> str:
     with reading(index, "the index of a pipeline", "download it again"):
-        return str(read_json(index, "the index of a pipeline", "download it again")["_class_name"])
+        named = read_json(index, "the index of a pipeline", "download it again")["_class_name"]
+        return str(named[-1] if isinstance(named, list) else named)  # a list names the file of its code first
 
 
 def _config_like(pipeline: str, repository: str, overrides: Mapping[str, Any] | None) -> DictConfig:

@@ -8,12 +8,14 @@ are read in blocks until they end.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import soundfile
+import torch
 from torch import Tensor
 
 from foley.core.channels import check_downmix, lossy_mixes, mix_down
@@ -88,6 +90,16 @@ def read_channels(
     return samples if downmix is None else mix_down(samples, downmix)[:, None], rate
 
 
+def read_encoded(content: bytes, name: str, max_duration_seconds: float | None = None) -> tuple[FloatArray, int]:
+    """Samples `[T, channels]` of a file that is in memory, and their rate; raises AudioError, which calls it `name`."""
+    try:
+        with soundfile.SoundFile(BytesIO(content)) as file:
+            _check_header(name, file, len(content))
+            return decode(file, name, max_duration_seconds), file.samplerate
+    except soundfile.SoundFileError as error:
+        raise AudioError(name, f"cannot be decoded ({error})") from error
+
+
 def decode(file: soundfile.SoundFile, path: Path | str, max_duration_seconds: float | None = None) -> FloatArray:
     """Samples `[T, channels]` of an opened file, checked; raises AudioError, which calls it `path`."""
     limit = file.frames if max_duration_seconds is None else math.ceil(max_duration_seconds * file.samplerate)
@@ -151,7 +163,7 @@ def _source(path: Path) -> tuple[Path | BytesIO, int]:
         raise AudioError(path, f"cannot be opened ({error.strerror or error})") from error
 
 
-def _check_header(path: Path, file: soundfile.SoundFile, num_bytes: int) -> None:
+def _check_header(path: Path | str, file: soundfile.SoundFile, num_bytes: int) -> None:
     if file.frames == 0:
         raise AudioError(path, "holds no samples")
     if not is_sample_rate(file.samplerate):
@@ -188,31 +200,116 @@ def check_samples(path: Path | str, samples: FloatArray) -> None:
         raise AudioError(path, f"holds a sample of {peak:.3g}, beyond the limit of {MAX_ABS_SAMPLE:g}")
 
 
-def write_wav(path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: float = PEAK_CEILING) -> float:
+FORMATS = {
+    "wav": ("WAV", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "ogg": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+}
+"""By the ending of a file, libsndfile's names of what is in it."""
+_RATES_HZ = {
+    "opus": (8000, 12000, 16000, 24000, 48000),
+    "mp3": (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000),
+}
+NO_TAGS: Mapping[str, str] = MappingProxyType({})
+
+
+def read_tags(path: Path) -> dict[str, str]:
+    """What a file says of itself: INFO of WAV, Vorbis comments of FLAC, OGG and Opus, ID3 of MP3; raises AudioError.
+
+    The names are libsndfile's, such as `title` and `comment`.
+    """
+    with open_audio(path) as file:
+        return {name: text for name, text in file.copy_metadata().items() if text}
+
+
+def write_wav(
+    path: Path,
+    audio: Tensor,
+    sample_rate_hz: int,
+    peak_ceiling: float = PEAK_CEILING,
+    tags: Mapping[str, str] = NO_TAGS,
+) -> float:
     """Write `audio` `[T]` or `[channels, T]` as PCM16, atomically; returns the gain applied (1 or less).
 
     Audio read from PCM16 comes back bit by bit with an infinite `peak_ceiling`: nothing is attenuated then, and what
-    exceeds full scale is written as 32-bit floats, which hold it. Raises ValueError where a sample is not finite;
-    nothing is written then.
+    exceeds full scale is written as 32-bit floats, which hold it. Tags change no sample. Raises ValueError where a
+    sample is not finite; nothing is written then.
+
+    Args:
+        tags: what `read_tags` is to give back.
     """
-    return _write(path, audio, sample_rate_hz, peak_ceiling, "WAV")
+    return _write(path, audio, sample_rate_hz, peak_ceiling, "wav", tags)
 
 
 def write_flac(path: Path, audio: Tensor, sample_rate_hz: int) -> float:
     """As `write_wav` writes with its default ceiling, in about half the space."""
-    return _write(path, audio, sample_rate_hz, PEAK_CEILING, "FLAC")
+    return _write(path, audio, sample_rate_hz, PEAK_CEILING, "flac", NO_TAGS)
 
 
-def _write(path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: float, kind: str) -> float:
-    if not bool(audio.isfinite().all()):
-        raise ValueError(f"{path}: refusing to write audio that holds NaN or infinity")
-    peak = float(audio.abs().max()) if audio.numel() else 0.0
-    gain = min(1.0, peak_ceiling / peak) if peak else 1.0
-    samples = (audio * gain).float().cpu().numpy().T
-    subtype = "FLOAT" if peak * gain > 1 else "PCM_16"
+def encode_audio(
+    audio: Tensor,
+    sample_rate_hz: int,
+    file_format: str = "wav",
+    peak_ceiling: float = PEAK_CEILING,
+    tags: Mapping[str, str] = NO_TAGS,
+) -> bytes:
+    """`audio` as `write_wav` takes it, as the content of a file: wav, flac, ogg, opus or mp3, with its tags.
 
-    def write(temporary: Path) -> None:
-        soundfile.write(temporary, samples, sample_rate_hz, subtype=subtype, format=kind)
+    Opus and MP3 know few rates: others are resampled to the next one above. Raises ValueError for an unknown format,
+    and as `write_wav` does.
+    """
+    if file_format not in FORMATS:
+        raise ValueError(f"format={file_format!r}: give {', '.join(FORMATS)}")
+    known = _RATES_HZ.get(file_format, (sample_rate_hz,))
+    rate = next((rate for rate in known if rate >= sample_rate_hz), known[-1])
+    if rate != sample_rate_hz:
+        channels = [resample(row, sample_rate_hz, rate) for row in np.atleast_2d(audio.float().cpu().numpy())]
+        audio = torch.from_numpy(np.stack(channels))
+    # Only WAV holds more than full scale; measured last, for a filter overshoots.
+    samples, _ = _levelled(audio, peak_ceiling if file_format == "wav" else min(peak_ceiling, 1.0), "the audio")
+    content = BytesIO()
+    _store(content, samples, rate, file_format, tags)
+    return content.getvalue()
 
-    atomic_write(path, write)
+
+def _write(
+    path: Path, audio: Tensor, sample_rate_hz: int, peak_ceiling: float, file_format: str, tags: Mapping[str, str]
+) -> float:
+    samples, gain = _levelled(audio, peak_ceiling, path)
+    atomic_write(path, lambda temporary: _store(temporary, samples, sample_rate_hz, file_format, tags))
     return gain
+
+
+def _levelled(audio: Tensor, peak_ceiling: float, name: Path | str) -> tuple[FloatArray, float]:
+    """Samples `[T]` or `[T, channels]` below the ceiling, and the gain that brings them there."""
+    if not bool(audio.isfinite().all()):
+        raise ValueError(f"{name}: refusing to write audio that holds NaN or infinity")
+    gain = gain_below(audio, peak_ceiling)
+    return (audio * gain).float().cpu().numpy().T, gain
+
+
+def gain_below(audio: Tensor, peak_ceiling: float) -> float:
+    """What brings the audio's peak down to the ceiling; 1 where it is below.
+
+    >>> gain_below(torch.tensor([0.1, -2.0]), peak_ceiling=1.0)
+    0.5
+    """
+    peak = float(audio.abs().max()) if audio.numel() else 0.0
+    return min(1.0, peak_ceiling / peak) if peak else 1.0
+
+
+def _store(
+    target: Path | BytesIO, samples: FloatArray, sample_rate_hz: int, file_format: str, tags: Mapping[str, str]
+) -> None:
+    container, subtype = FORMATS[file_format]
+    if file_format == "wav" and samples.size and float(np.abs(samples).max()) > 1:
+        subtype = "FLOAT"
+    channels = 1 if samples.ndim == 1 else samples.shape[1]
+    with soundfile.SoundFile(target, "w", sample_rate_hz, channels, subtype, format=container) as file:
+        for name, text in tags.items():
+            setattr(file, name, text)
+        # In blocks: libsndfile's encoder of Vorbis overflows its stack with more.
+        for start in range(0, len(samples), _BLOCK_SAMPLES // channels):
+            file.write(samples[start : start + _BLOCK_SAMPLES // channels])

@@ -294,7 +294,10 @@ class AudioDataset(Dataset[AudioItem]):
 
     def load(self, key: SampleKey) -> AudioItem:
         """The item at `key` itself; raises AudioError where it cannot be used."""
-        item = self.source.render(*key)
+        return self.prepared(self.source.render(*key), key)
+
+    def prepared(self, item: AudioItem, key: SampleKey) -> AudioItem:
+        """A clip as it was read: its caption drawn, levelled, cropped, augmented; raises AudioError as `load` does."""
         check_samples(item.id, item.audio.numpy())
         if self.drop_silent and is_silent(item.audio):
             raise AudioError(item.id, "is silent")

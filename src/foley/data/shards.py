@@ -32,7 +32,7 @@ from foley.core.logs import get_logger
 from foley.core.ranges import filesystem_of
 from foley.core.rates import FloatArray, resample
 from foley.core.reading import DamagedFileError, parse_json, reading
-from foley.data.audio import AudioError, decode, open_audio, read_audio
+from foley.data.audio import AudioError, open_audio, read_audio, read_encoded
 from foley.data.dataset import AudioItem
 from foley.data.manifest import ManifestEntry
 
@@ -225,11 +225,7 @@ class ShardSource:
             raise ShardError(f"{self.index.url}/{name} cannot be read ({error}); check that it is reachable") from error
 
     def _decode(self, place: str, content: bytes) -> FloatArray:
-        try:
-            with soundfile.SoundFile(io.BytesIO(content)) as file:
-                rate, samples = file.samplerate, decode(file, place, self.max_duration_seconds)
-        except soundfile.SoundFileError as error:
-            raise AudioError(place, f"cannot be decoded ({error})") from error
+        samples, rate = read_encoded(content, place, self.max_duration_seconds)
         return resample(mix_down(samples), rate, self.sample_rate_hz)
 
 

@@ -15,8 +15,9 @@ from foley.accel.cost import tmacs
 from foley.core.devices import synchronise
 from foley.core.files import sample_stem, write_json, write_text
 from foley.core.logs import get_logger
-from foley.data.audio import PEAK_CEILING, write_wav
+from foley.data.audio import PEAK_CEILING, encode_audio, gain_below, write_wav
 from foley.data.dataset import gain_to_decibels
+from foley.generation.marking import origin_tags
 from foley.generation.prompts import Clip
 from foley.metrics.latency import RealTimeFactor, real_time_factor
 from foley.reporting.plots import draw_sheet
@@ -131,7 +132,6 @@ class Generation:
         row: int,
         index: int,
         facts: Mapping[str, Any] | None = None,
-        stem: str | None = None,
     ) -> str:
         """Write the WAV of a row and then its JSON: where there is a JSON, the clip is whole. Returns their stem.
 
@@ -140,16 +140,28 @@ class Generation:
         Args:
             index: of the clip in the folder.
             facts: what else the JSON is to say.
-            stem: of both files; None is made of prompt, index and seed.
         """
-        clip = self.clips[row]
-        stem = stem or sample_stem(clip.prompt, index, clip.seed)
-        gain = write_wav(directory / f"{stem}.wav", self._waveform(row), self.sample_rate_hz, self.peak_ceiling)
+        stem = sample_stem(self.clips[row].prompt, index, self.clips[row].seed)
+        write_wav(directory / f"{stem}.wav", *self._audio(row))
+        write_json(directory / f"{stem}.json", self.describe(row, index, facts))
+        return stem
+
+    def describe(self, row: int, index: int, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the JSON of a clip says; arguments are those of `write_clip`."""
+        clip, gain = self.clips[row], gain_below(self._waveform(row), self.peak_ceiling)
         levels = {"gain_db": gain_to_decibels(gain), **self._levels(row)}
         described = {"prompt": clip.prompt, "seed": clip.seed, **levels, **clip.notes}
-        made = {"index": index, **self.rtf.to_json(), "settings": dict(self.settings), **(facts or {})}
-        write_json(directory / f"{stem}.json", {**described, **made})
-        return stem
+        return {**described, "index": index, **self.rtf.to_json(), "settings": dict(self.settings), **(facts or {})}
+
+    def encode(self, row: int, file_format: str = "wav") -> bytes:
+        """The file of a clip, as `write_clip` writes it or in another format; raises as `encode_audio` does."""
+        audio, rate, ceiling, tags = self._audio(row)
+        return encode_audio(audio, rate, file_format, ceiling, tags)
+
+    def _audio(self, row: int) -> tuple[Tensor, int, float, Mapping[str, str]]:
+        """What is written of a clip, and with which tags."""
+        tags = origin_tags(self.clips[row].prompt, self.clips[row].seed, self.settings)
+        return self._waveform(row), self.sample_rate_hz, self.peak_ceiling, tags
 
     def _levels(self, row: int) -> dict[str, float]:
         """What the JSON says of the clip's level as it was generated."""

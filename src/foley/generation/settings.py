@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from foley.core.logs import get_logger
 from foley.diffusion.consistency import Consistency, ConsistencySolver
 from foley.diffusion.context import Accelerator
@@ -13,6 +15,7 @@ from foley.diffusion.sampler import Progress
 from foley.diffusion.solver import CONSISTENCY, Solver, default_solver
 from foley.diffusion.windows import Windows
 from foley.generation.editing import Control, Edit, Variation
+from foley.generation.marking import WATERMARK, require_watermark, watermarked
 from foley.generation.options import IDLE, check_numbers, check_prompt_length
 
 _log = get_logger(__name__)
@@ -41,9 +44,12 @@ class GenerationSettings:
         overlap_seconds: of neighbouring windows, at least.
         decode_chunk_seconds: decode longer clips in chunks of this length, which bounds the memory and changes
             nothing else (`foley.generation.decoding`); None decodes all at once.
+        provenance: each file's own tags say the software, the model's hash, the prompt and the seed.
+        watermark: an inaudible one in the sound (`foley.generation.marking`); of an edit, in what is kept too.
         facts: what else the JSON of each clip is to say of its settings, such as the name of the system.
 
-    Raises ValueError, which names the field, for a number outside `foley.generation.options.NUMBERS`.
+    Raises ValueError, which names the field, for a number outside `foley.generation.options.NUMBERS`, and
+    ModuleNotFoundError for a watermark without its package.
 
     >>> settings = GenerationSettings(duration_seconds=2.0, num_steps=25)
     >>> settings.choose_solver(DiffusionProcess())
@@ -67,11 +73,15 @@ class GenerationSettings:
     overlap_seconds: float = 1.0
     decode_chunk_seconds: float | None = 10.0
     any_guidance_scale: bool = False
+    provenance: bool = True
+    watermark: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_numbers(vars(self))
         check_prompt_length(self.negative_prompt)
+        if self.watermark:
+            require_watermark()
         if isinstance(self.source, Control) and self.window_seconds is not None:
             raise ValueError("window_seconds and control exclude each other: a recording is followed in one piece")
 
@@ -153,6 +163,10 @@ class GenerationSettings:
         _log.info("%d frames exceed the %d learned positions: windows of %g s", num_frames, learned, seconds)
         return replace(self, window_seconds=seconds)
 
+    def mark(self, audio: Tensor, sample_rate_hz: int) -> Tensor:
+        """Generated audio `[N, channels, T]`, with its watermark where there is to be one."""
+        return watermarked(audio, sample_rate_hz) if self.watermark else audio
+
     def describe(self, guidance: ClassifierFreeGuidance, solver: str, num_steps: int) -> dict[str, Any]:
         """What the JSON of each clip says of these settings, and of what was chosen by them."""
         windows = {"window_seconds": self.window_seconds, "overlap_seconds": self.overlap_seconds}
@@ -164,4 +178,6 @@ class GenerationSettings:
             "num_steps": num_steps,
             "negative_prompt": self.negative_prompt,
             **({"lyrics": self.lyrics} if self.lyrics else {}),
+            "provenance": self.provenance,
+            **({"watermark": WATERMARK} if self.watermark else {}),
         }

@@ -35,16 +35,17 @@ from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
+from foley.generation.sharing import SharedSystem
 from foley.models.text import TEXT_MULTIPLE, CachedText, FrozenEncoder
 from foley.nn.rotary import RotaryExtension
 from foley.system.adapters import Adapters, AdapterStack, adapter_choices
-from foley.system.system import System, load_system, save_system
+from foley.system.system import System, load_system
 
 _DEFAULT_SECONDS = 5.0
 _log = get_logger(__name__)
 
 
-class TextToAudio:
+class TextToAudio(SharedSystem):
     """Generates audio from captions with a trained system, or with a student distilled from one.
 
     A student samples with solver "consistency", by default in two steps, and takes the guidance scales of its training.
@@ -92,6 +93,8 @@ class TextToAudio:
     ) -> Self:
         """By a published name, from an exported system directory or a training checkpoint; None is what ships.
 
+        One that is on the hub as OWNER/NAME is fetched, see `from_pretrained`.
+
         Args:
             adapters: as for `use_adapters`.
 
@@ -128,14 +131,6 @@ class TextToAudio:
         self.model_hash = hash_module(self.denoiser)
         self.inference.pop("adapters", None)
         self.inference |= {"adapters": used} if (used := self._adapters.describe()) else {}
-
-    def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Export as a system directory, floating weights as `dtype` (None keeps float32); adapters are in them.
-
-        Raises ValueError where `optimise` has rounded the denoiser's weights, as the first generation on CUDA does.
-        """
-        self._require_exact("save")
-        save_system(replace(self.system, captions=self.known_captions.captions), Path(directory), dtype)
 
     def optimise(
         self,
@@ -363,7 +358,8 @@ class TextToAudio:
         chosen = settings.describe(guidance, solver.name, solver.num_steps) | (meter.describe() if meter else {})
         description = {**canvas.description, **chosen, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
-        made = clips, audio, self.sample_rate_hz, description, timings, canvas.peak_ceiling, gains
+        audio, rate_hz = settings.mark(audio, self.sample_rate_hz), self.sample_rate_hz
+        made = clips, audio, rate_hz, description, timings, canvas.peak_ceiling, gains
         return Generation(*made, machine_name(self.device), min(settings.batch_size, len(clips)))
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ from foley.serving.schema import (
     VariationForm,
 )
 from foley.serving.service import Service
-from foley.serving.sounds import FORMATS
+from foley.serving.sounds import MEDIA_TYPES
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
 """Names of the machine itself; a page elsewhere that has a name of its own point here is refused (DNS rebinding)."""
@@ -131,7 +131,7 @@ VariationOf = Annotated[VariationForm, Form(media_type="multipart/form-data")]
 
 _refusals: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (401, 413, 422, 429, 503, 504)}
 _sounds: dict[int | str, dict[str, Any]] = {
-    200: {"model": SoundsAnswer, "content": {form.media_type: {} for form in FORMATS.values()}}
+    200: {"model": SoundsAnswer, "content": {media_type: {} for media_type in MEDIA_TYPES.values()}}
 }
 _open = APIRouter()
 _guarded = APIRouter(dependencies=[Depends(_same_site), Depends(_authorised)])

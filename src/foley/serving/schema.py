@@ -16,7 +16,7 @@ from foley.generation.options import MAX_PROMPT_CHARACTERS, OPTION_NUMBERS
 from foley.generation.pipeline_to_audio import PUBLISHED_SOLVER
 from foley.generation.settings import GenerationSettings
 from foley.serving.jobs import DEFAULT
-from foley.serving.sounds import FORMATS
+from foley.serving.sounds import MEDIA_TYPES
 
 
 def _no_truth(value: Any) -> Any:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     Downmix: TypeAlias = str
     SolverName: TypeAlias = str
 else:
-    Format, Downmix = Literal[tuple(FORMATS)], Literal[DOWNMIXES]
+    Format, Downmix = Literal[tuple(MEDIA_TYPES)], Literal[DOWNMIXES]
     SolverName = Literal[(*SOLVERS, CONSISTENCY, PUBLISHED_SOLVER)]
 
 
@@ -189,7 +189,7 @@ class ModelAnswer(BaseModel):
     max_steps: int
     max_upload_bytes: int
     max_upload_seconds: float
-    formats: list[str] = list(FORMATS)
+    formats: list[str] = list(MEDIA_TYPES)
 
 
 Health = Literal["ok", "draining", "failed"]

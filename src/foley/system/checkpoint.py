@@ -25,7 +25,15 @@ from foley.core.components import (
     read_pickle,
     rebuild_component,
 )
-from foley.core.config import PROJECT_ROOT, default_cache_dir, locate, published_config, published_name
+from foley.core.config import (
+    PROJECT_ROOT,
+    SYSTEM_FILE,
+    default_cache_dir,
+    hub_name,
+    locate,
+    published_config,
+    published_name,
+)
 from foley.core.hub import Hub
 from foley.core.reading import read_json, reading
 from foley.system.convert.conversion import converted_folder
@@ -34,13 +42,27 @@ from foley.system.convert.dac import is_dac_file
 FOLEY_KEY = "foley"
 """Entry of a training checkpoint that says how to build the components whose weights it holds."""
 
-SYSTEM_FILE = "system.json"
 CAPTIONS_FILE = "captions.txt"
 COMPONENTS = ("denoiser", "text", "codec", "normaliser")
 A_SYSTEM, EXPORT_AGAIN = "the description of a system", "export the system again (scripts/export_system.py)"
 
 _LAST = ("checkpoints/last.ckpt", "last.ckpt")
 _KINDS = "a training checkpoint (.ckpt), or the folder of a run, of a system or of a component"
+
+
+SHARED_FILES = ("*.json", "*.safetensors", "*.md", "*.txt", "*.png", "LICENSE*", "LICENCE*", "*.onnx")
+"""Patterns of what a system's folder shares on the hub: no pickle and no code."""
+
+
+def fetched(source: str | Path, hub_dir: str | Path | None = None, revision: str | None = None) -> str | Path:
+    """The folder of a system that `source` names on the hub, as it is there now; else `source` itself.
+
+    Raises CheckpointError where it cannot be had.
+    """
+    if (repository := hub_name(source)) is None:
+        return source
+    hub = Hub(Path(hub_dir).expanduser()) if hub_dir else Hub()
+    return hub.folder(repository, SHARED_FILES, SYSTEM_FILE, revision)
 
 
 def find_weights(source: str | Path, component: str | None = None, option: str = "") -> Path:

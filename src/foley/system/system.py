@@ -29,7 +29,7 @@ from foley.core.components import (
     rebuild_component,
     save_component,
 )
-from foley.core.config import default_cache_dir, locate
+from foley.core.config import PIPELINE_INDEX, default_cache_dir, locate
 from foley.core.files import write_json, write_text
 from foley.core.hashing import hash_file, hash_json, hash_module
 from foley.core.hub import Hub
@@ -50,6 +50,7 @@ from foley.system.checkpoint import (
     SYSTEM_FILE,
     component_from_training,
     describe_training_checkpoint,
+    fetched,
     find_weights,
     load_trained,
     locate_source,
@@ -110,7 +111,8 @@ def load_system(
 
     Args:
         source: the name of a published system of ours, such as "ezaudio_xl"; the folder of an exported system or of a
-            diffusion run; or a training checkpoint (`.ckpt`).
+            diffusion run; a training checkpoint (`.ckpt`); OWNER/NAME of a system on the hub; or a pipeline's folder
+            that `foley.system.diffusers_folder` wrote.
         with_codec: False leaves the codec out, which training on cached latents does not need.
         codec_path: a codec, as `load_trained` takes it, in place of the one that a folder or checkpoint names.
         text_dir: a store of embeddings of its frozen text encoder, which is not loaded then (`StoredText`).
@@ -125,6 +127,11 @@ def load_system(
         if not isinstance(system, System):
             raise CheckpointError(f"{name} is a pipeline of diffusers, which only generates; give a system of ours")
         return system
+    source = fetched(source)
+    if (Path(source).expanduser() / PIPELINE_INDEX).is_file() and codec_path is None and text_dir is None:
+        from foley.system.diffusers_folder import load_pipeline  # which knows this module
+
+        return load_pipeline(Path(source).expanduser(), with_codec)
     path = find_weights(source, option="system=")
     if not path.is_dir():
         return _load_training(path, with_codec, codec_path, text_dir)
@@ -279,6 +286,20 @@ def save_system(system: System, directory: Path, dtype: torch.dtype | None = Non
         "files_sha256": {name: hash_file(file) for name, file in _files_read(parts).items()},
     }
     write_json(directory / SYSTEM_FILE, {**info, "sha256": _bound_hash(info)})
+
+
+def check_system(directory: Path) -> list[Path]:
+    """Compare every file of the system in `directory`, and of the student inside it, with its hash; returns both.
+
+    Raises CheckpointError where there is no system, or it is not whole.
+    """
+    if not (directory / SYSTEM_FILE).is_file():
+        raise CheckpointError(f"{directory / SYSTEM_FILE} does not exist: {directory} is no exported system")
+    student = directory / STUDENT_FOLDER
+    found = [directory, *([student] if (student / SYSTEM_FILE).is_file() else [])]
+    for each in found:
+        _check_files(each / SYSTEM_FILE, _read_info(each), system_parts(each))
+    return found
 
 
 def share_parts(directory: Path, original: Path) -> list[str]:
