@@ -1,6 +1,7 @@
 """Low-rank adapters around a frozen denoiser (LoRA, Hu et al. 2022), by `peft`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -58,3 +59,24 @@ class AdaptedDenoiser(nn.Module):
             setattr(self.denoiser.get_submodule(parent), attribute, layer.get_base_layer())
         del self.denoiser.peft_config  # the last trace
         return self.denoiser
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Compute as if `module` had no adapters, bit for bit as before them: a frozen reference that is no second copy.
+
+    What trains afterwards is what trained before.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]  # peft sets it, too
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
