@@ -1,4 +1,4 @@
-"""Systems before and after preference tuning, on prompts that they were not tuned on: reward, and distance to real sounds.
+"""Systems before and after preference tuning, on prompts that are new to them: reward, and distance to real sounds.
 
 All make the same prompts from the same seeds, so that a gain is the mean over pairs of clips. Intervals are of 95 %, by
 bootstrap over the prompts; the Frechet distance is of equally many clips each.

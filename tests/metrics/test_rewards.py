@@ -10,7 +10,7 @@ LABELS = ["rain", "bell", "dog bark", "seven"]  # of the fixture's extractor
 
 
 def clips(*first_samples: list[float]) -> torch.Tensor:
-    """`[N, 1, T]` at 100 Hz, of which the extractor makes features of the first samples, and logits 20 times as large."""
+    """`[N, 1, T]` at 100 Hz: the extractor's features are the first samples, its logits 20 times as large."""
     audio = torch.zeros(len(first_samples), 1, 200)
     for row, samples in zip(audio, first_samples, strict=True):
         row[0, : len(samples)] = torch.tensor(samples)
@@ -35,9 +35,7 @@ def test_a_prompt_without_a_label_has_the_one_that_it_names(protocol: Evaluation
         reward(audio, 100, ["a cat meows"], ["cat"])
 
 
-def test_captions_are_rewarded_by_their_cosine(
-    protocol: EvaluationProtocol, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions_are_rewarded_by_their_cosine(protocol: EvaluationProtocol, monkeypatch: pytest.MonkeyPatch) -> None:
     def text(self: object, captions: list[str]) -> torch.Tensor:
         return torch.eye(4)[[LABELS.index(caption) for caption in captions]]
 
@@ -47,7 +45,9 @@ def test_captions_are_rewarded_by_their_cosine(
     assert found == pytest.approx([0.8, 0.6])
 
 
-def test_protocols_that_cannot_reward_are_refused(protocol: EvaluationProtocol, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protocols_that_cannot_reward_are_refused(
+    protocol: EvaluationProtocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ProtocolError, match="takes no captions; reward=embedded"):
         CaptionSimilarity({"embedded": [protocol]})
     with pytest.raises(ProtocolError, match=r"one protocol, got \['embedded', 'embedded'\]"):
