@@ -57,7 +57,7 @@ def test_it_begins_at_log_2_and_a_step_moves_winners_down_and_losers_up(
     before = step(module)
     assert torch.equal(before.winner, before.reference_winner)  # bit for bit
     assert torch.equal(before.loser, before.reference_loser)
-    assert float(module.objective(before)) == pytest.approx(math.log(2))
+    assert module.objective(before).item() == pytest.approx(math.log(2))
     after = errors_of(module, generator=draws())
     assert torch.equal(after.reference_winner, before.reference_winner)
     assert torch.equal(after.reference_loser, before.reference_loser)
