@@ -44,8 +44,8 @@ def pairs(system: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pairs"
 
 
-def config(system: Path, pairs: Path, folder: Path, *overrides: str) -> object:
-    where = f"system={system}", f"codec_path={system}", f"data.cache_dir={pairs}", f"paths.output_dir={folder}"
+def config(system: Path, codec: Path, pairs: Path, folder: Path, *overrides: str) -> object:
+    where = f"system={system}", f"codec_path={codec}", f"data.cache_dir={pairs}", f"paths.output_dir={folder}"
     return compose_command("train", "name=test", *overrides, *where, *SMALL)
 
 
@@ -65,7 +65,7 @@ def test_recipes(experiment: str, objective: type, beta: float | None) -> None:
 def test_what_is_tuned_is_a_system_that_samples_and_is_tuned_again(
     system: Path, pairs: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
-    metrics = train(config(system, pairs, tmp_path / "run", "experiment=demo/crpo", *more))
+    metrics = train(config(system, system, pairs, tmp_path / "run", "experiment=demo/crpo", *more))
     assert {"train/loss", "train/accuracy", "val/loss", "val/winner_change", "val/loser_change"} <= metrics.keys()
     last = tmp_path / "run/checkpoints/last.ckpt"
     assert not any(key.startswith("reference.") for key in read_training_checkpoint(last)["state_dict"])
@@ -73,7 +73,7 @@ def test_what_is_tuned_is_a_system_that_samples_and_is_tuned_again(
     options = {"duration_seconds": 0.5, "num_steps": 2}
     assert not torch.equal(tuned.generate(["rain"], **options).audio, before.generate(["rain"], **options).audio)
     assert not any("lora" in key for key in tuned.denoiser.state_dict())
-    train(config(last, pairs, tmp_path / "next", "experiment=demo/dpo"))  # the next round begins with it
+    train(config(last, system, pairs, tmp_path / "next", "experiment=demo/dpo"))  # the next round begins with it
 
 
 @pytest.mark.slow
