@@ -12,16 +12,15 @@ from foley.core.logs import get_logger
 
 @command("script/render_procedural")
 def main(cfg: DictConfig) -> None:
-    """Write `per_class` clips of every class and `manifest.jsonl`."""
+    """Write `per_class` clips of every class, or of those asked for, and `manifest.jsonl`."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
     from foley.core.files import write_text
     from foley.data.audio import write_wav
     from foley.data.procedural import CLASS_NAMES, ProceduralDataset
 
-    directory = Path(cfg.output_dir)
-    clips = ProceduralDataset(
-        cfg.per_class * len(CLASS_NAMES), cfg.seed, cfg.duration_seconds, sample_rate_hz=cfg.sample_rate_hz
-    )
+    directory, classes = Path(cfg.output_dir), cfg.classes or CLASS_NAMES
+    of_all = cfg.seed, cfg.duration_seconds, cfg.sample_rate_hz
+    clips = ProceduralDataset(cfg.per_class * len(classes), *of_all, classes=classes)
     with only_writer(directory, "clips"):
         rows = []
         for item in map(clips.render, range(len(clips))):

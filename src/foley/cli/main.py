@@ -64,6 +64,7 @@ VERBS: dict[str, dict[str, Verb]] = {
     "Training": {
         "train": Verb("train.py"),
         "distil": Verb("train.py", ("experiment=audiolcm",), "Distil a denoiser into a student of few steps."),
+        "prefer": Verb("scripts/make_preferences.py"),
         "encode": Verb("scripts/encode_latents.py"),
         "convert-latents": Verb("scripts/convert_latents.py"),
         "encode-text": Verb("scripts/encode_text.py"),

@@ -128,7 +128,7 @@ def _count_batches_anew(checkpoint: Mapping[str, Any], accumulated: int) -> None
 
 def _comparable(description: Mapping[str, Any]) -> dict[str, Any]:
     """The entries that resuming must not change, options left to their defaults among them; paths may."""
-    keys = ("components", "codec_hash", "teacher_hash", "data_hash", FILES_KEY)
+    keys = ("components", "codec_hash", "teacher_hash", "reference_hash", "data_hash", FILES_KEY)
     return {key: written_out(description[key]) for key in keys if key in description}
 
 

@@ -20,13 +20,13 @@ _log = logging.getLogger(__name__)
 
 _MADE_BY = {
     "data.cache_dir": "latents, made by: foley encode codec_path=CODEC data=manifest data.splits.manifest=FILE "
-    "output_dir=FOLDER",
+    "output_dir=FOLDER; of preferences, made by: foley prefer system=SYSTEM prompts=FILE output_dir=FOLDER",
     "data.text_dir": "embeddings of captions, made by: foley encode-text captions=LATENTS text=NAME output_dir=FOLDER",
     "data.splits": "clips: data=manifest data.splits.manifest=FILE, data=shards data.splits.url=FOLDER, data=demo, ...",
     "data.splits.folder": "a folder of audio",
     "data.splits.manifest": "a CSV or JSONL file with `path` and `caption`, made by: foley prepare --help, or by hand",
     "data.splits.url": "a folder or URL of shards, made by: foley shards manifest=FILE output=FOLDER",
-    "system": "the teacher, or the model to control: a system's folder, a .ckpt, or the name of a published system",
+    "system": "the teacher, or what is controlled or tuned: a system's folder, a .ckpt, or a published system's name",
     "text.directory": "a folder of precomputed features, <clip id>.safetensors",
     "callbacks.evaluation.reference": "real clips to compare with: a folder or a manifest",
     "codec_path": "the codec that made the latents",
