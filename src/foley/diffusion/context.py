@@ -116,7 +116,8 @@ class Accelerator(SamplerCallback, Protocol):
 
 def followers(denoise: Any, accelerator: Accelerator | None) -> list[SamplerCallback]:
     """Whom a run tells of its evaluations: guidance that changes on the way, and then what is attached."""
-    return [part for part in (denoise, accelerator) if hasattr(part, "on_evaluation_start")]
+    parts: tuple[Any, ...] = (denoise, accelerator)
+    return [part for part in parts if hasattr(part, "on_evaluation_start")]
 
 
 def forecast(callbacks: Sequence[SamplerCallback], context: StepContext, noisy: Tensor) -> Tensor | None:
