@@ -35,10 +35,11 @@ def best_and_worst(rewards: Sequence[float], least_gap: float = 0.0) -> tuple[in
     >>> best_and_worst([0.2, 0.5, 0.1]), best_and_worst([0.2, 0.2]), best_and_worst([0.2])
     ((1, 2), None, None)
     """
-    if len(rewards) < 2:
+    if len(rewards) < 2:  # the others of the prompt failed, or only one was asked for
         return None
     places = range(len(rewards))
     winner, loser = max(places, key=rewards.__getitem__), min(places, key=rewards.__getitem__)
+    # Below the gap a reward says more of its own noise than of the sounds.
     return (winner, loser) if rewards[winner] - rewards[loser] > least_gap else None
 
 

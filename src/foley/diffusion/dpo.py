@@ -42,7 +42,7 @@ class PairErrors:
     @classmethod
     def of(cls, policy: Tensor, reference: Tensor) -> "PairErrors":
         """Of errors `[2 B]`, those of the winners first."""
-        return cls(*policy.chunk(2), *reference.chunk(2))
+        return cls(*policy.chunk(2), *reference.chunk(2))  # one pass of the network for both halves
 
     @property
     def winner_change(self) -> Tensor:
@@ -82,6 +82,7 @@ class DiffusionDPO:
 
     def logits(self, errors: PairErrors) -> Tensor:
         """What the sigmoid of (14) is of, `[B]`: the difference of the implied rewards of winner and loser."""
+        # A policy that is likelier on the winner than on the loser, each beside the reference, has a positive one.
         return -self.beta / 2 * (errors.winner_change - errors.loser_change)
 
     def residual(
@@ -96,4 +97,4 @@ class DiffusionDPO:
         """What is squared, `[B, C, L]`; `timestep [B]`, the others as the prediction."""
         if self.error == "noise":
             return process.to_noise(noisy, prediction, timestep) - noise  # eps_theta - eps
-        return prediction - process.target(clean, noise, timestep)
+        return prediction - process.target(clean, noise, timestep)  # u_theta - v, of a flow

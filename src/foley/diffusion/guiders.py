@@ -65,7 +65,7 @@ class IntervalGuidance(ClassifierFreeGuidance):
 
     def branches(self, num_evaluations: int) -> tuple[int, ...] | None:
         """2 inside of the interval and 1 outside; None where that makes no difference."""
-        counts = self.counts(num_evaluations) if self.needs_negative else ()
+        counts = self.counts(num_evaluations) if self.needs_negative else ()  # at w = 1 nothing is guided
         return counts if len(set(counts)) > 1 else None
 
     def counts(self, num_evaluations: int) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ class IntervalGuidance(ClassifierFreeGuidance):
         guider, counts = self.guider(), []
         for evaluation in range(num_evaluations):
             guider.set_state(evaluation, num_evaluations, None)
-            counts.append(int(guider.num_conditions))
+            counts.append(int(guider.num_conditions))  # outside of the interval it asks for one
         return tuple(counts)
 
     def describe(self) -> dict[str, Any]:
@@ -150,6 +150,7 @@ class ProjectedGuidance(IntervalGuidance):
             start=self.start,
             stop=self.stop,
         )
+        # Its own buffer makes a new tensor at each evaluation, which no recorded graph would find.
         guider.momentum_buffer = None if self.momentum is None else _Momentum(self.momentum)
         return guider
 

@@ -72,7 +72,7 @@ def put_layers(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 @contextmanager
 def without_adapters(module: nn.Module) -> Iterator[None]:
     """`module` as it was before it had adapters, inside the context."""
-    layers = list(adapted_layers(module).values())
+    layers = list(adapted_layers(module).values())  # those of text encoders and denoisers alike
     try:
         for layer in layers:
             layer._disable_adapters = True  # `enable_adapters` would set which parameters train, too
@@ -125,7 +125,7 @@ class AdaptedDenoiser(nn.Module):
         """The denoiser with the adapters added to its weights, without a trace of them; this module is used up."""
         layers = adapted_layers(self.denoiser)
         for layer in layers.values():
-            layer.merge()
+            layer.merge()  # W' of the head of this module
         put_layers(self.denoiser, {name: layer.get_base_layer() for name, layer in layers.items()})
         del self.denoiser.peft_config  # the last trace
         return self.denoiser
