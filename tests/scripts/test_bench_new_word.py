@@ -29,3 +29,6 @@ def test_a_run_in_small_writes_a_row_with_and_without_adapters(tmp_path: Path) -
     assert [(row["scale"], row["n"], row["known_n"]) for row in found["rows"]] == [(0.0, 2, 32), (1.0, 2, 32)]
     assert (found["training"]["clips"], found["training"]["steps"]) == (4, 2)
     assert found["training"]["megabytes"] < 5
+    sound, codec = found["best"]["sound"], found["best"]["codec"]
+    assert sound["n"] == codec["n"] == 2
+    assert sound["nearest_distance"] < min(row["nearest_distance"] for row in found["rows"])
