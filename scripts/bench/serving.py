@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +248,14 @@ def ours(cfg: DictConfig, name: str, options: Sequence[str], environment: Mappin
     """`foley serve`."""
     folder = Path(cfg.output_dir)
     waiting = [f"batch_size={cfg.batch_size}", f"batch_wait_seconds={cfg.batch_wait_seconds}"]
-    words = [str(PROJECT_ROOT / "scripts/serve.py"), f"system={cfg.system}", "student=false", *waiting, *options]
+    words = [
+        str(PROJECT_ROOT / "scripts/serve.py"),
+        f"system={cfg.system}",
+        "student=false",
+        "device=cpu",
+        *waiting,
+        *options,
+    ]
     words += [f"hydra.run.dir={folder / name}", "port="]
     env = {"OMP_NUM_THREADS": str(cfg.num_threads), **environment}
 
@@ -322,8 +331,9 @@ def described(answers: Sequence[Answer]) -> Row:
 
 
 def read_metrics(server: Server) -> dict[str, float]:
-    """The counters of `foley serve`, by name and labels, such as `foley_jobs_total{outcome="done"}`."""
-    lines = server.get("/metrics")[1].splitlines()
+    """The counters of `foley serve`, such as `foley_jobs_total{outcome="done"}`; none where there are none."""
+    status, text = server.get("/metrics")
+    lines = text.splitlines() if status == 200 else []
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
 
@@ -403,20 +413,25 @@ def loop(system: TextToAudio, steps: int, asks: Sequence[Ask]) -> tuple[list[Ans
 
 
 def stages(system: TextToAudio, cfg: DictConfig, prompts: Sequence[str]) -> list[Row]:
-    """Seconds of a clip, alone and in a batch, on one thread and on all: medians over rounds, taken in turns."""
+    """Seconds of a clip, alone and in a batch, on one thread and on all; taken in turns."""
     rows = []
     for threads in sorted({1, cfg.num_threads}):
         torch.set_num_threads(threads)
-        calls = {size: lambda size=size: staged(system, cfg, prompts[:size]) for size in (1, cfg.batch_size)}
-        results: dict[int, list[Row]] = {size: [] for size in calls}
-        calls = {size: lambda size=size, call=call: results[size].append(call()) for size, call in calls.items()}
-        measured = measure_rounds(calls, cfg.rounds)
-        for size, found in results.items():
-            each = {name: float(np.median([row[name] for row in found[1:]])) / size for name in found[0]}
-            clip = {"seconds": measured.median_seconds(size) / size}
-            clip |= {"processor_seconds": measured.median_processor_seconds(size) / size}
-            gain = {"batch_speedup": measured.speedup(size, 1) * size}
-            rows.append({"threads": threads, "batch": size, **clip, **each, **gain})
+        found: dict[int, list[Row]] = {1: [], cfg.batch_size: []}
+
+        def run(size: int, kept: dict[int, list[Row]] = found) -> None:
+            kept[size].append(staged(system, cfg, prompts[:size]))
+
+        measured = measure_rounds({size: partial(run, size) for size in found}, cfg.rounds)
+        for size, runs in found.items():
+            clip = {
+                "seconds": measured.median_seconds(size) / size,
+                "processor_seconds": measured.median_processor_seconds(size) / size,
+                "batch_speedup": measured.speedup(size, 1) * size,
+                "batch_processor_speedup": measured.processor_speedup(size, 1) * size,
+            }
+            each = {name: statistics.median(run[name] for run in runs[-cfg.rounds :]) / size for name in runs[0]}
+            rows.append({"threads": threads, "batch": size, **clip, **each})
     return rows
 
 
@@ -443,7 +458,7 @@ def largest_difference(answers: Sequence[Answer], expected: Mapping[int, bytes])
 
 
 def measure(cfg: DictConfig, system: TextToAudio, prompts: Sequence[str]) -> Row:
-    """All rows; the loop is run in halves, before and after the servers, so that what else the machine does hits it too."""
+    """All rows. The loop is run in halves, before and after the servers, so that a busy machine is busy for it too."""
     cost, asks = stages(system, cfg, prompts), plain_load(cfg, prompts)
     loop(system, cfg.steps, asks[-2:])
     halves = [loop(system, cfg.steps, asks[: len(asks) // 2])]
