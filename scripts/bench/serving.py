@@ -327,7 +327,13 @@ def described(answers: Sequence[Answer]) -> Row:
     seconds = [answer.seconds for answer in waited if not answer.is_lost]
     p50, p95 = np.percentile(seconds, [50, 95]).tolist() if seconds else (None, None)
     lost = sum(answer.is_lost for answer in waited)
-    return {"n": len(answers), "lost": lost, "p50_seconds": p50, "p95_seconds": p95, "max_seconds": max(seconds, default=None)}
+    return {
+        "n": len(answers),
+        "lost": lost,
+        "p50_seconds": p50,
+        "p95_seconds": p95,
+        "max_seconds": max(seconds, default=None),
+    }
 
 
 def read_metrics(server: Server) -> dict[str, float]:
