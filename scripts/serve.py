@@ -13,8 +13,8 @@ from foley.cli.command import command
 @command("script/serve")
 def main(cfg: DictConfig) -> None:
     """Load the systems and serve them until a signal."""
-    # PyTorch's threads wait for each other in a loop by themselves, on cores that answers and other processes want: where
-    # these are busy, what it computes then takes ten times as long. Read when PyTorch is loaded.
+    # By themselves PyTorch's threads wait for each other in a loop, on cores that answers and other processes want:
+    # with both cores of a machine busy, a clip took ten times as long. Read when PyTorch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
     try:
