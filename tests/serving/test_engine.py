@@ -71,6 +71,12 @@ def test_a_request_alone_is_to_the_bit_what_the_generator_makes(start, generator
     assert result.settings["num_steps"] == STEPS["num_steps"]
 
 
+def test_a_run_without_accelerator_counts_no_cost_and_is_that_of_the_generator(start, generator):
+    plain = made(start(generator).submit(request("a bell", 5)))
+    assert plain.tmacs is None
+    assert plain.settings == generator.generate(["a bell"], seeds=[5], **STEPS).settings
+
+
 OTHERS = [
     {"duration_seconds": 0.25},
     {"num_steps": 3},

@@ -1,6 +1,7 @@
 """The server as a process has it: options, a real socket, and what a signal does."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import urllib.request
 
 import pytest
 import uvicorn
-from commands import compose_command, run_command
+from commands import compose_command, load_command, run_command
 from gated_generators import PATIENCE_SECONDS, Held
 from small_system import STEPS
 
@@ -151,6 +152,17 @@ def test_a_system_is_opened_with_the_options_of_sampling(composed):
         assert isinstance(served.accelerators[DEFAULT], PredictionReuse)
     finally:
         service.engine.close()
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_leave_their_cores_to_others(composed, monkeypatch, given, found):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")  # which is put back after the test
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(serving, "serve", lambda cfg: seen.append(os.environ["OMP_WAIT_POLICY"]))
+    seen = []
+    load_command("script/serve")["main"](composed)
+    assert seen == [found]
 
 
 @pytest.mark.slow

@@ -309,7 +309,8 @@ def _store(
     channels = 1 if samples.ndim == 1 else samples.shape[1]
     with soundfile.SoundFile(target, "w", sample_rate_hz, channels, subtype, format=container) as file:
         for name, text in tags.items():
-            setattr(file, name, text)
+            if text:  # libsndfile takes no empty one
+                setattr(file, name, text)
         # In blocks: libsndfile's encoder of Vorbis overflows its stack with more.
         for start in range(0, len(samples), _BLOCK_SAMPLES // channels):
             file.write(samples[start : start + _BLOCK_SAMPLES // channels])

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import foley
 from foley.serving.jobs import Job
@@ -36,6 +39,7 @@ from foley.serving.sounds import MEDIA_TYPES
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
 """Names of the machine itself; a page elsewhere that has a name of its own point here is refused (DNS rebinding)."""
+_MOST_WORDS = 800  # characters of a refusal: names of fields are sent back, of which there may be thousands
 _EVENTS_SECONDS = 0.1  # between two looks at a job
 
 
@@ -67,7 +71,6 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:
         description=foley.__doc__.partition("\n")[0] if foley.__doc__ else "",
         version=foley.__version__,
         lifespan=lifespan,
-        max_body_size=service.limits.max_upload_bytes,
         form_limits={"max_files": 1, "max_fields": 40, "max_part_size": 1 << 16},
     )
     app.state.service, app.state.access = service, access
@@ -77,7 +80,48 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:
     if access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(access.origins), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False)
+    app.add_middleware(_BodyLimits, max_bytes=service.limits.max_upload_bytes, seconds=service.engine.timeout_seconds)
     return app
+
+
+class _BodyLimits:
+    """Answers 413 where a body is too large, and 408 where it has not come whole in time, byte by byte.
+
+    FastAPI's own limit of size answers without saying what it is.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float) -> None:
+        self._app, self._max_bytes, self._seconds = app, max_bytes, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        until, is_whole = time.monotonic() + self._seconds, False
+        num_bytes = int(Headers(scope=scope).get("content-length", 0))  # as it is promised, and then as it comes
+        come = 0
+
+        async def receive_body() -> Message:
+            nonlocal is_whole, come
+            self._check_size(num_bytes)
+            try:
+                message = await asyncio.wait_for(receive(), None if is_whole else until - time.monotonic())
+            except TimeoutError:
+                raise _refused(408, f"the request did not come whole within {self._seconds:g} s") from None
+            come += len(message.get("body", b""))
+            self._check_size(come)
+            is_whole = is_whole or not message.get("more_body", False)
+            return message
+
+        await self._app(scope, receive_body, send)
+
+    def _check_size(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes:
+            raise _refused(413, f"the request is larger than {self._max_bytes} bytes")
+
+
+def _refused(status: int, words: str) -> HTTPException:
+    """Of a request that is not read to its end, after which its connection is of no use."""
+    return HTTPException(status, words, {"Connection": "close"})
 
 
 async def _explain(request: Request, error: Exception) -> Response:
@@ -85,7 +129,8 @@ async def _explain(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = [".".join(map(str, found["loc"][1:])) + f": {found['msg']}" for found in error.errors()]
     request.app.state.service.meters.count_refusal(422)
-    return JSONResponse({"detail": "; ".join(problems)}, 422)
+    words = "; ".join(problems)
+    return JSONResponse({"detail": words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]}..."}, 422)
 
 
 # ---------------------------------------------------------------- who may
@@ -129,7 +174,9 @@ JobOf = Annotated[Job, Depends(_job)]
 EditOf = Annotated[EditForm, Form(media_type="multipart/form-data")]
 VariationOf = Annotated[VariationForm, Form(media_type="multipart/form-data")]
 
-_refusals: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (401, 413, 422, 429, 503, 504)}
+_refusals: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem} for status in (401, 408, 413, 422, 429, 503, 504)
+}
 _sounds: dict[int | str, dict[str, Any]] = {
     200: {"model": SoundsAnswer, "content": {media_type: {} for media_type in MEDIA_TYPES.values()}}
 }

@@ -1,17 +1,36 @@
 """The process of the server: uvicorn, and what a signal does to it."""
 
+import asyncio
 import time
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from foley.core.logs import get_logger
 from foley.serving.service import Service
 
 _CLOSE_SECONDS = 5  # for answers that are under way once everything is made
+_HEAD_SECONDS = 20.0  # for the head of a first request to come
 _RECENT_SECONDS = 10.0  # before the signal: whoever asks for a job now and then may not have seen that it is done
 _log = get_logger(__name__)
+
+
+class ImpatientProtocol(H11Protocol):
+    """Closes a connection on which no request has begun in time: uvicorn looks at those alone that had an answer."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._impatience = self.loop.call_later(_HEAD_SECONDS, self._close_unused)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._impatience.cancel()
+        super().connection_lost(exc)
+
+    def _close_unused(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 class DrainingServer(uvicorn.Server):
@@ -43,10 +62,20 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def server_config(app: FastAPI, host: str, port: int, access_log: bool = False) -> uvicorn.Config:
+    """Of a server whose logs are those of the process."""
+    return uvicorn.Config(
+        app,
+        host,
+        port,
+        http=ImpatientProtocol,
+        access_log=access_log,
+        log_config=None,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
+    )
+
+
 def run(app: FastAPI, service: Service, host: str, port: int, drain_seconds: float, access_log: bool = False) -> None:
     """Serve until a signal; logs as the rest of the process does."""
-    config = uvicorn.Config(
-        app, host, port, access_log=access_log, log_config=None, timeout_graceful_shutdown=_CLOSE_SECONDS
-    )
-    DrainingServer(config, service, drain_seconds).run()
+    DrainingServer(server_config(app, host, port, access_log), service, drain_seconds).run()
     _log.info("stopped: nothing waits or runs any more" if service.engine.is_idle else "stopped before all was made")
