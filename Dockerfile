@@ -47,15 +47,16 @@ ENTRYPOINT ["foley"]
 CMD ["serve", "host=0.0.0.0"]
 
 # PyTorch from its own index of builds without CUDA (0.2 GB for 3), all else as on the other target. What is installed is
-# what the extra asks for, each package in the version of constraints.txt. The wheel is a layer of its own, the last.
+# what the extra asks for (serve, or page for the page too), each package in the version of constraints.txt. The wheel is a
+# layer of its own, the last. An empty TORCH_BACKEND takes PyTorch from PyPI as well.
 FROM server AS cpu
 ARG EXTRA=serve
-ARG UV_TORCH_BACKEND=cpu
+ARG TORCH_BACKEND=cpu
 RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
     --mount=type=cache,id=uv,target=/root/.cache/uv \
     /opt/tools/bin/uv venv --cache-dir /root/.cache/uv /opt/foley \
     && /opt/tools/bin/uv pip install --cache-dir /root/.cache/uv --python /opt/foley/bin/python --compile-bytecode \
-        --requirement /opt/pins/pyproject.toml --extra "${EXTRA}" \
+        --requirement /opt/pins/pyproject.toml --extra "${EXTRA}" ${TORCH_BACKEND:+--torch-backend="${TORCH_BACKEND}"} \
         --constraint /opt/pins/constraints.txt --override /opt/pins/overrides.txt
 RUN --mount=type=bind,from=tools,source=/opt/tools,target=/opt/tools \
     --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
