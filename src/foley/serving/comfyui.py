@@ -202,7 +202,7 @@ class EditSound:
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
         start = _number("mask_start_seconds", 0.5, "where what is replaced begins")
         length = _number("mask_length_seconds", 0.5, "how long it is; past the end it goes on")
-        boundary = _number("boundary_seconds", 2.0, "how much of each side of it the model sees")
+        boundary = _number("boundary_seconds", EditMask.boundary_seconds, "how much of each side of it the model sees")
         masks = {"mask_start_seconds": start, "mask_length_seconds": length, "boundary_seconds": boundary}
         return {"required": {"audio": ("AUDIO",), **_sampling(), **masks}}
 
@@ -226,7 +226,7 @@ class VarySound:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
-        strength = _number("strength", Variation("").strength, "0 is the sound through the codec, 1 another one")
+        strength = _number("strength", Variation.strength, "0 is the sound through the codec, 1 another one")
         return {"required": {"audio": ("AUDIO",), **_sampling(), "strength": strength}}
 
     def vary(self, audio: Audio, system: Generator, strength: float, **options: Any) -> tuple[Audio]:
