@@ -1,6 +1,6 @@
 """Starts the command of an image in its root file system, asks it for its health and a sound, and ends it by SIGTERM.
 
-python3 .ci/try_image.py ROOT INSPECTED: a folder, and what `podman image inspect` says. As root, without podman's runtime.
+python3 .ci/try_image.py ROOT INSPECTED: a folder, and what `podman image inspect` says. As root; no runtime is needed.
 """
 
 import json
@@ -38,7 +38,8 @@ def main(root: str, inspected: str) -> None:
     server = subprocess.Popen(entered(root, config, [*config["Entrypoint"], *config["Cmd"]]))
     try:
         while subprocess.run(health, capture_output=True, check=False).returncode:
-            assert server.poll() is None and time.time() < started + SECONDS, "the server has not become healthy"
+            assert server.poll() is None, "the server has ended"
+            assert time.time() < started + SECONDS, "the server has not become healthy"
             time.sleep(2)
         request = urllib.request.Request("http://127.0.0.1:8000/v1/audio/generate", json.dumps(BODY).encode())
         request.add_header("Content-Type", "application/json")

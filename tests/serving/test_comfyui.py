@@ -114,7 +114,7 @@ def test_what_is_left_to_the_system_is_its_own_choice_and_limits_hold():
     options = {"negative_prompt": "", "accelerator": "none", **comfyui._OWN}
     settings = comfyui._settings(options)
     assert (settings.num_steps, settings.guidance, settings.duration_seconds) == (None, None, None)
-    with pytest.raises(ValueError, match="guidance_scale=-0.5: give a number >= 0"):
+    with pytest.raises(ValueError, match=r"guidance_scale=-0\.5: give a number >= 0"):
         comfyui._settings({**options, "guidance_scale": -0.5})
 
 
