@@ -31,7 +31,7 @@ Audio = dict[str, Any]
 
 ACCELERATORS = ("none", "prediction", "fora", "local_global")
 """Out of configs/accel: those that need no calibration, which `foley serve` names too."""
-CATEGORY = "foley"
+_CATEGORY = "foley"
 _SYSTEM, _ADAPTERS = "FOLEY_SYSTEM", "FOLEY_ADAPTERS"
 _UNBOUNDED = 1e6  # where an option has no end, a widget has
 _OWN = {"steps": 0, "duration_seconds": 0.0, "guidance_scale": -1.0}
@@ -140,7 +140,7 @@ def _from_recordings(audio: Audio, system: Generator, source: Any, options: Mapp
 class UseAdapter:
     """An adapter of `experiment=lora` for a system to be loaded with; several are chained, and add up."""
 
-    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = (_ADAPTERS,), ("adapters",), "add", CATEGORY
+    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = (_ADAPTERS,), ("adapters",), "add", _CATEGORY
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
@@ -155,7 +155,7 @@ class UseAdapter:
 class LoadSystem:
     """A system of ours, a published one, or a pipeline of diffusers, on a device."""
 
-    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = (_SYSTEM,), ("system",), "load", CATEGORY
+    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = (_SYSTEM,), ("system",), "load", _CATEGORY
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
@@ -178,7 +178,7 @@ class LoadSystem:
 class Generate:
     """Sounds of a prompt; the first has the seed, the next the one after it."""
 
-    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = ("AUDIO",), ("audio",), "generate", CATEGORY
+    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = ("AUDIO",), ("audio",), "generate", _CATEGORY
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
@@ -196,7 +196,7 @@ class Generate:
 class EditSound:
     """A part of each sound made anew (`foley.generation.editing`); its other samples come back as they were."""
 
-    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = ("AUDIO",), ("audio",), "edit", CATEGORY
+    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = ("AUDIO",), ("audio",), "edit", _CATEGORY
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
@@ -222,7 +222,7 @@ class EditSound:
 class VarySound:
     """Each sound noised and denoised again (`foley.generation.editing.Variation`)."""
 
-    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = ("AUDIO",), ("audio",), "vary", CATEGORY
+    RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = ("AUDIO",), ("audio",), "vary", _CATEGORY
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 -- ComfyUI's name
