@@ -53,9 +53,10 @@ fuzz: $(STAMP)  ## the fuzzers for longer: FOLEY_FUZZ_EXAMPLES (1000) new exampl
 test-docs: $(STAMP)  ## run the commands of README and docs, and the notebook
 	$(PY) -m pytest -m docs
 
-lint: $(STAMP)  ## ruff: style and format
+lint: $(STAMP)  ## ruff: style and format; hadolint: the Dockerfile
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(STAMP)  ## let ruff mend style and format
 	$(PY) -m ruff check --fix .
