@@ -17,9 +17,11 @@ from foley.core.files import write_json
 from foley.core.hashing import hash_module
 from foley.core.hub import Hub, HubError
 from foley.core.reading import read_json
+from foley.generation.pipeline_to_audio import open_generator
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.sharing import model_card, pull_system, push_system
-from foley.system.system import build_system, load_system, save_system, share_parts
+from foley.system.system import build_system, load_system, read_weights, save_system, share_parts
+from foley.training.distillation import Teacher
 
 STAGE = {"name": "align", "command": "python train.py", "seconds": 5400.0, "machine": "a CPU, 2 threads"}
 
@@ -40,10 +42,10 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    pipelines._asked.cache_clear()
+    pipelines.asked.cache_clear()
     with serving_hub(monkeypatch, tmp_path) as running:
         yield running
-    pipelines._asked.cache_clear()
+    pipelines.asked.cache_clear()
 
 
 def stop(hub, monkeypatch):
@@ -170,9 +172,16 @@ def test_what_cannot_be_shared_is_not_begun(hub, exported, tmp_path, monkeypatch
     assert hub.requests == []
 
 
-def test_a_folder_laid_out_as_the_hub_is_serves(exported, tmp_path):
+def test_a_folder_laid_out_as_the_hub_is_serves(exported, tmp_path, monkeypatch):
     shutil.copytree(exported, tmp_path / "me/tiny")
     assert pull_system("me/tiny", hub_dir=tmp_path) == tmp_path / "me/tiny"
+    digest = TextToAudio.load(exported).model_hash
+    assert TextToAudio.from_pretrained("me/tiny", hub_dir=tmp_path).model_hash == digest
+    assert open_generator("me/tiny", hub_dir=tmp_path).model_hash == digest
+    monkeypatch.setenv("FOLEY_HUB_DIR", str(tmp_path))
+    assert TextToAudio.load("me/tiny").model_hash == digest
+    assert hash_module(Teacher.load("me/tiny").system.modules["denoiser"]) == digest
+    assert read_weights("me/tiny", CONFIGS, None)["state_dict"]
     with pytest.raises(CheckpointError, match=r"hub_dir=.* must hold system\.json of"):
         Hub(tmp_path).folder("me/none", ["*"], "system.json")
 
