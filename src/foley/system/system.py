@@ -296,8 +296,6 @@ def check_system(directory: Path) -> list[Path]:
     """
     if not (directory / SYSTEM_FILE).is_file():
         raise CheckpointError(f"{directory / SYSTEM_FILE} does not exist: no exported system is there (foley export)")
-            f"{directory / SYSTEM_FILE} does not exist: {directory} is no exported system (foley export)"
-        )
     student = directory / STUDENT_FOLDER
     found = [directory, *([student] if (student / SYSTEM_FILE).is_file() else [])]
     for each in found:
