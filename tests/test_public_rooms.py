@@ -18,8 +18,8 @@ PUBLIC = {
     """,
     "foley.diffusion": """
         PREDICTIONS SOLVERS Accelerator ClassifierFreeGuidance Conditioning Consistency ConsistencySolver
-        DiffusionProcess EmbeddedGuidance KnownLatent RunContext SamplerCallback Solver Start StepContext Windows
-        default_solver embed generate_latents sample
+        DiffusionProcess EmbeddedGuidance IntervalGuidance KnownLatent ProjectedGuidance RunContext SamplerCallback
+        Solver Start StepContext Windows default_solver embed generate_latents sample
     """,
     "foley.metrics": """
         Accuracy ClipFeatures ClipFile Estimate Evaluation EvaluationProtocol Judge LabelledAudio Latency PairingError

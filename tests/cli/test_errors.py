@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException, MissingConfigException
+from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -172,3 +172,10 @@ def test_a_device_that_is_not_there_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"device={name}: "):
         resolve_device(name)
     assert resolve_device("cpu").type == "cpu"
+
+
+def test_a_value_of_another_kind_is_told_so():
+    error = ConfigCompositionException("Error merging override adapters={path: x}")
+    error.__cause__ = ValueError("Cannot merge DictConfig with ListConfig\n    full_key: adapters")
+    expected = "adapters={path: x}: this option takes a value of another kind (Cannot merge DictConfig with ListConfig)"
+    assert describe(error) == f"{expected}; --help says which"

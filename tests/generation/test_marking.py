@@ -15,6 +15,7 @@ from foley.core.config import PROJECT_ROOT
 from foley.data.audio import FORMATS, encode_audio, read_tags, write_wav
 from foley.data.ordering import evenly_spaced
 from foley.generation import marking
+from foley.generation.comparison import write_comparison
 from foley.generation.marking import Marks, detect, origin_tags, read_origin, require_watermark, watermarked
 from foley.generation.options import MAX_PROMPT_CHARACTERS
 from foley.generation.prompts import Clip, read_prompts
@@ -125,6 +126,19 @@ def test_settings_say_what_is_marked(monkeypatch, audio):
     assert settings.mark(audio, RATE) is audio
     assert settings.describe(settings.choose_guidance(), "ddim", 2)["provenance"] is True
     assert origin_tags("rain", 0, {}) == {}
+
+
+@pytest.mark.parametrize(("provenance", "said"), [(True, "yes"), (False, "no")])
+def test_the_page_says_of_both_whether_they_are_there(tmp_path, audio, provenance, said):
+    settings = GenerationSettings(provenance=provenance)
+    chosen = settings.describe(settings.choose_guidance(), "ddim", 2)
+    page, _ = made(audio, **chosen).write(tmp_path / "one")
+    both = write_comparison(tmp_path, "two", "facts.", {"a": made(audio, **chosen)}, {"a": "a"})
+    assert f"<dt>origin in the tags of each file</dt><dd>{said}</dd>" in page.read_text()
+    assert "<dt>inaudible watermark</dt><dd>no</dd>" in page.read_text()
+    assert f"facts. Origin in the tags of each file: {said}. Inaudible watermark: no.</p>" in both.read_text()
+    marked, _ = made(audio, **{**chosen, "watermark": marking.WATERMARK}).write(tmp_path / "marked")
+    assert "<dt>inaudible watermark</dt><dd>resemble-perth</dd>" in marked.read_text()
 
 
 @pytest.mark.usefixtures("loud_network")

@@ -47,6 +47,8 @@ def test_they_are_merged_said_and_removed_bit_by_bit(folder):
         ),
         result.audio,
     )
+    given = [{"path": folder / "1", "scale": 0.5}, folder / "2"]
+    assert TextToAudio.from_pretrained(folder / "system", adapters=given).model_hash == generator.model_hash
     assert not torch.equal(audio(generator, accelerator=Fora(interval=2)), result.audio)
     generator.use_adapters([])
     again = generator.generate(["a zorble 1"], seeds=[3], **STEPS)

@@ -86,6 +86,16 @@ def test_it_comes_back_bit_by_bit(pair):
     assert "codec" not in load_pipeline(folder, with_codec=False).modules
 
 
+def test_it_is_a_system_on_the_hub(pair, tmp_path, monkeypatch):
+    system, folder = pair
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me/pipeline").symlink_to(folder)
+    digest = hash_module(system.modules["denoiser"])
+    assert open_generator("me/pipeline", hub_dir=tmp_path).model_hash == digest
+    monkeypatch.setenv("FOLEY_HUB_DIR", str(tmp_path))
+    assert hash_module(load_system("me/pipeline").modules["denoiser"]) == digest
+
+
 @pytest.mark.slow
 def test_it_is_a_system_to_every_command(pair, tmp_path):
     system, folder = pair

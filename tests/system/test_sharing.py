@@ -17,9 +17,11 @@ from foley.core.files import write_json
 from foley.core.hashing import hash_module
 from foley.core.hub import Hub, HubError
 from foley.core.reading import read_json
+from foley.generation.pipeline_to_audio import open_generator
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.sharing import model_card, pull_system, push_system
-from foley.system.system import build_system, load_system, save_system, share_parts
+from foley.system.system import build_system, load_system, read_weights, save_system, share_parts
+from foley.training.distillation import Teacher
 
 STAGE = {"name": "align", "command": "python train.py", "seconds": 5400.0, "machine": "a CPU, 2 threads"}
 
@@ -40,10 +42,10 @@ def exported(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    pipelines._asked.cache_clear()
+    pipelines.asked.cache_clear()
     with serving_hub(monkeypatch, tmp_path) as running:
         yield running
-    pipelines._asked.cache_clear()
+    pipelines.asked.cache_clear()
 
 
 def stop(hub, monkeypatch):
@@ -97,7 +99,7 @@ def test_the_card_names_training_licence_and_hash(hub, exported):
     assert "student=true" in text
 
 
-def test_a_folder_that_has_a_card_keeps_its_text_and_its_licence(exported, tmp_path):
+def test_a_folder_that_has_a_card_keeps_its_text_and_its_licence(exported, tmp_path, caplog):
     own = shutil.copytree(exported, tmp_path / "own")
     (own / "README.md").write_text("---\nlicense: cc0-1.0\nfavourite: 3\n---\n# Mine\n\nMy words.\n")
     card = ModelCard(model_card(own, "me/own"))
@@ -107,6 +109,7 @@ def test_a_folder_that_has_a_card_keeps_its_text_and_its_licence(exported, tmp_p
     with pytest.raises(ValueError, match=r"nothing says the licence of the weights; give licence="):
         model_card(own, "me/own")
     assert ModelCard(model_card(own, "me/own", "mit")).text.strip() == "# Mine"
+    assert "was not found" not in caplog.text  # the library's word on a text without a header
 
 
 def test_without_a_network_what_was_fetched_last_is_taken(hub, exported, monkeypatch):
@@ -142,6 +145,8 @@ def test_pulled_into_a_folder_of_its_own(hub, exported, tmp_path):
     assert not any(file.is_symlink() for file in (tmp_path / "here").rglob("*"))
     with pytest.raises(FileExistsError, match="here exists already; give a new folder"):
         pull_system("me/tiny", output_dir=tmp_path / "here")
+    with pytest.raises(FileExistsError, match="here exists already"):
+        pull_system("me/another", output_dir=tmp_path / "here")  # before anything is asked for
     with pytest.raises(CheckpointError, match=r"holds the system \w{64}, not abc"):
         pull_system("me/tiny", sha256="abc")
 
@@ -162,17 +167,26 @@ def test_what_the_hub_refuses_says_how_to_log_in(hub, exported):
 def test_what_cannot_be_shared_is_not_begun(hub, exported, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"refers to .* outside of .*export the system again without share_with="):
         push_system(exported / "student", "me/tiny", licence="mit")
-    with pytest.raises(CheckpointError, match=r"system\.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"system\.json does not exist.*foley export"):
         push_system(tmp_path, "me/tiny", licence="mit")
+    with pytest.raises(ValueError, match="repository=tiny: give OWNER/NAME"):
+        push_system(exported, "tiny", licence="mit")
     monkeypatch.setenv("FOLEY_HUB_DIR", str(tmp_path))
     with pytest.raises(HubError, match="stands for the hub, and takes nothing"):
         push_system(exported, "me/tiny", licence="mit")
     assert hub.requests == []
 
 
-def test_a_folder_laid_out_as_the_hub_is_serves(exported, tmp_path):
+def test_a_folder_laid_out_as_the_hub_is_serves(exported, tmp_path, monkeypatch):
     shutil.copytree(exported, tmp_path / "me/tiny")
     assert pull_system("me/tiny", hub_dir=tmp_path) == tmp_path / "me/tiny"
+    digest = TextToAudio.load(exported).model_hash
+    assert TextToAudio.from_pretrained("me/tiny", hub_dir=tmp_path).model_hash == digest
+    assert open_generator("me/tiny", hub_dir=tmp_path).model_hash == digest
+    monkeypatch.setenv("FOLEY_HUB_DIR", str(tmp_path))
+    assert TextToAudio.load("me/tiny").model_hash == digest
+    assert hash_module(Teacher.load("me/tiny").system.modules["denoiser"]) == digest
+    assert read_weights("me/tiny", CONFIGS, None)["state_dict"]
     with pytest.raises(CheckpointError, match=r"hub_dir=.* must hold system\.json of"):
         Hub(tmp_path).folder("me/none", ["*"], "system.json")
 

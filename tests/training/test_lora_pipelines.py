@@ -14,7 +14,10 @@ from foley.data.dataset import AudioBatch
 from foley.generation.pipeline_to_audio import PipelineToAudio
 from foley.models.lora import AdaptedDenoiser
 from foley.system.published.ace_step import AceStep
+from foley.system.published.audioldm import AudioLDM
+from foley.system.published.longcat import LongCat
 from foley.system.published.stable_audio import StableAudio
+from foley.system.published.stable_audio_3 import StableAudio3
 from foley.system.published.tangoflux import TangoFlux
 from foley.system.published.training import pipeline_system
 from foley.training.distillation import Teacher
@@ -23,6 +26,9 @@ from foley.training.lora import AdapterWriter, LoraTraining, load_base
 FAMILIES = {
     "stable_audio": lambda: StableAudio(tiny_pipelines.stable_audio()),
     "tangoflux": lambda: TangoFlux(tiny_families.tangoflux()),
+    "stable_audio_3": lambda: StableAudio3(tiny_families.stable_audio_3(stochastic=False)),
+    "ace_step": lambda: AceStep(tiny_families.ace_step()),
+    "longcat": lambda: LongCat(tiny_families.longcat()),
 }
 SECONDS = 0.1
 
@@ -81,6 +87,55 @@ def test_tangoflux_is_called_as_its_pipeline_calls_it() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def first_call(audio, prompt: str, seconds: float) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Noisy latent, time and prediction of the transformer in a run of the pipeline's own, as it counts them."""
+    calls = []
+    hook = audio.denoiser.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    generator = [torch.Generator().manual_seed(3)]
+    audio.latents([prompt], None, seconds, num_inference_steps=2, guidance_scale=1.0, generator=generator)
+    hook.remove()
+    args, kwargs, found = calls[-1]
+    noisy = kwargs.get("hidden_states", args[0] if args else None)
+    timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+    return noisy, float(timestep[0]), found[0] if isinstance(found, tuple) else found.sample
+
+
+@pytest.mark.parametrize("name", ["stable_audio_3", "ace_step", "longcat"])
+@torch.no_grad()
+def test_a_family_is_called_as_its_pipeline_calls_it(name: str) -> None:
+    audio = FAMILIES[name]()
+    denoiser, text = (pipeline_system(audio, name).modules[part] for part in ("denoiser", "text"))
+    denoiser.duration_seconds = text.duration_seconds = SECONDS
+    embedded = text(["rain", "a long prompt of wind"])  # padding is not heard
+    noisy, time, expected = first_call(audio, "rain", SECONDS)
+    if name != "stable_audio_3":  # which alone has channels first
+        noisy, expected = noisy.mT, expected.mT
+    if name == "longcat":  # whose time leads from noise to data
+        time, expected = 1 - time, -expected
+    ours = denoiser(noisy.expand(2, -1, -1), torch.full((2,), 1000 * time), embedded.embeddings, embedded.mask)
+    torch.testing.assert_close(ours[:1], expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(ours[1:], expected, atol=1e-3)
+    noise, clean = torch.randn(2, *expected.shape)
+    process = pipeline_system(audio, name).process
+    torch.testing.assert_close(process.target(clean, noise, torch.tensor([500.0])), noise - clean)
+
+
+def test_the_empty_prompt_is_what_guidance_leads_away_from() -> None:
+    longcat, ace_step = FAMILIES["longcat"](), FAMILIES["ace_step"]()
+    assert not longcat.tokens([""], SECONDS)[0].any()
+    tokens, valid = ace_step.tokens(["rain", ""], SECONDS)
+    learned = ace_step.pipeline.condition_encoder.null_condition_emb[0, 0]
+    torch.testing.assert_close(tokens[1, valid[1]], learned.expand(int(valid[1].sum()), -1))
+    assert not torch.allclose(tokens[0, 0], learned)
+
+
+def test_a_distilled_model_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline_system(AceStep(tiny_families.ace_step(turbo=True)), "turbo")
+    assert "turbo is distilled to few steps" in caplog.text
+    assert FAMILIES["stable_audio_3"]().is_distilled is False
+    assert StableAudio3(tiny_families.stable_audio_3()).is_distilled
+
+
 def test_stable_audio_hears_nothing_of_the_empty_prompt() -> None:
     audio = FAMILIES["stable_audio"]()
     tokens, _ = audio.tokens(["rain", ""], SECONDS)
@@ -90,7 +145,7 @@ def test_stable_audio_hears_nothing_of_the_empty_prompt() -> None:
 
 
 def test_a_family_that_does_not_train_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="adapters of AceStep are used here, but not trained"):
-        pipeline_system(AceStep(tiny_families.ace_step()), "ace_step")
+    with pytest.raises(CheckpointError, match="adapters of AudioLDM, a U-Net, are used here, but not trained"):
+        pipeline_system(AudioLDM(tiny_families.audioldm()), "audioldm")
     tiny_pipelines.stable_audio().save_pretrained(tmp_path / "pipeline")
     assert load_base(str(tmp_path / "pipeline")).system.modules["codec"].sample_rate_hz == 441

@@ -1,6 +1,7 @@
 """Adapters of a system, trained on a handful of sounds so that a new word calls them."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from adapter_parts import small_system
 from peft import PeftModel
+from safetensors.torch import load_file
 from test_recipes import config
 
 from foley.core.hashing import hash_module
@@ -153,6 +155,46 @@ def test_a_run_leaves_adapters_that_peft_and_the_system_take_and_resumes(tmp_pat
     assert all(".lora_" in key for key in last["state_dict"])
     run(5, "ckpt_path=auto")
     assert json.loads((adapter / "adapter.json").read_text())["steps"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["default", "dora"])
+def test_a_resumed_run_ends_bit_by_bit_where_the_whole_one_does(tmp_path: Path, kind: str) -> None:
+    save_system(replace(small_system(), captions=["rain", "wind"]), tmp_path / "system")
+    for index in range(4):
+        write_wav(tmp_path / "own" / f"{index}.wav", 0.1 * torch.randn(900), RATE_HZ)
+
+    def run(name: str, *more: str) -> Path:
+        train(
+            config(
+                *("experiment=lora", f"ckpt={tmp_path}/system", f"data.splits.folder={tmp_path}/own", "caption=a gorp"),
+                *(f"data.sample_rate_hz={RATE_HZ}", f"data.duration_seconds={SECONDS}", "data.batch_size=2"),
+                *("task.prior.count=2", "task.prior.num_steps=2", "lr_schedule.warmup_steps=0", "task.lora.rank=2"),
+                *("trainer.precision=32-true", "trainer.max_steps=4", "callbacks.checkpoint.every_n_train_steps=2"),
+                "+callbacks.checkpoint.keep_all=true",
+                *(f"lora@task.lora={kind}", f"paths.output_dir={tmp_path}/{name}", "hydra.job.num=0", *more),
+            )
+        )
+        return tmp_path / name
+
+    whole = run("whole")
+    part = run("part", f"ckpt_path={whole}/checkpoints/step_000002.ckpt")
+    states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (whole, part)]
+    assert states[0]["global_step"] == states[1]["global_step"] == 4
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(states[1]["state_dict"][name], tensor), name
+    infos = [json.loads((folder / "adapter/adapter.json").read_text()) for folder in (whole, part)]
+    assert infos[0] == infos[1]  # the hashes of its files
+    weights = [load_file(whole / f"adapter/{name}/adapter_model.safetensors") for name in ("denoiser", "text")]
+    assert any("lora_magnitude_vector" in key for key in weights[0]) == (kind == "dora")
+    assert any("lora_B" in key and bool(tensor.any()) for key, tensor in weights[0].items())
+    assert states[0]["foley"]["own_captions"] == ["a gorp"]
+    generator = TextToAudio.load(tmp_path / "system")
+    digests = {name: hash_module(module) for name, module in generator.system.modules.items()}
+    generator.use_adapters([whole / "adapter"])
+    assert hash_module(generator.denoiser) != digests["denoiser"]
+    generator.use_adapters([])
+    assert {name: hash_module(module) for name, module in generator.system.modules.items()} == digests
 
 
 def test_the_writer_takes_the_values_of_the_checkpoint(tmp_path: Path) -> None:

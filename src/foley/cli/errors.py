@@ -168,6 +168,9 @@ def _of_composition(error: ConfigCompositionException, config_name: str | None) 
     if several := re.match(r"Ambiguous value for argument '(.*)'\n", str(error)):
         name, _, values = several[1].partition("=")
         return f"{several[1]}: add -m to sweep over these values, or give a list: {name}=[{values}]"
+    if merged := re.match(r"Error merging override (.*)", str(error)):
+        why = str(error.__cause__).partition("\n")[0]  # such as: a mapping in the place of a list
+        return f"{merged[1]}: this option takes a value of another kind ({why}); --help says which"
     missing = re.match(r"Could not override '([^']*)'", str(error))
     if missing is None:
         return " ".join(str(error).split())

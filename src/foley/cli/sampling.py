@@ -206,7 +206,7 @@ def open_system(cfg: DictConfig, device: torch.device | None = None) -> TextToAu
         if cfg.rotary_extension is not None:
             generator.extend_rotary(cfg.rotary_extension, cfg.trained_seconds)
         if cfg.backend != EAGER:  # after what it does not go with
-            generator.use_backend(cfg.backend, cfg.system)
+            generator.use_backend(cfg.backend, fetched(cfg.system, cfg.hub_dir))
     return generator
 
 

@@ -72,13 +72,18 @@ _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _composing = RLock()
 
 
+def is_repository(name: str) -> bool:
+    """Whether it reads as OWNER/NAME."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
 def hub_name(system: str | Path | None) -> str | None:
     """`system` where it reads as OWNER/NAME and nothing lies at that path; None for all else.
 
     >>> hub_name("cvssp/audioldm2"), hub_name("a/b/c"), hub_name("run/last.ckpt"), hub_name("demo")
     ('cvssp/audioldm2', None, None, None)
     """
-    if not isinstance(system, str) or not _REPOSITORY.fullmatch(system):
+    if not isinstance(system, str) or not is_repository(system):
         return None
     return None if Path(system).suffix == ".ckpt" or Path(system).exists() else system
 

@@ -1,5 +1,6 @@
 """Where published files come from, and go to: the Hugging Face hub, its cache here, or a folder laid out like it."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ def _in_hub_folder(name_or_path: str | Path) -> str | Path:
 
 
 _ANSWER_SECONDS = 3.0
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for every request of the library
 
 
 class HubError(RuntimeError):

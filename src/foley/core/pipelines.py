@@ -45,9 +45,9 @@ def system_config(
 def _index_on_hub(repository: str, hub_dir: str | Path | None) -> Path:
     """What describes the repository: the index of a pipeline, or the file of a system of ours."""
     hub = Hub(Path(hub_dir).expanduser()) if hub_dir else Hub()
-    index, reason = _asked(repository, PIPELINE_INDEX, hub)
+    index, reason = asked(repository, PIPELINE_INDEX, hub)
     if index is None:
-        index, _ = _asked(repository, SYSTEM_FILE, hub)
+        index, _ = asked(repository, SYSTEM_FILE, hub)
     if index is None:
         raise CheckpointError(
             f"system={repository} names no file or folder that exists, and neither a pipeline nor a system on the hub: "
@@ -57,7 +57,7 @@ def _index_on_hub(repository: str, hub_dir: str | Path | None) -> Path:
 
 
 @lru_cache
-def _asked(repository: str, name: str, hub: Hub) -> tuple[Path | None, str]:
+def asked(repository: str, name: str, hub: Hub) -> tuple[Path | None, str]:
     """A file, or why there is none; asked once, for several options ask for their defaults."""
     try:
         return hub.file(repository, name), ""

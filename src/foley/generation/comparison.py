@@ -24,6 +24,7 @@ from foley.losses.spectral import magnitude
 from foley.reporting.fewer_steps import FEWER_STEPS
 from foley.reporting.samples import PAGE_FILE, render_comparison
 from foley.reporting.tables import COST_COLUMNS, format_cell, format_rows
+from foley.reporting.words import MARKS, describe_settings
 
 _FFT_SAMPLES = 1024
 _FACTS = (
@@ -140,6 +141,8 @@ def write_comparison(
         remove_clips(directory / slug(name))  # what an earlier comparison made of other prompts
         _, cards = result.write(directory / slug(name), name)
         columns[headings[name]] = [card.inside(slug(name)) for card in cards]
-    page = directory / PAGE_FILE
+    page, settings = directory / PAGE_FILE, next(iter(results.values())).settings
+    marks = describe_settings({key: settings[key] for key in MARKS if key in settings})
+    facts = " ".join([facts, *(f"{fact.name}: {fact.text}.".capitalize() for fact in marks)])
     write_text(page, render_comparison(title, facts, columns))
     return page

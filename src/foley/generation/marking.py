@@ -7,6 +7,7 @@ package brings its network. It changes the sound below 2 kHz, and outlives MP3. 
 
 import io
 import json
+import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -131,7 +132,8 @@ def _network() -> Any:
     """Of the package's files alone, on the CPU."""
     require_watermark()
     try:
-        with redirect_stdout(io.StringIO()):  # it prints which one it has loaded
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints which one it has loaded
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated", UserWarning)
             from perth.perth_net.perth_net_implicit.perth_watermarker import PerthImplicitWatermarker
 
             return PerthImplicitWatermarker()

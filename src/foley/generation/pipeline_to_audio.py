@@ -34,6 +34,7 @@ from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.adapters import Adapters, AdapterStack, adapter_choices
+from foley.system.checkpoint import fetched
 from foley.system.published.audio_pipelines import AudioPipeline
 from foley.system.published.stable_audio import StableAudio
 from foley.system.system import System, load_published, load_system
@@ -335,7 +336,8 @@ def open_generator(
     Args:
         codec_path: as for `load_system`.
         adapters: as for `TextToAudio.use_adapters`.
-        hub_dir, cache_dir, overrides: of a published one, as for `load_published`.
+        hub_dir: a folder laid out as the hub is, instead of the network; None is FOLEY_HUB_DIR, or else the network.
+        cache_dir, overrides: of a published one, as for `load_published`.
 
     Raises CheckpointError where something cannot be had.
     """
@@ -343,7 +345,7 @@ def open_generator(
     if published:
         loaded = load_published(system, hub_dir, cache_dir, overrides)
     else:
-        loaded = load_system(system, codec_path=codec_path)
+        loaded = load_system(fetched(system, hub_dir), codec_path=codec_path)
     generator: TextToAudio | PipelineToAudio
     if isinstance(loaded, System):
         generator = TextToAudio(loaded, device, max_duration_seconds)

@@ -179,5 +179,5 @@ class GenerationSettings:
             "negative_prompt": self.negative_prompt,
             **({"lyrics": self.lyrics} if self.lyrics else {}),
             "provenance": self.provenance,
-            **({"watermark": WATERMARK} if self.watermark else {}),
+            "watermark": WATERMARK if self.watermark else False,
         }

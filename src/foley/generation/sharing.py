@@ -8,6 +8,7 @@ from typing import Self
 import torch
 
 from foley.generation.novelty import KnownCaptions
+from foley.system.adapters import Adapters
 from foley.system.sharing import pull_system, push_system
 from foley.system.system import System, save_system, student_of
 
@@ -19,7 +20,13 @@ class SharedSystem:
     known_captions: KnownCaptions
 
     @classmethod
-    def load(cls, system: str | Path, device: str | torch.device = "cpu", max_duration_seconds: float = 60.0) -> Self:
+    def load(
+        cls,
+        system: str | Path,
+        device: str | torch.device = "cpu",
+        max_duration_seconds: float = 60.0,
+        adapters: Adapters = (),
+    ) -> Self:
         """See the class that generates."""
         raise NotImplementedError
 
@@ -35,6 +42,8 @@ class SharedSystem:
         device: str | torch.device = "cpu",
         max_duration_seconds: float = 60.0,
         sha256: str | None = None,
+        adapters: Adapters = (),
+        hub_dir: str | Path | None = None,
     ) -> Self:
         """A system from the hub by OWNER/NAME, as it is there now or was fetched last; or from its folder.
 
@@ -42,15 +51,17 @@ class SharedSystem:
             revision: branch, tag or commit on the hub.
             student: take the student inside it.
             sha256: of the system, as its card says it; any other one is refused.
+            adapters: merged into its weights, as for `load`.
+            hub_dir: a folder laid out as the hub is, instead of the network.
 
-        Raises CheckpointError where it cannot be had, was altered, or has no student.
+        Raises CheckpointError where it cannot be had, was altered, or has no student, and as `load` does.
 
         >>> from foley import TextToAudio
         >>> TextToAudio.from_pretrained("data/demo", student=True).student.num_steps
         2
         """
-        folder = pull_system(name_or_folder, revision, sha256=sha256)
-        return cls.load(student_of(folder) if student else folder, device, max_duration_seconds)
+        folder = pull_system(name_or_folder, revision, sha256=sha256, hub_dir=hub_dir)
+        return cls.load(student_of(folder) if student else folder, device, max_duration_seconds, adapters)
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Export as a system directory, floating weights as `dtype` (None keeps float32); adapters are in them.

@@ -18,6 +18,8 @@ _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _HASH = re.compile(r"[0-9a-f]{32,128}")
 _SHORT_HASH = 12
 _FOR_MACHINES = {"request"}  # by which a folder knows its own clips
+MARKS = {"provenance": "origin in the tags of each file", "watermark": "inaudible watermark"}
+"""Settings of which it is said that they are off, too, in words: what a listener may want to rely on."""
 
 
 class Fact(NamedTuple):
@@ -29,7 +31,7 @@ class Fact(NamedTuple):
 
 
 def describe_settings(settings: Mapping[str, Any]) -> list[Fact]:
-    """What is set, in the order of the settings; what is off, empty or absent is left out.
+    """What is set, in the order of the settings; what is off, empty or absent is left out, but for `MARKS`.
 
     >>> facts = describe_settings({"duration_seconds": 5.0, "mac_speedup": 4.415783759499831, "compile": False})
     >>> [(fact.name, fact.text) for fact in facts]
@@ -40,6 +42,9 @@ def describe_settings(settings: Mapping[str, Any]) -> list[Fact]:
 
 def _describe(settings: Mapping[str, Any]) -> Iterator[Fact]:
     for key, value in settings.items():
+        if key in MARKS:
+            yield Fact(MARKS[key], _in_words(value, ""))
+            continue
         if value is None or value is False or value == "" or value == {} or value == []:
             continue
         if key in _FOR_MACHINES or _is_off(value) or (key.startswith("mac") and settings.get("mac_speedup") == 1):
@@ -68,7 +73,7 @@ def _split_unit(key: str) -> tuple[str, str]:
 
 def _in_words(value: Any, unit: str) -> str:
     if isinstance(value, bool):
-        return "yes"
+        return "yes" if value else "no"
     if isinstance(value, int | float):
         return _number(float(value), unit)
     if isinstance(value, Mapping):

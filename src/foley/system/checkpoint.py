@@ -26,6 +26,7 @@ from foley.core.components import (
     rebuild_component,
 )
 from foley.core.config import (
+    PIPELINE_INDEX,
     PROJECT_ROOT,
     SYSTEM_FILE,
     default_cache_dir,
@@ -35,6 +36,7 @@ from foley.core.config import (
     published_name,
 )
 from foley.core.hub import Hub
+from foley.core.pipelines import asked
 from foley.core.reading import read_json, reading
 from foley.system.convert.conversion import converted_folder
 from foley.system.convert.dac import is_dac_file
@@ -62,7 +64,9 @@ def fetched(source: str | Path, hub_dir: str | Path | None = None, revision: str
     if (repository := hub_name(source)) is None:
         return source
     hub = Hub(Path(hub_dir).expanduser()) if hub_dir else Hub()
-    return hub.folder(repository, SHARED_FILES, SYSTEM_FILE, revision)
+    # A folder that `foley.system.diffusers_folder` wrote has the index of a pipeline in the place of our file.
+    is_pipeline = asked(repository, SYSTEM_FILE, hub)[0] is None and asked(repository, PIPELINE_INDEX, hub)[0]
+    return hub.folder(repository, SHARED_FILES, PIPELINE_INDEX if is_pipeline else SYSTEM_FILE, revision)
 
 
 def find_weights(source: str | Path, component: str | None = None, option: str = "") -> Path:

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 from foley.core.components import WEIGHTS_FILE, CheckpointError, read_config
+from foley.core.config import is_repository
 from foley.core.hub import Hub
 from foley.core.logs import get_logger
 from foley.core.reading import read_json, reading
@@ -90,9 +91,11 @@ def push_system(folder: str | Path, repository: str, licence: str | None = None,
 
     Raises:
         CheckpointError: for a folder that holds no whole system, or parts that lie outside it.
-        ValueError: where nobody says the licence.
+        ValueError: where nobody says the licence, and for a name without its owner.
         HubError: where the hub refuses.
     """
+    if not is_repository(repository):
+        raise ValueError(f"repository={repository}: give OWNER/NAME, of letters, digits, '.', '_' and '-'")
     folder = Path(folder).expanduser()
     for each in check_system(folder):
         _refuse_strangers(each, folder)
@@ -127,7 +130,7 @@ def model_card(folder: Path, repository: str, licence: str | None = None) -> str
 
     Its header names the licence, the task and the hash of the system. Raises ValueError where nobody says the licence.
     """
-    own = ModelCard((folder / CARD_FILE).read_text(encoding="utf-8")) if (folder / CARD_FILE).is_file() else None
+    own = _own_card(folder / CARD_FILE)
     licence = licence or (own.data.get("license") if own else None)
     if licence is None:
         raise ValueError(
@@ -146,6 +149,14 @@ def model_card(folder: Path, repository: str, licence: str | None = None) -> str
     facts: Mapping[str, Any] = {"card": describe(folder), "repository": repository, "system_hash": _hash_of(folder)}
     template = files("foley.system").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     return str(ModelCard.from_template(header, template_str=template, licence=licence, **facts))
+
+
+def _own_card(file: Path) -> ModelCard | None:
+    """What the folder says of itself; one without a header has an empty one, which the library would warn of."""
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    return ModelCard(text if text.startswith("---\n") else f"---\n{{}}\n---\n{text}")
 
 
 def _hash_of(folder: Path) -> str:
@@ -177,15 +188,15 @@ def pull_system(
         CheckpointError: where it cannot be had, was altered, or has another hash.
         FileExistsError: where `output_dir` exists.
     """
+    target = None if output_dir is None else Path(output_dir).expanduser()
+    if target is not None and target.exists():  # before anything is fetched
+        raise FileExistsError(f"{target} exists already; give a new folder as output_dir")
     folder = Path(fetched(str(source), hub_dir, revision)).expanduser()
     check_system(folder)
     if sha256 is not None and _hash_of(folder) != sha256:
         raise CheckpointError(f"{source} holds the system {_hash_of(folder)}, not {sha256} (sha256)")
-    if output_dir is None:
+    if target is None:
         return folder
-    target = Path(output_dir).expanduser()
-    if target.exists():
-        raise FileExistsError(f"{target} exists already; give a new folder as output_dir")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
         # The cache holds links; what was named there is copied, whole or not at all.

@@ -197,7 +197,7 @@ def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec
     that published weights were trained with. Of what is published, only what trains is read.
 
     Args:
-        source: anything that `find_weights` takes, or a published name.
+        source: anything that `find_weights` takes, a published name, or OWNER/NAME of a system on the hub.
         own: the run's component configs by name, by which the folder of a lone component is known.
         codec_hash: of the codec of the run's latents; a system counts as trained on it where it holds that codec.
 
@@ -206,6 +206,7 @@ def read_weights(source: str | Path, own: Mapping[str, Mapping[str, Any]], codec
     if (name := published_source(source)) is not None:
         modules = {part: load_trained(source, part) for part in ("denoiser", "normaliser")}
         return _as_checkpoint(modules, published_loader(name).configs, codec_hash, codec_hashes(source))
+    source = fetched(source)
     path = find_weights(source, option="ckpt=")
     if not path.is_dir():
         return {**describe_training_checkpoint(path), "path": path}
@@ -294,7 +295,7 @@ def check_system(directory: Path) -> list[Path]:
     Raises CheckpointError where there is no system, or it is not whole.
     """
     if not (directory / SYSTEM_FILE).is_file():
-        raise CheckpointError(f"{directory / SYSTEM_FILE} does not exist: {directory} is no exported system")
+        raise CheckpointError(f"{directory / SYSTEM_FILE} does not exist: no exported system is there (foley export)")
     student = directory / STUDENT_FOLDER
     found = [directory, *([student] if (student / SYSTEM_FILE).is_file() else [])]
     for each in found:

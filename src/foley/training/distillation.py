@@ -36,7 +36,7 @@ from foley.diffusion.consistency import Consistency, ddim_jump
 from foley.diffusion.guidance import Conditioning, KnownLatent, bind, branches, extrapolate
 from foley.models.lora import AdaptedDenoiser
 from foley.models.text import TextEmbedding
-from foley.system.checkpoint import published_source
+from foley.system.checkpoint import fetched, published_source
 from foley.system.system import System, codec_hashes, load_system
 from foley.training.diffusion import LatentTraining, SpanMasking
 from foley.training.sharding import ShardedStrategy
@@ -56,13 +56,13 @@ class Teacher:
     def load(
         cls, path: str, text_dir: str | None = None, with_codec: bool = False, codec_path: str | None = None
     ) -> "Teacher":
-        """By what `load_system` takes: a name, a directory or a checkpoint; CheckpointError for a student.
+        """By what `load_system` takes: a name, a directory, a checkpoint, OWNER/NAME; CheckpointError for a student.
 
         Args:
             text_dir: a store of its text encoder's embeddings, which then is not loaded.
             with_codec, codec_path: as `load_system` takes them.
         """
-        source = published_source(path) or Path(path).expanduser().resolve()
+        source = published_source(path) or Path(fetched(path)).expanduser().resolve()
         system = load_system(source, with_codec, codec_path, text_dir)
         if system.consistency is not None:
             raise CheckpointError(f"system={path} is a student itself; give the system that it was distilled from")

@@ -39,6 +39,7 @@ from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver, default_solver
 from foley.models.lora import AdaptedDenoiser, adaptable, without_adapters
 from foley.system.adapters import save_adapters
+from foley.system.checkpoint import FOLEY_KEY
 from foley.system.published import PublishedPipeline
 from foley.system.published.training import pipeline_system
 from foley.system.system import load_published
@@ -47,6 +48,7 @@ from foley.training.distillation import Teacher
 from foley.training.sharding import ShardedStrategy
 
 ADAPTER_FOLDER = "adapter"
+_MET = "own_captions"  # entry of a checkpoint's description
 _NOT_NEGATIVE = NumberRange(least=0)
 _log = get_logger(__name__)
 
@@ -168,6 +170,16 @@ class LoraTraining(DiffusionTraining):
             raise ValueError("experiment=lora with trainer=fsdp: adapters are small, and trainer=ddp trains them")
         super().configure_model()
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As the parent does, with the captions that were met, which a resumed run may not meet again."""
+        self.checkpoint_metadata[_MET] = sorted(self.captions)
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As the parent does; raises as it does."""
+        super().on_load_checkpoint(checkpoint)
+        self.captions |= set(checkpoint[FOLEY_KEY].get(_MET, ()))
+
     def saved_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of `state` what trains: the adapters."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -258,11 +270,13 @@ class LoraTraining(DiffusionTraining):
         latents, captions = self._kept
         chosen = torch.randint(len(captions), (len(own["latent"]),), generator=generator)
         kept = latents[chosen.to(latents.device)].to(own["latent"])
-        frames = own["latent"].shape[-1]
-        kept = functional.pad(kept, (0, max(0, frames - kept.shape[-1])))[..., :frames]
+        frames, there = own["latent"].shape[-1], kept.shape[-1]
+        kept = functional.pad(kept, (0, max(0, frames - there)))[..., :frames]
         joined: Any = {
             "latent": torch.cat([own["latent"], kept]),
-            "frame_mask": torch.cat([own["frame_mask"], torch.ones_like(kept[:, 0], dtype=torch.bool)]),
+            "frame_mask": torch.cat(
+                [own["frame_mask"], (torch.arange(frames, device=kept.device) < there).expand(len(kept), -1)]
+            ),
             "caption": own["caption"] + [captions[index] for index in chosen.tolist()],
         }
         return cast(LatentBatch, {**own, **joined})

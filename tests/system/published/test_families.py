@@ -368,7 +368,7 @@ def test_a_pipeline_is_known_by_its_class(tmp_path: Path) -> None:
     assert on_hub is not None
     assert on_hub.published.repository == "owner/name"
     with pytest.raises(
-        CheckpointError, match="system=owner/other names no file or folder that exists, and no pipeline"
+        CheckpointError, match="system=owner/other names no file or folder that exists, and neither a pipeline"
     ):
         system_config("owner/other", hub_dir=tmp_path)
     assert known_config("owner/other", hub_dir=tmp_path) is None

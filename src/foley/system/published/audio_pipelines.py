@@ -143,6 +143,11 @@ class AudioPipeline(ABC):
         """Of the audio."""
         return 1
 
+    @property
+    def is_distilled(self) -> bool:
+        """Whether it was distilled to few steps."""
+        return False
+
     def inpaint(self, prompts: Sequence[str], recording: Tensor, start: int, end: int, **options: Any) -> Tensor:
         """Latents, one per prompt, of the recording `[channels, T]` with samples `[start, end)` made anew."""
         raise NotImplementedError
@@ -197,6 +202,21 @@ class OfOobleck(AudioPipeline):
     def channels(self) -> int:
         return int(self.pipeline.vae.config.audio_channels)
 
+    @property
+    def hop_samples(self) -> int:
+        """Samples of a latent frame."""
+        return int(self.pipeline.vae.hop_length)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.pipeline.vae.config.decoder_input_channels)
+
+    def encode(self, audio: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A latent `[B, C, L]` of `[B, channels, T]`: drawn with `generator`, or the mean without one."""
+        posterior = self.pipeline.vae.encode(audio).latent_dist
+        latent: Tensor = posterior.mean if generator is None else posterior.sample(generator)
+        return latent
+
 
 def each_prompt(
     make: Callable[..., Tensor], prompts: Sequence[str], generator: Sequence[Any], **options: Any
@@ -210,6 +230,26 @@ def each_prompt(
         alike = list(group)
         rows.append(make([prompt for prompt, _ in alike], generator=[own for _, own in alike], **options))
     return torch.cat(rows)
+
+
+def each_length(predict: Callable[..., Tensor], noisy: Tensor, timestep: Tensor, text: Tensor, valid: Tensor) -> Tensor:
+    """`predict(noisy, timestep, text)` for items of one length of text at a time, for the same reason.
+
+    Args:
+        text, valid: `[B, S, D]`, and which of it is no padding `[B, S]`; padding comes last.
+    """
+    lengths = valid.sum(dim=1)
+    groups = [(lengths == length).nonzero()[:, 0] for length in lengths.unique()]
+    parts = [predict(noisy[rows], timestep[rows], text[rows, : int(lengths[rows[0]])]) for rows in groups]
+    return torch.cat(parts)[torch.cat(groups).argsort()]
+
+
+def stacked(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts `[1, S, D]` of several lengths as one `[B, S, D]`, padded at the end, and which is valid `[B, S]`."""
+    longest = max(row.shape[1] for row in rows)
+    valid = torch.tensor([[True] * row.shape[1] + [False] * (longest - row.shape[1]) for row in rows])
+    text = torch.cat([pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
+    return text, valid.to(text.device)
 
 
 def whole_frames(recording: Tensor, hop_samples: int) -> Tensor:

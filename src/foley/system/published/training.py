@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from foley.core.components import CheckpointError
+from foley.core.logs import get_logger
 from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
 from foley.models.text import TextConditioner, TextEmbedding
 from foley.system.published.audio_pipelines import AudioPipeline, whole_frames
 from foley.system.system import System, identity_normaliser
+
+_log = get_logger(__name__)
 
 
 class TrainablePipeline(Protocol):
@@ -36,6 +39,16 @@ class TrainablePipeline(Protocol):
 
     @property
     def process(self) -> DiffusionProcess: ...
+
+    @property
+    def hop_samples(self) -> int: ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    def encode(self, audio: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A latent `[B, C, L]` of `[B, channels, T]`: drawn with `generator`, or the mean without one."""
+        ...
 
     def tokens(self, prompts: list[str], duration_seconds: float) -> tuple[Tensor, Tensor]:
         """Text `[B, S, D]`, and which of it is valid `[B, S]`."""
@@ -60,7 +73,7 @@ class PipelineDenoiser(nn.Module):
         super().__init__()
         self.adapts = audio.denoiser
         self._audio = audio
-        self.latent_channels = int(audio.pipeline.transformer.config.in_channels)
+        self.latent_channels = audio.latent_channels
         self.duration_seconds = audio.max_duration_seconds
 
     def forward(
@@ -95,24 +108,28 @@ class PipelineCodec(nn.Module):
     def __init__(self, audio: TrainablePipeline) -> None:
         super().__init__()
         self.vae: Any = audio.pipeline.vae
-        self.sample_rate_hz, self.hop_samples = audio.sample_rate_hz, int(self.vae.hop_length)
-        self._channels = audio.channels
+        self.sample_rate_hz, self.hop_samples = audio.sample_rate_hz, audio.hop_samples
+        self._audio = audio
 
     @torch.no_grad()
     def encode(self, audio: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """`[B, 1, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
-        heard = whole_frames(audio, self.hop_samples).expand(-1, self._channels, -1).to(self.vae.dtype)
-        posterior = self.vae.encode(heard).latent_dist
-        latent: Tensor = posterior.mean if generator is None else posterior.sample(generator)
-        return latent.float()
+        heard = whole_frames(audio, self.hop_samples).expand(-1, self._audio.channels, -1).to(self.vae.dtype)
+        return self._audio.encode(heard, generator).float()
 
 
 def pipeline_system(audio: AudioPipeline, source: str) -> System:
     """`audio` as a system to train adapters of; raises CheckpointError for a family that does not train."""
     if not audio.trains:
         raise CheckpointError(
-            f"ckpt={source}: adapters of {type(audio).__name__} are used here, but not trained; those of Stable Audio "
-            "Open and TangoFlux are"
+            f"ckpt={source}: adapters of {type(audio).__name__}, a U-Net, are used here, but not trained; those of the "
+            "transformers are: Stable Audio Open and 3, TangoFlux, ACE-Step and LongCat"
+        )
+    if audio.is_distilled:
+        _log.warning(
+            "%s is distilled to few steps, which this training does not keep: train on its base model, and take the "
+            "adapter here with any_base: true",
+            source,
         )
     pipeline: Any = audio
     denoiser = PipelineDenoiser(pipeline)
