@@ -1,5 +1,6 @@
 """What clients send and get, as pydantic models; their limits are the tables that the command line checks by."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -127,6 +128,11 @@ class VariationForm(RecordingForm):
 
     def _source(self) -> dict[str, Any]:
         return {"source": Variation(self._path, self.strength, self.downmix), "duration_seconds": None}
+
+
+def problems(errors: Sequence[Mapping[str, Any]]) -> str:
+    """What pydantic finds wrong with each field, in one line, without what was sent: it may be long, or no JSON."""
+    return "; ".join(".".join(map(str, found["loc"])) + f": {found['msg']}" for found in errors)
 
 
 # ---------------------------------------------------------------- answers
