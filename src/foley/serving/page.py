@@ -52,6 +52,7 @@ _WAVEFORM = """${ value && value.seconds ?
   "</div><div class='ends'><span>0 s</span><span>drag over the part to make anew</span><span>" +
   value.seconds.toFixed(2) + " s</span></div>"
   : "<p>The waveform of the recording will be here: drag over the part to make anew.</p>" }"""
+_TO_RESULT = "() => { if (innerWidth < 768) document.querySelector('#status').scrollIntoView({behavior: 'smooth'}) }"
 _MOVE_SPAN = "(start, length, wave) => wave ? {...wave, start: start || 0, length: length || 0} : wave"
 
 
@@ -134,7 +135,8 @@ class Page:
         self._fields: dict[str, Any] = {}
         with gr.Blocks(title="foley", analytics_enabled=False, delete_cache=(_CACHE_SECONDS, _SESSION_SECONDS)) as page:
             self._session = gr.State(Session(), time_to_live=_SESSION_SECONDS, delete_callback=studio.leave)
-            gr.Markdown("# foley\nSounds from text, on your own machine.", elem_classes="heading")
+            device = next(iter(self._service.engine.models.values())).generator.device
+            gr.Markdown(f"# foley\nSounds from text, by {', '.join(self._models)} on {device}.", elem_classes="heading")
             with gr.Row():
                 with gr.Column(scale=5, min_width=320):
                     self._ask()
@@ -148,64 +150,87 @@ class Page:
     # ---------------------------------------------------------------- what is asked
 
     def _ask(self) -> None:
-        fields = self._fields
+        fields, first = self._fields, self._models[0]
         fields["prompt"] = gr.Textbox(label="Prompt", lines=2, placeholder="a dog barks", elem_id="prompt")
         if known := examples(self._service):
             gr.Examples([[caption] for caption in known], [fields["prompt"]], label="Captions that the system knows")
-        fields["negative_prompt"] = gr.Textbox(label="Negative prompt", info="what to lead away from", max_lines=2)
-        self._ask_how()
+        with gr.Row():
+            fields["model"] = gr.Dropdown(
+                self._models, value=first, label="System", visible=len(self._models) > 1, interactive=True
+            )
+            fields["student"] = gr.Checkbox(
+                label="Student",
+                info="the system distilled to a few steps: quick",
+                visible=self._has_student(first),
+                elem_id="student",
+            )
         with gr.Tabs():
             with gr.Tab("From text"):
                 fields["duration_seconds"] = _slider("Duration (s)", self._ranges["duration_seconds"])
                 self._generate = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Tab("From a recording"):
                 self._ask_recording()
+        with gr.Accordion("Settings"):
+            self._ask_how(accelerator_names(self._service.engine.models[first]))
 
-    def _ask_how(self) -> None:
-        fields, served = self._fields, self._service.engine.models[self._models[0]]
-        fields["model"] = gr.Dropdown(
-            self._models, value=self._models[0], label="System", visible=len(self._models) > 1, interactive=True
-        )
-        fields["student"] = gr.Checkbox(
-            label="Student", info="distilled to few steps", visible=self._has_student(self._models[0]), elem_id="student"
-        )
-        with gr.Row():
-            fields["steps"] = _slider("Steps", self._ranges["steps"])
-            fields["guidance_scale"] = _slider("Guidance scale", self._ranges["guidance_scale"])
-        with gr.Row():
-            seed = OPTION_NUMBERS["seed"]
-            fields["seed"] = gr.Number(
-                secrets.randbelow(DRAWN_SEEDS), label="Seed", precision=0, minimum=seed.least, min_width=140, scale=2,
-                elem_id="seed",
-            )
-            self._dice = gr.Button("\N{GAME DIE} Dice", min_width=90, size="sm", elem_id="dice")
-            fields["draw"] = gr.Checkbox(True, label="New each time", min_width=130, elem_id="draw")
+    def _ask_how(self, accelerators: list[str]) -> None:
+        fields = self._fields
         with gr.Row():
             fields["num"] = _slider("Clips", self._ranges["num"])
-            names = accelerator_names(served)
-            fields["accelerator"] = gr.Dropdown(names, value=names[0], label="Acceleration", min_width=140)
-        fields["compare"] = gr.Checkbox(
-            label="Compare", info="make it without acceleration too, and say what was saved", elem_id="compare"
+            fields["steps"] = _slider("Steps", self._ranges["steps"])
+        fields["guidance_scale"] = _slider("Guidance scale", self._ranges["guidance_scale"])
+        fields["negative_prompt"] = gr.Textbox(
+            label="Negative prompt", info="what guidance leads away from; a student takes none", elem_id="negative"
         )
+        with gr.Row(equal_height=True):
+            fields["seed"] = gr.Number(
+                secrets.randbelow(DRAWN_SEEDS),
+                label="Seed",
+                precision=0,
+                minimum=OPTION_NUMBERS["seed"].least,
+                min_width=140,
+                scale=2,
+                elem_id="seed",
+            )
+            self._dice = gr.Button("\N{DIE FACE-5} Dice", min_width=90, size="md", elem_id="dice")
+            fields["draw"] = gr.Checkbox(True, label="New each time", min_width=130, elem_id="draw")
+        with gr.Row(equal_height=True):
+            fields["accelerator"] = gr.Dropdown(
+                accelerators, value=accelerators[0], label="Acceleration", min_width=140, elem_id="accelerator"
+            )
+            fields["compare"] = gr.Checkbox(
+                label="Compare", info="make it without acceleration too, and say what was saved", elem_id="compare"
+            )
 
     def _ask_recording(self) -> None:
         fields = self._fields
         fields["file"] = gr.Audio(
-            label="Recording", sources=["upload"], type="filepath", editable=False, buttons=[],
-            waveform_options=gr.WaveformOptions(show_recording_waveform=False), elem_id="recording",
+            label="Recording",
+            sources=["upload"],
+            type="filepath",
+            editable=False,
+            buttons=[],
+            waveform_options=gr.WaveformOptions(show_recording_waveform=False),
+            elem_id="recording",
         )
         self._take_shown = gr.Button("Take the clip that is shown", size="sm", elem_id="take")
         self._wave = gr.HTML(
-            None, html_template=_WAVEFORM, js_on_load=(_HERE / "waveform.js").read_text(encoding="utf-8"),
-            elem_classes="drag", elem_id="wave",
+            None,
+            html_template=_WAVEFORM,
+            js_on_load=(_HERE / "waveform.js").read_text(encoding="utf-8"),
+            elem_classes="drag",
+            elem_id="wave",
         )
         with gr.Row():
             for name, label in (("mask_start_seconds", "Part begins (s)"), ("mask_length_seconds", "Its length (s)")):
                 least = OPTION_NUMBERS[name].least
                 fields[name] = gr.Number(0, label=label, minimum=least, step=0.01, min_width=100, elem_id=name)
             fields["boundary_seconds"] = gr.Number(
-                EditMask.boundary_seconds, label="Seen beside it (s)", minimum=OPTION_NUMBERS["boundary_seconds"].least,
-                step=0.1, min_width=100,
+                EditMask.boundary_seconds,
+                label="Context (s)",
+                minimum=OPTION_NUMBERS["boundary_seconds"].least,
+                step=0.1,
+                min_width=100,
             )
         self._edit = gr.Button("Make that part anew", variant="primary", elem_id="edit")
         fields["strength"] = _slider("Strength of a variation", strength_range())
@@ -217,19 +242,24 @@ class Page:
     # ---------------------------------------------------------------- what is shown
 
     def _show(self) -> None:
-        self._status = gr.HTML(_bar(Stage("Nothing made yet.", 0.0)), elem_id="status", padding=False)
-        self._cancel = gr.Button("Cancel", variant="stop", interactive=False, size="sm", elem_id="cancel")
+        with gr.Row():
+            self._status = gr.HTML(_bar(Stage("Nothing made yet.", 0.0)), elem_id="status", padding=False, scale=5)
+            self._cancel = gr.Button("Cancel", interactive=False, size="sm", elem_id="cancel", scale=0, min_width=110)
         self._player = gr.Audio(label="Sound", interactive=False, buttons=[], elem_id="player")
         self._picture = gr.Image(
-            label="Spectrogram", interactive=False, buttons=["fullscreen"], elem_id="spectrogram", format="png"
+            label="Spectrogram", show_label=False, interactive=False, buttons=["fullscreen"], elem_id="spectrogram"
         )
         self._words = gr.Markdown(elem_id="words")
         with gr.Row():
             self._wav = gr.DownloadButton("Download WAV", interactive=False, size="md", elem_id="wav")
             self._json = gr.DownloadButton("Download settings", interactive=False, size="md", elem_id="json")
         self._history = gr.Radio(
-            [], label="History of this session", info="choose one to see it again", elem_classes="history",
-            elem_id="history", interactive=True,
+            [],
+            label="History of this session",
+            info="choose one to see it again",
+            elem_classes="history",
+            elem_id="history",
+            interactive=True,
         )
 
     def _shown(self, session: Session, take: Take | None) -> dict[Any, Any]:
@@ -255,6 +285,7 @@ class Page:
         for kind, button in (("generate", self._generate), ("edit", self._edit), ("vary", self._vary)):
             asked = {self._session, *self._asked(kind)}
             button.click(self._maker(kind), asked, made, **quiet)
+            button.click(None, None, None, js=_TO_RESULT, **quiet)
         self._cancel.click(Session.cancel, self._session, None, **quiet)
         self._history.input(self._choose, [self._session, self._history], shown, **quiet)
         self._take_shown.click(self._take, [self._session, self._history], fields["file"], **quiet)
@@ -268,8 +299,9 @@ class Page:
         choice = [fields["model"], fields["student"]]
         for field in choice:
             field.input(self._switch, choice, [fields["student"], fields["accelerator"], *limited], **quiet)
-        fields["student"].input(lambda on: gr.update(interactive=not on), fields["student"],
-                                fields["negative_prompt"], **quiet)
+        fields["student"].input(
+            lambda on: gr.update(interactive=not on), fields["student"], fields["negative_prompt"], **quiet
+        )
 
     def _asked(self, kind: str) -> list[Any]:
         """The fields of a kind of request."""
@@ -296,9 +328,7 @@ class Page:
 
         return make
 
-    async def _make(
-        self, session: Session, values: Mapping[str, Any], compare: bool
-    ) -> AsyncIterator[dict[Any, Any]]:
+    async def _make(self, session: Session, values: Mapping[str, Any], compare: bool) -> AsyncIterator[dict[Any, Any]]:
         stage = Stage("Nothing was made.", 0.0)
         try:
             if "file" in values and values["file"] is None:
@@ -306,7 +336,7 @@ class Page:
             async for stage in self._studio.make(session, values, compare):
                 yield {self._status: _bar(stage)}
         except ValueError as error:
-            gr.Warning(html.escape(str(error)), title="Not made")
+            gr.Warning(html.escape(str(error)))
             stage = Stage(f"Not made: {error}", 0.0)
         chosen = {} if stage.take is None else {"value": stage.take.folder.name}
         yield {
@@ -334,7 +364,7 @@ class Page:
         try:
             wave = self._studio.waveform(path)
         except ValueError as error:
-            gr.Warning(html.escape(str(error)), title="No recording")
+            gr.Warning(html.escape(str(error)))
             wave = None
         return (wave, wave["start"], wave["length"]) if wave else (None, 0.0, 0.0)
 

@@ -65,7 +65,7 @@ def _slider(name: str, most: float, step: float, value: float, least: float | No
     numbers = OPTION_NUMBERS[name]
     lowest = (numbers.least or 0.0) if least is None else least
     highest = most if numbers.most is None else min(most, numbers.most)
-    return SliderRange(step * math.ceil(lowest / step - 1e-9), highest, step, value)
+    return SliderRange(step * math.ceil(lowest / step - 1e-9), highest, step, min(value, highest))
 
 
 def sliders(service: Service, model: str) -> dict[str, SliderRange]:
@@ -103,8 +103,11 @@ def strength_range() -> SliderRange:
 
 def models(service: Service) -> list[str]:
     """The systems, without the students that are switched to."""
-    return [name for name in service.engine.models if name.removesuffix(STUDENT) not in service.engine.models
-            or not name.endswith(STUDENT)]
+    return [
+        name
+        for name in service.engine.models
+        if name.removesuffix(STUDENT) not in service.engine.models or not name.endswith(STUDENT)
+    ]
 
 
 def examples(service: Service) -> list[str]:
@@ -153,6 +156,7 @@ class Take:
         folder: of its own, whose name no one guesses.
         request: the number of the request in the session; clips made to be compared share it.
         fields: of the request, but for the accelerator.
+        is_plain: without acceleration.
         seconds, denoise_seconds: that the whole request took to compute.
     """
 
@@ -161,6 +165,7 @@ class Take:
     request: int
     fields: Mapping[str, Any]
     accelerator: str
+    is_plain: bool
     seconds: float
     denoise_seconds: float
     audio_seconds: float
@@ -175,7 +180,7 @@ class Take:
         prompt = one_line(self.fields["prompt"]) or "(no prompt)"
         short = prompt if len(prompt) <= _MAX_TITLE_CHARACTERS else prompt[: _MAX_TITLE_CHARACTERS - 1] + "…"
         kind = {"generate": "", "edit": "edit: ", "vary": "variation: "}[self.fields["kind"]]
-        accelerator = "" if self.accelerator == DEFAULT else f", {self.accelerator}"
+        accelerator = "" if self.is_plain else f", {self.accelerator}"
         return f"{kind}{short} | seed {self.seed}, {self.audio_seconds:g} s, {self.fields['model']}{accelerator}"
 
 
@@ -195,9 +200,9 @@ class Session:
         """Titles and folders' names of the takes that are kept."""
         return [(take.title, take.folder.name) for take in self.takes if take.folder.exists()]
 
-    def plain(self, take: Take, name: str | None) -> Take | None:
+    def plain(self, take: Take) -> Take | None:
         """The same clip of the same request without acceleration, the latest; None where there is none."""
-        same = (other for other in self.takes if other.accelerator == name and other.fields == take.fields)
+        same = (other for other in self.takes if other.is_plain and other.fields == take.fields)
         return next((other for other in same if other.seed == take.seed), None)
 
     def cancel(self) -> None:
@@ -290,10 +295,10 @@ class Studio:
         timings, length = made.timings, made.audio.shape[-1] / made.sample_rate_hz
         same = {name: value for name, value in fields.items() if name != "accelerator"}
         took = timings.total_seconds, timings.denoise_seconds, round(length, 2)
-        takes = []
+        is_plain, takes = fields["accelerator"] == unaccelerated(self.service.engine.models[fields["model"]]), []
         for row, clip in enumerate(made.clips):
-            own = self._folder / secrets.token_hex(16), clip.seed, request, same, fields["accelerator"], *took
-            takes.append(Take(*own, tuple(job.request.settings.without_effect())))
+            own = self._folder / secrets.token_hex(16), clip.seed, request, same, fields["accelerator"], is_plain
+            takes.append(Take(*own, *took, tuple(job.request.settings.without_effect())))
             self._write(takes[-1], encode(made, row, "wav"), made.audio[row].mean(dim=0), made.sample_rate_hz)
         return takes
 
@@ -328,17 +333,20 @@ class Studio:
 
     def _saved(self, session: Session, take: Take) -> list[str]:
         """Nothing of a take without acceleration."""
-        name = unaccelerated(self.service.engine.models[take.fields["model"]])
-        if name is None or take.accelerator == name:
+        if take.is_plain:
             return []
-        if (plain := session.plain(take, name)) is None:
-            return [f"Accelerator: {take.accelerator}. What it saves is not measured: the same request without it "
-                    "was not made in this session. Tick *Compare* for both."]
+        if (plain := session.plain(take)) is None:
+            return [
+                f"Accelerator: {take.accelerator}. What it saves is not measured: the same request without it was not "
+                "made in this session. Tick *Compare* for both."
+            ]
         when = "for this comparison" if plain.request == take.request else "by itself, in this session"
         less = plain.denoise_seconds - take.denoise_seconds
         saved = f"saved **{less:.2f} s** ({less / plain.denoise_seconds:.0%})" if less >= 0 else f"lost {-less:.2f} s"
-        return [f"Accelerator: {take.accelerator} {saved} of denoising: {take.denoise_seconds:.2f} s instead of "
-                f"{plain.denoise_seconds:.2f} s, measured on the same request without acceleration, made {when}."]
+        return [
+            f"Accelerator: {take.accelerator} {saved} of denoising: {take.denoise_seconds:.2f} s instead of "
+            f"{plain.denoise_seconds:.2f} s, measured on the same request without acceleration, made {when}."
+        ]
 
     def waveform(self, path: str | None) -> dict[str, Any] | None:
         """Of a recording: its outline as an SVG path, and its seconds; raises ValueError for what the API refuses."""
@@ -351,4 +359,3 @@ class Studio:
         seconds = len(samples) / rate
         outline = waveform_outline(torch.from_numpy(samples).T, _OUTLINE_COLUMNS)
         return {"outline": outline, "seconds": seconds, "start": round(seconds / 3, 2), "length": round(seconds / 3, 2)}
-
