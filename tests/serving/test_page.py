@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from foley.cli import serving
 from foley.core.config import shipped
 from foley.serving.app import Access, create_app
+from foley.serving.engine import Engine, Served
 from foley.serving.jobs import KeptJobs
 from foley.serving.service import Limits, Service
 
@@ -28,13 +29,16 @@ def mount():
     return mount_page
 
 
-@pytest.fixture
-def client(start, generator, mount):
+@pytest.fixture(scope="module")
+def client(generator, mount):
     access = Access(api_key="s3cret", hosts=("testserver",))
-    service = Service(start(generator), Limits(max_upload_bytes=20_000), KeptJobs(10, 1 << 20, 60.0))
+    service = Service(
+        Engine([{"tiny": Served(generator)}]), Limits(max_upload_bytes=20_000), KeptJobs(10, 1 << 20, 60.0)
+    )
     app = create_app(service, access)
     mount(app, service, access, 1 << 20)
-    return TestClient(app)
+    yield TestClient(app)
+    service.engine.close()
 
 
 def basic(key):

@@ -49,9 +49,16 @@ class Idle(NoAcceleration):
 
 
 @pytest.fixture
-def studio(start, generator, tmp_path):
+def drawing_studio(start, generator, tmp_path):
     service = Service(start(generator, named()), Limits(max_num=3, max_steps=20), KeptJobs(10, 1 << 20, 60.0))
     return Studio(service, tmp_path / "takes", 1 << 20)
+
+
+@pytest.fixture
+def studio(drawing_studio, monkeypatch):
+    """Without pictures, which take longer than these sounds."""
+    monkeypatch.setattr("foley.serving.studio.draw_sheet", lambda path, *clips: path.write_bytes(b"picture"))
+    return drawing_studio
 
 
 def named(**more):
@@ -67,9 +74,9 @@ def make(studio, session, compare=False, fields=FIELDS, **changes):
     return asyncio.run(collect())
 
 
-def test_a_take_is_the_wav_of_the_command_line_with_its_settings_and_a_picture(studio, generator, tmp_path):
+def test_a_take_is_the_wav_of_the_command_line_with_its_settings_and_a_picture(drawing_studio, generator, tmp_path):
     session = Session()
-    take = make(studio, session)[-1].take
+    take = make(drawing_studio, session)[-1].take
     stem = generator.generate(["a dog barks"], seeds=[7], **STEPS).write_clip(tmp_path, 0, 0)
     assert take.file("wav").read_bytes() == (tmp_path / f"{stem}.wav").read_bytes()
     assert json.loads(take.file("json").read_text())["seed"] == 7
