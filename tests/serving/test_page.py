@@ -58,6 +58,7 @@ def test_the_page_has_the_rules_of_the_api(client):
     assert client.get("/page/config", headers=key | {"Host": "elsewhere.example"}).status_code == 400
     upload = client.post("/page/gradio_api/upload", files={"files": ("a.wav", bytes(30_000))}, headers=key)
     assert upload.status_code == 413
+    assert client.post("/page/gradio_api/queue/join", content=iter([b"{}"]), headers=key).status_code == 411
     assert client.get("/docs").status_code == 200
     assert client.get("/v1/models", headers=key).status_code == 200
     assert client.get("/v1/models", headers=basic("s3cret")).status_code == 401  # as ever
@@ -138,11 +139,6 @@ def test_a_sound_is_made_edited_by_dragging_and_varied(browser, address, tmp_pat
     page.on("pageerror", lambda error: pytest.fail(str(error)))
     page.goto(address)
     page.wait_for_selector("#generate")
-    page.fill("#prompt textarea", "x" * 10_001)
-    page.click("#generate")
-    page.wait_for_selector("#status:has-text('prompt: String should have at most 10000 characters')")
-    assert "Traceback" not in page.inner_text("body")
-
     page.fill("#prompt textarea", "a dog barks")
     page.check("#student input")
     page.wait_for_function("document.querySelector('#negative textarea, #negative input').disabled")
@@ -187,6 +183,14 @@ def test_a_sound_is_made_edited_by_dragging_and_varied(browser, address, tmp_pat
     page.click("#history label:has-text('a dog barks')")
     page.wait_for_timeout(1000)
     assert download(page, "#wav")[1] == wav
+
+    page.fill("#prompt textarea", "x" * 10_001)
+    page.click("#vary")
+    page.wait_for_selector("#status:has-text('prompt: String should have at most 10000 characters')")
+    assert "Traceback" not in page.inner_text("body")
+    assert page.locator("#history input").count() == 3
+    page.fill("#prompt textarea", "a siren wails")
+    page.click(".toast-close")
 
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_timeout(500)

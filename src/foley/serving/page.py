@@ -106,6 +106,8 @@ class PageGuard:
             return PlainTextResponse("give the server's key as the password", 401, asks)
         if any(route in request.url.path for route in _FETCHING):
             return PlainTextResponse("there is nothing here", 404)
+        if "transfer-encoding" in request.headers:  # no browser sends what has no length
+            return PlainTextResponse("give the length of the body", 411)
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._max_bytes:
             return PlainTextResponse("more than max_upload_bytes", 413)
@@ -222,7 +224,7 @@ class Page:
             elem_id="wave",
         )
         with gr.Row():
-            for name, label in (("mask_start_seconds", "Part begins (s)"), ("mask_length_seconds", "Its length (s)")):
+            for name, label in (("mask_start_seconds", "Start (s)"), ("mask_length_seconds", "Length (s)")):
                 least = OPTION_NUMBERS[name].least
                 fields[name] = gr.Number(0, label=label, minimum=least, step=0.01, min_width=100, elem_id=name)
             fields["boundary_seconds"] = gr.Number(
@@ -281,7 +283,7 @@ class Page:
         fields = self._fields
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         shown = [self._player, self._picture, self._words, self._wav, self._json]
-        made = [*shown, self._status, self._cancel, self._history, fields["seed"]]
+        made = [*shown, self._session, self._status, self._cancel, self._history, fields["seed"]]
         for kind, button in (("generate", self._generate), ("edit", self._edit), ("vary", self._vary)):
             asked = {self._session, *self._asked(kind)}
             button.click(self._maker(kind), asked, made, **quiet)
@@ -340,6 +342,7 @@ class Page:
             stage = Stage(f"Not made: {error}", 0.0)
         chosen = {} if stage.take is None else {"value": stage.take.folder.name}
         yield {
+            self._session: session,  # whose time begins anew
             self._status: _bar(stage),
             self._cancel: gr.update(interactive=False),
             self._history: gr.update(choices=session.choices(), **chosen),

@@ -135,12 +135,12 @@ def say_marks(service: Service) -> str:
     tags = (
         "**Provenance is on**: each WAV says in its tags the software, the hash of the model, the prompt and the seed."
         if defaults.provenance
-        else "**Provenance is off**: the WAVs hold no tags (`provenance=true` of `foley serve` puts them in)."
+        else "**Provenance is off**: the WAVs hold no tags; `provenance=true` of `foley serve` puts them in."
     )
     watermark = (
         "**Watermark is on**: an inaudible one is in every sound; `foley detect FILE` finds it."
         if defaults.watermark
-        else "**Watermark is off** (`watermark=true` of `foley serve` puts an inaudible one into every sound)."
+        else "**Watermark is off**: `watermark=true` of `foley serve` puts an inaudible one into every sound."
     )
     return f"{tags} {watermark}"
 
