@@ -2,8 +2,10 @@
 
 import base64
 import io
+import sys
 import threading
 import time
+from importlib.util import find_spec
 
 import pytest
 import soundfile
@@ -17,7 +19,8 @@ from foley.serving.engine import Engine, Served
 from foley.serving.jobs import KeptJobs
 from foley.serving.service import Limits, Service
 
-pytest.importorskip("gradio", reason="pip install 'foley[page]'")
+# Not imported here: that takes seconds, of each run that collects this file.
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="pip install 'foley[page]'")
 
 ELSEWHERE = {"Origin": "https://elsewhere.example"}
 
@@ -82,8 +85,8 @@ def test_the_page_takes_nothing_from_a_network_and_tells_nobody(client):
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    monkeypatch.delitem(__import__("sys").modules, "foley.serving.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "foley.serving.page", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"page=true wants gradio: pip install 'foley\[page\]'"):
         serving.page_mounter()
 
