@@ -1,11 +1,14 @@
 """Fixtures that every test may use."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from foley.core.config import PROJECT_ROOT
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +18,21 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data at {path}; set FOLEY_SHARED")
     return path
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium without a window. `pip install foley[browser]` and a browser (Debian: `apt-get install chromium`)."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'foley[browser]'")
+    path = os.environ.get("FOLEY_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser: install one of {', '.join(BROWSERS)}, or set FOLEY_BROWSER to its path")
+    with playwright.sync_playwright() as driver:
+        # As root, which containers often are, Chromium refuses its sandbox.
+        flags = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required", "--mute-audio"]
+        chromium = driver.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,12 @@
 """From the options of `foley serve` to a server that runs."""
 
 import os
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from fastapi import FastAPI
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
@@ -37,8 +39,21 @@ _log = get_logger(__name__)
 
 def serve(cfg: DictConfig) -> None:
     """Load what is to be served on every device, and serve it until a signal."""
+    mount_page = page_mounter() if cfg.page else None  # before anything is loaded
     service, access = open_service(cfg), chosen_access(cfg)
-    run(create_app(service, access), service, cfg.host, cfg.port, cfg.drain_seconds, cfg.access_log)
+    app = create_app(service, access)
+    if mount_page is not None:
+        mount_page(app, service, access, cfg.keep_bytes)
+    run(app, service, cfg.host, cfg.port, cfg.drain_seconds, cfg.access_log)
+
+
+def page_mounter() -> Callable[[FastAPI, Service, Access, int], None]:
+    """`foley.serving.page.mount_page`; raises ModuleNotFoundError, which names the extra, without Gradio."""
+    try:
+        from foley.serving.page import mount_page
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"page=true wants {error.name}: pip install 'foley[page]'") from error
+    return mount_page
 
 
 def open_service(cfg: DictConfig) -> Service:

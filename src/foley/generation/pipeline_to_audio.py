@@ -41,14 +41,14 @@ from foley.system.system import System, load_published, load_system
 
 PUBLISHED_SOLVER = "published"
 """The `solver` of a pipeline that keeps the scheduler it was published with, as all do by default."""
-_DEFAULT_STEPS = 50
+DEFAULT_STEPS = 50
 _DEFAULT_SECONDS = 10.0  # the papers' clips
 
 
 def chosen_solver(settings: GenerationSettings) -> Solver | None:
     """The solver of ours that was asked for; None is the pipeline's own. Raises ValueError as `Solver` does."""
     if settings.solver not in (None, PUBLISHED_SOLVER):
-        return Solver(settings.solver, settings.num_steps or _DEFAULT_STEPS, eta=settings.eta)
+        return Solver(settings.solver, settings.num_steps or DEFAULT_STEPS, eta=settings.eta)
     if settings.eta:
         raise ValueError(f"eta={settings.eta:g}: the published solver of a pipeline has none; give solver=ddim too")
     return None
@@ -211,7 +211,7 @@ class PipelineToAudio:
         check_pipeline_settings(settings, type(self.audio))
         guidance = settings.guidance or ClassifierFreeGuidance()
         self.audio.check_guidance(guidance.scale, edits=settings.source is not None)
-        method = guidance, settings.num_steps or _DEFAULT_STEPS
+        method = guidance, settings.num_steps or DEFAULT_STEPS
         match settings.source:
             case Edit(file, mask, downmix):
                 return self._edit(self._read(file, "edit", downmix), mask, *method)

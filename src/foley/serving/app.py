@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -33,13 +33,13 @@ from foley.serving.schema import (
     Problem,
     SoundsAnswer,
     VariationForm,
+    problems,
 )
 from foley.serving.service import Service
 from foley.serving.sounds import MEDIA_TYPES
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
 """Names of the machine itself; a page elsewhere that has a name of its own point here is refused (DNS rebinding)."""
-_MOST_WORDS = 800  # characters of a refusal: names of fields are sent back, of which there may be thousands
 _EVENTS_SECONDS = 0.1  # between two looks at a job
 
 
@@ -56,6 +56,16 @@ class Access:
     api_key: str | None = None
     hosts: Sequence[str] = LOCAL_HOSTS
     origins: Sequence[str] = ()
+
+    def lets_in(self, headers: Mapping[str, str]) -> bool:
+        """Whether a page elsewhere does not send its reader's browser here: forms need no CORS for that."""
+        origin = headers.get("origin")
+        return origin is None or urlsplit(origin).netloc == headers.get("host") or origin in self.origins
+
+    def opens(self, given: str) -> bool:
+        """Whether this is the key, or none is asked for."""
+        # In constant time: how long a comparison takes would tell how much of a guess is right.
+        return self.api_key is None or secrets.compare_digest(given.encode(), self.api_key.encode())
 
 
 def create_app(service: Service, access: Access = Access()) -> FastAPI:
@@ -127,10 +137,8 @@ def _refused(status: int, words: str) -> HTTPException:
 async def _explain(request: Request, error: Exception) -> Response:
     """What is wrong with each field, without what was sent: it may be long, or no JSON."""
     assert isinstance(error, RequestValidationError)
-    problems = [".".join(map(str, found["loc"][1:])) + f": {found['msg']}" for found in error.errors()]
     request.app.state.service.meters.count_refusal(422)
-    words = "; ".join(problems)
-    return JSONResponse({"detail": words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]}..."}, 422)
+    return JSONResponse({"detail": problems([{**found, "loc": found["loc"][1:]} for found in error.errors()])}, 422)
 
 
 # ---------------------------------------------------------------- who may
@@ -142,10 +150,9 @@ def _service(request: Request) -> Service:
 
 
 def _same_site(request: Request) -> None:
-    """Raises HTTPException for a page elsewhere that sends its reader's browser here: forms need no CORS for that."""
-    origin = request.headers.get("origin")
-    known = origin is None or urlsplit(origin).netloc == request.headers.get("host")
-    if not known and origin not in request.app.state.access.origins:
+    """Raises HTTPException for what a page elsewhere sends."""
+    if not request.app.state.access.lets_in(request.headers):
+        origin = request.headers["origin"]
         raise HTTPException(403, f"pages of {origin} may not ask this server; cors_origins= of foley serve lets them")
 
 
@@ -155,10 +162,7 @@ def _authorised(
     key: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
 ) -> None:
     """Raises HTTPException where a key is asked for and the request brings another, or none."""
-    expected: str | None = request.app.state.access.api_key
-    given = bearer.credentials if bearer is not None else key or ""
-    # In constant time: how long a comparison takes would tell how much of a guess is right.
-    if expected is not None and not secrets.compare_digest(given.encode(), expected.encode()):
+    if not request.app.state.access.opens(bearer.credentials if bearer is not None else key or ""):
         raise HTTPException(401, "give the server's key as a bearer token", {"WWW-Authenticate": "Bearer"})
 
 

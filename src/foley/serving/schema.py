@@ -1,5 +1,6 @@
 """What clients send and get, as pydantic models; their limits are the tables that the command line checks by."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -17,6 +18,8 @@ from foley.generation.pipeline_to_audio import PUBLISHED_SOLVER
 from foley.generation.settings import GenerationSettings
 from foley.serving.jobs import DEFAULT
 from foley.serving.sounds import MEDIA_TYPES
+
+_MOST_WORDS = 800  # characters of a refusal: names of fields are sent back, of which there may be thousands
 
 
 def _no_truth(value: Any) -> Any:
@@ -127,6 +130,12 @@ class VariationForm(RecordingForm):
 
     def _source(self) -> dict[str, Any]:
         return {"source": Variation(self._path, self.strength, self.downmix), "duration_seconds": None}
+
+
+def problems(errors: Sequence[Mapping[str, Any]]) -> str:
+    """What pydantic finds wrong with each field, in one line, without what was sent: it may be long, or no JSON."""
+    words = "; ".join(".".join(map(str, found["loc"])) + f": {found['msg']}" for found in errors)
+    return words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]}..."
 
 
 # ---------------------------------------------------------------- answers

@@ -31,7 +31,7 @@ from foley.serving.schema import (
 )
 from foley.serving.sounds import Sound, discard, encode, in_words, receive
 
-_DRAWN_SEEDS = 2**32
+DRAWN_SEEDS = 2**32
 _GRACE_SECONDS = 1.0  # beyond a job's time, for the thread that ends it
 _CLIENT_GONE = 499  # nobody reads it but the log
 _BATCH_CLIPS = (1, 2, 4, 8, 16, 32)
@@ -147,7 +147,7 @@ class Service:
         check_choice("accelerator", body.accelerator, served.accelerators)
         settings = body.settings(served.defaults)
         self.limits.check(body, settings, served.generator.max_duration_seconds)
-        first = secrets.randbelow(_DRAWN_SEEDS) if body.seed is None else body.seed
+        first = secrets.randbelow(DRAWN_SEEDS) if body.seed is None else body.seed
         clips = tuple(Clip(body.prompt, seed) for seed in range(first, first + body.num))
         return self.engine.submit(jobs.Request(name, clips, settings, body.accelerator, body.format))
 
@@ -180,7 +180,7 @@ class Service:
 
     async def sounds(self, request: Request, job: Job, rows: range) -> Response:
         """Clips of a job that has ended: one as it is, several or what is asked for so as JSON."""
-        made = self._made(job)
+        made = self.made(job)
         sounds = [await run_in_threadpool(encode, made, row, job.request.format) for row in rows]
         if len(sounds) == 1 and "application/json" not in request.headers.get("accept", ""):
             return _audio(job, sounds[0], made.clips[rows[0]].seed, made.settings["model_hash"])
@@ -196,7 +196,7 @@ class Service:
         warnings = job.request.settings.without_effect()
         return JSONResponse(SoundsAnswer(job=job.id, warnings=warnings, clips=clips).model_dump())
 
-    def _made(self, job: Job) -> Generation:
+    def made(self, job: Job) -> Generation:
         """Raises HTTPException for a job that failed, or has not ended."""
         if not job.has_ended:
             raise HTTPException(409, f"the job is {job.state}; its sounds are there once it is done")

@@ -3,6 +3,8 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,22 +57,29 @@ def receive(stream: BinaryIO, max_seconds: float) -> Path:
     try:
         with path.open("wb") as file:
             shutil.copyfileobj(stream, file)
-        _check_length(path, max_seconds)
+        check_length(path, max_seconds)
     except BaseException:
         discard(path)
         raise
     return path
 
 
-def _check_length(path: Path, max_seconds: float) -> None:
+def check_length(path: Path, max_seconds: float) -> None:
+    """Raises ValueError for what is no audio, or lasts longer than `max_seconds`."""
+    with readable(path), open_audio(path) as file:
+        seconds = file.frames / file.samplerate
+    if seconds > max_seconds:
+        raise ValueError(f"file: the recording lasts {seconds:g} s; give one of at most {max_seconds:g} s")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns the AudioError of a recording into a ValueError that does not say where it lies."""
     try:
-        with open_audio(path) as file:
-            seconds = file.frames / file.samplerate
+        yield
     except AudioError as error:
         reason = error.reason.replace(f"{path.parent}{os.sep}", "")
         raise ValueError(f"file: {reason}; give an audio file that can be read, such as a WAV") from error
-    if seconds > max_seconds:
-        raise ValueError(f"file: the recording lasts {seconds:g} s; give one of at most {max_seconds:g} s")
 
 
 def discard(path: Path) -> None:
