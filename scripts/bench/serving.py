@@ -469,7 +469,8 @@ def measure(cfg: DictConfig, system: TextToAudio, prompts: Sequence[str]) -> Row
     loop(system, cfg.steps, asks[-2:])
     halves = [loop(system, cfg.steps, asks[: len(asks) // 2])]
     expected = {answer.ask.seed: answer.content for answer in halves[0][0][: cfg.compared]}
-    rows, mixed = [], {}
+    rows: list[Row] = []
+    mixed: Row = {}
     with ExitStack() as stack:
         for name, how in cfg.servers.items():
             with ours(cfg, str(name), how.options, how.environment) as server:

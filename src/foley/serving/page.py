@@ -340,7 +340,7 @@ class Page:
         except ValueError as error:
             gr.Warning(html.escape(str(error)))
             stage = Stage(f"Not made: {error}", 0.0)
-        chosen = {} if stage.take is None else {"value": stage.take.folder.name}
+        chosen: dict[str, Any] = {} if stage.take is None else {"value": stage.take.folder.name}
         yield {
             self._session: session,  # whose time begins anew
             self._status: _bar(stage),
