@@ -37,14 +37,14 @@ def measure(system: TextToAudio, judge: Judge, cfg: DictConfig, guidance: Classi
         batch_size=cfg.batch_size,
         accelerator=NoAcceleration(),  # under which multiply-accumulates are counted
     )
-    scores = judge.score(result.audio, result.sample_rate_hz, prompts.labels)
+    clips = judge.clips(result.audio, result.sample_rate_hz, prompts.labels)
     return {
         "guidance_scale": guidance.scale,
         "rescale": guidance.rescale,
         "prompts": len(prompts.captions),
         "gmacs": result.settings["macs"] / 1e9,
         **result.rtf.to_json(),
-        **scores,
+        **({} if clips is None else judge.assess(clips)),
     }
 
 
