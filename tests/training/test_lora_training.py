@@ -119,7 +119,7 @@ def test_given_clips_stand_for_the_prior(tmp_path: Path) -> None:
 def test_the_recipe_is_composed_around_the_system_that_it_names() -> None:
     cfg = config("experiment=lora", "ckpt=SYSTEM", "caption=a zorble", "data.splits.folder=X", "codec_path=C")
     assert cfg.task.base.path == "SYSTEM"
-    assert (cfg.task.lora.rank, cfg.task.lora.dora, cfg.task.prior.weight) == (16, False, 1.0)
+    assert (cfg.task.lora.rank, cfg.task.lora.dora, cfg.task.prior.weight) == (32, False, 3.0)
     assert (cfg.data.augmentation, cfg.data.batch_size, cfg.task.caption_dropout) == (None, 4, 0.0)
     dora = config("experiment=lora", "ckpt=X", "data.splits.folder=X", "codec_path=C", "lora@task.lora=dora")
     assert dora.task.lora.dora
