@@ -62,7 +62,7 @@ def clips_of_it(count: int, seed: int, seconds: float, sample_rate_hz: int) -> l
 
 def teach(cfg: DictConfig, clips: list[Tensor], sample_rate_hz: int) -> Row:
     """Train the adapters as anybody would, by the recipe; how long that took, and how large they are."""
-    folder, run = Path(cfg.output_dir) / "clips", Path(cfg.output_dir) / "run"
+    folder, run = Path(cfg.work_dir) / "clips", Path(cfg.work_dir) / "run"
     for index, clip in enumerate(clips):
         write_wav(folder / f"{index:02d}.wav", clip, sample_rate_hz)
     words = [f"data.splits.folder={folder}", f"ckpt={cfg.system}", f"caption={cfg.caption}", f"hydra.run.dir={run}"]
@@ -138,7 +138,7 @@ def main(cfg: DictConfig) -> None:
     rows: list[Row] = []
     known: ClipFeatures | None = None
     for scale in (0.0, *cfg.scales):
-        folder = str(Path(cfg.output_dir) / "run" / ADAPTER_FOLDER)
+        folder = str(Path(cfg.work_dir) / "run" / ADAPTER_FOLDER)
         system.use_adapters([{"path": folder, "scale": scale}] if scale else [])
         row, clips = assess(system, judge, cfg, held_out, known)
         known = known or clips

@@ -283,7 +283,7 @@ def test_every_denoiser_makes_80_seconds(variant, caplog):
     denoiser = OmegaConf.to_container(model, resolve=True)
     codec = {**CONFIGS["codec"], "channels": 1, "sample_rate_hz": 400}
     pipeline = TextToAudio(build_system({**CONFIGS, "denoiser": denoiser, "codec": codec}), max_duration_seconds=80.0)
-    caplog.set_level("INFO", "foley.generation.text_to_audio")
+    caplog.set_level("INFO", "foley.generation.settings")
     result = pipeline.generate(["rain"], 80.0, num_steps=1)
     assert result.audio.shape == (1, 1, 32000)
     learned = pipeline.denoiser.positions is not None

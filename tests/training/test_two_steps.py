@@ -86,14 +86,14 @@ def on_the_cpu(cfg: DictConfig, folder: Path) -> DictConfig:
         cfg.data.batch_size, cfg.data.duration_seconds = 2, min(cfg.data.duration_seconds, 0.256)
         checkpoint, cost = cfg.callbacks.checkpoint, None
         if {"teacher", "base"} & set(cfg.task):
-            cfg.system = str(folder / "teacher")
+            cfg.system = cfg.ckpt = str(folder / "teacher")
             torch.manual_seed(0)  # the same teacher for every run
             save_system(build_system(CONFIGS), folder / "teacher")
         cfg = stand_ins(cfg)
         cfg.callbacks.update({"checkpoint": checkpoint, "cost": cost})
         OmegaConf.resolve(cfg)
         assert cfg.trainer.accelerator == "gpu"
-        cfg.trainer.update({"accelerator": "cpu", "devices": 1, "max_steps": 2})
+        cfg.trainer.update({"accelerator": "cpu", "devices": 1, "max_steps": 2, "accumulate_grad_batches": 1})
     return cfg
 
 

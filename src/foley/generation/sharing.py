@@ -57,8 +57,9 @@ class SharedSystem:
         Raises CheckpointError where it cannot be had, was altered, or has no student, and as `load` does.
 
         >>> from foley import TextToAudio
-        >>> TextToAudio.from_pretrained("data/demo", student=True).student.num_steps
-        2
+        >>> from foley.core.config import shipped
+        >>> TextToAudio.from_pretrained(shipped("demo"), student=True).student is None
+        False
         """
         folder = pull_system(name_or_folder, revision, sha256=sha256, hub_dir=hub_dir)
         return cls.load(student_of(folder) if student else folder, device, max_duration_seconds, adapters)

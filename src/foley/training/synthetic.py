@@ -4,6 +4,7 @@ Whatever a recipe would read is replaced by noise of its true shape: latents or 
 encoder, a teacher. What is trained is the recipe's own. `foley.training.callbacks.cost` measures.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from foley.data.datamodule import LatentDataModule
 from foley.data.dataset import AudioCollate, AudioItem, SampleKey
 from foley.data.latent_format import LatentClips, LatentEntry, LatentLayout
 from foley.data.latents import LatentCacheIndex, LatentCollate, LatentItem
+from foley.data.preferences import PairCollate, PairItem, PreferenceDataModule, Preferences
 from foley.data.resumable import ResumableDataModule
 from foley.system.system import load_system, untrained_system
 from foley.training.distillation import Teacher
@@ -30,20 +32,20 @@ _log = get_logger(__name__)
 
 _CAPTION = "a man speaks while a dog barks and rain falls on a tin roof"
 _BATCHES = 1000  # in an epoch, so that a measurement stays inside one
-_SILENT = ("audio_samples", "evaluation", "reconstructions", "checkpoint", "best", "throughput")
+_SILENT = ("adapters", "audio_samples", "evaluation", "reconstructions", "checkpoint", "best", "throughput")
 """Callbacks that have nothing to do in a measurement."""
 
 
 class _Copies(Dataset[Any]):
     """One item, as often as asked: drawing noise for each would be measured too."""
 
-    def __init__(self, item: AudioItem | LatentItem, size: int) -> None:
+    def __init__(self, item: AudioItem | LatentItem | PairItem, size: int) -> None:
         self.item, self.size = item, size
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, key: SampleKey | int) -> AudioItem | LatentItem:
+    def __getitem__(self, key: SampleKey | int) -> AudioItem | LatentItem | PairItem:
         return self.item
 
 
@@ -79,6 +81,26 @@ class SyntheticLatents(LatentDataModule):
         """Nothing is validated in a measurement, and nothing is missed."""
 
 
+class SyntheticPairs(SyntheticLatents, PreferenceDataModule):
+    """Pairs of such latents, winner and loser of one caption; arguments as for `SyntheticLatents`."""
+
+    def __init__(
+        self,
+        channels: int,
+        hop_samples: int,
+        sample_rate_hz: int,
+        duration_seconds: float,
+        batch_size: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(channels, hop_samples, sample_rate_hz, duration_seconds, batch_size, seed)
+        self.preferences = Preferences("synthetic", ())
+        winner = self.datasets["train"][0]
+        loser = replace(winner, latent=torch.randn(winner.latent.shape, generator=torch_generator("loser", seed)))
+        self.collate = PairCollate(LatentCollate(self.num_frames))
+        self.datasets = {"train": _Copies(PairItem(winner, loser), _BATCHES * batch_size)}
+
+
 class SyntheticClips(ResumableDataModule):
     """Batches of one clip of quiet noise; arguments as for `AudioDataModule`."""
 
@@ -101,9 +123,9 @@ def random_teacher(experiment: str) -> Teacher:
     return Teacher(untrained_system(composed), set())
 
 
-def stored_teacher(path: str) -> Teacher:
+def stored_teacher(path: str, with_codec: bool = False) -> Teacher:
     """A teacher that is at hand, for latents of any codec."""
-    return Teacher(load_system(Path(path), with_codec=False), set())
+    return Teacher(load_system(Path(path), with_codec=with_codec), set())
 
 
 def stand_ins(cfg: DictConfig) -> DictConfig:
@@ -115,10 +137,13 @@ def stand_ins(cfg: DictConfig) -> DictConfig:
     cfg = cfg.copy()
     with open_dict(cfg):
         _keep_to_the_device(cfg)
-        cfg.text, cfg.codec_path, cfg.ckpt = _random_text(cfg.get("text")), None, None
+        cfg.text, cfg.codec_path = _random_text(cfg.get("text")), None
         if "adversarial_start_step" in cfg.task:
             cfg.task.adversarial_start_step = 0
+        if cfg.task.get("prior"):  # which is made once, before the steps that are measured
+            cfg.task.prior.update({"captions": [_CAPTION], "count": 1, "num_steps": 1})
         codec = _stand_in_teacher(cfg) if _distils_or_controls(cfg) else _on_meta(cfg.codec)
+        cfg.ckpt = None
         _measure(cfg)
         cfg.data = _data(cfg, codec)
     return cfg
@@ -149,18 +174,20 @@ def _random_text(text: DictConfig | None) -> DictConfig | None:
 
 def _stand_in_teacher(cfg: DictConfig) -> Any:
     """Put in a teacher: the one named, or an untrained one of an experiment's shapes. Returns a codec of its shapes."""
-    system = None if OmegaConf.is_missing(cfg, "system") else str(cfg.pop("system"))
+    trains_adapters = cfg.task._target_.endswith(".LoraTraining")  # of `ckpt`, whose codec is asked for its rates
+    option = "ckpt" if trains_adapters else "system"
+    system = None if OmegaConf.is_missing(cfg, option) or cfg.get(option) is None else str(cfg[option])
     cfg.pop("system", None)
     role = "teacher" if "teacher" in cfg.task else "base"
     if system is not None and Path(system).exists():
-        cfg.task[role] = {"_target_": f"{__name__}.stored_teacher", "path": system}
+        cfg.task[role] = {"_target_": f"{__name__}.stored_teacher", "path": system, "with_codec": trains_adapters}
         if "codec" in cfg.task:
             cfg.task.codec.source = system
         return load_system(Path(system)).modules["codec"]
     experiment = system or cfg.data[role]
     if not (CONFIG_DIR / f"experiment/{experiment}.yaml").is_file():
         raise ValueError(
-            f"system={system} does not exist, nor does experiment={experiment}, whose shapes it could have"
+            f"{option}={system} does not exist, nor does experiment={experiment}, whose shapes it could have"
         )
     _log.info("the teacher has random weights, in the shapes of experiment=%s", experiment)
     cfg.task[role] = {"_target_": f"{__name__}.random_teacher", "experiment": experiment}
@@ -210,4 +237,5 @@ def _data(cfg: DictConfig, codec: Any) -> dict[str, Any]:
     if "denoiser" not in cfg.task and not _distils_or_controls(cfg):
         return {"_target_": f"{__name__}.SyntheticClips", **shared}
     sizes = {"channels": codec.latent_channels, "hop_samples": codec.hop_samples}
-    return {"_target_": f"{__name__}.SyntheticLatents", **sizes, **shared}
+    kind = "SyntheticPairs" if cfg.task._target_.endswith(".PreferenceTuning") else "SyntheticLatents"
+    return {"_target_": f"{__name__}.{kind}", **sizes, **shared}

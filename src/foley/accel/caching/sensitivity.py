@@ -125,9 +125,9 @@ class SensitivityRecorder:
 
     def on_run_start(self, run: RunContext) -> None:
         """Raises RuntimeError where nothing is attached, and ValueError where guidance begins or ends on the way."""
-        refuse_changing(run)
         if self._denoiser is None:
             raise RuntimeError("SensitivityRecorder has no denoiser: generate inside its `attach(denoiser)` context")
+        refuse_changing(run)
         self._forget_run()
         self._calls = [None] * run.num_evaluations
         self._batch_size = run.batch_size
