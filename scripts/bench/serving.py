@@ -246,7 +246,7 @@ def free_port() -> int:
 @contextmanager
 def ours(cfg: DictConfig, name: str, options: Sequence[str], environment: Mapping[str, str]) -> Iterator[Server]:
     """`foley serve`."""
-    folder = Path(cfg.output_dir)
+    folder = Path(cfg.work_dir)
     waiting = [f"batch_size={cfg.batch_size}", f"batch_wait_seconds={cfg.batch_wait_seconds}"]
     words = [
         str(PROJECT_ROOT / "scripts/serve.py"),
@@ -269,9 +269,9 @@ def ours(cfg: DictConfig, name: str, options: Sequence[str], environment: Mappin
 @contextmanager
 def rival(cfg: DictConfig) -> Iterator[Server]:
     """LitServe around the same generator."""
-    folder = Path(cfg.output_dir)
+    folder = Path(cfg.work_dir)
     same = [f"{name}={cfg[name]}" for name in ("system", "steps", "batch_size", "batch_wait_seconds")]
-    words = [__file__, *same, f"output_dir={folder / 'litserve'}", "litserve_port="]
+    words = [__file__, *same, f"work_dir={folder / 'litserve'}", "litserve_port="]
     env = {"OMP_NUM_THREADS": str(cfg.num_threads)}
 
     def server(pid: int, port: int) -> Server:

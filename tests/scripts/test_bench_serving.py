@@ -71,7 +71,7 @@ def test_a_run_in_small_loses_no_request_and_its_sounds_are_those_of_generate(tm
     others = ["~servers.one_by_one", "~servers.worker_per_core", "~servers.spinning"]
     load = ["mixed.requests=16", "mixed.share_gone=0.3", "mixed.most_patience_seconds=0.2"]
     threads = f"num_threads={torch.get_num_threads()}"  # as they are: the setting outlives the test
-    run_command("bench/serving", *small, *others, *load, threads, f"output_dir={tmp_path}")
+    run_command("bench/serving", *small, *others, *load, threads, f"output_dir={tmp_path}", f"work_dir={tmp_path}")
     found = json.loads((tmp_path / "serving.json").read_text())
     loop, served = found["rows"]
     assert (loop["way"], served["way"]) == ("loop", "batched")
