@@ -44,7 +44,8 @@ EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5m --retries=3 \
     CMD ["python", "-c", "from http.client import HTTPConnection as Open; ask = Open('127.0.0.1', 8000, timeout=4); ask.request('GET', '/healthz'); raise SystemExit(ask.getresponse().status != 200)"]
 ENTRYPOINT ["foley"]
-CMD ["serve", "host=0.0.0.0"]
+# By these names alone, as long as nobody gives others: a page elsewhere whose name points here is refused.
+CMD ["serve", "host=0.0.0.0", "hosts=[127.0.0.1,localhost]"]
 
 # PyTorch from its own index of builds without CUDA (0.2 GB for 3), all else as on the other target. What is installed is
 # what the extra asks for (serve, or page for the page too), each package in the version of constraints.txt. The wheel is a

@@ -60,7 +60,12 @@ class Access:
     def lets_in(self, headers: Mapping[str, str]) -> bool:
         """Whether a page elsewhere does not send its reader's browser here: forms need no CORS for that."""
         origin = headers.get("origin")
-        return origin is None or urlsplit(origin).netloc == headers.get("host") or origin in self.origins
+        if origin is None or origin in self.origins:
+            return True
+        try:
+            return urlsplit(origin).netloc == headers.get("host")
+        except ValueError:  # it is no address
+            return False
 
     def opens(self, given: str) -> bool:
         """Whether this is the key, or none is asked for."""

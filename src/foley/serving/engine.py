@@ -192,12 +192,11 @@ class Engine:
         start = time.perf_counter()
         try:
             made = self._generate(served[wanted[0].request.model], wanted)
+            self._hand_out(wanted, made, time.perf_counter() - start)
         except _AbandonedError:
             return
         except Exception as error:  # noqa: BLE001 -- the boundary: whatever it is, the next batch is to have its turn
             self._fail(served, wanted, error)
-            return
-        self._hand_out(wanted, made, time.perf_counter() - start)
 
     def _fail(self, served: Mapping[str, Served], batch: Sequence[Job], error: Exception) -> None:
         if len(batch) == 1:

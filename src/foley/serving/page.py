@@ -43,7 +43,7 @@ _SESSION_SECONDS = 3600  # that a visitor's sounds are kept without a request
 _CACHE_SECONDS = 600  # between two looks for old copies
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
 _MONO_FONTS = ("ui-monospace", "Consolas", "monospace")
-_FETCHING = ("/file=http", "/proxy=")  # routes by which Gradio would fetch from elsewhere for a visitor
+_FETCHING = ("/file=http", "/file/", "/proxy=")  # routes by which Gradio would fetch from elsewhere for a visitor
 _WAVEFORM = """${ value && value.seconds ?
   "<div class='wave' role='img' aria-label='Waveform of the recording; drag to choose the part'>" +
   "<svg viewBox='0 0 1 1' preserveAspectRatio='none'><path d='" + value.outline + "'/></svg>" +

@@ -19,6 +19,7 @@ from foley.generation.settings import GenerationSettings
 from foley.serving.jobs import DEFAULT
 from foley.serving.sounds import MEDIA_TYPES
 
+_MOST_NAME = 200  # characters: what is refused is said again
 _MOST_WORDS = 800  # characters of a refusal: names of fields are sent back, of which there may be thousands
 
 
@@ -37,6 +38,7 @@ def limits(numbers: NumberRange) -> Any:
 
 _Number = BeforeValidator(_no_truth)
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+Name = Annotated[str, Field(max_length=_MOST_NAME)]
 Seed = Annotated[int, limits(OPTION_NUMBERS["seed"]), _Number]
 Num = Annotated[int, limits(OPTION_NUMBERS["num"]), _Number]
 Steps = Annotated[int, limits(OPTION_NUMBERS["steps"]), _Number]
@@ -63,7 +65,7 @@ class SoundBody(BaseModel):
 
     prompt: Prompt = Field(description="the caption; empty for an unconditional sample")
     negative_prompt: Prompt = Field(GenerationSettings.negative_prompt, description="what guidance leads away from")
-    model: str | None = Field(None, description="by its name in /v1/models; the first of them by itself")
+    model: Name | None = Field(None, description="by its name in /v1/models; the first of them by itself")
     seed: Seed | None = Field(None, description="of the first clip, the others count up from it; null draws one")
     num: Num = Field(1, description="clips")
     steps: Steps | None = Field(None, description="of the solver")
@@ -71,7 +73,7 @@ class SoundBody(BaseModel):
     eta: Eta | None = Field(None, description="of solver=ddim: how much of each step's noise is fresh")
     guidance_scale: GuidanceScale | None = Field(None, description="w; 1 turns guidance off")
     guidance_rescale: GuidanceRescale | None = Field(None, description="phi")
-    accelerator: str = Field(DEFAULT, description="by its name in /v1/models")
+    accelerator: Name = Field(DEFAULT, description="by its name in /v1/models")
     format: Format = Field("wav", description="of the sounds")
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:

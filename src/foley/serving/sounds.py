@@ -14,6 +14,7 @@ from foley.generation.result import Generation
 from foley.generation.settings import GenerationSettings
 
 _UPLOAD = "upload"
+_MOST_SAMPLES_A_SECOND = 2 * 192_000  # of all channels together
 
 
 MEDIA_TYPES = {
@@ -42,9 +43,13 @@ def encode(made: Generation, row: int, file_format: str) -> Sound:
 
 
 def _without_paths(facts: dict[str, Any]) -> dict[str, Any]:
-    """Where an upload lay is nobody's business; its SHA-256 says which it was."""
+    """Where an upload or an adapter lies is nobody's business; its SHA-256 says which it is."""
     settings = facts["settings"]
-    named = {source: {**settings[source], "file": _UPLOAD} for source in ("edit", "init") if source in settings}
+    named: dict[str, Any] = {
+        source: {**settings[source], "file": _UPLOAD} for source in ("edit", "init") if source in settings
+    }
+    if "adapters" in settings:
+        named["adapters"] = [{**adapter, "path": Path(adapter["path"]).name} for adapter in settings["adapters"]]
     return {**facts, "settings": {**settings, **named}}
 
 
@@ -67,7 +72,9 @@ def receive(stream: BinaryIO, max_seconds: float) -> Path:
 def check_length(path: Path, max_seconds: float) -> None:
     """Raises ValueError for what is no audio, or lasts longer than `max_seconds`."""
     with readable(path), open_audio(path) as file:
-        seconds = file.frames / file.samplerate
+        seconds, samples = file.frames / file.samplerate, file.frames * file.channels
+    if samples > (most := round(max_seconds * _MOST_SAMPLES_A_SECOND)):  # silence of many channels is a small file
+        raise ValueError(f"file: the recording has {samples} samples; give one of at most {most}")
     if seconds > max_seconds:
         raise ValueError(f"file: the recording lasts {seconds:g} s; give one of at most {max_seconds:g} s")
 

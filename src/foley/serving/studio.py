@@ -206,7 +206,7 @@ class Session:
         return next((other for other in same if other.seed == take.seed), None)
 
     def cancel(self) -> None:
-        for job in self.jobs:
+        for job in list(self.jobs):  # which the event loop changes meanwhile
             job.cancel()
 
 

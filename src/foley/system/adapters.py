@@ -200,10 +200,10 @@ class AdapterStack:
         try:
             for choice in choices:
                 self.load(choice)
+            self.merge()
         except BaseException:
             self.remove()
             raise
-        self.merge()
 
     @torch.no_grad()
     def load(self, choice: AdapterChoice) -> None:

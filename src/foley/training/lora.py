@@ -94,7 +94,7 @@ class Prior:
 class LoraTraining(DiffusionTraining):
     """Adapters of the system `base`, on clips or on latents of them, with the system's own objective.
 
-    `adapters` of its checkpoints' folder hold no other weights, and neither do checkpoints.
+    Checkpoints hold the adapters alone, and so does the folder that `AdapterWriter` makes of them.
 
     Args:
         base: the system, with its codec.
