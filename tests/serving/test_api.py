@@ -338,6 +338,7 @@ def test_a_key_is_asked_for_where_there_is_one(serve):
 def test_pages_elsewhere_and_other_names_are_refused(serve, client):
     elsewhere = {"Origin": "https://example.org"}
     assert client.post("/v1/jobs", json=BODY, headers=elsewhere).status_code == 403
+    assert client.post("/v1/jobs", json=BODY, headers={"Origin": "http://["}).status_code == 403  # it is no address
     own = client.get("/v1/models", headers={"Origin": "http://testserver"})
     assert own.status_code == 200
     assert "access-control-allow-origin" not in own.headers

@@ -71,8 +71,16 @@ def test_the_page_gives_no_file_and_fetches_nothing(client, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     for file in ("/etc/passwd", tmp_path / "secret.txt", "pyproject.toml"):
         assert client.get(f"/page/gradio_api/file={file}", headers=basic("s3cret")).status_code == 403
-    for route in ("file=http://example.org/a", "proxy=http://example.org/a"):
+    for route in ("file=http://example.org/a", "file/http://example.org/a", "proxy=http://example.org/a"):
         assert client.get(f"/page/gradio_api/{route}", headers=basic("s3cret")).status_code == 404
+    for path in ("http://example.org/a.wav", "ftp://example.org/a.wav"):
+        asked = {
+            "data": ["rain", {"path": path, "meta": {"_type": "gradio.FileData"}}],
+            "fn_index": 0,
+            "session_hash": "x",
+        }
+        refused = client.post("/page/gradio_api/queue/join", json=asked, headers=basic("s3cret"))
+        assert (refused.status_code, refused.text) == (422, "give a recording, not an address")
 
 
 def test_the_page_takes_nothing_from_a_network_and_tells_nobody(client):

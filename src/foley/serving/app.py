@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -40,6 +40,7 @@ from foley.serving.sounds import MEDIA_TYPES
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
 """Names of the machine itself; a page elsewhere that has a name of its own point here is refused (DNS rebinding)."""
+_GUARDED = ("/v1/", "/metrics")  # paths that want the key
 _EVENTS_SECONDS = 0.1  # between two looks at a job
 
 
@@ -92,11 +93,47 @@ def create_app(service: Service, access: Access = Access()) -> FastAPI:
     app.include_router(_open)
     app.include_router(_guarded)
     app.add_exception_handler(RequestValidationError, _explain)
+    app.add_middleware(_Door, access=access)
     if access.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(access.origins), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False)
     app.add_middleware(_BodyLimits, max_bytes=service.limits.max_upload_bytes, seconds=service.engine.timeout_seconds)
     return app
+
+
+class _Door:
+    """Asks who is there before anything of a body is read: 403 for pages elsewhere, 401 without the key."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refused = None
+        if scope["type"] == "http" and scope["path"].startswith(_GUARDED):
+            refused = self._refuse(Request(scope))
+        await (refused or self._app)(scope, receive, send)
+
+    def _refuse(self, request: Request) -> Response | None:
+        if not self._access.lets_in(request.headers):
+            words = (
+                f"pages of {request.headers['origin']} may not ask this server; cors_origins= of foley serve lets them"
+            )
+            return _turned_away(request, 403, words)
+        if not self._access.opens(api_key(request.headers)):
+            words = "give the server's key as a bearer token"
+            return _turned_away(request, 401, words, {"WWW-Authenticate": "Bearer"})
+        return None
+
+
+def _turned_away(request: Request, status: int, words: str, headers: Mapping[str, str] | None = None) -> Response:
+    request.app.state.service.meters.count_refusal(status)
+    return JSONResponse({"detail": words}, status, headers)
+
+
+def api_key(headers: Mapping[str, str]) -> str:
+    """The key that a request brings, as a bearer token or as X-API-Key; or nothing."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 class _BodyLimits:
@@ -117,25 +154,26 @@ class _BodyLimits:
 
         async def receive_body() -> Message:
             nonlocal is_whole, come
-            self._check_size(num_bytes)
+            self._check_size(scope, num_bytes)
             try:
                 message = await asyncio.wait_for(receive(), None if is_whole else until - time.monotonic())
             except TimeoutError:
-                raise _refused(408, f"the request did not come whole within {self._seconds:g} s") from None
+                raise _refused(scope, 408, f"the request did not come whole within {self._seconds:g} s") from None
             come += len(message.get("body", b""))
-            self._check_size(come)
+            self._check_size(scope, come)
             is_whole = is_whole or not message.get("more_body", False)
             return message
 
         await self._app(scope, receive_body, send)
 
-    def _check_size(self, num_bytes: int) -> None:
+    def _check_size(self, scope: Scope, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
-            raise _refused(413, f"the request is larger than {self._max_bytes} bytes")
+            raise _refused(scope, 413, f"the request is larger than {self._max_bytes} bytes")
 
 
-def _refused(status: int, words: str) -> HTTPException:
+def _refused(scope: Scope, status: int, words: str) -> HTTPException:
     """Of a request that is not read to its end, after which its connection is of no use."""
+    scope["app"].state.service.meters.count_refusal(status)
     return HTTPException(status, words, {"Connection": "close"})
 
 
@@ -152,23 +190,6 @@ async def _explain(request: Request, error: Exception) -> Response:
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
-
-
-def _same_site(request: Request) -> None:
-    """Raises HTTPException for what a page elsewhere sends."""
-    if not request.app.state.access.lets_in(request.headers):
-        origin = request.headers["origin"]
-        raise HTTPException(403, f"pages of {origin} may not ask this server; cors_origins= of foley serve lets them")
-
-
-def _authorised(
-    request: Request,
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-    key: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
-) -> None:
-    """Raises HTTPException where a key is asked for and the request brings another, or none."""
-    if not request.app.state.access.opens(bearer.credentials if bearer is not None else key or ""):
-        raise HTTPException(401, "give the server's key as a bearer token", {"WWW-Authenticate": "Bearer"})
 
 
 def _job(job_id: str, service: Annotated[Service, Depends(_service)]) -> Job:
@@ -190,7 +211,9 @@ _sounds: dict[int | str, dict[str, Any]] = {
     200: {"model": SoundsAnswer, "content": {media_type: {} for media_type in MEDIA_TYPES.values()}}
 }
 _open = APIRouter()
-_guarded = APIRouter(dependencies=[Depends(_same_site), Depends(_authorised)])
+# For the page of requests alone, which asks for the key by them: `_Door` has looked at it before.
+_schemes = HTTPBearer(auto_error=False), APIKeyHeader(name="X-API-Key", auto_error=False)
+_guarded = APIRouter(dependencies=[Depends(scheme) for scheme in _schemes])
 
 
 # ---------------------------------------------------------------- sounds, at once

@@ -6,6 +6,7 @@ What it does lies in `foley.serving.studio`; here is how it looks, and who may o
 import base64
 import binascii
 import html
+import json
 import os
 import secrets
 import tempfile
@@ -16,11 +17,11 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse, RedirectResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foley.generation.editing import EditMask
 from foley.generation.options import OPTION_NUMBERS
-from foley.serving.app import Access
+from foley.serving.app import Access, api_key
 from foley.serving.service import DRAWN_SEEDS, Service
 from foley.serving.studio import (
     STUDENT,
@@ -95,7 +96,13 @@ class PageGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = None
         if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{PATH}/"):
-            refused = self._refuse(Request(scope))
+            request = Request(scope, receive)
+            refused = self._refuse(request)
+            if refused is None and request.headers.get("content-type", "").startswith("application/json"):
+                body = await request.body()
+                receive = _again(body, receive)
+                if _names_address(body):
+                    refused = PlainTextResponse("give a recording, not an address", 422)
         await (refused or self._app)(scope, receive, send)
 
     def _refuse(self, request: Request) -> Response | None:
@@ -114,17 +121,39 @@ class PageGuard:
         return None
 
 
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body that was read already."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def first() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return first
+
+
+def _names_address(body: bytes) -> bool:
+    """Whether a file of a request lies elsewhere, from where Gradio would fetch it; or the request cannot be read."""
+
+    def has_address(value: Any) -> bool:
+        if isinstance(value, dict):
+            return "://" in str(value.get("path")) or any(has_address(inner) for inner in value.values())
+        return isinstance(value, list) and any(has_address(inner) for inner in value)
+
+    try:
+        return has_address(json.loads(body))
+    except (ValueError, RecursionError):
+        return True
+
+
 def _key(headers: Mapping[str, str]) -> str:
-    """That of a request, or nothing."""
+    """That of a request, as the API takes it or as a browser sends a password; or nothing."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return given
-    if scheme.lower() == "basic":
-        try:
-            return base64.b64decode(given, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
-            return ""
-    return headers.get("x-api-key", "")
+    if scheme.lower() != "basic":
+        return api_key(headers)
+    try:
+        return base64.b64decode(given, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
 
 
 class Page:

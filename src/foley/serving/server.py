@@ -12,13 +12,16 @@ from foley.core.logs import get_logger
 from foley.serving.service import Service
 
 _CLOSE_SECONDS = 5  # for answers that are under way once everything is made
-_HEAD_SECONDS = 20.0  # for the head of a first request to come
+_HEAD_SECONDS = 20.0  # for the head of a request to come
 _RECENT_SECONDS = 10.0  # before the signal: whoever asks for a job now and then may not have seen that it is done
 _log = get_logger(__name__)
 
 
 class ImpatientProtocol(H11Protocol):
-    """Closes a connection on which no request has begun in time: uvicorn looks at those alone that had an answer."""
+    """Closes a connection on which no request begins in time, the first or the next, byte by byte or not at all.
+
+    uvicorn looks at those alone that had an answer, and stops with the first byte that comes.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -28,8 +31,13 @@ class ImpatientProtocol(H11Protocol):
         self._impatience.cancel()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        self._impatience.cancel()
+        self._impatience = self.loop.call_later(_HEAD_SECONDS, self._close_unused)
+        super().on_response_complete()
+
     def _close_unused(self) -> None:
-        if self.cycle is None:
+        if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
 

@@ -29,7 +29,7 @@ from foley.serving.schema import (
     SoundBody,
     SoundsAnswer,
 )
-from foley.serving.sounds import Sound, discard, encode, in_words, receive
+from foley.serving.sounds import Sound, discard, encode, in_words, receive, upload_path
 
 DRAWN_SEEDS = 2**32
 _GRACE_SECONDS = 1.0  # beyond a job's time, for the thread that ends it
@@ -129,7 +129,8 @@ class Service:
         job, path = None, None
         try:
             if isinstance(body, RecordingForm):
-                path = await run_in_threadpool(receive, body.file.file, self.limits.max_upload_seconds)
+                path = upload_path()  # known here, should whoever sends it go away meanwhile
+                await run_in_threadpool(receive, body.file.file, path, self.limits.max_upload_seconds)
                 body.keep_at(str(path))
             job = self._submit(body)
         except (ValueError, jobs.QueueFullError, jobs.DrainingError) as error:

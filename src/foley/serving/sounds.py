@@ -53,20 +53,16 @@ def _without_paths(facts: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "settings": {**settings, **named}}
 
 
-def receive(stream: BinaryIO, max_seconds: float) -> Path:
-    """Keep an upload in a folder of its own, until `discard`; its name is ours.
+def upload_path() -> Path:
+    """Where to keep an upload, in a new folder of its own, until `discard`; its name is ours."""
+    return Path(tempfile.mkdtemp(prefix="foley-upload-")) / _UPLOAD
 
-    Raises ValueError for what is no audio, or lasts longer than `max_seconds`; nothing is kept then.
-    """
-    path = Path(tempfile.mkdtemp(prefix="foley-upload-")) / _UPLOAD
-    try:
-        with path.open("wb") as file:
-            shutil.copyfileobj(stream, file)
-        check_length(path, max_seconds)
-    except BaseException:
-        discard(path)
-        raise
-    return path
+
+def receive(stream: BinaryIO, path: Path, max_seconds: float) -> None:
+    """Keep an upload at `path`; raises ValueError for what is no audio, or lasts longer than `max_seconds`."""
+    with path.open("wb") as file:
+        shutil.copyfileobj(stream, file)
+    check_length(path, max_seconds)
 
 
 def check_length(path: Path, max_seconds: float) -> None:

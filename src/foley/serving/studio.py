@@ -231,7 +231,7 @@ class Studio:
         self.service = service
         self._folder, self._most_bytes = folder, most_bytes
         self._kept: deque[tuple[Path, int]] = deque()
-        self._lock = Lock()
+        self._lock, self._drawing = Lock(), Lock()
 
     async def make(self, session: Session, fields: Mapping[str, Any], compare: bool) -> AsyncIterator[Stage]:
         """Make what the fields ask for; where `compare`, without acceleration too.
@@ -267,7 +267,7 @@ class Studio:
             raise ValueError(error.detail) from error
         takes = await run_in_threadpool(self._keep, session.num_requests, fields, job, made)
         session.takes = [*takes, *session.takes]
-        self._forget(session, _MOST_TAKES)
+        await run_in_threadpool(self._forget, session, _MOST_TAKES)
         yield Stage("Made", 1.0, takes[0])
 
     async def _submit(self, fields: Mapping[str, Any]) -> Job:
@@ -306,8 +306,9 @@ class Studio:
         take.folder.mkdir(parents=True)
         take.file("wav").write_bytes(sound.content)
         write_json(take.file("json"), sound.facts)
-        with self._lock:  # Matplotlib's styles are those of the whole process
+        with self._drawing:  # Matplotlib's styles are those of the whole process
             draw_sheet(take.file("png"), [wave], [take.fields["prompt"]], sample_rate_hz)
+        with self._lock:
             self._kept.append((take.folder, sum(file.stat().st_size for file in take.folder.iterdir())))
             while len(self._kept) > 1 and sum(size for _, size in self._kept) > self._most_bytes:
                 shutil.rmtree(self._kept.popleft()[0], ignore_errors=True)
