@@ -34,7 +34,7 @@ def test_the_image_runs_foley_serve_where_its_health_is_asked():
     assert "/healthz" in health
     assert "/healthz" in {route.path for route in _open.routes}
     assert said("ENTRYPOINT") == ['["foley"]']
-    assert '["serve", "host=0.0.0.0"]' in said("CMD")
+    assert '["serve", "host=0.0.0.0", "hosts=[127.0.0.1,localhost]"]' in said("CMD")
 
 
 def test_both_targets_run_as_nobody_with_an_extra_that_there_is():
