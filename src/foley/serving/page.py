@@ -98,7 +98,8 @@ class PageGuard:
         if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{PATH}/"):
             request = Request(scope, receive)
             refused = self._refuse(request)
-            if refused is None and request.headers.get("content-type", "").startswith("application/json"):
+            is_json = request.headers.get("content-type", "").startswith("application/json")
+            if refused is None and request.method == "POST" and is_json:
                 body = await request.body()
                 receive = _again(body, receive)
                 if _names_address(body):
