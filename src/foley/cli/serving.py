@@ -16,12 +16,12 @@ from foley.core.components import CheckpointError
 from foley.core.config import published_name
 from foley.core.devices import resolve_devices
 from foley.core.logs import get_logger
-from foley.core.numbers import COUNT, POSITIVE, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, NumberRange
 from foley.core.pipelines import system_config
 from foley.generation.settings import GenerationSettings
 from foley.serving.app import LOCAL_HOSTS, Access, create_app
 from foley.serving.engine import DEFAULT, Engine, Served
-from foley.serving.jobs import KeptJobs
+from foley.serving.jobs import STUDENT, KeptJobs
 from foley.serving.server import run
 from foley.serving.service import Limits, Service
 from foley.system.checkpoint import fetched
@@ -31,7 +31,7 @@ KEY_VARIABLE = "FOLEY_API_KEY"
 _NUMBERS = {
     **dict.fromkeys(("batch_size", "queue_size", "max_num", "max_steps", "max_upload_bytes", "keep_jobs"), COUNT),
     **dict.fromkeys(("timeout_seconds", "max_upload_seconds", "max_duration_seconds"), POSITIVE),
-    **dict.fromkeys(("drain_seconds", "keep_seconds", "keep_bytes", "batch_wait_seconds"), NumberRange(least=0)),
+    **dict.fromkeys(("drain_seconds", "keep_seconds", "keep_bytes", "batch_wait_seconds"), NOT_NEGATIVE),
     "port": NumberRange(least=0, most=65_535, whole=True),
 }
 _log = get_logger(__name__)
@@ -78,7 +78,7 @@ def chosen_systems(cfg: DictConfig) -> dict[str, str]:
     name = published_name(cfg.system) or Path(str(cfg.system)).resolve().name.removesuffix(".ckpt")
     systems = {name: str(cfg.system)}
     if (student := _student(cfg)) is not None:
-        systems[f"{name}-student"] = student
+        systems[f"{name}{STUDENT}"] = student
     if twice := systems.keys() & cfg.models.keys():
         raise ValueError(f"models: {', '.join(sorted(twice))} is the name of system= already; give another")
     return systems | {str(name): str(system) for name, system in cfg.models.items()}

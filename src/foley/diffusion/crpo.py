@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from foley.core.numbers import NumberRange
+from foley.core.numbers import NOT_NEGATIVE
 from foley.diffusion.dpo import DiffusionDPO, PairErrors
 
 
@@ -60,7 +60,7 @@ class CRPO(DiffusionDPO):
 
     def __init__(self, beta: float = 2000.0, error: str = "prediction", winner_weight: float = 1.0) -> None:
         super().__init__(beta, error)
-        NumberRange(least=0).check("task.objective.winner_weight", winner_weight)
+        NOT_NEGATIVE.check("task.objective.winner_weight", winner_weight)
         self.winner_weight = winner_weight
 
     def __call__(self, errors: PairErrors) -> Tensor:

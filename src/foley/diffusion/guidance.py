@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foley.core.numbers import SHARE, NumberRange
+from foley.core.numbers import NOT_NEGATIVE, SHARE
 from foley.diffusion.windows import Windows
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -112,7 +112,7 @@ class ClassifierFreeGuidance:
     """
 
     def __init__(self, scale: float = 3.0, rescale: float = 0.0) -> None:
-        if scale not in NumberRange(least=0):
+        if scale not in NOT_NEGATIVE:
             raise ValueError(f"guidance scale must be a finite number >= 0 (1 turns guidance off), got {scale}")
         if rescale not in SHARE:
             raise ValueError(f"guidance rescale must lie in [0, 1], got {rescale}")

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foley.core.numbers import SHARE, NumberRange
+from foley.core.numbers import NOT_NEGATIVE, SHARE, NumberRange
 from foley.diffusion.context import RunContext, StepContext
 from foley.diffusion.guidance import Branches, ClassifierFreeGuidance, Denoise
 
 _MOMENTUM = NumberRange(above=-1, most=1)
-_NOT_NEGATIVE = NumberRange(least=0)
 
 
 class IntervalGuidance(ClassifierFreeGuidance):
@@ -130,7 +129,7 @@ class ProjectedGuidance(IntervalGuidance):
         largest_update: float | None = None,
     ) -> None:
         super().__init__(scale, rescale, start, stop)
-        _NOT_NEGATIVE.check("guidance.eta", eta)
+        NOT_NEGATIVE.check("guidance.eta", eta)
         if momentum is not None:
             _MOMENTUM.check("guidance.momentum", momentum)
         if largest_update is not None:

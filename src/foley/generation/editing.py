@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from foley.core.channels import check_downmix, loss_of_mean, mix_down
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
-from foley.core.numbers import SHARE, NumberRange
+from foley.core.numbers import NOT_NEGATIVE, SHARE
 from foley.core.rates import FloatArray, resample
 from foley.data.audio import PEAK_CEILING, AudioError, read_channels
 
@@ -104,7 +104,7 @@ class EditMask:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if value not in NumberRange(least=0):
+            if value not in NOT_NEGATIVE:
                 raise ValueError(f"{name} must be a number of seconds, 0 or more, for an edit; got {value!r}")
 
     def window(self, recording: Recording) -> "EditWindow":
@@ -196,7 +196,7 @@ class Control:
 
     def __post_init__(self) -> None:
         check_downmix(self.downmix)
-        NumberRange(least=0).check("control_scale", self.scale)
+        NOT_NEGATIVE.check("control_scale", self.scale)
 
 
 @dataclass(frozen=True)

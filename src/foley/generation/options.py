@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from foley.core.numbers import COUNT, POSITIVE, SEED, SHARE, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, NumberRange
 
 _AUDIBLE = NumberRange(least=1e-4)
 NUMBERS = {
@@ -15,7 +15,7 @@ NUMBERS = {
     "eta": SHARE,
     "batch_size": COUNT,
     "window_seconds": _AUDIBLE,
-    "overlap_seconds": NumberRange(least=0),
+    "overlap_seconds": NOT_NEGATIVE,
     "decode_chunk_seconds": POSITIVE,
 }
 """What each number of `GenerationSettings` may be; those that a system or nothing may decide can be None too."""
@@ -32,11 +32,11 @@ OPTION_NUMBERS = {
     "num": NumberRange(least=1, most=MAX_CLIPS, whole=True),
     "max_duration_seconds": POSITIVE,
     "trained_seconds": POSITIVE,
-    "guidance_scale": NumberRange(least=0),
+    "guidance_scale": NOT_NEGATIVE,
     "guidance_rescale": SHARE,
     "strength": SHARE,
-    "control_scale": NumberRange(least=0),
-    **dict.fromkeys(("mask_start_seconds", "mask_length_seconds", "boundary_seconds"), NumberRange(least=0)),
+    "control_scale": NOT_NEGATIVE,
+    **dict.fromkeys(("mask_start_seconds", "mask_length_seconds", "boundary_seconds"), NOT_NEGATIVE),
 }
 """What each numeric option may be, of the command line and of requests to the server."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from foley.accel.combined import NoAcceleration
 from foley.core.hashing import hash_json, hash_module
 from foley.core.logs import get_logger
-from foley.core.numbers import COUNT, SEED, SHARE, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE, SEED, SHARE, NumberRange
 from foley.core.sharding import ALL, Shard
 from foley.data.annotating import Journal, read_journals
 from foley.data.latent_folder import LatentFolder, LeftOut, clip_key
@@ -181,7 +181,7 @@ def rank_candidates(
 
     Raises StaleCacheError for another codec, ValueError where a reward is not finite, PreferenceError without a pair.
     """
-    NumberRange(least=0).check("least_gap", least_gap)
+    NOT_NEGATIVE.check("least_gap", least_gap)
     COUNT.check("batch_size", batch_size)
     index = LatentCacheIndex.read(output_dir)
     index.require_codec(hash_module(generator.codec))

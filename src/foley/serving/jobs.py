@@ -15,6 +15,8 @@ from foley.generation.settings import GenerationSettings
 
 DEFAULT = "default"
 """The accelerator of requests that name none."""
+STUDENT = "-student"
+"""What the name of a student's model adds to that of its system."""
 
 
 class QueueFullError(RuntimeError):

@@ -22,9 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from foley.generation.editing import EditMask
 from foley.generation.options import OPTION_NUMBERS
 from foley.serving.app import Access, api_key
+from foley.serving.jobs import STUDENT
 from foley.serving.service import DRAWN_SEEDS, Service
 from foley.serving.studio import (
-    STUDENT,
     Session,
     SliderRange,
     Stage,

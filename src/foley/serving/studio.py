@@ -31,13 +31,11 @@ from foley.generation.result import Generation
 from foley.generation.text_to_audio import TextToAudio
 from foley.reporting.plots import draw_sheet, waveform_outline
 from foley.serving.engine import Served
-from foley.serving.jobs import DEFAULT, Job
+from foley.serving.jobs import DEFAULT, STUDENT, Job
 from foley.serving.schema import EditForm, GenerateBody, SoundBody, VariationForm, problems
 from foley.serving.service import Service
 from foley.serving.sounds import Sound, check_length, encode, readable
 
-STUDENT = "-student"
-"""What the name of a student's model adds to that of its system."""
 _BODIES: dict[str, type[SoundBody]] = {"generate": GenerateBody, "edit": EditForm, "vary": VariationForm}
 _LOOK_SECONDS = 0.1  # between two looks at a job
 _MOST_EXAMPLES = 8

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from foley.core.config import relative_to_checkout
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
-from foley.core.numbers import COUNT, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE
 from foley.core.pipelines import system_config
 from foley.core.rates import clip_size
 from foley.core.seeding import torch_generator
@@ -49,7 +49,6 @@ from foley.training.sharding import ShardedStrategy
 
 ADAPTER_FOLDER = "adapter"
 _MET = "own_captions"  # entry of a checkpoint's description
-_NOT_NEGATIVE = NumberRange(least=0)
 _log = get_logger(__name__)
 
 
@@ -86,7 +85,7 @@ class Prior:
     guidance_scale: float = 3.0
 
     def __post_init__(self) -> None:
-        _NOT_NEGATIVE.check("task.prior.weight", self.weight)
+        NOT_NEGATIVE.check("task.prior.weight", self.weight)
         COUNT.check("task.prior.count", self.count)
         COUNT.check("task.prior.num_steps", self.num_steps)
 

@@ -84,21 +84,13 @@ class SyntheticLatents(LatentDataModule):
 class SyntheticPairs(SyntheticLatents, PreferenceDataModule):
     """Pairs of such latents, winner and loser of one caption; arguments as for `SyntheticLatents`."""
 
-    def __init__(
-        self,
-        channels: int,
-        hop_samples: int,
-        sample_rate_hz: int,
-        duration_seconds: float,
-        batch_size: int,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(channels, hop_samples, sample_rate_hz, duration_seconds, batch_size, seed)
+    def __init__(self, **shape: Any) -> None:
+        super().__init__(**shape)
         self.preferences = Preferences("synthetic", ())
-        winner = self.datasets["train"][0]
-        loser = replace(winner, latent=torch.randn(winner.latent.shape, generator=torch_generator("loser", seed)))
+        winner, size = self.datasets["train"][0], _BATCHES * self.batch_size
+        loser = replace(winner, latent=torch.randn(winner.latent.shape, generator=torch_generator("loser", self.seed)))
         self.collate = PairCollate(LatentCollate(self.num_frames))
-        self.datasets = {"train": _Copies(PairItem(winner, loser), _BATCHES * batch_size)}
+        self.datasets = {"train": _Copies(PairItem(winner, loser), size)}
 
 
 class SyntheticClips(ResumableDataModule):

@@ -10,36 +10,35 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from foley.core.numbers import COUNT, POSITIVE, SEED, SHARE, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, NumberRange
 from foley.training.requirements import is_synthetic
 
-_NOT_NEGATIVE = NumberRange(least=0)
 _WHOLE = NumberRange(least=0, whole=True)
 
 NUMBERS: dict[str, tuple[NumberRange, tuple[int | None, ...]]] = {
     "seed": (SEED, ()),
     "gpu_memory_gib": (POSITIVE, (None,)),
     "optimizer.lr": (POSITIVE, ()),
-    "optimizer.weight_decay": (_NOT_NEGATIVE, ()),
+    "optimizer.weight_decay": (NOT_NEGATIVE, ()),
     "optimizer.eps": (POSITIVE, ()),
     "task.discriminator_optimizer.lr": (POSITIVE, ()),
     "lr_schedule.warmup_steps": (_WHOLE, ()),
     "lr_schedule.total_steps": (NumberRange(least=-1, whole=True), ()),
     "lr_schedule.final_ratio": (SHARE, ()),
     "lr_schedule.inv_gamma": (POSITIVE, ()),
-    "lr_schedule.power": (_NOT_NEGATIVE, ()),
+    "lr_schedule.power": (NOT_NEGATIVE, ()),
     "trainer.max_steps": (COUNT, (-1,)),  # -1: until max_time
     "trainer.val_check_interval": (POSITIVE, (None,)),
     "trainer.check_val_every_n_epoch": (COUNT, (None,)),
-    "trainer.limit_train_batches": (_NOT_NEGATIVE, (None,)),
-    "trainer.limit_val_batches": (_NOT_NEGATIVE, (None,)),
+    "trainer.limit_train_batches": (NOT_NEGATIVE, (None,)),
+    "trainer.limit_val_batches": (NOT_NEGATIVE, (None,)),
     "task.gradient_clip_norm": (POSITIVE, (None,)),
     "trainer.accumulate_grad_batches": (COUNT, ()),
     "trainer.log_every_n_steps": (_WHOLE, ()),
     "callbacks.ema.decay": (SHARE, ()),
     "callbacks.non_finite.max_consecutive": (COUNT, ()),
     "callbacks.checkpoint.every_n_train_steps": (COUNT, ()),
-    "callbacks.progress.log_every_seconds": (_NOT_NEGATIVE, ()),
+    "callbacks.progress.log_every_seconds": (NOT_NEGATIVE, ()),
     "data.batch_size": (COUNT, ()),
     "data.duration_seconds": (POSITIVE, (None,)),
     "data.num_workers": (_WHOLE, ()),

@@ -23,7 +23,7 @@ from typing import Unpack
 from foley.accel.caching.calibration import CalibratedCache, CalibratedOptions, Calibration
 from foley.accel.caching.reuse import ReuseChoice
 from foley.accel.caching.schedule import UNCONSTRAINED, Constraints
-from foley.core.numbers import NumberRange
+from foley.core.numbers import NOT_NEGATIVE
 
 
 def audiocache_schedule(
@@ -121,7 +121,7 @@ class AudioCache(CalibratedCache):
     ) -> None:
         policy = {"name": "audiocache", "threshold": threshold, "include_refresh": include_refresh}
         super().__init__(calibration_dir, policy, reuse, **options)
-        NumberRange(least=0).check("threshold", threshold)
+        NOT_NEGATIVE.check("threshold", threshold)
         self._threshold = threshold
         self._include_refresh = include_refresh
 

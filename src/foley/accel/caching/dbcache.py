@@ -20,7 +20,7 @@ from torch import Tensor
 
 from foley.accel.caching.block_cache import BelowThreshold, BlockCache, BlockOptions, Probe, Rule
 from foley.accel.caching.reuse import ReuseChoice
-from foley.core.numbers import COUNT, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE
 from foley.diffusion.context import RunContext
 
 
@@ -51,7 +51,7 @@ class DBCache(BlockCache):
         reuse: ReuseChoice = "hold",
         **options: Unpack[BlockOptions],
     ) -> None:
-        NumberRange(least=0).check("threshold", threshold)
+        NOT_NEGATIVE.check("threshold", threshold)
         COUNT.check("first_blocks", first_blocks)  # none, and there is nothing to measure
         self._threshold = threshold
         policy = {"name": "dbcache", "threshold": threshold, "first_blocks": first_blocks, "last_blocks": last_blocks}

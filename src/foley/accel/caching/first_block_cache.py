@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foley.accel.caching.block_cache import BelowThreshold, BlockCache, BlockOptions, Probe, Rule
 from foley.accel.caching.reuse import ReuseChoice
-from foley.core.numbers import NumberRange
+from foley.core.numbers import NOT_NEGATIVE
 from foley.diffusion.context import RunContext
 
 
@@ -34,7 +34,7 @@ class FirstBlockCache(BlockCache):
     """
 
     def __init__(self, threshold: float = 0.1, reuse: ReuseChoice = "hold", **options: Unpack[BlockOptions]) -> None:
-        NumberRange(least=0).check("threshold", threshold)
+        NOT_NEGATIVE.check("threshold", threshold)
         self._threshold = threshold
         # One block is the least that hears both the latent and the text.
         policy = {"name": "first_block_cache", "threshold": threshold}

@@ -31,7 +31,7 @@ from foley.accel.caching.schedule import Constraints
 from foley.core.files import write_json
 from foley.core.hashing import hash_module
 from foley.core.logs import get_logger
-from foley.core.numbers import NumberRange
+from foley.core.numbers import NOT_NEGATIVE, NumberRange
 from foley.core.reading import read_json, reading
 from foley.diffusion.context import RunContext
 
@@ -130,7 +130,7 @@ class MagCache(BlockCache):
         reuse: ReuseChoice = "hold",
         **options: Unpack[BlockOptions],
     ) -> None:
-        NumberRange(least=0).check("threshold", threshold)
+        NOT_NEGATIVE.check("threshold", threshold)
         _SHARE.check("retention_ratio", retention_ratio)
         for ratio in ratios or ():
             NumberRange(above=0).check("ratios", ratio)

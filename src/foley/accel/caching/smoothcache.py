@@ -17,7 +17,7 @@ from foley.accel.caching.calibration import CalibratedCache, CalibratedOptions, 
 from foley.accel.caching.reuse import ReuseChoice
 from foley.accel.caching.schedule import UNCONSTRAINED, Constraints
 from foley.accel.layers import layer_kind
-from foley.core.numbers import COUNT, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE
 
 
 def smoothcache_schedule(
@@ -101,7 +101,7 @@ class SmoothCache(CalibratedCache):
     ) -> None:
         policy = {"name": "smoothcache", "alpha": alpha, "max_lookahead": max_lookahead}
         super().__init__(calibration_dir, policy, reuse, **options)
-        NumberRange(least=0).check("alpha", alpha)
+        NOT_NEGATIVE.check("alpha", alpha)
         COUNT.check("max_lookahead", max_lookahead)
         self._alpha = alpha
         self._max_lookahead = max_lookahead

@@ -25,7 +25,7 @@ from torch import Tensor
 from foley.accel.caching.block_cache import BlockCache, BlockOptions, Probe, Rule
 from foley.accel.caching.calibration import relative_change
 from foley.accel.caching.reuse import ReuseChoice
-from foley.core.numbers import COUNT, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE
 from foley.diffusion.context import RunContext, StepContext
 
 DEGREE = 4  # of the published polynomials
@@ -109,7 +109,7 @@ class TeaCache(_ModulatedInput):
         reuse: ReuseChoice = "hold",
         **options: Unpack[BlockOptions],
     ) -> None:
-        NumberRange(least=0).check("threshold", threshold)
+        NOT_NEGATIVE.check("threshold", threshold)
         self._threshold = threshold
         self._coefficients = IDENTITY if coefficients is None else tuple(float(value) for value in coefficients)
         if not self._coefficients:
