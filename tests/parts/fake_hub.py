@@ -146,11 +146,12 @@ def serving_hub(monkeypatch, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     hub.url = f"http://127.0.0.1:{server.server_port}"
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    # What the variables HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_DISABLE_XET set as the library is loaded.
+    # What the variables HF_ENDPOINT, HF_HUB_CACHE, HF_HUB_DISABLE_XET and HF_HUB_OFFLINE set as the library is loaded.
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.utils, "get_token", lambda: None)
     try:
         yield hub
