@@ -15,7 +15,7 @@ from test_recipes import config
 from foley.core.hashing import hash_module
 from foley.data.audio import write_wav
 from foley.data.datamodule import AudioDataModule
-from foley.data.dataset import AudioBatch
+from foley.data.dataset import AudioBatch, LatentBatch
 from foley.data.splits import folder_splits
 from foley.generation.text_to_audio import TextToAudio
 from foley.models.lora import AdaptedDenoiser, without_adapters
@@ -100,6 +100,57 @@ def test_the_prior_weighs_what_the_system_says_of_captions_that_it_knows() -> No
     assert float(module.mean_error(torch.tensor([1.0, 3.0]))) == 2.0
     with pytest.raises(ValueError, match="keeps no captions"):
         lora_training(captions=())._generated(Prior(), SECONDS)
+
+
+def with_prior(follow_base: bool) -> tuple[LoraTraining, LatentBatch]:
+    """A system whose adapters have learnt something, and two items of one's own before two of the prior."""
+    module = lora_training(prior=Prior(count=2, num_steps=2, follow_base=follow_base), mask_padding=True)
+    module._kept = module._generated(module.prior, SECONDS)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.add_(0.2 if ".lora_B." in name else 0.0)
+    generator = torch.Generator().manual_seed(0)
+    module._num_own = 2
+    return module, module._with_prior(module.latents(audio_batch(), generator), generator)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_what_is_kept_is_what_the_system_predicted_without_adapters(dropped: bool) -> None:
+    module, batch = with_prior(follow_base=True)
+    drops = torch.tensor([False, False, dropped, False])
+    clean = module.normaliser.normalise(batch["latent"])
+    noise, times = torch.randn(clean.shape), torch.tensor([100, 300, 500, 900])
+    noisy = module.process.add_noise(clean, noise, times)
+    text = module.condition(batch, drops)
+    inputs = {"context": text.embeddings, "context_mask": text.mask, "frame_mask": batch["frame_mask"]}
+    target = module.target(clean, noise, noisy, times, inputs)
+    plain = small_system()
+    captions = ["" if drop else caption for drop, caption in zip(drops[2:], batch["caption"][2:], strict=True)]
+    known = plain.modules["text"](captions)
+    options = {"context": known.embeddings, "context_mask": known.mask, "frame_mask": batch["frame_mask"][2:]}
+    with torch.no_grad():
+        expected = plain.modules["denoiser"](noisy[2:], times[2:], **options)
+    torch.testing.assert_close(target[2:], expected)
+    torch.testing.assert_close(target[:2], module.process.target(clean, noise, times)[:2])
+    assert not target.requires_grad
+    module.condition(batch)  # as validation asks, which has items of one's own alone
+    torch.testing.assert_close(
+        module.target(clean, noise, noisy, times, inputs), module.process.target(clean, noise, times)
+    )
+
+
+def test_without_adapters_the_prior_has_no_error_but_as_in_dreambooth_it_has() -> None:
+    for follow_base in (True, False):
+        module, batch = with_prior(follow_base)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.mul_(0.0 if ".lora_B." in name else 1.0)
+        clean = module.normaliser.normalise(batch["latent"])
+        times = torch.tensor([100, 300, 500, 900])
+        text = module.condition(batch, torch.zeros(4, dtype=torch.bool))
+        errors = module._errors(clean, torch.randn(clean.shape), times, text, batch["frame_mask"], None)
+        assert bool(errors[:2].min() > 1e-3)
+        assert bool(errors[2:].max() < 1e-9) == follow_base
 
 
 def test_given_clips_stand_for_the_prior(tmp_path: Path) -> None:

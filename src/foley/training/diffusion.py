@@ -311,6 +311,12 @@ class DiffusionTraining(LatentTraining):
             counted = counted & hidden
             inputs |= {"visible": clean, "hidden_mask": hidden}
         noisy = self.process.add_noise(clean, noise, timestep)  # z_t [B, C, L]
-        prediction = self.network(self.denoiser)(noisy, timestep, frame_mask=valid, **inputs)
-        squared = (prediction.float() - self.process.target(clean, noise, timestep)).square().mean(dim=1)  # [B, L]
+        inputs["frame_mask"] = valid
+        prediction = self.network(self.denoiser)(noisy, timestep, **inputs)
+        target = self.target(clean, noise, noisy, timestep, inputs)
+        squared = (prediction.float() - target).square().mean(dim=1)  # [B, L]
         return (squared * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+    def target(self, clean: Tensor, noise: Tensor, noisy: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """`y [B, C, L]`, what the denoiser is to predict of `noisy`, with `inputs` as it is given them."""
+        return self.process.target(clean, noise, timestep)

@@ -5,10 +5,14 @@ word it does not know, and, as prior preservation, on sounds of captions that it
 
     loss = E |denoiser(z_t, t, c) - y|^2 + weight E |denoiser(z'_t, t', c') - y'|^2
 
-with z' the system's own generations, or given clips. What trains are adapters (`foley.models.lora`) instead of all
-weights: around the denoiser, and around a text encoder that was trained with its system. Such an encoder spells any
-word in parts that it knows, since its tokenizer knows every byte, and adapters teach it what they mean together; the
-vocabulary stays, so that adapters of several words stack. A frozen encoder (T5) has met most words, and stays as it is.
+with z' the system's own generations, or given clips. There y' is the target of z' and its noise; by default here it is
+what the system predicted before it had adapters (learning without forgetting, Li and Hoiem 2016, section 3), which says
+the same without the noise, and takes no bad generation for a good one.
+
+What trains are adapters (`foley.models.lora`) instead of all weights: around the denoiser, and around a text encoder
+that was trained with its system. Such an encoder spells any word in parts that it knows, since its tokenizer knows
+every byte, and adapters teach it what they mean together; the vocabulary stays, so that adapters of several words
+stack. A frozen encoder (T5) has met most words, and stays as it is.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +42,7 @@ from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.sampler import embed, generate_latents
 from foley.diffusion.solver import Solver, default_solver
 from foley.models.lora import AdaptedDenoiser, adaptable, without_adapters
+from foley.models.text import TextEmbedding
 from foley.system.adapters import save_adapters
 from foley.system.checkpoint import FOLEY_KEY
 from foley.system.published import PublishedPipeline
@@ -69,6 +74,7 @@ class Prior:
 
     Args:
         weight: of their error in the loss.
+        follow_base: towards what the system predicts without adapters; False: towards the sounds, as in DreamBooth.
         count: of the clips that the system generates, of captions spread evenly over those that it knows.
         captions: others than those.
         clips: given ones instead, with their captions.
@@ -78,6 +84,7 @@ class Prior:
     """
 
     weight: float = 1.0
+    follow_base: bool = True
     count: int = 32
     captions: Sequence[str] | None = None
     clips: AudioDataModule | None = None
@@ -148,6 +155,7 @@ class LoraTraining(DiffusionTraining):
         self.captions: set[str] = set()  # of one's own clips, as they are met
         self._kept: tuple[Tensor, list[str]] | None = None  # latents of the prior, not normalised, and their captions
         self._num_own = 0  # of the items of the batch at hand
+        self._followed_text: TextEmbedding | None = None  # of those behind them, without adapters
 
     @property
     def adapted(self) -> dict[str, nn.Module]:
@@ -220,6 +228,29 @@ class LoraTraining(DiffusionTraining):
         self._num_own = len(own["latent"])
         return super().training_step(self._with_prior(own, generator), batch_idx)
 
+    def condition(self, batch: LatentBatch, dropped: Tensor | None = None) -> TextEmbedding | None:
+        """As the parent's; in training (with `dropped`) that of the prior without adapters is kept beside it."""
+        text = super().condition(batch, dropped)
+        self._followed_text = None
+        if dropped is not None and self.prior is not None and self.prior.follow_base and self._kept is not None:
+            self._followed_text = text
+            if "text" in self.base_hashes:
+                with torch.no_grad(), without_adapters(self.text):
+                    self._followed_text = super().condition(batch, dropped)
+        return text
+
+    def target(self, clean: Tensor, noise: Tensor, noisy: Tensor, timestep: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """As the parent's; of the prior's items, which lie behind one's own, what the system said without adapters."""
+        target = super().target(clean, noise, noisy, timestep, inputs)
+        if self._followed_text is None:
+            return target
+        inputs = inputs | {"context": self._followed_text.embeddings, "context_mask": self._followed_text.mask}
+        rows = slice(self._num_own, None)
+        kept = {name: given[rows] for name, given in inputs.items() if given is not None}
+        with torch.no_grad(), without_adapters(self.denoiser):
+            followed = self.denoiser(noisy[rows], timestep[rows], **kept)
+        return torch.cat([target[: self._num_own], followed.to(target)])
+
     def mean_error(self, error: Tensor) -> Tensor:
         """Of own items, and of the prior's by its weight: `error [B]` has these behind those."""
         own, kept = error[: self._num_own], error[self._num_own :]
@@ -278,7 +309,10 @@ class LoraTraining(DiffusionTraining):
             ),
             "caption": own["caption"] + [captions[index] for index in chosen.tolist()],
         }
-        return cast(LatentBatch, {**own, **joined})
+        as_own = {
+            name: own[name] for name in ("is_padded", "label", "id")
+        }  # no embeddings, which the prior has none of
+        return cast(LatentBatch, {**as_own, **joined})
 
     @torch.no_grad()
     def _generated(self, prior: Prior, duration_seconds: float) -> tuple[Tensor, list[str]]:
