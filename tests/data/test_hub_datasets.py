@@ -177,6 +177,18 @@ def test_what_save_to_disk_wrote_is_read(tmp_path):
     assert len(ids(opened(tmp_path / "saved", streaming=True).train_dataloader())) == 8
     with pytest.raises(ValueError, match="it has no split 'other'"):
         opened(tmp_path / "saved", split="other")
+    for streaming in (False, True):  # as of what the library opens itself
+        part = opened(tmp_path / "saved", split="train[:5]+valid", streaming=streaming, val_fraction=0.0)
+        assert sorted(ids(part.train_dataloader()))[-1] == "clip-9"
+    sliced = opened(tmp_path / "saved", split="train[25%:75%]", val_fraction=0.0)
+    assert sorted(set(ids(sliced.train_dataloader()))) == [f"clip-{number}" for number in range(2, 6)]
+
+
+def test_that_a_stream_validates_on_nothing_is_said(parquet, caplog):
+    opened(parquet, streaming=True)
+    assert caplog.text == ""
+    opened(parquet, streaming=True, split="train")
+    assert "has no split for validation, and of a stream none is held out (data.val_fraction)" in caplog.text
 
 
 def on_rank(module, rank, world_size):

@@ -7,7 +7,8 @@ from small_system import CONFIGS
 
 from foley.accel.combined import NoAcceleration
 from foley.generation.text_to_audio import TextToAudio
-from foley.serving.engine import DEFAULT, Engine, Served
+from foley.serving.engine import Engine, Served
+from foley.serving.jobs import DEFAULT_ACCELERATOR
 from foley.system.system import build_system
 
 
@@ -32,7 +33,7 @@ def start():
     engines = []
 
     def make(generator, accelerators=None, **options):
-        served = Served(generator, accelerators or {DEFAULT: NoAcceleration(), "mean": Mean()})
+        served = Served(generator, accelerators or {DEFAULT_ACCELERATOR: NoAcceleration(), "mean": Mean()})
         engines.append(Engine([{"tiny": served}], **options))
         return engines[-1]
 

@@ -19,7 +19,7 @@ from foley.generation.editing import EditMask
 from foley.generation.options import MAX_PROMPT_CHARACTERS, OPTION_NUMBERS
 from foley.serving.app import Access, create_app
 from foley.serving.engine import Engine, Served
-from foley.serving.jobs import DEFAULT, KeptJobs
+from foley.serving.jobs import DEFAULT_ACCELERATOR, KeptJobs
 from foley.serving.schema import EditForm, GenerateBody, VariationForm
 from foley.serving.service import Limits, Service
 from foley.serving.sounds import MEDIA_TYPES
@@ -153,7 +153,7 @@ def events(text):
 
 def test_a_job_tells_how_far_it_is_and_keeps_its_sounds(serve):
     held = Held(at=2)
-    client = serve(accelerators={DEFAULT: held})
+    client = serve(accelerators={DEFAULT_ACCELERATOR: held})
     begun = client.post("/v1/jobs", json={**BODY, "num": 2, "format": "flac"})
     assert begun.status_code == 202
     job = begun.json()
@@ -286,7 +286,7 @@ def test_a_full_line_is_429_and_says_when_to_come_again(serve, gated):
 
 def test_a_request_that_takes_too_long_is_504(serve, generator):
     held = Held(at=1)
-    client = serve(accelerators={DEFAULT: held}, timeout_seconds=0.3)
+    client = serve(accelerators={DEFAULT_ACCELERATOR: held}, timeout_seconds=0.3)
     held.gate.clear()
     answer = client.post("/v1/audio/generate", json=BODY)
     assert (answer.status_code, answer.json()["detail"]) == (504, "not finished within 0.3 s")
@@ -355,7 +355,11 @@ def test_models_health_and_metrics(serve):
     client = serve()
     (model,) = client.get("/v1/models").json()
     assert (model["name"], model["sample_rate_hz"], model["max_duration_seconds"]) == ("tiny", 2000, 5.0)
-    assert (model["accelerators"], model["max_num"], model["formats"]) == ([DEFAULT, "mean"], 3, list(MEDIA_TYPES))
+    assert (model["accelerators"], model["max_num"], model["formats"]) == (
+        [DEFAULT_ACCELERATOR, "mean"],
+        3,
+        list(MEDIA_TYPES),
+    )
     client.post("/v1/audio/generate", json={**BODY, "num": 2})
     shown = client.get("/metrics").text
     assert 'foley_jobs_total{outcome="done"} 1.0' in shown

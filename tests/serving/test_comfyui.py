@@ -118,7 +118,7 @@ def test_what_is_left_to_the_system_is_its_own_choice_and_limits_hold():
         comfyui._settings({**options, "guidance_scale": -0.5})
 
 
-@pytest.mark.parametrize("name", [name for name in comfyui.ACCELERATORS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in comfyui._accelerators() if name != "none"])
 def test_each_accelerator_is_made_by_its_config(name):
     assert hasattr(comfyui._accelerator(name), "attach")
 
@@ -160,6 +160,7 @@ def test_a_system_is_loaded_with_its_chain_of_adapters_and_anew_where_it_changed
     assert changed(str(file), "cpu") == 0.0
     file.write_text("weights")
     assert changed(str(file), "cpu") == changed(str(tmp_path), "cpu") > 0
+    assert NODE_CLASS_MAPPINGS["FoleyUseAdapter"].IS_CHANGED(str(tmp_path), 1.0) == changed(str(tmp_path), "cpu")
 
 
 @pytest.mark.slow

@@ -15,24 +15,24 @@ from foley.generation.prompts import Clip
 from foley.generation.settings import GenerationSettings
 from foley.serving.engine import Served
 from foley.serving.jobs import (
-    DEFAULT,
+    DEFAULT_ACCELERATOR,
     DrainingError,
     Job,
     JobCancelledError,
     JobTimeoutError,
     KeptJobs,
     QueueFullError,
-    Request,
+    SoundRequest,
 )
 
 SETTINGS = GenerationSettings(**STEPS)
 
 
-def request(prompt="rain", seed=0, num=1, accelerator=DEFAULT, **changes):
+def request(prompt="rain", seed=0, num=1, accelerator=DEFAULT_ACCELERATOR, **changes):
     clips = tuple(Clip(prompt, seed + row) for row in range(num))
     if "guidance" in changes:  # as requests come: an object of its own each
         changes["guidance"] = ClassifierFreeGuidance(changes["guidance"])
-    return Request("tiny", clips, replace(SETTINGS, **changes), accelerator)
+    return SoundRequest("tiny", clips, replace(SETTINGS, **changes), accelerator)
 
 
 def made(job):
@@ -148,7 +148,7 @@ def test_a_full_line_refuses_and_a_cancelled_job_gives_its_place_away(start, gat
 
 def test_a_job_that_runs_is_cancelled_between_two_evaluations(start, generator):
     held = Held(at=1)
-    engine = start(generator, {DEFAULT: NoAcceleration(), "held": held})
+    engine = start(generator, {DEFAULT_ACCELERATOR: NoAcceleration(), "held": held})
     job = engine.submit(request(accelerator="held"))
     assert held.reached.wait(PATIENCE_SECONDS)
     job.cancel()
@@ -168,13 +168,14 @@ def test_one_of_a_batch_is_cancelled_and_the_other_finished(start, generator):
     held.gate.set()
     alone = generator.generate(["rain"], seeds=[1], **STEPS)
     torch.testing.assert_close(made(stays).audio, alone.audio, atol=1e-4, rtol=1e-3)
-    assert gone.state == "cancelled"
+    assert (gone.state, stays.state) == ("cancelled", "done")
+    assert gone.progress < stays.progress == 1  # it stays at where it was when it ended
     assert held.evaluations == STEPS["num_steps"]
 
 
 def test_jobs_end_when_their_time_is_over_whether_they_run_or_wait(start, generator):
     held = Held(at=2)
-    engine = start(generator, {DEFAULT: NoAcceleration(), "held": held})
+    engine = start(generator, {DEFAULT_ACCELERATOR: NoAcceleration(), "held": held})
     runs, waits = engine.submit(request(accelerator="held")), engine.submit(request(seed=1))
     assert held.reached.wait(PATIENCE_SECONDS)
     for job in (runs, waits):

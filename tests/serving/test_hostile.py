@@ -5,7 +5,8 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -150,18 +151,34 @@ def test_paths_that_there_are_not_are_refused(client, path):
     assert client.get(path).status_code in (404, 422)
 
 
+def test_words_are_few_also_where_uploads_may_be_large(service):
+    roomy = Service(service.engine, replace(LIMITS, max_upload_bytes=1 << 30), KeptJobs(10, 1 << 20, 60.0))
+    client = TestClient(create_app(roomy, Access(hosts=("testserver",))))
+    answer = post(client, b" " * (1 << 20) + b"{}")
+    assert (answer.status_code, answer.json()["detail"]) == (413, "the request is larger than 1048576 bytes")
+    large = multipart(bytes(1 << 20), **FORM)
+    assert post(client, large, "/v1/audio/variations", KIND).status_code == 422  # it is no audio
+
+
 # ---------------------------------------------------------------- connections
 
 
 @pytest.fixture(scope="module")
 def port(generator):
     """Of a server with a real socket, which waits PATIENT_SECONDS for a request, and as long for its body."""
+    with listening(generator) as number:
+        yield number
+
+
+@contextmanager
+def listening(generator, max_connections=None):
     engine = Engine([{"tiny": Served(generator)}], timeout_seconds=PATIENT_SECONDS, batch_wait_seconds=0.0)
     service = Service(engine, LIMITS, KeptJobs(10, 1 << 20, 60.0))
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         number = bound.getsockname()[1]
-    running = DrainingServer(server.server_config(create_app(service), "127.0.0.1", number), service, 1.0)
+    config = server.server_config(create_app(service), "127.0.0.1", number, max_connections=max_connections)
+    running = DrainingServer(config, service, 1.0)
     thread = threading.Thread(target=running.run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(server, "_HEAD_SECONDS", PATIENT_SECONDS)
@@ -227,6 +244,18 @@ def test_a_chunked_body_is_bounded_too(port):
     start = "\r\n".join([*lines, "Transfer-Encoding: chunked", "\r\n"]).encode()
     chunk = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
     assert sent(port, start, chunk, chunk, b"0\r\n\r\n")[0].startswith(b"HTTP/1.1 413 ")
+
+
+def test_more_connections_than_there_may_be_are_sent_away_and_some_day_there_is_room_again(generator):
+    with listening(generator, max_connections=3) as port:
+        with ExitStack() as stack:
+            for _ in range(3):
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS))
+            assert sent(port, head(len(CONTENT)), CONTENT)[0].startswith(b"HTTP/1.1 503 ")
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not (answer := sent(port, head(len(CONTENT)), CONTENT)[0]).startswith(b"HTTP/1.1 200 "):
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert time.monotonic() < until
 
 
 def test_who_sends_nothing_is_sent_away_and_keeps_nobody_waiting(port):

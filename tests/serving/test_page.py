@@ -36,7 +36,9 @@ def mount():
 def client(generator, mount):
     access = Access(api_key="s3cret", hosts=("testserver",))
     service = Service(
-        Engine([{"tiny": Served(generator)}]), Limits(max_upload_bytes=20_000), KeptJobs(10, 1 << 20, 60.0)
+        Engine([{"tiny": Served(generator)}]),
+        Limits(8, 200, max_upload_bytes=20_000, max_upload_seconds=120.0),
+        KeptJobs(10, 1 << 20, 60.0),
     )
     app = create_app(service, access)
     mount(app, service, access, 1 << 20)

@@ -1,5 +1,6 @@
 """The server as a process has it: options, a real socket, and what a signal does."""
 
+import inspect
 import json
 import os
 import signal
@@ -23,7 +24,8 @@ from foley.cli import serving
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT, shipped
 from foley.serving.app import LOCAL_HOSTS, create_app
-from foley.serving.jobs import DEFAULT, KeptJobs
+from foley.serving.engine import Engine
+from foley.serving.jobs import DEFAULT_ACCELERATOR, KeptJobs
 from foley.serving.server import DrainingServer
 from foley.serving.service import Limits, Service
 
@@ -56,8 +58,8 @@ def free_port():
 
 def test_on_a_socket_a_lost_client_frees_its_place_and_sigterm_drains(start, generator):
     held = Held(at=1)
-    engine = start(generator, {DEFAULT: NoAcceleration(), "held": held})
-    service = Service(engine, Limits(), KeptJobs(10, 1 << 20, 60.0))
+    engine = start(generator, {DEFAULT_ACCELERATOR: NoAcceleration(), "held": held})
+    service = Service(engine, Limits(8, 200, 1 << 20, 120.0), KeptJobs(10, 1 << 20, 60.0))
     config = uvicorn.Config(create_app(service), host="127.0.0.1", port=free_port(), log_config=None)
     server = DrainingServer(config, service, drain_seconds=PATIENCE_SECONDS)
     thread = threading.Thread(target=server.run)
@@ -128,6 +130,12 @@ def test_impossible_options_are_refused_before_anything_is_loaded(composed, opti
         serving.open_service(changed(composed, **{option: value}))
 
 
+def test_an_engine_without_a_recipe_is_as_the_recipe_says(composed):
+    own = {name: value.default for name, value in inspect.signature(Engine).parameters.items()}
+    names = "queue_size", "batch_size", "batch_wait_seconds", "timeout_seconds"
+    assert {name: own[name] for name in names} == {name: composed[name] for name in names}
+
+
 def test_only_the_machine_itself_is_answered_unless_told(composed, monkeypatch, caplog):
     monkeypatch.delenv(serving.KEY_VARIABLE, raising=False)
     own = serving.chosen_access(composed)
@@ -148,8 +156,8 @@ def test_a_system_is_opened_with_the_options_of_sampling(composed):
         assert served.defaults.num_steps == 1
         (model,) = service.models()
         assert (model.is_student, model.max_num) == (True, 2)
-        assert model.accelerators == [DEFAULT, "none", "prediction", "fora", "local_global"]
-        assert isinstance(served.accelerators[DEFAULT], PredictionReuse)
+        assert model.accelerators == [DEFAULT_ACCELERATOR, "none", "prediction", "fora", "local_global"]
+        assert isinstance(served.accelerators[DEFAULT_ACCELERATOR], PredictionReuse)
     finally:
         service.engine.close()
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import math
+import os
 
 import pytest
 import soundfile
@@ -14,13 +15,14 @@ from small_system import STEPS
 from foley.accel.combined import NoAcceleration
 from foley.generation.novelty import KnownCaptions
 from foley.generation.options import MAX_PROMPT_CHARACTERS
-from foley.serving.jobs import DEFAULT, KeptJobs
+from foley.serving.jobs import DEFAULT_ACCELERATOR, KeptJobs
 from foley.serving.service import Limits, Service
 from foley.serving.studio import (
     Session,
     Studio,
     accelerator_names,
     examples,
+    forget_oldest,
     models,
     say_marks,
     sliders,
@@ -50,7 +52,7 @@ class Idle(NoAcceleration):
 
 @pytest.fixture
 def drawing_studio(start, generator, tmp_path):
-    service = Service(start(generator, named()), Limits(max_num=3, max_steps=20), KeptJobs(10, 1 << 20, 60.0))
+    service = Service(start(generator, named()), Limits(3, 20, 1 << 20, 120.0), KeptJobs(10, 1 << 20, 60.0))
     return Studio(service, tmp_path / "takes", 1 << 20)
 
 
@@ -62,7 +64,7 @@ def studio(drawing_studio, monkeypatch):
 
 
 def named(**more):
-    return {DEFAULT: NoAcceleration(), "none": NoAcceleration(), "idle": Idle(), **more}
+    return {DEFAULT_ACCELERATOR: NoAcceleration(), "none": NoAcceleration(), "idle": Idle(), **more}
 
 
 def make(studio, session, compare=False, fields=FIELDS, **changes):
@@ -166,7 +168,7 @@ def test_to_compare_makes_both_the_accelerated_one_first(studio):
 def test_a_visitor_cancels_and_one_who_leaves_does_so_too(start, generator, tmp_path):
     held = Held(at=1)
     engine = start(generator, named(held=held))
-    studio = Studio(Service(engine, Limits(), KeptJobs(10, 1 << 20, 60.0)), tmp_path, 1 << 20)
+    studio = Studio(Service(engine, Limits(8, 200, 1 << 20, 120.0), KeptJobs(10, 1 << 20, 60.0)), tmp_path, 1 << 20)
     session = Session()
 
     async def cancel(end):
@@ -192,6 +194,19 @@ def test_files_are_bounded_over_all_visitors(studio, tmp_path):
     assert not oldest.folder.exists()
     assert [folder for _, folder in second.choices()] == [second.takes[0].folder.name]
     assert oldest.folder.name not in dict(map(reversed, first.choices()))
+
+
+def test_of_copies_the_oldest_go_until_the_rest_is_few_enough(tmp_path):
+    for age, name in enumerate(["new", "one/old", "two/older"]):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(bytes(10))
+        os.utime(file, (1000 - age, 1000 - age))
+    forget_oldest(tmp_path, 30)
+    assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == 3
+    forget_oldest(tmp_path, 29)
+    assert sorted(file.name for file in tmp_path.rglob("*") if file.is_file()) == ["new", "old"]
+    forget_oldest(tmp_path / "nothing", 0)
 
 
 def test_sliders_have_the_limits_of_the_api_and_begin_where_the_system_would(studio, generator):

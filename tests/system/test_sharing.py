@@ -1,6 +1,7 @@
 """Systems on the hub, which here is a small one of this machine: pushed, pulled, opened, and refused."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from foley.core.hub import Hub, HubError
 from foley.core.reading import read_json
 from foley.generation.pipeline_to_audio import open_generator
 from foley.generation.text_to_audio import TextToAudio
+from foley.system.checkpoint import fetched
 from foley.system.sharing import model_card, pull_system, push_system
 from foley.system.system import build_system, load_system, read_weights, save_system, share_parts
 from foley.training.distillation import Teacher
@@ -136,6 +138,13 @@ def test_a_new_commit_is_fetched_and_an_old_one_by_its_name(hub, exported, tmp_p
     assert hash_module(load_system(pull_system("me/tiny", first)).modules["denoiser"]) == hash_module(
         old.modules["denoiser"]
     )
+
+
+def test_a_commit_is_looked_at_as_it_was(hub, exported):
+    first = hub.commit("me/both", {"model_index.json": b"{}", "unet/config.json": b"{}"})
+    push_system(exported, "me/both", licence="mit")
+    assert (Path(fetched("me/both", revision=first)) / "model_index.json").is_file()  # it was a pipeline then
+    assert (Path(fetched("me/both")) / "system.json").is_file()
 
 
 def test_pulled_into_a_folder_of_its_own(hub, exported, tmp_path):

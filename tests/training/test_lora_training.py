@@ -26,6 +26,7 @@ from foley.training.lora import AdapterWriter, LoraTraining, Prior
 from foley.training.run import train
 
 RATE_HZ, SECONDS = 2000, 0.4
+a_prior = partial(Prior, weight=0.5, follow_base=True, count=3, num_steps=2, guidance_scale=3.0)
 
 
 def lora_training(system=None, captions=("rain", "wind"), **options) -> LoraTraining:
@@ -83,7 +84,7 @@ def test_audio_becomes_latents_and_clips_without_a_caption_get_the_word() -> Non
 
 
 def test_the_prior_weighs_what_the_system_says_of_captions_that_it_knows() -> None:
-    module = lora_training(prior=Prior(weight=0.5, count=3, num_steps=2))
+    module = lora_training(prior=a_prior())
     latents, captions = module._generated(module.prior, SECONDS)
     assert captions == ["rain", "wind", "rain"]
     assert latents.shape == (3, 4, 20)
@@ -99,12 +100,12 @@ def test_the_prior_weighs_what_the_system_says_of_captions_that_it_knows() -> No
     module.prior = None
     assert float(module.mean_error(torch.tensor([1.0, 3.0]))) == 2.0
     with pytest.raises(ValueError, match="keeps no captions"):
-        lora_training(captions=())._generated(Prior(), SECONDS)
+        lora_training(captions=())._generated(a_prior(), SECONDS)
 
 
 def with_prior(follow_base: bool) -> tuple[LoraTraining, LatentBatch]:
     """A system whose adapters have learnt something, and two items of one's own before two of the prior."""
-    module = lora_training(prior=Prior(count=2, num_steps=2, follow_base=follow_base), mask_padding=True)
+    module = lora_training(prior=a_prior(count=2, follow_base=follow_base), mask_padding=True)
     module._kept = module._generated(module.prior, SECONDS)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -157,7 +158,7 @@ def test_given_clips_stand_for_the_prior(tmp_path: Path) -> None:
     for index in range(3):
         write_wav(tmp_path / f"{index}.wav", 0.1 * torch.randn(700), RATE_HZ)
     clips = AudioDataModule(folder_splits(str(tmp_path), RATE_HZ), RATE_HZ, SECONDS, 2)
-    latents, captions = lora_training()._given(Prior(clips=clips, count=2), SECONDS)
+    latents, captions = lora_training()._given(a_prior(clips=clips, count=2), SECONDS)
     assert (latents.shape, len(captions)) == ((2, 4, 20), 2)
     module = lora_training()
     module.adopt_data(clips)

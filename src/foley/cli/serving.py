@@ -20,16 +20,18 @@ from foley.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, NumberRange
 from foley.core.pipelines import system_config
 from foley.generation.settings import GenerationSettings
 from foley.serving.app import LOCAL_HOSTS, Access, create_app
-from foley.serving.engine import DEFAULT, Engine, Served
-from foley.serving.jobs import STUDENT, KeptJobs
-from foley.serving.server import run
+from foley.serving.engine import Engine, Served
+from foley.serving.jobs import DEFAULT_ACCELERATOR, STUDENT, KeptJobs
+from foley.serving.server import run, server_config
 from foley.serving.service import Limits, Service
 from foley.system.checkpoint import fetched
 from foley.system.system import student_of
 
 KEY_VARIABLE = "FOLEY_API_KEY"
 _NUMBERS = {
-    **dict.fromkeys(("batch_size", "queue_size", "max_num", "max_steps", "max_upload_bytes", "keep_jobs"), COUNT),
+    **dict.fromkeys(
+        ("batch_size", "queue_size", "max_num", "max_steps", "max_upload_bytes", "keep_jobs", "max_connections"), COUNT
+    ),
     **dict.fromkeys(("timeout_seconds", "max_upload_seconds", "max_duration_seconds"), POSITIVE),
     **dict.fromkeys(("drain_seconds", "keep_seconds", "keep_bytes", "batch_wait_seconds"), NOT_NEGATIVE),
     "port": NumberRange(least=0, most=65_535, whole=True),
@@ -44,7 +46,7 @@ def serve(cfg: DictConfig) -> None:
     app = create_app(service, access)
     if mount_page is not None:
         mount_page(app, service, access, cfg.keep_bytes)
-    run(app, service, cfg.host, cfg.port, cfg.drain_seconds, cfg.access_log)
+    run(server_config(app, cfg.host, cfg.port, cfg.access_log, cfg.max_connections), service, cfg.drain_seconds)
 
 
 def page_mounter() -> Callable[[FastAPI, Service, Access, int], None]:
@@ -102,7 +104,7 @@ def open_served(cfg: DictConfig, systems: dict[str, str], name: str, device: tor
     own.system = systems[name]
     if not is_first:
         own.codec_path, own.system_overrides, own.adapters = None, {}, []
-    accelerators = {DEFAULT: instantiate(own.accel) if is_first else NoAcceleration()}
+    accelerators = {DEFAULT_ACCELERATOR: instantiate(own.accel) if is_first else NoAcceleration()}
     accelerators |= {str(key): instantiate(own.accelerators[key]) for key in own.accelerators}
     sampling = chosen_sampling(own) | {"duration_seconds": own.duration_seconds} if is_first else {}
     lengths = {option: cfg[option] for option in ("window_seconds", "overlap_seconds", "decode_chunk_seconds")}

@@ -76,8 +76,11 @@ class Hub:
 
     directory: Path | None = field(default_factory=default_hub_dir)
 
-    def file(self, repository: str, name: str) -> Path:
-        """File `name` of `repository`, downloaded where necessary; raises CheckpointError where it cannot be had."""
+    def file(self, repository: str, name: str, revision: str | None = None) -> Path:
+        """File `name` of `repository`, downloaded where necessary; raises CheckpointError where it cannot be had.
+
+        `revision` is a branch, tag or commit.
+        """
         if self.directory is not None:
             path = self.directory / repository / name
             if not path.is_file():
@@ -87,11 +90,11 @@ class Hub:
                 )
             return path
         try:
-            return Path(hf_hub_download(repository, name, local_files_only=True))
+            return Path(hf_hub_download(repository, name, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
-            self.require_network(repository, name, name)
+            self.require_network(repository, name, name, revision)
         try:
-            return Path(hf_hub_download(repository, name))
+            return Path(hf_hub_download(repository, name, revision=revision))
         except (HTTPError, OSError) as error:
             raise _unavailable(repository, name, error) from error
 
@@ -141,13 +144,13 @@ class Hub:
                 "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
             ) from error
 
-    def require_network(self, repository: str, probe: str, wanted: str) -> None:
+    def require_network(self, repository: str, probe: str, wanted: str, revision: str | None = None) -> None:
         """Raise CheckpointError, which says how to get the files `wanted`, unless the hub knows file `probe`.
 
         Asked before a download because the libraries go on trying for a minute where there is no network.
         """
         try:
-            get_hf_file_metadata(hf_hub_url(repository, probe), timeout=_ANSWER_SECONDS)
+            get_hf_file_metadata(hf_hub_url(repository, probe, revision=revision), timeout=_ANSWER_SECONDS)
         except (HTTPError, OSError) as error:
             raise _unavailable(repository, wanted, error) from error
 

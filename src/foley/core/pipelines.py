@@ -57,10 +57,10 @@ def _index_on_hub(repository: str, hub_dir: str | Path | None) -> Path:
 
 
 @lru_cache
-def asked(repository: str, name: str, hub: Hub) -> tuple[Path | None, str]:
+def asked(repository: str, name: str, hub: Hub, revision: str | None = None) -> tuple[Path | None, str]:
     """A file, or why there is none; asked once, for several options ask for their defaults."""
     try:
-        return hub.file(repository, name), ""
+        return hub.file(repository, name, revision), ""
     except CheckpointError as error:
         return None, str(error)
 

@@ -174,7 +174,8 @@ def hub_data_module(
     Args:
         name: on the hub, or a folder: of files that the library knows, or one that its `save_to_disk` wrote.
         splits: None; `configs/data/audio.yaml` has it for other sources.
-        split: which one is for training, as the library writes it ("train[:1000]"); None takes all, by their names.
+        split: which one is for training, as the library writes it ("train[:1000]", "train+extra"; no slices of a
+            stream of the hub's); None takes all, by their names.
         val_fraction: as `foley.data.splits.hold_out` takes it, by a hash of the id; without effect on a stream.
         options: of `AudioDataModule`.
 
@@ -192,6 +193,8 @@ def hub_data_module(
     if streaming:
         if bucket_batches is not None:
             raise ValueError("data.bucket_batches: nobody knows how long the clips of a stream are; set it to null")
+        if "val" not in parts:
+            _log.warning("%s has no split for validation, and of a stream none is held out (data.val_fraction)", name)
         return StreamedDataModule(parts, known, shuffle_buffer=shuffle_buffer, **options)
     sources = {key: HubSource(rows, known, key) for key, rows in parts.items()}
     if "val" not in sources:
@@ -248,14 +251,24 @@ def _store_files_without_torchcodec(audio: Any) -> None:
 def _as_asked(loaded: Any, split: str | None, streaming: bool) -> Any:
     """A data set that `save_to_disk` wrote, one split of it or a stream where that is wanted."""
     if split is not None:
-        if not isinstance(loaded, Mapping) or split not in loaded:
-            raise KeyError(f"it has no split {split!r}")
-        loaded = loaded[split]
+        loaded = _split_of(loaded if isinstance(loaded, Mapping) else {"train": loaded}, split)
     if not streaming:
         return loaded
     if isinstance(loaded, Mapping):
         return {key: rows.to_iterable_dataset() for key, rows in loaded.items()}
     return loaded.to_iterable_dataset()
+
+
+def _split_of(tables: Mapping[str, Any], split: str) -> Any:
+    """A split of them by its name, or a slice or sum as the library writes it; raises ValueError where it has none."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    lengths = {name: len(rows) for name, rows in tables.items()}
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"it has no split {split!r}: {error}") from error
+    return concatenate_datasets([tables[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _resolved(rows: Any) -> Any:

@@ -42,6 +42,7 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]", "::1")
 """Names of the machine itself; a page elsewhere that has a name of its own point here is refused (DNS rebinding)."""
 _GUARDED = ("/v1/", "/metrics")  # paths that want the key
 _EVENTS_SECONDS = 0.1  # between two looks at a job
+_MOST_WORDS_BYTES = 1 << 20  # of a body that is no upload: it is read whole into memory
 
 
 @dataclass(frozen=True)
@@ -149,26 +150,30 @@ class _BodyLimits:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         until, is_whole = time.monotonic() + self._seconds, False
-        num_bytes = int(Headers(scope=scope).get("content-length", 0))  # as it is promised, and then as it comes
+        headers = Headers(scope=scope)
+        is_upload = headers.get("content-type", "").startswith("multipart/")
+        most_bytes = self._max_bytes if is_upload else min(self._max_bytes, _MOST_WORDS_BYTES)
+        num_bytes = int(headers.get("content-length", 0))  # as it is promised, and then as it comes
         come = 0
 
         async def receive_body() -> Message:
             nonlocal is_whole, come
-            self._check_size(scope, num_bytes)
+            _check_size(scope, num_bytes, most_bytes)
             try:
                 message = await asyncio.wait_for(receive(), None if is_whole else until - time.monotonic())
             except TimeoutError:
                 raise _refused(scope, 408, f"the request did not come whole within {self._seconds:g} s") from None
             come += len(message.get("body", b""))
-            self._check_size(scope, come)
+            _check_size(scope, come, most_bytes)
             is_whole = is_whole or not message.get("more_body", False)
             return message
 
         await self._app(scope, receive_body, send)
 
-    def _check_size(self, scope: Scope, num_bytes: int) -> None:
-        if num_bytes > self._max_bytes:
-            raise _refused(scope, 413, f"the request is larger than {self._max_bytes} bytes")
+
+def _check_size(scope: Scope, num_bytes: int, most_bytes: int) -> None:
+    if num_bytes > most_bytes:
+        raise _refused(scope, 413, f"the request is larger than {most_bytes} bytes")
 
 
 def _refused(scope: Scope, status: int, words: str) -> HTTPException:

@@ -7,6 +7,7 @@ that a seed stands for its sound; a system also where its files have (`LoadSyste
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,6 @@ from foley.generation.text_to_audio import TextToAudio
 Generator = TextToAudio | PipelineToAudio
 Audio = dict[str, Any]
 
-ACCELERATORS = ("none", "prediction", "fora", "local_global")
-"""Out of configs/accel: those that need no calibration, which `foley serve` names too."""
 _CATEGORY = "foley"
 _SYSTEM, _ADAPTERS = "FOLEY_SYSTEM", "FOLEY_ADAPTERS"
 _UNBOUNDED = 1e6  # where an option has no end, a widget has
@@ -69,7 +68,7 @@ def _sampling() -> dict[str, Any]:
         "seed": (seed, {**seed_widget, "control_after_generate": True}),
         "steps": _number("steps", _OWN["steps"], "of the solver; 0 is the system's own choice"),
         "guidance_scale": _number("guidance_scale", _OWN["guidance_scale"], "w; -1 is the system's own choice"),
-        "accelerator": (list(ACCELERATORS), {"default": "none", "tooltip": "reuses what was computed before"}),
+        "accelerator": (list(_accelerators()), {"default": "none", "tooltip": "reuses what was computed before"}),
     }
 
 
@@ -91,7 +90,13 @@ def _settings(options: Mapping[str, Any]) -> GenerationSettings:
 
 def _accelerator(name: str) -> Any:
     """As its config makes it; what is not of ours by name is none of the choices that ComfyUI lets through."""
-    return None if name == "none" else instantiate(compose_aside("script/serve").accelerators[name])
+    return None if name == "none" else instantiate(_accelerators()[name])
+
+
+@lru_cache
+def _accelerators() -> Any:
+    """Those that `foley serve` names: they need no calibration."""
+    return compose_aside("script/serve").accelerators
 
 
 class _Bar:
@@ -137,6 +142,12 @@ def _from_recordings(audio: Audio, system: Generator, source: Any, options: Mapp
     return {"waveform": torch.cat(made), "sample_rate": system.sample_rate_hz}
 
 
+def _newest_seconds(path: Path) -> float:
+    """When a file, or a folder or a file in it, was last written; 0 where there is none."""
+    files = [path, *path.glob("*")] if path.is_dir() else [path]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+
 class UseAdapter:
     """An adapter of `experiment=lora` for a system to be loaded with; several are chained, and add up."""
 
@@ -147,6 +158,11 @@ class UseAdapter:
         scale = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05, "tooltip": "how much of it is added"}
         required = {"path": _text("", "the adapter's folder"), "scale": ("FLOAT", scale)}
         return {"required": required, "optional": {"adapters": (_ADAPTERS,)}}
+
+    @classmethod
+    def IS_CHANGED(cls, path: str, scale: float, adapters: Any = ()) -> float:  # noqa: N802 -- ComfyUI's name
+        """As of a system: adapters that were trained further are another input of what loads them."""
+        return _newest_seconds(Path(path).expanduser())
 
     def add(self, path: str, scale: float, adapters: Sequence[Mapping[str, Any]] = ()) -> tuple[list[Any]]:
         return ([*adapters, {"path": path, "scale": scale}],)
@@ -166,9 +182,7 @@ class LoadSystem:
     @classmethod
     def IS_CHANGED(cls, name: str, device: str, adapters: Any = ()) -> float:  # noqa: N802 -- ComfyUI's name
         """The time of the newest file, so that a run which trains on is loaded again."""
-        path = Path(name).expanduser() if name else shipped("demo")
-        files = [path, *path.glob("*")] if path.is_dir() else [path]
-        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+        return _newest_seconds(Path(name).expanduser() if name else shipped("demo"))
 
     def load(self, name: str, device: str, adapters: Sequence[Mapping[str, Any]] = ()) -> tuple[Generator]:
         with torch.inference_mode(False):

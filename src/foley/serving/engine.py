@@ -20,7 +20,7 @@ from foley.generation.pipeline_to_audio import PipelineToAudio, check_pipeline_s
 from foley.generation.result import Generation
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
-from foley.serving.jobs import DEFAULT, Job, Request, WaitingLine
+from foley.serving.jobs import DEFAULT_ACCELERATOR, Job, SoundRequest, WaitingLine
 
 _MEMORY = 0.8  # of the running mean of a job's seconds
 _JOIN_SECONDS = 10.0  # for a thread to come to its next evaluation
@@ -33,12 +33,13 @@ class Served:
 
     Args:
         generator: of this device alone.
-        accelerators: that requests may name, made for this generator alone; `DEFAULT` is of those that name none.
+        accelerators: that requests may name, made for this generator alone; those that name none get
+            `DEFAULT_ACCELERATOR`.
         defaults: what requests leave open, where the system is not to choose.
     """
 
     generator: TextToAudio | PipelineToAudio
-    accelerators: Mapping[str, Accelerator] = field(default_factory=lambda: {DEFAULT: NoAcceleration()})
+    accelerators: Mapping[str, Accelerator] = field(default_factory=lambda: {DEFAULT_ACCELERATOR: NoAcceleration()})
     defaults: GenerationSettings = field(default_factory=GenerationSettings)
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Batch:
+class ComputedBatch:
     """What has been computed together, for who counts: its jobs, and how long it took."""
 
     jobs: Sequence[Job]
@@ -84,7 +85,8 @@ class Engine:
 
     >>> from foley import Clip
     >>> engine = Engine([{"demo": Served(TextToAudio.load())}])
-    >>> request = Request("demo", (Clip("a dog barks", seed=1),), GenerationSettings(num_steps=2, duration_seconds=0.5))
+    >>> settings = GenerationSettings(num_steps=2, duration_seconds=0.5)
+    >>> request = SoundRequest("demo", (Clip("a dog barks", seed=1),), settings)
     >>> engine.submit(request).outcome.result().audio.shape
     torch.Size([1, 1, 12000])
     >>> engine.close()
@@ -97,7 +99,7 @@ class Engine:
         batch_size: int = 8,
         batch_wait_seconds: float = 0.005,
         timeout_seconds: float = 300.0,
-        observe: Callable[[Batch], None] = lambda batch: None,
+        observe: Callable[[ComputedBatch], None] = lambda batch: None,
     ) -> None:
         self.models = dict(devices[0])
         self.batch_size, self.timeout_seconds = batch_size, timeout_seconds
@@ -115,7 +117,7 @@ class Engine:
 
     # ---------------------------------------------------------------- asked from any thread
 
-    def submit(self, request: Request) -> Job:
+    def submit(self, request: SoundRequest) -> Job:
         """Raises QueueFullError, DrainingError, and ValueError for what the system cannot do."""
         self.models[request.model].check(request.settings)
         job = Job(request, self.timeout_seconds)
@@ -229,7 +231,7 @@ class Engine:
             first = last
         mean = seconds / len(batch)
         self._seconds_per_job = _MEMORY * self._seconds_per_job + (1 - _MEMORY) * mean
-        self.observe(Batch(batch, seconds))
+        self.observe(ComputedBatch(batch, seconds))
 
 
 class _Watch:
@@ -251,6 +253,6 @@ class _Watch:
         for job in self._jobs:
             job.expire()
             # Some pipelines take a batch prompt by prompt: more runs than batches.
-            job.progress = min(1.0, (self._batches_done + share) / self._num_batches)
+            job.evaluated = min(1.0, (self._batches_done + share) / self._num_batches)
         if all(job.has_ended for job in self._jobs):
             raise _AbandonedError("nobody wants the clips of this batch any more")

@@ -13,7 +13,7 @@ from foley.generation.prompts import Clip
 from foley.generation.result import Generation
 from foley.generation.settings import GenerationSettings
 
-DEFAULT = "default"
+DEFAULT_ACCELERATOR = "default"
 """The accelerator of requests that name none."""
 STUDENT = "-student"
 """What the name of a student's model adds to that of its system."""
@@ -42,7 +42,7 @@ class JobCancelledError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Request:
+class SoundRequest:
     """Clips to be made in one way.
 
     Args:
@@ -56,10 +56,10 @@ class Request:
     model: str
     clips: tuple[Clip, ...]
     settings: GenerationSettings
-    accelerator: str = DEFAULT
+    accelerator: str = DEFAULT_ACCELERATOR
     format: str = "wav"
 
-    def goes_with(self, other: "Request") -> bool:
+    def goes_with(self, other: "SoundRequest") -> bool:
         """Whether the clips of both may be one batch: all but the clips is equal, and no recording gives the length."""
         mine, its = ((one.model, one.accelerator, one.settings) for one in (self, other))
         return mine == its and self.settings.source is None
@@ -72,11 +72,11 @@ class Job:
         timeout_seconds: from now on.
     """
 
-    def __init__(self, request: Request, timeout_seconds: float) -> None:
+    def __init__(self, request: SoundRequest, timeout_seconds: float) -> None:
         self.id = secrets.token_hex(16)  # which no one guesses: it is all that is asked of who takes the result
         self.request = request
         self.timeout_seconds = timeout_seconds
-        self.progress = 0.0  # the share of the evaluations that are done
+        self.evaluated = 0.0  # the share of the evaluations that are done
         self.taken: set[int] = set()  # the clips that were fetched
         self.outcome: Future[Generation] = Future()
         self.outcome.set_running_or_notify_cancel()  # by `cancel` of ours alone, not by that of a future
@@ -97,6 +97,11 @@ class Job:
         return self.outcome.done()
 
     @property
+    def progress(self) -> float:
+        """The share of the evaluations that are done; of a job that was ended before, how far it came."""
+        return 1.0 if self.state == "done" else self.evaluated
+
+    @property
     def remaining_seconds(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
@@ -107,7 +112,6 @@ class Job:
         return not self.has_ended
 
     def succeed(self, made: Generation) -> None:
-        self.progress = 1.0
         self._end(lambda: self.outcome.set_result(made))
 
     def fail(self, error: BaseException) -> None:

@@ -10,13 +10,15 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import AsyncIterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse, RedirectResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foley.generation.editing import EditMask
@@ -32,6 +34,7 @@ from foley.serving.studio import (
     Take,
     accelerator_names,
     examples,
+    forget_oldest,
     models,
     say_marks,
     sliders,
@@ -61,7 +64,8 @@ def mount_page(app: FastAPI, service: Service, access: Access, most_bytes: int) 
     """Put the page at `PATH` of the application, where `/` leads, by the same rules.
 
     Args:
-        most_bytes: of the files that visitors have made; the oldest go first.
+        most_bytes: of the files that visitors have made, and of Gradio's copies of those and of uploads; the oldest go
+            first.
     """
     app.state.page_files = tempfile.TemporaryDirectory(prefix="foley-page-")  # which goes with the application
     folder = Path(app.state.page_files.name)
@@ -81,22 +85,27 @@ def mount_page(app: FastAPI, service: Service, access: Access, most_bytes: int) 
         theme=gr.themes.Default(font=_FONTS, font_mono=_MONO_FONTS, primary_hue="teal"),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
     )
-    app.add_middleware(PageGuard, access=access, max_bytes=service.limits.max_upload_bytes)
+    forget = partial(forget_oldest, folder / "gradio", most_bytes)
+    app.add_middleware(PageGuard, access=access, max_bytes=service.limits.max_upload_bytes, forget=forget)
 
 
 class PageGuard:
     """Asks of what goes to the page what the routes of the API ask, whose dependencies a mounted application lacks.
 
     The key is the password of a browser's own question, with any user name, or comes as it does to the API.
+
+    Args:
+        forget: removes what is too much of the files that requests leave behind.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, max_bytes: int) -> None:
-        self._app, self._access, self._max_bytes = app, access, max_bytes
+    def __init__(self, app: ASGIApp, access: Access, max_bytes: int, forget: Callable[[], None]) -> None:
+        self._app, self._access, self._max_bytes, self._forget = app, access, max_bytes, forget
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = None
+        refused, leaves_files = None, False
         if scope["type"] == "http" and f"{scope['path']}/".startswith(f"{PATH}/"):
             request = Request(scope, receive)
+            leaves_files = request.method == "POST"
             refused = self._refuse(request)
             is_json = request.headers.get("content-type", "").startswith("application/json")
             if refused is None and request.method == "POST" and is_json:
@@ -105,6 +114,8 @@ class PageGuard:
                 if _names_address(body):
                     refused = PlainTextResponse("give a recording, not an address", 422)
         await (refused or self._app)(scope, receive, send)
+        if leaves_files and refused is None:
+            await run_in_threadpool(self._forget)
 
     def _refuse(self, request: Request) -> Response | None:
         if not self._access.lets_in(request.headers):

@@ -16,7 +16,7 @@ from foley.generation.editing import Edit, EditMask, Variation
 from foley.generation.options import MAX_PROMPT_CHARACTERS, OPTION_NUMBERS
 from foley.generation.pipeline_to_audio import PUBLISHED_SOLVER
 from foley.generation.settings import GenerationSettings
-from foley.serving.jobs import DEFAULT
+from foley.serving.jobs import DEFAULT_ACCELERATOR
 from foley.serving.sounds import MEDIA_TYPES
 
 _MOST_NAME = 200  # characters: what is refused is said again
@@ -73,7 +73,7 @@ class SoundBody(BaseModel):
     eta: Eta | None = Field(None, description="of solver=ddim: how much of each step's noise is fresh")
     guidance_scale: GuidanceScale | None = Field(None, description="w; 1 turns guidance off")
     guidance_rescale: GuidanceRescale | None = Field(None, description="phi")
-    accelerator: Name = Field(DEFAULT, description="by its name in /v1/models")
+    accelerator: Name = Field(DEFAULT_ACCELERATOR, description="by its name in /v1/models")
     format: Format = Field("wav", description="of the sounds")
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:

@@ -70,20 +70,23 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def server_config(app: FastAPI, host: str, port: int, access_log: bool = False) -> uvicorn.Config:
-    """Of a server whose logs are those of the process."""
+def server_config(
+    app: FastAPI, host: str, port: int, access_log: bool = False, max_connections: int | None = None
+) -> uvicorn.Config:
+    """Of a server whose logs are those of the process; beyond `max_connections` it answers 503."""
     return uvicorn.Config(
         app,
         host,
         port,
         http=ImpatientProtocol,
         access_log=access_log,
+        limit_concurrency=max_connections,
         log_config=None,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
 
 
-def run(app: FastAPI, service: Service, host: str, port: int, drain_seconds: float, access_log: bool = False) -> None:
+def run(config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
     """Serve until a signal; logs as the rest of the process does."""
-    DrainingServer(server_config(app, host, port, access_log), service, drain_seconds).run()
+    DrainingServer(config, service, drain_seconds).run()
     _log.info("stopped: nothing waits or runs any more" if service.engine.is_idle else "stopped before all was made")

@@ -18,7 +18,7 @@ from foley.generation.result import Generation
 from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.serving import jobs
-from foley.serving.engine import Batch, Engine
+from foley.serving.engine import ComputedBatch, Engine
 from foley.serving.jobs import Job, KeptJobs
 from foley.serving.schema import (
     ClipAnswer,
@@ -49,10 +49,10 @@ class Limits:
         max_upload_seconds: that a recording lasts.
     """
 
-    max_num: int = 8
-    max_steps: int = 200
-    max_upload_bytes: int = 32 << 20
-    max_upload_seconds: float = 120.0
+    max_num: int
+    max_steps: int
+    max_upload_bytes: int
+    max_upload_seconds: float
 
     def check(self, body: SoundBody, settings: GenerationSettings, max_duration_seconds: float) -> None:
         """Raises ValueError, in the words of the command line."""
@@ -79,7 +79,7 @@ class Meters:
         Gauge("foley_running_jobs", "Jobs that run", **named).set_function(lambda: engine.num_running)
         engine.observe = self.count_batch
 
-    def count_batch(self, batch: Batch) -> None:
+    def count_batch(self, batch: ComputedBatch) -> None:
         self._clips.observe(batch.num_clips)
         self._batch.observe(batch.seconds)
 
@@ -150,7 +150,7 @@ class Service:
         self.limits.check(body, settings, served.generator.max_duration_seconds)
         first = secrets.randbelow(DRAWN_SEEDS) if body.seed is None else body.seed
         clips = tuple(Clip(body.prompt, seed) for seed in range(first, first + body.num))
-        return self.engine.submit(jobs.Request(name, clips, settings, body.accelerator, body.format))
+        return self.engine.submit(jobs.SoundRequest(name, clips, settings, body.accelerator, body.format))
 
     def _exception(self, error: BaseException) -> HTTPException:
         problem = refusal(error, GenerationSettings())

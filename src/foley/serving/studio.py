@@ -31,7 +31,7 @@ from foley.generation.result import Generation
 from foley.generation.text_to_audio import TextToAudio
 from foley.reporting.plots import draw_sheet, waveform_outline
 from foley.serving.engine import Served
-from foley.serving.jobs import DEFAULT, STUDENT, Job
+from foley.serving.jobs import DEFAULT_ACCELERATOR, STUDENT, Job
 from foley.serving.schema import EditForm, GenerateBody, SoundBody, VariationForm, problems
 from foley.serving.service import Service
 from foley.serving.sounds import Sound, check_length, encode, readable
@@ -42,7 +42,7 @@ _MOST_EXAMPLES = 8
 _MOST_TAKES = 30  # of a visitor; the oldest go first
 _GUIDANCE_END = 10.0  # of the slider: the scale itself has no most
 _OUTLINE_COLUMNS = 600
-_MAX_TITLE_CHARACTERS = 60
+_MOST_LABEL_CHARACTERS = 60
 
 
 # ---------------------------------------------------------------- what the fields may be
@@ -58,7 +58,7 @@ class SliderRange:
     value: float
 
 
-def _slider(name: str, most: float, step: float, value: float, least: float | None = None) -> SliderRange:
+def _slider_range(name: str, most: float, step: float, value: float, least: float | None = None) -> SliderRange:
     """From the least that the API takes, on the grid of the step."""
     numbers = OPTION_NUMBERS[name]
     lowest = (numbers.least or 0.0) if least is None else least
@@ -76,12 +76,12 @@ def sliders(service: Service, model: str) -> dict[str, SliderRange]:
         lowest, highest = student.lowest_scale, student.highest_scale
         most_steps = min(most_steps, len(student.grid(served.generator.process)))
     return {
-        "duration_seconds": _slider(
+        "duration_seconds": _slider_range(
             "duration_seconds", answer.max_duration_seconds, 0.1 if round(seconds, 1) == seconds else 0.01, seconds
         ),
-        "steps": _slider("steps", most_steps, 1, steps),
-        "guidance_scale": _slider("guidance_scale", max(highest, scale), 0.1, scale, lowest),
-        "num": _slider("num", answer.max_num, 1, 1),
+        "steps": _slider_range("steps", most_steps, 1, steps),
+        "guidance_scale": _slider_range("guidance_scale", max(highest, scale), 0.1, scale, lowest),
+        "num": _slider_range("num", answer.max_num, 1, 1),
     }
 
 
@@ -96,7 +96,7 @@ def _own_choice(served: Served) -> tuple[int, float]:
 
 def strength_range() -> SliderRange:
     """Of variations."""
-    return _slider("strength", 1.0, 0.05, VariationForm.model_fields["strength"].default)
+    return _slider_range("strength", 1.0, 0.05, VariationForm.model_fields["strength"].default)
 
 
 def models(service: Service) -> list[str]:
@@ -123,8 +123,11 @@ def unaccelerated(served: Served) -> str | None:
 
 def accelerator_names(served: Served) -> list[str]:
     """That of requests that name none is left out where it accelerates nothing and has a plainer name."""
-    idle = unaccelerated(served) not in (None, DEFAULT) and type(served.accelerators[DEFAULT]) is NoAcceleration
-    return [name for name in served.accelerators if not (idle and name == DEFAULT)]
+    idle = (
+        unaccelerated(served) not in (None, DEFAULT_ACCELERATOR)
+        and type(served.accelerators[DEFAULT_ACCELERATOR]) is NoAcceleration
+    )
+    return [name for name in served.accelerators if not (idle and name == DEFAULT_ACCELERATOR)]
 
 
 def say_marks(service: Service) -> str:
@@ -176,7 +179,7 @@ class Take:
     def title(self) -> str:
         """For the list of the history."""
         prompt = one_line(self.fields["prompt"]) or "(no prompt)"
-        short = prompt if len(prompt) <= _MAX_TITLE_CHARACTERS else prompt[: _MAX_TITLE_CHARACTERS - 1] + "…"
+        short = prompt if len(prompt) <= _MOST_LABEL_CHARACTERS else prompt[: _MOST_LABEL_CHARACTERS - 1] + "…"
         kind = {"generate": "", "edit": "edit: ", "vary": "variation: "}[self.fields["kind"]]
         accelerator = "" if self.is_plain else f", {self.accelerator}"
         return f"{kind}{short} | seed {self.seed}, {self.audio_seconds:g} s, {self.fields['model']}{accelerator}"
@@ -215,6 +218,17 @@ class Stage:
     words: str
     share: float
     take: Take | None = None
+
+
+def forget_oldest(folder: Path, most_bytes: int) -> None:
+    """Remove the files that were written first, as long as those of `folder` take more than `most_bytes`."""
+    found = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
+    held = sum(facts.st_size for _, facts in found)
+    for file, facts in sorted(found, key=lambda pair: pair[1].st_mtime):
+        if held <= most_bytes:
+            break
+        file.unlink(missing_ok=True)
+        held -= facts.st_size
 
 
 class Studio:

@@ -65,8 +65,9 @@ def fetched(source: str | Path, hub_dir: str | Path | None = None, revision: str
         return source
     hub = Hub(Path(hub_dir).expanduser()) if hub_dir else Hub()
     # A folder that `foley.system.diffusers_folder` wrote has the index of a pipeline in the place of our file.
-    is_pipeline = asked(repository, SYSTEM_FILE, hub)[0] is None and asked(repository, PIPELINE_INDEX, hub)[0]
-    return hub.folder(repository, SHARED_FILES, PIPELINE_INDEX if is_pipeline else SYSTEM_FILE, revision)
+    ours, index = (asked(repository, name, hub, revision)[0] for name in (SYSTEM_FILE, PIPELINE_INDEX))
+    probe = PIPELINE_INDEX if ours is None and index is not None else SYSTEM_FILE
+    return hub.folder(repository, SHARED_FILES, probe, revision)
 
 
 def find_weights(source: str | Path, component: str | None = None, option: str = "") -> Path:

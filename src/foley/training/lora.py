@@ -68,7 +68,7 @@ def load_base(path: str, codec_path: str | None = None, text_dir: str | None = N
     return Teacher.load(path, text_dir, True, codec_path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prior:
     """What a system is to keep: sounds of captions that it knows, beside one's own in every step.
 
@@ -83,13 +83,13 @@ class Prior:
     Raises ValueError for numbers that are none.
     """
 
-    weight: float = 1.0
-    follow_base: bool = True
-    count: int = 32
+    weight: float
+    follow_base: bool
+    count: int
     captions: Sequence[str] | None = None
     clips: AudioDataModule | None = None
-    num_steps: int = 25
-    guidance_scale: float = 3.0
+    num_steps: int
+    guidance_scale: float
 
     def __post_init__(self) -> None:
         NOT_NEGATIVE.check("task.prior.weight", self.weight)
