@@ -5,6 +5,7 @@ The rows' single cases are in test_audio_io.py, test_audio_dataset.py, test_mani
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from commands import compose_command, run_command
 from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
+from foley.cli.errors import describe
 from foley.data.datamodule import AudioDataModule
 from foley.data.dataset import AudioCollate, AudioDataset, DataFaultError
 from foley.data.encoding import EncodingOptions, encode_latents
@@ -120,8 +122,16 @@ def test_faults_of_all_loader_processes_are_counted_once(manifest, caplog):
 def test_too_many_faults_stop_the_run_from_a_loader_process_too(manifest, num_workers):
     splits = clip_splits(str(manifest), RATE, check_files=False)
     data = AudioDataModule(splits, RATE, 0.05, 8, num_workers, max_fault_fraction=0.02)
-    with pytest.raises(DataFaultError, match=r"[5-6] of 200 clips cannot be used, more than the fraction 0\.02"):
-        list(data.train_dataloader())
+    batches = iter(data.train_dataloader())
+    with pytest.raises(
+        DataFaultError, match=r"[5-6] of 200 clips cannot be used, more than the fraction 0\.02"
+    ) as found:
+        list(batches)
+    shown = describe(found.value)
+    assert re.match(r"[5-6] of 200 clips cannot be used", shown)
+    assert "Traceback" not in shown
+    if num_workers:
+        batches._shutdown_workers()  # left to the garbage collector, each of them is waited for in vain for 5 s
 
 
 def test_too_many_known_faults_are_the_error_before_anything_is_read(manifest):

@@ -206,6 +206,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell")
 def test_a_loader_process_copies_nothing_of_what_it_reads(tmp_path):
     """In a process of its own: what tests before this one have left in memory would be counted too."""

@@ -23,9 +23,8 @@ def scale(monkeypatch):
     sys.modules.pop("scale")
 
 
-@pytest.mark.parametrize(
-    "only", [["manifest: parse", "buckets"], pytest.param([], marks=pytest.mark.slow)], ids=["some", "all"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("only", [["manifest: parse", "buckets"], []], ids=["some", "all"])
 def test_rows_are_measured_and_the_page_written(scale, only: list[str], tmp_path: Path) -> None:
     shutil.copytree(PROJECT_ROOT / "docs" / "results" / "templates", tmp_path / "templates")
     chosen = {name: row for name, row in scale.ROWS.items() if not only or name.startswith(tuple(only))}

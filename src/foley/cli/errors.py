@@ -120,12 +120,24 @@ def describe(error: BaseException, config_name: str | None = None) -> str:
             return _of_group(config_name, sys.argv[1:]) or str(error)
         case OSError() if error.strerror:
             return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = str(error).strip() or type(error).__name__
+    text = _without_traceback(str(error).strip(), type(error)) or type(error).__name__
     if not is_fault(error):
         return text
     if nulls := _typed_nulls():
         return f"{', '.join(nulls)}: give a value, or leave it out; it ends in {type(error).__name__}: {text}"
     return f"{type(error).__name__}: {text}\nThis is a fault of foley, not of the command"
+
+
+def _without_traceback(text: str, kind: type[BaseException]) -> str:
+    """The message of an error that PyTorch has brought from a loader process or another thread, with their traceback.
+
+    >>> text = "Caught ValueError in DataLoader worker process 0.\\nOriginal Traceback (most recent call last):\\n  ..."
+    >>> _without_traceback(text + "\\nValueError: a.wav: is empty\\n  and 2 more", ValueError)
+    'a.wav: is empty\\n  and 2 more'
+    """
+    if not (text.startswith("Caught ") and "\nOriginal Traceback" in text):
+        return text
+    return re.split(rf"^(?:[\w.]+\.)?{kind.__name__}: ", text, flags=re.MULTILINE)[-1].strip()
 
 
 def is_fault(error: BaseException) -> bool:
