@@ -46,6 +46,10 @@ class AudioError(RuntimeError):
         self.reason = reason
 
 
+class NotFiniteError(AudioError):
+    """A clip with NaN or infinite samples."""
+
+
 def read_audio(
     path: Path,
     sample_rate_hz: int,
@@ -195,7 +199,7 @@ def check_samples(path: Path | str, samples: FloatArray) -> None:
         raise AudioError(path, "holds no samples")
     peak = float(np.abs(samples).max())
     if not math.isfinite(peak):
-        raise AudioError(path, "holds NaN or infinite samples")
+        raise NotFiniteError(path, "holds NaN or infinite samples")
     if peak > MAX_ABS_SAMPLE:
         raise AudioError(path, f"holds a sample of {peak:.3g}, beyond the limit of {MAX_ABS_SAMPLE:g}")
 

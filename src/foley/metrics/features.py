@@ -34,7 +34,7 @@ MAX_FAULTY_SHARE = 0.05
 """Of the files of a set that cannot be used; more stop an evaluation, for it would be of another set."""
 
 # Sound that is not decoded: to look away would leave clips out without a word, so these count as faulty ones.
-_OTHER_SOUND = frozenset({".m4a", ".aac", ".wma", ".mp4", ".webm", ".mka", ".amr", ".ape", ".wv", ".ac3"})
+OTHER_SOUND = frozenset({".m4a", ".aac", ".wma", ".mp4", ".webm", ".mka", ".amr", ".ape", ".wv", ".ac3"})
 _COMPANIONS = frozenset({".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".html", ".png", ".log", ".yaml"})
 _CHUNK_CLIPS = 16
 _LOADER_THREADS = 2
@@ -81,11 +81,11 @@ def scan_directory(directory: Path) -> list[ClipFile]:
     Raises FileNotFoundError where there is no folder, or no audio in it, and ValueError for a sidecar that is none.
     """
     files = sorted(path for path in find_files(directory) if not path.name.startswith("."))
-    paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | _OTHER_SOUND]
+    paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | OTHER_SOUND]
     if not paths:
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
         raise FileNotFoundError(f"{directory} holds no audio file ({suffixes}); check the path")
-    others = [path for path in files if path.suffix.lower() not in AUDIO_SUFFIXES | _OTHER_SOUND | _COMPANIONS]
+    others = [path for path in files if path.suffix.lower() not in AUDIO_SUFFIXES | OTHER_SOUND | _COMPANIONS]
     if others:
         kinds = ", ".join(f"{n} {suffix or 'without an ending'}" for suffix, n in _count_suffixes(others).items())
         _log.warning("%s: %d files are left out (%s), such as %s", directory, len(others), kinds, others[0].name)
