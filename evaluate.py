@@ -49,6 +49,7 @@ def evaluate(cfg: DictConfig) -> None:
     """Write `evaluation.json` and `evaluation.md`, show the scores, and log them where a logger is chosen."""
     from foley.core.remote import local_folder
     from foley.data.procedural import CLASS_NAMES, captions_for
+    from foley.metrics.audit import AuditLimits, audit_files
     from foley.metrics.evaluation import evaluate_files
     from foley.reporting.scores import flat_scores, show, write_report
 
@@ -58,6 +59,9 @@ def evaluate(cfg: DictConfig) -> None:
     settings = (load, cfg.pairing, features_dir, captions, CLASS_NAMES, cfg.resamples)
     score = partial(evaluate_files, max_faulty_share=cfg.max_faulty_share)
     evaluations = [score(samples, reference, protocol, *settings) for protocol in protocols]
+    if cfg.audit:
+        heard = audit_files([clip.path for clip in samples], AuditLimits.shipped()).summary()
+        evaluations = [replace(evaluation, audit=heard) for evaluation in evaluations]
     with local_folder(cfg.output_dir) as folder:
         write_report(evaluations, folder)
     for evaluation in evaluations:

@@ -115,6 +115,7 @@ def requested_settings(cfg: DictConfig) -> GenerationSettings:
         window_seconds=cfg.window_seconds,
         overlap_seconds=cfg.overlap_seconds,
         decode_chunk_seconds=cfg.decode_chunk_seconds,
+        loudness_lufs=cfg.loudness_lufs,
         provenance=cfg.provenance,
         watermark=cfg.watermark,
         # The clips of a file have a bar of their own.

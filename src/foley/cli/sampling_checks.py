@@ -17,7 +17,7 @@ RECORDINGS = ("edit", "init", "control")
 """Options that name a recording to start from."""
 # What the system decides, or does without, where it is null.
 _OPTIONAL = {"duration_seconds", "window_seconds", "decode_chunk_seconds", "trained_seconds", "steps"}
-_OPTIONAL |= {"guidance_scale", "mask_start_seconds", "mask_length_seconds"}
+_OPTIONAL |= {"loudness_lufs", "guidance_scale", "mask_start_seconds", "mask_length_seconds"}
 
 
 def check_numbers(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from foley.data.dataset import gain_to_decibels
 from foley.generation.marking import origin_tags
 from foley.generation.prompts import Clip
 from foley.metrics.latency import RealTimeFactor, real_time_factor
+from foley.metrics.loudness import Levelling, level_to
 from foley.reporting.plots import draw_sheet
 from foley.reporting.samples import MAX_SHEET_CLIPS, PAGE_FILE, SHEET_FILE, Card, count_sounds, draw_card, render_page
 
@@ -63,7 +65,8 @@ class Generation:
         batch_size: the most clips that were denoised together.
 
     Clips beyond full scale are warned of as they are written. In memory they stay as they are; written, they are
-    attenuated, and an edit, whose kept samples stay as they were, becomes a file of 32-bit floats.
+    attenuated, or brought to the `loudness_lufs` of the settings, and an edit, whose kept samples stay as they were,
+    becomes a file of 32-bit floats.
     """
 
     clips: Sequence[Clip]
@@ -109,7 +112,7 @@ class Generation:
         cards = []
         for row, clip in enumerate(self.clips):
             stem = self.write_clip(directory, row, row, facts)
-            cards.append(draw_card(directory, stem, clip.prompt, clip.seed, self._waveform(row), self.sample_rate_hz))
+            cards.append(draw_card(directory, stem, clip.prompt, clip.seed, self._levelled(row), self.sample_rate_hz))
         shown = range(0, len(self.clips), ceil(len(self.clips) / MAX_SHEET_CLIPS))
         waves, prompts = [self._waveform(row) for row in shown], [self.clips[row].prompt for row in shown]
         draw_sheet(directory / SHEET_FILE, waves, prompts, self.sample_rate_hz)
@@ -135,7 +138,8 @@ class Generation:
     ) -> str:
         """Write the WAV of a row and then its JSON: where there is a JSON, the clip is whole. Returns their stem.
 
-        Audio louder than `peak_ceiling` is attenuated to it; the JSON states the gain, and the peak before.
+        Audio louder than `peak_ceiling` is attenuated to it; the JSON states the gain, and the peak before. Where the
+        settings have `loudness_lufs`, the gain is that to it, and the JSON states the loudness before too.
 
         Args:
             index: of the clip in the folder.
@@ -148,8 +152,9 @@ class Generation:
 
     def describe(self, row: int, index: int, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What the JSON of a clip says; arguments are those of `write_clip`."""
-        clip, gain = self.clips[row], gain_below(self._waveform(row), self.peak_ceiling)
-        levels = {"gain_db": gain_to_decibels(gain), **self._levels(row)}
+        clip, levelled = self.clips[row], self._levelled(row)
+        gain = gain_below(levelled, self.peak_ceiling) * self._levellings[row].gain
+        levels = {"gain_db": gain_to_decibels(gain), **self._levels(row), **self._loudness(row)}
         described = {"prompt": clip.prompt, "seed": clip.seed, **levels, **clip.notes}
         return {**described, "index": index, **self.rtf.to_json(), "settings": dict(self.settings), **(facts or {})}
 
@@ -161,7 +166,30 @@ class Generation:
     def _audio(self, row: int) -> tuple[Tensor, int, float, Mapping[str, str]]:
         """What is written of a clip, and with which tags."""
         tags = origin_tags(self.clips[row].prompt, self.clips[row].seed, self.settings)
-        return self._waveform(row), self.sample_rate_hz, self.peak_ceiling, tags
+        return self._levelled(row), self.sample_rate_hz, self.peak_ceiling, tags
+
+    @property
+    def _target_lufs(self) -> float | None:
+        return self.settings.get("loudness_lufs")
+
+    @cached_property
+    def _levellings(self) -> list[Levelling]:
+        """Of each clip, what brings it to the loudness of the settings; a gain of 1 where they name none."""
+        target = self._target_lufs
+        if target is None:
+            return [Levelling(1.0, None)] * len(self.clips)
+        clips = self.audio.float().transpose(1, 2).numpy()  # [N, T, channels]
+        return [level_to(clip, self.sample_rate_hz, target, self.peak_ceiling) for clip in clips]
+
+    def _levelled(self, row: int) -> Tensor:
+        """As `_waveform`, at the loudness of its file."""
+        gain = self._levellings[row].gain
+        return self._waveform(row) if gain == 1.0 else gain * self._waveform(row)
+
+    def _loudness(self, row: int) -> dict[str, Any]:
+        """What the JSON says of a loudness that was asked for."""
+        target = self._target_lufs
+        return {} if target is None else {"loudness": self._levellings[row].to_json(target)}
 
     def _levels(self, row: int) -> dict[str, float]:
         """What the JSON says of the clip's level as it was generated."""
@@ -177,6 +205,7 @@ class Generation:
         """Of clips beyond full scale, and of what was attenuated beside kept audio; of the loudest by name."""
         levels = [self._levels(row) for row in range(len(self.clips))]
         over = [row for row, level in enumerate(levels) if level["samples_over_full_scale"]]
+        over = over if self._target_lufs is None else []  # their level is not kept
         attenuated = [row for row, level in enumerate(levels) if level["generated_gain_db"] < 0]
         if over:
             loudest = max(over, key=lambda row: levels[row]["peak"])
@@ -191,6 +220,20 @@ class Generation:
             _log.warning(
                 "what was generated in %d of %d edits is attenuated, to fit beside what is kept: %r by %.1f dB",
                 *(len(attenuated), len(levels), self.clips[most].prompt, -levels[most]["generated_gain_db"]),
+            )
+
+        self._warn_of_loudness()
+
+    def _warn_of_loudness(self) -> None:
+        """Of clips that are not as loud as was asked for, and why."""
+        target, count = self._target_lufs, len(self.clips)
+        for reason in dict.fromkeys(levelling.left for levelling in self._levellings if levelling.left):
+            kept = sum(levelling.left == reason for levelling in self._levellings)
+            _log.warning("loudness_lufs=%g: %d of %d clips are left as they are: %s", target, kept, count, reason)
+        if limited := sum(levelling.limited for levelling in self._levellings):
+            _log.warning(
+                "loudness_lufs=%g: %d of %d clips stay below it, with their true peak at the ceiling of %.1f dBTP",
+                *(target, limited, count, gain_to_decibels(self.peak_ceiling)),
             )
 
     def _waveform(self, row: int) -> Tensor:

@@ -44,6 +44,8 @@ class GenerationSettings:
         overlap_seconds: of neighbouring windows, at least.
         decode_chunk_seconds: decode longer clips in chunks of this length, which bounds the memory and changes
             nothing else (`foley.generation.decoding`); None decodes all at once.
+        loudness_lufs: bring each file to this integrated loudness (EBU R128 asks for -23), or to a true peak of -1 dBTP
+            where that comes first; None keeps the level, up to a peak of -1 dBFS. Not of an edit, which keeps samples.
         provenance: each file's own tags say the software, the model's hash, the prompt and the seed.
         watermark: an inaudible one in the sound (`foley.generation.marking`); of an edit, in what is kept too.
         facts: what else the JSON of each clip is to say of its settings, such as the name of the system.
@@ -73,6 +75,7 @@ class GenerationSettings:
     overlap_seconds: float = 1.0
     decode_chunk_seconds: float | None = 10.0
     any_guidance_scale: bool = False
+    loudness_lufs: float | None = None
     provenance: bool = True
     watermark: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -84,6 +87,11 @@ class GenerationSettings:
             require_watermark()
         if isinstance(self.source, Control) and self.window_seconds is not None:
             raise ValueError("window_seconds and control exclude each other: a recording is followed in one piece")
+        if isinstance(self.source, Edit) and self.loudness_lufs is not None:
+            raise ValueError(
+                f"loudness_lufs={self.loudness_lufs:g} and edit exclude each other: an edit keeps the samples of its "
+                "recording, and their level; leave loudness_lufs out"
+            )
 
     def refuse_lyrics(self, taken: bool = False) -> None:
         """Raises ValueError where there are lyrics, and the system does not take them."""
@@ -178,6 +186,7 @@ class GenerationSettings:
             "num_steps": num_steps,
             "negative_prompt": self.negative_prompt,
             **({"lyrics": self.lyrics} if self.lyrics else {}),
+            **({} if self.loudness_lufs is None else {"loudness_lufs": self.loudness_lufs}),
             "provenance": self.provenance,
             "watermark": WATERMARK if self.watermark else False,
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
@@ -103,7 +104,8 @@ class AuditLimits:
     @classmethod
     def shipped(cls) -> "AuditLimits":
         """Those of the config."""
-        return cls(**{str(key): value for key, value in OmegaConf.load(CONFIG_DIR / "options/audit.yaml").items()})
+        limits: AuditLimits = instantiate(OmegaConf.load(CONFIG_DIR / "options/audit.yaml"))
+        return limits
 
 
 @dataclass(frozen=True)
@@ -267,12 +269,17 @@ class Audit:
             "counts": self.counts,
         }
 
-    def in_words(self) -> str:
-        """A sentence."""
-        if not self.num_found:
-            return f"audit: nothing found in {len(self.clips)} clips"
-        counted = ", ".join(f"{count} {name}" for name, count in self.counts.items())
-        return f"audit: {self.num_found} of {len(self.clips)} clips have findings: {counted}"
+
+def in_words(summary: Mapping[str, Any]) -> str:
+    """What `Audit.summary` says, as a sentence.
+
+    >>> in_words({"clips": 8, "clips_with_findings": 2, "counts": {"clipping": 1, "loop": 2}})
+    'audit: 2 of 8 clips have findings (1 clipping, 2 loop)'
+    """
+    if not summary["counts"]:
+        return f"audit: nothing found in {summary['clips']} clips"
+    counted = ", ".join(f"{count} {name}" for name, count in summary["counts"].items())
+    return f"audit: {summary['clips_with_findings']} of {summary['clips']} clips have findings ({counted})"
 
 
 def sound_files(folder: Path) -> list[Path]:

@@ -58,7 +58,8 @@ class Evaluation:
 
     `unmeasured` maps the scores that were refused to the reason; `seconds` holds the shortest, median and longest clip
     of each set; `notes` are sentences on what the scores suffer from, or are made of; `rtf` is the mean of the
-    `n_timed` generated clips that say how fast they were made.
+    `n_timed` generated clips that say how fast they were made; `audit` counts what is heard of the generated clips
+    (`foley.metrics.audit.Audit.summary`), where that was asked for.
     """
 
     protocol: dict[str, Any]
@@ -74,6 +75,7 @@ class Evaluation:
     notes: list[str]
     rtf: RealTimeFactor | None = None
     n_timed: int = 0
+    audit: dict[str, Any] | None = None
 
     def value(self, score: str) -> float:
         """A score that something is decided by; raises ValueError, which says why, where there is none."""

@@ -158,7 +158,9 @@ def find_bandwidth(channel: FloatArray, sample_rate_hz: int, cutoff_share: float
     Args:
         cutoff_share: of half the rate, up to which a cut-off is looked for.
     """
-    frequency, power = welch(channel.astype(np.float64), sample_rate_hz, nperseg=min(_SPECTRUM_SAMPLES, len(channel)), detrend=False)
+    frequency, power = welch(
+        channel.astype(np.float64), sample_rate_hz, nperseg=min(_SPECTRUM_SAMPLES, len(channel)), detrend=False
+    )
     within = np.cumsum(power)
     bandwidth = float(frequency[np.searchsorted(within, _NEARLY_ALL * within[-1])]) if within[-1] else 0.0
     level = 10 * np.log10(power + 1e-20)

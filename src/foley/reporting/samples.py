@@ -32,7 +32,8 @@ _COPY = "navigator.clipboard.writeText(this.dataset.copy).then(() => this.textCo
 class Card:
     """One clip on the page; the file names are relative to the page.
 
-    `waveform` is its outline, as `foley.reporting.plots.waveform_outline` draws it.
+    `waveform` is its outline, as `foley.reporting.plots.waveform_outline` draws it; `link` is what the page calls the
+    sidecar. A clip that cannot be drawn has no image.
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class Card:
     sidecar_file: str
     facts: str
     waveform: str = ""
+    link: str = "settings"
 
     def inside(self, folder: str) -> "Card":
         """The card for a page that lies beside `folder`, which holds the files."""
@@ -164,11 +166,12 @@ def _prompt(card: Card) -> str:
 def _render_card(card: Card, name: str | None = None) -> str:
     """A figure under the clip's prompt, or under a `name` where the prompt stands above."""
     wave = f'<svg viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true"><path d="{card.waveform}"/></svg>'
+    image = f'<img src="{escape(card.image_file)}" alt="log-mel spectrogram" loading="lazy" decoding="async">'
     return f"""<figure>
 {wave if card.waveform else ""}
-<img src="{escape(card.image_file)}" alt="log-mel spectrogram" loading="lazy" decoding="async">
+{image if card.image_file else ""}
 <figcaption>{_prompt(card) if name is None else escape(name)}
-<small>{escape(card.facts)} · <a href="{escape(card.sidecar_file)}">settings</a></small>
+<small>{escape(card.facts)} · <a href="{escape(card.sidecar_file)}">{escape(card.link)}</a></small>
 <audio controls preload="none" src="{escape(card.audio_file)}"></audio>
 </figcaption>
 </figure>"""

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from foley.core.files import write_json, write_text
+from foley.metrics.audit import in_words
 from foley.metrics.evaluation import Evaluation
 from foley.metrics.scores import CONFIDENCE, Estimate
 from foley.reporting.tables import markdown_table
@@ -100,6 +101,7 @@ def _set_facts(evaluation: Evaluation) -> list[str]:
         f"pairing: {evaluation.pairing}",
         f"clips without label: {evaluation.n_unlabelled}",
         describe_speed(evaluation),
+        *([] if evaluation.audit is None else [in_words(evaluation.audit)]),
     ]
 
 
@@ -123,6 +125,8 @@ def show(evaluation: Evaluation, console: Console | None = None) -> None:
     console = console or Console()
     console.print(table)
     console.print(describe_speed(evaluation), markup=False, highlight=False)
+    if evaluation.audit is not None:
+        console.print(in_words(evaluation.audit), markup=False, highlight=False)
     for remark in remarks(evaluation):
         console.print(f"* {remark}", markup=False, highlight=False)
 

@@ -46,6 +46,7 @@ Eta = Annotated[float, limits(OPTION_NUMBERS["eta"]), _Number]
 GuidanceScale = Annotated[float, limits(OPTION_NUMBERS["guidance_scale"]), _Number]
 GuidanceRescale = Annotated[float, limits(OPTION_NUMBERS["guidance_rescale"]), _Number]
 DurationSeconds = Annotated[float, limits(OPTION_NUMBERS["duration_seconds"]), _Number]
+LoudnessLufs = Annotated[float, limits(OPTION_NUMBERS["loudness_lufs"]), _Number]
 MaskSeconds = Annotated[float, limits(OPTION_NUMBERS["mask_start_seconds"]), _Number]
 Strength = Annotated[float, limits(OPTION_NUMBERS["strength"]), _Number]
 
@@ -74,14 +75,16 @@ class SoundBody(BaseModel):
     guidance_scale: GuidanceScale | None = Field(None, description="w; 1 turns guidance off")
     guidance_rescale: GuidanceRescale | None = Field(None, description="phi")
     accelerator: Name = Field(DEFAULT_ACCELERATOR, description="by its name in /v1/models")
+    loudness_lufs: LoudnessLufs | None = Field(None, description="of each file, by EBU R128; not of an edit")
     format: Format = Field("wav", description="of the sounds")
 
     def settings(self, defaults: GenerationSettings) -> GenerationSettings:
         """With what the server takes where this request says nothing; raises ValueError as the settings do."""
-        named = {"num_steps": self.steps, "solver": self.solver, "eta": self.eta}
+        named = {name: getattr(self, name) for name in ("solver", "eta", "loudness_lufs")} | {"num_steps": self.steps}
         given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
         guidance = self._guidance(defaults.guidance)
-        return replace(defaults, negative_prompt=self.negative_prompt, guidance=guidance, **given, **self._source())
+        given |= self._source()
+        return replace(defaults, negative_prompt=self.negative_prompt, guidance=guidance, **given)
 
     def _guidance(self, default: ClassifierFreeGuidance | None) -> ClassifierFreeGuidance | None:
         if (self.guidance_scale, self.guidance_rescale) == (None, None):
@@ -122,7 +125,9 @@ class EditForm(RecordingForm):
 
     def _source(self) -> dict[str, Any]:
         mask = EditMask(self.mask_start_seconds, self.mask_length_seconds, self.boundary_seconds)
-        return {"source": Edit(self._path, mask, self.downmix), "duration_seconds": None}
+        source = {"source": Edit(self._path, mask, self.downmix), "duration_seconds": None}
+        # The server's own loudness is of other sounds; what a request says itself is refused beside an edit.
+        return source | {"loudness_lufs": self.loudness_lufs}
 
 
 class VariationForm(RecordingForm):
