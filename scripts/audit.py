@@ -42,7 +42,7 @@ def refuse(audit: "Audit", fail_on: list[str], output_dir: str) -> None:
 def main(cfg: DictConfig) -> None:
     """Listen to every file, write the report, and fail where it is asked to."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
-    from foley.core.numbers import NOT_NEGATIVE, POSITIVE, check_choice
+    from foley.core.numbers import POSITIVE, NumberRange, check_choice
     from foley.core.remote import local_folder
     from foley.metrics.audit import FINDINGS, audit_files
     from foley.reporting.audit import show_audit, write_audit
@@ -50,11 +50,8 @@ def main(cfg: DictConfig) -> None:
 
     for name in cfg.fail_on:
         check_choice("fail_on", name, FINDINGS)
-    for option, numbers in (
-        ("num_workers", NOT_NEGATIVE),
-        ("shown_clips", NOT_NEGATIVE),
-        ("longest_seconds", POSITIVE),
-    ):
+    whole = NumberRange(least=0, whole=True)
+    for option, numbers in {"num_workers": whole, "shown_clips": whole, "longest_seconds": POSITIVE}.items():
         numbers.check(option, cfg[option])
     limits, (files, root) = instantiate(cfg.limits), chosen_files(cfg)
     audit = audit_files(files, limits, root, cfg.num_workers, cfg.longest_seconds)

@@ -17,10 +17,8 @@ ALLOWED = {
     "accel": {"accel", "nn", "diffusion.context"},
     "metrics": {"metrics"},
     # What reads clips of ours: a judge, references, an audit, and the extractor that ships with its training.
-    **{
-        f"metrics.{name}": {"metrics", "data"}
-        for name in ("judge", "references", "audit", "embedded.train", "embedded.data")
-    },
+    **{f"metrics.{name}": {"metrics", "data"} for name in ("audit", "judge", "references")},
+    **{f"metrics.embedded.{name}": {"metrics", "data"} for name in ("train", "data")},
     "reporting": {"reporting", "metrics", "data.audio"},
     "system": {"system", "accel", "diffusion", "models", "nn"},
     "training": BELOW_TRAINING | {"training"},

@@ -93,13 +93,12 @@ def find_clicks(
         return Clicks(False, False, 0, 0.0, 0.0)
     steps = np.abs(np.diff(np.pad(samples.astype(np.float64), ((1, 1), (0, 0))), axis=0))  # [T + 1, channels]
     ratios = np.stack([channel / _roughness(channel, around) for channel in steps.T], axis=1)
-    heard = steps >= max(least_jump * peak, _CORNER)
-    start, end = ((ratios[place] >= ends_ratio) & heard[place] for place in (0, -1))
-    inside = ((ratios >= inside_ratio) & heard).any(axis=1)[1:-1]
-    hits = np.flatnonzero(inside)
-    count = int((np.diff(hits, prepend=-around) > around).sum())  # a wrong sample has two steps
+    heard: NDArray[np.bool_] = steps >= max(least_jump * peak, _CORNER)
+    start, end = (bool(((ratios[place] >= ends_ratio) & heard[place]).any()) for place in (0, -1))
+    hits = np.flatnonzero(((ratios >= inside_ratio) & heard)[1:-1].any(axis=1))
+    count = int((np.diff(hits, prepend=-1 - around) > around).sum())  # a wrong sample has two steps
     jumps = np.abs(samples[[0, -1]]).max(axis=1) / peak
-    return Clicks(bool(start.any()), bool(end.any()), count, float(jumps[0]), float(jumps[1]))
+    return Clicks(start, end, count, float(jumps[0]), float(jumps[1]))
 
 
 def _roughness(steps: NDArray[np.float64], around: int) -> NDArray[np.float64]:
