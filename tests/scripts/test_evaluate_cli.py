@@ -16,6 +16,7 @@ from tiny_clap import save_clap
 
 from foley.core.components import save_component
 from foley.core.config import PROJECT_ROOT
+from foley.metrics.audit import in_words
 from foley.metrics.embedded.network import EmbeddedExtractor
 from foley.metrics.evaluation import SilentAudioError
 from foley.metrics.latency import RealTimeFactor
@@ -101,6 +102,15 @@ def test_a_report_says_how_fast_its_clips_were_made(workspace: Path) -> None:
     assert stored["rtf"] == {"value": pytest.approx(0.025), "machine": "NVIDIA H200", "batch_size": 8}
     report = (workspace / "out" / "evaluation.md").read_text()
     assert "- RTF: 0.025 (NVIDIA H200, batch 8), mean of 4 of 8 clips" in report
+
+
+def test_a_report_counts_what_is_heard_of_the_samples(workspace: Path) -> None:
+    rng = np.random.default_rng(9)
+    write_clip(workspace / "samples", "noise0", np.clip(4 * rng.standard_normal(RATE_HZ), -1, 1), prompt="radio static")
+    stored = run(workspace)["audit"]
+    assert (stored["clips"], stored["counts"]["clipping"]) == (8, 1)
+    assert f"- {in_words(stored)}" in (workspace / "out" / "evaluation.md").read_text()
+    assert run(workspace, "audit=false")["audit"] is None
 
 
 def test_reference_may_be_one_split_of_a_manifest(workspace: Path) -> None:

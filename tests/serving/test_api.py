@@ -9,6 +9,7 @@ import math
 import pytest
 import soundfile
 import torch
+from fastapi import UploadFile
 from fastapi.testclient import TestClient
 from gated_generators import PATIENCE_SECONDS, Held
 from small_system import STEPS
@@ -17,6 +18,7 @@ from foley.core.numbers import NumberRange
 from foley.data.audio import FORMATS
 from foley.generation.editing import EditMask
 from foley.generation.options import MAX_PROMPT_CHARACTERS, OPTION_NUMBERS
+from foley.generation.settings import GenerationSettings
 from foley.serving.app import Access, create_app
 from foley.serving.engine import Engine, Served
 from foley.serving.jobs import DEFAULT_ACCELERATOR, KeptJobs
@@ -402,6 +404,16 @@ def test_limits_are_those_of_the_command_line(body):
     for name in names:
         for value in VALUES:
             assert accepts(body, name, value) == (value in OPTION_NUMBERS[name]), (name, value)
+
+
+def test_a_loudness_is_of_the_request_or_of_the_server_and_never_of_an_edit():
+    asked, server = GenerateBody(prompt="rain", loudness_lufs=-30.0), GenerationSettings(loudness_lufs=-23.0)
+    assert asked.settings(server).loudness_lufs == -30.0
+    assert GenerateBody(prompt="rain").settings(server).loudness_lufs == -23.0
+    edit = {"prompt": "rain", "file": UploadFile(io.BytesIO()), "mask_start_seconds": 0.0, "mask_length_seconds": 1.0}
+    assert EditForm(**edit).settings(server).loudness_lufs is None
+    with pytest.raises(ValueError, match="loudness_lufs=-30 and edit exclude each other"):
+        EditForm(**edit, loudness_lufs=-30.0).settings(server)
 
 
 def test_the_openapi_page_shows_them(client):

@@ -9,8 +9,8 @@ from typing import Any
 from foley.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, NumberRange
 
 _AUDIBLE = NumberRange(least=1e-4)
-LOUDNESS = NumberRange(least=-70, most=0)
-"""Integrated loudness in LUFS: from the gate of BS.1770, below which all is silence, to full scale."""
+# From the gate of BS.1770, below which all is silence, to what the loudest masters reach under their peaks.
+_LOUDNESS_LUFS = NumberRange(least=-70, most=-5)
 NUMBERS = {
     "duration_seconds": _AUDIBLE,
     "num_steps": NumberRange(least=1, most=100_000, whole=True),
@@ -19,7 +19,7 @@ NUMBERS = {
     "window_seconds": _AUDIBLE,
     "overlap_seconds": NOT_NEGATIVE,
     "decode_chunk_seconds": POSITIVE,
-    "loudness_lufs": LOUDNESS,
+    "loudness_lufs": _LOUDNESS_LUFS,
 }
 """What each number of `GenerationSettings` may be; those that a system or nothing may decide can be None too."""
 _NEVER_NONE = ("batch_size", "overlap_seconds", "eta")
