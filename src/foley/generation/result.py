@@ -204,8 +204,9 @@ class Generation:
     def warn_of_levels(self) -> None:
         """Of clips beyond full scale, and of what was attenuated beside kept audio; of the loudest by name."""
         levels = [self._levels(row) for row in range(len(self.clips))]
-        over = [row for row, level in enumerate(levels) if level["samples_over_full_scale"]]
-        over = over if self._target_lufs is None else []  # their level is not kept
+        # At a loudness of its own a clip does not keep its level, unless it was left as it is.
+        kept = [self._target_lufs is None or bool(levelling.left) for levelling in self._levellings]
+        over = [row for row, level in enumerate(levels) if level["samples_over_full_scale"] and kept[row]]
         attenuated = [row for row, level in enumerate(levels) if level["generated_gain_db"] < 0]
         if over:
             loudest = max(over, key=lambda row: levels[row]["peak"])
