@@ -131,7 +131,7 @@ def measure(samples: FloatArray, sample_rate_hz: int, limits: AuditLimits, whole
     >>> tone = 0.5 * np.sin(2 * np.pi * 997 * np.arange(48000) / 48000).astype(np.float32)
     >>> row = measure(tone[:, None], 48000, AuditLimits.shipped())
     >>> row["peak_dbfs"], row["loudness_lufs"], row["click_start"]
-    (-6.02, -9.03, False)
+    (-6.02, -9.07, False)
     """
     full, flat = clipped_runs(samples, limits.clipping_run_samples)
     clicks = find_clicks(samples, sample_rate_hz, limits.ends_ratio, limits.inside_ratio, limits.least_jump)
