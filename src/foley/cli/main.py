@@ -59,6 +59,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "filter": Verb("scripts/filter_clap.py"),
         "shards": Verb("scripts/make_shards.py"),
         "render": Verb("scripts/render_procedural.py"),
+        "pack": Verb("scripts/pack_training_data.py"),
         "attribute": Verb("scripts/write_attributions.py"),
     },
     "Training": {

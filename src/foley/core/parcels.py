@@ -35,7 +35,7 @@ def pack(folder: Path, target: Path, max_bytes: int) -> list[Path]:
     identity = secrets.token_hex(6)
     write_json(folder / LINEAGE_FILE, [*_lineage(folder), identity])
     target.mkdir(parents=True, exist_ok=True)
-    files = []
+    files: list[Path] = []
     with refusing_full_disk(target / PARCEL_FILE), TemporaryFile(dir=target) as whole:
         with tarfile.open(mode="w", fileobj=whole) as archive:
             archive.add(folder, arcname="")
