@@ -13,9 +13,11 @@ def main(cfg: DictConfig) -> None:
     """Write the folder, and say what it holds."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
     from foley.data.manifest import ManifestOptions, read_manifest
-    from foley.data.packing import choose, pack_clips, pack_latents
+    from foley.data.packing import choose, pack_clips, pack_latents, remove_packed
     from foley.data.splits import hold_out
 
+    if cfg.overwrite:
+        remove_packed(Path(cfg.output_dir))
     max_bytes, max_file_bytes = round(cfg.max_megabytes * 1e6), round(cfg.max_file_megabytes * 1e6)
     if cfg.latents is not None:
         packed = pack_latents(cfg.latents, Path(cfg.output_dir), max_bytes, max_file_bytes)

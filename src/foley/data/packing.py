@@ -96,6 +96,13 @@ def pack_clips(
         return _summary(folder, files, lossy)
 
 
+def remove_packed(folder: Path) -> None:
+    """Remove what `pack_clips` or `pack_latents` wrote to `folder`, and nothing else."""
+    shutil.rmtree(folder / "clips", ignore_errors=True)
+    for file in (folder / MANIFEST_FILE, folder / INDEX_FILE, *folder.glob("*.safetensors")):
+        file.unlink(missing_ok=True)
+
+
 def _candidate(entry: ManifestEntry, stem: Path, sample_rate_hz: int, downmix: str | None) -> _Candidate:
     samples, rate = read_channels(entry.path, expected_seconds=entry.duration_seconds, downmix=downmix)
     target = min(rate, sample_rate_hz)
