@@ -55,6 +55,7 @@ def run_stage(cfg: DictConfig, name: str, description: dict[str, Any], budget: B
     A stage that goes on where an interruption left it names its folder in `fresh`, which is removed before the stage is
     run in another way.
     """
+    resolve_device(cfg.get("device", "cpu"))
     stage, folder = cfg.stages[name], cfg.stages[name].get("fresh")
     before = begin(PROJECT_ROOT / folder, description) if folder else 0.0
     words = command_line(stage.command, bool(folder), budget.minutes_of_work)
@@ -83,7 +84,7 @@ def run_all(cfg: DictConfig, budget: Budget) -> bool:
         if is_done(stage, PROJECT_ROOT / cfg.keep_dir / "stages" / f"{name}.json", description):
             log.info("%s: done before (%s)", name, stage.product)
         elif budget.minutes_of_work == 0 or not run_stage(cfg, name, description, budget):
-            log.info("%s: not done within minutes=%g; the same command goes on with it", name, cfg.minutes)
+            log.info("%s: not done, but the time is over; the same command goes on with it", name)
             return False
     for last in cfg.then:
         run_words("at the end", command_line(last))
@@ -94,7 +95,6 @@ def run_all(cfg: DictConfig, budget: Budget) -> bool:
 def main(cfg: DictConfig) -> None:
     """Go on from what an earlier call has packed, run the stages within the time, and pack what there is then."""
     budget = Budget(cfg.get("minutes"), cfg.get("reserve_seconds", 0.0))
-    resolve_device(cfg.get("device", "cpu"))
     if not cfg.get("packed_dir"):
         run_all(cfg, budget)
         return
@@ -104,7 +104,9 @@ def main(cfg: DictConfig) -> None:
             log.info("all is done, in %s", cfg.work_dir)
     finally:
         files = pack(PROJECT_ROOT / cfg.work_dir, PROJECT_ROOT / cfg.packed_dir, round(cfg.max_file_megabytes * 1e6))
-        log.info("packed: %.1f MB in %d files in %s", sum(f.stat().st_size for f in files) / 1e6, len(files), cfg.packed_dir)
+        log.info(
+            "packed: %.1f MB in %d files in %s", sum(f.stat().st_size for f in files) / 1e6, len(files), cfg.packed_dir
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A folder packed into files of bounded size, taken up elsewhere, and never an older state in the place of a newer one."""
+"""A folder packed into files of bounded size and taken up elsewhere; an older state never takes a newer one's place."""
 
 import os
 import shutil

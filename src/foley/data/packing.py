@@ -138,8 +138,8 @@ def _too_large(candidates: Sequence[_Candidate], num_bytes: int, max_bytes: int)
         sizes[one.entry.id.rpartition("/")[0] or one.entry.source or "all"] += one.opus.stat().st_size
     sources = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.most_common(8))
     return PackTooLargeError(
-        f"{num_bytes / 1e6:.1f} MB even as Opus, and max_megabytes={max_bytes / 1e6:g}: leave clips out by the beginnings "
-        f"of their ids (without=[NAME/]) or by their number (max_clips=N of each split); there are {sources}"
+        f"{num_bytes / 1e6:.1f} MB even as Opus, and max_megabytes={max_bytes / 1e6:g}: leave clips out by the "
+        f"beginnings of their ids (without=[NAME/]) or by number (max_clips=N of each split); there are {sources}"
     )
 
 
