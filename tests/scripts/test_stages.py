@@ -191,7 +191,7 @@ def test_what_failed_is_packed_too(main, sliced, tmp_path):
     [
         ({}, ["overwrite=true"]),
         ({"goes_on": True}, ["ckpt_path=auto"]),
-        ({"goes_on": True, "slice_minutes": 7.125}, ["ckpt_path=auto", "slice_minutes=7.12"]),
+        ({"goes_on": True, "slice_minutes": 7.12}, ["ckpt_path=auto", "slice_minutes=7.12"]),
     ],
 )
 def test_a_training_begins_anew_or_goes_on_for_a_time(options, words):

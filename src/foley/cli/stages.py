@@ -1,6 +1,7 @@
 """Stages of a config: commands whose products are kept, and not made again where they were made in this way."""
 
 import importlib.util
+import math
 import os
 import shlex
 import shutil
@@ -49,7 +50,7 @@ def command_line(command: str, goes_on: bool = False, slice_minutes: float | Non
     if not goes_on and script in _OVERWRITE:
         arguments.append("overwrite=true")
     if goes_on and script == "train.py":
-        arguments += ["ckpt_path=auto", *([] if slice_minutes is None else [f"slice_minutes={slice_minutes:.2f}"])]
+        arguments += ["ckpt_path=auto", *([] if slice_minutes is None else [f"slice_minutes={slice_minutes:g}"])]
     return [sys.executable, script if script == "-m" else str(SHIPPED_ROOT / script), *arguments]
 
 
@@ -184,8 +185,10 @@ class Budget:
 
     @property
     def minutes_of_work(self) -> float | None:
-        """That are left without the reserve, 0 at least; None is for ever."""
-        return None if self.seconds_left is None else max(0.0, self.seconds_left - self.reserve_seconds) / 60
+        """That are left without the reserve, in whole hundredths, 0 at least; None is for ever."""
+        if self.seconds_left is None:
+            return None
+        return max(0.0, math.floor((self.seconds_left - self.reserve_seconds) / 0.6) / 100)
 
 
 @dataclass(frozen=True)
