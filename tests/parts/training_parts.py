@@ -134,6 +134,7 @@ def build_trainer(
     callbacks=(),
     every: int = 4,
     progress_bar: bool = False,
+    keep_all: bool = True,
     slice_minutes: float | None = None,
     **options,
 ) -> pl.Trainer:
@@ -153,7 +154,7 @@ def build_trainer(
             ExponentialMovingAverage(0.9),
             NonFiniteGuard(3),
             BestCheckpoint(str(folder / "checkpoints")),
-            PeriodicCheckpoint(str(folder / "checkpoints"), every, keep_all=True, slice_minutes=slice_minutes),
+            PeriodicCheckpoint(str(folder / "checkpoints"), every, keep_all, slice_minutes=slice_minutes),
             *callbacks,
         ],
         **options,

@@ -247,6 +247,22 @@ def test_slices_of_time_are_one_run(tmp_path: Path, monkeypatch, minutes: int, b
     assert metrics(tmp_path / "part") == metrics(tmp_path / "whole")
 
 
+def test_a_run_whose_folder_has_moved_keeps_its_best_and_leaves_no_older_checkpoints(tmp_path: Path) -> None:
+    """As one that goes on on another machine, where the checkout lies elsewhere."""
+
+    def best(trainer: pl.Trainer) -> float:
+        return float(trainer.checkpoint_callbacks[0].best_model_score)
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    stayed, *_ = run(tmp_path / "stayed", 9, keep_all=False)
+    run(here, 8, keep_all=False)
+    here.rename(there)
+    moved, *_ = run(there, 9, there / "checkpoints/last.ckpt", keep_all=False)
+    names = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in ("there", "stayed")]
+    assert names[0] == names[1] == ["best.ckpt", "last.ckpt", "step_000009.ckpt"]
+    assert best(moved) == best(stayed)
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     with pytest.raises(TrainingInterrupted) as raised:
         run(tmp_path, 9, every=100, callbacks=[PressCtrlC(3, times=2)])

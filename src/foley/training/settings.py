@@ -27,6 +27,15 @@ SETTINGS_KEY = "settings"
 FILES_KEY = "file_hashes"
 """Entry of a checkpoint's description: what the files held that its components were built from."""
 
+_NOT_WORTH_A_LINE = (
+    "paths.",
+    "hydra",
+    "ckpt_path",
+    "overwrite",
+    "task.",
+    "slice_minutes",
+    "callbacks.checkpoint.slice",
+)
 _OF_BATCHES = ("memory_gib", "length_multiple")  # of a text encoder
 
 RULES: tuple[tuple[str, bool], ...] = (
@@ -151,7 +160,7 @@ def require_resumable(path: Path, settings: Mapping[str, Any]) -> None:
             "another folder."
         )
     for change in changed:
-        if not change[0].startswith(("paths.", "hydra", "ckpt_path", "overwrite", "task.")):
+        if not change[0].startswith(_NOT_WORTH_A_LINE):
             _log.info("goes on with another setting: %s", _line(change))
 
 

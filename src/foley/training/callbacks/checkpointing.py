@@ -33,7 +33,26 @@ class SliceEnded(TrainingInterrupted):
         super().__init__(os.EX_TEMPFAIL)
 
 
-class PeriodicCheckpoint(ModelCheckpoint):
+class _MovingCheckpoint(ModelCheckpoint):
+    """One whose older files are found, compared with and removed also where their folder has moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, now = state_dict.get("dirpath"), self.dirpath
+        if before and now and before != now:
+            moved = _with_prefix(state_dict, str(before), str(now))
+            if Path(moved["best_model_path"]).is_file():
+                state_dict = moved
+        super().load_state_dict(state_dict)
+
+
+def _with_prefix(value: Any, before: str, now: str) -> Any:
+    """Paths below `before`, in mappings too, as they are below `now`."""
+    if isinstance(value, dict):
+        return {_with_prefix(key, before, now): _with_prefix(entry, before, now) for key, entry in value.items()}
+    return now + value.removeprefix(before) if isinstance(value, str) and value.startswith(before) else value
+
+
+class PeriodicCheckpoint(_MovingCheckpoint):
     """`step_000123.ckpt` every n steps and at the end or a termination of the run; `last.ckpt` links to the newest.
 
     Ctrl-C ends the run after the step it came in, with a checkpoint and TrainingInterrupted; a second one at once.
@@ -218,7 +237,7 @@ def _io_of(trainer: pl.Trainer) -> AtomicCheckpointIO:
     return cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io)
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_MovingCheckpoint):
     """`best.ckpt`: the validated weights with the lowest `monitor`.
 
     Where a periodic checkpoint of the same step has been saved it is that one under another name, and costs nothing.
