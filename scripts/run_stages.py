@@ -23,7 +23,7 @@ from foley.cli.stages import (
     keep,
     reason_to_leave_out,
 )
-from foley.core.config import PROJECT_ROOT
+from foley.core.config import PROJECT_ROOT, relative_to_checkout
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.logs import get_logger
@@ -38,14 +38,15 @@ def run_words(name: str, words: Sequence[str], limit_seconds: float | None = Non
 
     Raises SystemExit where it fails.
     """
-    log.info("\n== %s ==\npython %s", name, " ".join(words[1:]))
+    typed = " ".join(["python", *map(relative_to_checkout, words[1:])])
+    log.info("\n== %s ==\n%s", name, typed)
     start = time.perf_counter()
     try:
         status = subprocess.run(words, cwd=PROJECT_ROOT, check=False, timeout=limit_seconds).returncode
     except subprocess.TimeoutExpired:
         status = NOT_DONE
     if status not in (0, NOT_DONE):
-        raise SystemExit(f"stage {name!r} failed with status {status}: python {' '.join(words[1:])}")
+        raise SystemExit(f"stage {name!r} failed with status {status}: {typed}")
     return status == 0, time.perf_counter() - start
 
 
@@ -55,8 +56,9 @@ def run_stage(cfg: DictConfig, name: str, description: dict[str, Any], budget: B
     A stage that goes on where an interruption left it names its folder in `fresh`, which is removed before the stage is
     run in another way.
     """
-    resolve_device(cfg.get("device", "cpu"))
     stage, folder = cfg.stages[name], cfg.stages[name].get("fresh")
+    if stage.command.startswith("train.py"):
+        resolve_device(cfg.get("device", "auto"))  # or Lightning says it, with much around it
     before = begin(PROJECT_ROOT / folder, description) if folder else 0.0
     words = command_line(stage.command, bool(folder), budget.minutes_of_work)
     done, seconds = run_words(name, words, budget.seconds_left)
@@ -104,9 +106,8 @@ def main(cfg: DictConfig) -> None:
             log.info("all is done, in %s", cfg.work_dir)
     finally:
         files = pack(PROJECT_ROOT / cfg.work_dir, PROJECT_ROOT / cfg.packed_dir, round(cfg.max_file_megabytes * 1e6))
-        log.info(
-            "packed: %.1f MB in %d files in %s", sum(f.stat().st_size for f in files) / 1e6, len(files), cfg.packed_dir
-        )
+        megabytes = sum(file.stat().st_size for file in files) / 1e6
+        log.info("packed: %.1f MB in %d files in %s", megabytes, len(files), cfg.packed_dir)
 
 
 if __name__ == "__main__":

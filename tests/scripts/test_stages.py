@@ -158,6 +158,19 @@ def test_a_stage_goes_on_in_another_place_until_it_is_done(main, sliced, tmp_pat
     assert counts(tmp_path) == [3, 1, 2]  # done before, but for what comes at the end
 
 
+def test_what_a_slice_leaves_may_be_lean(main, sliced, tmp_path):
+    product = tmp_path / "work/a/first.txt"
+    weights = {"weight": torch.ones(3)}
+    torch.save({"foley": {}, "state_dict": weights, "current_weights": weights}, tmp_path / "whole.ckpt")
+    script = f"import shutil; shutil.copy({str(tmp_path / 'whole.ckpt')!r}, {str(product)!r}); raise SystemExit(75)"
+    (tmp_path / "slice.py").write_text(script)
+    sliced.stages.first.fresh, sliced.stages.first.lean = str(tmp_path / "other"), True
+    main.__wrapped__(sliced)
+    left = read_training_checkpoint(product)
+    assert left.keys() == {"foley", "state_dict"}
+    assert left["state_dict"]["weight"].dtype == torch.float16
+
+
 def test_without_time_what_was_packed_is_unpacked_and_nothing_runs(main, sliced, tmp_path):
     main.__wrapped__(sliced)
     shutil.rmtree(tmp_path / "work")

@@ -131,7 +131,7 @@ def is_done(stage: DictConfig, note: Path, description: Mapping[str, Any]) -> bo
     if not (note.is_file() and (PROJECT_ROOT / stage.product).exists()):
         return False
     made: dict[str, Any] = read_json(note, _NOTE, _MEND)
-    return description.items() <= {**made, "command": _spaced(made["command"])}.items()
+    return description.items() <= {**made, "command": _spaced(made.get("command", ""))}.items()
 
 
 def begin(folder: Path, description: dict[str, Any]) -> float:
