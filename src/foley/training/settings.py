@@ -27,8 +27,6 @@ SETTINGS_KEY = "settings"
 FILES_KEY = "file_hashes"
 """Entry of a checkpoint's description: what the files held that its components were built from."""
 
-_QUIET = ("paths.", "hydra", "ckpt_path", "overwrite", "task.", "slice_minutes", "callbacks.checkpoint.slice_minutes")
-"""Beginnings of keys that change as a matter of course, of which no line is logged."""
 _OF_BATCHES = ("memory_gib", "length_multiple")  # of a text encoder
 
 RULES: tuple[tuple[str, bool], ...] = (
@@ -153,7 +151,7 @@ def require_resumable(path: Path, settings: Mapping[str, Any]) -> None:
             "another folder."
         )
     for change in changed:
-        if not change[0].startswith(_QUIET):
+        if not change[0].startswith(("paths.", "hydra", "ckpt_path", "overwrite", "task.")):
             _log.info("goes on with another setting: %s", _line(change))
 
 
