@@ -27,12 +27,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## generate, accelerate and score sounds with the model that ships
 	$(PY) scripts/demo.py
 
-train-demo: $(STAMP)  ## train every stage of the system that ships, on real recordings (hours on 2 cores)
-	$(PY) scripts/run_stages.py --config-name=train_demo
+# size=gpu trains for minutes=8 a call, and leaves all that the next call needs in results=outputs/train-demo-gpu.
+train-demo: $(STAMP)  ## train the system that ships: hours on 2 cores; size=gpu: 8 minutes a call; size=quick: in small
+	$(PY) scripts/run_stages.py --config-name=train_demo $(if $(size),effort=$(size)) $(if $(device),device=$(device)) \
+		$(if $(minutes),minutes=$(minutes)) $(if $(results),packed_dir=$(results))
 
-ship: $(STAMP)  ## adopt what `make train-demo` trained as the system that ships in data/demo
-	test -f outputs/train-demo/system/student/system.json && rm -rf data/demo
-	cp -r outputs/train-demo/system data/demo
+ship: TRAINED := outputs/train-demo$(if $(size),-$(size)/work)/system
+ship: $(STAMP)  ## adopt what `make train-demo` trained, of that size, as the system that ships in data/demo
+	test -f $(TRAINED)/student/system.json && rm -rf data/demo
+	cp -r $(TRAINED) data/demo
 
 results: $(STAMP)  ## measure the system that ships: docs/results/demo-model.md (3 hours on a core)
 	$(PY) scripts/run_stages.py --config-name=results

@@ -129,7 +129,14 @@ def build_module(text: nn.Module | None = None, context_dim: int | None = 6, **o
 
 
 def build_trainer(
-    folder: Path, max_steps: int, callbacks=(), every: int = 4, progress_bar: bool = False, **options
+    folder: Path,
+    max_steps: int,
+    callbacks=(),
+    every: int = 4,
+    progress_bar: bool = False,
+    keep_all: bool = True,
+    slice_minutes: float | None = None,
+    **options,
 ) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
@@ -147,7 +154,7 @@ def build_trainer(
             ExponentialMovingAverage(0.9),
             NonFiniteGuard(3),
             BestCheckpoint(str(folder / "checkpoints")),
-            PeriodicCheckpoint(str(folder / "checkpoints"), every_n_train_steps=every, keep_all=True),
+            PeriodicCheckpoint(str(folder / "checkpoints"), every, keep_all, slice_minutes=slice_minutes),
             *callbacks,
         ],
         **options,

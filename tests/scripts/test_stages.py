@@ -3,15 +3,22 @@
 import json
 import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from foley.cli.stages import command_line
 from foley.core.config import PROJECT_ROOT
 from foley.core.files import write_json
+from foley.core.parcels import take_up
 from foley.reporting.pages import write_page
+from foley.system.checkpoint import read_training_checkpoint
 
 STAGES = [f"denoiser stage={stage}" for stage in ("pretrain", "align", "finetune")]
 EXPERIMENTS = ["vae", *STAGES, "student", "ablation"]
@@ -110,6 +117,109 @@ def test_a_stage_that_fails_or_lacks_its_input_ends_the_run(main, stages, tmp_pa
         main.__wrapped__(stages)
 
 
+@pytest.fixture
+def sliced(stages, tmp_path):
+    """The first stage needs three calls for its product, each of which goes on with what the one before has packed."""
+    script = tmp_path / "slice.py"
+    script.write_text(SLICE)
+    first, stages.work_dir = stages.stages.first, "${keep_dir}"
+    first.command, first.fresh, first.keep = f"{script} {first.product}", str(Path(first.product).parent), []
+    stages.keep_dir = str(tmp_path / "work")
+    stages.minutes, stages.packed_dir, stages.max_file_megabytes = 10, str(tmp_path / "packed"), 1
+    stages.earlier_dir = stages.packed_dir
+    return stages
+
+
+SLICE = """
+import pathlib, sys
+product = pathlib.Path(sys.argv[1])
+product.parent.mkdir(parents=True, exist_ok=True)
+product.write_text(product.read_text() + 'x' if product.exists() else 'x')
+sys.exit(0 if product.read_text() == 'xxx' else 75)
+"""
+
+
+def test_a_stage_goes_on_in_another_place_until_it_is_done(main, sliced, tmp_path, caplog):
+    """Each call finds what the one before has packed, and nothing else."""
+    caplog.set_level("INFO")
+    for expected in ("x", "xx", "xxx"):
+        shutil.rmtree(tmp_path / "work")
+        main.__wrapped__(sliced)
+        assert (tmp_path / "work/a/first.txt").read_text() == expected
+        assert (tmp_path / "work/second.txt").exists() == (expected == "xxx")
+        assert (tmp_path / "then.txt").exists() == (expected == "xxx")
+    assert caplog.text.count("first: not done, but the time is over; the same command goes on with it") == 2
+    seconds = [
+        json.loads((tmp_path / f"work/{name}.json").read_text())["seconds"] for name in ("a.begun", "stages/first")
+    ]
+    assert 0 < seconds[0] < seconds[1]
+    shutil.rmtree(tmp_path / "work")
+    main.__wrapped__(sliced)
+    assert counts(tmp_path) == [3, 1, 2]  # done before, but for what comes at the end
+
+
+def test_what_a_slice_leaves_may_be_lean(main, sliced, tmp_path):
+    product = tmp_path / "work/a/first.txt"
+    weights = {"weight": torch.ones(3)}
+    torch.save({"foley": {}, "state_dict": weights, "current_weights": weights}, tmp_path / "whole.ckpt")
+    script = f"import shutil; shutil.copy({str(tmp_path / 'whole.ckpt')!r}, {str(product)!r}); raise SystemExit(75)"
+    (tmp_path / "slice.py").write_text(script)
+    sliced.stages.first.fresh, sliced.stages.first.lean = str(tmp_path / "other"), True
+    main.__wrapped__(sliced)
+    left = read_training_checkpoint(product)
+    assert left.keys() == {"foley", "state_dict"}
+    assert left["state_dict"]["weight"].dtype == torch.float16
+
+
+def test_without_time_what_was_packed_is_unpacked_and_nothing_runs(main, sliced, tmp_path):
+    main.__wrapped__(sliced)
+    shutil.rmtree(tmp_path / "work")
+    sliced.minutes = 0
+    main.__wrapped__(sliced)
+    assert (tmp_path / "work/a/first.txt").read_text() == "x"
+
+
+def test_a_stage_that_outlasts_the_time_is_ended_and_tried_again(main, stages, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "sleep.py").write_text("import time; time.sleep(60)")
+    stages.minutes, stages.stages.first.command = 0.02, f"{tmp_path}/sleep.py"
+    main.__wrapped__(stages)
+    assert "first: not done" in caplog.text
+    assert not (tmp_path / "kept/stages").exists()
+
+
+def test_what_failed_is_packed_too(main, sliced, tmp_path):
+    main.__wrapped__(sliced)
+    sliced.stages.first.command += " --"
+    (tmp_path / "slice.py").write_text("raise SystemExit(3)")
+    with pytest.raises(SystemExit, match="status 3"):
+        main.__wrapped__(sliced)
+    shutil.rmtree(tmp_path / "work")
+    take_up(tmp_path / "packed", tmp_path / "work")
+    assert (tmp_path / "work/a.begun.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["overwrite=true"]),
+        ({"goes_on": True}, ["ckpt_path=auto"]),
+        ({"goes_on": True, "slice_minutes": 7.12}, ["ckpt_path=auto", "slice_minutes=7.12"]),
+    ],
+)
+def test_a_training_begins_anew_or_goes_on_for_a_time(options, words):
+    assert command_line("train.py experiment=tiny", **options)[2:] == ["experiment=tiny", *words]
+    encoding = command_line("scripts/encode_latents.py data=demo", **options)[2:]
+    assert encoding == ["data=demo", *(word for word in words if word == "overwrite=true")]
+
+
+def test_a_note_holds_whatever_spaces_its_command_was_written_with(main, stages, tmp_path):
+    main.__wrapped__(stages)
+    stages.stages.second.command = stages.stages.second.command.replace(" ", "   ")
+    main.__wrapped__(stages)
+    assert counts(tmp_path)[:2] == [1, 1]
+
+
 CONFIGS = {"": "", "scripts": "script/", "scripts/bench": "bench/"}
 
 
@@ -126,7 +236,13 @@ def compose_first_job(script: Path, arguments: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"),
-    [("train_demo", []), ("results", []), ("results", ["effort=quick", "dac_weights=w.pth"])],
+    [
+        ("train_demo", []),
+        ("train_demo", ["effort=gpu"]),
+        ("train_demo", ["effort=quick", "device=cuda", "start=pretrained"]),
+        ("results", []),
+        ("results", ["effort=quick", "dac_weights=w.pth"]),
+    ],
 )
 def test_every_stage_names_a_command_of_the_repository(name, overrides):
     cfg = config(f"script/{name}", *overrides)
@@ -144,6 +260,42 @@ def test_the_experiments_of_the_demo_compose(experiment):
     cfg = config("train", "name=test", *f"experiment=demo/{experiment}".split(), *latents)
     assert cfg.trainer.max_time is None
     assert cfg.trainer.max_steps > 0
+
+
+def test_what_a_recipe_is_stands_in_one_place():
+    cfg = config("script/train_demo", "recipes={codec: c, denoiser: d, student: s}")
+    commands = " ".join(stage.command for stage in cfg.stages.values())
+    assert "experiment=" not in commands
+    assert commands.count("train.py c ") == commands.count("train.py s ") == 1
+    assert commands.count("train.py d stage=") == 3
+
+
+@pytest.mark.slow
+def test_a_codec_trained_in_slices_on_fresh_machines_is_the_codec_trained_at_once(tmp_path):
+    """By the clock: however many slices there are, the run is one."""
+    options = [
+        "effort=quick",
+        "only=[codec]",
+        "more=trainer.max_steps=40 codec.width=32",
+        "then=[]",
+        "reserve_seconds=30",
+    ]
+    command = [sys.executable, "scripts/run_stages.py", "--config-name=train_demo", *options]
+
+    def call(name: str, minutes: float) -> Path:
+        folders = [f"work_dir={tmp_path}/{name}", f"packed_dir={tmp_path}/{name}_packed"]
+        folders.append(f"earlier_dir={tmp_path}/{name}_packed")
+        subprocess.run([*command, *folders, f"minutes={minutes}"], cwd=PROJECT_ROOT, check=True, timeout=300)
+        return tmp_path / name / "codec/checkpoints/last.ckpt"
+
+    whole, steps = read_training_checkpoint(call("whole", 9)), [0]
+    while steps[-1] < 40:
+        shutil.rmtree(tmp_path / "sliced", ignore_errors=True)
+        sliced = read_training_checkpoint(call("sliced", 0.55))
+        steps.append(sliced["global_step"])
+        assert steps[-1] > steps[-2]
+    for key in ("state_dict", "current_weights"):
+        assert all(torch.equal(sliced[key][name], value) for name, value in whole[key].items())
 
 
 def test_alignment_may_start_from_pre_training():

@@ -13,7 +13,7 @@ from foley.core.components import CheckpointError
 from foley.system.checkpoint import read_training_checkpoint
 from foley.training import checkpoint_io
 from foley.training.callbacks.monitoring import AppendingCSVLogger
-from foley.training.checkpoint_io import AtomicCheckpointIO, Snapshot, point_to, stand_for
+from foley.training.checkpoint_io import AtomicCheckpointIO, Snapshot, make_lean, point_to, stand_for
 
 
 def test_what_training_changes_after_a_save_does_not_reach_the_file(
@@ -169,3 +169,26 @@ def test_ranks_read_the_file_where_they_cannot_share_memory(
     monkeypatch.setattr(checkpoint_io, "_gathered", lambda value: [value, other_sees.get(value, value)])
     with checkpoint_io._once_a_node(path) as shared:
         assert shared is None
+
+
+def test_a_run_goes_on_from_a_lean_checkpoint_of_two_bytes_a_weight(tmp_path: Path) -> None:
+    """Averages are weights in training then, moments begin anew, and the place in the data is kept."""
+    run(tmp_path, 6)
+    last = tmp_path / "checkpoints/last.ckpt"
+    whole = read_training_checkpoint(last)
+    make_lean(last)
+    lean = read_training_checkpoint(last)
+    assert last.is_symlink()
+    assert whole.keys() - lean.keys() == {"current_weights"}
+    for name in whole["current_weights"]:
+        assert lean["state_dict"][name].dtype == torch.float16
+        torch.testing.assert_close(lean["state_dict"][name].float(), whole["state_dict"][name], rtol=2**-10, atol=1e-6)
+    assert [state["state"] for state in lean["optimizer_states"]] == [{}]
+    make_lean(last)  # which is lean already
+    _, module, log = run(tmp_path, 8, last)
+    _, _, uninterrupted = run(tmp_path / "whole", 8)
+    assert log.ids == uninterrupted.ids[6:]
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+    ended = read_training_checkpoint(last)
+    assert ended["global_step"] == 8
+    assert {int(moments["step"]) for moments in ended["optimizer_states"][0]["state"].values()} == {2}

@@ -15,10 +15,11 @@ import pytorch_lightning as pl
 import torch
 import training_parts
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from training_parts import TinyData, build_module, metrics, run
+from training_parts import BatchLog, TinyData, build_module, metrics, run
 
 from foley.core.components import CheckpointError
 from foley.system.checkpoint import read_training_checkpoint
+from foley.training.callbacks import checkpointing
 from foley.training.callbacks.checkpointing import TrainingInterrupted
 from foley.training.callbacks.monitoring import AppendingCSVLogger
 from foley.training.callbacks.non_finite import NonFiniteLossError
@@ -217,6 +218,49 @@ def test_ctrl_c_leaves_one_checkpoint_and_the_run_goes_on_exactly(tmp_path: Path
     run(tmp_path / "part", 9, checkpoints / "last.ckpt", every=100)
     assert_same(*(training_state(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "part")))
     assert metrics(tmp_path / "part") == metrics(tmp_path / "whole")
+
+
+class Clock(pl.Callback):
+    """A minute a step, which the checkpoints of a run read in the place of the machine's clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.minutes = 0
+        monkeypatch.setattr(checkpointing, "monotonic", lambda: 60.0 * self.minutes)
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        self.minutes += not trainer.fit_loop._should_accumulate()
+
+
+@pytest.mark.parametrize(("minutes", "batches"), [(1, 1), (5, 1), (7, 1), (3, 2)])
+def test_slices_of_time_are_one_run(tmp_path: Path, monkeypatch, minutes: int, batches: int) -> None:
+    """Of 10 steps, with epochs of 5 and validations every 7: slices end inside both, and with their last steps."""
+    last, log, clock = tmp_path / "part/checkpoints/last.ckpt", BatchLog(), Clock(monkeypatch)
+    options = {"every": 100, "accumulate_grad_batches": batches}
+    _, _, whole = run(tmp_path / "whole", 10, **options)
+    for end in [*range(minutes, 10, minutes), 10]:
+        start = last if last.exists() else None
+        with pytest.raises(SIGTERMException) if end < 10 else nullcontext():
+            run(tmp_path / "part", 10, start, callbacks=[clock, log], slice_minutes=minutes, **options)
+        assert read_training_checkpoint(last)["global_step"] == end
+    assert (log.ids, log.losses) == (whole.ids, whole.losses)
+    assert_same(*(training_state(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "part")))
+    assert metrics(tmp_path / "part") == metrics(tmp_path / "whole")
+
+
+def test_a_run_whose_folder_has_moved_keeps_its_best_and_leaves_no_older_checkpoints(tmp_path: Path) -> None:
+    """As one that goes on on another machine, where the checkout lies elsewhere."""
+
+    def best(trainer: pl.Trainer) -> float:
+        return float(trainer.checkpoint_callbacks[0].best_model_score)
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    stayed, *_ = run(tmp_path / "stayed", 9, keep_all=False)
+    run(here, 8, keep_all=False)
+    here.rename(there)
+    moved, *_ = run(there, 9, there / "checkpoints/last.ckpt", keep_all=False)
+    names = [sorted(path.name for path in (tmp_path / run / "checkpoints").iterdir()) for run in ("there", "stayed")]
+    assert names[0] == names[1] == ["best.ckpt", "last.ckpt", "step_000009.ckpt"]
+    assert best(moved) == best(stayed)
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:

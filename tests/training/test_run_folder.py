@@ -19,7 +19,7 @@ from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
 from foley.core.locks import LOCK_FILE, FolderInUseError, only_writer
 from foley.training import run as training
-from foley.training.callbacks.checkpointing import TrainingInterrupted
+from foley.training.callbacks.checkpointing import SliceEnded, TrainingInterrupted
 from foley.training.checkpoint_io import point_to
 from foley.training.run_folder import (
     STATUS_FILE,
@@ -120,6 +120,7 @@ def status(folder: Path) -> dict:
         (SystemExit(1), "crashed"),
         (KeyboardInterrupt(), "interrupted"),
         (TrainingInterrupted(), "interrupted"),
+        (SliceEnded(), "interrupted"),
         (SIGTERMException(), "interrupted"),
     ],
 )
@@ -171,18 +172,25 @@ def test_a_refused_resume_leaves_the_note_of_the_run(old_run: Path, monkeypatch:
     assert status(old_run) == {"status": "finished"}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), TrainingInterrupted()])
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "the run in"),
+        (TrainingInterrupted(), 130, "the run in"),
+        (SliceEnded(), 75, "its slice of 8 minutes is over; the run in"),
+    ],
+)
 def test_an_interrupted_run_says_how_to_go_on(
-    tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, error: BaseException, code: int, words: str, monkeypatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def interrupted(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(training, "_train", interrupted)
     with pytest.raises(TrainingInterrupted) as raised:
-        training.train(settings(tmp_path, name="mine"))
-    assert raised.value.code == 130
-    assert f"goes on with: foley train ckpt_path=auto hydra.run.dir={tmp_path}" in caplog.text
+        training.train(settings(tmp_path, name="mine", slice_minutes=8))
+    assert raised.value.code == code
+    assert f"{words} {tmp_path} goes on with: foley train ckpt_path=auto hydra.run.dir={tmp_path}" in caplog.text
 
 
 def test_a_dangling_link_is_refused_with_the_checkpoints_there_are(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "audit": Verb("scripts/audit.py", words=("folder",)),
         "shards": Verb("scripts/make_shards.py"),
         "render": Verb("scripts/render_procedural.py"),
+        "pack": Verb("scripts/pack_training_data.py"),
         "attribute": Verb("scripts/write_attributions.py"),
     },
     "Training": {

@@ -1,6 +1,7 @@
 """Stages of a config: commands whose products are kept, and not made again where they were made in this way."""
 
 import importlib.util
+import math
 import os
 import shlex
 import shutil
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,21 +26,31 @@ from foley.core.reading import read_json
 _log = get_logger(__name__)
 _NOTE, _MEND = "the note of a stage", "remove it, and the stage is run again"
 _LAST_LINES = 15  # of a failed stage's log, which are shown
+_OVERWRITE = ("train.py", "scripts/encode_latents.py", "scripts/pack_training_data.py")
+
+NOT_DONE = os.EX_TEMPFAIL
+"""The exit status of a command whose time was over before its work: the same command goes on."""
 
 
 # ---------------------------------------------------------------- the command
 
 
-def command_line(command: str) -> list[str]:
+def command_line(command: str, goes_on: bool = False, slice_minutes: float | None = None) -> list[str]:
     """The words that run `python COMMAND`: a script of what ships, or a module after `-m`.
+
+    Args:
+        goes_on: with what an interruption has left in its folder; otherwise that is of another command, or of other
+            inputs, and overwritten.
+        slice_minutes: after which a training that goes on ends, with the status `NOT_DONE`.
 
     >>> command_line("-m pytest -q")[1:]
     ['-m', 'pytest', '-q']
     """
     script, *arguments = shlex.split(command)
-    # What an earlier try has left in its folder is of another command, or of other inputs.
-    if script in ("train.py", "scripts/encode_latents.py"):
+    if not goes_on and script in _OVERWRITE:
         arguments.append("overwrite=true")
+    if goes_on and script == "train.py":
+        arguments += ["ckpt_path=auto", *([] if slice_minutes is None else [f"slice_minutes={slice_minutes:g}"])]
     return [sys.executable, script if script == "-m" else str(SHIPPED_ROOT / script), *arguments]
 
 
@@ -80,7 +91,12 @@ def describe_stage(stage: DictConfig) -> dict[str, Any]:
     if missing:
         raise SystemExit(f"{', '.join(missing)}: no such file, but an input of `python {stage.command}`")
     inputs = {relative_to_checkout(file): hash_file(PROJECT_ROOT / file) for file in stage.get("inputs", ())}
-    return {"command": f"python {stage.command.replace(f'{PROJECT_ROOT}/', '')}", "inputs": inputs}
+    return {"command": _spaced(f"python {stage.command.replace(f'{PROJECT_ROOT}/', '')}"), "inputs": inputs}
+
+
+def _spaced(command: str) -> str:
+    """With single spaces, whatever options stand empty between."""
+    return " ".join(command.split())
 
 
 def hash_sources(folders: Iterable[str]) -> str:
@@ -115,15 +131,26 @@ def is_done(stage: DictConfig, note: Path, description: Mapping[str, Any]) -> bo
     if not (note.is_file() and (PROJECT_ROOT / stage.product).exists()):
         return False
     made: dict[str, Any] = read_json(note, _NOTE, _MEND)
-    return description.items() <= made.items()
+    return description.items() <= {**made, "command": _spaced(made.get("command", ""))}.items()
 
 
-def begin(folder: Path, description: dict[str, Any]) -> None:
-    """Remove `folder` unless an interruption left it there in this way, and note beside it in what way it is made."""
+def begin(folder: Path, description: dict[str, Any]) -> float:
+    """Remove `folder` unless an interruption left it there in this way, and note beside it in what way it is made.
+
+    Returns the seconds that were spent on it before, as `interrupt` noted them.
+    """
     begun = folder.with_name(f"{folder.name}.begun.json")
-    if not (begun.is_file() and read_json(begun, _NOTE, _MEND) == description):
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(begun, description)
+    noted: dict[str, Any] = read_json(begun, _NOTE, _MEND) if begun.is_file() else {}
+    if description.items() <= noted.items():
+        return float(noted.get("seconds", 0))
+    shutil.rmtree(folder, ignore_errors=True)
+    write_json(begun, description)
+    return 0.0
+
+
+def interrupt(folder: Path, description: dict[str, Any], seconds: float) -> None:
+    """Note beside `folder` the seconds that were spent on it so far, for the next `begin`."""
+    write_json(folder.with_name(f"{folder.name}.begun.json"), {**description, "seconds": round(seconds, 1)})
 
 
 def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
@@ -136,6 +163,32 @@ def keep(stage: DictConfig, work_dir: Path, keep_dir: Path) -> None:
 
 
 # ---------------------------------------------------------------- within a time, one failure not ending the others
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The time of one call, from here on.
+
+    Args:
+        minutes: None is all that it takes.
+        reserve_seconds: of them that are kept for what begins and ends around the work.
+    """
+
+    minutes: float | None
+    reserve_seconds: float = 0.0
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the end of all; None is for ever."""
+        return None if self.minutes is None else 60 * self.minutes - (time.monotonic() - self.start)
+
+    @property
+    def minutes_of_work(self) -> float | None:
+        """That are left without the reserve, in whole hundredths, 0 at least; None is for ever."""
+        if self.seconds_left is None:
+            return None
+        return max(0.0, math.floor((self.seconds_left - self.reserve_seconds) / 0.6) / 100)
 
 
 @dataclass(frozen=True)

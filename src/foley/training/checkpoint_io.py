@@ -22,6 +22,7 @@ from torch import Tensor, distributed
 from foley.core.components import CheckpointError, read_pickle
 from foley.core.files import atomic_write, replacing
 from foley.system.checkpoint import read_training_checkpoint
+from foley.training.callbacks.ema import CURRENT_WEIGHTS
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -165,6 +166,22 @@ def _name_too(name: Path, target: Path, link: Callable[[Path], None]) -> None:
             shutil.copyfile(target, copied)
     else:
         temporary.replace(name)
+
+
+def make_lean(path: Path) -> None:
+    """Leave of a checkpoint two bytes a parameter: the averages in float16, without moments and weights in training.
+
+    It serves whatever wants weights, and a run goes on from it, but not exactly: weights in training begin as their
+    averages, and moments anew. Raises CheckpointError where it is none of ours.
+    """
+    file = path.resolve()  # `last.ckpt` goes on pointing there
+    checkpoint = read_training_checkpoint(file)
+    state = checkpoint["state_dict"]
+    for name in checkpoint.pop(CURRENT_WEIGHTS, ()):
+        state[name] = state[name].half()
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        optimizer["state"] = {}
+    _write(checkpoint, file)
 
 
 @contextmanager

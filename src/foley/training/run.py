@@ -24,7 +24,7 @@ from foley.models.codec.normaliser import require_channels
 from foley.system.checkpoint import FOLEY_KEY, noted_source
 from foley.system.system import hashes_of_codec, read_weights
 from foley.training.base import FoleyModule
-from foley.training.callbacks.checkpointing import TrainingInterrupted
+from foley.training.callbacks.checkpointing import SliceEnded, TrainingInterrupted
 from foley.training.callbacks.monitoring import AppendingCSVLogger, ParameterCounts
 from foley.training.callbacks.non_finite import NonFiniteLossError
 from foley.training.checkpoint_io import AtomicCheckpointIO
@@ -63,7 +63,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     `cfg.ckpt_path` resumes exactly (a path, or "auto": this output folder's `last.ckpt` where there is one);
     `cfg.ckpt` starts a new run from the weights of an earlier one. Raises SystemExit as `refuse_missing` does, what
-    `require_values`, `run_folder`, `require_resumable` and `warm_start` refuse, and TrainingInterrupted after Ctrl-C.
+    `require_values`, `run_folder`, `require_resumable` and `warm_start` refuse, TrainingInterrupted after Ctrl-C, and
+    SliceEnded after `cfg.slice_minutes`.
     """
     require_values(cfg)
     refuse_missing(cfg)
@@ -77,7 +78,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
             return _train(cfg, settings, resume_from)
     except BaseException as error:
         if ending(error) == "interrupted":
-            _log.warning("the run in %s goes on with: %s", cfg.paths.output_dir, resume_command(cfg))
+            why = f"its slice of {cfg.slice_minutes:g} minutes is over; " if isinstance(error, SliceEnded) else ""
+            _log.warning("%sthe run in %s goes on with: %s", why, cfg.paths.output_dir, resume_command(cfg))
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             raise TrainingInterrupted from error  # Ctrl-C before the first step
         raise
@@ -132,8 +134,9 @@ def _fit(
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
     except BaseException as error:
         _tell_loggers(trainer, error)
-        if any(getattr(callback, "interrupted", False) for callback in trainer.checkpoint_callbacks):
-            raise TrainingInterrupted from error
+        for callback in trainer.checkpoint_callbacks:
+            if interruption := getattr(callback, "interruption", None):
+                raise interruption from error
         raise
     _tell_loggers(trainer, None)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}

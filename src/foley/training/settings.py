@@ -80,6 +80,7 @@ RULES: tuple[tuple[str, bool], ...] = (
     ("ckpt_path", True),
     ("ckpt_allow*", True),
     ("overwrite", True),
+    ("slice_minutes", True),
 )
 """Pattern of dotted keys to whether a resumed run applies a change of them; the first that fits, others refuse."""
 

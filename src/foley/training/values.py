@@ -38,6 +38,7 @@ NUMBERS: dict[str, tuple[NumberRange, tuple[int | None, ...]]] = {
     "callbacks.ema.decay": (SHARE, ()),
     "callbacks.non_finite.max_consecutive": (COUNT, ()),
     "callbacks.checkpoint.every_n_train_steps": (COUNT, ()),
+    "slice_minutes": (POSITIVE, (None,)),
     "callbacks.progress.log_every_seconds": (NOT_NEGATIVE, ()),
     "data.batch_size": (COUNT, ()),
     "data.duration_seconds": (POSITIVE, (None,)),

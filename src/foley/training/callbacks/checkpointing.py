@@ -1,9 +1,11 @@
-"""When checkpoints are saved: at steps, at the best value and on pre-emption."""
+"""When checkpoints are saved: at steps, at the best value, on pre-emption and at the end of a slice of time."""
 
+import os
 import signal
 import threading
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, cast
 from weakref import proxy
 
@@ -20,11 +22,37 @@ _log = get_logger(__name__)
 class TrainingInterrupted(SystemExit):
     """Ctrl-C has ended a run; the process ends with the code that shells give to it, 130."""
 
+    def __init__(self, status: int = 130) -> None:
+        super().__init__(status)
+
+
+class SliceEnded(TrainingInterrupted):
+    """The time of a slice is over, and the run is not: the process ends with 75, "try again", of sysexits.h."""
+
     def __init__(self) -> None:
-        super().__init__(130)
+        super().__init__(os.EX_TEMPFAIL)
 
 
-class PeriodicCheckpoint(ModelCheckpoint):
+class _MovingCheckpoint(ModelCheckpoint):
+    """One whose older files are found, compared with and removed also where their folder has moved."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, now = state_dict.get("dirpath"), self.dirpath
+        if before and now and before != now:
+            moved = _with_prefix(state_dict, str(before), str(now))
+            if Path(moved["best_model_path"]).is_file():
+                state_dict = moved
+        super().load_state_dict(state_dict)
+
+
+def _with_prefix(value: Any, before: str, now: str) -> Any:
+    """Paths below `before`, in mappings too, as they are below `now`."""
+    if isinstance(value, dict):
+        return {_with_prefix(key, before, now): _with_prefix(entry, before, now) for key, entry in value.items()}
+    return now + value.removeprefix(before) if isinstance(value, str) and value.startswith(before) else value
+
+
+class PeriodicCheckpoint(_MovingCheckpoint):
     """`step_000123.ckpt` every n steps and at the end or a termination of the run; `last.ckpt` links to the newest.
 
     Ctrl-C ends the run after the step it came in, with a checkpoint and TrainingInterrupted; a second one at once.
@@ -35,9 +63,13 @@ class PeriodicCheckpoint(ModelCheckpoint):
         dirpath: folder of the checkpoints.
         every_n_train_steps: optimizer steps between checkpoints.
         keep_all: keep every checkpoint, not only the newest.
+        slice_minutes: end the run, as Ctrl-C does, after the step in which it is so old, counted from here on; None is
+            not before its end. A validation that is due then is not cut short.
     """
 
-    def __init__(self, dirpath: str, every_n_train_steps: int, keep_all: bool = False) -> None:
+    def __init__(
+        self, dirpath: str, every_n_train_steps: int, keep_all: bool = False, slice_minutes: float | None = None
+    ) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="step_{step:06d}",
@@ -50,9 +82,10 @@ class PeriodicCheckpoint(ModelCheckpoint):
         self._requeue_asked = False
         self._interrupt: Any = None  # the handler of Ctrl-C outside of training
         self._interrupt_asked = False
+        self._slice_end = None if slice_minutes is None else monotonic() + 60 * slice_minutes
         self._stop_put_off = self._sigterm_put_off = False
-        self.interrupted = False
-        """Whether Ctrl-C ends the run."""
+        self.interruption: TrainingInterrupted | None = None
+        """What the run ends with where Ctrl-C or the end of its slice ends it."""
 
     @property
     def step(self) -> int:
@@ -98,7 +131,7 @@ class PeriodicCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save again where the run ends now: what validation has changed belongs to the checkpoint too."""
         super().on_validation_end(trainer, pl_module)
-        if self.interrupted:
+        if self.interruption:
             self._save_now(trainer, again=True)
             self._end_after_step(trainer, True)
 
@@ -149,15 +182,19 @@ class PeriodicCheckpoint(ModelCheckpoint):
         """
         if trainer.global_step == trainer.max_steps:
             return
-        asked = self._interrupt_asked or trainer.received_sigterm
+        over = self._slice_end is not None and monotonic() >= self._slice_end
+        asked = self._interrupt_asked or over or trainer.received_sigterm
         if trainer.strategy.reduce_boolean_decision(asked, all=False):
-            self.interrupted = trainer.strategy.reduce_boolean_decision(self._interrupt_asked, all=False)
+            if trainer.strategy.reduce_boolean_decision(self._interrupt_asked, all=False):
+                self.interruption = TrainingInterrupted()
+            elif trainer.strategy.reduce_boolean_decision(over, all=False):
+                self.interruption = SliceEnded()
             self._save_now(trainer)
             self._end_after_step(trainer, True)
 
     def _end_after_step(self, trainer: pl.Trainer, end: bool) -> None:
         """Let Lightning end the run, or not yet, once what the step has logged is written."""
-        if self.interrupted or end:
+        if self.interruption or end:
             trainer._signal_connector.received_sigterm = end
 
     def _put_off_signals(self) -> None:
@@ -200,7 +237,7 @@ def _io_of(trainer: pl.Trainer) -> AtomicCheckpointIO:
     return cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io)
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_MovingCheckpoint):
     """`best.ckpt`: the validated weights with the lowest `monitor`.
 
     Where a periodic checkpoint of the same step has been saved it is that one under another name, and costs nothing.
