@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Trainer
 
 from foley.cli.command import command, renamed
@@ -46,11 +46,12 @@ def main(config: DictConfig) -> None:
     if config.codec_path:
         splits = with_codec(splits, load_trained(config.codec_path, "codec"), config.codec_stride)
     component = {"labels": labels.labels, "label_groups": labels.groups, "sample_rate_hz": rate}
+    component |= OmegaConf.to_container(config.network)  # type: ignore[operator]
     torch.manual_seed(derive_seed("extractor_weights", config.seed))
     extractor = EmbeddedExtractor(**component)
     loader = training_loader(splits.pop("train"), extractor, config.seed, **config.loader)
     steps = config.loader.steps
-    module = ExtractorTraining(extractor, MelAugmentation(), steps, seed=config.seed, **config.optimization)
+    module = ExtractorTraining(extractor, MelAugmentation(**config.augmentation), steps, seed=config.seed, **config.optimization)
     trainer = Trainer(
         max_epochs=1,
         devices=1,
