@@ -25,7 +25,7 @@ _TINY_POWER = 1e-8
 _MEL_FLOOR = 1e-5
 _STFT_FLOOR = 1e-5
 _VISQOL_HZ = 48000  # of its mode for sounds of all kinds
-_VISQOL_SECONDS = 2.0  # its patches alone take 0.9 s
+_VISQOL_SECONDS = 1.0  # a little more than it takes at least
 _OPUS_BITS, _OPUS_SPAN = 6000, 250_000  # libsndfile's least rate of a channel, and how far its levels reach above it
 
 
@@ -69,8 +69,8 @@ def visqol(estimate: Tensor, reference: Tensor, sample_rate_hz: int) -> Tensor:
     """How alike the two sound, a mean opinion score from 1 to 4.73, by ViSQOL v3 (Chinen et al. 2020).
 
     Its mode for sounds of all kinds, by the package visqol-python (Apache 2.0): gammatone spectra at 48 kHz are compared
-    patch by patch, and a support vector machine that has seen listening tests makes a score of that. Audio of under 2 s,
-    which has too few patches, is repeated.
+    patch by patch, and a support vector machine that has seen listening tests makes a score of that. Audio of under 1 s,
+    which has no patches, is repeated until it has.
 
     Raises ModuleNotFoundError without the package.
     """
