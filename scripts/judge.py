@@ -1,7 +1,7 @@
 """Who recognises what in sets of clips: extractors that learnt apart from each other, and a speech recogniser.
 
-Each judge chooses among the labels of a clip's group, and says how many of the set's clips it takes for what they are, with
-Wilson's interval. Judges err each in their own way: what they say of real recordings is the ceiling to compare with.
+Each judge chooses among the labels of a clip's group. Its verdict on a set is the share of clips that it takes for
+what they are, with Wilson's interval. Judges err, too: what one says of real recordings is the most that can be asked.
 """
 
 from collections.abc import Mapping, Sequence

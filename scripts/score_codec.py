@@ -1,4 +1,4 @@
-"""Reconstruct a test split with a codec or a baseline: SI-SDR, mel and STFT distance, ViSQOL, and pairs to listen to."""
+"""Reconstruct a test split with a codec or a baseline: SI-SDR, mel and STFT distance, ViSQOL, pairs to listen to."""
 
 from pathlib import Path
 from statistics import mean, median
@@ -38,9 +38,9 @@ def score(codec: Any, item: AudioItem, perceived: bool) -> dict[str, Any]:
     }
 
 
-def summarise(clips: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(clips: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over clips, and the median of the SI-SDR, which a few inaudible clips would drown."""
-    scores = [name for name in ("si_sdr_db", "mel_distance", "stft_distance", "visqol") if name in clips[0]]
+    scores: list[str] = [name for name in ("si_sdr_db", "mel_distance", "stft_distance", "visqol") if name in clips[0]]
     means = {name: mean(clip[name] for clip in clips) for name in scores}
     return {"n": len(clips), **means, "si_sdr_db_median": median(clip["si_sdr_db"] for clip in clips)}
 

@@ -1,7 +1,8 @@
 """Where a spectral codec loses: in the phases, in what its spectra can say, or in its network.
 
-Each way from clip to clip is the one before with one more part of the codec: phases guessed for the true magnitudes, for
-its own spectra (a perfect network), for what its network makes of them. Silence is decided last, so it is left out in turn.
+Each way from clip to clip is the one before with one more part of the codec: phases guessed for the true magnitudes,
+for its own spectra (as a perfect network would give them back), for what its network makes of them. What decides for
+silence comes last, and is left out in turn.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """A judge that others made: which of a few words a speech recogniser hears in a clip.
 
-The extractors of this project learnt from sounds such as it makes. PocketSphinx (Huggins-Daines et al. 2006; BSD licence)
-did not: its acoustic model of American English comes with its wheel, and was trained on read and spoken sentences at 16 kHz.
+The extractors of this project learnt from sounds such as it makes. PocketSphinx (Huggins-Daines et al. 2006; BSD
+licence) did not: its acoustic model of American English comes with its wheel, and knows sentences recorded at 16 kHz.
 """
 
 from collections.abc import Sequence

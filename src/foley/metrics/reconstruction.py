@@ -68,9 +68,9 @@ def stft_distance(estimate: Tensor, reference: Tensor, fft_sizes: Sequence[int] 
 def visqol(estimate: Tensor, reference: Tensor, sample_rate_hz: int) -> Tensor:
     """How alike the two sound, a mean opinion score from 1 to 4.73, by ViSQOL v3 (Chinen et al. 2020).
 
-    Its mode for sounds of all kinds, by the package visqol-python (Apache 2.0): gammatone spectra at 48 kHz are compared
-    patch by patch, and a support vector machine that has seen listening tests makes a score of that. Audio of under 1 s,
-    which has no patches, is repeated until it has.
+    Its mode for sounds of all kinds, by the package visqol-python (Apache 2.0): gammatone spectra at 48 kHz are
+    compared patch by patch, and a support vector machine that learnt from listening tests makes a score of that. Audio
+    of under 1 s, which is shorter than a patch, is repeated.
 
     Raises ModuleNotFoundError without the package.
     """
@@ -148,7 +148,7 @@ class Opus(nn.Module):
     """The codec of calls and broadcasts (RFC 6716), by libsndfile's encoder and decoder, which undo its delay.
 
     Args:
-        kilobits_per_second: asked of the encoder, which spends more on what is hard and less on what is easy; at least 6.
+        kilobits_per_second: asked of the encoder, which spends more on what is hard than on what is easy; at least 6.
         sample_rate_hz: 8000, 12000, 16000, 24000 or 48000.
 
     Raises ValueError for a bit rate that libsndfile cannot ask for.

@@ -57,8 +57,8 @@ class RelativeRootMel(RelativeLogMel):
     root). Other than decibels it has no floor: what is faint fades, and is not cut off.
     """
 
-    def __init__(self, exponent: float, *sizes: int) -> None:
-        super().__init__(*sizes, range_db=-_POWER_FLOOR_DB)
+    def __init__(self, sample_rate_hz: int, mel_bands: int, hop_samples: int, window_samples: int, exponent: float):
+        super().__init__(sample_rate_hz, mel_bands, hop_samples, window_samples, -_POWER_FLOOR_DB)
         self.exponent = exponent
 
     def scale(self, power: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class EmbeddedExtractor(nn.Module):
         self.labels, self.label_groups = list(labels), {name: list(group) for name, group in label_groups.items()}
         self.sample_rate_hz, self.feature_dim = sample_rate_hz, feature_dim
         sizes = (sample_rate_hz, mel_bands, hop_samples, window_samples)
-        self.spectrogram = RelativeLogMel(*sizes, range_db) if exponent is None else RelativeRootMel(exponent, *sizes)
+        self.spectrogram = RelativeLogMel(*sizes, range_db) if exponent is None else RelativeRootMel(*sizes, exponent)
         channels = [1, *widths]
         # The last block halves frequency only: what happens when is kept at 16 hops (0.16 s).
         strides: list[int | tuple[int, int]] = [2] * (len(widths) - 1) + [(2, 1)]
