@@ -9,6 +9,7 @@ from foley.core.config import shipped
 from foley.data.audio import write_wav
 from foley.data.procedural import ProceduralDataset
 from foley.metrics.features import ClipFile
+from foley.metrics.recogniser import WordRecogniser
 
 JUDGE = load_command("script/judge")
 LABELLED = ((2, "two"), (7, "seven"), (3, "rain"))
@@ -35,9 +36,10 @@ def test_both_extractors_judge_a_folder_and_what_lies_about_its_label(tmp_path):
 def test_the_recogniser_hears_labelled_words_alone(shared):
     pytest.importorskip("pocketsphinx")
     clips = [ClipFile(shared / f"data/fsdd/{digit}_theo_0.flac", str(digit), label) for digit, label in LABELLED]
-    (row,) = JUDGE["by_recogniser"](clips, "fsdd", ["two", "seven"])
+    recogniser = WordRecogniser(["two", "seven"])
+    (row,) = JUDGE["by_recogniser"](clips, "fsdd", recogniser)
     assert (row["hits"], row["n"]) == (2, 2)
-    assert JUDGE["by_recogniser"](clips[2:], "fsdd", ["two", "seven"]) == []
+    assert JUDGE["by_recogniser"](clips[2:], "fsdd", recogniser) == []
 
 
 def test_the_second_extractor_ships_beside_the_first():

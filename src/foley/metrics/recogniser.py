@@ -37,6 +37,7 @@ class WordRecogniser:
     """
 
     def __init__(self, words: Sequence[str]) -> None:
+        self.words = tuple(words)
         self._decoder = _pocketsphinx().Decoder(samprate=RATE_HZ, lm=None, loglevel="FATAL")
         if unknown := [word for word in words if self._decoder.lookup_word(word) is None]:
             raise ValueError(f"words {', '.join(unknown)} are not in the recogniser's dictionary; leave them out")
