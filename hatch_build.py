@@ -10,7 +10,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SHIPPED = (
     *("train.py", "sample.py", "evaluate.py", "scripts", "configs"),
-    *("data/demo", "data/extractor", "data/prompts", "data/tokenizer"),
+    *("data/demo", "data/extractor", "data/second_extractor", "data/prompts", "data/tokenizer"),
 )
 LEFT_OUT = {".png", ".pyc"}  # drawings of calibrations; README.md of data/demo links to the JSON beside them
 

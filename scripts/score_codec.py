@@ -1,4 +1,4 @@
-"""Reconstruct a test split with a codec or a baseline: SI-SDR, mel and STFT distance, and pairs to listen to."""
+"""Reconstruct a test split with a codec or a baseline: SI-SDR, mel and STFT distance, ViSQOL, pairs to listen to."""
 
 from pathlib import Path
 from statistics import mean, median
@@ -17,14 +17,14 @@ from foley.core.logs import get_logger
 from foley.data.audio import write_flac
 from foley.data.dataset import AudioDataset, AudioItem
 from foley.data.ordering import evenly_spaced
-from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance
+from foley.metrics.reconstruction import mel_distance, si_sdr, stft_distance, visqol
 from foley.reporting.plots import draw_sheet
 from foley.reporting.tables import provenance
 from foley.system.checkpoint import load_trained
 
 
-def score(codec: Any, item: AudioItem) -> dict[str, Any]:
-    """The distances of one clip."""
+def score(codec: Any, item: AudioItem, perceived: bool) -> dict[str, Any]:
+    """The distances of one clip, and how alike it sounds where that is `perceived`."""
     original = item.audio[None, None]
     restored = codec.reconstruct(original).cpu()
     return {
@@ -34,12 +34,14 @@ def score(codec: Any, item: AudioItem) -> dict[str, Any]:
         "si_sdr_db": float(si_sdr(restored, original)),
         "mel_distance": float(mel_distance(restored, original, codec.sample_rate_hz)),
         "stft_distance": float(stft_distance(restored, original)),
+        **({"visqol": float(visqol(restored, original, codec.sample_rate_hz))} if perceived else {}),
     }
 
 
-def summarise(clips: list[dict[str, Any]]) -> dict[str, float]:
+def summarise(clips: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over clips, and the median of the SI-SDR, which a few inaudible clips would drown."""
-    means = {name: mean(clip[name] for clip in clips) for name in ("si_sdr_db", "mel_distance", "stft_distance")}
+    scores: list[str] = [name for name in ("si_sdr_db", "mel_distance", "stft_distance", "visqol") if name in clips[0]]
+    means = {name: mean(clip[name] for clip in clips) for name in scores}
     return {"n": len(clips), **means, "si_sdr_db_median": median(clip["si_sdr_db"] for clip in clips)}
 
 
@@ -81,8 +83,8 @@ def main(cfg: DictConfig) -> None:
     for index in track(evenly_spaced(len(dataset), cfg.num_clips or len(dataset)), description="reconstructing"):
         item = dataset[index]
         if len(item.audio) >= shortest:
-            clips[index] = score(codec, item)
-    summary = summarise(list(clips.values()))
+            clips[index] = score(codec, item, cfg.visqol)
+    summary = {**summarise(list(clips.values())), "kilobits_per_second": codec.kilobits_per_second}
     facts = {"codec_hash": hash_module(codec), "split": cfg.split, "provenance": provenance()}
     write_json(Path(cfg.output_dir) / "codec.json", {**facts, "summary": summary, "clips": list(clips.values())})
     if cfg.num_pairs:

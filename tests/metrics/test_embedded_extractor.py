@@ -1,9 +1,13 @@
 """The embedded extractor: what its features must not depend on."""
 
+import pytest
 import torch
+from commands import compose_command
 
 from foley.core.components import load_component, save_component
-from foley.metrics.embedded.network import EmbeddedExtractor, RelativeLogMel
+from foley.core.config import shipped
+from foley.core.hashing import hash_file
+from foley.metrics.embedded.network import EmbeddedExtractor, RelativeLogMel, RelativeRootMel
 
 LABELS, GROUPS = ["a", "b", "c"], {"first": ["a", "b"]}
 RATE_HZ = 24000
@@ -58,3 +62,29 @@ def test_survives_saving_in_half_precision(tmp_path) -> None:
     loaded = load_component(tmp_path)
     assert (loaded.labels, loaded.label_groups) == (LABELS, GROUPS)
     torch.testing.assert_close(loaded(noise(2)).logits, extractor(noise(2)).logits, atol=1e-2, rtol=1e-2)
+
+
+def test_loudness_is_a_power_law_of_what_is_relative() -> None:
+    spectrogram = RelativeRootMel(RATE_HZ, 64, 240, 1024, 0.25)
+    power = torch.tensor([[[16.0, 1.0], [1e-4, 0.0]]])
+    expected = torch.tensor([[[1.0, 0.5], [0.05, 0.0]]])
+    torch.testing.assert_close(spectrogram.scale(power), expected)
+    torch.testing.assert_close(spectrogram.scale(100 * power), expected)
+    assert spectrogram(torch.zeros(1, RATE_HZ)).abs().max() == 0
+
+
+def test_the_second_extractor_never_hears_a_codec() -> None:
+    cfg = compose_command("script/train_second_extractor")
+    assert cfg.codec_path is None
+    assert cfg.augmentation.jitter_db == 0
+    second = load_component(shipped("second_extractor"))
+    assert isinstance(second.spectrogram, RelativeRootMel)
+    assert second.spectrogram.exponent == cfg.network.exponent
+    assert second.label_groups == load_component(shipped("extractor")).label_groups
+
+
+@pytest.mark.parametrize("name", ["extractor", "second_extractor"])
+def test_the_card_of_what_ships_names_its_weights(name: str) -> None:
+    weights = shipped(name) / "model.safetensors"
+    assert hash_file(weights) in (shipped(name) / "README.md").read_text()
+    assert weights.stat().st_size < 1.5e6

@@ -47,6 +47,7 @@ def test_latents_and_audio_are_those_of_the_package(sample_rate_hz, tmp_path, au
     for latent, expected in (("encoder", model.encoder(padded)), ("projected", projected)):
         codec = DACCodec.from_file(path, latent=latent, quantised=True)
         assert (codec.sample_rate_hz, codec.hop_samples) == (model.sample_rate, HOPS[model.sample_rate])
+        assert codec.kilobits_per_second == pytest.approx(3 * 4 * sample_rate_hz / HOPS[sample_rate_hz] / 1000)
         encoded = codec.encode(audio)
         torch.testing.assert_close(encoded, expected)
         assert encoded.shape[1] == codec.latent_channels == {"encoder": 64, "projected": 24}[latent]

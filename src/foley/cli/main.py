@@ -89,6 +89,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "reconstruct": Verb("scripts/reconstruct.py"),
         "score-codec": Verb("scripts/score_codec.py"),
         "score-recordings": Verb("scripts/score_recordings.py"),
+        "judge": Verb("scripts/judge.py"),
         "score-text-use": Verb("scripts/score_text_use.py"),
         "parameters": Verb("scripts/compare_parameters.py"),
         "listening-test": Verb("scripts/listening_test.py"),

@@ -50,6 +50,23 @@ class RelativeLogMel(nn.Module):
         return ((decibel - loudest) / self.range_db + 1).clamp_min(0)
 
 
+class RelativeRootMel(RelativeLogMel):
+    """Mel power over that of the clip's loudest cell, to the power of `exponent`: loudness rather than level.
+
+    Hearing compresses power by such a law (Stevens 1957; perceptual linear prediction, Hermansky 1990, takes the cube
+    root). Other than decibels it has no floor: what is faint fades, and is not cut off.
+    """
+
+    def __init__(self, sample_rate_hz: int, mel_bands: int, hop_samples: int, window_samples: int, exponent: float):
+        super().__init__(sample_rate_hz, mel_bands, hop_samples, window_samples, -_POWER_FLOOR_DB)
+        self.exponent = exponent
+
+    def scale(self, power: Tensor) -> Tensor:
+        """Mel power relative to the loudest cell, compressed, in [0, 1]."""
+        loudest = power.amax(dim=(1, 2), keepdim=True).clamp_min(10 ** (_POWER_FLOOR_DB / 10))
+        return (power / loudest).pow(self.exponent)
+
+
 def _conv_block(inputs: int, outputs: int, stride: int | tuple[int, int]) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
@@ -66,6 +83,7 @@ class EmbeddedExtractor(nn.Module):
         label_groups: named subsets of `labels`, reported apart by evaluations.
         widths: channels after each halving of the spectrogram; five halvings of 64 mel bands leave two.
         feature_dim: D, the size of the features on which Frechet distances are computed.
+        exponent: of `RelativeRootMel`, in the place of decibels; None: `RelativeLogMel`.
     """
 
     def __init__(
@@ -79,11 +97,13 @@ class EmbeddedExtractor(nn.Module):
         range_db: float = 60.0,
         widths: Sequence[int] = (24, 48, 96, 128, 160),
         feature_dim: int = 128,
+        exponent: float | None = None,
     ) -> None:
         super().__init__()
         self.labels, self.label_groups = list(labels), {name: list(group) for name, group in label_groups.items()}
         self.sample_rate_hz, self.feature_dim = sample_rate_hz, feature_dim
-        self.spectrogram = RelativeLogMel(sample_rate_hz, mel_bands, hop_samples, window_samples, range_db)
+        sizes = (sample_rate_hz, mel_bands, hop_samples, window_samples)
+        self.spectrogram = RelativeLogMel(*sizes, range_db) if exponent is None else RelativeRootMel(*sizes, exponent)
         channels = [1, *widths]
         # The last block halves frequency only: what happens when is kept at 16 hops (0.16 s).
         strides: list[int | tuple[int, int]] = [2] * (len(widths) - 1) + [(2, 1)]

@@ -57,6 +57,11 @@ class AudioVAE(nn.Module):
         raise NotImplementedError
 
     @property
+    def kilobits_per_second(self) -> float:
+        """Of its latents in half precision, for a table beside codecs that send bits."""
+        return 16 * self.latent_channels * self.sample_rate_hz / self.hop_samples / 1000  # 16 bits a number
+
+    @property
     def context_frames(self) -> int | None:
         """How many latent frames before a frame, and after it, its audio hears; None where that is not known."""
         return None

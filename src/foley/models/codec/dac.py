@@ -11,7 +11,7 @@ Decoding takes them as they are, or rounds them first (`quantised`), as the publ
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod
+from math import log2, prod
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,14 @@ class DACCodec(AudioVAE):
     def hop_samples(self) -> int:
         """Audio samples for each latent frame: 512 at 44.1 kHz, 320 at 24 kHz, of the published models."""
         return self._hop_samples
+
+    @property
+    def kilobits_per_second(self) -> float:
+        """Of its codes where it rounds to them, else of its latents."""
+        if not self.quantised:
+            return super().kilobits_per_second
+        bits = sum(log2(book.codebook_size) for book in self.published.quantizer.quantizers)  # of a frame
+        return bits * self.sample_rate_hz / self.hop_samples / 1000
 
     @property
     def context_frames(self) -> int:

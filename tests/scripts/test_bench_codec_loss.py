@@ -1,0 +1,34 @@
+"""Where a spectral codec loses: an identity, and which clips are asked."""
+
+import pytest
+import torch
+from commands import load_command
+
+from foley.data.dataset import AudioItem
+from foley.models.codec.spectral_vae import SpectralVAE
+
+LOSS = load_command("bench/codec_loss")
+
+
+def test_without_a_floor_its_spectra_lose_what_guessed_phases_lose():
+    torch.manual_seed(0)
+    codec = SpectralVAE(width=8, latent_channels=4, floor=1e-12).eval()
+    with torch.no_grad():
+        lost = LOSS["lose"](codec, AudioItem(0.1 * torch.randn(4801), "hiss", id="hisses/1"))
+    assert lost["its spectra"] == pytest.approx(lost["phases guessed"], rel=1e-3)
+    assert 0 < lost["phases guessed"] < lost["its network"]
+
+
+def test_clips_are_chosen_and_summed_up_by_collection():
+    class Source:
+        names = ("a/1", "a/2", "a/3", "a/4", "b/1")
+
+        def __len__(self):
+            return len(self.names)
+
+        def clip_name(self, index):
+            return self.names[index]
+
+    assert LOSS["chosen"](Source(), 2) == [0, 2, 4]
+    clips = [{"id": "a/1", "loss": 1.0}, {"id": "a/3", "loss": 2.0}, {"id": "b/1", "loss": 5.0}]
+    assert LOSS["summarise"](clips) == [{"group": "a", "n": 2, "loss": 1.5}, {"group": "b", "n": 1, "loss": 5.0}]
