@@ -8,7 +8,15 @@ from torch import Tensor
 from foley.core.embeddings import EmbeddingStore
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
-from foley.data.dataset import AudioCollate, AudioDataset, AudioSource, Augmentation, PeakLevel, RmsLevel
+from foley.data.dataset import (
+    AudioCollate,
+    AudioDataset,
+    AudioSource,
+    Augmentation,
+    PeakLevel,
+    RmsLevel,
+    channels_of,
+)
 from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset, captions
 from foley.data.manifest import known_splits
 from foley.data.resumable import ResumableDataModule
@@ -25,7 +33,7 @@ class AudioDataModule(ResumableDataModule):
 
     Args:
         splits: a source by split name; "train" is needed, "val" and "test" are optional.
-        sample_rate_hz: of every source.
+        sample_rate_hz, channels: of every source.
         duration_seconds: length of every batch item; longer clips are cropped, at random in training.
         batch_size: of a step (see `ResumableDataModule`).
         level: see `AudioDataset`, as are `drop_silent` and `max_fault_fraction`.
@@ -33,7 +41,7 @@ class AudioDataModule(ResumableDataModule):
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
 
     Raises:
-        ValueError: a source has another sample rate, or a split is none that we know.
+        ValueError: a source has another sample rate or number of channels, or a split is none that we know.
     """
 
     def __init__(
@@ -50,14 +58,17 @@ class AudioDataModule(ResumableDataModule):
         max_fault_fraction: float = 0.05,
         pin_memory: bool = False,
         bucket_batches: int | None = None,
+        channels: int = 1,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         splits = renamed_splits(splits)
         for name, source in splits.items():
             if source.sample_rate_hz != sample_rate_hz:
                 raise ValueError(f"split {name!r} is at {source.sample_rate_hz} Hz, expected {sample_rate_hz} Hz")
+            if (own := channels_of(source)) != channels:
+                raise ValueError(f"split {name!r} has clips of {own} channels, expected {channels} (data.channels)")
         self.splits = splits
-        self.sample_rate_hz = sample_rate_hz
+        self.sample_rate_hz, self.channels = sample_rate_hz, channels
         self.duration_seconds = duration_seconds
         self.level = level
         self.drop_silent = drop_silent

@@ -26,7 +26,7 @@ from foley.core.numbers import COUNT, NumberRange
 from foley.core.seeding import torch_generator
 from foley.core.sharding import ALL, Shard
 from foley.data.audio import AudioError
-from foley.data.dataset import AudioDataset, AudioItem, clip_name
+from foley.data.dataset import AudioDataset, AudioItem, channels_of, clip_name
 from foley.data.latent_folder import LatentFolder, LatentWriter, LeftOut, clip_key
 from foley.data.latent_format import FORMAT, STORES, LatentCacheError, LatentEntry, LatentLayout
 from foley.data.whole_clips import WINDOWS, LoadedClip, WholeClips
@@ -58,10 +58,11 @@ class LatentEncoder(Protocol):
     """The part of a codec that encoding needs; it is an `nn.Module` too, so that it can be hashed."""
 
     sample_rate_hz: int
+    audio_channels: int
     hop_samples: int
 
     def posterior(self, audio: Tensor) -> Posterior:
-        """Of the latents of `audio` `[B, 1, T]`."""
+        """Of the latents of `audio` `[B, channels, T]`."""
         ...
 
 
@@ -177,7 +178,10 @@ def _describe_source(source: Any) -> Any:
         return [_describe_source(part) for part in source.sources]
     if hasattr(source, "source"):
         return _describe_source(source.source)
-    return {name: getattr(source, name) for name in ("max_duration_seconds", "downmix") if hasattr(source, name)}
+    channels = {} if (several := channels_of(source)) == 1 else {"channels": several}
+    return {
+        name: getattr(source, name) for name in ("max_duration_seconds", "downmix") if hasattr(source, name)
+    } | channels
 
 
 def clip_keys(datasets: Mapping[str, AudioDataset]) -> NDArray[np.int64]:
@@ -270,6 +274,11 @@ def _check(codec: LatentEncoder, datasets: Mapping[str, AudioDataset]) -> None:
                 f"split {split!r} is at {dataset.source.sample_rate_hz} Hz and the codec at "
                 f"{codec.sample_rate_hz} Hz; set the data's sample_rate_hz to the codec's"
             )
+        if (given := channels_of(dataset.source)) != codec.audio_channels:
+            raise ValueError(
+                f"split {split!r} has clips of {given} channels and the codec takes {codec.audio_channels}: give "
+                f"data.channels={codec.audio_channels}"
+            )
 
 
 def _module(codec: LatentEncoder) -> nn.Module:
@@ -343,7 +352,7 @@ class _Encoder:
 
     def _frames(self, clip: LoadedClip) -> int:
         """Of each of its windows."""
-        return math.ceil(max(len(clip.windows[0].audio), self._min_samples) / self._codec.hop_samples)
+        return math.ceil(max(clip.windows[0].num_samples, self._min_samples) / self._codec.hop_samples)
 
     @torch.no_grad()
     def _latents(self, windows: Sequence[AudioItem]) -> Tensor:
@@ -358,12 +367,13 @@ class _Encoder:
             return self._codec.posterior(audio)
 
     def _audio(self, windows: Sequence[AudioItem]) -> Tensor:
-        """Zero-padded to whole frames, on the device `[B, 1, T]`; from pinned memory nobody waits for the transfer."""
+        """Zero-padded to whole frames, on the device `[B, channels, T]`; nobody waits for the transfer."""
         hop = self._codec.hop_samples
-        width = math.ceil(max(len(windows[0].audio), self._min_samples) / hop) * hop
-        audio = torch.zeros(len(windows), 1, width, pin_memory=self._device.type == "cuda")
+        width = math.ceil(max(windows[0].num_samples, self._min_samples) / hop) * hop
+        channels = torch.atleast_2d(windows[0].audio).shape[0]
+        audio = torch.zeros(len(windows), channels, width, pin_memory=self._device.type == "cuda")
         for row, window in zip(audio, windows, strict=True):
-            row[0, : len(window.audio)] = window.audio
+            row[:, : window.num_samples] = window.audio
         return to_device(audio, self._device)
 
     def _kept(self, posterior: Posterior, windows: Sequence[AudioItem]) -> Tensor:
@@ -387,7 +397,7 @@ class _Encoder:
         bar.advance(len(clips))
 
     def _entry(self, clip: LoadedClip, window: AudioItem) -> LatentEntry:
-        seconds = len(window.audio) / self._codec.sample_rate_hz
+        seconds = window.num_samples / self._codec.sample_rate_hz
         texts = window.id, window.caption, window.label, clip.split
         return LatentEntry(*texts, "", 0, 0, seconds, window.other_captions)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from foley.core.channels import check_downmix, loss_of_mean, mix_down
+from foley.core.channels import ChannelsError, check_downmix, fit_channels, loss_of_mean
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.numbers import NOT_NEGATIVE, SHARE
@@ -59,12 +59,14 @@ class Recording:
         if mixing is not None and downmix == "mean" and (loss := loss_of_mean(channels)):
             mixing["downmix_warning"] = loss
             _log.warning("%s=%s: %s; downmix=loudest keeps that one", option, path, loss)
-        if channels.shape[1] == kept_channels:
-            each = [torch.from_numpy(resample(channel.copy(), rate, sample_rate_hz)) for channel in channels.T]
-            samples = torch.stack(each)
-        else:
-            samples = torch.from_numpy(resample(mix_down(channels, downmix), rate, sample_rate_hz))
-            samples = samples if kept_channels is None else samples.expand(kept_channels, -1)
+        if kept_channels is not None and channels.shape[1] == 1 < kept_channels:
+            _log.info("%s=%s: it is mono: each of %d channels is the same", option, path, kept_channels)
+        try:
+            fitted = fit_channels(channels, kept_channels or 1, downmix)
+        except ChannelsError as error:
+            raise ValueError(f"{option}={path}: {error}") from error
+        samples = torch.from_numpy(resample(fitted, rate, sample_rate_hz))
+        samples = samples if kept_channels is None else torch.atleast_2d(samples)
         return cls(samples, sample_rate_hz, str(path), hash_file(path), mixing)
 
     def describe(self) -> dict[str, str]:

@@ -354,7 +354,7 @@ class TextToAudio(SharedSystem):
         for latent in self._latents(clips, settings, (guidance, solver), canvas, meter, timings):
             with timings.measured("decode_seconds", self.device):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
-                rows.append(canvas.finish(audio.cpu()))  # [B, 1, T], [B]
+                rows.append(canvas.finish(audio.cpu()))  # [B, channels, T], [B]
         chosen = settings.describe(guidance, solver.name, solver.num_steps) | (meter.describe() if meter else {})
         description = {**canvas.description, **chosen, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
@@ -439,19 +439,19 @@ class TextToAudio(SharedSystem):
         """Raises ValueError where the recording cannot be read, or the result would be too long."""
         match settings.source:
             case Edit(file, mask, downmix):
-                recording = Recording.read(Path(file), self.sample_rate_hz, "edit", downmix)
+                recording = self._read(file, "edit", downmix)
                 window = mask.window(recording)
                 self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
                 hidden = window.hidden_mask(self.codec.hop_samples).to(self.device)  # [1, L]
                 return edit_canvas(recording, mask, window, hidden, partial(self._encode, timings=timings))
             case Variation(file, strength, downmix) as variation:
-                recording = Recording.read(Path(file), self.sample_rate_hz, "init", downmix)
+                recording = self._read(file, "init", downmix)
                 first_step = variation.first_step(num_steps)
                 self._warn_once(variation.rounding(num_steps))
                 self._check_duration(f"init={recording.file}", recording.duration_seconds)
                 return variation_canvas(recording, strength, first_step, partial(self._encode, timings=timings))
             case Control(file, scale, downmix):
-                recording = Recording.read(Path(file), self.sample_rate_hz, "control", downmix)
+                recording = self._read(file, "control", downmix)
                 self._check_duration(f"control={file}", recording.duration_seconds)
                 self._warn_beyond_training(recording.duration_seconds)
                 length = self.codec.hop_samples, self.system.trained_seconds
@@ -463,10 +463,16 @@ class TextToAudio(SharedSystem):
                 num_samples, num_frames = clip_size(seconds, self.sample_rate_hz, self.codec.hop_samples)
                 return Canvas(num_frames, partial(crop, num_samples=num_samples), {"duration_seconds": seconds})
 
+    def _read(self, file: str | Path, option: str, downmix: str) -> Recording:
+        """Mono `[T]` for a mono codec; the codec's channels where it has several."""
+        channels = getattr(self.codec, "audio_channels", 1)
+        return Recording.read(Path(file), self.sample_rate_hz, option, downmix, None if channels == 1 else channels)
+
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
-        """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]`."""
+        """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]` or `[channels, T]`."""
         with timings.measured("encode_seconds", self.device):
-            latent: Tensor = self.normaliser.normalise(self.codec.encode(samples[None, None].to(self.device)))
+            audio = torch.atleast_2d(samples)[None].to(self.device)
+            latent: Tensor = self.normaliser.normalise(self.codec.encode(audio))
             return latent
 
     def _check_duration(self, name: str, seconds: float) -> None:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+from foley.core.channels import to_mid_side
+
 _SMALLEST_BAND = 1e-4  # keeps the logarithm finite
 
 
@@ -57,8 +59,8 @@ class MultiResolutionSTFTLoss(nn.Module):
             self.register_buffer(f"weighting_{size}", weighting[:, None], persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Two waveforms `[B, 1, T]` to a scalar; T must exceed half the longest window."""
-        # [B, 1, T] to [B, T].
+        """Two waveforms `[B, A, T]` to a scalar, channel by channel; T must exceed half the longest window."""
+        # [B, A, T] to [B A, T].
         distances = [self._distance(prediction.flatten(0, 1), target.flatten(0, 1), size) for size in self.fft_sizes]
         return torch.stack(distances).mean()
 
@@ -104,7 +106,7 @@ class LogMelLoss(nn.Module):
         self.register_buffer("bands", bands, persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Two waveforms `[B, 1, T]` to a scalar."""
+        """Two waveforms `[B, A, T]` to a scalar, channel by channel."""
         return (self._log_mel(prediction) - self._log_mel(target)).abs().mean()
 
     def _log_mel(self, audio: Tensor) -> Tensor:
@@ -112,6 +114,36 @@ class LogMelLoss(nn.Module):
             magnitudes = magnitude(audio.flatten(0, 1), self.window)
             # [B, frames, bins] @ [bins, mel_bands].
             return (magnitudes.transpose(1, 2) @ self.bands).clamp(min=self.floor).log()
+
+
+class WithMidSide(nn.Module):
+    """A loss of waveforms on left, right, middle and side of stereo: the two last hear what is between the channels.
+
+    Errors that are small in each channel may be large in the side, which is often quiet, and loud in the middle, where
+    they add up (Steinmetz et al. 2020, "Automatic multitrack mixing", take sum and difference alone).
+
+    Args:
+        loss: of waveforms, each of whose channels it takes by itself.
+
+    Example:
+        >>> audio = torch.randn(1, 2, 4800)
+        >>> loss = WithMidSide(LogMelLoss(24000))
+        >>> loss(audio, audio).item(), loss(audio.mean(1, keepdim=True).expand(-1, 2, -1), audio) > 0
+        (0.0, tensor(True))
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Two waveforms `[B, 2, T]` to a scalar; raises ValueError for another number of channels."""
+        if target.shape[1] != 2:
+            raise ValueError(f"middle and side are of two channels [B, 2, T], got shape {list(target.shape)}")
+        # [B, 4, T] each: left, right, middle, side.
+        both = (torch.cat([audio, to_mid_side(audio)], dim=1) for audio in (prediction, target))
+        distance: Tensor = self.loss(*both)
+        return distance
 
 
 class BandedLogLoss(nn.Module):

@@ -1,9 +1,10 @@
 """How well a codec gives audio back, and the baselines that it is compared with.
 
-Every distance gives one value an item, `[B]`; a baseline has a codec's `sample_rate_hz` and `reconstruct`.
+Every distance gives one value an item, `[B]`, the mean of those of its channels; a baseline has a codec's
+`sample_rate_hz` and `reconstruct`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -18,8 +19,14 @@ _MEL_FLOOR = 1e-5
 _STFT_FLOOR = 1e-5
 
 
+def _by_channel(distance: Callable[[Tensor, Tensor], Tensor], estimate: Tensor, reference: Tensor) -> Tensor:
+    """A `distance` of waveforms `[N, T]`, of every channel of `[B, channels, T]` by itself, averaged: `[B]`."""
+    each = distance(estimate.flatten(0, 1), reference.flatten(0, 1))  # [B channels]
+    return each.unflatten(0, reference.shape[:2]).mean(1)
+
+
 def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019, eq. 2), of `[B, 1, T]` waveforms.
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019, eq. 2), of `[B, channels, T]` waveforms.
 
     Means are removed; a small power keeps silent references finite.
 
@@ -28,10 +35,12 @@ def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
     >>> si_sdr(2 * reference + 0.1 * noise, reference).round().item()  # the scale does not count
     23.0
     """
-    estimate, reference = (
-        signal.flatten(1) - signal.flatten(1).mean(1, keepdim=True) for signal in (estimate, reference)
-    )
-    scale = (estimate * reference).sum(1) / (reference.square().sum(1) + _TINY_POWER)  # [B], the best one
+    return _by_channel(_si_sdr, estimate, reference)
+
+
+def _si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
+    estimate, reference = (signal - signal.mean(1, keepdim=True) for signal in (estimate, reference))
+    scale = (estimate * reference).sum(1) / (reference.square().sum(1) + _TINY_POWER)  # [N], the best one
     target = scale[:, None] * reference
     distortion = (estimate - target).square().sum(1)
     return 10 * torch.log10((target.square().sum(1) + _TINY_POWER) / (distortion + _TINY_POWER))
@@ -40,18 +49,26 @@ def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
 def mel_distance(estimate: Tensor, reference: Tensor, sample_rate_hz: int) -> Tensor:
     """Mean absolute difference of natural-log mel spectrograms: 80 bands, window 1024, hop 256, floor 1e-5."""
     transform = _mel_transform(sample_rate_hz).to(reference.device)
-    logs = [transform(signal.flatten(1)).clamp(min=_MEL_FLOOR).log() for signal in (estimate, reference)]
-    return (logs[0] - logs[1]).abs().mean((1, 2))
+
+    def distance(*signals: Tensor) -> Tensor:
+        logs = [transform(signal).clamp(min=_MEL_FLOOR).log() for signal in signals]
+        return (logs[0] - logs[1]).abs().mean((1, 2))
+
+    return _by_channel(distance, estimate, reference)
 
 
 def stft_distance(estimate: Tensor, reference: Tensor, fft_sizes: Sequence[int] = (2048, 512, 128)) -> Tensor:
     """Mean absolute difference of natural-log magnitudes, averaged over resolutions (hop a quarter, floor 1e-5)."""
-    distances = []
-    for size in fft_sizes:
-        window = torch.hann_window(size, device=reference.device)
-        logs = [_log_magnitude(signal.flatten(1), window) for signal in (estimate, reference)]
-        distances.append((logs[0] - logs[1]).abs().mean((1, 2)))
-    return torch.stack(distances).mean(0)
+
+    def distance(*signals: Tensor) -> Tensor:
+        distances = []
+        for size in fft_sizes:
+            window = torch.hann_window(size, device=reference.device)
+            logs = [_log_magnitude(signal, window) for signal in signals]
+            distances.append((logs[0] - logs[1]).abs().mean((1, 2)))
+        return torch.stack(distances).mean(0)
+
+    return _by_channel(distance, estimate, reference)
 
 
 def _log_magnitude(audio: Tensor, window: Tensor) -> Tensor:
@@ -90,10 +107,10 @@ class GriffinLim(nn.Module):
         self.phases = PhaseSearch(fft_size, iterations, hop_length=fft_size // 4, power=1.0, rand_init=False)
 
     def reconstruct(self, audio: Tensor) -> Tensor:
-        """`[B, 1, T]` to the same shape."""
-        padded = F.pad(audio[:, 0], (0, max(0, self.fft_size - audio.shape[-1])))
+        """`[B, channels, T]` to the same shape, channel by channel."""
+        padded = F.pad(audio.flatten(0, 1), (0, max(0, self.fft_size - audio.shape[-1])))
         spectrum = torch.stft(padded, self.fft_size, self.fft_size // 4, window=self.window, return_complex=True)
         mel = spectrum.abs().mT @ self.bands
         restored = self.phases((mel @ self.inverse).clamp(min=0).mT)
         length = audio.shape[-1]
-        return F.pad(restored, (0, max(0, length - restored.shape[-1])))[:, None, :length]
+        return F.pad(restored, (0, max(0, length - restored.shape[-1])))[:, :length].unflatten(0, audio.shape[:2])
