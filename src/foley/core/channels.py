@@ -23,6 +23,11 @@ class ChannelsError(ValueError):
     """Several channels where one is wanted, and where they are not to be mixed."""
 
 
+def channels_of(sounding: object) -> int:
+    """Channels of the audio of a codec, or of every clip of a source: `audio_channels`, or 1 where it has none."""
+    return int(getattr(sounding, "audio_channels", 1))
+
+
 def check_downmix(downmix: str) -> str:
     """`downmix` itself; raises ValueError where it is none of `DOWNMIXES`."""
     if downmix not in DOWNMIXES:

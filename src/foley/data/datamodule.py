@@ -5,18 +5,11 @@ from typing import cast
 
 from torch import Tensor
 
+from foley.core.channels import channels_of
 from foley.core.embeddings import EmbeddingStore
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
-from foley.data.dataset import (
-    AudioCollate,
-    AudioDataset,
-    AudioSource,
-    Augmentation,
-    PeakLevel,
-    RmsLevel,
-    channels_of,
-)
+from foley.data.dataset import AudioCollate, AudioDataset, AudioSource, Augmentation, PeakLevel, RmsLevel
 from foley.data.latents import LatentCacheIndex, LatentCollate, LatentDataset, captions
 from foley.data.manifest import known_splits
 from foley.data.resumable import ResumableDataModule
@@ -68,7 +61,7 @@ class AudioDataModule(ResumableDataModule):
             if (own := channels_of(source)) != channels:
                 raise ValueError(f"split {name!r} has clips of {own} channels, expected {channels} (data.channels)")
         self.splits = splits
-        self.sample_rate_hz, self.channels = sample_rate_hz, channels
+        self.sample_rate_hz = sample_rate_hz
         self.duration_seconds = duration_seconds
         self.level = level
         self.drop_silent = drop_silent

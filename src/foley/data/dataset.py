@@ -89,11 +89,6 @@ class CheckedSource(Protocol):
     def known_faults(self) -> Sequence[str]: ...
 
 
-def channels_of(source: AudioSource) -> int:
-    """Of every clip of `source`: its attribute `channels`, or one where it has none."""
-    return int(getattr(source, "channels", 1))
-
-
 def known_faults(source: AudioSource) -> Sequence[str]:
     """What is known to be wrong with clips of `source` before any is read; nothing where nobody looked."""
     return source.known_faults if isinstance(source, CheckedSource) else ()

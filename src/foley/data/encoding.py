@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from foley.core.channels import lossy_mixes
+from foley.core.channels import channels_of, lossy_mixes
 from foley.core.devices import float32_products, to_device
 from foley.core.hashing import hash_module
 from foley.core.locks import FolderInUseError
@@ -26,7 +26,7 @@ from foley.core.numbers import COUNT, NumberRange
 from foley.core.seeding import torch_generator
 from foley.core.sharding import ALL, Shard
 from foley.data.audio import AudioError
-from foley.data.dataset import AudioDataset, AudioItem, channels_of, clip_name
+from foley.data.dataset import AudioDataset, AudioItem, clip_name
 from foley.data.latent_folder import LatentFolder, LatentWriter, LeftOut, clip_key
 from foley.data.latent_format import FORMAT, STORES, LatentCacheError, LatentEntry, LatentLayout
 from foley.data.whole_clips import WINDOWS, LoadedClip, WholeClips
@@ -58,7 +58,6 @@ class LatentEncoder(Protocol):
     """The part of a codec that encoding needs; it is an `nn.Module` too, so that it can be hashed."""
 
     sample_rate_hz: int
-    audio_channels: int
     hop_samples: int
 
     def posterior(self, audio: Tensor) -> Posterior:
@@ -178,10 +177,8 @@ def _describe_source(source: Any) -> Any:
         return [_describe_source(part) for part in source.sources]
     if hasattr(source, "source"):
         return _describe_source(source.source)
-    channels = {} if (several := channels_of(source)) == 1 else {"channels": several}
-    return {
-        name: getattr(source, name) for name in ("max_duration_seconds", "downmix") if hasattr(source, name)
-    } | channels
+    about = {name: getattr(source, name) for name in ("max_duration_seconds", "downmix") if hasattr(source, name)}
+    return about if (several := channels_of(source)) == 1 else {**about, "channels": several}
 
 
 def clip_keys(datasets: Mapping[str, AudioDataset]) -> NDArray[np.int64]:
@@ -274,10 +271,9 @@ def _check(codec: LatentEncoder, datasets: Mapping[str, AudioDataset]) -> None:
                 f"split {split!r} is at {dataset.source.sample_rate_hz} Hz and the codec at "
                 f"{codec.sample_rate_hz} Hz; set the data's sample_rate_hz to the codec's"
             )
-        if (given := channels_of(dataset.source)) != codec.audio_channels:
+        if (given := channels_of(dataset.source)) != (wanted := channels_of(codec)):
             raise ValueError(
-                f"split {split!r} has clips of {given} channels and the codec takes {codec.audio_channels}: give "
-                f"data.channels={codec.audio_channels}"
+                f"split {split!r} has clips of {given} channels, the codec takes {wanted}: give data.channels={wanted}"
             )
 
 

@@ -134,7 +134,7 @@ class HubSource:
 
     def __init__(self, rows: Any, columns: HubColumns, name: str) -> None:
         self.rows, self.columns, self.name = rows, columns, name
-        self.sample_rate_hz, self.channels = columns.sample_rate_hz, columns.channels
+        self.sample_rate_hz, self.audio_channels = columns.sample_rate_hz, columns.channels
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -165,6 +165,7 @@ def hub_data_module(
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     bucket_batches: int | None = None,
+    channels: int = 1,
     **options: Any,
 ) -> ResumableDataModule:
     """An `AudioDataModule` of a data set, or a `StreamedDataModule` of its stream.
@@ -183,7 +184,7 @@ def hub_data_module(
     """
     columns = HubColumns(
         *(audio_column, caption_column, id_column, label_column),
-        *(options["sample_rate_hz"], downmix, max_duration_seconds, options.get("channels", 1)),
+        *(options["sample_rate_hz"], downmix, max_duration_seconds, channels),
     )
     parts = {key: _resolved(rows) for key, rows in _open(name, subset, revision, split, streaming).items()}
     known = columns.of(next(iter(parts.values())).features, name)
@@ -194,10 +195,8 @@ def hub_data_module(
         if "val" not in parts:
             _log.warning("%s has no split for validation, and of a stream none is held out (data.val_fraction)", name)
         return StreamedDataModule(parts, known, shuffle_buffer=shuffle_buffer, **options)
-    sources = {key: HubSource(rows, known, key) for key, rows in parts.items()}
-    if "val" not in sources:
-        sources |= _held_out(sources["train"], val_fraction, name)
-    return AudioDataModule(sources, bucket_batches=bucket_batches, **options)
+    sources = _sources(parts, known, val_fraction, name)
+    return AudioDataModule(sources, bucket_batches=bucket_batches, channels=channels, **options)
 
 
 def _open(name: str, subset: str | None, revision: str | None, split: str | None, streaming: bool) -> dict[str, Any]:
@@ -282,6 +281,11 @@ def _undecoded(rows: Any, columns: HubColumns) -> Any:
     rows = rows.select_columns(list(dict.fromkeys(wanted)))
     is_audio = isinstance(rows.features[str(columns.audio)], Audio)
     return rows.cast_column(columns.audio, Audio(decode=False)) if is_audio else rows
+
+
+def _sources(parts: Mapping[str, Any], columns: HubColumns, val_fraction: float, name: str) -> dict[str, HubSource]:
+    sources = {key: HubSource(rows, columns, key) for key, rows in parts.items()}
+    return sources if "val" in sources else sources | _held_out(sources["train"], val_fraction, name)
 
 
 def _held_out(train: HubSource, fraction: float, name: str) -> dict[str, HubSource]:

@@ -190,7 +190,7 @@ class ShardSource:
         channels: int = 1,
     ) -> None:
         self.index = index
-        self.channels = channels
+        self.audio_channels = channels
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_seconds = max_duration_seconds
         self._rows = index.rows(split)
@@ -234,7 +234,7 @@ class ShardSource:
 
     def _decode(self, place: str, content: bytes) -> FloatArray:
         samples, rate = read_encoded(content, place, self.max_duration_seconds)
-        return fitted(samples, rate, place, self.sample_rate_hz, self.channels)
+        return fitted(samples, rate, place, self.sample_rate_hz, self.audio_channels)
 
 
 def _read_range(filesystem: Any, path: str, start: int, end: int) -> bytes:

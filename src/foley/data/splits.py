@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foley.core.channels import check_downmix
+from foley.core.channels import channels_of, check_downmix
 from foley.core.logs import get_logger
 from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import check_samples, read_audio
-from foley.data.dataset import AudioItem, AudioSource, channels_of, clip_name, durations_seconds, known_faults
+from foley.data.dataset import AudioItem, AudioSource, clip_name, durations_seconds, known_faults
 from foley.data.entries import SPLIT_NAMES, Entries, ManifestEntry, split_code
 from foley.data.importers.annotations import read_audiocaps
 from foley.data.manifest import OUR_COLUMNS, ManifestOptions, known_splits, of_split, read_manifest
@@ -49,7 +49,7 @@ class ClipSource:
         channels: int = 1,
     ) -> None:
         self.downmix = check_downmix(downmix)
-        self.channels = channels
+        self.audio_channels = channels
         self.known_faults = known_faults
         self.entries = Entries.of(entries)
         self.sample_rate_hz = sample_rate_hz
@@ -75,7 +75,7 @@ class ClipSource:
         """Clip `index`, the same in every epoch; raises AudioError where the file cannot be used."""
         entry = self.entries[index]
         limits = (self.max_duration_seconds, entry.duration_seconds)
-        audio = read_audio(entry.path, self.sample_rate_hz, *limits, self.downmix, self.channels)
+        audio = read_audio(entry.path, self.sample_rate_hz, *limits, self.downmix, self.audio_channels)
         return AudioItem(torch.from_numpy(audio), entry.caption, entry.label, entry.id, entry.other_captions)
 
 
@@ -90,7 +90,7 @@ class CachedSource:
 
     def __init__(self, source: AudioSource, megabytes: int) -> None:
         self.source = source
-        self.sample_rate_hz, self.channels = source.sample_rate_hz, channels_of(source)
+        self.sample_rate_hz, self.audio_channels = source.sample_rate_hz, channels_of(source)
         self.known_faults = known_faults(source)
         self._free_bytes = megabytes << 20
         self._kept: dict[int, tuple[AudioItem, float]] = {}
@@ -146,7 +146,7 @@ class MixtureSource:
         if len(numbers) != 1:
             raise ValueError(f"the sources of a mixture must share one number of channels, got {sorted(numbers)}")
         self.sources = list(sources)
-        self.sample_rate_hz, self.channels = rates.pop(), numbers.pop()
+        self.sample_rate_hz, self.audio_channels = rates.pop(), numbers.pop()
         sizes = [len(source) for source in sources]
         self.shares = sizes if weights is None else _shares(weights, sum(sizes) if size is None else size, len(sizes))
         whole = (source for source, share, size in zip(sources, self.shares, sizes, strict=True) if share >= size)

@@ -207,11 +207,9 @@ class StreamedDataModule(ResumableDataModule):
         max_fault_fraction: float = 0.05,
         pin_memory: bool = False,
         shuffle_buffer: int = 1000,
-        channels: int = 1,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory)
         self.sample_rate_hz, self.duration_seconds, self.reader = sample_rate_hz, duration_seconds, reader
-        self.channels = channels  # which the reader gives
         self.max_fault_fraction = max_fault_fraction
         self.streams = {
             name: stream.shuffle(seed=seed, buffer_size=shuffle_buffer) if name == "train" else stream

@@ -1,7 +1,7 @@
 """What clips are generated onto: their length, what is given of them, and what becomes of the decoded audio."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from typing import Any
@@ -15,7 +15,7 @@ from foley.data.audio import PEAK_CEILING
 from foley.data.dataset import PeakLevel, gain_to_decibels
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start
-from foley.generation.editing import CROSS_FADE_SECONDS, EditMask, EditWindow, Recording, paste_fitted
+from foley.generation.editing import CROSS_FADE_SECONDS, EditMask, EditMasks, EditWindow, Recording, paste_fitted
 from foley.models.dit.controlnet import ControlledTransformer
 
 
@@ -44,12 +44,16 @@ class Canvas:
 
 
 def crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`[B, channels, T]` cut to `num_samples`, at `gain`, which brings back a recording's level; nothing is attenuated."""
+    """`[B, channels, T]` cut to `num_samples`, at `gain`, a recording's own level, which attenuates nothing."""
     return gain * audio[..., :num_samples], torch.ones(len(audio))
 
 
 def edit_canvas(
-    recording: Recording, mask: EditMask, window: EditWindow, hidden: Tensor, encode: Callable[[Tensor], Tensor]
+    recording: Recording,
+    mask: EditMask | EditMasks,
+    window: EditWindow,
+    hidden: Tensor,
+    encode: Callable[[Tensor], Tensor],
 ) -> Canvas:
     """The `window` of `recording` with its masked part generated anew.
 
@@ -64,7 +68,7 @@ def edit_canvas(
     description = {
         "duration_seconds": window.total / recording.sample_rate_hz,
         "level_gain_db": gain_to_decibels(gain),
-        "edit": {**recording.describe(), **asdict(mask), "cross_fade_seconds": CROSS_FADE_SECONDS},
+        "edit": {**recording.describe(), **mask.describe(), "cross_fade_seconds": CROSS_FADE_SECONDS},
     }
     # Kept samples come back bit by bit, so the result is never attenuated as a whole.
     ceiling = inf if window.kept(recording.samples).shape[-1] else PEAK_CEILING

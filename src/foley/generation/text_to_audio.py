@@ -14,6 +14,7 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.precision import choose_precision, computing_in
 from foley.accel.quantisation import round_system
+from foley.core.channels import channels_of
 from foley.core.config import shipped
 from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
@@ -30,7 +31,7 @@ from foley.generation.backends import Backend
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.canvas import Canvas, control_canvas, crop, edit_canvas, variation_canvas
 from foley.generation.decoding import LatentDecoder, warn_of_blow_up
-from foley.generation.editing import Control, Edit, EditMask, Recording, Variation
+from foley.generation.editing import Control, Edit, EditMask, EditMasks, Recording, Variation
 from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
@@ -266,7 +267,7 @@ class TextToAudio(SharedSystem):
         self,
         prompts: Sequence[str | Clip],
         file: str | Path,
-        mask: EditMask,
+        mask: EditMask | EditMasks,
         seeds: Sequence[int] | None = None,
         downmix: str = "mean",
         **options: Any,
@@ -277,7 +278,7 @@ class TextToAudio(SharedSystem):
         masks, as the EzAudio stages are. A mask over everything is plain generation of its length.
 
         Args:
-            downmix: how several channels become one, "mean", or "loudest", the one with the most energy.
+            downmix: what becomes of channels that the codec does not have, of `foley.core.channels.DOWNMIXES`.
 
         Other args and raises as for `generate`.
         """
@@ -465,8 +466,8 @@ class TextToAudio(SharedSystem):
 
     def _read(self, file: str | Path, option: str, downmix: str) -> Recording:
         """Mono `[T]` for a mono codec; the codec's channels where it has several."""
-        channels = getattr(self.codec, "audio_channels", 1)
-        return Recording.read(Path(file), self.sample_rate_hz, option, downmix, None if channels == 1 else channels)
+        several = None if (channels := channels_of(self.codec)) == 1 else channels
+        return Recording.read(Path(file), self.sample_rate_hz, option, downmix, several)
 
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
         """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]` or `[channels, T]`."""

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from foley.core.channels import channels_of
 from foley.core.components import build_component
 from foley.core.config import CONFIG_DIR, compose_aside
 from foley.core.logs import get_logger
@@ -229,7 +230,7 @@ def _data(cfg: DictConfig, codec: Any) -> dict[str, Any]:
     shared = {key: cfg.data[key] for key in ("duration_seconds", "batch_size", "seed")}
     shared["sample_rate_hz"] = codec.sample_rate_hz
     if "denoiser" not in cfg.task and not _distils_or_controls(cfg):
-        return {"_target_": f"{__name__}.SyntheticClips", **shared, "channels": getattr(codec, "audio_channels", 1)}
+        return {"_target_": f"{__name__}.SyntheticClips", **shared, "channels": channels_of(codec)}
     sizes = {"channels": codec.latent_channels, "hop_samples": codec.hop_samples}
     kind = "SyntheticPairs" if cfg.task._target_.endswith(".PreferenceTuning") else "SyntheticLatents"
     return {"_target_": f"{__name__}.{kind}", **sizes, **shared}

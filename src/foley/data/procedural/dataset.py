@@ -176,7 +176,7 @@ class ProceduralDataset:
             raise ValueError(f"`combination_probability` must lie in [0, 1], got {combination_probability}")
         if channels not in (1, 2):
             raise ValueError(f"`channels` must be 1 or 2 for synthesised clips, got {channels}")
-        self.size, self.channels = size, channels
+        self.size, self.audio_channels = size, channels
         self.seed = seed
         self.duration_seconds = duration_seconds
         self.sample_rate_hz = sample_rate_hz
@@ -203,7 +203,7 @@ class ProceduralDataset:
             signal, text, label = _combination(timeline, first, second)
         else:
             (signal, text), label = _single(timeline, first), first
-        if self.channels == 2:
+        if self.audio_channels == 2:
             signal = _panned(signal, float(numpy_generator("pan", self.seed, epoch, index).random()))
         audio = torch.from_numpy(signal.astype(np.float32))
         return AudioItem(audio=audio, caption=text, label=label, id=self.clip_name(index, epoch))
