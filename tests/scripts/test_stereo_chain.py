@@ -116,7 +116,8 @@ def test_adapters_of_a_stereo_system_are_trained_on_stereo_sounds(tmp_path, mani
     codec = trained_codec(tmp_path, manifest, CODECS["left and right"])
     trained_system(tmp_path, manifest, CODECS["left and right"], codec)
     run = ["name=test", "experiment=lora", f"ckpt={tmp_path / 'system'}", f"paths.output_dir={tmp_path}/lora"]
-    own = [*manifest, *DATA, "data.duration_seconds=1", "trainer.max_steps=2", "data.augmentation=null"]
+    prior = ["task.prior.captions=[a sound]", "task.prior.count=2", "task.prior.num_steps=2"]
+    own = [*manifest, *DATA, *prior, "data.duration_seconds=1", "trainer.max_steps=2", "data.augmentation=null"]
     train(compose_command("train", *run, *own, *QUICK, "lr_schedule.warmup_steps=0"))
     adapters = [{"path": str(tmp_path / "lora/adapter"), "scale": 1.0}]
     made = TextToAudio.load(tmp_path / "system", adapters=adapters).generate(["a sound"], 0.5, num_steps=2)

@@ -277,7 +277,10 @@ def test_several_masks_are_a_field_of_json(client):
     changed = np.flatnonzero(edited != samples)
     assert set(changed) <= {*range(200, 400), *range(600, 700)}
     assert changed.min() < 400 < 600 <= changed.max()
-    for masks, reason in (("[0.1, 0.2]", "give one pair of seconds for each part"), ("[[", "masks is damaged or not JSON")):
+    for masks, reason in (
+        ("[0.1, 0.2]", "give one pair of seconds for each part"),
+        ("[[", "masks is damaged or not JSON"),
+    ):
         refused = client.post("/v1/audio/edit", data={**form, "masks": masks}, files=upload(content))
         assert refused.status_code == 422
         assert reason in refused.json()["detail"]
