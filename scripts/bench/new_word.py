@@ -7,6 +7,7 @@ hoped for. The classes that the system knows are judged, as ever.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -66,7 +67,7 @@ def teach(cfg: DictConfig, clips: list[Tensor], sample_rate_hz: int) -> Row:
     for index, clip in enumerate(clips):
         write_wav(folder / f"{index:02d}.wav", clip, sample_rate_hz)
     words = [f"data.splits.folder={folder}", f"ckpt={cfg.system}", f"caption={cfg.caption}", f"hydra.run.dir={run}"]
-    command = [sys.executable, str(PROJECT_ROOT / "train.py"), "experiment=lora", *words, *cfg.recipe]
+    command = [sys.executable, str(PROJECT_ROOT / "train.py"), "experiment=lora", *words, *shlex.split(cfg.recipe)]
     start = time.perf_counter()
     subprocess.run(command, cwd=PROJECT_ROOT, check=True)
     seconds = time.perf_counter() - start

@@ -21,10 +21,9 @@ def test_clips_of_the_sound_are_drawn_anew_by_seed_and_index() -> None:
 
 @pytest.mark.slow
 def test_a_run_in_small_writes_a_row_with_and_without_adapters(tmp_path: Path) -> None:
-    recipe = ["trainer.max_steps=2", "lr_schedule.warmup_steps=0", "task.prior.count=1", "task.prior.num_steps=1"]
-    given = ",".join(f"'{option}'" for option in recipe)
+    recipe = "trainer.max_steps=2 lr_schedule.warmup_steps=0 task.prior.count=1 task.prior.num_steps=1"
     small = ("own_clips=4", "clips=2", "clips_of_class=1", "steps=1", "device=cpu")
-    run_command("bench/new_word", f"recipe=[{given}]", *small, f"output_dir={tmp_path}", f"work_dir={tmp_path}")
+    run_command("bench/new_word", f"recipe='{recipe}'", *small, f"output_dir={tmp_path}", f"work_dir={tmp_path}")
     found = json.loads((tmp_path / "new_word.json").read_text())
     assert [(row["scale"], row["n"], row["known_n"]) for row in found["rows"]] == [(0.0, 2, 32), (1.0, 2, 32)]
     assert (found["training"]["clips"], found["training"]["steps"]) == (4, 2)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from foley.cli import errors
 from foley.cli.help import asks_for_help, chosen_config, help_page, read_page
@@ -88,6 +88,20 @@ def refuse_incomplete(config_name: str, arguments: Sequence[str]) -> None:
         raise SystemExit("\n".join([f"{within_checkout(script)} lacks", *lines]))
 
 
+def refuse_single_values(config_name: str, cfg: DictConfig) -> None:
+    """Raise ValueError for an option that is a list in `configs/{config_name}.yaml`, and was given one value.
+
+    >>> refuse_single_values("bench/guidance", DictConfig({"scales": 7}))
+    Traceback (most recent call last):
+    ValueError: scales=7: give a list, scales=[7]
+    """
+    own: Any = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / f"{config_name}.yaml"))
+    for name in (name for name, value in own.items() if isinstance(value, list) and name in cfg):
+        value = cfg[name]
+        if value is not None and not isinstance(value, ListConfig):
+            raise ValueError(f"{name}={value}: give a list, {name}=[{value}]")
+
+
 def run_with_hydra(task: Task, config_name: str, quoted: list[str]) -> Any:
     """Compose the config from the arguments and run the task on it; any error of Hydra or of the task is raised."""
     typed = sys.argv
@@ -96,6 +110,7 @@ def run_with_hydra(task: Task, config_name: str, quoted: list[str]) -> Any:
         # Processes that are started for other ranks repeat the arguments, and quote them for themselves.
         sys.argv = typed
         with errors.job(config_name):
+            refuse_single_values(config_name, cfg)
             return task(cfg)
 
     # Hydra calls the job, and its log, by the module of the function that it runs.

@@ -163,7 +163,8 @@ def all_verbs() -> dict[str, Verb]:
 
 def overview() -> str:
     """The page of `foley --help`: a line for each verb."""
-    sections = ["Train, distil, accelerate, evaluate and serve latent diffusion models for sound: foley VERB [key=value ...]"]
+    project = "Train, distil, accelerate, evaluate and serve latent diffusion models for sound"
+    sections = [f"{project}: foley VERB [key=value ...]"]
     for heading, verbs in VERBS.items():
         sections.append("\n".join([f"{heading}:", *(_line(name, verb) for name, verb in verbs.items())]))
     sections.append("foley bench lists the benchmarks. foley VERB --help lists the options of a verb.")

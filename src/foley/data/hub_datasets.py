@@ -190,13 +190,17 @@ def hub_data_module(
     known = columns.of(next(iter(parts.values())).features, name)
     parts = {key: _undecoded(rows, known) for key, rows in parts.items()}
     if streaming:
-        if bucket_batches is not None:
-            raise ValueError("data.bucket_batches: nobody knows how long the clips of a stream are; set it to null")
-        if "val" not in parts:
-            _log.warning("%s has no split for validation, and of a stream none is held out (data.val_fraction)", name)
+        _check_stream(name, parts, bucket_batches)
         return StreamedDataModule(parts, known, shuffle_buffer=shuffle_buffer, **options)
     sources = _sources(parts, known, val_fraction, name)
     return AudioDataModule(sources, bucket_batches=bucket_batches, channels=channels, **options)
+
+
+def _check_stream(name: str, parts: Mapping[str, Any], bucket_batches: int | None) -> None:
+    if bucket_batches is not None:
+        raise ValueError("data.bucket_batches: nobody knows how long the clips of a stream are; set it to null")
+    if "val" not in parts:
+        _log.warning("%s has no split for validation, and of a stream none is held out (data.val_fraction)", name)
 
 
 def _open(name: str, subset: str | None, revision: str | None, split: str | None, streaming: bool) -> dict[str, Any]:
