@@ -110,6 +110,7 @@ class DACDiscriminator(nn.Module):
 
     def forward(self, audio: Tensor) -> list[list[Tensor]]:
         """`[B, A, T]` to feature maps, one list per scale."""
+        # The package takes one channel: each is an item, [B A, 1, T].
         maps: list[list[Tensor]] = self.published(audio.flatten(0, 1)[:, None])
         return maps
 

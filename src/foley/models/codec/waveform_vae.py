@@ -234,7 +234,7 @@ class WaveformVAE(AudioVAE):
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """See `AudioVAE.encode_moments`."""
         whole = self._whole_frames(audio)
-        heard = to_mid_side(whole) if self.mid_side else whole
+        heard = to_mid_side(whole) if self.mid_side else whole  # [B, A, L hop]
         # [B, 2 C, L]; in single precision, since the posterior is sampled and compared from here on.
         mean, scale = self.encoder(heard).float().chunk(2, dim=1)
         return mean, scale
@@ -245,6 +245,7 @@ class WaveformVAE(AudioVAE):
 
     def from_decoder(self, audio: Tensor) -> Tensor:
         """Left and right `[B, A, T]` of what the decoder makes, or that itself: for those who run it in other ways."""
+        # Linear, so that it may follow any decoder that computes what ours does, chunk by chunk.
         return to_left_right(audio) if self.mid_side else audio
 
     def fold_weight_norm(self) -> "WaveformVAE":
