@@ -305,7 +305,8 @@ class EditWindow:
         for (kept, first), (last, end) in pairwise(self._kept_spans):
             longest = min(length, (last - first) // 2)
             borders = max(kept, first - longest), first, last, min(end, last + longest)
-            found.append(tuple(slice(a - self.start, b - self.start) for a, b in pairwise(borders)))
+            before, masked, after = (slice(a - self.start, b - self.start) for a, b in pairwise(borders))
+            found.append((before, masked, after))
         return found
 
     def hidden_mask(self, hop_samples: int) -> Tensor:

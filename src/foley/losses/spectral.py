@@ -79,8 +79,8 @@ class MultiResolutionSTFTLoss(nn.Module):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Two waveforms `[B, A, T]` to a scalar, channel by channel; T must exceed half the longest window."""
-        waveforms = [each_channel(audio, self.mid_side) for audio in (prediction, target)]  # [B A, T]
-        distances = [self._distance(*waveforms, size) for size in self.fft_sizes]
+        predicted, wanted = (each_channel(audio, self.mid_side) for audio in (prediction, target))  # [B A, T]
+        distances = [self._distance(predicted, wanted, size) for size in self.fft_sizes]
         return torch.stack(distances).mean()
 
     def _distance(self, prediction: Tensor, target: Tensor, size: int) -> Tensor:

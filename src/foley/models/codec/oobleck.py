@@ -8,6 +8,7 @@ family is `foley.models.codec.waveform_vae`.
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -54,7 +55,7 @@ class OobleckCodec(AudioVAE):
             )
         from diffusers import AutoencoderOobleck  # slow to import, and of no use to other codecs
 
-        self.published = AutoencoderOobleck(
+        self.published: Any = AutoencoderOobleck(
             encoder_hidden_size,
             list(downsampling_ratios),
             list(channel_multiples),
