@@ -1,6 +1,7 @@
 """Pass the clips of a manifest through a codec: scored with evaluate.py, they bound what any denoiser can reach."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -28,8 +29,9 @@ def main(cfg: DictConfig) -> None:
     directory, level = Path(cfg.output_dir), PeakLevel()
     directory.mkdir(parents=True, exist_ok=True)
     for index, entry in enumerate(track(entries, description="reconstructing")):
-        audio = level(torch.from_numpy(read_audio(entry.path, codec.sample_rate_hz, downmix=cfg.downmix)))
-        restored = codec.reconstruct(audio[None, None])[0, 0]
+        wanted: dict[str, Any] = {"downmix": cfg.downmix, "channels": codec.audio_channels}
+        audio = level(torch.from_numpy(read_audio(entry.path, codec.sample_rate_hz, **wanted)))
+        restored = codec.reconstruct(torch.atleast_2d(audio)[None])[0]
         stem = sample_stem(entry.caption, index, 0)
         write_wav(directory / f"{stem}.wav", restored, codec.sample_rate_hz)
         write_json(directory / f"{stem}.json", {"id": entry.id, "label": entry.label, "prompt": entry.caption})

@@ -25,12 +25,12 @@ from foley.system.checkpoint import load_trained
 
 def score(codec: Any, item: AudioItem, perceived: bool) -> dict[str, Any]:
     """The distances of one clip, and how alike it sounds where that is `perceived`."""
-    original = item.audio[None, None]
+    original = torch.atleast_2d(item.audio)[None]
     restored = codec.reconstruct(original).cpu()
     return {
         "id": item.id,
         "label": item.label,
-        "seconds": len(item.audio) / codec.sample_rate_hz,
+        "seconds": item.num_samples / codec.sample_rate_hz,
         "si_sdr_db": float(si_sdr(restored, original)),
         "mel_distance": float(mel_distance(restored, original, codec.sample_rate_hz)),
         "stft_distance": float(stft_distance(restored, original)),
@@ -60,8 +60,8 @@ def keep_pairs(codec: Any, dataset: AudioDataset, indices: list[int], directory:
     clips, titles = [], []
     for index in indices:
         item = dataset[index]
-        original = item.audio[: round(seconds * codec.sample_rate_hz)]
-        pair = {"original": original, "reconstruction": codec.reconstruct(original[None, None])[0, 0].cpu()}
+        original = torch.atleast_2d(item.audio)[:, : round(seconds * codec.sample_rate_hz)]
+        pair = {"original": original, "reconstruction": codec.reconstruct(original[None])[0].cpu()}
         for kind, audio in pair.items():
             write_flac(directory / f"{index:04d}_{slug(item.caption)}_{kind}.flac", audio, codec.sample_rate_hz)
             clips.append(audio)
@@ -82,7 +82,7 @@ def main(cfg: DictConfig) -> None:
     clips = {}
     for index in track(evenly_spaced(len(dataset), cfg.num_clips or len(dataset)), description="reconstructing"):
         item = dataset[index]
-        if len(item.audio) >= shortest:
+        if item.num_samples >= shortest:
             clips[index] = score(codec, item, cfg.visqol)
     summary = {**summarise(list(clips.values())), "kilobits_per_second": codec.kilobits_per_second}
     facts = {"codec_hash": hash_module(codec), "split": cfg.split, "provenance": provenance()}

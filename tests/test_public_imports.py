@@ -8,7 +8,7 @@ import pytest
 import foley
 
 EXPORTS = {
-    "foley": ["Clip", "EditMask", "Generation", "GenerationSettings", "TextToAudio", "__version__"],
+    "foley": ["Clip", "EditMask", "EditMasks", "Generation", "GenerationSettings", "TextToAudio", "__version__"],
 }
 
 

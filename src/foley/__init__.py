@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foley.generation.editing import EditMask
+    from foley.generation.editing import EditMask, EditMasks
     from foley.generation.prompts import Clip
     from foley.generation.result import Generation
     from foley.generation.settings import GenerationSettings
@@ -22,11 +22,12 @@ if "torch" not in sys.modules:
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __version__ = "0.2.0"
-__all__ = ["Clip", "EditMask", "Generation", "GenerationSettings", "TextToAudio", "__version__"]
+__all__ = ["Clip", "EditMask", "EditMasks", "Generation", "GenerationSettings", "TextToAudio", "__version__"]
 
 _HOMES = {
     "Clip": "foley.generation.prompts",
     "EditMask": "foley.generation.editing",
+    "EditMasks": "foley.generation.editing",
     "Generation": "foley.generation.result",
     "GenerationSettings": "foley.generation.settings",
     "TextToAudio": "foley.generation.text_to_audio",

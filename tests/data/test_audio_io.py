@@ -237,7 +237,7 @@ def test_the_first_channel_never_turns_sound_to_silence():
 
 def test_an_unknown_down_mix_is_refused_with_those_that_exist(tmp_path):
     for call in (lambda: read_audio(tmp_path / "x.wav", RATE, downmix="left"), lambda: ClipSource([], downmix="left")):
-        with pytest.raises(ValueError, match="downmix must be one of mean, loudest, got 'left'"):
+        with pytest.raises(ValueError, match="downmix must be one of mean, loudest, refuse, got 'left'"):
             call()
 
 

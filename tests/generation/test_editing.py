@@ -284,7 +284,7 @@ def test_stereo_in_antiphase_is_warned_of_and_kept_by_another_down_mix(pipeline,
 
 
 def test_an_unknown_down_mix_is_refused(pipeline, file):
-    with pytest.raises(ValueError, match="downmix must be one of mean, loudest, got 'left'"):
+    with pytest.raises(ValueError, match="downmix must be one of mean, loudest, refuse, got 'left'"):
         pipeline.vary(["rain"], file, downmix="left")
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -267,6 +268,27 @@ def test_a_mask_beyond_the_recording_is_refused_when_its_turn_comes(client):
     answer = client.post("/v1/audio/edit", data=edit_form(mask_start_seconds=0.9), files=upload())
     assert answer.status_code == 422
     assert "mask_start_seconds=0.9 lies outside upload, which lasts 0.5 s" in answer.json()["detail"]
+
+
+def test_several_masks_are_a_field_of_json(client):
+    form = {"prompt": "rain", "steps": 2, "seed": 3, "boundary_seconds": 0.1, "masks": "[[0.1, 0.1], [0.3, 0.05]]"}
+    content, samples = recording()
+    answer = client.post("/v1/audio/edit", data=form, files=upload(content))
+    assert answer.status_code == 200, answer.text
+    edited, _ = soundfile.read(io.BytesIO(answer.content), dtype="float32")
+    changed = np.flatnonzero(edited != samples)
+    assert set(changed) <= {*range(200, 400), *range(600, 700)}
+    assert changed.min() < 400 < 600 <= changed.max()
+    for masks, reason in (
+        ("[0.1, 0.2]", "give one pair of seconds for each part"),
+        ("[[", "masks is damaged or not JSON"),
+    ):
+        refused = client.post("/v1/audio/edit", data={**form, "masks": masks}, files=upload(content))
+        assert refused.status_code == 422
+        assert reason in refused.json()["detail"]
+    for other in (edit_form(masks="[[0.1, 0.1]]"), {"prompt": "rain"}):
+        refused = client.post("/v1/audio/edit", data=other, files=upload(content))
+        assert (refused.status_code, "or masks in the place of both" in refused.json()["detail"]) == (422, True)
 
 
 @pytest.mark.parametrize("path", ["/v1/audio/edit", "/v1/jobs/edit"])

@@ -5,13 +5,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from small_system import STEPS
+from small_system import CONFIGS, STEPS
 
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation.options import OPTION_NUMBERS
 from foley.generation.text_to_audio import TextToAudio
 from foley.serving import comfyui
 from foley.serving.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from foley.system.system import build_system
 
 TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "AUDIO", "FOLEY_SYSTEM", "FOLEY_ADAPTERS"}
 
@@ -136,6 +137,19 @@ def test_an_edit_keeps_samples_and_takes_any_rate_and_channels(comfy, generator)
     assert not torch.equal(edited[0], edited[1])  # the seed goes on
     other = {"waveform": torch.rand(1, 2, 2 * rate) - 0.5, "sample_rate": 2 * rate}
     assert call("FoleyEdit", system=generator, audio=other, **mask, **SHORT)["waveform"].shape == (1, 1, rate)
+
+
+def test_a_stereo_system_takes_and_gives_both_channels(comfy):
+    codec = {**CONFIGS["codec"], "audio_channels": 2}
+    stereo = TextToAudio(build_system({**CONFIGS, "codec": codec}))
+    rate = stereo.sample_rate_hz
+    sound = {"waveform": torch.rand(1, 2, rate) - 0.5, "sample_rate": rate}
+    mask = {"mask_start_seconds": 0.25, "mask_length_seconds": 0.25, "boundary_seconds": 0.5}
+    edited = call("FoleyEdit", system=stereo, audio=sound, **mask, **SHORT)["waveform"]
+    torch.testing.assert_close(edited[..., : rate // 4], sound["waveform"][..., : rate // 4], atol=2**-15, rtol=0)
+    assert edited.shape == (1, 2, rate)
+    varied = call("FoleyVariation", system=stereo, audio=sound, strength=0.5, **SHORT)["waveform"]
+    assert varied.shape == (1, 2, rate)
 
 
 def test_a_variation_of_no_strength_is_the_sound_through_the_codec(comfy, generator, tmp_path):

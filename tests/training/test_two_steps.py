@@ -25,9 +25,14 @@ RECIPES = sorted(
     str(file.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
     for file in (CONFIG_DIR / "experiment").rglob("*.yaml")
 )
-SMALL_CODECS = {"waveform_24khz": "tiny_waveform", "mel_16khz": "mel_16khz_tiny", "dac_44khz": "dac_tiny"}
+SMALL_CODECS = {
+    "waveform_24khz": "tiny_waveform",
+    "waveform_44khz_stereo": "tiny_stereo",
+    "mel_16khz": "mel_16khz_tiny",
+    "dac_44khz": "dac_tiny",
+}
 # The discriminator of the first is as wide as published; the others are as recipes that stay.
-SLOW = dict.fromkeys(("dac", "waveform_vae_ours", "tiny_vocoder", "demo/vae"), pytest.mark.slow)
+SLOW = dict.fromkeys(("dac", "waveform_vae_ours", "waveform_vae_stereo", "tiny_vocoder", "demo/vae"), pytest.mark.slow)
 SMALL = {"width": 32, "depth": 2, "num_heads": 2, "rank": 2}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on what a run of two steps lacks

@@ -24,7 +24,7 @@ from foley.data.ordering import evenly_spaced
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import solver_label
 from foley.generation.backends import EAGER
-from foley.generation.editing import Control, Edit, EditMask, Variation, read_recording
+from foley.generation.editing import Control, Edit, EditMask, EditMasks, Variation, read_recording
 from foley.generation.pipeline_to_audio import (
     PUBLISHED_SOLVER,
     PipelineToAudio,
@@ -133,11 +133,17 @@ def chosen_source(cfg: DictConfig) -> Edit | Variation | Control | None:
     """The recording to start from; raises ValueError for options that do not go together."""
     check_source(cfg)
     if cfg.edit is not None:
-        mask = EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds)
-        return Edit(cfg.edit, mask, cfg.downmix)
+        return Edit(cfg.edit, chosen_mask(cfg), cfg.downmix)
     if cfg.control is not None:
         return Control(cfg.control, cfg.control_scale, cfg.downmix)
     return None if cfg.init is None else Variation(cfg.init, cfg.strength, cfg.downmix)
+
+
+def chosen_mask(cfg: DictConfig) -> EditMask | EditMasks:
+    """What of the recording is replaced; raises ValueError as the masks do."""
+    if cfg.masks is not None:
+        return EditMasks(_plain(cfg.masks), cfg.boundary_seconds)
+    return EditMask(cfg.mask_start_seconds, cfg.mask_length_seconds, cfg.boundary_seconds)
 
 
 def chosen_sampling(cfg: DictConfig) -> dict[str, Any]:

@@ -36,12 +36,19 @@ def check_source(cfg: DictConfig) -> None:
     given = [f"{option}={cfg[option]}" for option in RECORDINGS if cfg[option] is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
-    if cfg.edit is None and (cfg.mask_start_seconds, cfg.mask_length_seconds) != (None, None):
-        raise ValueError("mask_start_seconds and mask_length_seconds say what to replace: give edit=FILE too")
-    if cfg.edit is not None and None in (cfg.mask_start_seconds, cfg.mask_length_seconds):
+    one = cfg.mask_start_seconds, cfg.mask_length_seconds
+    if cfg.edit is None and (*one, cfg.masks) != (None, None, None):
+        raise ValueError(
+            "mask_start_seconds and mask_length_seconds, or masks, say what to replace: give edit=FILE too"
+        )
+    if cfg.masks is not None and one != (None, None):
+        raise ValueError(
+            "masks= stands in the place of mask_start_seconds= and mask_length_seconds=: give them or masks="
+        )
+    if cfg.edit is not None and cfg.masks is None and None in one:
         raise ValueError(
             f"edit={cfg.edit} replaces a part of the recording: give mask_start_seconds= and mask_length_seconds= "
-            f"(now {shown(cfg.mask_start_seconds)} and {shown(cfg.mask_length_seconds)})"
+            f"(now {shown(one[0])} and {shown(one[1])}), or masks="
         )
 
 

@@ -35,7 +35,7 @@ def is_sample_rate(rate_hz: float) -> bool:
 
 
 def resample(samples: FloatArray, from_hz: int, to_hz: int) -> FloatArray:
-    """`[T]` at `from_hz` to `[ceil(T * to_hz / from_hz)]` at `to_hz`, through a polyphase Kaiser filter.
+    """`[..., T]` at `from_hz` to `[..., ceil(T * to_hz / from_hz)]` at `to_hz`, through a polyphase Kaiser filter.
 
     Raises ValueError for a rate that no recording has (`is_sample_rate`): its filter alone could take gigabytes.
 
@@ -48,10 +48,10 @@ def resample(samples: FloatArray, from_hz: int, to_hz: int) -> FloatArray:
         if not is_sample_rate(rate):
             raise ValueError(f"cannot resample {rate} Hz: rates lie between {LOWEST_RATE_HZ} and {HIGHEST_RATE_HZ} Hz")
     up, down = _ratio(from_hz, to_hz)
-    length = -(-len(samples) * to_hz // from_hz)
-    resampled: FloatArray = resample_poly(samples, up, down, window=_low_pass(up, down))[:length]
-    if len(resampled) < length:  # by a ratio that is not quite that of the rates
-        resampled = np.pad(resampled, (0, length - len(resampled)))
+    length = -(-samples.shape[-1] * to_hz // from_hz)
+    resampled: FloatArray = resample_poly(samples, up, down, axis=-1, window=_low_pass(up, down))[..., :length]
+    if (missing := length - resampled.shape[-1]) > 0:  # by a ratio that is not quite that of the rates
+        resampled = np.pad(resampled, [(0, 0)] * (resampled.ndim - 1) + [(0, missing)])
     return resampled.astype(np.float32, copy=False)
 
 

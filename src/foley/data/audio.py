@@ -1,9 +1,9 @@
 """Audio files, read and written: every format in, finite float32 out, and WAV with headroom back.
 
 The content decides the format, not the file's name. Channels are averaged (six as well as two), which keeps the range
-[-1, 1], with a warning where that loses the sound; other rates go through a polyphase Kaiser filter. Floating files
-keep samples beyond 1, up to a limit. What cannot be used is refused with its path, and no header is believed: samples
-are read in blocks until they end.
+[-1, 1], with a warning where that loses the sound, or kept where they are wanted; other rates go through a polyphase
+Kaiser filter. Floating files keep samples beyond 1, up to a limit. What cannot be used is refused with its path, and no
+header is believed: samples are read in blocks until they end.
 """
 
 import math
@@ -18,7 +18,14 @@ import soundfile
 import torch
 from torch import Tensor
 
-from foley.core.channels import check_downmix, lossy_mixes, mix_down
+from foley.core.channels import (
+    ChannelsError,
+    check_downmix,
+    doubled_recordings,
+    fit_channels,
+    lossy_mixes,
+    mix_down,
+)
 from foley.core.files import atomic_write
 from foley.core.rates import HIGHEST_RATE_HZ, LOWEST_RATE_HZ, FloatArray, is_sample_rate, resample
 from foley.core.remote import read_bytes, url_of
@@ -56,19 +63,36 @@ def read_audio(
     max_duration_seconds: float | None = None,
     expected_seconds: float | None = None,
     downmix: str = "mean",
+    channels: int = 1,
 ) -> FloatArray:
-    """Mono samples `[T]` of the file at `path`, at `sample_rate_hz`; takes and raises what `read_channels` does.
-
-    A mean that loses the sound (`foley.core.channels.loss_of_mean`) is warned of.
+    """Samples of the file at `path` as `fitted` makes them; takes and raises what `read_channels` does.
 
     Args:
-        downmix: how several channels become one: "mean", or "loudest", the one with the most energy.
+        downmix: how several channels become one: "mean", "loudest", the one with the most energy, or "refuse", which
+            raises AudioError.
+        channels: as `fitted` takes it; 1 is mono.
     """
     check_downmix(downmix)
     samples, rate = read_channels(path, max_duration_seconds, expected_seconds)
-    if downmix == "mean":
-        lossy_mixes.note(str(path), samples)
-    return resample(mix_down(samples, downmix), rate, sample_rate_hz)
+    return fitted(samples, rate, str(path), sample_rate_hz, channels, downmix)
+
+
+def fitted(
+    samples: FloatArray, rate_hz: int, name: str, sample_rate_hz: int, channels: int = 1, downmix: str = "mean"
+) -> FloatArray:
+    """Stored samples `[T, any number]` at `sample_rate_hz`: mono `[T]`, or `[channels, T]` where several are wanted.
+
+    A mean that loses the sound (`foley.core.channels.loss_of_mean`) is warned of, and a mono recording that is to have
+    several channels. Raises AudioError, which calls it `name`, for channels that "refuse" does not mix.
+    """
+    if samples.shape[1] != channels and downmix == "mean":
+        lossy_mixes.note(name, samples)
+    if samples.shape[1] == 1 < channels:
+        doubled_recordings.note(name, channels)
+    try:
+        return resample(fit_channels(samples, channels, downmix), rate_hz, sample_rate_hz)
+    except ChannelsError as error:
+        raise AudioError(name, str(error)) from error
 
 
 def read_channels(
@@ -269,8 +293,7 @@ def encode_audio(
     known = _RATES_HZ.get(file_format, (sample_rate_hz,))
     rate = next((rate for rate in known if rate >= sample_rate_hz), known[-1])
     if rate != sample_rate_hz:
-        channels = [resample(row, sample_rate_hz, rate) for row in np.atleast_2d(audio.float().cpu().numpy())]
-        audio = torch.from_numpy(np.stack(channels))
+        audio = torch.from_numpy(resample(audio.float().cpu().numpy(), sample_rate_hz, rate))
     # Only WAV holds more than full scale; measured last, for a filter overshoots.
     samples, _ = _levelled(audio, peak_ceiling if file_format == "wav" else min(peak_ceiling, 1.0), "the audio")
     content = BytesIO()

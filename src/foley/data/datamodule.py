@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor
 
+from foley.core.channels import channels_of
 from foley.core.embeddings import EmbeddingStore
 from foley.core.logs import get_logger
 from foley.core.rates import clip_size
@@ -25,7 +26,7 @@ class AudioDataModule(ResumableDataModule):
 
     Args:
         splits: a source by split name; "train" is needed, "val" and "test" are optional.
-        sample_rate_hz: of every source.
+        sample_rate_hz, channels: of every source.
         duration_seconds: length of every batch item; longer clips are cropped, at random in training.
         batch_size: of a step (see `ResumableDataModule`).
         level: see `AudioDataset`, as are `drop_silent` and `max_fault_fraction`.
@@ -33,7 +34,7 @@ class AudioDataModule(ResumableDataModule):
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
 
     Raises:
-        ValueError: a source has another sample rate, or a split is none that we know.
+        ValueError: a source has another sample rate or number of channels, or a split is none that we know.
     """
 
     def __init__(
@@ -50,12 +51,15 @@ class AudioDataModule(ResumableDataModule):
         max_fault_fraction: float = 0.05,
         pin_memory: bool = False,
         bucket_batches: int | None = None,
+        channels: int = 1,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         splits = renamed_splits(splits)
         for name, source in splits.items():
             if source.sample_rate_hz != sample_rate_hz:
                 raise ValueError(f"split {name!r} is at {source.sample_rate_hz} Hz, expected {sample_rate_hz} Hz")
+            if (own := channels_of(source)) != channels:
+                raise ValueError(f"split {name!r} has clips of {own} channels, expected {channels} (data.channels)")
         self.splits = splits
         self.sample_rate_hz = sample_rate_hz
         self.duration_seconds = duration_seconds

@@ -29,7 +29,9 @@ _MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class AudioItem:
-    """One captioned clip: mono `audio [T]`, float32 in [-1, 1], at its source's sample rate and true length.
+    """One captioned clip: `audio [T]`, float32 in [-1, 1], at its source's sample rate and true length.
+
+    `[channels, T]` of a source that has several.
 
     Training draws one of `caption` and `other_captions` in every epoch; all else takes `caption`.
     """
@@ -39,6 +41,11 @@ class AudioItem:
     label: str = ""
     id: str = ""
     other_captions: tuple[str, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """T."""
+        return self.audio.shape[-1]
 
 
 class AudioSource(Protocol):
@@ -107,7 +114,7 @@ def sample_key(key: SampleKey | int) -> SampleKey:
 
 
 class AudioBatch(TypedDict):
-    """`audio [B, 1, T]` zero-padded at the end; `length_samples [B]` (long) says where the padding starts."""
+    """`audio [B, channels, T]` zero-padded at the end; `length_samples [B]` (long) says where the padding starts."""
 
     audio: Tensor
     length_samples: Tensor
@@ -150,7 +157,7 @@ def draw_caption(clip: Captioned, seed: int, key: SampleKey) -> str:
 
 
 def is_silent(audio: Tensor) -> bool:
-    """Whether no sample of `audio [T]` rises above `SILENCE_PEAK`."""
+    """Whether no sample of `audio [..., T]` rises above `SILENCE_PEAK`."""
     return bool(audio.abs().amax() < SILENCE_PEAK)
 
 
@@ -308,8 +315,8 @@ class AudioDataset(Dataset[AudioItem]):
     def _prepare(self, audio: Tensor, generator: np.random.Generator) -> Tensor:
         level = audio if self.level is None else self.level(audio)
         if self.num_samples is not None:
-            start = crop_start(len(level), self.num_samples, generator if self.random_crop else None)
-            level = level[start : start + self.num_samples]
+            start = crop_start(level.shape[-1], self.num_samples, generator if self.random_crop else None)
+            level = level[..., start : start + self.num_samples]
         return level if self.augmentation is None else self.augmentation(level, generator)
 
     def count_fault(self, index: int, error: AudioError) -> None:
@@ -367,11 +374,11 @@ class AudioCollate:
         self.multiple_samples = multiple_samples
 
     def __call__(self, items: Sequence[AudioItem]) -> AudioBatch:
-        lengths = [len(item.audio) for item in items]
+        lengths = [item.num_samples for item in items]
         width = self.num_samples or math.ceil(max(lengths) / self.multiple_samples) * self.multiple_samples
-        padded = [functional.pad(item.audio, (0, width - len(item.audio))) for item in items]
+        padded = [functional.pad(torch.atleast_2d(item.audio), (0, width - item.num_samples)) for item in items]
         return AudioBatch(
-            audio=torch.stack(padded)[:, None],
+            audio=torch.stack(padded),
             length_samples=torch.tensor(lengths),
             caption=[item.caption for item in items],
             label=[item.label for item in items],

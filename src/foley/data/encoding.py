@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from foley.core.channels import lossy_mixes
+from foley.core.channels import channels_of, lossy_mixes
 from foley.core.devices import float32_products, to_device
 from foley.core.hashing import hash_module
 from foley.core.locks import FolderInUseError
@@ -61,7 +61,7 @@ class LatentEncoder(Protocol):
     hop_samples: int
 
     def posterior(self, audio: Tensor) -> Posterior:
-        """Of the latents of `audio` `[B, 1, T]`."""
+        """Of the latents of `audio` `[B, channels, T]`."""
         ...
 
 
@@ -177,7 +177,8 @@ def _describe_source(source: Any) -> Any:
         return [_describe_source(part) for part in source.sources]
     if hasattr(source, "source"):
         return _describe_source(source.source)
-    return {name: getattr(source, name) for name in ("max_duration_seconds", "downmix") if hasattr(source, name)}
+    about = {name: getattr(source, name) for name in ("max_duration_seconds", "downmix") if hasattr(source, name)}
+    return about if (several := channels_of(source)) == 1 else {**about, "channels": several}
 
 
 def clip_keys(datasets: Mapping[str, AudioDataset]) -> NDArray[np.int64]:
@@ -270,6 +271,10 @@ def _check(codec: LatentEncoder, datasets: Mapping[str, AudioDataset]) -> None:
                 f"split {split!r} is at {dataset.source.sample_rate_hz} Hz and the codec at "
                 f"{codec.sample_rate_hz} Hz; set the data's sample_rate_hz to the codec's"
             )
+        if (given := channels_of(dataset.source)) != (wanted := channels_of(codec)):
+            raise ValueError(
+                f"split {split!r} has clips of {given} channels, the codec takes {wanted}: give data.channels={wanted}"
+            )
 
 
 def _module(codec: LatentEncoder) -> nn.Module:
@@ -343,7 +348,7 @@ class _Encoder:
 
     def _frames(self, clip: LoadedClip) -> int:
         """Of each of its windows."""
-        return math.ceil(max(len(clip.windows[0].audio), self._min_samples) / self._codec.hop_samples)
+        return math.ceil(max(clip.windows[0].num_samples, self._min_samples) / self._codec.hop_samples)
 
     @torch.no_grad()
     def _latents(self, windows: Sequence[AudioItem]) -> Tensor:
@@ -358,12 +363,13 @@ class _Encoder:
             return self._codec.posterior(audio)
 
     def _audio(self, windows: Sequence[AudioItem]) -> Tensor:
-        """Zero-padded to whole frames, on the device `[B, 1, T]`; from pinned memory nobody waits for the transfer."""
+        """Zero-padded to whole frames, on the device `[B, channels, T]`; nobody waits for the transfer."""
         hop = self._codec.hop_samples
-        width = math.ceil(max(len(windows[0].audio), self._min_samples) / hop) * hop
-        audio = torch.zeros(len(windows), 1, width, pin_memory=self._device.type == "cuda")
+        width = math.ceil(max(windows[0].num_samples, self._min_samples) / hop) * hop
+        channels = torch.atleast_2d(windows[0].audio).shape[0]
+        audio = torch.zeros(len(windows), channels, width, pin_memory=self._device.type == "cuda")
         for row, window in zip(audio, windows, strict=True):
-            row[0, : len(window.audio)] = window.audio
+            row[:, : window.num_samples] = window.audio
         return to_device(audio, self._device)
 
     def _kept(self, posterior: Posterior, windows: Sequence[AudioItem]) -> Tensor:
@@ -387,7 +393,7 @@ class _Encoder:
         bar.advance(len(clips))
 
     def _entry(self, clip: LoadedClip, window: AudioItem) -> LatentEntry:
-        seconds = len(window.audio) / self._codec.sample_rate_hz
+        seconds = window.num_samples / self._codec.sample_rate_hz
         texts = window.id, window.caption, window.label, clip.split
         return LatentEntry(*texts, "", 0, 0, seconds, window.other_captions)
 

@@ -16,11 +16,10 @@ import fsspec
 import numpy as np
 import torch
 
-from foley.core.channels import check_downmix, lossy_mixes, mix_down
+from foley.core.channels import check_downmix
 from foley.core.logs import get_logger
-from foley.core.rates import resample
 from foley.core.seeding import derive_seed
-from foley.data.audio import AudioError, read_channels, read_encoded
+from foley.data.audio import AudioError, fitted, read_channels, read_encoded
 from foley.data.datamodule import AudioDataModule
 from foley.data.dataset import AudioItem
 from foley.data.manifest import known_splits
@@ -39,7 +38,7 @@ class HubColumns:
         caption: a text, or a list of texts of which training draws one; None is none.
         id: None is the split and the row's number.
         label: a text, or a number that the data set has a name for; None is none.
-        downmix: as `foley.data.audio.read_audio` takes it.
+        downmix, channels: as `foley.data.audio.read_audio` takes them.
         max_duration_seconds: of longer clips only the beginning is read.
     """
 
@@ -50,6 +49,7 @@ class HubColumns:
     sample_rate_hz: int = 24000
     downmix: str = "mean"
     max_duration_seconds: float | None = 30.0
+    channels: int = 1
 
     def __post_init__(self) -> None:
         check_downmix(self.downmix)
@@ -69,7 +69,7 @@ class HubColumns:
         return HubColumns(**{**vars(self), "audio": audio})
 
     def item(self, row: Mapping[str, Any], features: Mapping[str, Any], place: str) -> AudioItem:
-        """The clip of a row, mono; raises AudioError, which calls it `place`, where it cannot be used."""
+        """The clip of a row; raises AudioError, which calls it `place`, where it cannot be used."""
         audio = self._read(row[str(self.audio)], place)
         caption, *others = _texts(row[self.caption]) if self.caption else [""]
         label = "" if self.label is None else _label(row[self.label], features[self.label])
@@ -88,9 +88,7 @@ class HubColumns:
             samples, rate = read_channels(Path(path), self.max_duration_seconds)
         else:
             raise AudioError(place, f"its column {self.audio!r} holds neither a file nor the path of one")
-        if self.downmix == "mean":
-            lossy_mixes.note(place, samples)
-        return resample(mix_down(samples, self.downmix), rate, self.sample_rate_hz)
+        return fitted(samples, rate, place, self.sample_rate_hz, self.channels, self.downmix)
 
 
 def _only_audio(features: Mapping[str, Any], name: str) -> str:
@@ -136,7 +134,7 @@ class HubSource:
 
     def __init__(self, rows: Any, columns: HubColumns, name: str) -> None:
         self.rows, self.columns, self.name = rows, columns, name
-        self.sample_rate_hz = columns.sample_rate_hz
+        self.sample_rate_hz, self.audio_channels = columns.sample_rate_hz, columns.channels
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -167,6 +165,7 @@ def hub_data_module(
     streaming: bool = False,
     shuffle_buffer: int = 1000,
     bucket_batches: int | None = None,
+    channels: int = 1,
     **options: Any,
 ) -> ResumableDataModule:
     """An `AudioDataModule` of a data set, or a `StreamedDataModule` of its stream.
@@ -185,7 +184,7 @@ def hub_data_module(
     """
     columns = HubColumns(
         *(audio_column, caption_column, id_column, label_column),
-        *(options["sample_rate_hz"], downmix, max_duration_seconds),
+        *(options["sample_rate_hz"], downmix, max_duration_seconds, channels),
     )
     parts = {key: _resolved(rows) for key, rows in _open(name, subset, revision, split, streaming).items()}
     known = columns.of(next(iter(parts.values())).features, name)
@@ -193,10 +192,8 @@ def hub_data_module(
     if streaming:
         _check_stream(name, parts, bucket_batches)
         return StreamedDataModule(parts, known, shuffle_buffer=shuffle_buffer, **options)
-    sources = {key: HubSource(rows, known, key) for key, rows in parts.items()}
-    if "val" not in sources:
-        sources |= _held_out(sources["train"], val_fraction, name)
-    return AudioDataModule(sources, bucket_batches=bucket_batches, **options)
+    sources = _sources(parts, known, val_fraction, name)
+    return AudioDataModule(sources, bucket_batches=bucket_batches, channels=channels, **options)
 
 
 def _check_stream(name: str, parts: Mapping[str, Any], bucket_batches: int | None) -> None:
@@ -288,6 +285,11 @@ def _undecoded(rows: Any, columns: HubColumns) -> Any:
     rows = rows.select_columns(list(dict.fromkeys(wanted)))
     is_audio = isinstance(rows.features[str(columns.audio)], Audio)
     return rows.cast_column(columns.audio, Audio(decode=False)) if is_audio else rows
+
+
+def _sources(parts: Mapping[str, Any], columns: HubColumns, val_fraction: float, name: str) -> dict[str, HubSource]:
+    sources = {key: HubSource(rows, columns, key) for key, rows in parts.items()}
+    return sources if "val" in sources else sources | _held_out(sources["train"], val_fraction, name)
 
 
 def _held_out(train: HubSource, fraction: float, name: str) -> dict[str, HubSource]:

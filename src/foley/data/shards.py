@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 from torch.utils.data import Dataset
 
-from foley.core.channels import check_downmix, mix_down
+from foley.core.channels import check_downmix
 from foley.core.logs import get_logger
 from foley.core.ranges import filesystem_of
-from foley.core.rates import FloatArray, resample
+from foley.core.rates import FloatArray
 from foley.core.reading import DamagedFileError, parse_json, reading
-from foley.data.audio import AudioError, open_audio, read_audio, read_encoded
+from foley.data.audio import AudioError, fitted, open_audio, read_audio, read_encoded
 from foley.data.dataset import AudioItem
 from foley.data.manifest import ManifestEntry
 
@@ -173,16 +173,24 @@ def text_start(audio_bytes: int) -> int:
 
 
 class ShardSource:
-    """The clips of one split, mono at one rate; of longer clips only the first `max_duration_seconds`.
+    """The clips of one split at one rate; of longer clips only the first `max_duration_seconds`.
+
+    `channels` is as `foley.data.audio.fitted` takes it.
 
     A damaged clip raises AudioError, so that it is skipped and counted. A shard that cannot be reached at all raises
     ShardError: to skip it would make the run depend on the network's moods.
     """
 
     def __init__(
-        self, index: ShardIndex, split: str, sample_rate_hz: int = 24000, max_duration_seconds: float | None = None
+        self,
+        index: ShardIndex,
+        split: str,
+        sample_rate_hz: int = 24000,
+        max_duration_seconds: float | None = None,
+        channels: int = 1,
     ) -> None:
         self.index = index
+        self.audio_channels = channels
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_seconds = max_duration_seconds
         self._rows = index.rows(split)
@@ -226,7 +234,7 @@ class ShardSource:
 
     def _decode(self, place: str, content: bytes) -> FloatArray:
         samples, rate = read_encoded(content, place, self.max_duration_seconds)
-        return resample(mix_down(samples), rate, self.sample_rate_hz)
+        return fitted(samples, rate, place, self.sample_rate_hz, self.audio_channels)
 
 
 def _read_range(filesystem: Any, path: str, start: int, end: int) -> bytes:
@@ -265,8 +273,10 @@ class EncodedClips(Dataset[tuple[bytes, float, str]]):
         max_duration_seconds: float | None,
         subtype: str,
         downmix: str = "mean",
+        channels: int = 1,
     ) -> None:
         self.entries = entries
+        self.channels = channels
         self.downmix = check_downmix(downmix)
         self.sample_rate_hz = sample_rate_hz
         self.max_duration_seconds = max_duration_seconds
@@ -279,11 +289,12 @@ class EncodedClips(Dataset[tuple[bytes, float, str]]):
         entry = self.entries[index]
         try:
             rate = self.sample_rate_hz or _rate_of(entry)
-            audio = read_audio(entry.path, rate, self.max_duration_seconds, entry.duration_seconds, self.downmix)
+            limits = self.max_duration_seconds, entry.duration_seconds
+            audio = read_audio(entry.path, rate, *limits, self.downmix, self.channels)
         except AudioError as error:
             return b"", 0.0, str(error)
         scale = max(1.0, float(np.abs(audio).max()))
-        seconds = len(audio) / rate
+        seconds = audio.shape[-1] / rate
         names = ("id", "caption", "label", "split", "speaker", "source", "license")
         fields = {name: getattr(entry, name) for name in names}
         fields |= {"duration_seconds": seconds, "sample_rate_hz": rate, "scale": scale}
@@ -300,5 +311,5 @@ def _rate_of(entry: ManifestEntry) -> int:
 
 def _flac(audio: FloatArray, rate: int, subtype: str) -> bytes:
     stream = io.BytesIO()
-    soundfile.write(stream, audio, rate, format="FLAC", subtype=subtype)
+    soundfile.write(stream, audio.T, rate, format="FLAC", subtype=subtype)
     return stream.getvalue()

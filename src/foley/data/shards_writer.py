@@ -124,6 +124,7 @@ def write_shards(
     max_fault_fraction: float = 0.05,
     num_workers: int = 0,
     downmix: str = "mean",
+    channels: int = 1,
 ) -> ShardIndex:
     """Write the clips of a manifest to shards in the folder `url`; rows without a split are for training.
 
@@ -131,14 +132,14 @@ def write_shards(
         sample_rate_hz: of what is written; None keeps each clip's own.
         subtype: `PCM_16` or `PCM_24`.
         num_workers: processes that decode and encode; the shards are the same with any number.
-        downmix: of clips with several channels: "mean", or "loudest", the one with the most energy.
+        downmix, channels: of clips, as for `foley.data.audio.read_audio`.
 
     Raises:
         ShardError: `url` holds shards already.
         FolderInUseError: another process is writing to `url`, a folder; object stores know no such lock.
         DataFaultError: more clips than that fraction, and than one, cannot be used; fewer are listed beside the index.
     """
-    clips = EncodedClips(entries, sample_rate_hz, max_duration_seconds, subtype, downmix)
+    clips = EncodedClips(entries, sample_rate_hz, max_duration_seconds, subtype, downmix, channels)
     left_out: list[dict[str, str]] = []
     with ExitStack() as stack:
         stack.enter_context(_only_writer_of(url))

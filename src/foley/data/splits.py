@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from foley.core.channels import check_downmix
+from foley.core.channels import channels_of, check_downmix
 from foley.core.logs import get_logger
 from foley.core.seeding import derive_seed, numpy_generator
 from foley.data.audio import check_samples, read_audio
@@ -33,9 +33,9 @@ _UNTIDY = re.compile(r"^[./]|/$|//|/\.|\\")  # what a path may have that has a s
 
 
 class ClipSource:
-    """The clips of a manifest, mono at one rate; of longer files only the first `max_duration_seconds` are read.
+    """The clips of a manifest at one rate; of longer files only the first `max_duration_seconds` are read.
 
-    `downmix` is as `foley.data.audio.read_audio` takes it; raises ValueError for one that it does not know.
+    `downmix` and `channels` are as `foley.data.audio.read_audio` takes them; raises ValueError for an unknown downmix.
     `known_faults` are of these clips, as `foley.data.dataset.CheckedSource` has them.
     """
 
@@ -46,8 +46,10 @@ class ClipSource:
         max_duration_seconds: float | None = 30.0,
         downmix: str = "mean",
         known_faults: Sequence[str] = (),
+        channels: int = 1,
     ) -> None:
         self.downmix = check_downmix(downmix)
+        self.audio_channels = channels
         self.known_faults = known_faults
         self.entries = Entries.of(entries)
         self.sample_rate_hz = sample_rate_hz
@@ -73,7 +75,7 @@ class ClipSource:
         """Clip `index`, the same in every epoch; raises AudioError where the file cannot be used."""
         entry = self.entries[index]
         limits = (self.max_duration_seconds, entry.duration_seconds)
-        audio = read_audio(entry.path, self.sample_rate_hz, *limits, self.downmix)
+        audio = read_audio(entry.path, self.sample_rate_hz, *limits, self.downmix, self.audio_channels)
         return AudioItem(torch.from_numpy(audio), entry.caption, entry.label, entry.id, entry.other_captions)
 
 
@@ -88,7 +90,7 @@ class CachedSource:
 
     def __init__(self, source: AudioSource, megabytes: int) -> None:
         self.source = source
-        self.sample_rate_hz = source.sample_rate_hz
+        self.sample_rate_hz, self.audio_channels = source.sample_rate_hz, channels_of(source)
         self.known_faults = known_faults(source)
         self._free_bytes = megabytes << 20
         self._kept: dict[int, tuple[AudioItem, float]] = {}
@@ -138,11 +140,13 @@ class MixtureSource:
         size: int | None = None,
         seed: int = 0,
     ) -> None:
-        rates = {source.sample_rate_hz for source in sources}
+        rates, numbers = {source.sample_rate_hz for source in sources}, {channels_of(source) for source in sources}
         if len(rates) != 1:
             raise ValueError(f"the sources of a mixture must share one sample rate, got {sorted(rates)}")
+        if len(numbers) != 1:
+            raise ValueError(f"the sources of a mixture must share one number of channels, got {sorted(numbers)}")
         self.sources = list(sources)
-        self.sample_rate_hz = rates.pop()
+        self.sample_rate_hz, self.audio_channels = rates.pop(), numbers.pop()
         sizes = [len(source) for source in sources]
         self.shares = sizes if weights is None else _shares(weights, sum(sizes) if size is None else size, len(sizes))
         whole = (source for source, share, size in zip(sources, self.shares, sizes, strict=True) if share >= size)
@@ -206,6 +210,7 @@ def clip_splits(
     downmix: str = "mean",
     val_fraction: float = 0.0,
     max_fault_fraction: float | None = None,
+    channels: int = 1,
     **options: Any,
 ) -> Splits:
     """Sources of a manifest, by its `split` column; rows without one are for training.
@@ -215,7 +220,7 @@ def clip_splits(
             right when an earlier run looked (`foley.data.preflight`).
         max_fault_fraction: of the clips; the look ends where more cannot be used, since training will.
         optional: an absent manifest gives no sources, and says so, instead of an error.
-        downmix: of clips with several channels: "mean", or "loudest", the one with the most energy.
+        downmix: of clips with another number of channels than `channels`: as for `foley.data.audio.read_audio`.
         val_fraction: of the clips, held out for validation where no row has a split (see `hold_out`).
         options: of `ManifestOptions`.
     """
@@ -225,9 +230,8 @@ def clip_splits(
         return {}
     root = path.parent if audio_dir is None else Path(audio_dir)
     entries = hold_out(read_manifest(path, root, ManifestOptions(**options)), val_fraction, root, str(path))
-    return _sources(
-        entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix, max_fault_fraction
-    )
+    reading = sample_rate_hz, max_duration_seconds, downmix
+    return _sources(entries, reading, channels, cache_megabytes, check_files, max_fault_fraction)
 
 
 def folder_splits(
@@ -239,6 +243,7 @@ def folder_splits(
     downmix: str = "mean",
     val_fraction: float = 0.0,
     max_fault_fraction: float | None = None,
+    channels: int = 1,
 ) -> Splits:
     """Sources of every audio file below `folder`, without captions: all that a codec needs.
 
@@ -250,9 +255,8 @@ def folder_splits(
     if not files:
         raise ValueError(f"{root} holds no audio, in it or below")
     entries = hold_out(files, val_fraction, root, str(root))
-    return _sources(
-        entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix, max_fault_fraction
-    )
+    reading = sample_rate_hz, max_duration_seconds, downmix
+    return _sources(entries, reading, channels, cache_megabytes, check_files, max_fault_fraction)
 
 
 def _folder_split(name: str) -> str:
@@ -334,6 +338,7 @@ def shard_splits(
     cache_megabytes: int = 0,
     check_files: bool = True,
     check_hashes: bool = False,
+    channels: int = 1,
 ) -> Splits:
     """Sources of the shards that `scripts/make_shards.py` wrote to the folder `url`, a path or any fsspec URL.
 
@@ -345,7 +350,7 @@ def shard_splits(
     if check_files or check_hashes:
         index.check(check_hashes)
     return {
-        name: _cached(ShardSource(index, split, sample_rate_hz, max_duration_seconds), cache_megabytes)
+        name: _cached(ShardSource(index, split, sample_rate_hz, max_duration_seconds, channels), cache_megabytes)
         for name, split in known_splits(index.splits).items()
     }
 
@@ -360,6 +365,7 @@ def audiocaps_splits(
     check_files: bool | str = True,
     downmix: str = "mean",
     max_fault_fraction: float | None = None,
+    channels: int = 1,
 ) -> Splits:
     """Sources of AudioCaps' train.csv, val.csv and test.csv in `captions_dir`, with audio in `audio_dir`."""
     clips = [
@@ -368,9 +374,8 @@ def audiocaps_splits(
         for entry in read_audiocaps(Path(captions_dir) / f"{split}.csv", audio_dir, file_pattern, split)
     ]
     entries = Entries.of(clips)
-    return _sources(
-        entries, sample_rate_hz, max_duration_seconds, cache_megabytes, check_files, downmix, max_fault_fraction
-    )
+    reading = sample_rate_hz, max_duration_seconds, downmix
+    return _sources(entries, reading, channels, cache_megabytes, check_files, max_fault_fraction)
 
 
 def procedural_splits(
@@ -382,6 +387,7 @@ def procedural_splits(
     combination_probability: float = 0.0,
     fresh_each_epoch: bool = False,
     cache_megabytes: int = 0,
+    channels: int = 1,
 ) -> Splits:
     """Synthesised clips, `sizes` of them by split; the splits share classes and no clip.
 
@@ -392,9 +398,8 @@ def procedural_splits(
     def source(split: str, size: int) -> AudioSource:
         own_seed = derive_seed("procedural", seed, split)
         fresh = fresh_each_epoch and split == "train"
-        clips = ProceduralDataset(
-            size, own_seed, duration_seconds, sample_rate_hz, classes, combination_probability, fresh
-        )
+        drawn = classes, combination_probability, fresh, channels
+        clips = ProceduralDataset(size, own_seed, duration_seconds, sample_rate_hz, *drawn)
         return clips if fresh else _cached(clips, cache_megabytes)
 
     return {split: source(split, size) for split, size in sizes.items()}
@@ -438,19 +443,16 @@ def _cached(source: AudioSource, megabytes: int) -> AudioSource:
 
 def _sources(
     entries: Entries,
-    sample_rate_hz: int,
-    max_duration_seconds: float | None,
+    reading: tuple[int, float | None, str],
+    channels: int,
     cache_megabytes: int,
     check_files: bool | str,
-    downmix: str,
     max_fault_fraction: float | None,
 ) -> Splits:
+    """Cached clips of each split; `reading` is the rate, the longest duration and the downmix of a `ClipSource`."""
     entries = _for_training(entries)
     faults: dict[str, list[str]] = {split: [] for split in entries.splits}
     for fault in preflight_of_ranks(entries, check_files, max_fault_fraction):
         faults[fault.entry.split].append(fault.reason)
-    sources = {
-        split: ClipSource(entries.of_split(split), sample_rate_hz, max_duration_seconds, downmix, known)
-        for split, known in faults.items()
-    }
+    sources = {split: ClipSource(entries.of_split(split), *reading, known, channels) for split, known in faults.items()}
     return {split: _cached(source, cache_megabytes) for split, source in sources.items()}

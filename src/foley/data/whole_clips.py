@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from foley.core.channels import lossy_mixes
+from foley.core.channels import doubled_recordings, lossy_mixes
 from foley.data.audio import AudioError
 from foley.data.dataset import AudioDataset, AudioItem, AudioSource, SampleKey, clip_name, is_silent
 from foley.data.resumable import leave_interrupts_to_training
@@ -55,17 +55,20 @@ class WholeClips(Dataset[LoadedClip]):
         number = int(np.searchsorted(self._ends, place, side="right"))
         split, dataset = list(self._datasets.items())[number]
         index = int(place - self._ends[number]) + len(dataset)
-        clip, lossy = LoadedClip(split, index, clip_name(dataset.source, index)), lossy_mixes.count
+        clip = LoadedClip(split, index, clip_name(dataset.source, index))
+        lossy, doubled = lossy_mixes.count, doubled_recordings.count
         try:
             item = dataset.load(SampleKey(index, 0))
             _check_texts(item)
         except AudioError as error:
             return replace(clip, fault=(error.path, error.reason))
-        longest = self._longest[split] or len(item.audio)
+        longest = self._longest[split] or item.num_samples
         parts = self._windows(item, longest, dataset.source.sample_rate_hz)
         notes = list(self._notes(item, longest, dataset.source))
         if get_worker_info() and lossy_mixes.count > lossy:  # which a loader process counts for itself alone
             notes.append("mixed from channels whose mean loses sound (data.splits.downmix=loudest keeps it)")
+        if doubled_recordings.count > doubled:
+            notes.append("mono, the same in all channels")
         return replace(clip, windows=_copied(parts), notes=tuple(notes))
 
     def load(self, places: Sequence[int], num_workers: int) -> Iterator[LoadedClip]:
@@ -83,19 +86,19 @@ class WholeClips(Dataset[LoadedClip]):
 
     def _windows(self, item: AudioItem, longest: int, sample_rate_hz: int) -> Sequence[AudioItem]:
         """The last of several ends with the clip, and overlaps the one before."""
-        last = len(item.audio) - longest
+        last = item.num_samples - longest
         if last <= 0:
             return [item]
         if not self._all_windows:
-            return [replace(item, audio=item.audio[:longest])]
+            return [replace(item, audio=item.audio[..., :longest])]
         return [
-            replace(item, audio=item.audio[start : start + longest], id=f"{item.id}#{start / sample_rate_hz:.2f}s")
+            replace(item, audio=item.audio[..., start : start + longest], id=f"{item.id}#{start / sample_rate_hz:.2f}s")
             for start in [*range(0, last, longest), last]
         ]
 
     def _notes(self, item: AudioItem, longest: int, source: AudioSource) -> Iterator[str]:
         """What becomes of a clip besides its encoding."""
-        rate, length = source.sample_rate_hz, len(item.audio)
+        rate, length = source.sample_rate_hz, item.num_samples
         limit = getattr(source, "max_duration_seconds", None)
         if is_silent(item.audio):
             yield "silent"

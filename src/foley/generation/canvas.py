@@ -1,7 +1,7 @@
 """What clips are generated onto: their length, what is given of them, and what becomes of the decoded audio."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from typing import Any
@@ -15,7 +15,7 @@ from foley.data.audio import PEAK_CEILING
 from foley.data.dataset import PeakLevel, gain_to_decibels
 from foley.diffusion.guidance import KnownLatent
 from foley.diffusion.sampler import Start
-from foley.generation.editing import CROSS_FADE_SECONDS, EditMask, EditWindow, Recording, paste_fitted
+from foley.generation.editing import CROSS_FADE_SECONDS, EditMask, EditMasks, EditWindow, Recording, paste_fitted
 from foley.models.dit.controlnet import ControlledTransformer
 
 
@@ -25,8 +25,8 @@ class Canvas:
 
     Args:
         num_frames: L.
-        finish: decoded audio `[B, 1, L * hop]` to the result `[B, 1, T]`, and the gain `[B]` of what was generated in
-            it, on the CPU.
+        finish: decoded audio `[B, channels, L * hop]` to the result `[B, channels, T]`, and the gain `[B]` of what was
+            generated in it, on the CPU.
         description: what the JSON of each clip says of it.
         known: latent frames that are given.
         start: a latent to begin at instead of pure noise.
@@ -44,18 +44,22 @@ class Canvas:
 
 
 def crop(audio: Tensor, num_samples: int, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`[B, 1, T]` cut to `num_samples`, at `gain`, which brings back a recording's level and attenuates nothing."""
+    """`[B, channels, T]` cut to `num_samples`, at `gain`, a recording's own level, which attenuates nothing."""
     return gain * audio[..., :num_samples], torch.ones(len(audio))
 
 
 def edit_canvas(
-    recording: Recording, mask: EditMask, window: EditWindow, hidden: Tensor, encode: Callable[[Tensor], Tensor]
+    recording: Recording,
+    mask: EditMask | EditMasks,
+    window: EditWindow,
+    hidden: Tensor,
+    encode: Callable[[Tensor], Tensor],
 ) -> Canvas:
     """The `window` of `recording` with its masked part generated anew.
 
     Args:
         hidden: frames that are generated `[1, L]`.
-        encode: audio `[T]` to its normalised latent `[1, C, L]`.
+        encode: audio `[T]` or `[channels, T]` to its normalised latent `[1, C, L]`.
     """
     known, gain, seen = None, 1.0, window.crop(recording.samples)
     if not bool(hidden.all()):
@@ -64,10 +68,10 @@ def edit_canvas(
     description = {
         "duration_seconds": window.total / recording.sample_rate_hz,
         "level_gain_db": gain_to_decibels(gain),
-        "edit": {**recording.describe(), **asdict(mask), "cross_fade_seconds": CROSS_FADE_SECONDS},
+        "edit": {**recording.describe(), **mask.describe(), "cross_fade_seconds": CROSS_FADE_SECONDS},
     }
     # Kept samples come back bit by bit, so the result is never attenuated as a whole.
-    ceiling = inf if len(window.kept(recording.samples)) else PEAK_CEILING
+    ceiling = inf if window.kept(recording.samples).shape[-1] else PEAK_CEILING
     return Canvas(
         hidden.shape[1],
         lambda audio: paste_fitted(recording.samples, audio / gain, window),
@@ -89,7 +93,7 @@ def variation_canvas(
         "level_gain_db": gain_to_decibels(gain),
         "init": {**recording.describe(), "strength": strength, "first_step": first_step},
     }
-    finish = partial(crop, num_samples=len(recording.samples), gain=1 / gain)
+    finish = partial(crop, num_samples=recording.samples.shape[-1], gain=1 / gain)
     return Canvas(start.clean.shape[-1], finish, description, start=start)
 
 
@@ -110,10 +114,10 @@ def control_canvas(
             f"control={recording.file}: this system has no ControlNet; give system=ezaudio_l_energy, or one trained "
             "by experiment=controlnet"
         )
-    seconds, num_samples = recording.duration_seconds, len(recording.samples)
+    seconds, num_samples = recording.duration_seconds, recording.samples.shape[-1]
     _, num_frames = clip_size(max(seconds, trained_seconds or 0), recording.sample_rate_hz, hop_samples)
-    audio = pad(recording.samples, (0, num_frames * hop_samples - num_samples))
-    curve = denoiser.curve(audio[None], hop_samples)
+    mixed = torch.atleast_2d(recording.samples).mean(dim=0, keepdim=True)  # of all channels, as in training
+    curve = denoiser.curve(pad(mixed, (0, num_frames * hop_samples - num_samples)), hop_samples)
     more = {"control": curve.to(device), "control_scale": torch.full((1,), float(scale), device=device)}
     description = {"duration_seconds": seconds, "control": {**recording.describe(), "scale": scale}}
     return Canvas(num_frames, partial(crop, num_samples=num_samples), description, more=more)

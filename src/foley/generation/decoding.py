@@ -69,7 +69,7 @@ class LatentDecoder:
 
     @torch.no_grad()
     def __call__(self, latent: Tensor, chunk_frames: int | None = None) -> Tensor:
-        """`[B, C, L]` to audio `[B, 1, L * hop]`.
+        """`[B, C, L]` to audio `[B, channels, L * hop]`.
 
         Args:
             chunk_frames: decode so many frames at a time where there are more, to bound the memory. Each chunk sees
@@ -84,7 +84,7 @@ class LatentDecoder:
         return torch.cat([self._chunk(frames, start, size) for start in range(0, num_frames, size)], -1)
 
     def _chunk(self, frames: Tensor, start: int, size: int) -> Tensor:
-        """The audio `[B, 1, ...]` of the frames from `start` on."""
+        """The audio `[B, channels, ...]` of the frames from `start` on."""
         context, end = self._context_frames or 0, min(start + size, frames.shape[-1])
         first = max(0, start - context)
         audio = self._decode(frames[..., first : end + context])
@@ -93,8 +93,10 @@ class LatentDecoder:
 
 def _fastest(codec: WaveformVAE, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     if dtype == torch.float32 and next(codec.parameters()).device.type == "cpu":
-        return FastDecoder(codec.decoder)
-    return _FoldedDecoder(codec.decoder, dtype)
+        decoder: nn.Module = FastDecoder(codec.decoder)
+    else:
+        decoder = _FoldedDecoder(codec.decoder, dtype)
+    return lambda latent: codec.from_decoder(decoder(latent))
 
 
 class _FoldedDecoder(nn.Module):

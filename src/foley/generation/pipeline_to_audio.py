@@ -5,7 +5,7 @@ Also `open_generator`, which opens whatever generates audio by the name of its s
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -28,7 +28,7 @@ from foley.diffusion.process import CosineProcess
 from foley.diffusion.solver import Solver
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.canvas import crop
-from foley.generation.editing import Edit, EditMask, Recording, Variation, paste_fitted
+from foley.generation.editing import Edit, EditMask, EditMasks, Recording, Variation, paste_fitted
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
 from foley.generation.settings import GenerationSettings
@@ -95,6 +95,11 @@ def _check_source(settings: GenerationSettings, family: type[AudioPipeline]) -> 
         raise ValueError(
             "edit, init and control need a system of ours: the pipelines of diffusers only generate, but for Stable "
             "Audio 3 and ACE-Step, which edit and vary"
+        )
+    if isinstance(source, Edit) and isinstance(source.mask, EditMasks):
+        raise ValueError(
+            "masks: a pipeline replaces one part of a recording at a time; give mask_start_seconds and "
+            "mask_length_seconds, and edit the result again"
         )
     if isinstance(source, Variation) and source.strength == 0:
         raise ValueError("strength=0: a pipeline varies a recording by some of its noise at least; give more than 0")
@@ -235,7 +240,9 @@ class PipelineToAudio:
     def _read(self, file: str | Path, option: str, downmix: str) -> Recording:
         return Recording.read(Path(file), self.sample_rate_hz, option, downmix, self.audio.channels)
 
-    def _edit(self, recording: Recording, mask: EditMask, guidance: ClassifierFreeGuidance, num_steps: int) -> _Plan:
+    def _edit(
+        self, recording: Recording, mask: EditMask | EditMasks, guidance: ClassifierFreeGuidance, num_steps: int
+    ) -> _Plan:
         window = mask.window(recording)
         self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
         first, last = window.mask_start - window.start, window.mask_end - window.start
@@ -245,7 +252,7 @@ class PipelineToAudio:
         return _Plan(
             partial(self.audio.inpaint, recording=seen, start=first, end=last),
             lambda audio: paste_fitted(recording.samples, audio, window),
-            {"duration_seconds": seconds, "edit": {**recording.describe(), **asdict(mask)}},
+            {"duration_seconds": seconds, "edit": {**recording.describe(), **mask.describe()}},
             guidance,
             num_steps,
             seconds,

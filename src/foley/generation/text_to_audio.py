@@ -14,6 +14,7 @@ from torch import Tensor
 from foley.accel.cost import CostMeter
 from foley.accel.precision import choose_precision, computing_in
 from foley.accel.quantisation import round_system
+from foley.core.channels import channels_of
 from foley.core.config import shipped
 from foley.core.devices import machine_name, resolve_device
 from foley.core.hashing import hash_module
@@ -30,7 +31,7 @@ from foley.generation.backends import Backend
 from foley.generation.calibrating import calibrate_missing, calibration_prompts
 from foley.generation.canvas import Canvas, control_canvas, crop, edit_canvas, variation_canvas
 from foley.generation.decoding import LatentDecoder, warn_of_blow_up
-from foley.generation.editing import Control, Edit, EditMask, Recording, Variation
+from foley.generation.editing import Control, Edit, EditMask, EditMasks, Recording, Variation
 from foley.generation.novelty import KnownCaptions
 from foley.generation.prompts import Clip, as_clips
 from foley.generation.result import Generation, Timings
@@ -266,7 +267,7 @@ class TextToAudio(SharedSystem):
         self,
         prompts: Sequence[str | Clip],
         file: str | Path,
-        mask: EditMask,
+        mask: EditMask | EditMasks,
         seeds: Sequence[int] | None = None,
         downmix: str = "mean",
         **options: Any,
@@ -277,7 +278,7 @@ class TextToAudio(SharedSystem):
         masks, as the EzAudio stages are. A mask over everything is plain generation of its length.
 
         Args:
-            downmix: how several channels become one, "mean", or "loudest", the one with the most energy.
+            downmix: what becomes of channels that the codec does not have, of `foley.core.channels.DOWNMIXES`.
 
         Other args and raises as for `generate`.
         """
@@ -354,7 +355,7 @@ class TextToAudio(SharedSystem):
         for latent in self._latents(clips, settings, (guidance, solver), canvas, meter, timings):
             with timings.measured("decode_seconds", self.device):
                 audio = self._decode(self.normaliser.denormalise(latent), settings.chunk_frames(self.frames_per_second))
-                rows.append(canvas.finish(audio.cpu()))  # [B, 1, T], [B]
+                rows.append(canvas.finish(audio.cpu()))  # [B, channels, T], [B]
         chosen = settings.describe(guidance, solver.name, solver.num_steps) | (meter.describe() if meter else {})
         description = {**canvas.description, **chosen, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
@@ -439,19 +440,19 @@ class TextToAudio(SharedSystem):
         """Raises ValueError where the recording cannot be read, or the result would be too long."""
         match settings.source:
             case Edit(file, mask, downmix):
-                recording = Recording.read(Path(file), self.sample_rate_hz, "edit", downmix)
+                recording = self._read(file, "edit", downmix)
                 window = mask.window(recording)
                 self._check_duration("the mask and its boundaries", (window.end - window.start) / self.sample_rate_hz)
                 hidden = window.hidden_mask(self.codec.hop_samples).to(self.device)  # [1, L]
                 return edit_canvas(recording, mask, window, hidden, partial(self._encode, timings=timings))
             case Variation(file, strength, downmix) as variation:
-                recording = Recording.read(Path(file), self.sample_rate_hz, "init", downmix)
+                recording = self._read(file, "init", downmix)
                 first_step = variation.first_step(num_steps)
                 self._warn_once(variation.rounding(num_steps))
                 self._check_duration(f"init={recording.file}", recording.duration_seconds)
                 return variation_canvas(recording, strength, first_step, partial(self._encode, timings=timings))
             case Control(file, scale, downmix):
-                recording = Recording.read(Path(file), self.sample_rate_hz, "control", downmix)
+                recording = self._read(file, "control", downmix)
                 self._check_duration(f"control={file}", recording.duration_seconds)
                 self._warn_beyond_training(recording.duration_seconds)
                 length = self.codec.hop_samples, self.system.trained_seconds
@@ -463,10 +464,16 @@ class TextToAudio(SharedSystem):
                 num_samples, num_frames = clip_size(seconds, self.sample_rate_hz, self.codec.hop_samples)
                 return Canvas(num_frames, partial(crop, num_samples=num_samples), {"duration_seconds": seconds})
 
+    def _read(self, file: str | Path, option: str, downmix: str) -> Recording:
+        """Mono `[T]` for a mono codec; the codec's channels where it has several."""
+        several = None if (channels := channels_of(self.codec)) == 1 else channels
+        return Recording.read(Path(file), self.sample_rate_hz, option, downmix, several)
+
     def _encode(self, samples: Tensor, timings: Timings) -> Tensor:
-        """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]`."""
+        """The codec's mean latent, normalised, `[1, C, L]`, of audio `[T]` or `[channels, T]`."""
         with timings.measured("encode_seconds", self.device):
-            latent: Tensor = self.normaliser.normalise(self.codec.encode(samples[None, None].to(self.device)))
+            audio = torch.atleast_2d(samples)[None].to(self.device)
+            latent: Tensor = self.normaliser.normalise(self.codec.encode(audio))
             return latent
 
     def _check_duration(self, name: str, seconds: float) -> None:

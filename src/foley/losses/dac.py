@@ -1,4 +1,4 @@
-"""The spectral losses of the Descript Audio Codec (Kumar et al. 2023) by its own package, on waveforms `[B, 1, T]`.
+"""The spectral losses of the Descript Audio Codec (Kumar et al. 2023) by its own package, on waveforms `[B, A, T]`.
 
 Its adversarial loss needs none: it is the sum over discriminators of what `LeastSquaresLoss` takes the mean of. Its
 feature matching sums over all maps, where ours takes the mean of each discriminator's, then over discriminators.
@@ -25,7 +25,7 @@ class _OfSignals(nn.Module):
         self.published, self.sample_rate_hz = published, sample_rate_hz
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Two waveforms `[B, 1, T]` to a scalar."""
+        """Two waveforms `[B, A, T]` to a scalar."""
         from audiotools import AudioSignal
 
         with torch.autocast(prediction.device.type, enabled=False):

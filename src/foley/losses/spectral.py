@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+from foley.core.channels import to_mid_side
+
 _SMALLEST_BAND = 1e-4  # keeps the logarithm finite
 
 
@@ -13,6 +15,22 @@ def magnitude(audio: Tensor, window: Tensor) -> Tensor:
     """`[B, T]` to STFT magnitudes `[B, F, frames]` with a hop of a quarter of the window."""
     # 1 + T // hop frames, centred.
     return torch.stft(audio, len(window), len(window) // 4, window=window, return_complex=True).abs()
+
+
+def each_channel(audio: Tensor, mid_side: bool = False) -> Tensor:
+    """`[B, A, T]` to `[B A, T]`, whose channels are compared one by one; with `mid_side`, middle and side of two, too.
+
+    An error that is small in each channel may be large beside their difference, which is often quiet, or loud in their
+    sum (Steinmetz et al. 2020, "Automatic multitrack mixing", compare sums and differences). Raises ValueError for
+    middle and side of another number of channels.
+
+    >>> each_channel(torch.tensor([[[3.0], [1.0]]]), mid_side=True).flatten().tolist()
+    [3.0, 1.0, 2.0, 1.0]
+    """
+    if mid_side and audio.shape[1] != 2:
+        raise ValueError(f"mid_side=true compares middle and side of [B, 2, T], got shape {list(audio.shape)}")
+    heard = torch.cat([audio, to_mid_side(audio)], dim=1) if mid_side else audio
+    return heard.flatten(0, 1)
 
 
 def a_weighting(frequencies_hz: Tensor) -> Tensor:
@@ -34,6 +52,7 @@ class MultiResolutionSTFTLoss(nn.Module):
         sample_rate_hz: of the audio; it places the bins on the weighting curve.
         fft_sizes: window lengths in samples; the hop is a quarter of each.
         floor: smallest magnitude told apart from silence.
+        mid_side: as `each_channel` takes it.
 
     Example:
         >>> loss, audio = MultiResolutionSTFTLoss(24000), torch.randn(2, 1, 4800)
@@ -46,8 +65,10 @@ class MultiResolutionSTFTLoss(nn.Module):
         sample_rate_hz: int,
         fft_sizes: Sequence[int] = (1280, 640, 320, 160, 80, 40, 20),
         floor: float = 1e-4,
+        mid_side: bool = False,
     ) -> None:
         super().__init__()
+        self.mid_side = mid_side
         self.fft_sizes = tuple(fft_sizes)
         self.floor = floor
         for size in fft_sizes:
@@ -57,9 +78,9 @@ class MultiResolutionSTFTLoss(nn.Module):
             self.register_buffer(f"weighting_{size}", weighting[:, None], persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Two waveforms `[B, 1, T]` to a scalar; T must exceed half the longest window."""
-        # [B, 1, T] to [B, T].
-        distances = [self._distance(prediction.flatten(0, 1), target.flatten(0, 1), size) for size in self.fft_sizes]
+        """Two waveforms `[B, A, T]` to a scalar, channel by channel; T must exceed half the longest window."""
+        predicted, wanted = (each_channel(audio, self.mid_side) for audio in (prediction, target))  # [B A, T]
+        distances = [self._distance(predicted, wanted, size) for size in self.fft_sizes]
         return torch.stack(distances).mean()
 
     def _distance(self, prediction: Tensor, target: Tensor, size: int) -> Tensor:
@@ -82,6 +103,7 @@ class LogMelLoss(nn.Module):
         mel_bands: number of triangular bands from 0 Hz to half the rate.
         floor: smallest mel magnitude told apart from silence.
         mel_scale: "htk", or "slaney" for that scale and its area normalisation, as in vocoders.
+        mid_side: as `each_channel` takes it.
     """
 
     window: Tensor
@@ -94,8 +116,10 @@ class LogMelLoss(nn.Module):
         mel_bands: int = 80,
         floor: float = 1e-3,
         mel_scale: str = "htk",
+        mid_side: bool = False,
     ) -> None:
         super().__init__()
+        self.mid_side = mid_side
         self.floor = floor
         self.register_buffer("window", torch.hann_window(fft_size), persistent=False)
         norm = "slaney" if mel_scale == "slaney" else None  # an area of one under each triangle, not a height
@@ -104,12 +128,12 @@ class LogMelLoss(nn.Module):
         self.register_buffer("bands", bands, persistent=False)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Two waveforms `[B, 1, T]` to a scalar."""
+        """Two waveforms `[B, A, T]` to a scalar, channel by channel."""
         return (self._log_mel(prediction) - self._log_mel(target)).abs().mean()
 
     def _log_mel(self, audio: Tensor) -> Tensor:
         with torch.autocast(audio.device.type, enabled=False):  # half precision would round small magnitudes to 0
-            magnitudes = magnitude(audio.flatten(0, 1), self.window)
+            magnitudes = magnitude(each_channel(audio, self.mid_side), self.window)
             # [B, frames, bins] @ [bins, mel_bands].
             return (magnitudes.transpose(1, 2) @ self.bands).clamp(min=self.floor).log()
 

@@ -1,10 +1,10 @@
 """How well a codec gives audio back, and the baselines that it is compared with.
 
-Every distance gives one value an item, `[B]`; a baseline has a codec's `sample_rate_hz`, `kilobits_per_second` and
-`reconstruct`.
+Every distance gives one value an item, `[B]`, the mean of those of its channels; a baseline has a codec's
+`sample_rate_hz`, `kilobits_per_second` and `reconstruct`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
@@ -29,8 +29,14 @@ _VISQOL_SECONDS = 1.0  # a little more than it takes at least
 _OPUS_BITS, _OPUS_SPAN = 6000, 250_000  # libsndfile's least rate of a channel, and how far its levels reach above it
 
 
+def _by_channel(distance: Callable[[Tensor, Tensor], Tensor], estimate: Tensor, reference: Tensor) -> Tensor:
+    """A `distance` of waveforms `[N, T]`, of every channel of `[B, channels, T]` by itself, averaged: `[B]`."""
+    each = distance(estimate.flatten(0, 1), reference.flatten(0, 1))  # [B channels]
+    return each.unflatten(0, reference.shape[:2]).mean(1)
+
+
 def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019, eq. 2), of `[B, 1, T]` waveforms.
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019, eq. 2), of `[B, channels, T]` waveforms.
 
     Means are removed; a small power keeps silent references finite.
 
@@ -39,10 +45,12 @@ def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
     >>> si_sdr(2 * reference + 0.1 * noise, reference).round().item()  # the scale does not count
     23.0
     """
-    estimate, reference = (
-        signal.flatten(1) - signal.flatten(1).mean(1, keepdim=True) for signal in (estimate, reference)
-    )
-    scale = (estimate * reference).sum(1) / (reference.square().sum(1) + _TINY_POWER)  # [B], the best one
+    return _by_channel(_si_sdr, estimate, reference)
+
+
+def _si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
+    estimate, reference = (signal - signal.mean(1, keepdim=True) for signal in (estimate, reference))
+    scale = (estimate * reference).sum(1) / (reference.square().sum(1) + _TINY_POWER)  # [N], the best one
     target = scale[:, None] * reference
     distortion = (estimate - target).square().sum(1)
     return 10 * torch.log10((target.square().sum(1) + _TINY_POWER) / (distortion + _TINY_POWER))
@@ -51,18 +59,26 @@ def si_sdr(estimate: Tensor, reference: Tensor) -> Tensor:
 def mel_distance(estimate: Tensor, reference: Tensor, sample_rate_hz: int) -> Tensor:
     """Mean absolute difference of natural-log mel spectrograms: 80 bands, window 1024, hop 256, floor 1e-5."""
     transform = _mel_transform(sample_rate_hz).to(reference.device)
-    logs = [transform(signal.flatten(1)).clamp(min=_MEL_FLOOR).log() for signal in (estimate, reference)]
-    return (logs[0] - logs[1]).abs().mean((1, 2))
+
+    def distance(*signals: Tensor) -> Tensor:
+        logs = [transform(signal).clamp(min=_MEL_FLOOR).log() for signal in signals]
+        return (logs[0] - logs[1]).abs().mean((1, 2))
+
+    return _by_channel(distance, estimate, reference)
 
 
 def stft_distance(estimate: Tensor, reference: Tensor, fft_sizes: Sequence[int] = (2048, 512, 128)) -> Tensor:
     """Mean absolute difference of natural-log magnitudes, averaged over resolutions (hop a quarter, floor 1e-5)."""
-    distances = []
-    for size in fft_sizes:
-        window = torch.hann_window(size, device=reference.device)
-        logs = [_log_magnitude(signal.flatten(1), window) for signal in (estimate, reference)]
-        distances.append((logs[0] - logs[1]).abs().mean((1, 2)))
-    return torch.stack(distances).mean(0)
+
+    def distance(*signals: Tensor) -> Tensor:
+        distances = []
+        for size in fft_sizes:
+            window = torch.hann_window(size, device=reference.device)
+            logs = [_log_magnitude(signal, window) for signal in signals]
+            distances.append((logs[0] - logs[1]).abs().mean((1, 2)))
+        return torch.stack(distances).mean(0)
+
+    return _by_channel(distance, estimate, reference)
 
 
 def visqol(estimate: Tensor, reference: Tensor, sample_rate_hz: int) -> Tensor:
@@ -75,14 +91,18 @@ def visqol(estimate: Tensor, reference: Tensor, sample_rate_hz: int) -> Tensor:
     Raises ModuleNotFoundError without the package.
     """
     judge = _visqol()
-    pairs = zip(_for_visqol(estimate, sample_rate_hz), _for_visqol(reference, sample_rate_hz), strict=True)
-    return torch.tensor([judge.measure_from_arrays(known, heard, _VISQOL_HZ).moslqo for heard, known in pairs])
+
+    def distance(*signals: Tensor) -> Tensor:
+        pairs = zip(*(_for_visqol(signal, sample_rate_hz) for signal in signals), strict=True)
+        return torch.tensor([judge.measure_from_arrays(known, heard, _VISQOL_HZ).moslqo for heard, known in pairs])
+
+    return _by_channel(distance, estimate, reference)
 
 
-def _for_visqol(audio: Tensor, sample_rate_hz: int) -> list[Any]:
-    signals = audio.flatten(1).double().cpu().numpy()
+def _for_visqol(signals: Tensor, sample_rate_hz: int) -> list[Any]:
     times = -(-round(_VISQOL_SECONDS * sample_rate_hz) // signals.shape[1])  # rounded up
-    return [resample(np.tile(signal, times), sample_rate_hz, _VISQOL_HZ).astype(np.float64) for signal in signals]
+    repeated = (np.tile(signal, times) for signal in signals.double().cpu().numpy())
+    return [resample(signal, sample_rate_hz, _VISQOL_HZ).astype(np.float64) for signal in repeated]
 
 
 @lru_cache(maxsize=1)
@@ -135,20 +155,21 @@ class GriffinLim(nn.Module):
         self.phases = PhaseSearch(fft_size, iterations, hop_length=fft_size // 4, power=1.0, rand_init=False)
 
     def reconstruct(self, audio: Tensor) -> Tensor:
-        """`[B, 1, T]` to the same shape."""
-        padded = F.pad(audio[:, 0], (0, max(0, self.fft_size - audio.shape[-1])))
+        """`[B, channels, T]` to the same shape, channel by channel."""
+        padded = F.pad(audio.flatten(0, 1), (0, max(0, self.fft_size - audio.shape[-1])))
         spectrum = torch.stft(padded, self.fft_size, self.fft_size // 4, window=self.window, return_complex=True)
         mel = spectrum.abs().mT @ self.bands
         restored = self.phases((mel @ self.inverse).clamp(min=0).mT)
         length = audio.shape[-1]
-        return F.pad(restored, (0, max(0, length - restored.shape[-1])))[:, None, :length]
+        return F.pad(restored, (0, max(0, length - restored.shape[-1])))[:, :length].unflatten(0, audio.shape[:2])
 
 
 class Opus(nn.Module):
     """The codec of calls and broadcasts (RFC 6716), by libsndfile's encoder and decoder, which undo its delay.
 
     Args:
-        kilobits_per_second: asked of the encoder, which spends more on what is hard than on what is easy; at least 6.
+        kilobits_per_second: asked of the encoder for each channel, which spends more on what is hard than on what is
+            easy; at least 6.
         sample_rate_hz: 8000, 12000, 16000, 24000 or 48000.
 
     Raises ValueError for a bit rate that libsndfile cannot ask for.
@@ -172,7 +193,7 @@ class Opus(nn.Module):
         return content.getvalue()
 
     def reconstruct(self, audio: Tensor) -> Tensor:
-        """`[B, 1, T]` to the same shape."""
-        files = [self.encode(samples) for samples in audio[:, 0].cpu().numpy()]
+        """`[B, channels, T]` to the same shape, channel by channel."""
+        files = [self.encode(samples) for samples in audio.flatten(0, 1).cpu().numpy()]
         restored = [soundfile.read(BytesIO(file), dtype="float32")[0] for file in files]
-        return torch.from_numpy(np.stack(restored))[:, None]
+        return torch.from_numpy(np.stack(restored)).unflatten(0, audio.shape[:2])

@@ -9,16 +9,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from foley.core.channels import DOWNMIXES
 from foley.core.numbers import NumberRange
+from foley.core.reading import parse_json
 from foley.diffusion.context import CONSISTENCY
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import SOLVERS
-from foley.generation.editing import Edit, EditMask, Variation
+from foley.generation.editing import Edit, EditMask, EditMasks, Variation
 from foley.generation.options import MAX_PROMPT_CHARACTERS, OPTION_NUMBERS
 from foley.generation.pipeline_to_audio import PUBLISHED_SOLVER
 from foley.generation.settings import GenerationSettings
 from foley.serving.jobs import DEFAULT_ACCELERATOR
 from foley.serving.sounds import MEDIA_TYPES
 
+_MOST_MASKS = 1000  # characters of their JSON
 _MOST_NAME = 200  # characters: what is refused is said again
 _MOST_WORDS = 800  # characters of a refusal: names of fields are sent back, of which there may be thousands
 
@@ -48,6 +50,7 @@ GuidanceRescale = Annotated[float, limits(OPTION_NUMBERS["guidance_rescale"]), _
 DurationSeconds = Annotated[float, limits(OPTION_NUMBERS["duration_seconds"]), _Number]
 LoudnessLufs = Annotated[float, limits(OPTION_NUMBERS["loudness_lufs"]), _Number]
 MaskSeconds = Annotated[float, limits(OPTION_NUMBERS["mask_start_seconds"]), _Number]
+Masks = Annotated[str, Field(max_length=_MOST_MASKS)]
 Strength = Annotated[float, limits(OPTION_NUMBERS["strength"]), _Number]
 
 if TYPE_CHECKING:
@@ -119,13 +122,23 @@ class RecordingForm(SoundBody):
 class EditForm(RecordingForm):
     """A recording of which a part is generated anew."""
 
-    mask_start_seconds: MaskSeconds = Field(description="where that part begins; the recording's end continues it")
-    mask_length_seconds: MaskSeconds = Field(description="how much is replaced")
+    mask_start_seconds: MaskSeconds | None = Field(
+        None, description="where that part begins; the recording's end continues it"
+    )
+    mask_length_seconds: MaskSeconds | None = Field(None, description="how much is replaced")
+    masks: Masks | None = Field(None, description="several parts instead, as JSON: [[START, LENGTH], ...] in seconds")
     boundary_seconds: MaskSeconds = Field(EditMask.boundary_seconds, description="how much of each side the model sees")
 
+    def _mask(self) -> EditMask | EditMasks:
+        start, length, boundary = self.mask_start_seconds, self.mask_length_seconds, self.boundary_seconds
+        if self.masks is not None and start is length is None:
+            return EditMasks(parse_json(self.masks, "masks"), boundary)
+        if self.masks is None and start is not None and length is not None:
+            return EditMask(start, length, boundary)
+        raise ValueError("give mask_start_seconds and mask_length_seconds, or masks in the place of both")
+
     def _source(self) -> dict[str, Any]:
-        mask = EditMask(self.mask_start_seconds, self.mask_length_seconds, self.boundary_seconds)
-        source = {"source": Edit(self._path, mask, self.downmix), "duration_seconds": None}
+        source = {"source": Edit(self._path, self._mask(), self.downmix), "duration_seconds": None}
         # The server's own loudness is of other sounds; what a request says itself is refused beside an edit.
         return source | {"loudness_lufs": self.loudness_lufs}
 

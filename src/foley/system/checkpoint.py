@@ -2,7 +2,7 @@
 
 `ckpt=`, `system=`, `codec_path=` and the like take the same: a training checkpoint (.ckpt), the folder of a run, of a
 system, or of a component (a converted published file is one), or the name of a published system. A codec may be a
-published file of the Descript Audio Codec, too, which says itself what it holds.
+published file of the Descript Audio Codec or a folder of diffusers' `AutoencoderOobleck`, too, which say so.
 """
 
 import os
@@ -40,6 +40,7 @@ from foley.core.pipelines import asked
 from foley.core.reading import read_json, reading
 from foley.system.convert.conversion import converted_folder
 from foley.system.convert.dac import is_dac_file
+from foley.system.convert.oobleck import oobleck_folder
 
 FOLEY_KEY = "foley"
 """Entry of a training checkpoint that says how to build the components whose weights it holds."""
@@ -84,6 +85,8 @@ def find_weights(source: str | Path, component: str | None = None, option: str =
     path = path.parent if path.name == WEIGHTS_FILE else path
     if component == "codec" and is_dac_file(path):
         return converted_folder("dac", path, {}, Path(default_cache_dir()).expanduser())
+    if component == "codec" and (published := oobleck_folder(path)) is not None:
+        return converted_folder("oobleck", *published, Path(default_cache_dir()).expanduser())
     if path.is_file():
         return path
     if (path / SYSTEM_FILE).is_file():

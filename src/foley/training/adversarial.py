@@ -113,7 +113,7 @@ class AdversarialTraining(FoleyModule):
         self.r1_weight = r1_weight
         self.num_examples = num_examples
         self.seed = seed
-        self.examples: list[tuple[Tensor, Tensor]] = []  # (original, generated), each [1, T]
+        self.examples: list[tuple[Tensor, Tensor]] = []  # (original, generated), each [channels, T]
 
     @property
     def model(self) -> nn.Module:
@@ -134,7 +134,7 @@ class AdversarialTraining(FoleyModule):
         )
 
     def heard(self, batch: AudioBatch, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Original and generated audio `[B, 1, T]` of a pair, at `sample_rate_hz`."""
+        """Original and generated audio `[B, channels, T]` of a pair, at `sample_rate_hz`."""
         return pair.original, pair.generated
 
     def render(self, batch: AudioBatch, noise: torch.Generator | None) -> Pair:

@@ -19,7 +19,7 @@ from foley.training.adversarial import AdversarialTraining, Pair, VariationalTra
 
 
 class CodecTraining(VariationalTraining):
-    """A VAE on audio, with terms of (reconstruction, original), both `[B, 1, T]`, and the term "kl".
+    """A VAE on audio, with terms of (reconstruction, original), both `[B, A, T]`, and the term "kl".
 
     Args:
         codec: the model.
@@ -45,7 +45,7 @@ class CodecTraining(VariationalTraining):
         def decode(latent: Tensor) -> Tensor:
             return self.codec.decode(latent)[..., : audio.shape[-1]]  # without the padding of the last frame
 
-        # [B, 1, T], its posterior [B, C, L], and back.
+        # [B, A, T], its posterior [B, C, L], and back.
         return self.reconstruct(audio, self.codec.posterior(audio), decode, noise)
 
 

@@ -122,7 +122,7 @@ class ControlTraining(DiffusionTraining):
         """The energy `[B, 1, S]` of the decoded latents; padding is silence."""
         hop = self.codec.hop_samples
         with torch.autocast(self.device.type, enabled=False):
-            audio = self.codec.decode(batch["latent"].float())[:, 0]  # [B, L hop]
+            audio = self.codec.decode(batch["latent"].float()).mean(dim=1)  # [B, L hop], of all channels
         audio = audio * batch["frame_mask"].repeat_interleave(hop, dim=1)
         return cast(ControlledTransformer, self.denoiser).curve(audio, hop)
 

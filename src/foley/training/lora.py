@@ -347,8 +347,8 @@ class LoraTraining(DiffusionTraining):
         rows, captions = [], []
         for index in range(min(len(clips), prior.count)):
             item = clips[index]
-            audio = functional.pad(item.audio, (0, max(0, prior.clips.num_samples - len(item.audio))))
-            rows.append(self.codec.encode(audio[None, None].to(self.device)))
+            audio = functional.pad(item.audio, (0, max(0, prior.clips.num_samples - item.num_samples)))
+            rows.append(self.codec.encode(torch.atleast_2d(audio)[None].to(self.device)))
             captions.append(item.caption)
         return torch.cat(rows), captions
 

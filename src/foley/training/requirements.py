@@ -42,6 +42,7 @@ _CODECS = {
     "waveform_vae.WaveformVAE": "made by: foley train experiment=waveform_vae data=manifest data.splits.manifest=FILE, "
     "or from published weights by foley convert",
     "spectral_vae.SpectralVAE": "data/demo/codec ships, and foley train experiment=tiny_vae makes another",
+    "oobleck.OobleckCodec": "the folder vae of stabilityai/stable-audio-open-1.0 on the hub",
     "dac.DACCodec": "a file of descript-audio-codec's releases, weights_44khz.pth or weights_24khz.pth",
     "mel_codec.MelCodec": "made by: foley train experiment=audiolcm_mel_vae, experiment=bigvgan; foley join-mel-codec",
 }

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from foley.core.channels import channels_of
 from foley.core.components import build_component
 from foley.core.config import CONFIG_DIR, compose_aside
 from foley.core.logs import get_logger
@@ -96,10 +97,12 @@ class SyntheticPairs(SyntheticLatents, PreferenceDataModule):
 class SyntheticClips(ResumableDataModule):
     """Batches of one clip of quiet noise; arguments as for `AudioDataModule`."""
 
-    def __init__(self, sample_rate_hz: int, duration_seconds: float, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, sample_rate_hz: int, duration_seconds: float, batch_size: int, seed: int = 0, channels: int = 1
+    ) -> None:
         super().__init__(batch_size, seed=seed)
         num_samples = round(duration_seconds * sample_rate_hz)
-        audio: Tensor = 0.1 * torch.randn(num_samples, generator=torch_generator("synthetic", seed))
+        audio: Tensor = 0.1 * torch.randn(channels, num_samples, generator=torch_generator("synthetic", seed))
         self.collate = AudioCollate(num_samples)
         self.datasets = {"train": _Copies(AudioItem(audio, _CAPTION, "", "synthetic"), _BATCHES * batch_size)}
 
@@ -227,7 +230,7 @@ def _data(cfg: DictConfig, codec: Any) -> dict[str, Any]:
     shared = {key: cfg.data[key] for key in ("duration_seconds", "batch_size", "seed")}
     shared["sample_rate_hz"] = codec.sample_rate_hz
     if "denoiser" not in cfg.task and not _distils_or_controls(cfg):
-        return {"_target_": f"{__name__}.SyntheticClips", **shared}
+        return {"_target_": f"{__name__}.SyntheticClips", **shared, "channels": channels_of(codec)}
     sizes = {"channels": codec.latent_channels, "hop_samples": codec.hop_samples}
     kind = "SyntheticPairs" if cfg.task._target_.endswith(".PreferenceTuning") else "SyntheticLatents"
     return {"_target_": f"{__name__}.{kind}", **sizes, **shared}

@@ -168,7 +168,9 @@ def test_weights_configs_and_sources_that_do_not_belong_together_are_refused(sha
         )
     with pytest.raises(CheckpointError, match="shape of"):
         convert("ezaudio", "dit.pt", config | {"context_dim": 99})
-    with pytest.raises(ValueError, match="one of ezaudio, ezaudio_controlnet, waveform_vae, bigvgan, dac, got 'bark'"):
+    with pytest.raises(
+        ValueError, match="one of ezaudio, ezaudio_controlnet, waveform_vae, bigvgan, dac, oobleck, got 'bark'"
+    ):
         convert("bark", "dit.pt", config)
     assert not (tmp_path / "out").exists()
 

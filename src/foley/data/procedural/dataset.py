@@ -147,6 +147,7 @@ class ProceduralDataset:
         classes: subset of `CLASS_NAMES`; all by default.
         combination_probability: share of clips that hold a second class, after the first or mixed with it.
         fresh_each_epoch: draw new clips in each epoch instead of repeating the same ones.
+        channels: 1; or 2, between which each clip lies somewhere.
 
     Raises:
         ValueError: for an unknown class, an empty clip or a low sample rate.
@@ -161,6 +162,7 @@ class ProceduralDataset:
         classes: Sequence[str] | None = None,
         combination_probability: float = 0.0,
         fresh_each_epoch: bool = False,
+        channels: int = 1,
     ) -> None:
         self.classes = tuple(classes) if classes is not None else CLASS_NAMES
         unknown = sorted(set(self.classes) - set(CLASS_NAMES))
@@ -172,7 +174,9 @@ class ProceduralDataset:
             raise ValueError(f"`duration_seconds` must be positive, got {duration_seconds}")
         if not 0 <= combination_probability <= 1:
             raise ValueError(f"`combination_probability` must lie in [0, 1], got {combination_probability}")
-        self.size = size
+        if channels not in (1, 2):
+            raise ValueError(f"`channels` must be 1 or 2 for synthesised clips, got {channels}")
+        self.size, self.audio_channels = size, channels
         self.seed = seed
         self.duration_seconds = duration_seconds
         self.sample_rate_hz = sample_rate_hz
@@ -187,7 +191,7 @@ class ProceduralDataset:
         return f"procedural-{self.seed}-{epoch}-{index}"
 
     def render(self, index: int, epoch: int = 0) -> AudioItem:
-        """Clip `index`: float32 `[T]` with peak below 1; raises IndexError outside the collection."""
+        """Clip `index`: float32 `[T]`, or `[2, T]`, with peak below 1; raises IndexError outside the collection."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} lies outside a procedural data set of {self.size} items")
         epoch = epoch if self.fresh_each_epoch else 0
@@ -199,8 +203,16 @@ class ProceduralDataset:
             signal, text, label = _combination(timeline, first, second)
         else:
             (signal, text), label = _single(timeline, first), first
+        if self.audio_channels == 2:
+            signal = _panned(signal, float(numpy_generator("pan", self.seed, epoch, index).random()))
         audio = torch.from_numpy(signal.astype(np.float32))
         return AudioItem(audio=audio, caption=text, label=label, id=self.clip_name(index, epoch))
+
+
+def _panned(signal: Signal, place: float) -> Signal:
+    """A signal `[T]` in stereo `[2, T]`, at `place` from 0, left, to 1, right; its power is the same everywhere."""
+    angle = place * np.pi / 2
+    return np.stack([np.cos(angle) * signal, np.sin(angle) * signal])
 
 
 def _single(timeline: Timeline, class_name: str) -> tuple[Signal, str]:

@@ -41,15 +41,17 @@ class GaussianPosterior:
 
 
 class AudioVAE(nn.Module):
-    """Base of the codecs; they give `encode_moments`, `decode`, `hop_samples`, and set the two attributes.
+    """Base of the codecs; they give `encode_moments`, `decode`, `hop_samples`, and set the attributes.
 
     Attributes:
         latent_channels: C.
         sample_rate_hz: rate of the audio.
+        audio_channels: A of the audio; 1 is mono.
     """
 
     latent_channels: int
     sample_rate_hz: int
+    audio_channels: int = 1
 
     @property
     def hop_samples(self) -> int:
@@ -67,34 +69,38 @@ class AudioVAE(nn.Module):
         return None
 
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, 1, T]` to the raw (mean, scale), each `[B, C, L]` with L = ceil(T / hop); the end is zero-padded.
+        """`[B, A, T]` to the raw (mean, scale), each `[B, C, L]` with L = ceil(T / hop); the end is zero-padded.
 
         Raises:
-            ValueError: where the audio is not mono `[B, 1, T]` with T > 0.
+            ValueError: where the audio has other channels than the codec, or none, or no samples.
         """
         raise NotImplementedError
 
     def decode(self, latent: Tensor) -> Tensor:
-        """`[B, C, L]` to audio `[B, 1, L * hop]`; not clipped."""
+        """`[B, C, L]` to audio `[B, A, L * hop]`; not clipped."""
         raise NotImplementedError
 
     def posterior(self, audio: Tensor) -> GaussianPosterior:
-        """The distribution of the latent given `audio` `[B, 1, T]`."""
+        """The distribution of the latent given `audio` `[B, A, T]`."""
         return GaussianPosterior.from_moments(*self.encode_moments(audio))
 
     def encode(self, audio: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`[B, 1, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
+        """`[B, A, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
         return self.encode_moments(audio)[0] if generator is None else self.posterior(audio).sample(generator)
 
     def reconstruct(self, audio: Tensor) -> Tensor:
-        """`[B, 1, T]` to `[B, 1, T]` through the mean of the posterior, on the codec's device."""
+        """`[B, A, T]` to `[B, A, T]` through the mean of the posterior, on the codec's device."""
         device = next(self.parameters()).device
         # The padding of the last frame is cut off.
         return self.decode(self.encode(audio.to(device)))[..., : audio.shape[-1]]
 
     def _whole_frames(self, audio: Tensor) -> Tensor:
         """`audio` checked, and zero-padded at its end to a whole number of latent frames."""
-        if audio.ndim != 3 or audio.shape[1] != 1 or audio.shape[2] == 0:
-            raise ValueError(f"audio must be mono [B, 1, T] with T > 0, got shape {list(audio.shape)}")
+        if audio.ndim != 3 or audio.shape[1] != self.audio_channels or audio.shape[2] == 0:
+            kind = "mono " if self.audio_channels == 1 else ""
+            raise ValueError(
+                f"audio must be {kind}[B, {self.audio_channels}, T] with T > 0, got shape {list(audio.shape)}; "
+                f"data.channels={self.audio_channels} gives clips that this codec takes"
+            )
         # -T % hop more samples, up to a whole frame.
         return nn.functional.pad(audio, (0, -audio.shape[-1] % self.hop_samples))

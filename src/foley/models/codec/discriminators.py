@@ -1,6 +1,7 @@
 """The discriminators against which codecs and vocoders are trained.
 
 Each gives a list for every scale: the feature maps of its layers in order, for feature matching, and the logits last.
+Those of waveforms judge every channel of audio `[B, A, T]` by itself, as if it were an item: the maps have B A of them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ class STFTDiscriminator(nn.Module):
         self.logits = conv2d(filters, 1, (3, 3))
 
     def forward(self, audio: Tensor) -> list[Tensor]:
-        """`[B, 1, T]` to feature maps `[B, filters, frames, F]` and logits `[B, 1, frames, F]`."""
+        """`[B, A, T]` to feature maps `[B, filters, frames, F]` and logits `[B, 1, frames, F]`."""
         size = len(self.window)
         # In single precision: the transform has no half-precision kernel for these sizes.
         spectrum = torch.stft(
@@ -82,7 +83,7 @@ class MultiScaleSTFTDiscriminator(nn.Module):
         self.scales = nn.ModuleList(STFTDiscriminator(size, filters) for size in fft_sizes)
 
     def forward(self, audio: Tensor) -> list[list[Tensor]]:
-        """`[B, 1, T]` to feature maps, one list per scale."""
+        """`[B, A, T]` to feature maps, one list per scale."""
         return [scale(audio) for scale in self.scales]
 
 
@@ -108,8 +109,9 @@ class DACDiscriminator(nn.Module):
         self.published = Discriminator(periods=list(periods), fft_sizes=list(fft_sizes), sample_rate=sample_rate_hz)
 
     def forward(self, audio: Tensor) -> list[list[Tensor]]:
-        """`[B, 1, T]` to feature maps, one list per scale."""
-        maps: list[list[Tensor]] = self.published(audio)
+        """`[B, A, T]` to feature maps, one list per scale."""
+        # The package takes one channel: each is an item, [B A, 1, T].
+        maps: list[list[Tensor]] = self.published(audio.flatten(0, 1)[:, None])
         return maps
 
 
@@ -186,8 +188,8 @@ class PeriodDiscriminator(_Judge):
         self.period = period
 
     def forward(self, audio: Tensor) -> list[Tensor]:
-        """`[B, 1, T]` to feature maps `[B, channels, frames, period]`, logits last."""
-        whole = pad(audio, (0, -audio.shape[-1] % self.period), mode="reflect")
+        """`[B, A, T]` to feature maps `[B, channels, frames, period]`, logits last."""
+        whole = pad(audio.flatten(0, 1)[:, None], (0, -audio.shape[-1] % self.period), mode="reflect")
         return self.judge(whole.unflatten(-1, (-1, self.period)))  # [B, 1, T / period, period]: a column for each phase
 
 
@@ -207,10 +209,10 @@ class ResolutionDiscriminator(_Judge):
         self.resolution = resolution
 
     def forward(self, audio: Tensor) -> list[Tensor]:
-        """`[B, 1, T]` to feature maps `[B, filters, F, frames]`, logits `[B, 1, F, frames]` last."""
+        """`[B, A, T]` to feature maps `[B, filters, F, frames]`, logits `[B, 1, F, frames]` last."""
         fft_size, hop, window = self.resolution
         margin = (fft_size - hop) // 2
-        reflected = pad(audio.float(), (margin, margin), mode="reflect")[:, 0]  # [B, T + 2 margin]
+        reflected = pad(audio.float().flatten(0, 1), (margin, margin), mode="reflect")  # [B, T + 2 margin]
         ones = torch.ones(window, device=audio.device)  # the published discriminator has no window either
         spectrum = torch.stft(reflected, fft_size, hop, window, ones, center=False, return_complex=True)
         return self.judge(spectrum.abs()[:, None])  # [B, 1, F, frames]
@@ -237,5 +239,5 @@ class PeriodResolutionDiscriminator(nn.Module):
         self.scales = nn.ModuleList([*by_period, *by_resolution])
 
     def forward(self, audio: Tensor) -> list[list[Tensor]]:
-        """`[B, 1, T]` to feature maps, one list per period and resolution."""
+        """`[B, A, T]` to feature maps, one list per period and resolution."""
         return [scale(audio) for scale in self.scales]

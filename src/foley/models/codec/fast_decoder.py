@@ -155,26 +155,28 @@ class FastDecoder(nn.Module):
         self.stem = _winograd(decoder.stem)
         self.stages = nn.Sequential(*map(_FastStage, decoder.stages))
         self.activation = _FastSnake(decoder.activation)
-        self.register_buffer("head", decoder.head.weight.detach()[0].clone())
+        weight = decoder.head.weight.detach()  # [A, C, taps]
+        self.taps = weight.shape[-1]
+        self.register_buffer("head", weight.transpose(0, 1).flatten(1).clone())  # [C, A * taps]
 
     @torch.no_grad()
     def forward(self, latent: Tensor) -> Tensor:
-        """`[B, C, L]` to `[B, 1, L * hop]`, one item after the other."""
+        """`[B, C, L]` to `[B, A, L * hop]`, one item after the other."""
         return torch.stack([self._audio(item.T) for item in latent])
 
     def _audio(self, rows: Tensor) -> Tensor:
-        """`[L, C]` to `[1, L * hop]`."""
+        """`[L, C]` to `[A, L * hop]`."""
         rows = self.stages(self.stem(rows))
-        # The head has one output channel, so the products of each row with all taps come first, [T, C] @ [C, taps].
-        # Sample t is the sum over k of row t + k - taps // 2 times tap k: a diagonal, along which a stride of
-        # taps + 1 walks.
-        taps = self.head.shape[1]
-        each = rows.new_zeros(len(rows) + taps - 1, taps)
+        # The head has few output channels, so the products of each row with all taps come first, [T, C] @ [C, A taps].
+        # Sample t of a channel is the sum over k of row t + k - taps // 2 times its tap k: a diagonal, along which a
+        # stride of one more than the width walks.
+        taps, width = self.taps, self.head.shape[1]
+        each = rows.new_zeros(len(rows) + taps - 1, width)
         inner = each[taps // 2 : taps // 2 + len(rows)]
         for start in range(0, len(rows), _BLOCK_ROWS):
             part = slice(start, start + _BLOCK_ROWS)
             torch.mm(self.activation(rows[part]), self.head, out=inner[part])
-        return each.as_strided((len(rows), taps), (taps, taps + 1)).sum(1)[None]
+        return each.as_strided((width // taps, len(rows), taps), (taps, width, width + 1)).sum(2)
 
 
 class _FastSnake(nn.Module):

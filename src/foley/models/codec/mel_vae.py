@@ -71,8 +71,12 @@ class MelSpectrogram(nn.Module):
         """`[B, 1, T]` to `[B, mel_bands, ceil(T / hop)]`, in single precision at least; the end is zero-padded.
 
         Raises:
-            ValueError: where the audio is too short to be reflected at its ends.
+            ValueError: where the audio is not mono, or too short to be reflected at its ends.
         """
+        if audio.shape[1] != 1:
+            raise ValueError(
+                f"a mel spectrogram is of mono audio [B, 1, T], got shape {list(audio.shape)}; data.channels=1 mixes it"
+            )
         # F frames over T + 2 margin = (F - 1) hop + window samples: frame n is centred on (n + 1/2) hop.
         window_samples, margin = len(self.window), (len(self.window) - self.hop_samples) // 2
         signal = pad(audio[:, 0], (0, -audio.shape[-1] % self.hop_samples))  # [B, T], whole hops

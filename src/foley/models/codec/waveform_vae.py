@@ -1,7 +1,9 @@
 """The waveform VAE of EzAudio (Hai et al. 2024, Section II-A): encoder, decoder, and the codec that they make.
 
-    audio [B, 1, T]       -> stem, stages (units, Snake, stride down), Snake, head -> mean and scale, each [B, C, L]
-    latent [B, C, L]      -> stem, stages (Snake, stride up, units),   Snake, head -> audio [B, 1, L * hop]
+    audio [B, A, T]       -> stem, stages (units, Snake, stride down), Snake, head -> mean and scale, each [B, C, L]
+    latent [B, C, L]      -> stem, stages (Snake, stride up, units),   Snake, head -> audio [B, A, L * hop]
+
+A is 1 as published, 2 of stereo, which it may hear and make as middle and side (`foley.core.channels.to_mid_side`).
 
 The blocks are those of the Descript Audio Codec (Kumar et al. 2023), with a Gaussian in the place of its quantiser. All
 convolutions keep or exactly divide the length, so frame n of the latent is samples n * hop to (n + 1) * hop.
@@ -12,6 +14,7 @@ from math import prod
 
 from torch import Tensor, nn
 
+from foley.core.channels import to_left_right, to_mid_side
 from foley.models.codec.base import INITIAL_SCALE, AudioVAE
 from foley.nn.conv import (
     BRANCH_GAIN,
@@ -69,20 +72,26 @@ class Encoder(nn.Module):
         strides: down-sampling factor of each stage.
         num_units: residual units in each stage.
         out_channels: channels of the output, twice the latent's.
+        audio_channels: A, of the input.
     """
 
     def __init__(
-        self, widths: Sequence[int], strides: Sequence[int], num_units: Sequence[int], out_channels: int
+        self,
+        widths: Sequence[int],
+        strides: Sequence[int],
+        num_units: Sequence[int],
+        out_channels: int,
+        audio_channels: int = 1,
     ) -> None:
         super().__init__()
         # Each stage is `stride` times slower and, in the published codec, up to twice as wide.
-        self.stem = same_conv(1, widths[0], 7)  # at the rate of the audio
+        self.stem = same_conv(audio_channels, widths[0], 7)  # at the rate of the audio
         self.stages = nn.Sequential(*map(EncoderStage, widths[:-1], widths[1:], strides, num_units))
         self.activation = Snake(widths[-1])
         self.head = same_conv(widths[-1], out_channels, 3)  # at that of the latent
 
     def forward(self, audio: Tensor) -> Tensor:
-        """`[B, 1, T]` to `[B, out_channels, T / hop]`; T must be a multiple of the hop."""
+        """`[B, A, T]` to `[B, out_channels, T / hop]`; T must be a multiple of the hop."""
         return self.head(self.activation(self.stages(self.stem(audio))))
 
 
@@ -106,10 +115,16 @@ class Decoder(nn.Module):
     Args:
         in_channels: latent channels C.
         widths, strides, num_units: as the encoder's, in the encoder's order; built here from the last to the first.
+        audio_channels: A, of the output.
     """
 
     def __init__(
-        self, in_channels: int, widths: Sequence[int], strides: Sequence[int], num_units: Sequence[int]
+        self,
+        in_channels: int,
+        widths: Sequence[int],
+        strides: Sequence[int],
+        num_units: Sequence[int],
+        audio_channels: int = 1,
     ) -> None:
         super().__init__()
         up = list(reversed(widths))  # from the latent's rate to the audio's
@@ -117,10 +132,10 @@ class Decoder(nn.Module):
         self.stages = nn.Sequential(*map(DecoderStage, up[:-1], up[1:], reversed(strides), reversed(num_units)))
         self.activation = Snake(up[-1])
         # Without a bias, which would be an offset of the audio.
-        self.head = same_conv(up[-1], 1, 7, bias=False, gain=HEAD_GAIN)
+        self.head = same_conv(up[-1], audio_channels, 7, bias=False, gain=HEAD_GAIN)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """`[B, C, L]` to `[B, 1, L * hop]`."""
+        """`[B, C, L]` to `[B, A, L * hop]`."""
         return in_single_precision(self.head, self.activation(self.stages(self.stem(latent))))
 
     @property
@@ -152,7 +167,7 @@ def _heard(layer: nn.Conv1d | nn.ConvTranspose1d, first: int, last: int) -> tupl
 
 
 class WaveformVAE(AudioVAE):
-    """Fully convolutional VAE on mono waveforms (EzAudio, Section II-A; the Stable Audio and DAC family).
+    """Fully convolutional VAE on waveforms (EzAudio, Section II-A; the Stable Audio and DAC family).
 
     Args:
         channels: width at the audio rate.
@@ -161,9 +176,11 @@ class WaveformVAE(AudioVAE):
         latent_channels: C.
         sample_rate_hz: rate of the audio.
         num_units: residual units of each stage (dilations 1, 3, 9); fewer at the audio rate make a codec cheap.
+        audio_channels: A, which is 1 as published.
+        mid_side: hear and make middle and side of two channels, in the place of left and right.
 
     Raises:
-        ValueError: where the stages disagree in number, or a stride is below 2.
+        ValueError: where the stages disagree in number, a stride is below 2, or middle and side are of other than two.
 
     Example:
         >>> import torch
@@ -181,6 +198,8 @@ class WaveformVAE(AudioVAE):
         latent_channels: int = 128,
         sample_rate_hz: int = 24000,
         num_units: Sequence[int] = (3, 3, 3, 3),
+        audio_channels: int = 1,
+        mid_side: bool = False,
     ) -> None:
         super().__init__()
         if not len(multipliers) == len(strides) == len(num_units):
@@ -188,13 +207,16 @@ class WaveformVAE(AudioVAE):
                 f"multipliers {list(multipliers)}, strides {list(strides)} and num_units {list(num_units)} "
                 "must have one entry for each stage"
             )
+        if mid_side and audio_channels != 2:
+            raise ValueError(f"mid_side=true takes audio_channels=2, left and right; got {audio_channels}")
         # One more than stages, for the audio itself.
         widths = [channels, *(channels * multiplier for multiplier in multipliers)]
         self.strides = tuple(strides)
         self.latent_channels = latent_channels
         self.sample_rate_hz = sample_rate_hz
-        self.encoder = Encoder(widths, strides, num_units, 2 * latent_channels)  # mean and scale
-        self.decoder = Decoder(latent_channels, widths, strides, num_units)
+        self.audio_channels, self.mid_side = audio_channels, mid_side
+        self.encoder = Encoder(widths, strides, num_units, 2 * latent_channels, audio_channels)  # mean and scale
+        self.decoder = Decoder(latent_channels, widths, strides, num_units, audio_channels)
         if self.encoder.head.bias is not None:
             # Of the scales, which follow the means.
             nn.init.constant_(self.encoder.head.bias[latent_channels:], INITIAL_SCALE)
@@ -211,13 +233,20 @@ class WaveformVAE(AudioVAE):
 
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """See `AudioVAE.encode_moments`."""
+        whole = self._whole_frames(audio)
+        heard = to_mid_side(whole) if self.mid_side else whole  # [B, A, L hop]
         # [B, 2 C, L]; in single precision, since the posterior is sampled and compared from here on.
-        mean, scale = self.encoder(self._whole_frames(audio)).float().chunk(2, dim=1)
+        mean, scale = self.encoder(heard).float().chunk(2, dim=1)
         return mean, scale
 
     def decode(self, latent: Tensor) -> Tensor:
-        """`[B, C, L]` to audio `[B, 1, L * hop]`; not clipped."""
-        return self.decoder(latent)
+        """`[B, C, L]` to audio `[B, A, L * hop]`; not clipped."""
+        return self.from_decoder(self.decoder(latent))
+
+    def from_decoder(self, audio: Tensor) -> Tensor:
+        """Left and right `[B, A, T]` of what the decoder makes, or that itself: for those who run it in other ways."""
+        # Linear, so that it may follow any decoder that computes what ours does, chunk by chunk.
+        return to_left_right(audio) if self.mid_side else audio
 
     def fold_weight_norm(self) -> "WaveformVAE":
         """Fold the weight norm for inference, in place; afterwards the state dict no longer fits the config."""

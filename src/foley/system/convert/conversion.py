@@ -24,6 +24,7 @@ from foley.system.convert.ezaudio import (
     ezaudio_denoiser,
 )
 from foley.system.convert.files import build_around, read_weights
+from foley.system.convert.oobleck import oobleck_codec, oobleck_config
 from foley.system.convert.waveform_vae import codec_config, waveform_vae
 
 logger = get_logger(__name__)
@@ -58,6 +59,12 @@ SOURCES: Mapping[str, Source] = {
         dac_config,
         dac_codec,
         file_config,
+    ),
+    "oobleck": Source(
+        "Codec of Stable Audio Open",
+        "https://huggingface.co/stabilityai/stable-audio-open-1.0",
+        oobleck_config,
+        oobleck_codec,
     ),
 }
 

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor
 
 from foley.core.components import CheckpointError, build_component, load_state, read_pickle
+from foley.core.files import read_tensors
 
 
 def flat_options(published: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -41,10 +42,14 @@ _SECTIONS = ("model", "config")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published `.pt` file, flat or under a name out of `_WRAPPERS`; left on disk until used.
+    """The state dict of a published `.pt` file, flat or under a name out of `_WRAPPERS`, or of a `.safetensors` file.
+
+    It is left on disk until used.
 
     Raises CheckpointError where the file is missing, cannot be read safely, or holds no state dict.
     """
+    if path.suffix == ".safetensors":
+        return read_tensors(path, "published weights")
     content = _unwrap(read_pickle(path, mmap=True), _WRAPPERS)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{path} holds no weights but {type(content).__name__}; give the published .pt file")

@@ -103,7 +103,7 @@ class PipelineText(TextConditioner):
 
 
 class PipelineCodec(nn.Module):
-    """A pipeline's codec, which hears a mono clip in all its channels."""
+    """A pipeline's codec, which hears a mono clip in all its channels, and one of as many as it is."""
 
     def __init__(self, audio: TrainablePipeline) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class PipelineCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, audio: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`[B, 1, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
+        """`[B, 1 or channels, T]` to a latent `[B, C, L]`: drawn with `generator`, or the mean without one."""
         heard = whole_frames(audio, self.hop_samples).expand(-1, self._audio.channels, -1).to(self.vae.dtype)
         return self._audio.encode(heard, generator).float()
 

@@ -120,16 +120,16 @@ class AudioSamples(pl.Callback):
         return (self._validations - 1) % self.every_n_validations == 0
 
     def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, audio: Tensor) -> None:
-        """Do what there is to do with `audio [len(prompts), 1, T]`."""
+        """Do what there is to do with `audio [len(prompts), channels, T]`."""
         folder = self.output_dir / f"step_{trainer.global_step:06d}"
-        files = [self._write(folder, index, clip) for index, clip in enumerate(audio[:, 0])]
+        files = [self._write(folder, index, clip) for index, clip in enumerate(audio)]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 self._log_media(logger, files, trainer.global_step)
 
     @torch.no_grad()
     def generate(self, module: Any, codec_path: Path, chosen: Sequence[int] | None = None) -> Tensor:
-        """Audio `[N, 1, T]` of the `chosen` prompts, or all, from the module's present weights, on the CPU."""
+        """Audio `[N, channels, T]` of the `chosen` prompts, or all, from the module's present weights, on the CPU."""
         own = range(len(self.prompts)) if chosen is None else chosen
         parts = [own[start : start + self.batch_size] for start in range(0, len(own), self.batch_size)]
         return torch.cat([self._generate(module, codec_path, part) for part in parts])
@@ -188,7 +188,7 @@ def shared_out(count: int, rank: int, world_size: int) -> list[int]:
 
 
 def in_order(gathered: Tensor, count: int) -> Tensor:
-    """The `count` clips of the shares of all processes, `[processes, share, 1, T]`, in order and each once."""
+    """The `count` clips of the shares of all processes, `[processes, share, channels, T]`, in order and each once."""
     return gathered.transpose(0, 1).flatten(0, 1)[:count]
 
 
@@ -229,7 +229,7 @@ class Reconstructions(pl.Callback):
         for index, pair in enumerate(pl_module.examples):
             for kind, audio in zip(("original", "reconstruction"), pair, strict=True):
                 files.append(folder / f"{index:02d}_{kind}.wav")
-                write_wav(files[-1], audio[0], rate)
+                write_wav(files[-1], audio, rate)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_audio("reconstructions", [str(file) for file in files], step=trainer.global_step)
