@@ -93,6 +93,9 @@ def test_without_a_parcel_there_is_nothing_to_take_up(work: Path, tmp_path: Path
         (lambda part, index: part.write_bytes(part.read_bytes()[:-1]), r"000 is not the file that .* names"),
         (lambda part, index: index.write_text('{"format": "foley-parcel-1", "id": "a"}'), "lacks the entry 'parts'"),
         (lambda part, index: index.write_text('{"format": "other"}'), "its format is 'other'"),
+        (lambda part, index: index.write_text('{"format": "foley-parcel-1", "parts": []}'), "lacks the entry 'id'"),
+        (lambda part, index: index.write_text('{"format": "foley-parcel-1", "id": 3, "parts": []}'), "its id is 3"),
+        (lambda part, index: index.write_text('{"format": "foley-parcel-1", "id": "a", "parts": []}'), "not a parcel"),
     ],
 )
 def test_a_damaged_parcel_is_refused_whole(work: Path, tmp_path: Path, damage, words: str) -> None:
@@ -110,3 +113,25 @@ def test_a_parcel_names_files_of_its_folder_alone(work: Path, tmp_path: Path) ->
     with pytest.raises(DamagedFileError, match="is no file of this folder"):
         take_up(tmp_path / "parcel", tmp_path / "elsewhere")
     assert read_json(work / LINEAGE_FILE, "a list") == [read_json(index, "a parcel")["id"]]
+
+
+def test_what_would_leave_the_folder_is_not_unpacked(work: Path, tmp_path: Path) -> None:
+    (work / "outside").symlink_to(tmp_path)
+    pack(work, tmp_path / "parcel", LIMIT)
+    with pytest.raises(DamagedFileError, match="'outside' is a link to an absolute path; copy its folder again"):
+        take_up(tmp_path / "parcel", tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_parcel_without_a_byte_in_its_files_does_not_take_the_place_of_a_good_one(work: Path, tmp_path: Path) -> None:
+    pack(work, tmp_path / "parcel", LIMIT)
+    before = contents(tmp_path / "parcel")
+    with pytest.raises(ValueError, match="max_bytes=0: give a whole number >= 1"):
+        pack(work, tmp_path / "parcel", 0)
+    assert contents(tmp_path / "parcel") == before
+
+
+def test_a_damaged_lineage_is_said(work: Path, tmp_path: Path) -> None:
+    (work / LINEAGE_FILE).write_text("3")
+    with pytest.raises(DamagedFileError, match=r"lineage\.json is damaged or not a list of parcels"):
+        pack(work, tmp_path / "parcel", LIMIT)

@@ -6,7 +6,7 @@ import soundfile
 
 from foley.data.procedural import CLASS_NAMES, ProceduralDataset
 from foley.metrics.audit import FINDINGS, AuditLimits, audit_files, findings, in_words, measure, sound_files
-from foley.metrics.repeats import correlate, loop_seconds
+from foley.metrics.repeats import band_spectrum, correlate, find_repeats, loop_seconds
 
 RATE = 24000
 LIMITS = AuditLimits.shipped()
@@ -118,6 +118,16 @@ def test_what_is_mixed_into_a_copy_is_its_correlation():
     alike, shift = correlate(one, RATE, one + other, RATE)
     assert (alike, shift) == (pytest.approx(0.5**0.5, abs=0.02), 0.0)
     assert correlate(one, RATE, other, RATE)[0] < 0.1
+
+
+@pytest.mark.parametrize("copies", [2, 7, 40])
+def test_a_sound_is_found_in_any_number_of_copies(copies):
+    gains = RNG(1).permutation(copies) + 1  # whose spectra differ by rounding, so that not the first ones are nearest
+    clips = [(noise()[:, 0] * np.float32(gain / copies), RATE) for gain in gains]
+    clips.insert(1, (noise(seed=2)[:, 0], RATE))
+    repeats = find_repeats([band_spectrum(*clip) for clip in clips], clips.__getitem__, 0.98)
+    assert set(repeats) == set(range(2, copies + 1))
+    assert all(repeat.of < place and repeat.of != 1 for place, repeat in repeats.items())
 
 
 @pytest.fixture

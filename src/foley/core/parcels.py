@@ -7,6 +7,8 @@ it came from and was packed into, so that an older state is never taken for a ne
 import secrets
 import shutil
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from foley.core.files import refusing_full_disk, replacing, write_json
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
+from foley.core.numbers import COUNT
 from foley.core.reading import DamagedFileError, read_json, reading
 
 _log = get_logger(__name__)
@@ -31,7 +34,9 @@ def pack(folder: Path, target: Path, max_bytes: int) -> list[Path]:
     """Pack all of `folder` into files of at most `max_bytes` in `target`, in the place of an older parcel there.
 
     Whatever interrupts it, `target` holds the old parcel or the new one. Returns the files, `parcel.json` among them.
+    Raises ValueError where no byte may be in a file.
     """
+    COUNT.check("max_bytes", max_bytes)
     identity = secrets.token_hex(6)
     write_json(folder / LINEAGE_FILE, [*_lineage(folder), identity])
     target.mkdir(parents=True, exist_ok=True)
@@ -74,7 +79,7 @@ def take_up(source: Path, folder: Path) -> None:
         for part in parcel["parts"]:
             whole.write((source / part["name"]).read_bytes())
         whole.seek(0)
-        with tarfile.open(fileobj=whole) as archive:
+        with reading(source / PARCEL_FILE, _WHAT, _MEND), _tar_errors(), tarfile.open(fileobj=whole) as archive:
             archive.extractall(unpacked, filter="data")
     shutil.rmtree(folder, ignore_errors=True)  # empty
     unpacked.rename(folder)
@@ -83,8 +88,19 @@ def take_up(source: Path, folder: Path) -> None:
 
 def _lineage(folder: Path) -> list[str]:
     file = folder / LINEAGE_FILE
-    known: list[str] = read_json(file, "a list of parcels", "remove it") if file.is_file() else []
-    return known
+    if not file.is_file():
+        return []
+    with reading(file, "a list of parcels", "remove it"):
+        return list(read_json(file, "a list of parcels", "remove it"))
+
+
+@contextmanager
+def _tar_errors() -> Iterator[None]:
+    """Those of an archive that is none, or that holds what may not be unpacked, as ValueError."""
+    try:
+        yield
+    except tarfile.TarError as error:
+        raise ValueError(str(error).partition("\n")[0]) from error
 
 
 def _read(source: Path) -> dict[str, Any]:
@@ -94,6 +110,8 @@ def _read(source: Path) -> dict[str, Any]:
         parcel: dict[str, Any] = dict(read_json(file, _WHAT, _MEND))
         if parcel["format"] != FORMAT:
             raise ValueError(f"its format is {parcel['format']!r}, not {FORMAT!r}")
+        if not isinstance(parcel["id"], str):
+            raise ValueError(f"its id is {parcel['id']!r}")
         for part in parcel["parts"]:
             path = source / part["name"]
             if path.name != part["name"]:

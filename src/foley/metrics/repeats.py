@@ -4,7 +4,7 @@ Long-term spectra, which neither gain nor shift changes, find candidates; the co
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,22 +58,36 @@ def find_repeats(spectra: Sequence[Spectrum | None], beginning: Beginning, simil
     """Clips that are an earlier one up to gain, polarity and shift, by their numbers.
 
     Each is compared with its five nearest by spectrum, so that time and memory grow with the clips, not their pairs.
+    What is left is compared again without the repeats, until nothing is found: a sound may be there more often.
 
     Args:
         similarity: the magnitude of the correlation where both overlap, from which on they are the same.
     """
-    rows = [row for row, spectrum in enumerate(spectra) if spectrum is not None]
-    if len(rows) < 2:
-        return {}
-    points = np.stack([spectrum for spectrum in spectra if spectrum is not None])
-    nearest = cKDTree(points).query(points, min(_NEIGHBOURS, len(rows)), distance_upper_bound=_NEAR_DB * _BANDS**0.5)
+    left = {row: spectrum for row, spectrum in enumerate(spectra) if spectrum is not None}
     found: dict[int, Repeat] = {}
-    pairs = {(min(a, b), max(a, b)) for a, near in enumerate(nearest[1]) for b in near if b < len(rows) and a != b}
-    for first, second in sorted((rows[a], rows[b]) for a, b in pairs):
-        alike, shift = correlate(*beginning(first), *beginning(second))
-        if alike >= similarity and second not in found:
-            found[second] = Repeat(first, alike, shift)
+    compared: set[tuple[int, int]] = set()
+    while pairs := _near(left) - compared:
+        compared |= pairs
+        for first, second in sorted(pairs):
+            if second in found:
+                continue
+            alike, shift = correlate(*beginning(first), *beginning(second))
+            if alike >= similarity:
+                found[second] = Repeat(first, alike, shift)
+        left = {row: spectrum for row, spectrum in left.items() if row not in found}
     return found
+
+
+def _near(spectra: Mapping[int, Spectrum]) -> set[tuple[int, int]]:
+    """Pairs of clips, the earlier one first, of which one is among the nearest of the other."""
+    rows = list(spectra)
+    if len(rows) < 2:
+        return set()
+    points = np.stack(list(spectra.values()))
+    nearest = cKDTree(points).query(points, min(_NEIGHBOURS, len(rows)), distance_upper_bound=_NEAR_DB * _BANDS**0.5)
+    # Without so many near it a clip has the number of all in their place.
+    pairs = ((a, int(b)) for a, near in enumerate(nearest[1]) for b in near if b < len(rows) and a != b)
+    return {(rows[min(pair)], rows[max(pair)]) for pair in pairs}
 
 
 def correlate(one: FloatArray, one_hz: int, other: FloatArray, other_hz: int) -> tuple[float, float]:
