@@ -12,10 +12,17 @@ from foley.core.logs import get_logger
 def main(cfg: DictConfig) -> None:
     """Write the folder, and say what it holds."""
     # Here, so that help and mistakes in the command line are answered before PyTorch is loaded.
+    from foley.core.numbers import COUNT, POSITIVE, NumberRange
+    from foley.core.rates import HIGHEST_RATE_HZ, LOWEST_RATE_HZ
     from foley.data.manifest import ManifestOptions, read_manifest
     from foley.data.packing import choose, pack_clips, pack_latents, remove_packed
     from foley.data.splits import hold_out
 
+    for option in ("max_megabytes", "max_file_megabytes"):
+        POSITIVE.check(option, cfg[option])
+    if cfg.max_clips is not None:
+        COUNT.check("max_clips", cfg.max_clips)
+    NumberRange(LOWEST_RATE_HZ, HIGHEST_RATE_HZ, whole=True).check("sample_rate_hz", cfg.sample_rate_hz)
     if cfg.overwrite:
         remove_packed(Path(cfg.output_dir))
     max_bytes, max_file_bytes = round(cfg.max_megabytes * 1e6), round(cfg.max_file_megabytes * 1e6)

@@ -11,7 +11,7 @@ from latent_parts import many_clips, write_cache
 
 from foley.core.hashing import hash_file
 from foley.core.reading import read_json
-from foley.data.audio import read_audio
+from foley.data.audio import AudioError, read_audio
 from foley.data.latent_format import LatentLayout
 from foley.data.latents import LatentCacheIndex
 from foley.data.manifest import ManifestEntry, checked_rows, read_manifest
@@ -143,3 +143,15 @@ def test_the_command_packs_what_is_asked_for(manifest: Path, tmp_path: Path) -> 
     options = [f"manifest={manifest}", f"output_dir={tmp_path}/packed", "without=[effects/]", "max_clips=1"]
     run_command("script/pack_training_data", *options)
     assert list(suffixes(tmp_path / "packed")) == ["digits/low.flac", "digits/low.wav"]
+
+
+def test_numbers_that_pack_nothing_are_refused_by_name(manifest: Path, tmp_path: Path) -> None:
+    for option in ("max_clips=0", "max_megabytes=nan", "max_file_megabytes=-1", "sample_rate_hz=99"):
+        with pytest.raises(ValueError, match=f"{option}: give a"):
+            run_command("script/pack_training_data", f"manifest={manifest}", f"output_dir={tmp_path}/packed", option)
+    assert not (tmp_path / "packed").exists()
+
+
+def test_channels_that_are_not_to_be_mixed_are_refused_with_their_file(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"wide\.flac: holds 2 channels, and downmix=refuse mixes none"):
+        pack_clips(read_manifest(manifest), tmp_path / "packed", 10**7, RATE, "refuse")

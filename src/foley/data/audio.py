@@ -9,6 +9,7 @@ header is believed: samples are read in blocks until they end.
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
@@ -89,8 +90,15 @@ def fitted(
         lossy_mixes.note(name, samples)
     if samples.shape[1] == 1 < channels:
         doubled_recordings.note(name, channels)
-    try:
+    with _naming(name):
         return resample(fit_channels(samples, channels, downmix), rate_hz, sample_rate_hz)
+
+
+@contextmanager
+def _naming(name: Path | str) -> Iterator[None]:
+    """A block that mixes the channels of a recording: where these are refused, AudioError names it."""
+    try:
+        yield
     except ChannelsError as error:
         raise AudioError(name, str(error)) from error
 
@@ -110,12 +118,13 @@ def read_channels(
 
     Raises:
         AudioError: missing, empty, truncated or undecodable file; a header that cannot be true; more than 2 GiB of
-            samples; NaN, Inf or samples beyond `MAX_ABS_SAMPLE`.
+            samples; NaN, Inf or samples beyond `MAX_ABS_SAMPLE`; channels that `downmix="refuse"` does not mix.
         ValueError: an unknown `downmix`.
     """
     with open_audio(path, expected_seconds) as file:
         samples, rate = decode(file, path, max_duration_seconds), file.samplerate
-    return samples if downmix is None else mix_down(samples, downmix)[:, None], rate
+    with _naming(path):
+        return samples if downmix is None else mix_down(samples, downmix)[:, None], rate
 
 
 def read_encoded(content: bytes, name: str, max_duration_seconds: float | None = None) -> tuple[FloatArray, int]:
