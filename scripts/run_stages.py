@@ -27,6 +27,7 @@ from foley.core.config import PROJECT_ROOT, relative_to_checkout
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.logs import get_logger
+from foley.core.numbers import NOT_NEGATIVE, POSITIVE, check_choice
 from foley.core.parcels import pack, take_up
 from foley.reporting.tables import provenance
 
@@ -93,9 +94,23 @@ def run_all(cfg: DictConfig, budget: Budget) -> bool:
     return True
 
 
+def check_options(cfg: DictConfig) -> None:
+    """Raises ValueError for what is no stage, and for a time or size that is none."""
+    if isinstance(cfg.only, str):
+        raise ValueError(f"only={cfg.only}: give a list, only=[{cfg.only}]")
+    for name in cfg.only or ():
+        check_choice("only", name, cfg.stages)
+    if cfg.get("minutes") is not None:
+        NOT_NEGATIVE.check("minutes", cfg.minutes)
+    NOT_NEGATIVE.check("reserve_seconds", cfg.get("reserve_seconds", 0.0))
+    # A file of no byte would leave a parcel of nothing in the place of the work.
+    POSITIVE.check("max_file_megabytes", cfg.get("max_file_megabytes", 1))
+
+
 @command("script/train_demo")
 def main(cfg: DictConfig) -> None:
     """Go on from what an earlier call has packed, run the stages within the time, and pack what there is then."""
+    check_options(cfg)
     budget = Budget(cfg.get("minutes"), cfg.get("reserve_seconds", 0.0))
     if not cfg.get("packed_dir"):
         run_all(cfg, budget)

@@ -79,6 +79,23 @@ def test_stages_can_be_chosen_by_name(main, stages, tmp_path):
     assert not (tmp_path / "work/second.txt").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"only": ["secnd"]}, "only must be one of first, second, unwanted, impossible, got 'secnd'"),
+        ({"only": "second"}, r"only=second: give a list, only=\[second\]"),
+        ({"minutes": float("nan")}, "minutes=nan: give a number >= 0"),
+        ({"minutes": "abc"}, "minutes=abc: give a number >= 0"),
+        ({"reserve_seconds": -1}, "reserve_seconds=-1: give a number >= 0"),
+        ({"max_file_megabytes": 0, "packed_dir": "packed"}, "max_file_megabytes=0: give a number > 0"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_runs(main, stages, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        main(OmegaConf.merge(stages, options))
+    assert not (tmp_path / "work/second.txt").exists()
+
+
 def test_a_stage_runs_again_with_another_command_or_another_input(main, stages, tmp_path):
     main.__wrapped__(stages)
     stages.stages.second.command += "y"
