@@ -312,13 +312,14 @@ def test_the_json_says_what_was_edited(pipeline, file, tmp_path):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ((-1, 1), "mask_start_seconds must be a number of seconds, 0 or more, for an edit; got -1"),
+        ((-1, 1), "mask_start_seconds must be a number of seconds from 0 to 1e\\+09, for an edit; got -1"),
         ((None, 1), "mask_start_seconds must be .* got None"),
         ((1, "x"), "mask_length_seconds must be .* got 'x'"),
         ((1, float("nan")), "mask_length_seconds"),
         ((1, 1, -0.1), "boundary_seconds"),
         ((2.1, 1), "mask_start_seconds=2.1 lies outside .* lasts 2.0 s"),
         ((1, 0), "mask_length_seconds=0 holds no sample"),
+        ((1, 1e308), r"mask_length_seconds must be .* got 1e\+308"),
         ((1, 1e9), "mask and its boundaries must be above 0 and at most 5.0"),
     ],
 )

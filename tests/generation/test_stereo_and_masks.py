@@ -125,7 +125,7 @@ def test_what_no_recording_could_have_is_refused_in_words():
     for given in (0.5, [0.5, 0.4], [[0.5]], [], "[[1, 2]]"):
         with pytest.raises(ValueError, match=r"masks=.*: give one pair of seconds for each part, \[\[START, LENGTH\]"):
             EditMasks(given)
-    with pytest.raises(ValueError, match=r"mask_length_seconds must be a number of seconds, 0 or more.* got -1"):
+    with pytest.raises(ValueError, match=r"mask_length_seconds must be a number of seconds from 0 .* got -1"):
         EditMasks([(0.5, -1)])
     with pytest.raises(ValueError, match=r"mask_start_seconds=3 lies outside some.wav, which lasts 2.0 s"):
         EditMasks([(0.5, 0.1), (3, 0.1)]).window(recording())

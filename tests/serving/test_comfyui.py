@@ -135,6 +135,15 @@ def test_an_edit_keeps_samples_and_takes_any_rate_and_channels(comfy, generator)
     before = torch.cat([sound[..., : rate // 4], sound[..., rate // 2 :]], dim=-1)
     torch.testing.assert_close(kept, before, atol=2**-15, rtol=0)  # through a file of 16 bits
     assert not torch.equal(edited[0], edited[1])  # the seed goes on
+    both = call("FoleyEdit", system=generator, audio=own, **mask, masks="[[0.1, 0.2], [0.5, 0.2]]", **SHORT)["waveform"]
+    changed = (both - sound).abs().amax(dim=(0, 1)) > 2**-15
+    places = torch.arange(rate) / rate
+    made = ((places >= 0.1) & (places < 0.3)) | ((places >= 0.5) & (places < 0.7))
+    assert not changed[~made].any()
+    assert changed[(places > 0.1) & (places < 0.3)].any()
+    assert changed[(places > 0.5) & (places < 0.7)].any()
+    with pytest.raises(ValueError, match=r"masks=3: give one pair of seconds for each part"):
+        call("FoleyEdit", system=generator, audio=own, **mask, masks="3", **SHORT)
     other = {"waveform": torch.rand(1, 2, 2 * rate) - 0.5, "sample_rate": 2 * rate}
     assert call("FoleyEdit", system=generator, audio=other, **mask, **SHORT)["waveform"].shape == (1, 1, rate)
 

@@ -133,6 +133,21 @@ def test_an_edit_keeps_what_is_outside_and_its_file_lies_nowhere_that_is_said(st
     assert take.title.startswith("edit: a dog barks | seed 7")
 
 
+def test_more_parts_are_made_anew_beside_the_one_that_was_dragged(studio, tmp_path):
+    path = tmp_path / "tone.wav"
+    samples = 0.1 * torch.sin(torch.arange(1000) / 5)
+    soundfile.write(path, samples.numpy(), 2000)
+    original = soundfile.read(path, dtype="float32")[0]
+    take = make(studio, Session(), fields=EDIT, file=str(path), more_parts="[[0.05, 0.1]]")[-1].take
+    made = soundfile.read(io.BytesIO(take.file("wav").read_bytes()), dtype="float32")[0]
+    kept = [*range(100), *range(300, 400), *range(600, 1000)]
+    assert (made[kept] == original[kept]).all()
+    for part in (slice(100, 300), slice(400, 600)):
+        assert (made[part] != original[part]).any()
+    with pytest.raises(ValueError, match="masks=7: give one pair of seconds for each part"):
+        make(studio, Session(), fields=EDIT, file=str(path), more_parts="7")
+
+
 def test_what_is_no_recording_is_refused_without_its_place(studio, tmp_path):
     (tmp_path / "words.wav").write_text("no audio")
     with pytest.raises(ValueError, match="give an audio file that can be read") as refused:

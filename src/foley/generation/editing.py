@@ -27,7 +27,9 @@ from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
 from foley.core.numbers import NOT_NEGATIVE, SHARE
 from foley.core.rates import FloatArray, resample
+from foley.core.reading import parse_json
 from foley.data.audio import PEAK_CEILING, AudioError, read_channels
+from foley.generation.options import MASK_SECONDS
 
 CROSS_FADE_SECONDS = 0.02
 _log = get_logger(__name__)
@@ -110,8 +112,10 @@ class EditMask:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if value not in NOT_NEGATIVE:
-                raise ValueError(f"{name} must be a number of seconds, 0 or more, for an edit; got {value!r}")
+            if value not in MASK_SECONDS:
+                raise ValueError(
+                    f"{name} must be a number of seconds from 0 to {MASK_SECONDS.most:g}, for an edit; got {value!r}"
+                )
 
     def window(self, recording: Recording) -> "EditWindow":
         """Raises ValueError where the mask begins after the recording's end or holds no sample."""
@@ -154,6 +158,15 @@ class EditMasks:
 
     def __post_init__(self) -> None:
         self._each()
+
+    @classmethod
+    def parse(cls, text: str, boundary_seconds: float = EditMask.boundary_seconds) -> "EditMasks":
+        """Of JSON, as the server and the nodes of ComfyUI are given them.
+
+        >>> EditMasks.parse("[[1, 0.5], [2, 0.5]]").masks
+        [[1, 0.5], [2, 0.5]]
+        """
+        return cls(parse_json(text, "masks", mend="give [[START, LENGTH], [START, LENGTH], ...]"), boundary_seconds)
 
     def _each(self) -> list[EditMask]:
         """In their order in time."""

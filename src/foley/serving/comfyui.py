@@ -20,7 +20,7 @@ from foley.core.devices import resolve_device
 from foley.core.numbers import NumberRange
 from foley.data.audio import write_wav
 from foley.diffusion.guidance import ClassifierFreeGuidance
-from foley.generation.editing import Edit, EditMask, Variation
+from foley.generation.editing import Edit, EditMask, EditMasks, Variation
 from foley.generation.options import OPTION_NUMBERS
 from foley.generation.pipeline_to_audio import PipelineToAudio, open_generator
 from foley.generation.prompts import Clip
@@ -208,7 +208,7 @@ class Generate:
 
 
 class EditSound:
-    """A part of each sound made anew (`foley.generation.editing`); its other samples come back as they were."""
+    """Parts of each sound made anew (`foley.generation.editing`); its other samples come back as they were."""
 
     RETURN_TYPES, RETURN_NAMES, FUNCTION, CATEGORY = ("AUDIO",), ("audio",), "edit", _CATEGORY
 
@@ -218,7 +218,8 @@ class EditSound:
         length = _number("mask_length_seconds", 0.5, "how long it is; past the end it goes on")
         boundary = _number("boundary_seconds", EditMask.boundary_seconds, "how much of each side of it the model sees")
         masks = {"mask_start_seconds": start, "mask_length_seconds": length, "boundary_seconds": boundary}
-        return {"required": {"audio": ("AUDIO",), **_sampling(), **masks}}
+        several = _text("", "several parts in the place of start and length: [[START, LENGTH], ...] in seconds")
+        return {"required": {"audio": ("AUDIO",), **_sampling(), **masks}, "optional": {"masks": several}}
 
     def edit(
         self,
@@ -227,9 +228,11 @@ class EditSound:
         mask_start_seconds: float,
         mask_length_seconds: float,
         boundary_seconds: float,
+        masks: str = "",
         **options: Any,
     ) -> tuple[Audio]:
-        mask = EditMask(mask_start_seconds, mask_length_seconds, boundary_seconds)
+        one = EditMask(mask_start_seconds, mask_length_seconds, boundary_seconds)
+        mask = EditMasks.parse(masks, boundary_seconds) if masks.strip() else one
         return (_from_recordings(audio, system, lambda file: Edit(file, mask), options),)
 
 

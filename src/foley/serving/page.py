@@ -275,6 +275,9 @@ class Page:
                 step=0.1,
                 min_width=100,
             )
+        fields["more_parts"] = gr.Textbox(
+            label="More parts (s)", info="made anew beside that one: [[START, LENGTH], ...]", elem_id="more_parts"
+        )
         self._edit = gr.Button("Make that part anew", variant="primary", elem_id="edit")
         fields["strength"] = _slider("Strength of a variation", strength_range())
         self._vary = gr.Button("Make a variation", variant="primary", elem_id="vary")
@@ -350,7 +353,7 @@ class Page:
         """The fields of a kind of request."""
         own = {
             "generate": ("duration_seconds",),
-            "edit": ("file", "mask_start_seconds", "mask_length_seconds", "boundary_seconds"),
+            "edit": ("file", "mask_start_seconds", "mask_length_seconds", "boundary_seconds", "more_parts"),
             "vary": ("file", "strength"),
         }
         every = {name for names in own.values() for name in names}

@@ -9,7 +9,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from foley.core.channels import DOWNMIXES
 from foley.core.numbers import NumberRange
-from foley.core.reading import parse_json
 from foley.diffusion.context import CONSISTENCY
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.diffusion.solver import SOLVERS
@@ -132,7 +131,7 @@ class EditForm(RecordingForm):
     def _mask(self) -> EditMask | EditMasks:
         start, length, boundary = self.mask_start_seconds, self.mask_length_seconds, self.boundary_seconds
         if self.masks is not None and start is length is None:
-            return EditMasks(parse_json(self.masks, "masks"), boundary)
+            return EditMasks.parse(self.masks, boundary)
         if self.masks is None and start is not None and length is not None:
             return EditMask(start, length, boundary)
         raise ValueError("give mask_start_seconds and mask_length_seconds, or masks in the place of both")

@@ -5,6 +5,7 @@ jobs, and what is refused is refused in the same words.
 """
 
 import asyncio
+import json
 import math
 import secrets
 import shutil
@@ -25,6 +26,7 @@ from foley.accel.combined import NoAcceleration
 from foley.core.files import one_line, write_json
 from foley.data.audio import read_channels
 from foley.data.ordering import evenly_spaced
+from foley.generation.editing import EditMasks
 from foley.generation.options import OPTION_NUMBERS
 from foley.generation.pipeline_to_audio import DEFAULT_STEPS
 from foley.generation.result import Generation
@@ -220,6 +222,15 @@ class Stage:
     take: Take | None = None
 
 
+def _as_masks(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the page as the API has them: the part that was dragged and `more_parts`, if there are any, as one."""
+    more = fields.pop("more_parts", "")
+    if not more.strip():
+        return fields
+    dragged = [fields.pop("mask_start_seconds"), fields.pop("mask_length_seconds")]
+    return {**fields, "masks": json.dumps([dragged, *EditMasks.parse(more).masks])}
+
+
 def forget_oldest(folder: Path, most_bytes: int) -> None:
     """Remove the files that were written first, as long as those of `folder` take more than `most_bytes`."""
     found = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
@@ -284,7 +295,7 @@ class Studio:
 
     async def _submit(self, fields: Mapping[str, Any]) -> Job:
         with ExitStack() as opened:
-            given = {name: value for name, value in fields.items() if name not in ("kind", "file")}
+            given = _as_masks({name: value for name, value in fields.items() if name not in ("kind", "file")})
             if (path := fields.get("file")) is not None:
                 given["file"] = UploadFile(opened.enter_context(Path(path).open("rb")), filename="recording")
             try:
