@@ -16,6 +16,7 @@ from rich.progress import track
 from foley.cli.command import command
 from foley.core.files import write_json
 from foley.core.logs import get_logger
+from foley.core.numbers import check_choice
 from foley.data.audio import read_audio, read_channels
 from foley.metrics.evaluation import restricted_accuracy
 from foley.metrics.extractors import Extractor
@@ -58,13 +59,18 @@ def by_recogniser(clips: Sequence[ClipFile], group: str, recogniser: WordRecogni
 
 
 def recognisers(spoken_group: str | None, extractor: Extractor) -> dict[str, WordRecogniser]:
-    """By the group whose labels are words, the recogniser of them; none without such a group."""
-    return {} if spoken_group is None else {spoken_group: WordRecogniser(extractor.label_groups[spoken_group])}
+    """By the group whose labels are words, the recogniser of them; none without one; raises ValueError for no group."""
+    if spoken_group is None:
+        return {}
+    check_choice("spoken_group", spoken_group, extractor.label_groups)
+    return {spoken_group: WordRecogniser(extractor.label_groups[spoken_group])}
 
 
 @command("script/judge")
 def main(cfg: DictConfig) -> None:
     """Write `judges.json`, and show it."""
+    if not isinstance(cfg.sets, DictConfig):
+        raise ValueError(f"sets={cfg.sets}: give sets by name, sets={{NAME: FOLDER, ...}}")
     extractors = {name: load_protocol("embedded", Path(folder)) for name, folder in cfg.extractors.items()}
     spoken = recognisers(cfg.spoken_group, next(iter(extractors.values())).extractor)
     rows = []
@@ -73,6 +79,9 @@ def main(cfg: DictConfig) -> None:
         found = [each for judge, protocol in extractors.items() for each in by_extractor(clips, judge, protocol)]
         found += [each for group, recogniser in spoken.items() for each in by_recogniser(clips, group, recogniser)]
         rows += [{"set": name, **each} for each in found]
+    if not rows:
+        known = "JSON files that lie beside the clips, or a manifest, say them"
+        raise ValueError(f"sets={cfg.sets}: no clip has a label of a group that the judges know; {known}")
     facts = {"judges": {name: each.describe() for name, each in extractors.items()}, "provenance": provenance()}
     write_json(Path(cfg.output_dir) / "judges.json", {"rows": rows, **facts})
     columns = {"set": "{set}", "group": "{group}", "judge": "{judge}", "recognised": "{value:.1%}", "n": "{n}"}

@@ -84,6 +84,8 @@ def main(cfg: DictConfig) -> None:
         item = dataset[index]
         if item.num_samples >= shortest:
             clips[index] = score(codec, item, cfg.visqol)
+    if not clips:
+        raise ValueError(f"split={cfg.split} has no clip of minimum_seconds={cfg.minimum_seconds} or more")
     summary = {**summarise(list(clips.values())), "kilobits_per_second": codec.kilobits_per_second}
     facts = {"codec_hash": hash_module(codec), "split": cfg.split, "provenance": provenance()}
     write_json(Path(cfg.output_dir) / "codec.json", {**facts, "summary": summary, "clips": list(clips.values())})

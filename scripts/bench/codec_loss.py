@@ -47,8 +47,8 @@ def ways(codec: SpectralVAE) -> dict[str, Callable[[Tensor], Tensor]]:
 
 def lose(codec: SpectralVAE, item: AudioItem) -> dict[str, Any]:
     """Of one clip the mel distance by each way, and how much of its spectra lies at their least value."""
-    whole = len(item.audio) // codec.hop_samples * codec.hop_samples  # whole frames: nothing is padded
-    audio, rate_hz = item.audio[None, None, :whole], codec.sample_rate_hz
+    whole = item.num_samples // codec.hop_samples * codec.hop_samples  # whole frames: nothing is padded
+    audio, rate_hz = torch.atleast_2d(item.audio)[None, :, :whole], codec.sample_rate_hz
     spectra = codec.spectra(audio)
     distances = {name: float(mel_distance(way(audio), audio, rate_hz)) for name, way in ways(codec).items()}
     return {"id": item.id, "at_the_least": float((spectra == spectra.min()).float().mean()), **distances}
@@ -88,7 +88,9 @@ def main(cfg: DictConfig) -> None:
     dataset = instantiate(cfg.data, _convert_="all").whole_clips(cfg.max_duration_seconds)[cfg.split]
     shortest = cfg.minimum_seconds * codec.sample_rate_hz
     items = map(dataset.__getitem__, chosen(dataset.source, cfg.clips_per_group))
-    clips = [lose(codec, item) for item in track(list(items), description="clips") if len(item.audio) >= shortest]
+    clips = [lose(codec, item) for item in track(list(items), description="clips") if item.num_samples >= shortest]
+    if not clips:
+        raise ValueError(f"split={cfg.split} has no clip of minimum_seconds={cfg.minimum_seconds} or more")
     rows = summarise(clips)
     write_json(Path(cfg.output_dir) / "codec_loss.json", {"rows": rows, "provenance": provenance()})
     columns = {"clips": "{group}", "n": "{n}", **{name: f"{{{name}:.2f}}" for name in ways(codec)}}

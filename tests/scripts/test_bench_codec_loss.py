@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from commands import load_command
+from commands import load_command, run_command
 
 from foley.data.dataset import AudioItem
 from foley.models.codec.spectral_vae import SpectralVAE
@@ -32,3 +32,10 @@ def test_clips_are_chosen_and_summed_up_by_collection():
     assert LOSS["chosen"](Source(), 2) == [0, 2, 4]
     clips = [{"id": "a/1", "loss": 1.0}, {"id": "a/3", "loss": 2.0}, {"id": "b/1", "loss": 5.0}]
     assert LOSS["summarise"](clips) == [{"group": "a", "n": 2, "loss": 1.5}, {"group": "b", "n": 1, "loss": 5.0}]
+
+
+@pytest.mark.parametrize("script", ["bench/codec_loss", "script/score_codec"])
+def test_a_split_of_short_clips_alone_is_said(script, tmp_path):
+    data = ["data=procedural", "data.splits.sizes={train: 1, test: 1}", "minimum_seconds=50"]
+    with pytest.raises(ValueError, match="split=test has no clip of minimum_seconds=50 or more"):
+        run_command(script, "codec_path=data/demo/codec", *data, f"output_dir={tmp_path}")

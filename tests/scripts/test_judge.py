@@ -42,6 +42,22 @@ def test_the_recogniser_hears_labelled_words_alone(shared):
     assert JUDGE["by_recogniser"](clips[2:], "fsdd", recogniser) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["sets=clips.jsonl"], r"sets=clips\.jsonl: give sets by name"),
+        (["sets={a: FOLDER}", "spoken_group=digits"], "spoken_group must be one of .*fsdd.* got 'digits'"),
+        (["sets={a: FOLDER}", "spoken_group=null"], "no clip has a label of a group that the judges know"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_in_words(tmp_path, options, words):
+    write_wav(tmp_path / "clips/a.wav", ProceduralDataset(1, 7, 2.0, 24000).render(0, 0).audio, 24000)
+    options = [option.replace("FOLDER", f"{tmp_path}/clips") for option in options]
+    with pytest.raises(ValueError, match=words):
+        run_command("script/judge", *options, f"output_dir={tmp_path}")
+    assert not (tmp_path / "judges.json").exists()
+
+
 def test_the_second_extractor_ships_beside_the_first():
     assert {file.name for file in shipped("second_extractor").iterdir()} == {
         file.name for file in shipped("extractor").iterdir()
