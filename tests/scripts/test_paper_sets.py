@@ -41,7 +41,7 @@ def small_extractors(monkeypatch):
     torch.manual_seed(0)
     extractor = EmbeddedExtractor(["rain", "wind"], {}, widths=[4, 4, 4, 4, 4], feature_dim=2).eval()
     monkeypatch.setattr(protocols, "_load_published", lambda *_: (extractor, "small"))
-    monkeypatch.setattr("foley.metrics.evaluation.SILENCE_PEAK", 0.0)  # an untrained system makes no sound
+    monkeypatch.setattr("foley.metrics.evaluation.SILENT_OUTPUT_PEAK", 0.0)  # an untrained system makes no sound
 
 
 @pytest.mark.parametrize("name", ["clotho", pytest.param("musiccaps", marks=pytest.mark.slow)])

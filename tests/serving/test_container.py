@@ -49,6 +49,8 @@ def test_both_targets_run_as_nobody_with_an_extra_that_there_is():
 def test_what_is_copied_is_let_through_and_there():
     kept = [line[1:] for line in (PROJECT_ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert [name for name in kept if not (PROJECT_ROOT / name).exists()] == []
+    # The wheel is built of what is let through, and a folder that is not would be left out without a word.
+    assert set(re.findall(r'"(data/\w+)"', (PROJECT_ROOT / "hatch_build.py").read_text())) <= set(kept)
     from_context = [line for line in said("COPY") if not line.startswith(("--from", ". "))]
     assert {Path(name).name for line in from_context for name in line.split()[:-1]} <= set(kept)
 

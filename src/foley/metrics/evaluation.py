@@ -28,7 +28,7 @@ from foley.metrics.pairing import Pairing, align_ids, check_pairing, describe_pa
 from foley.metrics.protocols import EvaluationProtocol
 from foley.metrics.scores import SCORES, Comparison, Estimate, TooFewClipsError, label_accuracy
 
-SILENCE_PEAK = 1e-4  # -80 dBFS
+SILENT_OUTPUT_PEAK = 1e-4  # -80 dBFS
 _EQUAL_SECONDS = 0.1
 
 _log = get_logger(__name__)
@@ -90,10 +90,10 @@ class Evaluation:
 
 
 def _check_silence(clips: ClipFeatures, name: str) -> list[str]:
-    silent = [id for id, peak in zip(clips.ids, clips.peaks.tolist(), strict=True) if peak < SILENCE_PEAK]
+    silent = [id for id, peak in zip(clips.ids, clips.peaks.tolist(), strict=True) if peak < SILENT_OUTPUT_PEAK]
     if len(silent) == len(clips):
         raise SilentAudioError(
-            f"all {len(clips)} {name} clips are silent (peak below {SILENCE_PEAK:g}): {', '.join(silent[:10])}; check "
+            f"all {len(clips)} {name} clips are silent (peak below {SILENT_OUTPUT_PEAK:g}): {', '.join(silent[:10])}; check "
             "the decoder and the sampling settings that made them"
         )
     if silent:

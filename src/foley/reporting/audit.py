@@ -13,6 +13,7 @@ from foley.core.files import json_lines, write_json, write_text
 from foley.core.remote import url_of
 from foley.data.audio import AudioError, read_channels
 from foley.metrics.audit import FINDINGS, Audit, AuditedClip, in_words
+from foley.metrics.loudness import SHORTEST_SECONDS
 from foley.reporting.plots import draw_spectrogram, waveform_outline
 from foley.reporting.samples import PAGE_FILE, Card, render_page
 
@@ -66,7 +67,8 @@ def show_audit(audit: Audit, console: Console | None = None) -> None:
     console.print(table)
     console.print(in_words(audit.summary()), markup=False, highlight=False)
     if short := audit.num_without_loudness:
-        console.print(f"{short} clips have no loudness: shorter than 0.4 s, or below its gate", highlight=False)
+        why = f"shorter than {SHORTEST_SECONDS:g} s, below its gate, or of too many channels"
+        console.print(f"{short} of {len(audit.clips)} clips have no loudness: {why}", highlight=False)
 
 
 def write_audit(
