@@ -85,3 +85,5 @@ SHARE = NumberRange(least=0, most=1)
 POSITIVE = NumberRange(above=0)
 COUNT = NumberRange(least=1, whole=True)
 NOT_NEGATIVE = NumberRange(least=0)
+SECONDS = NumberRange(least=0, most=1e9)
+"""Of sound: far more would be no number of samples."""

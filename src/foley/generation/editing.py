@@ -25,11 +25,10 @@ from torch.nn.functional import pad
 from foley.core.channels import ChannelsError, check_downmix, fit_channels, loss_of_mean
 from foley.core.hashing import hash_file
 from foley.core.logs import get_logger
-from foley.core.numbers import NOT_NEGATIVE, SHARE
+from foley.core.numbers import NOT_NEGATIVE, SECONDS, SHARE
 from foley.core.rates import FloatArray, resample
 from foley.core.reading import parse_json
 from foley.data.audio import PEAK_CEILING, AudioError, read_channels
-from foley.generation.options import MASK_SECONDS
 
 CROSS_FADE_SECONDS = 0.02
 _log = get_logger(__name__)
@@ -112,9 +111,9 @@ class EditMask:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if value not in MASK_SECONDS:
+            if value not in SECONDS:
                 raise ValueError(
-                    f"{name} must be a number of seconds from 0 to {MASK_SECONDS.most:g}, for an edit; got {value!r}"
+                    f"{name} must be a number of seconds from 0 to {SECONDS.most:g}, for an edit; got {value!r}"
                 )
 
     def window(self, recording: Recording) -> "EditWindow":

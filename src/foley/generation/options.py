@@ -6,13 +6,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from foley.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, NumberRange
+from foley.core.numbers import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, SEED, SHARE, NumberRange
 
 _AUDIBLE = NumberRange(least=1e-4)
 # From the gate of BS.1770, below which all is silence, to what the loudest masters reach under their peaks.
 _LOUDNESS_LUFS = NumberRange(least=-70, most=-5)
-MASK_SECONDS = NumberRange(least=0, most=1e9)
-"""Of an edit; far more would be no number of samples."""
 NUMBERS = {
     "duration_seconds": _AUDIBLE,
     "num_steps": NumberRange(least=1, most=100_000, whole=True),
@@ -41,7 +39,7 @@ OPTION_NUMBERS = {
     "guidance_rescale": SHARE,
     "strength": SHARE,
     "control_scale": NOT_NEGATIVE,
-    **dict.fromkeys(("mask_start_seconds", "mask_length_seconds", "boundary_seconds"), MASK_SECONDS),
+    **dict.fromkeys(("mask_start_seconds", "mask_length_seconds", "boundary_seconds"), SECONDS),
 }
 """What each numeric option may be, of the command line and of requests to the server."""
 

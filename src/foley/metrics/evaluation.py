@@ -93,8 +93,8 @@ def _check_silence(clips: ClipFeatures, name: str) -> list[str]:
     silent = [id for id, peak in zip(clips.ids, clips.peaks.tolist(), strict=True) if peak < SILENT_OUTPUT_PEAK]
     if len(silent) == len(clips):
         raise SilentAudioError(
-            f"all {len(clips)} {name} clips are silent (peak below {SILENT_OUTPUT_PEAK:g}): {', '.join(silent[:10])}; check "
-            "the decoder and the sampling settings that made them"
+            f"all {len(clips)} {name} clips are silent (peak below {SILENT_OUTPUT_PEAK:g}): {', '.join(silent[:10])}; "
+            "check the decoder and the sampling settings that made them"
         )
     if silent:
         _log.error("SILENT OUTPUT: %d of %d %s clips: %s", len(silent), len(clips), name, ", ".join(silent))
