@@ -90,3 +90,8 @@ def test_what_does_not_fit_is_refused_in_words(published, tmp_path):
     )
     with pytest.raises(ValueError, match=r"does not say encoder_hidden_size, .*sampling_rate; give the config.json"):
         load_trained(tmp_path, "codec")
+
+
+def test_ratios_with_which_frames_would_not_be_whole_are_refused():
+    with pytest.raises(ValueError, match=r"downsampling_ratios=\[3, 4\]: .* whole frames of even ones"):
+        OobleckCodec(8, (3, 4), (1, 2), 8, 4)

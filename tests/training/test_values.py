@@ -27,6 +27,7 @@ def config(*overrides: str) -> DictConfig:
         ("optimizer.lr=null", "optimizer.lr=null: give a number > 0"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1: give a number >= 0"),
         ("data.batch_size=-1", "data.batch_size=-1: give a whole number >= 1"),
+        ("data.channels=0", "data.channels=0: give a whole number >= 1"),
         ("data.batch_size=1.5", "data.batch_size=1.5: give a whole number >= 1"),
         ("seed=abc", "seed=abc: give a whole number >= 0"),
         ("trainer.max_steps=0", "trainer.max_steps=0: give a whole number >= 1"),

@@ -41,6 +41,7 @@ NUMBERS: dict[str, tuple[NumberRange, tuple[int | None, ...]]] = {
     "slice_minutes": (POSITIVE, (None,)),
     "callbacks.progress.log_every_seconds": (NOT_NEGATIVE, ()),
     "data.batch_size": (COUNT, ()),
+    "data.channels": (COUNT, ()),
     "data.duration_seconds": (POSITIVE, (None,)),
     "data.num_workers": (_WHOLE, ()),
     "data.steps": (COUNT, ()),

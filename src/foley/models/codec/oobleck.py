@@ -26,7 +26,7 @@ class OobleckCodec(AudioVAE):
         sample_rate_hz: of the audio, its `sampling_rate`.
 
     Raises:
-        ValueError: for other latent channels.
+        ValueError: for other latent channels, and for odd ratios, with which the model makes too few samples.
 
     Example:
         >>> import torch
@@ -52,6 +52,10 @@ class OobleckCodec(AudioVAE):
             raise ValueError(
                 f"encoder_hidden_size={encoder_hidden_size}: this model's encoder ends as wide as that, which must be "
                 f"twice latent_channels={latent_channels}"
+            )
+        if any(ratio % 2 for ratio in downsampling_ratios):
+            raise ValueError(
+                f"downsampling_ratios={list(downsampling_ratios)}: this model's decoder makes whole frames of even ones"
             )
         from diffusers import AutoencoderOobleck  # slow to import, and of no use to other codecs
 
@@ -86,6 +90,6 @@ class OobleckCodec(AudioVAE):
 
     def decode(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to audio `[B, A, L * hop]`; not clipped."""
-        # Strides are even, as published, so each stage multiplies the length exactly: nothing to pad or to cut.
+        # Strides are even, so each stage multiplies the length exactly: nothing to pad or to cut.
         audio: Tensor = self.published.decoder(latent)
         return audio
