@@ -27,7 +27,6 @@ def config(*overrides: str) -> DictConfig:
         ("optimizer.lr=null", "optimizer.lr=null: give a number > 0"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1: give a number >= 0"),
         ("data.batch_size=-1", "data.batch_size=-1: give a whole number >= 1"),
-        ("data.channels=0", "data.channels=0: give a whole number >= 1"),
         ("data.batch_size=1.5", "data.batch_size=1.5: give a whole number >= 1"),
         ("seed=abc", "seed=abc: give a whole number >= 0"),
         ("trainer.max_steps=0", "trainer.max_steps=0: give a whole number >= 1"),
@@ -46,6 +45,11 @@ def test_what_cannot_be_is_refused_by_name(typed: str, told: str, tmp_path: Path
     with pytest.raises(ValueError, match=told):
         train(cfg)
     assert not (tmp_path / "run").exists()
+
+
+def test_clips_have_a_channel() -> None:
+    with pytest.raises(ValueError, match=r"data\.channels=0: give a whole number >= 1"):
+        require_values(config("experiment=tiny_vae", "data.channels=0"))
 
 
 @pytest.mark.parametrize("typed", ["callbacks.ema=null", "trainer.gradient_clip_val=null", "trainer.max_time=null"])
