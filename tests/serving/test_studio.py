@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import soundfile
@@ -253,3 +254,13 @@ def test_the_page_says_what_files_hold(studio):
     said = say_marks(studio.service)
     assert "Provenance is on" in said
     assert "Watermark is off" in said
+
+
+def test_files_are_forgotten_by_requests_at_once(tmp_path):
+    for round_number in range(8):
+        for index in range(200):
+            (tmp_path / f"{round_number}_{index}.wav").write_bytes(b"x")
+        with ThreadPoolExecutor(4) as pool:
+            done = [pool.submit(forget_oldest, tmp_path, 0) for _ in range(4)]
+        assert [each.exception() for each in done] == [None] * 4
+        assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -233,7 +233,11 @@ def _as_masks(fields: dict[str, Any]) -> dict[str, Any]:
 
 def forget_oldest(folder: Path, most_bytes: int) -> None:
     """Remove the files that were written first, as long as those of `folder` take more than `most_bytes`."""
-    found = [(file, file.stat()) for file in folder.rglob("*") if file.is_file()]
+    found = []
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # which another request has removed meanwhile
+            if file.is_file():
+                found.append((file, file.stat()))
     held = sum(facts.st_size for _, facts in found)
     for file, facts in sorted(found, key=lambda pair: pair[1].st_mtime):
         if held <= most_bytes:
