@@ -216,6 +216,7 @@ def test_the_benchmark_holds_every_policy_against_fewer_steps(system_dir: Path, 
     assert rows[-1]["beats_fewer_steps"] == ("yes" if rows[-1]["error_ratio"] < 1 else "no")
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_was_broken_off_goes_on(system_dir: Path, tmp_path: Path) -> None:
     batches = ("num=2", "batch_size=4", "reuses=[hold]", "sweeps.fora.reuses=[hold]", "sweeps.fora.values=[2]")
     missing = ("sweeps.budget.accel.calibration_dir=nowhere", "sweeps.budget.accel.calibrate=never")

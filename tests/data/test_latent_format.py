@@ -188,6 +188,7 @@ def kept_bytes(make: Callable[[], Any]) -> tuple[Any, int, int, int]:
     return made, kept, peak, len(gc.get_objects()) - before
 
 
+@pytest.mark.slow
 def test_opening_a_hundred_thousand_clips_makes_no_object_for_each(many: Path) -> None:
     LatentCacheIndex.read(many)  # what is imported and remembered at the first time
     index, kept, peak, objects = kept_bytes(lambda: LatentCacheIndex.read(many))
@@ -196,6 +197,7 @@ def test_opening_a_hundred_thousand_clips_makes_no_object_for_each(many: Path) -
     assert peak < 60 * MANY
 
 
+@pytest.mark.slow
 def test_a_data_set_of_a_hundred_thousand_clips_keeps_their_row_numbers(many: Path) -> None:
     index = LatentCacheIndex.read(many)
     dataset, kept, _, objects = kept_bytes(lambda: LatentDataset(index, "train", 2, repeats={"clip-000000": 3}))

@@ -208,6 +208,7 @@ def test_an_extrapolation_and_its_draws_are_those_of_refitted_parts(windows: int
         assert linear / step == pytest.approx((refitted(*moved) - score.value) / step, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_scores_of_a_hundred_thousand_clips(monkeypatch) -> None:
     monkeypatch.setattr("foley.metrics.distances.MOST_TOGETHER", 200)
     n = 100_000

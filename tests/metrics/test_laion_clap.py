@@ -49,6 +49,7 @@ def by_port(path: Path, like: ClapEmbedder, fusion: bool) -> ClapEmbedder:
     return ClapEmbedder(model, like.tokenizer)
 
 
+@pytest.mark.slow
 def test_the_package_and_the_port_embed_alike(files):
     own = by_package(*files)
     other = by_port(files[0], own, fusion=False)

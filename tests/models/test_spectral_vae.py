@@ -53,3 +53,37 @@ def test_bands_tell_levels_not_places():
     loss = BandedLogLoss(sample_rate_hz=8000, window_samples=512, mel_bands=4)
     spectra = torch.randn(1, 3, 257)
     torch.testing.assert_close(loss(spectra + 0.7, spectra), torch.tensor(0.7))
+
+
+@pytest.fixture(scope="module")
+def learning():
+    torch.manual_seed(0)
+    sizes = {"window_samples": 64, "frame_samples": 16, "pool": 2}
+    return SpectralVAE(16, **sizes, latent_channels=4, sample_rate_hz=8000, floor=1e-6, learns_phases=True)
+
+
+def test_learnt_phases_are_directions_and_magnitudes_are_those_that_are_said(learning):
+    audio = torch.randn(1, 1, 640)
+    spectra = learning.stft(audio[:, 0])
+    real, imaginary = 3 * spectra.real, 3 * spectra.imag  # of any length but zero
+    rows = torch.cat([spectra.abs().clamp(min=1e-9).log(), real, imaginary], dim=-1)
+    torch.testing.assert_close(learning.phase(rows), audio, atol=2e-3, rtol=1e-3)
+    silent = torch.cat([torch.full_like(spectra.real, -40.0), real, imaginary], dim=-1)
+    assert learning.phase(silent).abs().max() < 1e-15
+    loud = torch.cat([torch.full_like(spectra.real, 40.0), real, imaginary], dim=-1)
+    assert learning.stft(learning.phase(loud)[:, 0]).abs().max() < 2 * learning.stft.full_scale
+
+
+def test_with_learnt_phases_what_is_heard_reaches_so_far_and_all_of_it_trains(learning):
+    latent = torch.randn(1, 4, 80, requires_grad=True)
+    audio, frame, hop = learning.decode(latent), 40, learning.hop_samples
+    assert audio.shape == (1, 1, 80 * hop)
+    audio[..., frame * hop : (frame + 1) * hop].square().sum().backward()
+    heard = latent.grad.abs().sum((0, 1)).nonzero()[:, 0]
+    assert frame - learning.context_frames <= heard.min() < heard.max() <= frame + learning.context_frames
+    assert all(parameter.grad.abs().any() for name, parameter in learning.named_parameters() if "decoder" in name)
+    assert learning.reconstruct(torch.randn(2, 1, 100)).shape == (2, 1, 100)
+
+
+def test_searched_phases_hear_all_there_is(codec):
+    assert codec.context_frames is None

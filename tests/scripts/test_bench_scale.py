@@ -57,6 +57,7 @@ def test_what_fails_or_takes_too_long_gives_nothing(scale) -> None:
     assert scale.apart(0.2, time.sleep, 30) is None
 
 
+@pytest.mark.slow
 def test_memory_is_what_is_kept_and_what_was_needed(scale, tmp_path) -> None:
     def filled(size: int) -> mmap.mmap:
         # Of the kernel itself: libraries in this process may have told the allocator to keep what is freed.

@@ -146,6 +146,7 @@ def test_audiolcms_conditioning_trains_from_a_store_as_online(cache, tmp_path: P
     assert (described["max_length"], described["pad_to_max_length"]) == (40, True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_t5")
 def test_a_student_is_distilled_without_its_teachers_text_encoder(t5, cache, store, tmp_path: Path) -> None:
     place = [f"data.text_dir={store}", f"paths.output_dir={tmp_path / 'teacher'}"]

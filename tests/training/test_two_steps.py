@@ -32,7 +32,9 @@ SMALL_CODECS = {
     "dac_44khz": "dac_tiny",
 }
 # The discriminator of the first is as wide as published; the others are as recipes that stay.
-SLOW = dict.fromkeys(("dac", "waveform_vae_ours", "waveform_vae_stereo", "tiny_vocoder", "demo/vae"), pytest.mark.slow)
+SLOW = dict.fromkeys(
+    ("dac", "waveform_vae_ours", "waveform_vae_stereo", "tiny_vocoder", "demo/vae", "demo/codec"), pytest.mark.slow
+)
 SMALL = {"width": 32, "depth": 2, "num_heads": 2, "rank": 2}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, on what a run of two steps lacks

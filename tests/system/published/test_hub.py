@@ -24,7 +24,7 @@ def unreachable(request, monkeypatch, empty_cache):
     if request.param == "offline":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     # Nothing listens on the discard port: the connection is refused, as it is on a machine without a network.
-    monkeypatch.setattr("foley.core.hub.hf_hub_url", lambda *names: "http://127.0.0.1:9/file")
+    monkeypatch.setattr("foley.core.hub.hf_hub_url", lambda *names, **options: "http://127.0.0.1:9/file")
 
 
 @pytest.mark.usefixtures("unreachable")

@@ -1,14 +1,19 @@
-"""A VAE that does its work at the frame rate: magnitudes of spectra in and out, phases found afterwards.
+"""A VAE that does its work at the frame rate: magnitudes of spectra in and out, phases searched or learnt.
 
 The way in and the way out:
 
     audio [B, 1, T]  -> log magnitudes [B, L * pool, bins] -> blocks -> `pool` frames to one -> blocks -> moments
-    latent [B, C, L] -> blocks -> one frame to `pool` -> blocks -> log magnitudes -> Griffin-Lim -> audio
+    latent [B, C, L] -> blocks -> one frame to `pool` -> blocks -> log magnitudes m                  -> Griffin-Lim
+                                                                or log magnitudes m and directions d -> inverse STFT
+
+Learnt phases are those of Vocos (Siuzdak 2023, section 3.2): the spectrum is exp(m) d / |d|, with d a complex number
+for each bin in the place of the paper's cosine and sine of an angle.
 """
 
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from foley.models.codec.base import INITIAL_SCALE, AudioVAE, GaussianPosterior
@@ -17,6 +22,7 @@ from foley.nn.stft import FramedSTFT
 
 _LOG_CENTRE, _LOG_SPREAD = -5.0, 3.0  # of the log magnitudes of sounds, roughly
 _SILENCE_MARGIN = 1.5  # in floors: guesses at silence scatter around the floor
+_LEAST_DIRECTION = 1e-6  # of |d|^2: no division by zero
 
 
 class SpectralEncoder(nn.Module):
@@ -40,24 +46,38 @@ class SpectralEncoder(nn.Module):
 
 
 class SpectralDecoder(nn.Module):
-    """Latent to log magnitudes, the mirror of the encoder."""
+    """Latent to log magnitudes, the mirror of the encoder.
 
-    def __init__(self, bins: int, width: int, num_blocks: Sequence[int], pool: int, in_channels: int) -> None:
+    Args:
+        has_directions: beside each magnitude gives the two parts of a direction.
+    """
+
+    def __init__(
+        self,
+        bins: int,
+        width: int,
+        num_blocks: Sequence[int],
+        pool: int,
+        in_channels: int,
+        has_directions: bool = False,
+    ) -> None:
         super().__init__()
-        self.pool = pool
+        self.pool, self.bins = pool, bins
         self.stem = nn.Linear(in_channels, width)
         self.coarse = convnext(width, num_blocks[1])
         self.up = nn.Linear(width, pool * width)
         self.fine = convnext(width, num_blocks[0])
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, bins)
+        self.head = nn.Linear(width, 3 * bins if has_directions else bins)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """`[B, L, C]` to `[B, L * pool, bins]`."""
+        """`[B, L, C]` to `[B, L * pool, bins]`, or `[B, L * pool, 3 bins]`: magnitudes, then both parts of all d."""
         coarse = self.coarse(self.stem(rows))  # [B, L, D]
         fine = self.up(coarse).unflatten(2, (self.pool, -1)).flatten(1, 2)  # [B, L * pool, D]
+        spectra = self.head(self.norm(self.fine(fine)))
         # Back from unit spread to log magnitudes.
-        return self.head(self.norm(self.fine(fine))) * _LOG_SPREAD + _LOG_CENTRE
+        magnitudes = spectra[..., : self.bins] * _LOG_SPREAD + _LOG_CENTRE
+        return torch.cat([magnitudes, spectra[..., self.bins :]], dim=-1)
 
     @property
     def reach_frames(self) -> int:
@@ -66,10 +86,11 @@ class SpectralDecoder(nn.Module):
 
 
 class SpectralVAE(AudioVAE):
-    """VAE on the magnitudes of short-time spectra (blocks after Vocos, Siuzdak 2023); Griffin-Lim finds the phases.
+    """VAE on the magnitudes of short-time spectra (blocks after Vocos, Siuzdak 2023); phases are found or learnt.
 
     What a waveform VAE spends at the audio rate, this one spends on frames, a hundred rather than 24,000 for each
-    second: on a CPU it learns more in minutes than the other in hours. It hears nothing of phases and keeps none.
+    second: on a CPU it learns more in minutes than the other in hours. It hears nothing of phases and keeps none; those
+    that it learns are of a sound with these magnitudes, not of the original.
 
     Args:
         width: D of the blocks.
@@ -81,6 +102,8 @@ class SpectralVAE(AudioVAE):
         encoder_blocks, decoder_blocks: how many at the rate of the spectra, and at that of the latent.
         floor: smallest magnitude told apart from silence, in the orthonormal transform.
         phase_iterations: of Griffin-Lim, when decoding.
+        learns_phases: the decoder makes them, and is trained on audio (`foley.training.codecs.CodecTraining`). What is
+            silent is then its own decision, too.
 
     Example:
         >>> import torch
@@ -102,17 +125,19 @@ class SpectralVAE(AudioVAE):
         decoder_blocks: Sequence[int] = (4, 3),
         floor: float = 3e-4,
         phase_iterations: int = 16,
+        learns_phases: bool = False,
     ) -> None:
         super().__init__()
         self.latent_channels = latent_channels
         self.sample_rate_hz = sample_rate_hz
         self.floor = floor
         self.phase_iterations = phase_iterations
+        self.learns_phases = learns_phases
         self._hop_samples = frame_samples * pool
         self.stft = FramedSTFT(window_samples, frame_samples)
         # The encoder gives mean and scale, 2 C channels.
         self.encoder = SpectralEncoder(self.stft.bins, width, encoder_blocks, pool, 2 * latent_channels)
-        self.decoder = SpectralDecoder(self.stft.bins, width, decoder_blocks, pool, latent_channels)
+        self.decoder = SpectralDecoder(self.stft.bins, width, decoder_blocks, pool, latent_channels, learns_phases)
         # Of the scales, which follow the means.
         nn.init.constant_(self.encoder.head.bias[latent_channels:], INITIAL_SCALE)
 
@@ -130,8 +155,16 @@ class SpectralVAE(AudioVAE):
         """The distribution of the latent given log magnitudes `[B, L * pool, bins]`."""
         return GaussianPosterior.from_moments(*self._moments(spectra))
 
+    @property
+    def context_frames(self) -> int | None:
+        """See `AudioVAE.context_frames`; Griffin-Lim hears all there is."""
+        if not self.learns_phases:
+            return None
+        half_windows = self.stft.window_samples // 2
+        return self.decoder.reach_frames + -(-half_windows // self.hop_samples)  # rounded up
+
     def decode_spectra(self, latent: Tensor) -> Tensor:
-        """`[B, C, L]` to log magnitudes `[B, L * pool, bins]`."""
+        """`[B, C, L]` to log magnitudes `[B, L * pool, bins]`; with learnt phases and their directions, 3 bins."""
         return self.decoder(latent.transpose(1, 2)).float()
 
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,13 +176,19 @@ class SpectralVAE(AudioVAE):
         return self.phase(self.decode_spectra(latent))
 
     def phase(self, spectra: Tensor) -> Tensor:
-        """Log magnitudes `[B, L * pool, bins]` to audio `[B, 1, L * hop]`.
+        """What `decode_spectra` gives, `[B, L * pool, bins or 3 bins]`, to audio `[B, 1, L * hop]`.
 
-        What lies near the floor is silent, and nothing is louder than a sinusoid at full scale: where a latent is no
-        codec's, a guided or distilled one, the exponential would make a thud of a small overshoot.
+        Nothing is louder than a sinusoid at full scale: where a latent is no codec's, a guided or distilled one, the
+        exponential would make a thud of a small overshoot. Where phases are searched, what lies near the floor is
+        silent.
         """
+        if self.learns_phases:
+            magnitude, real, imaginary = spectra.chunk(3, dim=-1)
+            magnitude = magnitude.exp().clamp(max=self.stft.full_scale)
+            scale = magnitude * (real.square() + imaginary.square() + _LEAST_DIRECTION).rsqrt()  # exp(m) / |d|
+            return self.stft.inverse(torch.complex(scale * real, scale * imaginary))[:, None]  # [B, T] to [B, 1, T]
         magnitude = (spectra.exp() - _SILENCE_MARGIN * self.floor).clamp(min=0, max=self.stft.full_scale)
-        return self.stft.invert_magnitude(magnitude, self.phase_iterations)[:, None]  # [B, T] to [B, 1, T]
+        return self.stft.invert_magnitude(magnitude, self.phase_iterations)[:, None]
 
     def _moments(self, spectra: Tensor) -> tuple[Tensor, Tensor]:
         # [B, L, 2 C] to two [B, C, L]
