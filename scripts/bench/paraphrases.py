@@ -35,12 +35,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """A label in two wordings, both with one seed."""
+    """A label in two wordings, both with one seed; a near paraphrase is the first that the table holds out."""
 
     label: str
     seed: int
     known: str
     held_out: str
+    near: bool
 
 
 def known_wordings(label: str, table: Wordings, trained_on: Collection[str]) -> list[str]:
@@ -66,7 +67,10 @@ def pairs_of(labels: Iterable[str], table: Wordings, trained_on: Collection[str]
             raise ValueError(f"the system was trained on {seen[0]!r}, which the wordings hold out of {label!r}")
         left_out += [] if known else [label]
         pairs += [
-            Pair(label, len(pairs) + turn, known[turn % len(known)], held_out[turn % len(held_out)])
+            Pair(
+                *(label, len(pairs) + turn, known[turn % len(known)], held_out[turn % len(held_out)]),
+                near=turn % len(held_out) == 0,
+            )
             for turn in range(seeds if known else 0)
         ]
     if left_out:
@@ -95,7 +99,7 @@ def ratio(known: Tensor, held_out: Tensor) -> Estimate | None:
     if not known.any():
         return None
     counts = draw_counts(len(known), RESAMPLES, "paraphrases")
-    return estimate((counts @ held_out.double()) / (counts @ known.double()), str(len(known)))
+    return estimate((counts @ held_out.double()) / (counts @ known.double()), str(len(known)), floor=0.0)
 
 
 def row(known: Tensor, held_out: Tensor) -> Row:
@@ -111,10 +115,16 @@ def row(known: Tensor, held_out: Tensor) -> Row:
 
 
 def rows_of(pairs: Sequence[Pair], groups: Mapping[str, Collection[str]], known: Tensor, held_out: Tensor) -> list[Row]:
-    """A row for all pairs, and for each group; a label of several groups counts in the first."""
+    """A row for all pairs, for those of near and of far paraphrases, and for each group of labels.
+
+    A label of several groups counts in the first.
+    """
     first = {label: name for name, labels in reversed(list(groups.items())) for label in labels}
     members = {name: [at for at, pair in enumerate(pairs) if first.get(pair.label) == name] for name in groups}
-    chosen = {"all": list(range(len(pairs))), **members}
+    nearness = {
+        name: [at for at, pair in enumerate(pairs) if pair.near == (name == "near")] for name in ("near", "far")
+    }
+    chosen = {"all": list(range(len(pairs))), **nearness, **members}
     return [{"group": name, **row(known[own], held_out[own])} for name, own in chosen.items() if own]
 
 
