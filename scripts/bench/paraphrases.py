@@ -19,6 +19,7 @@ from foley.core.config import relative_to_checkout
 from foley.core.devices import resolve_device
 from foley.core.files import write_json
 from foley.core.logs import get_logger
+from foley.data.latents import read_captions
 from foley.data.procedural import CLASS_NAMES, captions_for
 from foley.data.wordings import Wordings
 from foley.generation.prompts import Clip
@@ -148,7 +149,8 @@ def main(cfg: DictConfig) -> None:
     if foreign := sorted(set(labels) - common):
         raise ValueError(f"labels={foreign}: not every extractor knows them; choose among {sorted(common)}")
     system = TextToAudio.load(cfg.system, resolve_device(cfg.device))
-    pairs = pairs_of(labels, Wordings.read(cfg.wordings), set(system.known_captions.captions), cfg.seeds)
+    trained_on = system.known_captions.captions if cfg.trained_on is None else read_captions(cfg.trained_on)
+    pairs = pairs_of(labels, Wordings.read(cfg.wordings), set(trained_on), cfg.seeds)
     settings = GenerationSettings(cfg.duration_seconds, num_steps=cfg.steps, batch_size=cfg.batch_size)
     made = {
         name: system.generate_clips([Clip(getattr(pair, name), pair.seed) for pair in pairs], settings).audio

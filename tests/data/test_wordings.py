@@ -6,6 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from commands import load_command
+from latent_parts import latent_cache_writer
+from small_system import CONFIGS
 
 from foley.core.config import PROJECT_ROOT
 from foley.data.dataset import AudioItem, SampleKey, draw_caption
@@ -14,6 +18,7 @@ from foley.data.procedural.captions import _LEVELS, TEMPLATES, _tidy
 from foley.data.procedural.dataset import CLASS_NAMES, CLASSES
 from foley.data.splits import clip_splits
 from foley.data.wordings import Wordings, WordingsError, normal_form
+from foley.system.system import build_system
 
 TABLE = PROJECT_ROOT / "data/prompts/wordings.yaml"
 
@@ -131,3 +136,11 @@ def test_short_clips_get_silence_up_to_lengths_of_their_own(shared: Path) -> Non
 def test_lengths_must_rise(shared: Path) -> None:
     with pytest.raises(ValueError, match="each longer than the last"):
         clip_splits(str(shared / "data/clips.jsonl"), 24000, check_files=False, padded_seconds=[2, 1])
+
+
+def test_a_system_that_is_exported_knows_the_further_wordings(tmp_path: Path) -> None:
+    with latent_cache_writer(tmp_path / "latents", "c0dec", 2000, 40) as writer:
+        for split, caption, other in (("train", "a step", "someone treads"), ("val", "thunder", "it roars")):
+            writer.add(torch.zeros(4, 9), torch.ones(4, 9), split, caption, "", split, 0.2, [other])
+    with_captions = load_command("script/export_system")["with_captions"]
+    assert with_captions(build_system(CONFIGS), str(tmp_path / "latents")).captions == ["a step", "someone treads"]
