@@ -98,6 +98,8 @@ def test_training_draws_the_wordings_evenly_and_again_alike(shared: Path) -> Non
         ("rain: {know: [it rains]}", "give it some of known, captions, held_out"),
         ("rain: {known: it rains}", "list of texts"),
         ("rain: {known: [1]}", "list of texts"),
+        ("rain: {known: }", "list of texts"),
+        ("rain: {captions: [it rains]}", "give it some of known, captions, held_out"),
         (
             "rain: {known: [it rains]}\nwet: {held_out: [It  rains.]}",
             "held out of 'wet', is 'it rains', known of 'rain'",

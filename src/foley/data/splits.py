@@ -41,7 +41,7 @@ class ClipSource:
     `known_faults` are of these clips, as `foley.data.dataset.CheckedSource` has them.
 
     A clip shorter than the first of `padded_seconds` gets silence at its end, up to one of them: always the same one,
-    by its id. So single events are heard in clips of all these lengths, and ValueError says where they are not rising.
+    by its id. So single events are heard in clips of all lengths. Raises ValueError where they do not rise.
     """
 
     def __init__(

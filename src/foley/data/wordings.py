@@ -70,7 +70,7 @@ class Wordings:
 
         >>> from foley.core.config import PROJECT_ROOT
         >>> Wordings.read(PROJECT_ROOT / "data/prompts/wordings.yaml").labels["five"].held_out[0]
-        'a guy utters the numeral five'
+        'you hear somebody say five'
         """
         path = Path(path)
         if not path.is_file():
@@ -95,11 +95,11 @@ class Wordings:
 
 
 def _of_label(path: Path, label: str, parts: Any) -> LabelWordings:
-    if not isinstance(parts, dict) or set(parts) - set(_PARTS):
+    if not isinstance(parts, dict) or set(parts) - set(_PARTS) or not isinstance(parts.get("captions", {}), dict):
         raise WordingsError(f"{path}: {label!r} has {parts!r}; give it some of {', '.join(_PARTS)}")
 
     def texts(name: str, given: Any) -> list[str]:
-        wrong = [text for text in given if not isinstance(text, str)] if isinstance(given, list) else given
+        wrong = [text for text in given if not isinstance(text, str)] if isinstance(given, list) else [given]
         if wrong:
             raise WordingsError(
                 f"{path}: {name} of {label!r} has {wrong!r}; give a list of texts, in quotes if need be"
