@@ -26,7 +26,8 @@ DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 def with_captions(system: System, latents: str) -> System:
     """The system with the captions of the training clips in a latent cache, by which it knows strangers."""
     index = LatentCacheIndex.read(latents)
-    return replace(system, captions=representative(index.clips.caption.take(index.rows("train"))))
+    clips, rows = index.clips, index.rows("train")
+    return replace(system, captions=representative([*clips.caption.take(rows), *clips.other_captions.take(rows).texts]))
 
 
 @command("script/export_system")

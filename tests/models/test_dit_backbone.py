@@ -289,3 +289,29 @@ def test_a_timestep_that_was_not_prepared_for_is_refused(inputs):
     for timestep in (torch.tensor([500, 500]), torch.tensor([999, 3])):
         with pytest.raises(ValueError, match="not one of the 2"):
             model(inputs["noisy"], timestep, run=run)
+
+
+def test_a_length_embedding_counts_valid_frames_and_leaves_a_model_as_it_was(inputs):
+    told, plain = (make_model(randomise=False, length_embedding=told) for told in (True, False))
+    missing, _ = told.load_state_dict(make_model().state_dict(), strict=False)
+    assert {name.split(".")[0] for name in missing} == {"length_embedding"}
+    plain.load_state_dict(make_model().state_dict())
+    assert torch.equal(told(**inputs), plain(**inputs))
+    torch.nn.init.normal_(told.length_embedding.projection.weight)
+    whole = told(**inputs)
+    assert not torch.allclose(whole, plain(**inputs), atol=1e-3)
+    # Of two clips padded to one length, each is what it is alone.
+    valid = torch.arange(FRAMES) < torch.tensor([[FRAMES], [12]])
+    alone = {name: value[1:, ..., :12] if name == "noisy" else value[1:] for name, value in inputs.items()}
+    padded = told(**inputs, frame_mask=valid)
+    torch.testing.assert_close(padded[0], whole[0])
+    torch.testing.assert_close(padded[1, :, :11], told(**alone)[0, :, :11])  # the last hears its padded neighbour
+
+
+def test_a_length_embedding_is_prepared_for_the_length_of_the_latent(inputs):
+    told = make_model(length_embedding=True)
+    run = told.prepare(torch.tensor([800, 3]), FRAMES, context=inputs["context"])
+    now = {**inputs, "timestep": torch.tensor([800, 800])}
+    torch.testing.assert_close(told(now["noisy"], now["timestep"], run=run), told(**now))
+    with pytest.raises(ValueError, match="length_embedding prepares"):
+        told.prepare(torch.tensor([800]), FRAMES, frame_mask=torch.ones(2, FRAMES, dtype=torch.bool))

@@ -11,6 +11,7 @@ from foley.nn.adaln import AdaLN, AdaLNSingle, AdaLNSola, ModulatedNorm, Modulat
 from foley.nn.embedding import (
     GuidanceEmbedding,
     LearnedPositions,
+    LengthEmbedding,
     TimeEmbedding,
     guidance_sinusoids,
     sinusoidal_embedding,
@@ -103,3 +104,12 @@ def test_a_guidance_embedding_starts_at_zero_and_learns_at_once():
     assert not output.any()
     output.sum().backward()
     assert embedding.projection.weight.grad.any()
+
+
+def test_a_length_embedding_starts_at_zero_and_tells_lengths_apart():
+    embedding, frames = LengthEmbedding(16), torch.tensor([50, 500])
+    assert not embedding(frames).any()
+    torch.nn.init.normal_(embedding.projection.weight)
+    short, long = embedding(frames)
+    assert (short - long).norm() > 0.5 * short.norm()
+    torch.testing.assert_close(embedding(torch.tensor([50.0])), short[None])

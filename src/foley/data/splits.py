@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from foley.core.channels import channels_of, check_downmix
 from foley.core.logs import get_logger
@@ -25,6 +26,7 @@ from foley.data.preparation import AudioFolder
 from foley.data.procedural import ProceduralDataset
 from foley.data.shards import ShardIndex, ShardSource
 from foley.data.tables import split_name
+from foley.data.wordings import Wordings
 
 _log = get_logger(__name__)
 
@@ -37,6 +39,9 @@ class ClipSource:
 
     `downmix` and `channels` are as `foley.data.audio.read_audio` takes them; raises ValueError for an unknown downmix.
     `known_faults` are of these clips, as `foley.data.dataset.CheckedSource` has them.
+
+    A clip shorter than the first of `padded_seconds` gets silence at its end, up to one of them: always the same one,
+    by its id. So single events are heard in clips of all lengths. Raises ValueError where they do not rise.
     """
 
     def __init__(
@@ -47,8 +52,12 @@ class ClipSource:
         downmix: str = "mean",
         known_faults: Sequence[str] = (),
         channels: int = 1,
+        padded_seconds: Sequence[float] = (),
     ) -> None:
         self.downmix = check_downmix(downmix)
+        if list(padded_seconds) != sorted(set(padded_seconds)) or min(padded_seconds, default=1.0) <= 0:
+            raise ValueError(f"padded_seconds={list(padded_seconds)}: give lengths above 0, each longer than the last")
+        self.padded_seconds = tuple(padded_seconds)
         self.audio_channels = channels
         self.known_faults = known_faults
         self.entries = Entries.of(entries)
@@ -65,7 +74,15 @@ class ClipSource:
             unknown = self.entries[int(np.isnan(seconds).argmax())]
             where = f"line {unknown.line} of the manifest, {unknown.id!r}," if unknown.line else repr(unknown.id)
             raise ValueError(f"{where} has no duration_seconds; add it, or set data.bucket_batches=null")
-        return seconds if self.max_duration_seconds is None else seconds.clip(max=self.max_duration_seconds)
+        seconds = seconds if self.max_duration_seconds is None else seconds.clip(max=self.max_duration_seconds)
+        padded = (self._padded(index, float(own)) for index, own in enumerate(seconds))
+        return np.fromiter(padded, np.float32, len(seconds)) if self.padded_seconds else seconds
+
+    def _padded(self, index: int, seconds: float) -> float:
+        """How long clip `index` is with its silence, of so many seconds without."""
+        if not self.padded_seconds or seconds >= self.padded_seconds[0]:
+            return seconds
+        return self.padded_seconds[derive_seed("padded", self.entries.id_of(index)) % len(self.padded_seconds)]
 
     def clip_name(self, index: int) -> str:
         """Its id."""
@@ -75,8 +92,12 @@ class ClipSource:
         """Clip `index`, the same in every epoch; raises AudioError where the file cannot be used."""
         entry = self.entries[index]
         limits = (self.max_duration_seconds, entry.duration_seconds)
-        audio = read_audio(entry.path, self.sample_rate_hz, *limits, self.downmix, self.audio_channels)
-        return AudioItem(torch.from_numpy(audio), entry.caption, entry.label, entry.id, entry.other_captions)
+        audio = torch.from_numpy(
+            read_audio(entry.path, self.sample_rate_hz, *limits, self.downmix, self.audio_channels)
+        )
+        num_samples = round(self._padded(index, audio.shape[-1] / self.sample_rate_hz) * self.sample_rate_hz)
+        audio = functional.pad(audio, (0, num_samples - audio.shape[-1]))
+        return AudioItem(audio, entry.caption, entry.label, entry.id, entry.other_captions)
 
 
 class CachedSource:
@@ -211,6 +232,8 @@ def clip_splits(
     val_fraction: float = 0.0,
     max_fault_fraction: float | None = None,
     channels: int = 1,
+    wordings: str | None = None,
+    padded_seconds: Sequence[float] = (),
     **options: Any,
 ) -> Splits:
     """Sources of a manifest, by its `split` column; rows without one are for training.
@@ -222,6 +245,8 @@ def clip_splits(
         optional: an absent manifest gives no sources, and says so, instead of an error.
         downmix: of clips with another number of channels than `channels`: as for `foley.data.audio.read_audio`.
         val_fraction: of the clips, held out for validation where no row has a split (see `hold_out`).
+        wordings: a table of further captions by label (see `foley.data.wordings`).
+        padded_seconds: as for `ClipSource`.
         options: of `ManifestOptions`.
     """
     path = Path(manifest)
@@ -230,8 +255,9 @@ def clip_splits(
         return {}
     root = path.parent if audio_dir is None else Path(audio_dir)
     entries = hold_out(read_manifest(path, root, ManifestOptions(**options)), val_fraction, root, str(path))
+    entries = entries if wordings is None else Wordings.read(wordings).add_to(entries)
     reading = sample_rate_hz, max_duration_seconds, downmix
-    return _sources(entries, reading, channels, cache_megabytes, check_files, max_fault_fraction)
+    return _sources(entries, reading, channels, cache_megabytes, check_files, max_fault_fraction, padded_seconds)
 
 
 def folder_splits(
@@ -448,11 +474,15 @@ def _sources(
     cache_megabytes: int,
     check_files: bool | str,
     max_fault_fraction: float | None,
+    padded_seconds: Sequence[float] = (),
 ) -> Splits:
     """Cached clips of each split; `reading` is the rate, the longest duration and the downmix of a `ClipSource`."""
     entries = _for_training(entries)
     faults: dict[str, list[str]] = {split: [] for split in entries.splits}
     for fault in preflight_of_ranks(entries, check_files, max_fault_fraction):
         faults[fault.entry.split].append(fault.reason)
-    sources = {split: ClipSource(entries.of_split(split), *reading, known, channels) for split, known in faults.items()}
+    sources = {
+        split: ClipSource(entries.of_split(split), *reading, known, channels, padded_seconds)
+        for split, known in faults.items()
+    }
     return {split: _cached(source, cache_megabytes) for split, source in sources.items()}

@@ -1,4 +1,4 @@
-"""Embeddings of time, of the guidance scale and of absolute position."""
+"""Embeddings of time, of the guidance scale, of a clip's length and of absolute position."""
 
 import math
 
@@ -67,6 +67,24 @@ class GuidanceEmbedding(nn.Module):
     def forward(self, scale: Tensor) -> Tensor:
         """`[B]` to `[B, D]`."""
         sinusoids = guidance_sinusoids(scale, self.num_sinusoids)
+        return self.projection(sinusoids.to(input_type(self.projection)))
+
+
+class LengthEmbedding(nn.Module):
+    """Length of a clip in latent frames `[B]` to `[B, D]`: sinusoids through a projection that starts at zero.
+
+    The duration condition of Stable Audio (Evans et al. 2024, section 3.1), in frames, which a network counts itself.
+    """
+
+    def __init__(self, width: int, num_sinusoids: int = 256) -> None:
+        super().__init__()
+        self.num_sinusoids = num_sinusoids
+        self.projection = zero_linear(num_sinusoids, width)  # a model that gains it begins as it was
+
+    def forward(self, num_frames: Tensor) -> Tensor:
+        """`[B]` to `[B, D]`."""
+        # Hundreds of frames lie where thousands of timesteps do: the same frequencies tell both apart.
+        sinusoids = sinusoidal_embedding(num_frames, self.num_sinusoids)
         return self.projection(sinusoids.to(input_type(self.projection)))
 
 

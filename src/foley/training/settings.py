@@ -91,7 +91,8 @@ NEUTRAL = ("device", "download", *_PLACES, "dtype", *_OF_BATCHES, "gradient_chec
 _ABSENT = "(absent)"
 # How often a timestep is trained on, and what weights begin with: options that do not change what they mean.
 _OF_TRAINING = ("logit_normal", "xavier_output")
-_PARTS = ("denoiser.context_dim", "denoiser.guidance_embedding")  # options that add a part, which begins at zero
+# Options that add a part, which begins at zero.
+_PARTS = ("denoiser.context_dim", "denoiser.guidance_embedding", "denoiser.length_embedding")
 
 
 def is_applied(key: str) -> bool:

@@ -119,8 +119,11 @@ class Hoistable(nn.Module):
         """Everything that the evaluations at `timesteps [E]` of one generation share, for `forward(..., run=...)`.
 
         All modulations, the context's keys and values, rotary tables and the visible latent's share of the tokens are
-        computed here, once. The other arguments are those of `forward`.
+        computed here, once. The other arguments are those of `forward`. ValueError for a `frame_mask` where the model
+        embeds the length of its clips: all clips of a generation are as long as the latent.
         """
+        if frame_mask is not None and getattr(self, "length_embedding", None) is not None:
+            raise ValueError("frame_mask: a model with length_embedding prepares for clips of `num_frames` alone")
         # Row e R + r is timestep e with scale r: each timestep R times, the scales over and over.
         num_scales = 1 if guidance_scale is None else len(guidance_scale)  # R
         scales = None if guidance_scale is None else guidance_scale.repeat(len(timesteps))

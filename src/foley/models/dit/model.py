@@ -32,7 +32,7 @@ from foley.models.dit.hoisting import BlockInputs, Conditions, Hoistable, RunCon
 from foley.models.dit.masking import MaskedInput, SlicedLinear
 from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
 from foley.nn.attention import Attention, KeysValues, key_mask
-from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, TimeEmbedding
+from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, LengthEmbedding, TimeEmbedding
 from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, normal_linear, xavier_linear, zero_linear
 from foley.nn.norm import LayerNorm, without_autocast
 from foley.nn.rotary import RotaryEmbedding, RotaryTable
@@ -231,8 +231,8 @@ class LatentTransformer(Hoistable):
 
     Args:
         rotary: rotary positions in self-attention; None for none.
-        latent_channels, width, context_dim, modulation, learned_positions, gradient_checkpointing, guidance_embedding:
-            as for `DiffusionTransformer`.
+        latent_channels, width, context_dim, modulation, learned_positions, gradient_checkpointing, guidance_embedding,
+            length_embedding: as for `DiffusionTransformer`.
     """
 
     output_layer: OutputLayer
@@ -247,6 +247,7 @@ class LatentTransformer(Hoistable):
         learned_positions: int | None = None,
         gradient_checkpointing: bool = False,
         guidance_embedding: bool = False,
+        length_embedding: bool = False,
     ) -> None:
         super().__init__()
         self.latent_channels = latent_channels
@@ -257,9 +258,10 @@ class LatentTransformer(Hoistable):
         self.input_projection = xavier_linear(2 * latent_channels + 1, width, kind=SlicedLinear)
         self.positions = LearnedPositions(learned_positions, width) if learned_positions else None
         self.rotary = rotary
-        # The diffusion time, and in a student the guidance scale.
+        # The diffusion time; in a student the guidance scale; and how long the clip is, where clips differ.
         self.time_embedding = TimeEmbedding(width)
         self.guidance_embedding = GuidanceEmbedding(width) if guidance_embedding else None
+        self.length_embedding = LengthEmbedding(width) if length_embedding else None
         # The text, and what all blocks' modulations have in common.
         self.context_embedding = _context_embedding(context_dim, width) if context_dim else None
         self.shared_modulation = modulation.build_shared(width)
@@ -329,7 +331,7 @@ class LatentTransformer(Hoistable):
         guidance_scale: Tensor | None = None,
     ) -> Conditions:
         """All that an evaluation over L frames makes of anything but the noisy latent; arguments as `forward`'s."""
-        time = self._embed_time(timestep, guidance_scale)
+        time = self._embed_time(timestep, guidance_scale, num_frames, frame_mask)
         num_tokens = num_frames + int(self.prepends_time_token)  # an export knows no sum of a size and a truth
         if self.prepends_time_token and frame_mask is not None:  # the time is attended to by all
             frame_mask = nn.functional.pad(frame_mask, (1, 0), value=True)
@@ -362,8 +364,10 @@ class LatentTransformer(Hoistable):
             return static
         return self.positions(static.expand(-1, num_frames, -1))  # frames differ from here on
 
-    def _embed_time(self, timestep: Tensor, guidance_scale: Tensor | None) -> Tensor:
-        """`[B, D]` of diffusion times `[B]` and, in a student, of guidance scales."""
+    def _embed_time(
+        self, timestep: Tensor, guidance_scale: Tensor | None, num_frames: int, frame_mask: Tensor | None
+    ) -> Tensor:
+        """`[B, D]` of diffusion times `[B]` and, where the model embeds them, of guidance scales and of lengths."""
         if (guidance_scale is None) != (self.guidance_embedding is None):
             raise ValueError(
                 "this model embeds the guidance scale: give `guidance_scale [B]`"
@@ -373,6 +377,9 @@ class LatentTransformer(Hoistable):
         time = self.time_embedding(timestep)
         if self.guidance_embedding is not None:
             time = time + self.guidance_embedding(guidance_scale)
+        if self.length_embedding is not None:
+            frames = timestep.new_full((1,), num_frames) if frame_mask is None else frame_mask.sum(dim=1)
+            time = time + self.length_embedding(frames)
         return nn.functional.silu(time)  # here once, since every projection of it would begin with it
 
     def _embed_context(self, context: Tensor | None) -> Tensor | None:
@@ -418,6 +425,7 @@ class DiffusionTransformer(LatentTransformer):
         gradient_checkpointing: recompute blocks in the backward pass to save memory.
         xavier_output: start the last convolution as Xavier's and not at zero.
         guidance_embedding: add an embedding of the guidance scale to that of the time, as a distilled student needs.
+        length_embedding: add one of the number of valid frames, too, for clips of many lengths.
 
     Raises:
         ValueError: where `depth` is odd, or `width` does not divide into heads.
@@ -456,19 +464,13 @@ class DiffusionTransformer(LatentTransformer):
         gradient_checkpointing: bool = False,
         guidance_embedding: bool = False,
         xavier_output: bool = False,
+        length_embedding: bool = False,
     ) -> None:
         if depth % 2:
             raise ValueError(f"depth must be even, half of it on each side of the mid block; got {depth}")
-        super().__init__(
-            latent_channels,
-            width,
-            context_dim,
-            modulation,
-            RotaryEmbedding(width // num_heads) if rotary else None,
-            learned_positions,
-            gradient_checkpointing,
-            guidance_embedding,
-        )
+        positions = RotaryEmbedding(width // num_heads) if rotary else None, learned_positions
+        options = gradient_checkpointing, guidance_embedding, length_embedding
+        super().__init__(latent_channels, width, context_dim, modulation, *positions, *options)
         shape = BlockShape(width, num_heads, int(feed_forward_ratio * width), qk_norm, context_dim is not None)
         half = range(depth // 2)
         self.in_blocks = nn.ModuleList(TransformerBlock(shape, modulation) for _ in half)
