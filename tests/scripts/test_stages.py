@@ -148,7 +148,8 @@ def sliced(stages, tmp_path):
 
 
 SLICE = """
-import pathlib, sys
+import pathlib, sys, time
+time.sleep(0.11)  # notes round seconds to a tenth
 product = pathlib.Path(sys.argv[1])
 product.parent.mkdir(parents=True, exist_ok=True)
 product.write_text(product.read_text() + 'x' if product.exists() else 'x')
