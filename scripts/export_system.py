@@ -1,7 +1,7 @@
 """Turn a diffusion training checkpoint and the codec it names into one directory that `TextToAudio.load` takes.
 
-On demand with graphs of its networks for other runtimes, ONNX or AOTInductor, in a folder inside it; or as the folder
-of a pipeline of diffusers instead.
+On demand with graphs of its networks for other runtimes, ONNX or AOTInductor, in a folder inside it; or instead as the
+folder of a pipeline of diffusers, or the codec alone, out of its own training or of a system.
 """
 
 from dataclasses import replace
@@ -12,11 +12,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from foley.cli.command import command
+from foley.core.components import save_component
 from foley.core.devices import resolve_device
 from foley.core.logs import get_logger
 from foley.data.latents import LatentCacheIndex
 from foley.generation.novelty import representative
 from foley.system.adapters import adapted, adapter_choices
+from foley.system.checkpoint import load_trained, trained_config
 from foley.system.exported import check_format, export_graphs
 from foley.system.system import System, load_system, save_system, share_parts
 
@@ -30,10 +32,23 @@ def with_captions(system: System, latents: str) -> System:
     return replace(system, captions=representative([*clips.caption.take(rows), *clips.other_captions.take(rows).texts]))
 
 
+def export_codec(cfg: DictConfig) -> None:
+    """The codec as a component's folder, which `codec_path=` takes; raises ValueError for options of a system."""
+    for name in ("codec_path", "latents", "share_with", "adapters"):
+        if cfg[name]:
+            raise ValueError(f"{name}={cfg[name]} is of a whole system: leave it out with format=codec")
+    directory = Path(cfg.output_dir)
+    save_component(load_trained(cfg.ckpt, "codec"), trained_config(cfg.ckpt, "codec"), directory, DTYPES[cfg.dtype])
+    get_logger(__name__).info("wrote %s: codec_path=%s", directory, directory)
+
+
 @command("script/export_system")
 def main(cfg: DictConfig) -> None:
     if cfg.dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {cfg.dtype!r}")
+    if cfg.format == "codec":
+        export_codec(cfg)
+        return
     if cfg.format not in ("system", "diffusers"):
         check_format(cfg.format)  # before anything is read
     directory, system = Path(cfg.output_dir), load_system(cfg.ckpt, codec_path=cfg.codec_path)

@@ -13,6 +13,7 @@ from test_student import STUDENT_CONFIGS
 from foley.core.components import CheckpointError
 from foley.core.hashing import hash_module
 from foley.generation.text_to_audio import TextToAudio
+from foley.system.checkpoint import load_trained
 from foley.system.system import System, build_system, codec_hashes, load_system, save_system, share_parts, student_of
 
 SHARED = ["text", "codec", "normaliser", "captions.txt"]
@@ -111,3 +112,13 @@ def test_the_card_says_what_is_in_the_folder_and_how_it_came_about(folder, tmp_p
     ):
         assert line in card
     assert "not in this folder yet" not in card
+
+
+def test_a_codec_leaves_a_system_alone_and_reads_and_writes_as_there(folder, tmp_path):
+    codec = tmp_path / "codec"
+    run_command("script/export_system", f"ckpt={folder}", f"output_dir={codec}", "format=codec", "dtype=float16")
+    assert {file.name for file in codec.iterdir()} == {"config.json", "model.safetensors"}
+    alone, inside = load_trained(codec, "codec"), load_trained(folder, "codec")
+    assert hash_module(alone) == hash_module(inside)
+    with pytest.raises(ValueError, match="latents=X is of a whole system: leave it out with format=codec"):
+        run_command("script/export_system", f"ckpt={folder}", f"output_dir={codec}", "format=codec", "latents=X")
