@@ -28,20 +28,20 @@ from foley.system.checkpoint import load_trained
 
 
 def ways(codec: SpectralVAE) -> dict[str, Callable[[Tensor], Tensor]]:
-    """By name, ways from audio `[B, 1, T]` to audio `[B, 1, T or a little more]`."""
+    """By name, ways from audio `[B, 1, T]` to audio `[B, 1, T or a little more]`.
 
-    def true_magnitudes(audio: Tensor) -> Tensor:
-        return codec.stft.invert_magnitude(codec.stft(audio[:, 0]).abs(), codec.phase_iterations)[:, None]
+    Where phases are learnt, those of "its spectra" are guessed, for no network has made them, and silence is its own.
+    """
 
-    def without_silence(audio: Tensor) -> Tensor:
-        magnitude = codec.decode_spectra(codec.encode(audio)).exp().clamp(max=codec.stft.full_scale)
+    def guess(log_magnitudes: Tensor) -> Tensor:
+        magnitude = log_magnitudes[..., : codec.stft.bins].exp().clamp(max=codec.stft.full_scale)
         return codec.stft.invert_magnitude(magnitude, codec.phase_iterations)[:, None]
 
     return {
-        "phases guessed": true_magnitudes,
-        "its spectra": lambda audio: codec.phase(codec.spectra(audio)),
+        "phases guessed": lambda audio: guess(codec.stft(audio[:, 0]).abs().log()),
+        "its spectra": lambda audio: (guess if codec.learns_phases else codec.phase)(codec.spectra(audio)),
         "its network": codec.reconstruct,
-        "its network, no silence": without_silence,
+        "its network, no silence": lambda audio: guess(codec.decode_spectra(codec.encode(audio))),
     }
 
 

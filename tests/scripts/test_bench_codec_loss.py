@@ -19,6 +19,15 @@ def test_without_a_floor_its_spectra_lose_what_guessed_phases_lose():
     assert 0 < lost["phases guessed"] < lost["its network"]
 
 
+def test_where_phases_are_learnt_its_spectra_have_guessed_ones():
+    torch.manual_seed(0)
+    codec = SpectralVAE(width=8, latent_channels=4, floor=1e-12, learns_phases=True).eval()
+    with torch.no_grad():
+        lost = LOSS["lose"](codec, AudioItem(0.1 * torch.randn(4801), "hiss", id="hisses/1"))
+    assert lost["its spectra"] == pytest.approx(lost["phases guessed"], rel=1e-3)
+    assert lost["its network"] != lost["its network, no silence"]
+
+
 def test_clips_are_chosen_and_summed_up_by_collection():
     class Source:
         names = ("a/1", "a/2", "a/3", "a/4", "b/1")
