@@ -231,8 +231,8 @@ class LatentTransformer(Hoistable):
 
     Args:
         rotary: rotary positions in self-attention; None for none.
-        latent_channels, width, context_dim, modulation, learned_positions, gradient_checkpointing, guidance_embedding,
-            length_embedding: as for `DiffusionTransformer`.
+        latent_channels, width, context_dim, modulation, learned_positions: as for `DiffusionTransformer`.
+        gradient_checkpointing, guidance_embedding, length_embedding: as there.
     """
 
     output_layer: OutputLayer
