@@ -71,7 +71,7 @@ def main(cfg: DictConfig) -> None:
     facts += f"of all of them together ({next(iter(results.values())).rtf.where}); "
     facts += "spectral convergence is how far the spectrograms are from those of the first column, 0 the same; "
     facts += f"label accuracy is among all {classes} classes of the extractor, and hears little of what ears hear: "
-    facts += "listen to the siren and the sweeps"
+    facts += "listen to the siren and the sweeps."
     page = write_comparison(directory, "foley demo", facts, results, headings)
     memory = None if peak_bytes is None else peak_bytes / 1e9
     facts_of_run = {"peak_memory_gigabytes": memory, "provenance": provenance()}
