@@ -106,7 +106,7 @@ def remove_packed(folder: Path) -> None:
 def _candidate(entry: ManifestEntry, stem: Path, sample_rate_hz: int, downmix: str | None) -> _Candidate:
     samples, rate = read_channels(entry.path, expected_seconds=entry.duration_seconds, downmix=downmix)
     target = min(rate, sample_rate_hz)
-    audio = torch.from_numpy(np.stack([resample(channel, rate, target) for channel in samples.T]))
+    audio = torch.from_numpy(resample(samples.T, rate, target))
     encoded = {}
     for name in ("flac", "opus"):
         encoded[name] = stem.with_suffix(f".{name}")

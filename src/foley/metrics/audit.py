@@ -18,9 +18,8 @@ from foley.core.config import CONFIG_DIR
 from foley.core.files import AUDIO_SUFFIXES
 from foley.core.numbers import COUNT, NOT_NEGATIVE, SHARE, NumberRange
 from foley.core.rates import FloatArray
-from foley.core.remote import find_files
 from foley.data.audio import AudioError, NotFiniteError, read_channels
-from foley.metrics.features import OTHER_SOUND
+from foley.metrics.features import find_sounds
 from foley.metrics.loudness import decibels, integrated_loudness, true_peak
 from foley.metrics.repeats import LONGEST_SECONDS, Repeat, Spectrum, band_spectrum, find_repeats, loop_seconds
 from foley.metrics.waveform import (
@@ -287,11 +286,10 @@ def sound_files(folder: Path) -> list[Path]:
 
     Raises FileNotFoundError where there is no folder, or no sound in it.
     """
-    wanted = AUDIO_SUFFIXES | OTHER_SOUND
-    files = sorted(file for file in find_files(folder) if file.suffix.lower() in wanted)
-    if not (visible := [file for file in files if not file.name.startswith(".")]):
+    sounds, _ = find_sounds(folder)
+    if not sounds:
         raise FileNotFoundError(f"{folder} holds no sound ({', '.join(sorted(AUDIO_SUFFIXES))}); check the path")
-    return visible
+    return sounds
 
 
 def audit_files(

@@ -72,6 +72,16 @@ class ClipFile:
     rtf: RealTimeFactor | None = None
 
 
+def find_sounds(directory: Path) -> tuple[list[Path], list[Path]]:
+    """The sounds below `directory`, those in formats that are not decoded among them, and all else, each in order.
+
+    Hidden files are neither. Raises FileNotFoundError where there is no folder.
+    """
+    files = sorted(path for path in find_files(directory) if not path.name.startswith("."))
+    is_sound = {path: path.suffix.lower() in AUDIO_SUFFIXES | OTHER_SOUND for path in files}
+    return [path for path in files if is_sound[path]], [path for path in files if not is_sound[path]]
+
+
 def scan_directory(directory: Path) -> list[ClipFile]:
     """Every audio file below `directory` in the order of its path, with `id`, `label` and `prompt` of its sidecar JSON.
 
@@ -80,12 +90,11 @@ def scan_directory(directory: Path) -> list[ClipFile]:
 
     Raises FileNotFoundError where there is no folder, or no audio in it, and ValueError for a sidecar that is none.
     """
-    files = sorted(path for path in find_files(directory) if not path.name.startswith("."))
-    paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | OTHER_SOUND]
+    paths, rest = find_sounds(directory)
     if not paths:
         suffixes = ", ".join(sorted(AUDIO_SUFFIXES))
         raise FileNotFoundError(f"{directory} holds no audio file ({suffixes}); check the path")
-    others = [path for path in files if path.suffix.lower() not in AUDIO_SUFFIXES | OTHER_SOUND | _COMPANIONS]
+    others = [path for path in rest if path.suffix.lower() not in _COMPANIONS]
     if others:
         kinds = ", ".join(f"{n} {suffix or 'without an ending'}" for suffix, n in _count_suffixes(others).items())
         _log.warning("%s: %d files are left out (%s), such as %s", directory, len(others), kinds, others[0].name)

@@ -45,8 +45,8 @@ def integrated_loudness(samples: FloatArray, sample_rate_hz: int) -> float | Non
     if len(samples) < SHORTEST_SECONDS * sample_rate_hz or samples.shape[1] > _MOST_CHANNELS:
         return None
     rate = max(sample_rate_hz, _LEAST_RATE_HZ)
-    channels = [resample(channel, sample_rate_hz, rate) for channel in samples.T]
-    measured = float(pyloudnorm.Meter(rate).integrated_loudness(np.stack(channels, axis=1).astype(np.float64)))
+    at_rate = resample(samples.T, sample_rate_hz, rate).T.astype(np.float64)
+    measured = float(pyloudnorm.Meter(rate).integrated_loudness(at_rate))
     return measured if math.isfinite(measured) else None
 
 
@@ -59,8 +59,8 @@ def true_peak(samples: FloatArray, sample_rate_hz: int) -> float:
     (0.707, 1.0)
     """
     factor = max(1, min(_OVERSAMPLING, HIGHEST_RATE_HZ // sample_rate_hz))
-    between = [np.abs(resample(channel, sample_rate_hz, factor * sample_rate_hz)).max() for channel in samples.T]
-    return float(max(np.abs(samples).max(), *between))
+    between = resample(samples.T, sample_rate_hz, factor * sample_rate_hz)
+    return float(max(np.abs(samples).max(), np.abs(between).max()))
 
 
 @dataclass(frozen=True)

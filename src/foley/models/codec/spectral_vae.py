@@ -77,7 +77,8 @@ class SpectralDecoder(nn.Module):
         spectra = self.head(self.norm(self.fine(fine)))
         # Back from unit spread to log magnitudes.
         magnitudes = spectra[..., : self.bins] * _LOG_SPREAD + _LOG_CENTRE
-        return torch.cat([magnitudes, spectra[..., self.bins :]], dim=-1)
+        directions = spectra[..., self.bins :]
+        return torch.cat([magnitudes, directions], dim=-1) if directions.shape[-1] else magnitudes
 
     @property
     def reach_frames(self) -> int:
