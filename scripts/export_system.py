@@ -22,7 +22,7 @@ from foley.system.checkpoint import load_trained, trained_config
 from foley.system.exported import check_format, export_graphs
 from foley.system.system import System, load_system, save_system, share_parts
 
-DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def with_captions(system: System, latents: str) -> System:
@@ -57,6 +57,10 @@ def main(cfg: DictConfig) -> None:
     adapters: Any = OmegaConf.to_container(cfg.adapters, resolve=True)
     system = adapted(system, adapter_choices(adapters))
     if cfg.format == "diffusers":
+        if cfg.dtype == "int8":
+            raise ValueError(
+                "dtype=int8 is of our own files, which are widened as they are read: format=diffusers has none"
+            )
         from foley.system.diffusers_folder import save_pipeline  # which loads all of diffusers
 
         save_pipeline(system, directory, DTYPES[cfg.dtype])

@@ -7,20 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from foley.core.components import (
     MOVED_MODULES,
+    WEIGHTS_FILE,
     CheckpointError,
     build_component,
     check_targets,
     current_config,
     describe_pickle,
     filled,
+    load_component,
     read_config,
     read_pickle,
+    save_component,
 )
 from foley.core.config import PROJECT_ROOT
 from foley.core.files import DiskFullError, atomic_write
+from foley.system.sharing import count_parameters
 
 STRANGERS = [
     "os.system",
@@ -48,6 +53,25 @@ def test_interpolations_are_refused() -> None:
 def test_a_component_is_built() -> None:
     module = build_component({"_target_": "foley.models.codec.normaliser.LatentNormaliser", "channels": 3})
     assert module.mean.shape == (3,)
+
+
+def test_a_byte_a_weight_is_half_a_step_of_its_row_off(tmp_path: Path) -> None:
+    config = {"_target_": "foley.nn.feedforward.GegluFeedForward", "width": 8, "hidden": 12}
+    module = build_component(config)
+    with torch.no_grad():
+        module.output.weight[0] = 0
+        module.output.weight[1] *= 1e-6  # rows of any size are as exact
+    save_component(module, config, tmp_path, torch.int8)
+    loaded = load_component(tmp_path)
+    for name, tensor in module.state_dict().items():
+        off = (loaded.state_dict()[name] - tensor).abs()
+        if tensor.ndim > 1:
+            assert (off <= tensor.abs().amax(1, keepdim=True) / 127 * 0.501).all()
+        else:
+            torch.testing.assert_close(off, torch.zeros_like(off), atol=1e-3, rtol=0)
+    stored = load_file(tmp_path / WEIGHTS_FILE)
+    assert stored["output.weight"].dtype == torch.int8
+    assert count_parameters(tmp_path / WEIGHTS_FILE) == sum(tensor.numel() for tensor in module.state_dict().values())
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from scipy.fft import dct
 
 from foley.losses.spectral import BandedLogLoss
-from foley.models.codec.spectral_vae import SpectralVAE
+from foley.models.codec.spectral_vae import Cepstrum, SpectralVAE
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,26 @@ def test_with_learnt_phases_what_is_heard_reaches_so_far_and_all_of_it_trains(le
 
 def test_searched_phases_hear_all_there_is(codec):
     assert codec.context_frames is None
+
+
+def test_cepstra_are_cosine_transforms_of_like_size_and_lose_nothing():
+    scaling, spectra = Cepstrum(33), 3 * torch.randn(2, 5, 33) - 5
+    coefficients = scaling(spectra)
+    expected = torch.from_numpy(dct((spectra + 5).numpy(), norm="ortho"))
+    torch.testing.assert_close(coefficients * (50 / torch.arange(1, 34) + 0.7), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scaling.inverse(coefficients), spectra, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_rounds_no_harmonic_off_a_level():
+    """The first coefficient is seventy times as large as the last: bfloat16 of log magnitudes would hide those."""
+    torch.manual_seed(0)
+    sizes = {"window_samples": 64, "frame_samples": 16, "pool": 2, "sample_rate_hz": 8000}
+    codec = SpectralVAE(16, **sizes, latent_channels=4, floor=1e-6, learns_phases=True, cepstral=True)
+    audio = torch.randn(1, 1, 640)
+    loud = codec.spectra(audio) + 8
+    rippled = loud + 0.02 * (torch.arange(33) % 2 - 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        difference = codec.encoder(rippled) - codec.encoder(loud)
+    exact = codec.encoder(rippled) - codec.encoder(loud)
+    assert torch.cosine_similarity(difference.flatten(), exact.flatten(), dim=0) > 0.5
+    assert codec.decode(codec.encode(audio)).shape == audio.shape

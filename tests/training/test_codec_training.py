@@ -22,7 +22,7 @@ CODEC = {"channels": 4, "multipliers": [2], "strides": [10], "num_units": [1], "
 WEIGHTS = {"stft": 1.0, "waveform": 0.0, "kl": 1e-4, "adversarial": 0.1, "feature_matching": 5.0}
 
 
-def build(adversarial_start_step: int | None = None) -> CodecTraining:
+def build(adversarial_start_step: int | None = None, **options: bool) -> CodecTraining:
     torch.manual_seed(0)
     with_discriminator = adversarial_start_step is not None
     module = CodecTraining(
@@ -35,6 +35,7 @@ def build(adversarial_start_step: int | None = None) -> CodecTraining:
         adversarial=HingeLoss(),
         adversarial_start_step=adversarial_start_step or 0,
         gradient_clip_norm=1.0,
+        **options,
     )
     module.component_configs = {"codec": {"_target_": "foley.models.codec.waveform_vae.WaveformVAE", **CODEC}}
     return module
@@ -52,6 +53,17 @@ def test_each_part_learns_from_its_start(start: int | None, expected: set[str], 
         trainer.callback_metrics
     )
     assert ("train/adversarial" in trainer.callback_metrics) == (start == 2)
+
+
+def test_a_held_encoder_leaves_latents_as_they_are(tmp_path: Path) -> None:
+    module = build(0, freezes_encoder=True)
+    before, audio = {name: tensor.clone() for name, tensor in module.state_dict().items()}, torch.randn(1, 1, 1200)
+    latent = module.codec.encode(audio)
+    fit_on_noise(module, tmp_path, 1200)
+    parts = {name: tensor for name, tensor in module.codec.state_dict().items()}
+    moved = {name.split(".")[0] for name, tensor in parts.items() if not torch.equal(before[f"codec.{name}"], tensor)}
+    assert moved == {"decoder"}
+    assert torch.equal(module.codec.encode(audio), latent)
 
 
 def test_the_logged_gradient_norm_is_the_one_before_clipping(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ ALLOWED_PACKAGES = (
 )
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+ROW_SCALES = ".row_scales"
+"""Behind the name of a tensor that is stored as bytes: what one of them is worth, by the row."""
 
 MOVED_MODULES = {
     "foley.diffusion.generate": "foley.diffusion.sampler",
@@ -219,7 +221,8 @@ def save_component(
     """Write `module` and its plain `config` into `directory`.
 
     Args:
-        dtype: store floating tensors in this type (half precision for shipping); None keeps them.
+        dtype: store floating tensors in this type (half precision for shipping); None keeps them. int8 is a byte for
+            each weight of a matrix or kernel, by the row, and half precision for all else.
         assets: config key to file; each file is copied along and the key then points into the directory.
     """
     check_targets(config, "config")
@@ -229,12 +232,28 @@ def save_component(
         if file.resolve() != (directory / file.name).resolve():
             shutil.copyfile(file, directory / file.name)
         portable[key] = _ASSET + file.name
-    state = {
-        name: tensor.detach().cpu().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in module.state_dict().items()
-    }
+    floating = torch.float16 if dtype == torch.int8 else dtype
+    state: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict().items():
+        held = tensor.detach().cpu()
+        if dtype == torch.int8 and held.is_floating_point() and held.ndim > 1:
+            state |= _rounded_rows(name, held)
+        else:
+            state[name] = held.to(floating if floating and held.is_floating_point() else held.dtype)
     write_tensors(directory / WEIGHTS_FILE, state)
     write_json(directory / CONFIG_FILE, portable)
+
+
+def _rounded_rows(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A matrix or kernel as bytes, and what one of them is worth in each row."""
+    rows = tensor.float().flatten(1)
+    scales = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # [rows]; a row may be zero
+    return {name: (rows / scales[:, None]).round().to(torch.int8).view(tensor.shape), name + ROW_SCALES: scales}
+
+
+def _widened_rows(tensor: Tensor, scales: Tensor | None) -> Tensor:
+    """What `_rounded_rows` has made bytes of; other tensors as they are."""
+    return tensor if scales is None else tensor.float() * scales.view(-1, *[1] * (tensor.ndim - 1))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -260,9 +279,11 @@ def load_component(directory: Path) -> Any:
     Raises CheckpointError where the two do not fit, DamagedFileError, and FileNotFoundError.
     """
     module = rebuild_component(read_config(directory), str(directory / CONFIG_FILE))
+    stored = read_tensors(directory / WEIGHTS_FILE, "the weights of a component")
     state = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in read_tensors(directory / WEIGHTS_FILE, "the weights of a component").items()
+        name: tensor.float() if tensor.is_floating_point() else _widened_rows(tensor, stored.get(name + ROW_SCALES))
+        for name, tensor in stored.items()
+        if not name.endswith(ROW_SCALES)
     }
     load_state(module, state, str(directory / WEIGHTS_FILE))
     return module.eval()

@@ -41,7 +41,8 @@ class ClipSource:
     `known_faults` are of these clips, as `foley.data.dataset.CheckedSource` has them.
 
     A clip shorter than the first of `padded_seconds` gets silence at its end, up to one of them: always the same one,
-    by its id. So single events are heard in clips of all lengths. Raises ValueError where they do not rise.
+    by its id. So single events are heard in clips of all lengths, and as many seconds of one length as of another.
+    Raises ValueError where they do not rise.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class ClipSource:
         if list(padded_seconds) != sorted(set(padded_seconds)) or min(padded_seconds, default=1.0) <= 0:
             raise ValueError(f"padded_seconds={list(padded_seconds)}: give lengths above 0, each longer than the last")
         self.padded_seconds = tuple(padded_seconds)
+        weights = 1 / np.array(self.padded_seconds)
+        self._padded_shares = weights.cumsum() / weights.sum()  # rising to 1
         self.audio_channels = channels
         self.known_faults = known_faults
         self.entries = Entries.of(entries)
@@ -82,7 +85,8 @@ class ClipSource:
         """How long clip `index` is with its silence, of so many seconds without."""
         if not self.padded_seconds or seconds >= self.padded_seconds[0]:
             return seconds
-        return self.padded_seconds[derive_seed("padded", self.entries.id_of(index)) % len(self.padded_seconds)]
+        drawn = numpy_generator("padded", self.entries.id_of(index)).random()
+        return self.padded_seconds[int(np.searchsorted(self._padded_shares, drawn, side="right"))]
 
     def clip_name(self, index: int) -> str:
         """Its id."""

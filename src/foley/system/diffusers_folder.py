@@ -78,6 +78,8 @@ class WrappedComponent(ModelMixin, ConfigMixin):  # type: ignore[misc]
         stored = Path(save_directory) / str(self.config_name)
         config = json.loads(stored.read_text(encoding="utf-8"))
         for option in getattr(self.module, "asset_options", ()):
+            if config["component"].get(option) is None:
+                continue
             file = locate(config["component"][option])
             shutil.copyfile(file, Path(save_directory) / file.name)
             config["component"][option] = _ASSET + file.name

@@ -169,7 +169,7 @@ def _decoder(codec: Any) -> _Traced:
 
 def _text(text: SmallTextEncoder) -> _Traced:
     ids, mask = text.tokenise(["a dog barks", "rain falls"])
-    device = text.tokens.weight.device
+    device = text.norm.weight.device
     inputs = {"ids": ids.to(device), "mask": mask.to(device)}
     free = {name: {0: "batch", 1: "tokens"} for name in inputs}
     return _Traced(_Called(text, "embed"), inputs, free, "embeddings [batch, tokens, channels]")

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
-from foley.core.components import WEIGHTS_FILE, CheckpointError, read_config
+from foley.core.components import ROW_SCALES, WEIGHTS_FILE, CheckpointError, read_config
 from foley.core.config import is_repository
 from foley.core.hub import Hub
 from foley.core.logs import get_logger
@@ -62,9 +62,10 @@ def _describe_part(folder: Path, name: str) -> dict[str, Any]:
 
 
 def count_parameters(weights: Path) -> int:
-    """Elements of all tensors in a safetensors file."""
+    """Elements of all tensors in a component's file of weights."""
     with safe_open(weights, framework="pt") as tensors:
-        return sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118  (no mapping)
+        names = (name for name in tensors.keys() if not name.endswith(ROW_SCALES))  # noqa: SIM118  (no mapping)
+        return sum(tensors.get_tensor(name).numel() for name in names)
 
 
 def _read_licences(attribution: Path) -> dict[str, int]:

@@ -23,12 +23,15 @@ class CodecTraining(VariationalTraining):
 
     Args:
         codec: the model.
+        freezes_encoder: train the decoder alone, on latents that stay what they are.
         objective, options: see `AdversarialTraining`.
     """
 
-    def __init__(self, codec: AudioVAE, *objective: Any, **options: Any) -> None:
+    def __init__(self, codec: AudioVAE, *objective: Any, freezes_encoder: bool = False, **options: Any) -> None:
         super().__init__(*objective, **options)
         self.codec = codec
+        if freezes_encoder:
+            codec.freeze_encoder()
 
     @property
     def model(self) -> AudioVAE:

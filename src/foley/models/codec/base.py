@@ -1,6 +1,7 @@
 """What a codec is, and the Gaussian bottleneck of the VAEs."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,10 @@ class AudioVAE(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """`[B, C, L]` to audio `[B, A, L * hop]`; not clipped."""
         raise NotImplementedError
+
+    def freeze_encoder(self) -> None:
+        """Hold what encodes: latents stay what they are while the decoder learns."""
+        cast(nn.Module, self.encoder).requires_grad_(False)
 
     def posterior(self, audio: Tensor) -> GaussianPosterior:
         """The distribution of the latent given `audio` `[B, A, T]`."""

@@ -82,6 +82,10 @@ class OobleckCodec(AudioVAE):
         """See `AudioVAE.context_frames`."""
         return heard_frames(self.published.decoder)
 
+    def freeze_encoder(self) -> None:
+        """See `AudioVAE.freeze_encoder`."""
+        self.published.encoder.requires_grad_(False)
+
     def encode_moments(self, audio: Tensor) -> tuple[Tensor, Tensor]:
         """See `AudioVAE.encode_moments`."""
         # [B, 2 C, L]; the published posterior makes a deviation of the scale as `GaussianPosterior` does.

