@@ -58,9 +58,7 @@ def main(cfg: DictConfig) -> None:
     system = adapted(system, adapter_choices(adapters))
     if cfg.format == "diffusers":
         if cfg.dtype == "int8":
-            raise ValueError(
-                "dtype=int8 is of our own files, which are widened as they are read: format=diffusers has none"
-            )
+            raise ValueError("dtype=int8 is of our own files, widened as they are read: format=diffusers has none")
         from foley.system.diffusers_folder import save_pipeline  # which loads all of diffusers
 
         save_pipeline(system, directory, DTYPES[cfg.dtype])

@@ -122,8 +122,8 @@ def test_settings_say_what_is_marked(monkeypatch, audio):
         ModuleNotFoundError, match=r"watermark=true wants resemble-perth: pip install 'foley\[watermark\]'"
     ):
         GenerationSettings(watermark=True)
-    settings = GenerationSettings()
-    assert settings.mark(audio, RATE) is audio
+    settings = GenerationSettings(fade_seconds=0)
+    assert settings.finish(audio, RATE) is audio
     assert settings.describe(settings.choose_guidance(), "ddim", 2)["provenance"] is True
     assert origin_tags("rain", 0, {}) == {}
 
@@ -158,7 +158,7 @@ def test_a_settings_watermark_is_in_audio_and_tags_and_is_found(tmp_path):
     settings = GenerationSettings(watermark=True)
     quiet = 1e-4 * torch.randn(1, 1, RATE, generator=torch.Generator().manual_seed(2))
     described = settings.describe(settings.choose_guidance(), "ddim", 2)
-    marked = made(settings.mark(quiet, RATE), **described)
+    marked = made(settings.finish(quiet, RATE), **described)
     for name, generation in (("marked.wav", marked), ("plain.wav", made(quiet))):
         (tmp_path / name).write_bytes(generation.encode(0))
     found = detect(tmp_path / "marked.wav")

@@ -16,6 +16,7 @@ from foley.core.hashing import hash_module
 from foley.diffusion.guidance import ClassifierFreeGuidance
 from foley.generation import text_to_audio
 from foley.generation.options import MAX_PROMPT_CHARACTERS
+from foley.generation.settings import GenerationSettings
 from foley.generation.text_to_audio import TextToAudio
 from foley.system.system import build_system, load_system, save_system
 
@@ -356,3 +357,13 @@ def test_heun_in_few_steps_does_not_blow_up(caplog):
     ]
     assert max(peaks) < 6  # 24 and 15 on a grid that ends at the smallest sigma
     assert not [record for record in caplog.records if "blew up" in record.getMessage()]
+
+
+def test_a_clip_neither_begins_nor_ends_with_a_jump(pipeline):
+    bare, faded = (pipeline.generate(["rain"], 0.5, fade_seconds=seconds, num_steps=2).audio for seconds in (0, 0.005))
+    length = round(0.005 * pipeline.sample_rate_hz)
+    ramp = (torch.arange(length) + 0.5) / length
+    torch.testing.assert_close(faded[..., :length], bare[..., :length] * ramp)
+    torch.testing.assert_close(faded[..., -length:], bare[..., -length:] * ramp.flip(0))
+    assert torch.equal(faded[..., length:-length], bare[..., length:-length])
+    assert GenerationSettings(fade_seconds=1).finish(bare[..., :3], 1000).shape == bare[..., :3].shape

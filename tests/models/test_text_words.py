@@ -1,4 +1,4 @@
-"""Word vectors under the small text encoder: how words are chosen, what the file holds, and what an encoder makes of it."""
+"""Word vectors under the small text encoder: which words, what the file holds, and what an encoder makes of them."""
 
 import json
 from pathlib import Path

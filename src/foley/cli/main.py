@@ -71,6 +71,7 @@ VERBS: dict[str, dict[str, Verb]] = {
         "convert-latents": Verb("scripts/convert_latents.py"),
         "encode-text": Verb("scripts/encode_text.py"),
         "tokenizer": Verb("scripts/train_tokenizer.py"),
+        "word-vectors": Verb("scripts/make_word_vectors.py"),
         "extractor": Verb("scripts/train_extractor.py"),
         "join-mel-codec": Verb("scripts/join_mel_codec.py"),
         "stages": Verb("scripts/run_stages.py"),

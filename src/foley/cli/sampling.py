@@ -116,6 +116,7 @@ def requested_settings(cfg: DictConfig) -> GenerationSettings:
         overlap_seconds=cfg.overlap_seconds,
         decode_chunk_seconds=cfg.decode_chunk_seconds,
         loudness_lufs=cfg.loudness_lufs,
+        fade_seconds=cfg.fade_seconds,
         provenance=cfg.provenance,
         watermark=cfg.watermark,
         # The clips of a file have a bar of their own.

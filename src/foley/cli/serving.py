@@ -108,7 +108,7 @@ def open_served(cfg: DictConfig, systems: dict[str, str], name: str, device: tor
     accelerators |= {str(key): instantiate(own.accelerators[key]) for key in own.accelerators}
     sampling = chosen_sampling(own) | {"duration_seconds": own.duration_seconds} if is_first else {}
     lengths = {option: cfg[option] for option in ("window_seconds", "overlap_seconds", "decode_chunk_seconds")}
-    marks = {option: cfg[option] for option in ("loudness_lufs", "provenance", "watermark")}
+    marks = {option: cfg[option] for option in ("loudness_lufs", "fade_seconds", "provenance", "watermark")}
     defaults = GenerationSettings(**sampling, **lengths, **marks, facts={"model": name})
     return Served(open_system(own, device), accelerators, defaults)
 

@@ -20,9 +20,10 @@ NUMBERS = {
     "overlap_seconds": NOT_NEGATIVE,
     "decode_chunk_seconds": POSITIVE,
     "loudness_lufs": _LOUDNESS_LUFS,
+    "fade_seconds": SECONDS,
 }
 """What each number of `GenerationSettings` may be; those that a system or nothing may decide can be None too."""
-_NEVER_NONE = ("batch_size", "overlap_seconds", "eta")
+_NEVER_NONE = ("batch_size", "overlap_seconds", "eta", "fade_seconds")
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_CLIPS = 1_000_000

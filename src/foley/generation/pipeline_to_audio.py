@@ -297,7 +297,7 @@ class PipelineToAudio:
             "model_hash": self.model_hash,
             **settings.facts,
         }
-        audio, rate_hz = settings.mark(audio, self.sample_rate_hz), self.sample_rate_hz
+        audio, rate_hz = settings.finish(audio, self.sample_rate_hz), self.sample_rate_hz
         made = clips, audio, rate_hz, description, timings, plan.peak_ceiling, gains
         return Generation(*made, machine_name(self.device), min(settings.batch_size, len(clips)))
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foley.core.logs import get_logger
@@ -19,6 +20,20 @@ from foley.generation.marking import WATERMARK, require_watermark, watermarked
 from foley.generation.options import IDLE, check_numbers, check_prompt_length
 
 _log = get_logger(__name__)
+
+
+def faded(audio: Tensor, samples: int) -> Tensor:
+    """`audio [..., T]` with linear ramps over so many samples at both ends, at most half of it each.
+
+    >>> faded(torch.ones(6), 2)
+    tensor([0.2500, 0.7500, 1.0000, 1.0000, 0.7500, 0.2500])
+    """
+    samples = min(samples, audio.shape[-1] // 2)
+    if samples == 0:
+        return audio
+    ramp = (torch.arange(samples, device=audio.device, dtype=audio.dtype) + 0.5) / samples
+    inside = ramp.new_ones(audio.shape[-1] - 2 * samples)
+    return audio * torch.cat([ramp, inside, ramp.flip(0)])
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,8 @@ class GenerationSettings:
             nothing else (`foley.generation.decoding`); None decodes all at once.
         loudness_lufs: bring each file to this integrated loudness (EBU R128 asks for -23), or to a true peak of -1 dBTP
             where that comes first; None keeps the level, up to a peak of -1 dBFS. Not of an edit, which keeps samples.
+        fade_seconds: of a ramp at both ends, so that no clip begins or ends with a click; 0 does without. What starts
+            from a recording has none.
         provenance: each file's own tags say the software, the model's hash, the prompt and the seed.
         watermark: an inaudible one in the sound (`foley.generation.marking`); of an edit, in what is kept too.
         facts: what else the JSON of each clip is to say of its settings, such as the name of the system.
@@ -76,6 +93,7 @@ class GenerationSettings:
     decode_chunk_seconds: float | None = 10.0
     any_guidance_scale: bool = False
     loudness_lufs: float | None = None
+    fade_seconds: float = 0.005
     provenance: bool = True
     watermark: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -171,8 +189,10 @@ class GenerationSettings:
         _log.info("%d frames exceed the %d learned positions: windows of %g s", num_frames, learned, seconds)
         return replace(self, window_seconds=seconds)
 
-    def mark(self, audio: Tensor, sample_rate_hz: int) -> Tensor:
-        """Generated audio `[N, channels, T]`, with its watermark where there is to be one."""
+    def finish(self, audio: Tensor, sample_rate_hz: int) -> Tensor:
+        """Generated audio `[N, channels, T]` with ramps at its ends, and with a watermark where there is to be one."""
+        if self.source is None:  # a recording has ends of its own
+            audio = faded(audio, round(self.fade_seconds * sample_rate_hz))
         return watermarked(audio, sample_rate_hz) if self.watermark else audio
 
     def describe(self, guidance: ClassifierFreeGuidance, solver: str, num_steps: int) -> dict[str, Any]:
@@ -187,6 +207,7 @@ class GenerationSettings:
             "negative_prompt": self.negative_prompt,
             **({"lyrics": self.lyrics} if self.lyrics else {}),
             **({} if self.loudness_lufs is None else {"loudness_lufs": self.loudness_lufs}),
+            "fade_seconds": self.fade_seconds,
             "provenance": self.provenance,
             "watermark": WATERMARK if self.watermark else False,
         }

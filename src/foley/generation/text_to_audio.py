@@ -359,7 +359,7 @@ class TextToAudio(SharedSystem):
         chosen = settings.describe(guidance, solver.name, solver.num_steps) | (meter.describe() if meter else {})
         description = {**canvas.description, **chosen, **self._describe(), **settings.facts}
         audio, gains = (torch.cat(part) for part in zip(*rows, strict=True))
-        audio, rate_hz = settings.mark(audio, self.sample_rate_hz), self.sample_rate_hz
+        audio, rate_hz = settings.finish(audio, self.sample_rate_hz), self.sample_rate_hz
         made = clips, audio, rate_hz, description, timings, canvas.peak_ceiling, gains
         return Generation(*made, machine_name(self.device), min(settings.batch_size, len(clips)))
 

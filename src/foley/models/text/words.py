@@ -108,9 +108,7 @@ def read_vectors(path: Path) -> dict[str, Sequence[float]]:
             try:
                 vectors[word] = [float(value) for value in values]
             except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number}: {error}; GloVe's text has a word and numbers a line"
-                ) from error
+                raise ValueError(f"{path}, line {number}: {error}; give GloVe's text, a word a line") from error
     return vectors
 
 
