@@ -21,7 +21,7 @@ from foley.core.files import write_json
 from foley.core.logs import get_logger
 from foley.data.dataset import AudioItem, AudioSource, clip_name
 from foley.data.ordering import evenly_spaced
-from foley.metrics.reconstruction import mel_distance
+from foley.metrics.reconstruction import mel_distance, signal_to_noise_by_direction
 from foley.models.codec.spectral_vae import SpectralVAE
 from foley.reporting.tables import format_rows, provenance
 from foley.system.checkpoint import load_trained
@@ -52,6 +52,16 @@ def lose(codec: SpectralVAE, item: AudioItem) -> dict[str, Any]:
     spectra = codec.spectra(audio)
     distances = {name: float(mel_distance(way(audio), audio, rate_hz)) for name, way in ways(codec).items()}
     return {"id": item.id, "at_the_least": float((spectra == spectra.min()).float().mean()), **distances}
+
+
+def describe_latents(codec: SpectralVAE, items: list[AudioItem]) -> dict[str, float]:
+    """How many directions of the latent say more than noise, and what a Gaussian channel would send by them."""
+    posteriors = [codec.posterior(torch.atleast_2d(item.audio)[None]) for item in items]
+    means, stds = (torch.cat([getattr(each, name)[0].T for each in posteriors]) for name in ("mean", "std"))  # [N, C]
+    ratios = signal_to_noise_by_direction(means, stds)
+    bits = float((1 + ratios).log2().sum() / 2)  # of a latent frame
+    kilobits = bits * codec.sample_rate_hz / codec.hop_samples / 1000
+    return {"channels": len(ratios), "directions": int((ratios > 1).sum()), "kilobits_per_second": kilobits}
 
 
 def group_of(name: str) -> str:
@@ -87,13 +97,15 @@ def main(cfg: DictConfig) -> None:
         raise ValueError(f"codec_path={cfg.codec_path} is a {type(codec).__name__}: give a SpectralVAE")
     dataset = instantiate(cfg.data, _convert_="all").whole_clips(cfg.max_duration_seconds)[cfg.split]
     shortest = cfg.minimum_seconds * codec.sample_rate_hz
-    items = map(dataset.__getitem__, chosen(dataset.source, cfg.clips_per_group))
-    clips = [lose(codec, item) for item in track(list(items), description="clips") if item.num_samples >= shortest]
+    items = [dataset[index] for index in chosen(dataset.source, cfg.clips_per_group)]
+    items = [item for item in items if item.num_samples >= shortest]
+    clips = [lose(codec, item) for item in track(items, description="clips")]
     if not clips:
         raise ValueError(f"split={cfg.split} has no clip of minimum_seconds={cfg.minimum_seconds} or more")
-    rows = summarise(clips)
-    write_json(Path(cfg.output_dir) / "codec_loss.json", {"rows": rows, "provenance": provenance()})
+    rows, latents = summarise(clips), describe_latents(codec, items)
+    write_json(Path(cfg.output_dir) / "codec_loss.json", {"rows": rows, "latents": latents, "provenance": provenance()})
     columns = {"clips": "{group}", "n": "{n}", **{name: f"{{{name}:.2f}}" for name in ways(codec)}}
+    get_logger(__name__).info("latents: %s", latents)
     get_logger(__name__).info("%s", format_rows(rows, {**columns, "at the least": "{at_the_least:.0%}"}))
 
 

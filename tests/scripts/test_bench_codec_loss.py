@@ -1,10 +1,13 @@
 """Where a spectral codec loses: an identity, and which clips are asked."""
 
+import math
+
 import pytest
 import torch
 from commands import load_command, run_command
 
 from foley.data.dataset import AudioItem
+from foley.models.codec.base import GaussianPosterior
 from foley.models.codec.spectral_vae import SpectralVAE
 
 LOSS = load_command("bench/codec_loss")
@@ -26,6 +29,18 @@ def test_where_phases_are_learnt_its_spectra_have_guessed_ones():
         lost = LOSS["lose"](codec, AudioItem(0.1 * torch.randn(4801), "hiss", id="hisses/1"))
     assert lost["its spectra"] == pytest.approx(lost["phases guessed"], rel=1e-3)
     assert lost["its network"] != lost["its network, no silence"]
+
+
+def test_what_latents_say_is_counted_by_direction(monkeypatch):
+    codec, items = SpectralVAE(width=8, latent_channels=4).eval(), [AudioItem(torch.zeros(4800), "a", id="a/1")] * 3
+    means = torch.randn(1, 1, 5000, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[[1.0], [2.0], [0], [0]]]
+    )
+    said = GaussianPosterior(means, torch.full_like(means, 0.1))  # four channels, of which two say the same
+    monkeypatch.setattr(codec, "posterior", lambda audio: said)
+    latents = LOSS["describe_latents"](codec, items)
+    assert (latents["channels"], latents["directions"]) == (4, 1)
+    assert latents["kilobits_per_second"] == pytest.approx(math.log2(501) / 2 * 50 / 1000, rel=0.01)
 
 
 def test_clips_are_chosen_and_summed_up_by_collection():

@@ -21,7 +21,7 @@ from foley.reporting.pages import write_page
 from foley.system.checkpoint import read_training_checkpoint
 
 STAGES = [f"denoiser stage={stage}" for stage in ("pretrain", "align", "finetune")]
-EXPERIMENTS = ["vae", *STAGES, "student", "ablation"]
+EXPERIMENTS = ["vae", *STAGES, "student", "denoiser_long", "student_long", "ablation"]
 
 
 def config(name: str, *overrides: str) -> DictConfig:
@@ -281,10 +281,10 @@ def test_the_experiments_of_the_demo_compose(experiment):
 
 
 def test_what_a_recipe_is_stands_in_one_place():
-    cfg = config("script/train_demo", "recipes={codec: c, denoiser: d, student: s}")
+    cfg = config("script/train_demo", "recipes={codec: c, decoder: e, denoiser: d, student: s}")
     commands = " ".join(stage.command for stage in cfg.stages.values())
     assert "experiment=" not in commands
-    assert commands.count("train.py c ") == commands.count("train.py s ") == 1
+    assert commands.count("train.py c ") == commands.count("train.py e ") == commands.count("train.py s ") == 1
     assert commands.count("train.py d stage=") == 3
 
 

@@ -18,7 +18,7 @@ EXPERIMENTS = sorted(
     str(file.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
     for file in (CONFIG_DIR / "experiment").rglob("*.yaml")
 )
-ON_WHAT_SHIPS = {"demo/codec", "demo/vae", "first", "tiny_mel_vae", "tiny_vae", "tiny_vocoder"}
+ON_WHAT_SHIPS = {"demo/codec", "demo/decoder", "demo/vae", "first", "tiny_mel_vae", "tiny_vae", "tiny_vocoder"}
 
 
 def config(*overrides: str) -> DictConfig:

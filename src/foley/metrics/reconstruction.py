@@ -197,3 +197,17 @@ class Opus(nn.Module):
         files = [self.encode(samples) for samples in audio.flatten(0, 1).cpu().numpy()]
         restored = [soundfile.read(BytesIO(file), dtype="float32")[0] for file in files]
         return torch.from_numpy(np.stack(restored)).unflatten(0, audio.shape[:2])
+
+
+def signal_to_noise_by_direction(means: Tensor, stds: Tensor) -> Tensor:
+    """Of a codec's posteriors, each `[N, C]`: how far the means spread beyond their noise, in C directions, `[C]`.
+
+    The directions are those in which the noise is equal in all, and the means are not correlated; the ratios, of
+    variances, fall. What lies below 1 says little of a sound.
+
+    >>> means = torch.randn(4000, 2) @ torch.tensor([[1.0, 1.0], [0.0, 0.01]])  # two channels that say one thing
+    >>> signal_to_noise_by_direction(means, torch.full((4000, 2), 0.1)).div(100).round()
+    tensor([2., 0.])
+    """
+    whitened = (means - means.mean(0)).double() / stds.double().square().mean(0).sqrt()
+    return torch.linalg.eigvalsh(torch.cov(whitened.T)).flip(0).clamp(min=0).float()
