@@ -19,10 +19,11 @@ def read_sets(cfg: DictConfig) -> tuple[list["ClipFile"], list["ClipFile"], list
     """Samples, references, and the parts of the protocols."""
     from foley.data.manifest import ManifestOptions
     from foley.metrics.features import scan_directory
-    from foley.metrics.references import crop_length, read_clips
+    from foley.metrics.references import crop_length, of_labels, read_clips
 
     reference = read_clips(cfg.reference, cfg.split, cfg.audio_dir, ManifestOptions.of(cfg), cfg.val_fraction)
     samples = scan_directory(Path(cfg.samples))
+    reference = of_labels(reference, samples) if cfg.same_labels else reference
     crop = crop_length(cfg.crop_seconds, samples, reference)
     parts = [part for protocol in cfg.protocol.values() for part in instantiate(protocol)]
     return samples, reference, [replace(part, crop_seconds=crop) for part in parts]

@@ -1,8 +1,11 @@
 """Reference clips out of folders, manifests and tables."""
 
+from pathlib import Path
+
 import pytest
 
-from foley.metrics.references import read_clips
+from foley.metrics.features import ClipFile
+from foley.metrics.references import of_labels, read_clips
 
 
 def test_clips_of_a_manifest_lie_in_audio_dir(tmp_path):
@@ -19,3 +22,11 @@ def test_clips_of_a_manifest_lie_in_audio_dir(tmp_path):
         read_clips(tmp_path / "clips.jsonl")
     with pytest.raises(ValueError, match=r"no split 'val', only \['test', 'train'\]"):
         read_clips(tmp_path / "clips.csv", "val")
+
+
+def test_a_reference_of_the_labels_of_the_samples_has_no_others() -> None:
+    reference = [ClipFile(Path(name), name, label, "") for name, label in (("a", "rain"), ("b", "dog"), ("c", None))]
+    sample = ClipFile(Path("s"), "s", "dog", "")
+    assert of_labels(reference, [sample, ClipFile(Path("t"), "t", None, "")]) == [reference[1]]
+    with pytest.raises(ValueError, match=r"no clip of the reference has a label of the samples \(None\)"):
+        of_labels(reference, [])

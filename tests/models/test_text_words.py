@@ -16,6 +16,7 @@ from foley.models.text.words import (
     UNKNOWN,
     WordEmbedding,
     choose_words,
+    drawn_from,
     read_vectors,
     word_tokenizer,
     words_of,
@@ -90,6 +91,13 @@ def test_what_a_caption_has_beside_its_vectors_is_left_out_at_random_in_training
     assert torch.equal(embedding(ids), embedding(ids))  # of one batch always the same, so a run that goes on repeats it
     embedding.requires_grad_(False)  # as the encoder of a teacher
     assert torch.equal(embedding(ids), embedding.eval()(ids))
+
+
+def test_what_is_drawn_from_a_batch_is_even_and_another_ones_is_another() -> None:
+    draws = torch.stack([drawn_from(torch.arange(256).view(16, 16) + batch) for batch in range(500)])
+    counts = torch.histc(draws, 10, 0, 1) / draws.numel()
+    assert (counts - 0.1).abs().max() < 0.005
+    assert abs(torch.corrcoef(torch.stack([draws[:-1].flatten(), draws[1:].flatten()]))[0, 1].item()) < 0.01
 
 
 def test_every_parameter_learns_and_the_vectors_stay(text: SmallTextEncoder) -> None:

@@ -326,7 +326,8 @@ def test_the_page_stands_before_anything_is_measured_and_fills_up(tmp_path):
     write_page(template, tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text().count("Not measured yet.") > 5
     accuracy = {"accuracy": 0.5, "n": 2, "choices": 25, "per_class": {"rain": [0.5, 2]}}
-    generated = {"scores": {"frechet_distance": {"value": 9.0}}, "accuracy": {"all": accuracy, "effects": accuracy}}
+    distance = {"value": 9.0, "low": 8.0, "high": 10.0, "n": "47 / 2"}
+    generated = {"scores": {"frechet_distance": distance}, "accuracy": {"all": accuracy, "effects": accuracy}}
     real = {"splits": ["test"], "labels": {"rain": 13}, "accuracy": {"effects": accuracy, "fsdd": accuracy}}
     for name, results in {
         "effects/evaluation.json": {"embedded": generated},

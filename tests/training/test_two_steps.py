@@ -33,7 +33,8 @@ SMALL_CODECS = {
 }
 # The discriminator of the first is as wide as published; the others are as recipes that stay.
 SLOW = dict.fromkeys(
-    ("dac", "waveform_vae_ours", "waveform_vae_stereo", "tiny_vocoder", "demo/vae", "demo/codec", "demo/decoder"), pytest.mark.slow
+    ("dac", "waveform_vae_ours", "waveform_vae_stereo", "tiny_vocoder", "demo/vae", "demo/codec", "demo/decoder"),
+    pytest.mark.slow,
 )
 SMALL = {"width": 32, "depth": 2, "num_heads": 2, "rank": 2}
 

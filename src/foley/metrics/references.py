@@ -37,6 +37,17 @@ def read_clips(
     return clips
 
 
+def of_labels(reference: Sequence[ClipFile], samples: Sequence[ClipFile]) -> list[ClipFile]:
+    """The clips of a reference whose label some sample has; raises ValueError where there is none."""
+    labels = {clip.label for clip in samples if clip.label is not None}
+    if found := [clip for clip in reference if clip.label in labels]:
+        return found
+    raise ValueError(
+        f"same_labels=true: no clip of the reference has a label of the samples ({', '.join(sorted(labels)) or None}): "
+        "give labels in the JSON beside each sample and in the manifest, or leave it out"
+    )
+
+
 def crop_length(
     crop_seconds: float | str | None, samples: Sequence[ClipFile], reference: Sequence[ClipFile]
 ) -> float | None:

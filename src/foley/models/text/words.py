@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from foley.core.config import locate
 from foley.core.files import read_tensors, write_tensors
 from foley.core.reading import read_json
-from foley.core.seeding import torch_generator
 from foley.nn.feedforward import normal_linear
 
 PADDING, BEGINNING, UNKNOWN = "[PAD]", "[BOS]", "[UNK]"
 
+_MULTIPLIERS, _BITS = (0x7FEB352D, 0x21F0AAAD, 0x35A2D897), 0x7FFFFFFF  # odd, of 31 bits
 _OWN_STD = 0.1  # of an embedding at the start; that of a projected vector is about 0.2
 
 
@@ -62,11 +62,22 @@ class WordEmbedding(nn.Module):
         has_own = ids < self.own.num_embeddings
         own = self.own(ids.clamp(max=self.own.num_embeddings - 1))
         if self.training and self.own.weight.requires_grad:  # not in a frozen encoder, whatever trains with it
-            # Drawn from the batch itself, so that a run that goes on draws as one that never stopped.
-            generator = torch_generator("own words", *ids.sum(dim=1).tolist())
-            has_own = has_own & (torch.rand(ids.shape, generator=generator) >= self.own_dropout).to(ids.device)
+            has_own = has_own & (drawn_from(ids) >= self.own_dropout)
         vectors = self.vectors[ids].to(own.dtype) * self.scales[ids].to(own.dtype)[..., None]
         return self.projection(vectors) + own * has_own[..., None]
+
+
+def drawn_from(ids: Tensor) -> Tensor:
+    """Numbers in [0, 1), as many as `ids [B, S]`, that follow from the batch: the same for it, others for another one.
+
+    So a run that goes on draws as one that never stopped, and no device waits for the host. A multiplicative hash of
+    each place and of the sum of all ids.
+    """
+    mixed = torch.arange(ids.numel(), device=ids.device).view_as(ids) * _MULTIPLIERS[0] + ids.sum() * _MULTIPLIERS[1]
+    for multiplier in _MULTIPLIERS:
+        mixed = (mixed & _BITS) * multiplier  # at most 62 bits
+        mixed = mixed ^ (mixed >> 16)
+    return (mixed >> 8 & 0xFFFF) / 0x10000
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
