@@ -13,6 +13,7 @@ from foley.models.text import SmallTextEncoder
 from foley.models.text.words import (
     BEGINNING,
     PADDING,
+    PIECES,
     UNKNOWN,
     WordEmbedding,
     choose_words,
@@ -62,7 +63,7 @@ def test_another_file_is_refused(tmp_path: Path, name: str, content: str, compla
 
 def test_vectors_are_directions_from_their_centre_in_bytes(tmp_path: Path) -> None:
     words = write_word_vectors(tmp_path / "v.safetensors", VECTORS, ["plip", "dog"], ["dog", "rain"])
-    assert words == [PADDING, BEGINNING, UNKNOWN, "plip", "dog", "rain"]
+    assert words == [PADDING, BEGINNING, UNKNOWN, "plip", "dog", "rain", *PIECES]
     held = load_file(tmp_path / "v.safetensors")
     assert held["num_own"] == 5
     table = held["vectors"].float() * held["scales"].float()[:, None]
@@ -98,6 +99,20 @@ def test_what_is_drawn_from_a_batch_is_even_and_another_ones_is_another() -> Non
     counts = torch.histc(draws, 10, 0, 1) / draws.numel()
     assert (counts - 0.1).abs().max() < 0.005
     assert abs(torch.corrcoef(torch.stack([draws[:-1].flatten(), draws[1:].flatten()]))[0, 1].item()) < 0.01
+
+
+def test_two_words_that_nobody_knows_are_two(text: SmallTextEncoder) -> None:
+    """So that adapters can teach the one and the other."""
+    tokens = [
+        text.tokenizer.encode(word, add_special_tokens=False).tokens for word in ("zorble", "dogbert", "zorb\u00e9")
+    ]
+    assert tokens == [
+        ["z", *(f"##{letter}" for letter in "orble")],
+        ["dog", *(f"##{letter}" for letter in "bert")],
+        [UNKNOWN],
+    ]
+    first, second = text.eval()(["zorble", "zorbel"]).embeddings
+    assert not torch.allclose(first, second)
 
 
 def test_every_parameter_learns_and_the_vectors_stay(text: SmallTextEncoder) -> None:

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from foley.core.config import locate
 from foley.core.files import read_tensors, write_tensors
 from foley.core.reading import read_json
+from foley.core.seeding import numpy_generator
 from foley.nn.feedforward import normal_linear
 
 PADDING, BEGINNING, UNKNOWN = "[PAD]", "[BOS]", "[UNK]"
+_CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+PIECES = (*_CHARACTERS, *(f"##{character}" for character in _CHARACTERS))
+"""What a word that nobody knows is put together of: characters at its beginning, and after it."""
 
 _MULTIPLIERS, _BITS = (0x7FEB352D, 0x21F0AAAD, 0x35A2D897), 0x7FFFFFFF  # odd, of 31 bits
 _OWN_STD = 0.1  # of an embedding at the start; that of a projected vector is about 0.2
@@ -81,8 +85,13 @@ def drawn_from(ids: Tensor) -> Tensor:
 
 
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """A tokenizer of whole words, in the order of their ids; what it does not know is `[UNK]`."""
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=UNKNOWN))
+    """A tokenizer of whole words, in the order of their ids.
+
+    A word that it does not know is put together: of the longest known one that it begins with, and of what else of
+    `words` begins with "##". What has no such parts is `[UNK]`.
+    """
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, continuing_subword_prefix="##"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # words and marks apart
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -148,14 +157,17 @@ def write_word_vectors(
 ) -> list[str]:
     """Write the vectors of `own` and `chosen` words, a byte a number; returns all words in the order of their ids.
 
-    They are centred and of unit deviation in each word, so that frequent words do not outshout rare ones.
+    They are centred and of unit deviation in each word, so that frequent words do not outshout rare ones. Letters and
+    digits follow, of which a word that nobody knows is put together; theirs are drawn at random, each another one.
     """
-    words = list(dict.fromkeys([PADDING, BEGINNING, UNKNOWN, *own, *chosen]))
-    num_own = len({PADDING, BEGINNING, UNKNOWN, *own})
-    length = len(next(iter(vectors.values())))
+    marks = [PADDING, BEGINNING, UNKNOWN]
+    words = list(dict.fromkeys([*marks, *own, *chosen, *PIECES]))
+    num_own, length = len({*marks, *own}), len(next(iter(vectors.values())))
     known = np.array([word in vectors for word in words])
+    drawn = np.array([word in PIECES and word not in {*own, *chosen} for word in words])
     table = np.array([vectors[word] if word in vectors else [0.0] * length for word in words], np.float32)
-    table[known] = _directions(table[known] - table[known].mean(axis=0)) * np.sqrt(length)
+    table[known] = _directions(table[known] - table[known & ~drawn].mean(axis=0)) * np.sqrt(length)
+    table[drawn] = numpy_generator("pieces of words").standard_normal((drawn.sum(), length))
     scales = np.maximum(np.abs(table).max(axis=1), 1e-6) / 127
     write_tensors(
         path,
