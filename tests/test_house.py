@@ -13,7 +13,7 @@ from pathlib import Path
 import foley
 
 PACKAGE = Path(foley.__file__).parent
-MOST_FILES = 276
+MOST_FILES = 277
 LONGEST_FILE = 500  # lines
 SHORTEST_FILE = 40  # lines, unless it is named below
 LONGEST_FUNCTION = 48  # lines, signature and docstring included

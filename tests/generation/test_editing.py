@@ -149,7 +149,7 @@ def test_a_file_of_another_rate_and_channel_count_is_converted_first(pipeline, t
 
 @pytest.mark.parametrize("seconds", [2.0, 2.5])
 def test_a_mask_over_everything_is_plain_generation(pipeline, file, seconds):
-    plain = pipeline.generate(["rain"], seconds, seeds=[5], fade_seconds=0, **FAST)
+    plain = pipeline.generate(["rain"], seconds, seeds=[5], **FAST)
     edited = pipeline.edit(["rain"], file, EditMask(0, seconds), seeds=[5], **FAST)
     assert torch.equal(edited.audio, plain.audio)
 
@@ -261,7 +261,7 @@ def test_a_plain_clip_beyond_full_scale_is_warned_of_with_peak_and_count(pipelin
     loud = torch.zeros(1, 1, 2 * RATE)
     loud[..., :7] = -4.09
     monkeypatch.setattr(pipeline, "_decode", lambda latent, chunk: loud)
-    pipeline.generate(["a siren"], 2.0, fade_seconds=0, **FAST).write(tmp_path)
+    pipeline.generate(["a siren"], 2.0, **FAST).write(tmp_path)
     assert "'a siren' with seed 0 peaks at 4.09, 7 samples beyond it" in caplog.text
     sidecar = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert (sidecar["peak"], sidecar["samples_over_full_scale"], sidecar["generated_gain_db"]) == (4.09, 7, 0)
@@ -343,7 +343,7 @@ def test_unreadable_files_are_refused_by_their_option(pipeline, tmp_path, conten
 
 @pytest.mark.parametrize("solver", [name for name in SOLVERS if "flow" not in name])
 def test_full_strength_is_plain_generation_bit_by_bit(pipeline, file, solver):
-    plain = pipeline.generate(["rain"], 2.0, seeds=[5], solver=solver, fade_seconds=0, **FAST)
+    plain = pipeline.generate(["rain"], 2.0, seeds=[5], solver=solver, **FAST)
     assert torch.equal(pipeline.vary(["rain"], file, 1.0, seeds=[5], solver=solver, **FAST).audio, plain.audio)
 
 

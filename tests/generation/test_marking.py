@@ -122,7 +122,7 @@ def test_settings_say_what_is_marked(monkeypatch, audio):
         ModuleNotFoundError, match=r"watermark=true wants resemble-perth: pip install 'foley\[watermark\]'"
     ):
         GenerationSettings(watermark=True)
-    settings = GenerationSettings(fade_seconds=0)
+    settings = GenerationSettings()
     assert settings.finish(audio, RATE) is audio
     assert settings.describe(settings.choose_guidance(), "ddim", 2)["provenance"] is True
     assert origin_tags("rain", 0, {}) == {}

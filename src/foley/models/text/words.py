@@ -26,7 +26,7 @@ PIECES = (*_CHARACTERS, *(f"##{character}" for character in _CHARACTERS))
 """What a word that nobody knows is put together of: characters at its beginning, and after it."""
 
 _MULTIPLIERS, _BITS = (0x7FEB352D, 0x21F0AAAD, 0x35A2D897), 0x7FFFFFFF  # odd, of 31 bits
-_OWN_STD = 0.1  # of an embedding at the start; that of a projected vector is about 0.2
+_OWN_STD = 0.3  # of an embedding at the start: above the 0.2 of a projected vector, so that words of like company differ
 
 
 class WordEmbedding(nn.Module):
@@ -44,7 +44,7 @@ class WordEmbedding(nn.Module):
     vectors: Tensor
     scales: Tensor
 
-    def __init__(self, vectors_file: str, dim: int, own_dropout: float = 0.3) -> None:
+    def __init__(self, vectors_file: str, dim: int, own_dropout: float = 0.2) -> None:
         super().__init__()
         path = locate(vectors_file)
         if not path.is_file():
