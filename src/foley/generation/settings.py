@@ -61,8 +61,8 @@ class GenerationSettings:
             nothing else (`foley.generation.decoding`); None decodes all at once.
         loudness_lufs: bring each file to this integrated loudness (EBU R128 asks for -23), or to a true peak of -1 dBTP
             where that comes first; None keeps the level, up to a peak of -1 dBFS. Not of an edit, which keeps samples.
-        fade_seconds: of a ramp at both ends, so that no clip begins or ends with a click, as `foley sample` and the server
-            have it by default. What starts from a recording has none.
+        fade_seconds: of a ramp at both ends, so that no clip begins or ends with a click; `foley sample` and the server
+            have one by default. What starts from a recording has none.
         provenance: each file's own tags say the software, the model's hash, the prompt and the seed.
         watermark: an inaudible one in the sound (`foley.generation.marking`); of an edit, in what is kept too.
         facts: what else the JSON of each clip is to say of its settings, such as the name of the system.
