@@ -28,7 +28,7 @@ demo: $(STAMP)  ## generate, accelerate and score sounds with the model that shi
 	$(PY) scripts/demo.py
 
 # size=gpu trains for minutes=8 a call, and leaves all that the next call needs in results=outputs/train-demo-gpu.
-train-demo: $(STAMP)  ## train the system that ships: hours on 2 cores; size=gpu: 8 minutes a call; size=quick: in small
+train-demo: $(STAMP)  ## train the system that is to ship next: hours on 2 cores; size=gpu: 8 minutes a call; size=quick: in small
 	$(PY) scripts/run_stages.py --config-name=train_demo $(if $(size),effort=$(size)) $(if $(device),device=$(device)) \
 		$(if $(minutes),minutes=$(minutes)) $(if $(results),packed_dir=$(results))
 

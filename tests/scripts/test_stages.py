@@ -21,7 +21,7 @@ from foley.reporting.pages import write_page
 from foley.system.checkpoint import read_training_checkpoint
 
 STAGES = [f"denoiser stage={stage}" for stage in ("pretrain", "align", "finetune")]
-EXPERIMENTS = ["vae", *STAGES, "student", "denoiser_long", "student_long", "ablation"]
+EXPERIMENTS = ["vae", *STAGES, "student", "denoiser_long", "ablation"]
 
 
 def config(name: str, *overrides: str) -> DictConfig:

@@ -21,7 +21,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from foley.core.files import read_tensors, write_json, write_tensors
+from foley.core.files import read_tensors, rounded_rows, write_json, write_tensors
 from foley.core.ranges import RangeReader
 from foley.core.reading import read_json, reading
 
@@ -232,27 +232,27 @@ def save_component(
         if file.resolve() != (directory / file.name).resolve():
             shutil.copyfile(file, directory / file.name)
         portable[key] = _ASSET + file.name
-    floating = torch.float16 if dtype == torch.int8 else dtype
     state: dict[str, Tensor] = {}
     for name, tensor in module.state_dict().items():
-        held = tensor.detach().cpu()
-        if dtype == torch.int8 and held.is_floating_point() and held.ndim > 1:
-            state |= _rounded_rows(name, held)
-        else:
-            state[name] = held.to(floating if floating and held.is_floating_point() else held.dtype)
+        state |= _stored(name, tensor.detach().cpu(), dtype)
     write_tensors(directory / WEIGHTS_FILE, state)
     write_json(directory / CONFIG_FILE, portable)
 
 
-def _rounded_rows(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A matrix or kernel as bytes, and what one of them is worth in each row."""
-    rows = tensor.float().flatten(1)
-    scales = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # [rows]; a row may be zero
-    return {name: (rows / scales[:, None]).round().to(torch.int8).view(tensor.shape), name + ROW_SCALES: scales}
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A tensor by the names and in the types of `save_component`'s file."""
+    if dtype is None or not tensor.is_floating_point():
+        return {name: tensor}
+    if dtype != torch.int8:
+        return {name: tensor.to(dtype)}
+    if tensor.ndim < 2:
+        return {name: tensor.half()}
+    levels, scales = rounded_rows(tensor)
+    return {name: levels, name + ROW_SCALES: scales}
 
 
 def _widened_rows(tensor: Tensor, scales: Tensor | None) -> Tensor:
-    """What `_rounded_rows` has made bytes of; other tensors as they are."""
+    """What `rounded_rows` has made bytes of; other tensors as they are."""
     return tensor if scales is None else tensor.float() * scales.view(-1, *[1] * (tensor.ndim - 1))
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -96,6 +97,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write `tensors`, no two of which may share memory, as safetensors, atomically; `metadata` is of its header."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     atomic_write(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def rounded_rows(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix or kernel `[R, ...]` as bytes, and what one of them is worth in each row, `[R]`.
+
+    >>> levels, scales = rounded_rows(torch.tensor([[127.0, -1.4], [254.0, 100.0]]))
+    >>> levels.tolist(), scales.tolist()
+    ([[127, -1], [127, 50]], [1.0, 2.0])
+    """
+    rows = tensor.float().flatten(1)
+    scales = (rows.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # a row may be zero
+    return (rows / scales[:, None]).round().to(torch.int8).view(tensor.shape), scales
 
 
 def read_tensors(path: Path, what: str = "a safetensors file", mend: str = "make it anew") -> dict[str, Tensor]:

@@ -189,10 +189,14 @@ class GenerationSettings:
         _log.info("%d frames exceed the %d learned positions: windows of %g s", num_frames, learned, seconds)
         return replace(self, window_seconds=seconds)
 
+    @property
+    def ramp_seconds(self) -> float:
+        """Of `fade_seconds` what there is: a recording to start from has ends of its own."""
+        return self.fade_seconds if self.source is None else 0.0
+
     def finish(self, audio: Tensor, sample_rate_hz: int) -> Tensor:
         """Generated audio `[N, channels, T]` with ramps at its ends, and with a watermark where there is to be one."""
-        if self.source is None:  # a recording has ends of its own
-            audio = faded(audio, round(self.fade_seconds * sample_rate_hz))
+        audio = faded(audio, round(self.ramp_seconds * sample_rate_hz))
         return watermarked(audio, sample_rate_hz) if self.watermark else audio
 
     def describe(self, guidance: ClassifierFreeGuidance, solver: str, num_steps: int) -> dict[str, Any]:
@@ -207,7 +211,7 @@ class GenerationSettings:
             "negative_prompt": self.negative_prompt,
             **({"lyrics": self.lyrics} if self.lyrics else {}),
             **({} if self.loudness_lufs is None else {"loudness_lufs": self.loudness_lufs}),
-            "fade_seconds": self.fade_seconds,
+            "fade_seconds": self.ramp_seconds,
             "provenance": self.provenance,
             "watermark": WATERMARK if self.watermark else False,
         }

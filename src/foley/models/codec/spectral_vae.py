@@ -42,8 +42,8 @@ class Spectrum(nn.Module):
 class Cepstrum(Spectrum):
     """Log magnitudes to the coefficients of their cosine transform, each about as large as the others, and back.
 
-    Of log magnitudes most of the variance is the level and the tilt, a ten-thousandth a harmonic. A network that is
-    given them, and a latent that it learns, hold little more than ten directions; of cepstra they hold all.
+    Of log magnitudes most of the variance is the level and the tilt, very little a harmonic. A network that is given
+    them, and a latent that it learns, hold about a dozen directions; of cepstra they hold more.
     """
 
     basis: Tensor

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from tokenizers import Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from foley.core.config import locate
 from foley.core.devices import to_device
 from foley.models.text.base import TextConditioner, TextEmbedding, bounded, warn_truncated
-from foley.models.text.words import BEGINNING, PADDING, WordEmbedding
+from foley.models.text.words import BEGINNING, PADDING, WordEmbedding, begun, plain_text
 from foley.nn.attention import Attention
 from foley.nn.embedding import LearnedPositions
 from foley.nn.feedforward import GegluFeedForward
@@ -21,7 +21,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
     Padding has id 0. Letters are lower-cased and compatibility forms unified (NFKC).
     """
     tokenizer = Tokenizer(models.BPE())  # merges frequent pairs of bytes
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
+    tokenizer.normalizer = plain_text()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -31,8 +31,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)
-    beginning = (BEGINNING, tokenizer.token_to_id(BEGINNING))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGINNING} $0", special_tokens=[beginning])
+    tokenizer.post_processor = begun(tokenizer)
     return tokenizer
 
 

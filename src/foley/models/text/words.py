@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 
 from foley.core.config import locate
-from foley.core.files import read_tensors, write_tensors
+from foley.core.files import read_tensors, rounded_rows, write_tensors
 from foley.core.reading import read_json
 from foley.core.seeding import numpy_generator
 from foley.nn.feedforward import normal_linear
@@ -84,6 +84,17 @@ def drawn_from(ids: Tensor) -> Tensor:
     return (mixed >> 8 & 0xFFFF) / 0x10000
 
 
+def plain_text() -> normalizers.Normalizer:
+    """Lower-cased, compatibility forms unified (NFKC), without spaces at the ends: for tokenizers of prompts."""
+    return normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
+
+
+def begun(tokenizer: Tokenizer) -> processors.PostProcessor:
+    """What puts `[BOS]` before each prompt, by its id in `tokenizer`; so the empty prompt has a token."""
+    beginning = (BEGINNING, tokenizer.token_to_id(BEGINNING))
+    return processors.TemplateProcessing(single=f"{BEGINNING} $0", special_tokens=[beginning])
+
+
 def word_tokenizer(words: Sequence[str]) -> Tokenizer:
     """A tokenizer of whole words, in the order of their ids.
 
@@ -92,11 +103,9 @@ def word_tokenizer(words: Sequence[str]) -> Tokenizer:
     """
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, continuing_subword_prefix="##"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()])
+    tokenizer.normalizer = plain_text()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # words and marks apart
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGINNING} $0", special_tokens=[(BEGINNING, words.index(BEGINNING))]
-    )
+    tokenizer.post_processor = begun(tokenizer)
     return tokenizer
 
 
@@ -160,23 +169,18 @@ def write_word_vectors(
     They are centred and of unit deviation in each word, so that frequent words do not outshout rare ones. Letters and
     digits follow, of which a word that nobody knows is put together; theirs are drawn at random, each another one.
     """
-    marks = [PADDING, BEGINNING, UNKNOWN]
-    words = list(dict.fromkeys([*marks, *own, *chosen, *PIECES]))
-    num_own, length = len({*marks, *own}), len(next(iter(vectors.values())))
-    known = np.array([word in vectors for word in words])
-    drawn = np.array([word in PIECES and word not in {*own, *chosen} for word in words])
-    table = np.array([vectors[word] if word in vectors else [0.0] * length for word in words], np.float32)
-    table[known] = _directions(table[known] - table[known & ~drawn].mean(axis=0)) * np.sqrt(length)
-    table[drawn] = numpy_generator("pieces of words").standard_normal((drawn.sum(), length))
-    scales = np.maximum(np.abs(table).max(axis=1), 1e-6) / 127
-    write_tensors(
-        path,
-        {
-            "vectors": torch.from_numpy(np.rint(table / scales[:, None]).astype(np.int8)),
-            "scales": torch.from_numpy(scales).half(),
-            "num_own": torch.tensor(num_own),
-        },
-    )
+    marks, length = [PADDING, BEGINNING, UNKNOWN], len(next(iter(vectors.values())))
+    taken = list(dict.fromkeys([*marks, *own, *chosen]))
+    words = list(dict.fromkeys([*taken, *PIECES]))
+    table = np.zeros((len(words), length), np.float32)
+    known = [place for place, word in enumerate(taken) if word in vectors]
+    table[known] = [vectors[words[place]] for place in known]
+    table[known] = _directions(table[known] - table[known].mean(axis=0)) * np.sqrt(length)
+    drawn = len(words) - len(taken)
+    table[len(taken) :] = numpy_generator("pieces of words").standard_normal((drawn, length))
+    levels, scales = rounded_rows(torch.from_numpy(table))
+    num_own = torch.tensor(len({*marks, *own}))
+    write_tensors(path, {"vectors": levels, "scales": scales.half(), "num_own": num_own})
     return words
 
 
