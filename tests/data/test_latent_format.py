@@ -125,6 +125,22 @@ def test_a_crop_reads_its_frames_and_no_others(tmp_path: Path, monkeypatch: pyte
     assert reads == [(dataset.entries[2].first_frame * 12, 3 * 12)]
 
 
+def test_longer_latents_are_left_out_where_crops_are_not_wanted(tmp_path: Path) -> None:
+    entries = [
+        LatentEntry(id, id, "", "train", "s", first, frames, frames / 100)
+        for id, first, frames in [("a", 0, 5), ("b", 5, 2), ("c", 7, 4)]
+    ]
+    write_cache(tmp_path / "cache", noise(11, 2, 3), LatentClips.of(entries, SPLITS, ["s"]), LAYOUT)
+    index = LatentCacheIndex.read(tmp_path / "cache")
+    whole = LatentDataset(index, "train", 4, repeats={"c": 2}, drops_longer=True)
+    assert [entry.id for entry in whole.entries] == ["b", "c", "c"]
+    assert [item.latent.shape[1] for item in whole] == whole.lengths(0).tolist() == [2, 4, 4]  # type: ignore[attr-defined]
+    with pytest.raises(
+        latents.LatentCacheError, match=r"'train' is longer than 1 frames, the shortest has 2; raise data"
+    ):
+        LatentDataset(index, "train", 1, drops_longer=True)
+
+
 @pytest.mark.parametrize("place", ["folder", "url"])
 def test_the_latents_of_a_batch_are_asked_for_together(tmp_path: Path, place: str, monkeypatch: Any) -> None:
     monkeypatch.setenv("FOLEY_CACHE", str(tmp_path / "kept"))

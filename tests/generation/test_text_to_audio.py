@@ -362,7 +362,7 @@ def test_heun_in_few_steps_does_not_blow_up(caplog):
 def test_a_clip_neither_begins_nor_ends_with_a_jump(pipeline):
     bare, faded = (pipeline.generate(["rain"], 0.5, fade_seconds=seconds, num_steps=2).audio for seconds in (0, 0.005))
     length = round(0.005 * pipeline.sample_rate_hz)
-    ramp = (torch.arange(length) + 0.5) / length
+    ramp = torch.sin(torch.pi / 2 * (torch.arange(length) + 0.5) / length).square()
     torch.testing.assert_close(faded[..., :length], bare[..., :length] * ramp)
     torch.testing.assert_close(faded[..., -length:], bare[..., -length:] * ramp.flip(0))
     assert torch.equal(faded[..., length:-length], bare[..., length:-length])

@@ -122,6 +122,16 @@ def test_nothing_of_the_size_of_the_stream_is_float32_inside_a_block(variant):
     assert prediction.dtype == torch.float32
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_context_is_embedded_in_the_type_of_its_weights(variant):
+    model, context = make_model(variant), make_inputs()["context"]
+    exact = model._embed_context(context)
+    with cuda_autocast():
+        assert torch.equal(model._embed_context(context), exact)
+    halved = model.bfloat16()._embed_context(context)
+    assert halved.dtype == torch.bfloat16
+
+
 def test_a_single_float32_norm_would_be_found():
     model, inputs = make_model("sola"), make_inputs()
     model.mid_block.self_attention.attention.norm_q = nn.LayerNorm(WIDTH // 2)

@@ -31,6 +31,19 @@ def test_shapes_and_the_empty_prompt(text: SmallTextEncoder) -> None:
     assert bool(torch.isfinite(result.embeddings).all())
 
 
+def test_half_precision_of_training_does_not_reach_the_words(text: SmallTextEncoder) -> None:
+    """Rounded, what tells one word of a kind from another is lost, and of its gradients noise is left."""
+    exact = text(["a dog barks", "a dog howls"]).embeddings
+    exact.square().sum().backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in text.named_parameters() if parameter.grad is not None}
+    text.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = text(["a dog barks", "a dog howls"]).embeddings
+    found.square().sum().backward()
+    assert torch.equal(found, exact)
+    assert all(torch.equal(text.get_parameter(name).grad, gradient) for name, gradient in wanted.items())  # type: ignore[arg-type]
+
+
 def test_padding_does_not_change_a_prompt(text: SmallTextEncoder) -> None:
     alone = text(["rain"]).embeddings[0]
     batched = text(["rain", "a dog barks while rain falls on a roof"]).embeddings[0, : len(alone)]

@@ -13,6 +13,7 @@ from foley.training.optim import (
     inverse_power_schedule,
     parameter_groups,
     reapply_options,
+    scale_rates,
 )
 
 
@@ -48,6 +49,21 @@ def test_frozen_and_shared_parameters() -> None:
     linear = nn.Linear(3, 3)
     linear.bias.requires_grad_(False)
     assert [len(group["params"]) for group in parameter_groups(linear, nn.Sequential(linear))] == [1]
+
+
+def test_a_part_that_learns_slower_has_groups_of_its_own_under_the_schedule() -> None:
+    part, rest = nn.Linear(3, 2), nn.Linear(2, 2, bias=False)
+    groups = parameter_groups(nn.Sequential(part, rest), slowed=[part], rate=0.1)
+    assert [[id(p) for p in group["params"]] for group in groups] == [
+        [id(rest.weight)],
+        [id(part.weight)],
+        [id(part.bias)],
+    ]
+    optimizer = scale_rates(torch.optim.AdamW(groups, lr=2.0, weight_decay=0.5))
+    schedule = constant_schedule(optimizer, warmup_steps=2)
+    assert schedule.get_last_lr() == pytest.approx([1.0, 0.1, 0.1])
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.5, 0.0]
+    assert len(parameter_groups(nn.Sequential(part, rest), slowed=[part])) == 2  # as without it
 
 
 def test_schedules_in_closed_form() -> None:

@@ -110,9 +110,11 @@ class LatentDataModule(ResumableDataModule):
         bucket_batches: batches of similar length, padded to their longest item (see `ResumableDataModule`).
         repeats: weights of sources in training: by the beginning of a clip's id, how often it occurs in an epoch.
         text_dir: the captions' embeddings, which `scripts/encode_text.py` wrote, a folder or an fsspec URL.
+        drops_longer: longer latents are left out instead of cropped: of a word with silence behind it most crops are
+            silent.
 
     Raises:
-        LatentCacheError: `cache_dir` is no latent cache.
+        LatentCacheError: `cache_dir` is no latent cache, or has no clip that is short enough.
         TextStoreError: `text_dir` is no finished text store, or lacks captions.
     """
 
@@ -127,6 +129,7 @@ class LatentDataModule(ResumableDataModule):
         bucket_batches: int | None = None,
         repeats: Mapping[str, int] | None = None,
         text_dir: str | None = None,
+        drops_longer: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, pin_memory, bucket_batches)
         self.index = LatentCacheIndex.read(cache_dir)
@@ -137,13 +140,15 @@ class LatentDataModule(ResumableDataModule):
         _, self.num_frames = clip_size(duration_seconds, self.index.sample_rate_hz, self.index.hop_samples)
         self.collate = LatentCollate(self.num_frames if bucket_batches is None else None)
         self.datasets = {
-            name: self._dataset(split, name == "train", repeats if name == "train" else None)
+            name: self._dataset(split, name == "train", repeats if name == "train" else None, drops_longer)
             for name, split in known_splits(self.index.splits).items()
         }
 
-    def _dataset(self, split: str, training: bool, repeats: Mapping[str, int] | None) -> LatentDataset:
+    def _dataset(
+        self, split: str, training: bool, repeats: Mapping[str, int] | None, drops_longer: bool
+    ) -> LatentDataset:
         return LatentDataset(
-            self.index, split, self.num_frames, self.seed, random=training, repeats=repeats, text=self.text
+            self.index, split, self.num_frames, self.seed, training, repeats, self.text, drops_longer=drops_longer
         )
 
     @property

@@ -344,10 +344,11 @@ class LatentDataset(Dataset[LatentItem]):
             mean. A latent that was kept alone is taken as it is.
         repeats: by the beginning of a clip's id, how often it occurs in an epoch; once where no beginning fits.
         text: holds the embeddings of all captions; None gives captions alone.
+        drops_longer: longer latents are left out instead of cropped.
 
     Raises:
-        LatentCacheError: the cache has no such split, a shard is not the one of the index, or, when read, a clip's
-            latent is not finite.
+        LatentCacheError: the cache has no such split, or none of its clips is short enough, a shard is not the one of the
+            index, or, when read, a clip's latent is not finite.
     """
 
     def __init__(
@@ -359,8 +360,9 @@ class LatentDataset(Dataset[LatentItem]):
         random: bool = True,
         repeats: Mapping[str, int] | None = None,
         text: EmbeddingStore | None = None,
+        drops_longer: bool = False,
     ) -> None:
-        rows = index.rows(split)
+        rows = _no_longer(index, split, num_frames) if drops_longer else index.rows(split)
         index.check_shards(np.unique(index.clips.shard[rows]))
         self.entries = LatentEntries(index, _repeated(index.clips, rows, repeats or {}))
         self.num_frames = num_frames
@@ -409,6 +411,18 @@ class LatentDataset(Dataset[LatentItem]):
         length = int(self._reader.index.clips.num_frames[row])
         generator = numpy_generator("latent_crop", self.seed, epoch, index) if self.random else None
         return row, crop_start(length, self.num_frames, generator), min(length, self.num_frames)
+
+
+def _no_longer(index: LatentCacheIndex, split: str, num_frames: int) -> NDArray[np.int32]:
+    """Where in the table the clips of a split are that have at most `num_frames`; LatentCacheError where none has."""
+    rows = index.rows(split)
+    frames = index.clips.num_frames[rows]
+    if (kept := rows[frames <= num_frames]).size:
+        return kept
+    raise LatentCacheError(
+        f"{index.url}: every clip of its split {split!r} is longer than {num_frames} frames, the shortest has "
+        f"{frames.min()}; raise data.duration_seconds, or crop them with data.drops_longer=false"
+    )
 
 
 def _repeated(clips: LatentClips, rows: NDArray[np.int32], repeats: Mapping[str, int]) -> NDArray[np.int32]:

@@ -347,8 +347,8 @@ def _patch(generated: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """What comes into a part of the mask: `generated` with the codec's errors on either side of it, which fade out."""
     patch = generated.clone()
     before_length, after_length = before.shape[-1], after.shape[-1]
-    patch[..., :before_length] += _fade_out(before_length) * before.flip(-1)
-    patch[..., patch.shape[-1] - after_length :] += (_fade_out(after_length) * after).flip(-1)
+    patch[..., :before_length] += fade_out(before_length) * before.flip(-1)
+    patch[..., patch.shape[-1] - after_length :] += (fade_out(after_length) * after).flip(-1)
     return patch
 
 
@@ -370,6 +370,10 @@ def paste_fitted(recording: Tensor, generated: Tensor, window: EditWindow) -> tu
     return paste(recording, gains[:, None, None] * generated, window), gains
 
 
-def _fade_out(length: int) -> Tensor:
-    """Half a raised cosine `[length]` from 1 to 0, both excluded."""
+def fade_out(length: int) -> Tensor:
+    """Half a raised cosine `[length]` from 1 to 0, both excluded.
+
+    >>> fade_out(2)
+    tensor([0.8536, 0.1464])
+    """
     return torch.cos(torch.pi / 2 * (torch.arange(length) + 0.5) / max(1, length)).square()

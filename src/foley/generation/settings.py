@@ -15,7 +15,7 @@ from foley.diffusion.process import DiffusionProcess
 from foley.diffusion.sampler import Progress
 from foley.diffusion.solver import CONSISTENCY, Solver, default_solver
 from foley.diffusion.windows import Windows
-from foley.generation.editing import Control, Edit, Variation
+from foley.generation.editing import Control, Edit, Variation, fade_out
 from foley.generation.marking import WATERMARK, require_watermark, watermarked
 from foley.generation.options import IDLE, check_numbers, check_prompt_length
 
@@ -23,17 +23,17 @@ _log = get_logger(__name__)
 
 
 def faded(audio: Tensor, samples: int) -> Tensor:
-    """`audio [..., T]` with linear ramps over so many samples at both ends, at most half of it each.
+    """`audio [..., T]` that rises over so many samples at its beginning and falls at its end, at most half of it each.
 
     >>> faded(torch.ones(6), 2)
-    tensor([0.2500, 0.7500, 1.0000, 1.0000, 0.7500, 0.2500])
+    tensor([0.1464, 0.8536, 1.0000, 1.0000, 0.8536, 0.1464])
     """
     samples = min(samples, audio.shape[-1] // 2)
     if samples == 0:
         return audio
-    ramp = (torch.arange(samples, device=audio.device, dtype=audio.dtype) + 0.5) / samples
-    inside = ramp.new_ones(audio.shape[-1] - 2 * samples)
-    return audio * torch.cat([ramp, inside, ramp.flip(0)])
+    fall = fade_out(samples).to(audio)
+    inside = fall.new_ones(audio.shape[-1] - 2 * samples)
+    return audio * torch.cat([fall.flip(0), inside, fall])
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from foley.diffusion.process import DiffusionProcess
 from foley.models.codec.normaliser import LatentNormaliser
 from foley.models.text import TextEmbedding
 from foley.training.base import FoleyModule
-from foley.training.optim import parameter_groups
+from foley.training.optim import parameter_groups, scale_rates
 from foley.training.sharding import ShardedStrategy
 
 SpanMasking = Callable[[int, int, torch.Generator, Tensor | None], Tensor]
@@ -171,8 +171,12 @@ class LatentTraining(FoleyModule):
             )
         super().configure_model()
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer takes."""
+        return parameter_groups(self)
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(parameter_groups(self))
+        optimizer = scale_rates(self.make_optimizer(self.parameter_groups()))
         if self.make_lr_schedule is None:
             return optimizer
         return {
@@ -207,6 +211,9 @@ class DiffusionTraining(LatentTraining):
         caption_dropout: probability of an empty caption, for classifier-free guidance.
         min_snr_gamma: weight the loss by min-SNR with this gamma; None weights all noise levels alike.
         noise_level_bins: number of bins of the validation losses by noise level.
+        text_rate: of the learning rate, for a text encoder that trains along and the layers that embed what it gives.
+            At the denoiser's own rate they are overwritten by what all clips of a kind have in common, before the
+            denoiser hears their words, and its captions become one.
     """
 
     def __init__(
@@ -225,6 +232,7 @@ class DiffusionTraining(LatentTraining):
         gradient_clip_norm: float | None = None,
         compile: bool | str = False,
         seed: int = 0,
+        text_rate: float = 1.0,
     ) -> None:
         parts = denoiser, process, normaliser, optimizer, text, lr_schedule
         super().__init__(*parts, seed, gradient_clip_norm, compile, mask_padding)
@@ -232,12 +240,19 @@ class DiffusionTraining(LatentTraining):
         self.caption_dropout = caption_dropout
         self.min_snr_gamma = min_snr_gamma
         self.noise_level_bins = noise_level_bins
+        self.text_rate = text_rate
         self._bin_totals = torch.zeros(2, noise_level_bins)  # errors and counts, by noise level
 
     def adopt_data(self, datamodule: pl.LightningDataModule) -> None:
         """Normalise by the statistics of the latents, and note which codec made them; TypeError for other data."""
         super().adopt_data(datamodule)
         self.normaliser.set(*require_latents(datamodule).latent_statistics)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """See `LatentTraining`; those of the text at their own rate."""
+        parts = self.text, getattr(self.denoiser, "context_embedding", None)
+        slowed = [part for part in parts if part is not None]
+        return parameter_groups(self, slowed=slowed, rate=self.text_rate)
 
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """The loss: squared error averaged over each item's hidden frames, then over the items."""

@@ -1,7 +1,7 @@
 """Parameter groups and learning-rate schedules; optimizers and schedules reach the modules as Hydra partials."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,17 +15,29 @@ from foley.training.values import require_an_end
 _TABLE_NAMES = ("table", "embedding", "token", "vector")  # of parameters with two axes that are no matrices
 
 
-def parameter_groups(*modules: nn.Module) -> list[dict[str, Any]]:
-    """Two optimizer groups of the trainable parameters: matrices and kernels decay; biases, norms and tables do not.
+def parameter_groups(*modules: nn.Module, slowed: Sequence[nn.Module] = (), rate: float = 1.0) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters: matrices and kernels decay; biases, norms and tables do not.
 
-    The second group sets `weight_decay` to zero; the first takes the optimizer's own.
+    Those of the second kind have a `weight_decay` of zero; the first take the optimizer's own.
+
+    Args:
+        slowed: parts of `modules` that learn at `rate` times the optimizer's learning rate, in groups of their own,
+            which say so; `scale_rates` then sets it.
     """
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+    slow = {parameter for part in slowed for parameter in part.parameters()} if rate != 1 else set()
+    groups: list[dict[str, Any]] = [
+        {"params": [], **options, **pace} for pace in ({}, {"rate": rate}) for options in ({}, {"weight_decay": 0.0})
+    ]
     for owner, name, parameter in _trainable(*modules):
-        (decayed if _decays(owner, name, parameter) else exempt).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": exempt, "weight_decay": 0.0}]
+        groups[2 * (parameter in slow) + (not _decays(owner, name, parameter))]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def scale_rates(optimizer: Optimizer) -> Optimizer:
+    """`optimizer` with the learning rates that `parameter_groups` asks for."""
+    for group in optimizer.param_groups:
+        group["lr"] *= group.get("rate", 1.0)
+    return optimizer
 
 
 def _trainable(*modules: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

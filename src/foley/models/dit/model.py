@@ -263,7 +263,7 @@ class LatentTransformer(Hoistable):
         self.guidance_embedding = GuidanceEmbedding(width) if guidance_embedding else None
         self.length_embedding = LengthEmbedding(width) if length_embedding else None
         # The text, and what all blocks' modulations have in common.
-        self.context_embedding = _context_embedding(context_dim, width) if context_dim else None
+        self.context_embedding = ContextEmbedding(context_dim, width) if context_dim else None
         self.shared_modulation = modulation.build_shared(width)
 
     def blocks(self) -> Sequence[TransformerBlock]:
@@ -383,12 +383,12 @@ class LatentTransformer(Hoistable):
         return nn.functional.silu(time)  # here once, since every projection of it would begin with it
 
     def _embed_context(self, context: Tensor | None) -> Tensor | None:
-        """Text `[B, S, Dc]` to `[B, S, D]`."""
+        """Text `[B, S, Dc]` to `[B, S, D]`; raises ValueError where there is none and the model wants it."""
         if self.context_embedding is None:
             return None
         if context is None:
             raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
-        return self.context_embedding(context.to(self.input_projection.weight.dtype))  # [B, S, Dc] to [B, S, D]
+        return self.context_embedding(context)
 
     def _run(self, block: nn.Module, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
         """One block; where gradients are checkpointed it keeps only its inputs for the backward pass."""
@@ -399,8 +399,20 @@ class LatentTransformer(Hoistable):
         return cast(Tensor, block(x, inputs, skip))
 
 
-def _context_embedding(context_dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(normal_linear(context_dim, width), nn.SiLU(), normal_linear(width, width))
+class ContextEmbedding(nn.Sequential):
+    """Text `[B, S, Dc]` to `[B, S, D]`, by two layers.
+
+    Under autocast, too, in the type of its weights: half precision rounds off what tells one word from another of a
+    kind, and of its gradients leaves noise.
+    """
+
+    def __init__(self, context_dim: int, width: int) -> None:
+        super().__init__(normal_linear(context_dim, width), nn.SiLU(), normal_linear(width, width))
+
+    def forward(self, context: Tensor) -> Tensor:
+        """See the class."""
+        with without_autocast(context):
+            return cast(Tensor, super().forward(context.to(self[0].weight.dtype)))
 
 
 # ---------------------------------------------------------------- EzAudio-DiT

@@ -13,6 +13,7 @@ from foley.models.text.words import BEGINNING, PADDING, WordEmbedding, begun, pl
 from foley.nn.attention import Attention
 from foley.nn.embedding import LearnedPositions
 from foley.nn.feedforward import GegluFeedForward
+from foley.nn.norm import without_autocast
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
@@ -121,11 +122,16 @@ class SmallTextEncoder(TextConditioner):
         return TextEmbedding(self.embed(ids, mask), mask)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids `[B, S]` and their mask `[B, S]` to `[B, S, Dc]`."""
-        x = self.positions(self.tokens(ids))  # [B, S, Dc]
-        for block in self.blocks:
-            x = block(x, mask[:, None, None])  # in both directions: nothing is generated here
-        return self.norm(x)
+        """Token ids `[B, S]` and their mask `[B, S]` to `[B, S, Dc]`.
+
+        Under autocast, too, in the type of its weights: half precision rounds off what tells one word from another of a
+        kind, and leaves noise of its gradients. A prompt is short, and costs little beside a latent.
+        """
+        with without_autocast(self.norm.weight):
+            x = self.positions(self.tokens(ids))  # [B, S, Dc]
+            for block in self.blocks:
+                x = block(x, mask[:, None, None])  # in both directions: nothing is generated here
+            return self.norm(x)
 
 
 def _load_tokenizer(tokenizer_file: str, max_length: int, length_multiple: int) -> Tokenizer:

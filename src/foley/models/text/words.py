@@ -26,7 +26,7 @@ PIECES = (*_CHARACTERS, *(f"##{character}" for character in _CHARACTERS))
 """What a word that nobody knows is put together of: characters at its beginning, and after it."""
 
 _MULTIPLIERS, _BITS = (0x7FEB352D, 0x21F0AAAD, 0x35A2D897), 0x7FFFFFFF  # odd, of 31 bits
-_OWN_STD = 0.3  # of an embedding at the start: more than a projected vector's, so that words of like company differ
+_OWN_STD = 1.0  # of an embedding at the start: far above what is common to words of like company, so that they differ
 
 
 class WordEmbedding(nn.Module):
