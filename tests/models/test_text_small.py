@@ -20,7 +20,18 @@ TOKENIZER = PROJECT_ROOT / "data" / "tokenizer" / "audiocaps.json"
 @pytest.fixture
 def text() -> SmallTextEncoder:
     torch.manual_seed(0)
-    return SmallTextEncoder(str(TOKENIZER), dim=32, depth=2, num_heads=4, max_length=16)
+    encoder = SmallTextEncoder(str(TOKENIZER), dim=32, depth=2, num_heads=4, max_length=16)
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # blocks begin by giving nothing
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
+def test_each_token_begins_as_its_own_embedding() -> None:
+    encoder = SmallTextEncoder(str(TOKENIZER), dim=32, depth=2, num_heads=4, max_length=16)
+    ids, mask = encoder.tokenise(["a dog barks"])
+    own = encoder.tokens(ids) + encoder.positions.table[: ids.shape[1]]
+    torch.testing.assert_close(encoder.embed(ids, mask), encoder.norm(own))
 
 
 def test_shapes_and_the_empty_prompt(text: SmallTextEncoder) -> None:

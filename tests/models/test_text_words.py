@@ -34,7 +34,11 @@ def text(tmp_path: Path) -> SmallTextEncoder:
     word_tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     torch.manual_seed(0)
     files = {"tokenizer_file": str(tmp_path / "tokenizer.json"), "vectors_file": str(tmp_path / "vectors.safetensors")}
-    return SmallTextEncoder(**files, dim=16, depth=1, num_heads=2, max_length=8)
+    encoder = SmallTextEncoder(**files, dim=16, depth=1, num_heads=2, max_length=8)
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # blocks begin by giving nothing
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
 
 
 def test_the_words_of_captions_are_without_case_and_marks_stand_alone() -> None:

@@ -347,8 +347,8 @@ class LatentDataset(Dataset[LatentItem]):
         drops_longer: longer latents are left out instead of cropped.
 
     Raises:
-        LatentCacheError: the cache has no such split, or none of its clips is short enough, a shard is not the one of the
-            index, or, when read, a clip's latent is not finite.
+        LatentCacheError: the cache has no such split, or none of its clips is short enough, a shard is not the one of
+            the index, or, when read, a clip's latent is not finite.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ from foley.models.dit.masking import MaskedInput, SlicedLinear
 from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
 from foley.nn.attention import Attention, KeysValues, key_mask
 from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, LengthEmbedding, TimeEmbedding
-from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, normal_linear, xavier_linear, zero_linear
+from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, xavier_linear, zero_linear
 from foley.nn.norm import LayerNorm, without_autocast
 from foley.nn.rotary import RotaryEmbedding, RotaryTable
 
@@ -407,12 +407,13 @@ class ContextEmbedding(nn.Sequential):
     """
 
     def __init__(self, context_dim: int, width: int) -> None:
-        super().__init__(normal_linear(context_dim, width), nn.SiLU(), normal_linear(width, width))
+        # Of normal weights of 0.02, as DiT's, all prompts of a kind become one before they are told apart.
+        super().__init__(xavier_linear(context_dim, width), nn.SiLU(), xavier_linear(width, width))
 
     def forward(self, context: Tensor) -> Tensor:
         """See the class."""
         with without_autocast(context):
-            return cast(Tensor, super().forward(context.to(self[0].weight.dtype)))
+            return cast(Tensor, super().forward(context.to(next(self.parameters()).dtype)))
 
 
 # ---------------------------------------------------------------- EzAudio-DiT

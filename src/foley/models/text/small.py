@@ -37,14 +37,18 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> Tokenizer:
 
 
 class _Block(nn.Module):
-    """Pre-norm self-attention and feed-forward, without dropout."""
+    """Pre-norm self-attention and feed-forward, without dropout.
+
+    Both begin by giving nothing, so that each token begins as its own embedding, and not as what all prompts share.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, num_heads)
+        self.attention = Attention(width, num_heads, zero_output=True)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = GegluFeedForward(width, 2 * width)
+        nn.init.zeros_(self.feed_forward.output.weight)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """`[B, S, Dc]` to `[B, S, Dc]`; `mask [B, 1, 1, S]` is true on keys that count."""
