@@ -137,7 +137,7 @@ class ControlNet(nn.Module):
         time = F.silu(self.time_embedding(timestep))
         shared = None if self.shared_modulation is None else self.shared_modulation(time)
         if context is not None and self.context_embedding is not None:
-            context = self.context_embedding(context)
+            context = self.context_embedding(context.to(self.input_projection.weight.dtype))
         return replace(like, time=time, shared_modulation=shared, context=context)
 
     def static_input(self, known: Tensor, curve: Tensor, hidden: Tensor | None) -> Tensor:

@@ -388,7 +388,7 @@ class LatentTransformer(Hoistable):
             return None
         if context is None:
             raise ValueError("this model has cross-attention: give `context`, or build it with `context_dim: null`")
-        return self.context_embedding(context)
+        return self.context_embedding(context.to(self.input_projection.weight.dtype))  # [B, S, Dc] to [B, S, D]
 
     def _run(self, block: nn.Module, x: Tensor, inputs: BlockInputs, skip: Tensor | None = None) -> Tensor:
         """One block; where gradients are checkpointed it keeps only its inputs for the backward pass."""
@@ -413,7 +413,7 @@ class ContextEmbedding(nn.Sequential):
     def forward(self, context: Tensor) -> Tensor:
         """See the class."""
         with without_autocast(context):
-            return cast(Tensor, super().forward(context.to(next(self.parameters()).dtype)))
+            return cast(Tensor, super().forward(context))
 
 
 # ---------------------------------------------------------------- EzAudio-DiT
