@@ -33,6 +33,7 @@ NUMBERS: dict[str, tuple[NumberRange, tuple[int | None, ...]]] = {
     "trainer.limit_train_batches": (NOT_NEGATIVE, (None,)),
     "trainer.limit_val_batches": (NOT_NEGATIVE, (None,)),
     "task.gradient_clip_norm": (POSITIVE, (None,)),
+    "task.text_rate": (NOT_NEGATIVE, ()),
     "trainer.accumulate_grad_batches": (COUNT, ()),
     "trainer.log_every_n_steps": (_WHOLE, ()),
     "callbacks.ema.decay": (SHARE, ()),
