@@ -13,16 +13,25 @@ from foley.core.hashing import hash_module
 from foley.system.adapters import AdapterChoice, AdapterStack, adapter_choices
 
 
+def untrained_no_more():
+    """Denoiser and text encoder of which no matrix is zero: of such a one DoRA has no direction."""
+    modules = {name: small_system().modules[name] for name in ("denoiser", "text")}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for module in modules.values():
+            for parameter in module.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return modules
+
+
 @pytest.fixture
 def modules():
-    system = small_system()
-    return {name: system.modules[name] for name in ("denoiser", "text")}
+    return untrained_no_more()
 
 
 @pytest.fixture(scope="module", params=["lora", "dora"])
 def folders(request, tmp_path_factory) -> list[str]:
-    system, folder = small_system(), tmp_path_factory.mktemp(request.param)
-    modules = {name: system.modules[name] for name in ("denoiser", "text")}
+    modules, folder = untrained_no_more(), tmp_path_factory.mktemp(request.param)
     return [write_adapters(folder / str(seed), modules, seed, request.param == "dora") for seed in (1, 2)]
 
 

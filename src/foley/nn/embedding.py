@@ -1,11 +1,13 @@
-"""Embeddings of time, of the guidance scale, of a clip's length and of absolute position."""
+"""Embeddings of time, of the guidance scale, of a clip's length, of absolute position and of text."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from foley.nn.feedforward import normal_linear, zero_linear
+from foley.nn.norm import without_autocast
 
 
 def sinusoidal_embedding(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
@@ -110,3 +112,19 @@ class LearnedPositions(nn.Module):
                 "longer (window_seconds=), raise `learned_positions`, or use a model with rotary positions"
             )
         return x + self.table[: x.shape[1]].to(x.dtype)  # [B, N, D] + [N, D]
+
+
+class ContextEmbedding(nn.Sequential):
+    """Text `[B, S, Dc]` to `[B, S, D]`, by two layers.
+
+    Under autocast, too, in the type of its weights: half precision rounds off what tells one word from another of a
+    kind, and of its gradients leaves noise.
+    """
+
+    def __init__(self, context_dim: int, width: int) -> None:
+        super().__init__(normal_linear(context_dim, width), nn.SiLU(), normal_linear(width, width))
+
+    def forward(self, context: Tensor) -> Tensor:
+        """See the class."""
+        with without_autocast(context):
+            return cast(Tensor, super().forward(context))

@@ -32,7 +32,7 @@ from foley.models.dit.hoisting import BlockInputs, Conditions, Hoistable, RunCon
 from foley.models.dit.masking import MaskedInput, SlicedLinear
 from foley.nn.adaln import ModulatedNorm, ModulatedRMSNorm, Modulation, ModulationScheme
 from foley.nn.attention import Attention, KeysValues, key_mask
-from foley.nn.embedding import GuidanceEmbedding, LearnedPositions, LengthEmbedding, TimeEmbedding
+from foley.nn.embedding import ContextEmbedding, GuidanceEmbedding, LearnedPositions, LengthEmbedding, TimeEmbedding
 from foley.nn.feedforward import GatedFeedForward, GegluFeedForward, xavier_linear, zero_linear
 from foley.nn.norm import LayerNorm, without_autocast
 from foley.nn.rotary import RotaryEmbedding, RotaryTable
@@ -397,23 +397,6 @@ class LatentTransformer(Hoistable):
             output: Tensor = checkpoint(block, x, inputs, skip, use_reentrant=False)
             return output
         return cast(Tensor, block(x, inputs, skip))
-
-
-class ContextEmbedding(nn.Sequential):
-    """Text `[B, S, Dc]` to `[B, S, D]`, by two layers.
-
-    Under autocast, too, in the type of its weights: half precision rounds off what tells one word from another of a
-    kind, and of its gradients leaves noise.
-    """
-
-    def __init__(self, context_dim: int, width: int) -> None:
-        # Of normal weights of 0.02, as DiT's, all prompts of a kind become one before they are told apart.
-        super().__init__(xavier_linear(context_dim, width), nn.SiLU(), xavier_linear(width, width))
-
-    def forward(self, context: Tensor) -> Tensor:
-        """See the class."""
-        with without_autocast(context):
-            return cast(Tensor, super().forward(context))
 
 
 # ---------------------------------------------------------------- EzAudio-DiT
