@@ -126,5 +126,6 @@ class ContextEmbedding(nn.Sequential):
 
     def forward(self, context: Tensor) -> Tensor:
         """See the class."""
+        # Half precision keeps three digits: words of a kind, a large common part apart, differ in the next.
         with without_autocast(context):
-            return cast(Tensor, super().forward(context))
+            return cast(Tensor, super().forward(context))  # W_2 silu(W_1 c)

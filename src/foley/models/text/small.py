@@ -48,6 +48,7 @@ class _Block(nn.Module):
         self.attention = Attention(width, num_heads, zero_output=True)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = GegluFeedForward(width, 2 * width)
+        # As adaLN-zero begins the blocks of DiT: at first x_0 is all that is heard.
         nn.init.zeros_(self.feed_forward.output.weight)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
