@@ -15,7 +15,8 @@ from foley.system.adapters import AdapterChoice, AdapterStack, adapter_choices
 
 def untrained_no_more():
     """Denoiser and text encoder of which no matrix is zero: of such a one DoRA has no direction."""
-    modules = {name: small_system().modules[name] for name in ("denoiser", "text")}
+    system = small_system()
+    modules = {name: system.modules[name] for name in ("denoiser", "text")}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in modules.values():
