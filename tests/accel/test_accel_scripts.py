@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import compose_command, load_command, run_command
 from hydra.utils import instantiate
+from stirring_parts import stir
 
 from foley.accel.caching.audiocache import AudioCache
 from foley.accel.caching.calibration import require_calibrations
@@ -44,9 +45,7 @@ QUICK = ("steps=4", "duration_seconds=0.5", "device=cpu")
 def system_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     system, directory = build_system(CONFIGS), tmp_path_factory.mktemp("system")
-    with torch.no_grad():  # layers that start at zero would have nothing to cache
-        for parameter in system.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(system.modules["denoiser"])  # layers that start at zero would have nothing to cache
     save_system(system, directory)
     (directory / "prompts.txt").write_text("rain\na dog barks\na bell\n")
     run_command("script/calibrate", f"system={directory}", f"prompts={directory}/prompts.txt", "num_prompts=2", *QUICK)

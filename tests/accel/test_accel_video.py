@@ -9,6 +9,7 @@ import torch
 from commands import compose_command, run_command
 from hydra.utils import instantiate
 from safetensors.torch import save_file
+from stirring_parts import stir
 from torch import nn
 
 from foley.accel.layers import find_cacheable_layers
@@ -28,9 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     cfg = compose_command("train", "experiment=video_to_audio", f"text.directory={folder}", "data.cache_dir=x", *SMALL)
     system = untrained_system(cfg)
-    with torch.no_grad():  # layers that start at zero would have nothing to cache
-        for parameter in system.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(system.modules["denoiser"])  # layers that start at zero would have nothing to cache
     save_system(system, folder / "system")
     (folder / "clips.txt").write_text("a\nb\n")
     options = [f"steps={STEPS}", "duration_seconds=0.3", "guidance_scale=3", f"solver={SOLVER}", "device=cpu"]

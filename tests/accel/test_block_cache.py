@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from stirring_parts import stir
 from tiny_pipelines import audioldm2, stable_audio, stable_audio_dit
 from torch import Tensor, nn
 
@@ -57,9 +58,7 @@ COMPUTED = {
 
 
 def _filled(model: nn.Module) -> Any:
-    with torch.no_grad():  # layers that start at zero would have nothing to cache
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(model)  # layers that start at zero would have nothing to cache
     return model.eval()
 
 

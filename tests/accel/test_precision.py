@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.config
+from stirring_parts import stir
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -26,9 +27,7 @@ CHANNELS, FRAMES, CONTEXT_DIM, DEPTH = 4, 12, 6, 12
 def denoiser():
     torch.manual_seed(0)
     model = DiffusionTransformer(CHANNELS, 16, DEPTH, 2, CONTEXT_DIM, AdaLNSola(rank=2, alpha=2))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(model)
     return model.eval()
 
 

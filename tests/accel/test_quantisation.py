@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from stirring_parts import stir
 from tiny_t5 import save_t5
 from torch import nn
 
@@ -41,9 +42,7 @@ CHANNELS, WIDTH, FRAMES, CONTEXT_DIM = 4, 32, 12, 16
 def build(**options):
     torch.manual_seed(0)
     model = DiffusionTransformer(CHANNELS, WIDTH, 2, 2, CONTEXT_DIM, AdaLNSola(rank=16, alpha=16), **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(model)
     return model.eval()
 
 

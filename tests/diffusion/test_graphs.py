@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from recorded_graphs import RecordedGraphs
+from stirring_parts import stir
 
 from foley.accel.attention.local_global import LocalGlobal
 from foley.accel.caching.fora import Fora
@@ -26,9 +27,7 @@ CHANNELS, FRAMES, CONTEXT_DIM = 4, 12, 6
 def make_denoiser(**options):
     torch.manual_seed(0)
     model = DiffusionTransformer(CHANNELS, 16, 4, 2, CONTEXT_DIM, AdaLNSola(rank=2, alpha=2), **options)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(model)
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from recorded_graphs import RecordedGraphs
+from stirring_parts import stir
 
 from foley.accel.caching.calibration import CalibrationRecorder
 from foley.accel.caching.first_block_cache import FirstBlockCache
@@ -31,9 +32,7 @@ MIDDLE = {"start": 0.25, "stop": 0.75}
 def denoiser():
     torch.manual_seed(0)
     model = DiffusionTransformer(4, 16, 2, 2, 6, AdaLNSola(rank=2, alpha=2)).eval()
-    with torch.no_grad():  # layers that start at zero would hide the text
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(model)  # layers that start at zero would hide the text
     return model
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_system import CONFIGS, STEPS
+from stirring_parts import stir
 from torch import Tensor
 
 from foley.data.latent_format import LatentCacheError
@@ -47,9 +48,7 @@ class Loudness:
 def generator() -> TextToAudio:
     torch.manual_seed(0)
     system = build_system(CONFIGS)
-    with torch.no_grad():  # zero-initialised layers would hide the text
-        for parameter in system.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(system.modules["denoiser"])  # zero-initialised layers would hide the text
     system.modules["normaliser"].set(torch.full((4,), 0.5), torch.full((4,), 2.0))
     return TextToAudio(system)
 

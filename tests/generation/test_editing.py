@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 from small_system import CONFIGS, STEPS, CountingAccelerator
+from stirring_parts import stir
 
 from foley.accel.caching.fora import Fora
 from foley.core.hashing import hash_file
@@ -43,9 +44,7 @@ def pcm(num_samples: int, seed: int = 0) -> np.ndarray:
 def pipeline() -> TextToAudio:
     torch.manual_seed(0)
     system: System = build_system(CONFIGS)
-    with torch.no_grad():
-        for parameter in system.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(system.modules["denoiser"])
     return TextToAudio(system, max_duration_seconds=5.0)
 
 

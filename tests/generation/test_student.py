@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from small_system import CONFIGS, training_checkpoint
+from stirring_parts import stir
 from test_sample_cli import run_sample
 
 from foley.accel.caching.fora import Fora
@@ -32,9 +33,7 @@ HALF_SECOND = {"duration_seconds": 0.5}
 def system():
     torch.manual_seed(0)
     built = build_system(STUDENT_CONFIGS)
-    with torch.no_grad():  # zero-initialised layers would hide the text, the time and the scale
-        for parameter in built.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(built.modules["denoiser"])  # zero-initialised layers would hide the text, the time and the scale
     return built
 
 

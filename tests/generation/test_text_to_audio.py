@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from recorded_graphs import RecordedGraphs
 from small_system import CONFIGS, STEPS, CountingAccelerator, training_checkpoint
+from stirring_parts import stir
 
 from foley.accel import quantisation
 from foley.core.components import CheckpointError
@@ -25,9 +26,7 @@ from foley.system.system import build_system, load_system, save_system
 def system():
     torch.manual_seed(0)
     built = build_system(CONFIGS)
-    with torch.no_grad():  # zero-initialised layers would hide the text and the time
-        for parameter in built.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(built.modules["denoiser"])  # zero-initialised layers would hide the text and the time
     built.modules["normaliser"].set(torch.ones(4), torch.full((4,), 2.0))
     return built
 
@@ -262,9 +261,7 @@ def test_a_rotary_extension_leaves_clips_of_the_trained_length_alone(modulation)
     pipeline.extend_rotary("ntk", 0.507)
     positions = 26 + (modulation == "TimeToken")
     assert pipeline.denoiser.rotary.extension.trained_length == positions
-    with torch.no_grad():
-        for parameter in pipeline.denoiser.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(pipeline.denoiser)
     extended = [pipeline.generate(["rain"], seconds, num_steps=2).audio for seconds in (0.507, 0.53)]
     pipeline.denoiser.rotary.extension = None
     plain = [pipeline.generate(["rain"], seconds, num_steps=2).audio for seconds in (0.507, 0.53)]

@@ -6,6 +6,7 @@ from threading import Barrier, Thread
 import pytest
 import torch
 from small_system import CONFIGS
+from stirring_parts import stir
 
 from foley.accel.caching.fora import Fora
 from foley.accel.layers import find_cacheable_layers
@@ -20,9 +21,7 @@ SETTINGS = {"num_steps": 6, "duration_seconds": 0.5}
 def generator() -> TextToAudio:
     torch.manual_seed(0)
     system = build_system(CONFIGS)
-    with torch.no_grad():  # by the weights of the start a reused layer is not heard
-        for parameter in system.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(system.modules["denoiser"])  # by the weights of the start a reused layer is not heard
     return TextToAudio(system)
 
 

@@ -8,6 +8,7 @@ import soundfile
 import torch
 from commands import run_command as run
 from small_system import CONFIGS, training_checkpoint
+from stirring_parts import stir
 
 from foley.core.components import CheckpointError
 from foley.core.config import PROJECT_ROOT
@@ -38,9 +39,7 @@ def folder(tmp_path_factory, clips):
     """A system, two runs that trained it, prompts with labels, and a folder of reference clips."""
     path = tmp_path_factory.mktemp("judging")
     system = build_system(FULL_RATE)
-    with torch.no_grad():  # its last layer starts at zero, which a rescale would divide by
-        for parameter in system.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(system.modules["denoiser"])  # its last layer starts at zero, which a rescale would divide by
     save_system(system, path / "system")
     checkpoint = training_checkpoint(system, path, hash_module(system.modules["codec"]))
     for seed in range(2):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from stirring_parts import stir
 
 from foley.core.components import build_component
 from foley.core.seeding import torch_generator
@@ -38,9 +39,7 @@ def model(**options) -> ControlledTransformer:
 
 def trained(**options) -> ControlledTransformer:
     built = model(**options)
-    with torch.no_grad():
-        for parameter in built.control.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(built.control)
     return built
 
 

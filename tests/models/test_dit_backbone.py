@@ -2,6 +2,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from stirring_parts import stir
 
 from foley.core.components import build_component, load_component, save_component
 from foley.core.config import PROJECT_ROOT
@@ -33,9 +34,7 @@ def make_model(variant="ezaudio", randomise=True, **changes):
     build = LlamaTransformer if variant == "llama" else DiffusionTransformer
     model = build(latent_channels=CHANNELS, **options).eval()
     if randomise:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
+        stir(model, 0.2)
     return model
 
 

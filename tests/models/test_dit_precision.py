@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from stirring_parts import stir
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -63,9 +64,7 @@ def make_model(variant, **changes):
     build = LlamaTransformer if variant == "llama" else DiffusionTransformer
     options = {"width": WIDTH, "depth": 2, "num_heads": 2, "context_dim": CONTEXT_DIM, **VARIANTS[variant], **changes}
     model = build(latent_channels=CHANNELS, **options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    stir(model, 0.2)
     return model
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from stirring_parts import stir
 from tokenizers import Tokenizer
 
 from foley.core.components import load_component, save_component
@@ -21,9 +22,7 @@ TOKENIZER = PROJECT_ROOT / "data" / "tokenizer" / "audiocaps.json"
 def text() -> SmallTextEncoder:
     torch.manual_seed(0)
     encoder = SmallTextEncoder(str(TOKENIZER), dim=32, depth=2, num_heads=4, max_length=16)
-    with torch.no_grad():
-        for parameter in encoder.parameters():  # blocks begin by giving nothing
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(encoder)  # blocks begin by giving nothing
     return encoder
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stirring_parts import stir
 
 from foley.core.components import load_component, save_component
 from foley.core.config import PROJECT_ROOT
@@ -35,9 +36,7 @@ def text(tmp_path: Path) -> SmallTextEncoder:
     torch.manual_seed(0)
     files = {"tokenizer_file": str(tmp_path / "tokenizer.json"), "vectors_file": str(tmp_path / "vectors.safetensors")}
     encoder = SmallTextEncoder(**files, dim=16, depth=1, num_heads=2, max_length=8)
-    with torch.no_grad():
-        for parameter in encoder.parameters():  # blocks begin by giving nothing
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(encoder)  # blocks begin by giving nothing
     return encoder
 
 

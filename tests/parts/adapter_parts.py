@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from small_system import CONFIGS
+from stirring_parts import stir
 
 from foley.core.hashing import hash_module
 from foley.models.lora import Lora
@@ -15,9 +16,7 @@ from foley.system.system import System, build_system
 def small_system() -> System:
     torch.manual_seed(0)
     built = build_system(CONFIGS)
-    with torch.no_grad():  # zero-initialised layers would hide the text and the time
-        for parameter in built.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(built.modules["denoiser"])  # zero-initialised layers would hide the text and the time
     return built
 
 

@@ -1,6 +1,7 @@
 """A small denoiser under a cache and sparse attention together; as a program, it prints what one generation gives."""
 
 import torch
+from stirring_parts import stir
 
 from foley.accel.attention.local_global import LocalGlobal
 from foley.accel.caching.fora import Fora
@@ -21,9 +22,7 @@ CHANNELS, FRAMES, CONTEXT_DIM = 4, 20, 6
 def build_denoiser() -> DiffusionTransformer:
     torch.manual_seed(0)
     model = DiffusionTransformer(CHANNELS, 16, 2, 2, CONTEXT_DIM, AdaLNSola(rank=2, alpha=2))
-    with torch.no_grad():  # layers that start at zero would have nothing to cache
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(model)  # layers that start at zero would have nothing to cache
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from stirring_parts import stir
 from torch import nn
 from training_parts import CHANNELS, TinyText
 
@@ -34,9 +35,7 @@ def teacher_of(denoiser: nn.Module, prediction: str = "v", text: nn.Module | Non
 def tiny_teacher(prediction: str = "v", text: nn.Module | None = None) -> Teacher:
     torch.manual_seed(0)
     denoiser = build_component(DENOISER)
-    with torch.no_grad():  # zero-initialised layers would hide the text and the time
-        for parameter in denoiser.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(denoiser)  # zero-initialised layers would hide the text and the time
     return teacher_of(denoiser, prediction, text)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import diffusers
 import torch
+from stirring_parts import stir
 from torch import Tensor, nn
 
 ITEMS, TEXT_WIDTH = 2, 16
@@ -239,7 +240,5 @@ _MODELS: Mapping[str, Callable[[], nn.Module]] = {
 def transformer(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = _MODELS[name]().eval()
-    with torch.no_grad():  # what starts at zero would have nothing to cache
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(model)  # what starts at zero would have nothing to cache
     return model

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import compose_command, load_command
 from diffusers import FirstBlockCacheConfig
+from stirring_parts import stir
 
 from foley.accel.diffusers.as_transformer import AsTransformer
 from foley.core.config import PROJECT_ROOT
@@ -110,9 +111,7 @@ def test_a_denoiser_of_ours_is_the_same_as_a_transformer_of_diffusers(denoiser: 
     torch.manual_seed(0)
     scheme = {"modulation": AdaLNSola(rank=2, alpha=2)} if denoiser is DiffusionTransformer else {}
     model = denoiser(latent_channels=4, width=16, depth=4, num_heads=2, context_dim=8, **scheme).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(model)
     transformer, digest = AsTransformer(model), hash_module(model)
     noisy, timestep, text = torch.randn(2, 4, 20), torch.tensor([500, 500]), torch.randn(2, 3, 8)
     mask = torch.tensor([[True, True, False], [True, True, True]])

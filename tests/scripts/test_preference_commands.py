@@ -7,6 +7,7 @@ import pytest
 import torch
 from commands import compose_command, run_command
 from small_system import CONFIGS
+from stirring_parts import stir
 
 from foley.core.config import PROJECT_ROOT
 from foley.diffusion.crpo import CRPO
@@ -26,9 +27,7 @@ SMALL += ("callbacks.progress=null", "lr_schedule.warmup_steps=1", "data.batch_s
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     built = build_system(CONFIGS)
-    with torch.no_grad():
-        for parameter in built.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(built.modules["denoiser"])
     folder = tmp_path_factory.mktemp("system")
     save_system(built, folder)
     return folder

@@ -4,6 +4,7 @@ import pytest
 import torch
 from gated_generators import Gated, Mean
 from small_system import CONFIGS
+from stirring_parts import stir
 
 from foley.accel.combined import NoAcceleration
 from foley.generation.text_to_audio import TextToAudio
@@ -16,9 +17,7 @@ from foley.system.system import build_system
 def generator():
     torch.manual_seed(0)
     system = build_system(CONFIGS)
-    with torch.no_grad():  # zero-initialised layers would hide the text and the time
-        for parameter in system.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(system.modules["denoiser"])  # zero-initialised layers would hide the text and the time
     return TextToAudio(system, max_duration_seconds=5.0)
 
 

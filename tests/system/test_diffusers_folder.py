@@ -9,6 +9,7 @@ from commands import run_command
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
 from small_system import CONFIGS
+from stirring_parts import stir
 from tiny_t5 import DIM, save_t5
 
 from foley.core.hashing import hash_module
@@ -40,9 +41,7 @@ def built(kind, folder):
         configs["process"]["prediction"] = "flow"
     torch.manual_seed(0)
     system = build_system(configs)
-    with torch.no_grad():  # zero-initialised layers would hide the text and the time
-        for parameter in system.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(system.modules["denoiser"])  # zero-initialised layers would hide the text and the time
     system.modules["normaliser"].set(torch.ones(4), torch.full((4,), 2.0))
     return System(system.modules, system.process, system.configs, captions=["rain"], trained_seconds=0.5)
 

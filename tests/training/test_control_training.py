@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from latent_parts import latent_cache_writer
 from small_system import CONFIGS
+from stirring_parts import stir
 
 from foley.core.components import CheckpointError
 from foley.core.config import CONFIG_DIR
@@ -39,9 +40,7 @@ def random_system() -> System:
     """With no layer at zero, which would hide the others."""
     torch.manual_seed(0)
     built = build_system(CONFIGS)
-    with torch.no_grad():
-        for parameter in built.modules["denoiser"].parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(built.modules["denoiser"])
     return built
 
 

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from latent_parts import latent_cache_writer
 from omegaconf import DictConfig
+from stirring_parts import stir
 from tiny_clap_t5 import save_clap_t5
 from tiny_t5 import DIM, save_t5
 from torch import nn
@@ -248,9 +249,7 @@ def test_masked_tokens_change_nothing_and_make_few_lengths(cache, store, t5) -> 
 def module_of(text: nn.Module) -> DiffusionTraining:
     torch.manual_seed(0)
     denoiser = DiffusionTransformer(CHANNELS, 16, 2, 2, DIM, AdaLNSola(rank=2, alpha=2))
-    with torch.no_grad():  # layers that start at zero would hide the text
-        for parameter in denoiser.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    stir(denoiser)  # layers that start at zero would hide the text
     return DiffusionTraining(denoiser, DiffusionProcess(), LatentNormaliser(CHANNELS), torch.optim.SGD, text).eval()
 
 
